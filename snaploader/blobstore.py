@@ -1,0 +1,59 @@
+"""The one interface of everything that keeps blobs: the file cache, a remote server, wrappers of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from snaploader.digest import Buffer, Digest
+
+Sink: TypeAlias = Callable[[Digest, bytes], None]
+"""Receives verified blobs, from any thread, each once; what it raises ends the transfer and is raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A blob to store: its digest, and its bytes or a file that holds exactly them."""
+
+    digest: Digest
+    source: Buffer | str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStatistics:
+    """What a transfer moved."""
+
+    blobs: int = 0
+    """Blobs that went over the wire."""
+    content_bytes: int = 0
+    """Their size."""
+    wire_bytes: int = 0
+    """What was sent or received for them, compressed where it was; without protocol overhead."""
+    present_blobs: int = 0
+    """Blobs that needed no transfer because the store had them."""
+
+
+class BlobStore(Protocol):
+    """Content-addressed blobs. Thread-safe. Every blob that comes out is verified against its digest."""
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        """Those of `digests` that the store does not hold. Counts as a use of those it does."""
+        ...
+
+    def read(self, digest: Digest) -> bytes:
+        """One blob. NotFound when absent, DataLoss when its bytes are wrong."""
+        ...
+
+    def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
+        """Hand each blob to `sink`, in any order. The first error ends it and is raised."""
+        ...
+
+    def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+        """Store one blob. DataLoss when the bytes do not have this digest."""
+        ...
+
+    def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
+        """Store many blobs, in any order. The first error ends it and is raised."""
+        ...

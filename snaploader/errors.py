@@ -1,0 +1,173 @@
+"""Everything this library raises on purpose.
+
+    SnaploaderError
+    ├── InvalidArgument      an argument, file or message is malformed (also a ValueError)
+    ├── NotFound             no such snapshot, blob, ref or file (also a LookupError)
+    ├── FailedPrecondition   the system is not in the state the call needs
+    ├── ResourceExhausted    a disk, quota, size or count limit was met
+    ├── PermissionDenied     the credentials are known and do not suffice
+    ├── Unauthenticated      no credentials, or not accepted
+    ├── Unavailable          a server cannot be reached or asks to come back later
+    ├── DeadlineExceeded     the time given for the call ran out (also a TimeoutError)
+    ├── Cancelled            the work was called off: the pool, cache or store was closed
+    ├── DataLoss             bytes do not match their digest in any place that holds them
+    ├── Unimplemented        the server does not offer what the call needs
+    └── Internal             a broken invariant, here or in a server
+
+The names are gRPC's, as the Remote Execution API uses them. Each error knows whether trying again
+may help (`transient`) and which exit code the command line ends with (`exit_code`; documented in
+docs/errors.md, never to be renumbered). Errors of gRPC are translated in `snaploader.remote.status`,
+errors of the operating system by `translate_os_errors` below; the original is the `__cause__`.
+
+Not in this tree: `cow.COWError` and its children, because `cow` stands alone; and TypeError for
+arguments of a wrong type.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+
+class SnaploaderError(Exception):
+    """Base of all errors of this library.
+
+    Args:
+        message: What failed, which key, digest or path, and what to do next.
+        transient: Whether the same call may succeed later; the class's default when None.
+    """
+
+    transient: bool = False
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, transient: bool | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if transient is not None:
+            self.transient = transient
+
+
+class InvalidArgument(SnaploaderError, ValueError):
+    """An argument, file or message is malformed. Trying again does not help."""
+
+    exit_code = 2
+
+
+class NotFound(SnaploaderError, LookupError):
+    """No such snapshot, blob, ref or file."""
+
+    exit_code = 3
+
+
+class FailedPrecondition(SnaploaderError):
+    """The system is not in the state the call needs, such as an output folder that is not empty."""
+
+    exit_code = 4
+
+
+class ResourceExhausted(SnaploaderError):
+    """A limit was met: disk, quota, message size, open files.
+
+    Transient when a server says so of its own load; a full disk or an oversized message is not.
+    """
+
+    exit_code = 5
+
+
+class Unavailable(SnaploaderError):
+    """A server cannot be reached, or asks to come back later."""
+
+    transient = True
+    exit_code = 6
+
+
+class DeadlineExceeded(SnaploaderError, TimeoutError):
+    """The time given for the call ran out."""
+
+    transient = True
+    exit_code = 7
+
+
+class PermissionDenied(SnaploaderError):
+    """The caller is known and may not do this."""
+
+    exit_code = 8
+
+
+class Unauthenticated(SnaploaderError):
+    """Credentials are missing or not accepted."""
+
+    exit_code = 9
+
+
+class DataLoss(SnaploaderError):
+    """Bytes do not match their digest, in every place that was asked."""
+
+    exit_code = 10
+
+
+class Unimplemented(SnaploaderError):
+    """The server does not offer what the call needs."""
+
+    exit_code = 11
+
+
+class Cancelled(SnaploaderError):
+    """The work was called off because its pool, cache or store was closed, or another part failed."""
+
+    exit_code = 12
+
+
+class Internal(SnaploaderError):
+    """A broken invariant, here or in a server. Please report it with the message."""
+
+    exit_code = 1
+
+
+_BY_ERRNO: dict[int, type[SnaploaderError]] = {
+    errno.ENOENT: NotFound,
+    errno.ENOSPC: ResourceExhausted,
+    errno.EDQUOT: ResourceExhausted,
+    errno.EFBIG: ResourceExhausted,
+    errno.EMFILE: ResourceExhausted,
+    errno.ENFILE: ResourceExhausted,
+    errno.ENOMEM: ResourceExhausted,
+    errno.EACCES: PermissionDenied,
+    errno.EPERM: PermissionDenied,
+    errno.EROFS: PermissionDenied,
+    errno.EIO: DataLoss,
+    errno.ENOTDIR: InvalidArgument,
+    errno.EISDIR: InvalidArgument,
+    errno.ENAMETOOLONG: InvalidArgument,
+    errno.ELOOP: InvalidArgument,
+    errno.EINVAL: InvalidArgument,
+    errno.EEXIST: FailedPrecondition,
+    errno.ENOTEMPTY: FailedPrecondition,
+    errno.EBUSY: FailedPrecondition,
+    errno.EXDEV: FailedPrecondition,
+}
+
+
+def from_os_error(error: OSError, what: str) -> SnaploaderError:
+    """The typed error for an OSError; `what` says what was being done, as in "cannot read the blob"."""
+    kind = _BY_ERRNO.get(error.errno or 0, Internal)
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    where = f" ({error.filename!r})" if error.filename else ""
+    return kind(f"{what}: {reason}{where}")
+
+
+@contextmanager
+def translate_os_errors(what: str) -> Iterator[None]:
+    """Raise typed errors, chained, for every OSError that leaves the block.
+
+    Errors of this library pass through, also those that are OSErrors (DeadlineExceeded is one).
+    """
+    try:
+        yield
+    except SnaploaderError:
+        raise
+    except OSError as error:
+        raise from_os_error(error, what) from error
