@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from snaploader.digest import Buffer, Digest
+from snaploader._proto import remote_execution_pb2
+from snaploader.digest import Buffer, Digest, DigestFunction
 
 Sink: TypeAlias = Callable[[Digest, bytes], None]
 """Receives verified blobs, from any thread, each once; what it raises ends the transfer and is raised."""
@@ -56,4 +57,27 @@ class BlobStore(Protocol):
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store many blobs, in any order. The first error ends it and is raised."""
+        ...
+
+
+class RemoteStore(BlobStore, Protocol):
+    """A blob store with an action cache, shared by many hosts: what `RemoteCache` offers the loader."""
+
+    @property
+    def digest_function(self) -> DigestFunction:
+        """The function the store wants digests in. May ask the server, and raise what that raises."""
+        ...
+
+    def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
+        """Store those blobs that the store does not hold yet."""
+        ...
+
+    def get_action_result(self, action_digest: Digest) -> remote_execution_pb2.ActionResult:
+        """The result kept under a key. NotFound when there is none, or when a blob it names is gone."""
+        ...
+
+    def update_action_result(
+        self, action_digest: Digest, action_result: remote_execution_pb2.ActionResult
+    ) -> None:
+        """Keep a result under a key, replacing what stood there. FailedPrecondition when not allowed."""
         ...

@@ -1,0 +1,152 @@
+"""Chunks that will likely be wanted soon, fetched while nobody waits for one.
+
+Hints are queued and fetched in the background, in bulk. A demand fetch runs on the thread that
+needs the bytes, so it never queues behind a prefetch; and while one runs no new prefetch is started.
+When the last demand ends, its thread hands the next batch over before it returns to its reader:
+a sequential reader that comes back for the next chunk then finds it in flight and waits for that,
+instead of overtaking its own readahead for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from snaploader.blobstore import BlobStore
+from snaploader.digest import Digest
+from snaploader.errors import Cancelled, NotFound, SnaploaderError
+from snaploader.filecache import FileCache
+from snaploader.loader.flight import SingleFlight
+from snaploader.loader.pool import WorkerPool
+
+log = logging.getLogger(__name__)
+
+MAX_QUEUED_HINTS = 1024
+"""Hints beyond this push out the oldest ones."""
+
+MAX_BATCH_BYTES = 8 << 20
+"""What one background fetch asks for at most; more than one remote batch, so that batches overlap."""
+
+MAX_REMEMBERED = 65_536
+"""Prefetched blobs whose first use is still to be counted."""
+
+
+class Prefetcher:
+    """Fetches hinted blobs from the remote store into the file cache. Thread-safe."""
+
+    def __init__(
+        self, file_cache: FileCache, remote: BlobStore, pool: WorkerPool, flights: SingleFlight
+    ) -> None:
+        self._file_cache = file_cache
+        self._remote = remote
+        self._pool = pool
+        self._flights = flights
+        self._lock = threading.Lock()
+        self._queue: OrderedDict[Digest, None] = OrderedDict()
+        self._unused: OrderedDict[Digest, None] = OrderedDict()
+        self._demands = 0
+        self._busy = False
+        self._closed = False
+
+    def hint(self, digests: Sequence[Digest]) -> None:
+        """These are likely wanted soon, the first one first. Returns at once."""
+        with self._lock:
+            if self._closed:
+                return
+            for digest in reversed(digests):
+                self._queue[digest] = None
+                self._queue.move_to_end(digest, last=False)
+            while len(self._queue) > MAX_QUEUED_HINTS:
+                self._queue.popitem()
+        self._start()
+
+    @contextmanager
+    def demand(self, digest: Digest) -> Iterator[None]:
+        """Holds prefetching back for as long as the block, a demand fetch of `digest`, runs."""
+        with self._lock:
+            self._demands += 1
+            self._queue.pop(digest, None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._demands -= 1
+            self._start()
+
+    def take_credit(self, digest: Digest) -> bool:
+        """Whether `digest` is here because of a hint; says so once."""
+        with self._lock:
+            if digest not in self._unused:
+                return False
+            del self._unused[digest]
+            return True
+
+    def close(self) -> None:
+        """Forget all hints. What is being fetched ends with the pool."""
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._busy or self._demands or self._closed or not self._queue:
+                return
+            batch = self._take_batch()
+            self._busy = bool(batch)
+        if not batch:
+            return
+        try:
+            future = self._pool.submit(lambda: self._run(batch))
+        except Cancelled as error:
+            self._give_up(batch, error)
+            return
+        # A pool that closes drops what has not begun; whoever waits for these blobs must hear of it.
+        closed = Cancelled("the loader was closed")
+        future.add_done_callback(lambda done: self._give_up(batch, closed) if done.cancelled() else None)
+
+    def _take_batch(self) -> list[Digest]:
+        batch: list[Digest] = []
+        size = 0
+        while self._queue:
+            digest = next(iter(self._queue))
+            if batch and size + digest.size_bytes > MAX_BATCH_BYTES:
+                break
+            del self._queue[digest]
+            if self._flights.board(digest, background=True).is_owner:
+                batch.append(digest)
+                size += digest.size_bytes
+        return batch
+
+    def _run(self, batch: list[Digest]) -> None:
+        error: SnaploaderError | None = None
+        try:
+            missing = self._file_cache.find_missing(batch)
+            for digest in batch:
+                if digest not in missing:
+                    self._flights.land(digest)
+            if missing:
+                self._remote.read_many([d for d in batch if d in missing], self._keep)
+        except SnaploaderError as caught:
+            # Nobody asked for these bytes yet: whoever does fetches them again and sees the error.
+            log.debug("prefetch of %d blobs failed: %s", len(batch), caught)
+            error = caught
+        finally:
+            self._give_up(batch, error or NotFound("the prefetch ended without this blob"))
+        self._start()
+
+    def _keep(self, digest: Digest, data: bytes) -> None:
+        self._file_cache.put_verified(digest, data)
+        with self._lock:
+            self._unused[digest] = None
+            if len(self._unused) > MAX_REMEMBERED:
+                self._unused.popitem(last=False)
+        self._flights.land(digest)
+
+    def _give_up(self, batch: list[Digest], error: SnaploaderError) -> None:
+        for digest in batch:
+            self._flights.land(digest, error)
+        with self._lock:
+            self._busy = False
