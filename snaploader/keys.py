@@ -1,0 +1,280 @@
+"""Keys: under which names the snapshots of a task are looked for, and under which they are written.
+
+A key says of which instance, platform, configuration and version a snapshot is, and of which branch
+(`ref`). Branches fall back on one another, so a task has a set of keys. What a cache stores a
+manifest under is a hash over a key; the formats are described in docs/formats/keys.md and never
+change. Everything here is a pure function of its arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+
+from google.protobuf.message import DecodeError
+
+from snaploader._proto import remote_execution_pb2, snaploader_pb2
+from snaploader.digest import Digest, DigestFunction, hash_strings
+from snaploader.errors import InvalidArgument
+from snaploader.policy import POLICY_PROPERTIES
+from snaploader.task import SnapshotTask, checked_text
+
+log = logging.getLogger(__name__)
+
+BRANCH_VARIABLE = "GIT_BRANCH"
+BASE_BRANCH_VARIABLE = "GIT_BASE_BRANCH"
+DEFAULT_BRANCH_VARIABLE = "GIT_REPO_DEFAULT_BRANCH"
+
+MERGE_QUEUE_PREFIX = "gh-readonly-queue/"
+
+UNIVERSAL_REF = "~universal"
+"""The ref of the universal fallback. No branch can be called so: git forbids `~` in ref names."""
+
+MAX_FALLBACK_KEYS = 64
+"""Key sets that come from outside may have no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotKey:
+    """Names the place of a snapshot. Immutable, hashable; an empty string is a field not set.
+
+    Raises InvalidArgument when a field is longer than 4096 bytes, holds a NUL or is not valid Unicode.
+    """
+
+    instance_name: str = ""
+    platform_hash: str = ""
+    """SHA-256 of the effective platform, in hexadecimal; see `platform_hash`."""
+    configuration_hash: str = ""
+    """Of everything else that the machine was configured with; the caller's."""
+    runner_id: str = ""
+    """Set where snapshots are not shared between runners; `ref` is empty then."""
+    ref: str = ""
+    """The branch."""
+    snapshot_id: str = ""
+    """Set where one saved snapshot is named, once and for all."""
+    version_id: str = ""
+    """Of all refs together; a new version leaves all earlier snapshots behind."""
+
+    def __post_init__(self) -> None:
+        for name in _KEY_FIELDS:
+            checked_text(getattr(self, name), f"{name} of a snapshot key")
+
+    def to_proto(self) -> snaploader_pb2.SnapshotKey:
+        """The key as a message."""
+        return snaploader_pb2.SnapshotKey(**{name: getattr(self, name) for name in _KEY_FIELDS})
+
+    @classmethod
+    def from_proto(cls, message: snaploader_pb2.SnapshotKey) -> SnapshotKey:
+        """The key in a message; fields unknown here are dropped."""
+        return cls(**{name: getattr(message, name) for name in _KEY_FIELDS})
+
+    def serialize(self) -> bytes:
+        """The message's deterministic bytes, from which hashes are made."""
+        return self.to_proto().SerializeToString(deterministic=True)
+
+    @classmethod
+    def parse(cls, data: bytes) -> SnapshotKey:
+        """The key in a serialised message. InvalidArgument when it is none."""
+        try:
+            return cls.from_proto(snaploader_pb2.SnapshotKey.FromString(data))
+        except DecodeError as error:
+            raise InvalidArgument(f"not a serialised snapshot key: {error}") from error
+
+    def __str__(self) -> str:
+        """Those fields that are set, for messages to people; hashes are shortened."""
+        shown = {name: getattr(self, name) for name in _KEY_FIELDS if getattr(self, name)}
+        for name in ("platform_hash", "configuration_hash"):
+            if name in shown and len(shown[name]) > 12:
+                shown[name] = shown[name][:12] + "…"
+        return "{" + ", ".join(f"{name}={value!r}" for name, value in shown.items()) + "}"
+
+
+_KEY_FIELDS = tuple(field.name for field in fields(SnapshotKey))
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotKeySet:
+    """Where the snapshot of a task is looked for, in order, and where it is written. Immutable."""
+
+    branch_key: SnapshotKey
+    fallback_keys: tuple[SnapshotKey, ...]
+    write_key: SnapshotKey
+    """Where the task's snapshot is written: the branch key, but for merge queues."""
+
+    def __post_init__(self) -> None:
+        if len(self.fallback_keys) > MAX_FALLBACK_KEYS:
+            raise InvalidArgument(
+                f"a key set of {len(self.fallback_keys)} fallback keys is refused: "
+                f"{MAX_FALLBACK_KEYS} are allowed"
+            )
+
+    def __iter__(self) -> Iterator[SnapshotKey]:
+        """The keys to read from, best first."""
+        yield self.branch_key
+        yield from self.fallback_keys
+
+    @property
+    def write_keys(self) -> tuple[SnapshotKey, ...]:
+        """All keys that a save updates: the write key, and the universal key where it is a fallback."""
+        universal = (key for key in self.fallback_keys if is_universal(key))
+        return (self.write_key, *(key for key in universal if key != self.write_key))
+
+    def to_proto(self) -> snaploader_pb2.SnapshotKeySet:
+        """The key set as a message."""
+        return snaploader_pb2.SnapshotKeySet(
+            branch_key=self.branch_key.to_proto(),
+            fallback_keys=[key.to_proto() for key in self.fallback_keys],
+            write_key=self.write_key.to_proto(),
+        )
+
+    @classmethod
+    def from_proto(cls, message: snaploader_pb2.SnapshotKeySet) -> SnapshotKeySet:
+        """The key set in a message. InvalidArgument when it has no branch key or no write key."""
+        if not (message.HasField("branch_key") and message.HasField("write_key")):
+            raise InvalidArgument("a snapshot key set must have a branch key and a write key")
+        return cls(
+            SnapshotKey.from_proto(message.branch_key),
+            tuple(SnapshotKey.from_proto(key) for key in message.fallback_keys),
+            SnapshotKey.from_proto(message.write_key),
+        )
+
+    def serialize(self) -> bytes:
+        """The message's deterministic bytes."""
+        return self.to_proto().SerializeToString(deterministic=True)
+
+    @classmethod
+    def parse(cls, data: bytes) -> SnapshotKeySet:
+        """The key set in a serialised message. InvalidArgument when it is none."""
+        try:
+            return cls.from_proto(snaploader_pb2.SnapshotKeySet.FromString(data))
+        except DecodeError as error:
+            raise InvalidArgument(f"not a serialised snapshot key set: {error}") from error
+
+
+def platform_hash(properties: Iterable[tuple[str, str]]) -> str:
+    """SHA-256, in hexadecimal, of the serialised Platform of `properties` in REAPI's order.
+
+    Properties that only steer policy (`POLICY_PROPERTIES`, in any case) are left out.
+    """
+    platform = remote_execution_pb2.Platform()
+    for name, value in sorted(properties):
+        if name.lower() not in POLICY_PROPERTIES:
+            platform.properties.add(name=name, value=value)
+    return hashlib.sha256(platform.SerializeToString(deterministic=True)).hexdigest()
+
+
+def base_key(task: SnapshotTask, configuration_hash: str) -> SnapshotKey:
+    """What all keys of a task share; enough to look its version up."""
+    return SnapshotKey(
+        instance_name=task.instance_name,
+        platform_hash=platform_hash(task.platform),
+        configuration_hash=configuration_hash,
+    )
+
+
+def snapshot_key_set(
+    task: SnapshotTask,
+    configuration_hash: str,
+    runner_id: str = "",
+    version_id: str = "",
+    *,
+    share: bool = True,
+    universal: bool = False,
+) -> SnapshotKeySet:
+    """The keys of a task.
+
+    The branch is the variable GIT_BRANCH of the task. It falls back on GIT_BASE_BRANCH, then on
+    GIT_REPO_DEFAULT_BRANCH, then on the universal ref where that is wanted. Without a branch there is
+    no ref, and no fallback but the universal one. A task of a merge queue writes to the queue's base
+    branch, so that the next pull request finds it.
+
+    Args:
+        configuration_hash: Of everything but the platform that makes machines differ.
+        runner_id: The runner; needed when `share` is false, ignored otherwise.
+        version_id: The current version, which the loader knows.
+        share: Whether runners share snapshots. If not, the only key is the runner's own.
+        universal: Whether any branch's latest snapshot may serve as the last fallback.
+
+    Raises:
+        InvalidArgument: A string is not fit for a key, or `runner_id` is missing.
+    """
+    base = replace(base_key(task, configuration_hash), version_id=version_id)
+    if not share:
+        if not runner_id:
+            raise InvalidArgument("runner_id is needed where snapshots are not shared between runners")
+        own = replace(base, runner_id=runner_id)
+        return SnapshotKeySet(own, (), own)
+    branch = _branch(task, BRANCH_VARIABLE)
+    refs = [_branch(task, BASE_BRANCH_VARIABLE), _branch(task, DEFAULT_BRANCH_VARIABLE)] if branch else []
+    # A dict keeps the first of equal refs, in order.
+    fallback_refs = [ref for ref in dict.fromkeys(refs) if ref and ref != branch]
+    if universal:
+        fallback_refs.append(UNIVERSAL_REF)
+    return SnapshotKeySet(
+        branch_key=replace(base, ref=branch),
+        fallback_keys=tuple(replace(base, ref=ref) for ref in fallback_refs),
+        write_key=replace(base, ref=write_ref(branch)),
+    )
+
+
+def write_ref(ref: str) -> str:
+    """The ref that a task of `ref` writes to: itself, or the base branch of a merge queue.
+
+    A merge queue's ref is `gh-readonly-queue/<base>/<pr>`, where the base may hold slashes. One that is
+    malformed is logged and stands for itself.
+    """
+    if not ref.startswith(MERGE_QUEUE_PREFIX):
+        return ref
+    base, _, pull_request = ref.removeprefix(MERGE_QUEUE_PREFIX).rpartition("/")
+    if not pull_request or not all(base.split("/")) or base == UNIVERSAL_REF:
+        log.warning("merge queue ref %r names no base branch: its snapshots are kept under its own name", ref)
+        return ref
+    return base
+
+
+def is_universal(key: SnapshotKey) -> bool:
+    """Whether `key` is the universal fallback, to which the age limit always applies."""
+    return key.ref == UNIVERSAL_REF
+
+
+def snapshot_id_key(key: SnapshotKey) -> SnapshotKey:
+    """The key of exactly the snapshot that `key.snapshot_id` names. It is never overwritten."""
+    if not key.snapshot_id:
+        raise InvalidArgument(f"the key {key} has no snapshot_id")
+    return SnapshotKey(instance_name=key.instance_name, snapshot_id=key.snapshot_id)
+
+
+def local_manifest_key(group_id: str, key: SnapshotKey) -> str:
+    """The ref, 64 hexadecimal digits, that a group's file cache keeps the manifest of `key` under."""
+    return hash_strings(group_id, *_manifest_parts(key))
+
+
+def remote_manifest_digest(key: SnapshotKey, function: DigestFunction) -> Digest:
+    """The digest that a remote action cache keeps the manifest of `key` under, labelled with `function`.
+
+    No blob has it. It has size 1 because some servers refuse a key of size 0.
+    """
+    return Digest(hash_strings(*_manifest_parts(key)), 1, function)
+
+
+def version_key(key: SnapshotKey) -> str:
+    """The name, 64 hexadecimal digits, of the version that all refs of `key` share."""
+    return hash_strings(key.instance_name, key.platform_hash, key.configuration_hash, ".version")
+
+
+def remote_version_digest(key: SnapshotKey, function: DigestFunction) -> Digest:
+    """The digest that a remote action cache keeps the version of `key` under, labelled with `function`."""
+    return Digest(version_key(key), 1, function)
+
+
+def _manifest_parts(key: SnapshotKey) -> tuple[str, str, str, str]:
+    return hashlib.sha256(key.serialize()).hexdigest(), key.snapshot_id, key.version_id, ".manifest"
+
+
+def _branch(task: SnapshotTask, variable: str) -> str:
+    ref = checked_text(task.environment.get(variable, ""), f"environment variable {variable}")
+    if ref == UNIVERSAL_REF:
+        raise InvalidArgument(f"environment variable {variable} is {ref!r}, which is no branch")
+    return ref

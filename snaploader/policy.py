@@ -1,0 +1,202 @@
+"""When snapshots are read and saved: the policies, and the decisions that follow from them.
+
+A task may bring its policy along as platform properties (names in any case), each at most once:
+
+    snapshot-read-policy               newest, local-first or local-only
+    snapshot-save-policy               always, first-non-default-ref or none-available
+    snapshot-max-stale-fallback-age    a duration, such as 24h
+    snapshot-refresh-interval          a duration, such as 90m
+    snapshot-sharing                   true or false
+    snapshot-universal-fallback        true or false
+
+They steer and describe nothing of the machine, so no key depends on them: changing a policy does not
+start cold. A duration is a number of seconds, or a number followed by s, m, h or d.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Self
+
+from snaploader._proto.snaploader_pb2 import VMMetadata
+from snaploader.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from snaploader.keys import SnapshotKey
+
+DEFAULT_MAX_STALE_FALLBACK_AGE_S = 24 * 3600.0
+"""How old a local snapshot of another ref may be, in seconds, when nothing else is said."""
+
+READ_POLICY_PROPERTY = "snapshot-read-policy"
+SAVE_POLICY_PROPERTY = "snapshot-save-policy"
+MAX_STALE_FALLBACK_AGE_PROPERTY = "snapshot-max-stale-fallback-age"
+REFRESH_INTERVAL_PROPERTY = "snapshot-refresh-interval"
+SHARING_PROPERTY = "snapshot-sharing"
+UNIVERSAL_FALLBACK_PROPERTY = "snapshot-universal-fallback"
+
+POLICY_PROPERTIES = frozenset(
+    {
+        READ_POLICY_PROPERTY,
+        SAVE_POLICY_PROPERTY,
+        MAX_STALE_FALLBACK_AGE_PROPERTY,
+        REFRESH_INTERVAL_PROPERTY,
+        SHARING_PROPERTY,
+        UNIVERSAL_FALLBACK_PROPERTY,
+    }
+)
+"""Platform properties, in lower case, that steer policy and are left out of the platform hash."""
+
+_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([smhd]?)")
+_UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+class _Policy(StrEnum):
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The policy called `name`, in any case, with hyphens or underscores. InvalidArgument for others."""
+        try:
+            return cls(name.strip().lower().replace("_", "-"))
+        except ValueError:
+            known = ", ".join(cls)
+            raise InvalidArgument(f"unknown {cls.__name__} {name[:80]!r}: use one of {known}") from None
+
+
+class ReadPolicy(_Policy):
+    """Which manifest is taken when a key has one locally and one remotely."""
+
+    NEWEST = "newest"
+    """The remote one, which is not written to the local cache."""
+    LOCAL_FIRST = "local-first"
+    """The local one; else the remote one, which then becomes the local one."""
+    LOCAL_ONLY = "local-only"
+    """The local one; the remote store is not asked."""
+
+
+class SavePolicy(_Policy):
+    """Whether a snapshot is also saved remotely. The default branch always is."""
+
+    ALWAYS = "always"
+    FIRST_NON_DEFAULT_REF = "first-non-default-ref"
+    """Unless the branch has a snapshot already."""
+    NONE_AVAILABLE = "none-available"
+    """Unless any key of the set has a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyOverrides:
+    """What a task's platform properties say about policy; None where they say nothing."""
+
+    read_policy: ReadPolicy | None = None
+    save_policy: SavePolicy | None = None
+    max_stale_fallback_age_s: float | None = None
+    refresh_interval_s: float | None = None
+    share: bool | None = None
+    universal: bool | None = None
+
+    @classmethod
+    def from_platform(cls, properties: Iterable[tuple[str, str]]) -> PolicyOverrides:
+        """Read the policy properties among `properties`.
+
+        Raises:
+            InvalidArgument: A policy property has a value it cannot have, or is there twice.
+        """
+        found: dict[str, str] = {}
+        for name, value in properties:
+            lowered = name.lower()
+            if lowered in POLICY_PROPERTIES and found.setdefault(lowered, value) != value:
+                raise InvalidArgument(f"platform property {lowered!r} is set twice, to different values")
+        read = found.get(READ_POLICY_PROPERTY)
+        save = found.get(SAVE_POLICY_PROPERTY)
+        return cls(
+            read_policy=None if read is None else ReadPolicy.parse(read),
+            save_policy=None if save is None else SavePolicy.parse(save),
+            max_stale_fallback_age_s=_duration_s(found, MAX_STALE_FALLBACK_AGE_PROPERTY),
+            refresh_interval_s=_duration_s(found, REFRESH_INTERVAL_PROPERTY),
+            share=_boolean(found, SHARING_PROPERTY),
+            universal=_boolean(found, UNIVERSAL_FALLBACK_PROPERTY),
+        )
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds, from a number with an optional unit of s, m, h or d. InvalidArgument for anything else."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise InvalidArgument(f"{text[:80]!r} is no duration: write a number of seconds, or as in 90m or 24h")
+    return float(match[1]) * _UNIT_S[match[2]]
+
+
+def is_default_branch(key: SnapshotKey, default_ref: str) -> bool:
+    """Whether `key` is of the default branch.
+
+    A key without a ref has only one line of history, its own, which counts as the default branch.
+    """
+    return not key.ref or key.ref == default_ref
+
+
+def should_save_remotely(
+    policy: SavePolicy,
+    key: SnapshotKey,
+    *,
+    default_ref: str = "",
+    branch_exists: bool = False,
+    any_exists: bool = False,
+    last_save_s: float | None = None,
+    refresh_interval_s: float = 0.0,
+    now_s: float = 0.0,
+) -> bool:
+    """Whether a snapshot of `key` is to be saved remotely.
+
+    Args:
+        default_ref: The repository's default branch; empty when unknown.
+        branch_exists: Whether the remote store has a snapshot of this very key.
+        any_exists: Whether it has one of any key of the set.
+        last_save_s: When the branch was last saved remotely, in seconds since the epoch, where known.
+        refresh_interval_s: The default branch is saved at most once in so many seconds.
+        now_s: The present, in seconds since the epoch.
+    """
+    if is_default_branch(key, default_ref):
+        if last_save_s is None:
+            return True
+        # A save from the future tells of a wrong clock, and must not hold off saves until then.
+        return not 0 <= now_s - last_save_s < refresh_interval_s
+    if policy is SavePolicy.FIRST_NON_DEFAULT_REF:
+        return not branch_exists
+    if policy is SavePolicy.NONE_AVAILABLE:
+        return not (branch_exists or any_exists)
+    return True
+
+
+def is_stale(vm_metadata: VMMetadata | None, *, now_s: float, max_age_s: float) -> bool:
+    """Whether a local fallback snapshot is too old to be used.
+
+    Its age is that of the last task it ran. Without a timestamp it is stale; so it is when the
+    timestamp lies further than `max_age_s` in the future, where only a wrong clock can have put it.
+
+    Args:
+        now_s: The present, in seconds since the epoch.
+        max_age_s: In seconds; math.inf for no limit (a timestamp is needed all the same).
+    """
+    if vm_metadata is None or not vm_metadata.last_executed_task.HasField("completed_timestamp"):
+        return True
+    completed = vm_metadata.last_executed_task.completed_timestamp
+    return math.fabs(now_s - (completed.seconds + completed.nanos / 1e9)) > max_age_s
+
+
+def _duration_s(found: dict[str, str], name: str) -> float | None:
+    return parse_duration_s(found[name]) if name in found else None
+
+
+def _boolean(found: dict[str, str], name: str) -> bool | None:
+    if name not in found:
+        return None
+    try:
+        return _BOOLEANS[found[name].strip().lower()]
+    except KeyError:
+        raise InvalidArgument(
+            f"platform property {name!r} is {found[name][:80]!r}: write true or false"
+        ) from None
