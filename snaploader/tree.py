@@ -1,0 +1,307 @@
+"""Chunk tables as Remote Execution API Trees, and back.
+
+The tree of a chunked file has one FileNode per stored chunk, so that a server that checks what a Tree
+names checks every chunk. docs/formats/manifest.md describes the format. The bytes are those of
+protobuf's deterministic serialisation, but made and read as numpy arrays: a protobuf message per
+chunk would take ten times as long, and many times the memory.
+
+Reading takes the bytes for what `encode_tree` makes of some table, picks that table out of them
+without a further look, and encodes it again: it is right if that gives the very same bytes. Bytes in
+any other encoding, and all that break a rule, are read one FileNode at a time, in constant memory.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError, Message
+
+from snaploader import wire
+from snaploader._proto import remote_execution_pb2
+from snaploader.chunktable import MAX_STORED_CHUNKS, ChunkTable, Hashes, check_geometry
+from snaploader.digest import HASH_BYTES, Buffer, Digest, DigestFunction
+from snaploader.errors import InvalidArgument
+
+MAX_TREE_BYTES = 128 << 20
+"""Largest tree that is read; one of `MAX_STORED_CHUNKS` chunks is smaller."""
+
+SIZE_PROPERTY = "size"
+CHUNK_SIZE_PROPERTY = "chunk_size"
+
+_BLOCK_ROWS = 8192
+"""Chunks handled at a time, so that temporary arrays stay within a few MiB."""
+
+_MAX_DIGITS = 16
+"""Of an offset: no file is larger than MAX_BLOB_BYTES, 1 PiB."""
+
+_MAX_RUNS = 2 * _MAX_DIGITS
+"""Nodes of one length stand together: a run for each number of digits, and one for a short last chunk."""
+
+_MAX_FIELD_BYTES = 64 << 10
+"""Of a FileNode, and of the properties: a parsed message can take many times the memory of its bytes."""
+
+# Tags, in the bytes of a FileNode: tag, length, tag, length, name, tag, length, tag, length, hash, tag, size.
+_FIRST_BYTES = wire.tag(1, wire.BYTES)  # Tree.root, Directory.files, FileNode.name, Digest.hash
+_NODE_DIGEST = wire.tag(2, wire.BYTES)
+_DIGEST_SIZE = wire.tag(2, wire.VARINT)
+_NAME_AT = 4
+_NAME_TO_HASH = 4
+
+# Fields that are read one by one.
+_TREE_ROOT, _TREE_CHILDREN = 1, 2
+_DIRECTORY_FILES, _DIRECTORY_PROPERTIES = 1, 5
+_DIRECTORY_NODES = {2, 3}  # directories and symlinks
+
+_DECIMAL = re.compile(r"0|[1-9][0-9]{0,15}")
+
+_Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+M = TypeVar("M", bound=Message)
+
+
+def encode_tree(table: ChunkTable) -> bytes:
+    """The serialised Tree of `table`: equal tables give equal bytes."""
+    return b"".join(_encoded_parts(table))
+
+
+def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
+    """The chunk table in a serialised Tree, all of it checked.
+
+    Args:
+        data: The whole blob.
+        function: Behind the digests in it, which do not say so themselves.
+
+    Raises:
+        InvalidArgument: It is no tree of a chunked file, or breaks a rule of the format: offsets that
+            are not canonical decimal numbers, out of order, repeated, no multiples of the chunk size
+            or past the end; digests that are malformed or not of the chunk's size; absurd sizes.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) > MAX_TREE_BYTES:
+        raise InvalidArgument(f"a tree of {len(view)} bytes is refused: {MAX_TREE_BYTES} are allowed")
+    table = _decode_canonical(view, function)
+    return table if table is not None else _decode_any(view, function)
+
+
+def _encoded_parts(table: ChunkTable) -> Iterator[memoryview]:
+    """The serialised Tree, in order."""
+    runs = [(start, stop, digits, _template(digits, size)) for start, stop, digits, size in _runs(table)]
+    properties = _encoded_properties(table.size, table.chunk_size)
+    root_bytes = sum((stop - start) * len(template) for start, stop, _, template in runs) + len(properties)
+    yield memoryview(bytes((_FIRST_BYTES,)) + wire.varint(root_bytes))
+    for start, stop, digits, template in runs:
+        for first in range(start, stop, _BLOCK_ROWS):
+            rows = slice(first, min(first + _BLOCK_ROWS, stop))
+            nodes = np.tile(template, (rows.stop - first, 1))
+            _write_decimals(table.indices[rows] * table.chunk_size, nodes[:, _NAME_AT : _NAME_AT + digits])
+            nodes[:, _hash_columns(digits)] = _hex(table.hashes[rows])
+            yield nodes.data.cast("B")
+    yield memoryview(properties)
+
+
+def _runs(table: ChunkTable) -> Iterator[tuple[int, int, int, int]]:
+    """Rows whose nodes differ in name and hash only: first, last + 1, digits of the offset, digest size."""
+    count = table.stored_count
+    if not count:
+        return
+    last_size = table.digest(count - 1).size_bytes
+    last_digits = len(str(int(table.indices[-1]) * table.chunk_size))
+    full = count if last_size == table.chunk_size else count - 1
+    start = 0
+    for digits in range(1, last_digits + 1):
+        first_longer = -(-(10**digits) // table.chunk_size)
+        stop = min(int(table.indices.searchsorted(first_longer)), full)
+        if start < stop:
+            yield start, stop, digits, table.chunk_size
+        start = stop
+    if full < count:
+        yield full, count, last_digits, last_size
+
+
+def _template(digits: int, size_bytes: int) -> _Bytes:
+    """A serialised FileNode, with its tag and length, that lacks name and hash."""
+    digest = bytes((_FIRST_BYTES, 2 * HASH_BYTES, *bytes(2 * HASH_BYTES), _DIGEST_SIZE)) + wire.varint(
+        size_bytes
+    )
+    node = bytes((_FIRST_BYTES, digits, *bytes(digits), _NODE_DIGEST, len(digest))) + digest
+    return np.frombuffer(bytes((_FIRST_BYTES, len(node))) + node, np.uint8)
+
+
+def _hash_columns(digits: int) -> slice:
+    start = _NAME_AT + digits + _NAME_TO_HASH
+    return slice(start, start + 2 * HASH_BYTES)
+
+
+def _write_decimals(numbers: npt.NDArray[np.int64], columns: _Bytes) -> None:
+    for column in reversed(range(columns.shape[1])):
+        numbers, digit = np.divmod(numbers, 10)
+        columns[:, column] = digit + ord("0")
+
+
+def _read_decimals(columns: _Bytes) -> npt.NDArray[np.int64]:
+    numbers = np.zeros(len(columns), np.int64)
+    for column in columns.T:
+        numbers = numbers * 10 + (column - np.uint8(ord("0")))
+    return numbers
+
+
+def _hex(hashes: Hashes) -> _Bytes:
+    return np.frombuffer(hashes.tobytes().hex().encode(), np.uint8).reshape(-1, 2 * HASH_BYTES)
+
+
+def _unhex(columns: _Bytes) -> Hashes:
+    # ValueError where there is no hexadecimal number; spaces are skipped and leave too few bytes to reshape.
+    raw = bytes.fromhex(columns.tobytes().decode("ascii"))
+    return np.frombuffer(raw, np.uint8).reshape(len(columns), HASH_BYTES)
+
+
+def _encoded_properties(size: int, chunk_size: int) -> bytes:
+    directory = remote_execution_pb2.Directory()
+    directory.node_properties.properties.add(name=CHUNK_SIZE_PROPERTY, value=str(chunk_size))
+    directory.node_properties.properties.add(name=SIZE_PROPERTY, value=str(size))
+    return directory.SerializeToString(deterministic=True)
+
+
+def _decode_canonical(view: memoryview, function: DigestFunction) -> ChunkTable | None:
+    """The table in bytes as `encode_tree` makes them; None for any others, right or wrong."""
+    try:
+        root = next(wire.fields(view), None)
+        if root is None:
+            return None
+        offsets, hashes, rest = _pick_nodes(np.frombuffer(root.payload, np.uint8))
+        if len(rest) > _MAX_FIELD_BYTES:
+            return None
+        size, chunk_size = _geometry(_parsed(remote_execution_pb2.Directory, rest.data).node_properties)
+        table = ChunkTable(size, chunk_size, function, offsets // chunk_size, hashes)
+    except ValueError:
+        return None
+    position = 0
+    for part in _encoded_parts(table):
+        if view[position : position + len(part)] != part:
+            return None
+        position += len(part)
+    return table if position == len(view) else None
+
+
+def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
+    """Offsets and hashes of what looks like a FileNode at the start of a Directory, and the bytes behind.
+
+    Nothing is checked but that all reads stay inside. Stops early where nodes are not laid out in runs.
+    """
+    offsets: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+    hashes: list[Hashes] = [np.empty((0, HASH_BYTES), np.uint8)]
+    runs = 0
+    while len(root) > _NAME_AT and root[0] == _FIRST_BYTES and runs < _MAX_RUNS:
+        digits = int(root[_NAME_AT - 1])
+        length = int(root[1]) + 2
+        columns = _hash_columns(digits)
+        if not 1 <= digits <= _MAX_DIGITS or columns.stop > length or length > len(root):
+            break
+        count = min(len(root) // length, _BLOCK_ROWS)
+        nodes = root[: count * length].reshape(count, length)
+        alike = (nodes[:, :_NAME_AT] == nodes[0, :_NAME_AT]).all(axis=1)
+        if not alike.all():
+            nodes = nodes[: int(alike.argmin())]
+            runs += 1
+        offsets.append(_read_decimals(nodes[:, _NAME_AT : _NAME_AT + digits]))
+        hashes.append(_unhex(nodes[:, columns]))
+        root = root[nodes.size :]
+    return np.concatenate(offsets), np.concatenate(hashes), root
+
+
+def _decode_any(view: memoryview, function: DigestFunction) -> ChunkTable:
+    """The table in any valid encoding of a Tree, or the error that says what is wrong with it."""
+    offsets, sizes = array("q"), array("q")
+    hashes = bytearray()
+    properties = remote_execution_pb2.NodeProperties()
+    for field in _directory_fields(view):
+        if len(field.payload) > _MAX_FIELD_BYTES:
+            raise InvalidArgument(
+                f"a tree holds a field of {len(field.payload)} bytes, {_MAX_FIELD_BYTES} are allowed"
+            )
+        if field.number == _DIRECTORY_PROPERTIES:
+            properties.MergeFrom(_parsed(remote_execution_pb2.NodeProperties, field.payload))
+            continue
+        node = _parsed(remote_execution_pb2.FileNode, field.payload)
+        if not _DECIMAL.fullmatch(node.name):
+            raise InvalidArgument(f"file {node.name[:80]!r} of a tree is not called after its offset")
+        digest = Digest.checked(node.digest.hash, node.digest.size_bytes, function)
+        if len(offsets) == MAX_STORED_CHUNKS:
+            raise InvalidArgument(f"a tree of more than {MAX_STORED_CHUNKS} chunks is refused")
+        offsets.append(int(node.name))
+        sizes.append(digest.size_bytes)
+        hashes += bytes.fromhex(digest.hash)
+    size, chunk_size = _geometry(properties)
+    places = np.frombuffer(offsets, np.int64)
+    _check_offsets(places, np.frombuffer(sizes, np.int64), size, chunk_size)
+    table_hashes = np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
+    return ChunkTable(size, chunk_size, function, places // chunk_size, table_hashes)
+
+
+def _directory_fields(tree: memoryview) -> Iterator[wire.Field]:
+    """The files and properties of the root, which is all that the tree of a chunked file may hold."""
+    for field in wire.fields(tree):
+        if field.number != _TREE_ROOT:
+            if field.number == _TREE_CHILDREN:
+                raise InvalidArgument("the tree of a chunked file must not have child directories")
+            continue
+        for part in wire.fields(_bytes_of(field)):
+            if part.number in _DIRECTORY_NODES:
+                raise InvalidArgument("the tree of a chunked file must hold nothing but files")
+            if part.number in {_DIRECTORY_FILES, _DIRECTORY_PROPERTIES}:
+                yield part._replace(payload=_bytes_of(part))
+
+
+def _bytes_of(field: wire.Field) -> memoryview:
+    if field.wire_type != wire.BYTES:
+        raise InvalidArgument(f"field {field.number} of a tree has wire type {field.wire_type}")
+    return field.payload
+
+
+def _parsed(kind: type[M], data: memoryview) -> M:
+    try:
+        return kind.FromString(bytes(data))
+    except DecodeError as error:
+        raise InvalidArgument(f"a tree holds a malformed {kind.DESCRIPTOR.name}: {error}") from error
+
+
+def _geometry(properties: remote_execution_pb2.NodeProperties) -> tuple[int, int]:
+    """Size and chunk size of the file. Other properties may stand beside them."""
+    found: dict[str, int] = {}
+    for item in properties.properties:
+        if item.name not in {SIZE_PROPERTY, CHUNK_SIZE_PROPERTY}:
+            continue
+        if item.name in found or not _DECIMAL.fullmatch(item.value):
+            raise InvalidArgument(f"property {item.name!r} of a tree is not one decimal number")
+        found[item.name] = int(item.value)
+    if len(found) != 2:
+        raise InvalidArgument(f"a tree lacks its properties {SIZE_PROPERTY!r} and {CHUNK_SIZE_PROPERTY!r}")
+    check_geometry(found[SIZE_PROPERTY], found[CHUNK_SIZE_PROPERTY])
+    return found[SIZE_PROPERTY], found[CHUNK_SIZE_PROPERTY]
+
+
+def _check_offsets(
+    offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], size: int, chunk_size: int
+) -> None:
+    wrong = offsets % chunk_size != 0
+    if wrong.any():
+        raise InvalidArgument(
+            f"offset {offsets[wrong][0]} in a tree is no multiple of the chunk size {chunk_size}"
+        )
+    wrong = offsets >= size
+    if wrong.any():
+        raise InvalidArgument(
+            f"offset {offsets[wrong][0]} in a tree is past the end of a file of {size} bytes"
+        )
+    wrong = np.diff(offsets, prepend=-1) <= 0
+    if wrong.any():
+        raise InvalidArgument(f"offset {offsets[wrong][0]} in a tree is repeated or out of order")
+    wrong = sizes != np.minimum(size - offsets, chunk_size)
+    if wrong.any():
+        raise InvalidArgument(
+            f"the digest at offset {offsets[wrong][0]} in a tree has size {sizes[wrong][0]}"
+        )
