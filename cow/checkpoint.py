@@ -1,0 +1,235 @@
+"""A point in time of a store, to save from while the store is written on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cow.core import StoreCore
+from cow.errors import CheckpointConflict, OutOfBounds, TruncatedFile
+from cow.files import file_name
+from cow.gate import Gate
+from cow.geometry import chunk_length
+from cow.source import ChunkSource
+from cow.sparse import read_all
+from cow.states import BASE, FROZEN, HOLE, LAZY
+from cow.writer import ChunkWriter
+from cow.zero import is_zero
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from typing_extensions import Buffer
+
+
+class Checkpoint:
+    """All bytes of a store as they were at one moment; made by `COWStore.checkpoint`.
+
+    Nothing that is written to the store later shows here: chunks with files of their own are frozen, and the
+    next write to one copies it first. Thread-safe. End it with `commit` or `release`; leaving the `with`
+    block without a commit releases it. CheckpointConflict when it is used after its end, StoreClosed
+    when the store was closed.
+    """
+
+    def __init__(self, core: StoreCore, writer: ChunkWriter) -> None:
+        """Called in the exclusive section of the store's gate."""
+        self._core = core
+        self._writer = writer
+        self._gate = Gate(
+            lambda: CheckpointConflict("the checkpoint was committed or released: make a new one")
+        )
+        self._superseded: list[str] = []
+        states = core.states
+        with core.tables_lock:
+            self._source = core.source
+            self._unchanged = states.saved.copy()
+            self.written, self.pages = states.begin_epoch()
+            self._kind = states.kind.copy()
+            self._epoch = states.epoch.copy()
+            core.epoch += 1
+            core.checkpoint = self
+        core.budget._files.discard_group(core.serial)
+        self._chunks = np.flatnonzero(~self._unchanged)
+        self._unchanged.flags.writeable = False
+        self._chunks.flags.writeable = False
+        self.size = core.size
+        """Size of the store at the checkpoint, in bytes."""
+        self.chunk_size = core.chunk_size
+
+    @property
+    def chunks(self) -> npt.NDArray[np.int64]:
+        """Sorted indices of the chunks to save: their content is not known to the source.
+
+        They are those modified since the last commit, and those of a converted file until the first one.
+        Holes may be among them. Read-only.
+        """
+        return self._chunks
+
+    @property
+    def lazy_or_clean(self) -> npt.NDArray[np.bool_]:
+        """Mask of the chunks that need no saving: unchanged since the last commit, or never written holes.
+
+        Read-only; exactly the complement of `chunks`.
+        """
+        return self._unchanged
+
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunks, the short last one included."""
+        return len(self._kind)
+
+    def chunk_length(self, index: int) -> int:
+        """Length of a chunk in bytes."""
+        self._check(index)
+        return chunk_length(index, self.size, self.chunk_size)
+
+    def is_hole(self, index: int) -> bool:
+        """Whether a chunk is a hole: all zeros, without a file."""
+        self._check(index)
+        return bool(self._kind[index] == HOLE)
+
+    def is_lazy(self, index: int) -> bool:
+        """Whether a chunk is in the source only, so that reading it may fetch it."""
+        self._check(index)
+        return bool(self._kind[index] == LAZY)
+
+    def path(self, index: int) -> str | None:
+        """Path of the file that holds exactly this chunk, or None when it has none of its own.
+
+        The file never changes again and exists until the checkpoint ends, so it may be hard-linked into a
+        cache. None for holes, for chunks in the source and in the original file.
+        """
+        self._check(index)
+        if self._kind[index] != FROZEN:
+            return None
+        return self._core.files.path(self._name(index))
+
+    def readinto(self, index: int, buffer: Buffer) -> int:
+        """Read a whole chunk into the start of `buffer`; returns its length.
+
+        Reads files without mapping them. A chunk that is still in the source is opened from there; what the
+        source raises comes through. ValueError when the buffer is too small.
+        """
+        length = self.chunk_length(index)
+        target = memoryview(buffer).cast("B")
+        if len(target) < length:
+            raise ValueError(f"a buffer of {len(target)} bytes is too small for a chunk of {length}")
+        with self._reading():
+            self._read(index, target[:length])
+        return length
+
+    def discard_zero(self, index: int) -> bool:
+        """Turn a chunk of only zeros into a hole, here and, unless written since, in the store.
+
+        Returns False, and changes nothing, when the chunk has other bytes or is not in `chunks`.
+        """
+        self._check(index)
+        core = self._core
+        if self._unchanged[index]:
+            return False
+        with self._reading(), core.gate.writing(), core.locks.hold(index):
+            if self._kind[index] == HOLE:
+                return True
+            content = bytearray(chunk_length(index, self.size, self.chunk_size))
+            self._read(index, memoryview(content))
+            if not is_zero(content):
+                return False
+            self._kind[index] = HOLE
+            if not core.states.written[index]:
+                self._writer.hole(index)
+        return True
+
+    def commit(self, source: ChunkSource | None = None) -> None:
+        """End the checkpoint: everything it holds is saved now.
+
+        Its chunks are clean from here on, unless they were written since. `source`, when given, becomes the
+        store's source for the chunks it does not have itself, in one step for all readers; it serves the same
+        bytes as the old one, on which calls may still be in flight. The store keeps the chunks it has.
+        """
+        core = self._core
+        with self._ending():
+            count = len(self._unchanged)
+            core.states.saved[:count] |= ~core.states.written[:count]
+            if source is not None:
+                core.source = source
+
+    def release(self) -> None:
+        """End the checkpoint: nothing counts as saved. Idempotent, also after a commit."""
+        core = self._core
+        if self._gate.closed or core.gate.closed:
+            self._gate.close()
+            return
+        with self._ending():
+            core.states.written[: len(self.written)] |= self.written
+            core.states.pages[: len(self.pages)] |= self.pages
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def keep_until_end(self, name: str) -> None:
+        """Remove a private file of the store, of which this checkpoint may need the content, when it ends."""
+        self._superseded.append(name)
+
+    def superseded(self) -> list[str]:
+        """The files kept by `keep_until_end`, for the store to remove when it closes."""
+        return list(self._superseded)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._gate.reading(), self._core.gate.reading():
+            yield
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        core = self._core
+        self._gate.check()
+        with core.gate.reading():
+            self._gate.close()
+            with core.gate.exclusive():
+                if core.checkpoint is not self:
+                    raise CheckpointConflict("the checkpoint has ended already")
+                with core.tables_lock:
+                    yield
+                    core.checkpoint = None
+            core.files.remove(self._superseded)
+
+    def _check(self, index: int) -> None:
+        self._gate.check()
+        if not 0 <= index < len(self._kind):
+            raise OutOfBounds(f"chunk {index} is not in a checkpoint of {len(self._kind)} chunks")
+
+    def _name(self, index: int) -> str:
+        return file_name(index, int(self._epoch[index]))
+
+    def _read(self, index: int, target: memoryview) -> None:
+        core = self._core
+        kind = self._kind[index]
+        what = core.describe(index)
+        if kind == HOLE:
+            np.frombuffer(target, np.uint8).fill(0)
+        elif kind == BASE:
+            assert core.base is not None
+            read_all(core.base.fd, target, index * self.chunk_size, f"the file {core.base.path!r}")
+        else:
+            if kind == FROZEN:
+                fd, what = core.files.open(self._name(index)), f"the file of {what}"
+            else:
+                assert self._source is not None
+                fd = self._source.open_chunk(index).fd
+            try:
+                if os.fstat(fd).st_size < len(target):
+                    raise TruncatedFile(f"{what} has fewer than {len(target)} bytes")
+                read_all(fd, target, 0, what)
+            finally:
+                os.close(fd)

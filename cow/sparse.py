@@ -1,0 +1,127 @@
+"""Files with holes: finding their data, and copying it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cow.errors import TruncatedFile
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+COPY_BUFFER_SIZE = 1 << 20
+_NO_SEEK_DATA = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
+_FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), linux/fs.h
+
+
+def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """The ranges (start, end) of the file between `start` and `size` that may hold data, in order.
+
+    What lies between them is holes, which read as zeros. A file system that does not know its holes
+    gives one range with everything. Changes the file offset of `fd`.
+    """
+    position = start
+    while position < size:
+        try:
+            begin = os.lseek(fd, position, os.SEEK_DATA)
+            if begin >= size:
+                return
+            end = min(os.lseek(fd, begin, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            if error.errno not in _NO_SEEK_DATA:
+                raise
+            begin, end = position, size
+        yield begin, end
+        position = end
+
+
+def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+    """Write `buffers` in a row at `offset`: all of them, or an OSError after some (a full disk)."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    views = [view for view in views if len(view)]
+    while views:
+        done = os.pwritev(fd, views, offset)
+        offset += done
+        while views and done >= len(views[0]):
+            done -= len(views.pop(0))
+        if views and done:
+            views[0] = views[0][done:]
+
+
+def read_all(fd: int, buffer: memoryview, offset: int, what: str) -> None:
+    """Fill `buffer` from `offset`; TruncatedFile, naming `what`, when the file ends before."""
+    while len(buffer):
+        done = os.preadv(fd, [buffer], offset)
+        if not done:
+            raise TruncatedFile(f"{what} ends {len(buffer)} bytes too early: restore it and open it again")
+        buffer = buffer[done:]
+        offset += done
+
+
+def clone_range(source: int, source_offset: int, length: int, target: int, target_offset: int) -> bool:
+    """Share the extents of a range between two files (reflink); False where the file system cannot."""
+    argument = struct.pack("qQQQ", source, source_offset, length, target_offset)
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, argument)
+    except OSError as error:
+        if error.errno in _NO_KERNEL_COPY or error.errno in (errno.ENOTTY, errno.EBADF, errno.ETXTBSY):
+            return False
+        raise
+    return True
+
+
+class Copier:
+    """Copies ranges between files, in the kernel where it can, through one reused buffer where it cannot.
+
+    Not thread-safe; cheap to make, as the buffer comes with its first use.
+    """
+
+    def __init__(self) -> None:
+        self._kernel = True
+        self._buffer: memoryview | None = None
+
+    def copy(
+        self, source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
+    ) -> None:
+        """Copy `length` bytes; TruncatedFile, naming `what`, when the source ends before."""
+        while length and self._kernel:
+            try:
+                done = os.copy_file_range(source, target, length, source_offset, target_offset)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                self._kernel = False
+                break
+            if not done:
+                raise TruncatedFile(f"{what} ends {length} bytes too early: restore it and open it again")
+            source_offset += done
+            target_offset += done
+            length -= done
+        while length:
+            if self._buffer is None:
+                self._buffer = memoryview(bytearray(COPY_BUFFER_SIZE))
+            part = self._buffer[: min(length, COPY_BUFFER_SIZE)]
+            read_all(source, part, source_offset, what)
+            write_all(target, [part], target_offset)
+            source_offset += len(part)
+            target_offset += len(part)
+            length -= len(part)
+
+    def copy_sparse(
+        self, source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
+    ) -> None:
+        """Copy a range but not its holes; the target must read as zeros there already."""
+        if os.fstat(source).st_size < source_offset + length:
+            raise TruncatedFile(
+                f"{what} is shorter than {source_offset + length} bytes: restore it and open it again"
+            )
+        for start, end in data_extents(source, source_offset + length, source_offset):
+            self.copy(source, start, end - start, target, target_offset + start - source_offset, what)
