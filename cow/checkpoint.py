@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cow.core import StoreCore
-from cow.errors import CheckpointConflict, OutOfBounds, TruncatedFile
+from cow.errors import CheckpointConflict, OutOfBounds, StoreClosed, TruncatedFile
 from cow.files import file_name
 from cow.gate import Gate
 from cow.geometry import chunk_length
@@ -41,9 +41,7 @@ class Checkpoint:
         """Called in the exclusive section of the store's gate."""
         self._core = core
         self._writer = writer
-        self._gate = Gate(
-            lambda: CheckpointConflict("the checkpoint was committed or released: make a new one")
-        )
+        self._gate = Gate(self._ended)
         self._superseded: list[str] = []
         states = core.states
         with core.tables_lock:
@@ -162,12 +160,14 @@ class Checkpoint:
     def release(self) -> None:
         """End the checkpoint: nothing counts as saved. Idempotent, also after a commit."""
         core = self._core
-        if self._gate.closed or core.gate.closed:
-            self._gate.close()
+        if core.checkpoint is not self:
             return
-        with self._ending():
-            core.states.written[: len(self.written)] |= self.written
-            core.states.pages[: len(self.pages)] |= self.pages
+        try:
+            with self._ending():
+                core.states.written[: len(self.written)] |= self.written
+                core.states.pages[: len(self.pages)] |= self.pages
+        except StoreClosed:
+            return
 
     def __enter__(self) -> Self:
         return self
@@ -193,19 +193,25 @@ class Checkpoint:
     @contextmanager
     def _ending(self) -> Iterator[None]:
         core = self._core
-        self._gate.check()
         with core.gate.reading():
+            if core.checkpoint is not self:
+                raise self._ended()
             self._gate.close()
             with core.gate.exclusive():
                 if core.checkpoint is not self:
-                    raise CheckpointConflict("the checkpoint has ended already")
+                    raise self._ended()
                 with core.tables_lock:
                     yield
                     core.checkpoint = None
             core.files.remove(self._superseded)
 
+    @staticmethod
+    def _ended() -> CheckpointConflict:
+        return CheckpointConflict("the checkpoint was committed or released: make a new one")
+
     def _check(self, index: int) -> None:
         self._gate.check()
+        self._core.gate.check()
         if not 0 <= index < len(self._kind):
             raise OutOfBounds(f"chunk {index} is not in a checkpoint of {len(self._kind)} chunks")
 

@@ -10,9 +10,13 @@ A chunk source is asked with nothing held but the place in the gate as a reader.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from cow.budget import MappingBudget
 from cow.errors import StoreClosed
@@ -21,13 +25,14 @@ from cow.gate import Gate
 from cow.geometry import chunk_length
 from cow.lru import Key
 from cow.perchunk import ChunkLocks
-from cow.source import ChunkSource
+from cow.source import ChunkSource, OpenedChunk
 from cow.states import FROZEN, PRIVATE, ChunkStates
-from cow.statistics import Counters
+from cow.statistics import HOLE_ORIGIN, Counters
 
 if TYPE_CHECKING:
     from cow.checkpoint import Checkpoint
 
+_log = logging.getLogger(__name__)
 _serials = itertools.count(1)
 
 
@@ -101,6 +106,50 @@ class StoreCore:
     def describe(self, index: int) -> str:
         """A chunk, for messages."""
         return f"chunk {index} of the store in {self.files.folder!r}"
+
+    def prefetch(self, indices: list[int]) -> None:
+        """Tell the source what will be read soon."""
+        source = self.source
+        if source is None:
+            return
+        try:
+            source.prefetch(indices)
+        except Exception:  # noqa: BLE001  (hints are optional, whatever goes wrong with them)
+            _log.exception("a chunk source failed to take a hint; reading goes on without")
+
+    def count_origin(self, index: int, origin: str, prefetched: bool = False) -> None:
+        """Count where a chunk came from, the first time it is read."""
+        if self.states.touched[index]:
+            return
+        with self.tables_lock:
+            if self.states.touched[index]:
+                return
+            self.states.touched[index] = True
+        with self.counters.lock:
+            self.counters.count_origin(origin, self.length(index), prefetched)
+
+    def count_holes(self, holes: npt.NDArray[np.bool_]) -> None:
+        """Count all of these chunks, holes, as read."""
+        with self.tables_lock:
+            fresh = holes & ~self.states.touched[: len(holes)]
+            self.states.touched[: len(holes)] |= fresh
+        if fresh.any():
+            length = self.masked_bytes(fresh)
+            with self.counters.lock:
+                self.counters.count_origin(HOLE_ORIGIN, length, False, int(fresh.sum()))
+
+    def masked_bytes(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Total length of the chunks in a mask of the first ones, or all."""
+        total = int(mask.sum()) * self.chunk_size
+        if len(mask) and mask[-1]:
+            total -= self.chunk_size - self.length(len(mask) - 1)
+        return total
+
+    def count_open(self, index: int, opened: OpenedChunk) -> None:
+        """Count a chunk that the source opened."""
+        with self.counters.lock:
+            self.counters.source_opens += 1
+        self.count_origin(index, opened.origin, opened.prefetched)
 
     def drop_file(self, name: str, kind: int) -> None:
         """Remove the file of a chunk that was in state `kind` and has other content now; or let the open

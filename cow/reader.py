@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import threading
 from typing import cast
@@ -18,12 +17,9 @@ from cow.lru import Entry, PinnedLRU
 from cow.memory import Mapping, RawArray
 from cow.perchunk import SingleFlight
 from cow.readahead import ReadaheadOptions, ReadaheadPlanner
-from cow.source import ChunkSource
 from cow.sparse import read_all
 from cow.states import BASE, HOLE, LAZY
 from cow.statistics import BASE_ORIGIN, HOLE_ORIGIN
-
-_log = logging.getLogger(__name__)
 
 _RELEASE_GIL_FROM = 128 * 1024
 """Copies from this size on let other threads run meanwhile; below, that costs more than the copy."""
@@ -182,14 +178,14 @@ class ChunkReader:
         core = self._core
         assert core.base is not None
         read_all(core.base.fd, target, index * core.chunk_size + start, f"the file {core.base.path!r}")
-        self._count_origin(index, BASE_ORIGIN, False)
+        core.count_origin(index, BASE_ORIGIN)
 
     def _read_base_bytes(self, index: int, start: int, size: int) -> bytes:
         core = self._core
         assert core.base is not None
         data = os.pread(core.base.fd, size, index * core.chunk_size + start)
         if len(data) == size:
-            self._count_origin(index, BASE_ORIGIN, False)
+            core.count_origin(index, BASE_ORIGIN)
             return data
         buffer = bytearray(size)
         self._read_base(index, start, memoryview(buffer))
@@ -202,7 +198,7 @@ class ChunkReader:
             assert core.base is not None
             offset = index * core.chunk_size
             mapping = Mapping(core.base.fd, offset, core.length(index), f"the file {core.base.path!r}")
-            self._count_origin(index, BASE_ORIGIN, False)
+            core.count_origin(index, BASE_ORIGIN)
         else:
             fd = core.files.open(core.name(index))
             try:
@@ -217,7 +213,7 @@ class ChunkReader:
         source = core.source
         assert source is not None
         length = core.length(index)
-        self._read_ahead(source, index)
+        self._read_ahead(index)
         opened = source.open_chunk(index)
         try:
             mapping = Mapping(
@@ -225,15 +221,13 @@ class ChunkReader:
             )
         finally:
             os.close(opened.fd)
-        with core.counters.lock:
-            core.counters.source_opens += 1
-        self._count_origin(index, opened.origin, opened.prefetched)
+        core.count_open(index, opened)
         with core.locks.hold(index):
             # A write may have replaced the chunk meanwhile: then this mapping is for those who began before.
             key = core.key(index) if core.states.kind[index] == LAZY else None
             return self._maps.add(core.serial, key, mapping, mapping.mapped_bytes)
 
-    def _read_ahead(self, source: ChunkSource, index: int) -> None:
+    def _read_ahead(self, index: int) -> None:
         states = self._core.states
         if self._planner is None or states.touched[index]:
             return
@@ -250,23 +244,9 @@ class ChunkReader:
 
             plan = self._planner.touched(position, len(lazy), skip)
         if plan:
-            try:
-                source.prefetch([int(lazy[position]) for position in plan])
-            except Exception:  # noqa: BLE001  (hints are optional, whatever goes wrong with them)
-                _log.exception("a chunk source failed to take a hint; reading goes on without")
-
-    def _count_origin(self, index: int, origin: str, prefetched: bool) -> None:
-        core = self._core
-        if core.states.touched[index]:
-            return
-        with core.tables_lock:
-            if core.states.touched[index]:
-                return
-            core.states.touched[index] = True
-        with core.counters.lock:
-            core.counters.count_origin(origin, core.length(index), prefetched)
+            self._core.prefetch([int(lazy[position]) for position in plan])
 
     def _count_hole(self, index: int) -> None:
         with self._core.counters.lock:
             self._core.counters.hole_reads += 1
-        self._count_origin(index, HOLE_ORIGIN, False)
+        self._core.count_origin(index, HOLE_ORIGIN)

@@ -72,11 +72,11 @@ class Counters:
         self.source_opens = 0
         self._origins: dict[str, OriginStatistics] = {}
 
-    def count_origin(self, origin: str, length: int, prefetched: bool) -> None:
-        """Count a chunk read for the first time. The caller holds `lock`."""
+    def count_origin(self, origin: str, length: int, prefetched: bool, chunks: int = 1) -> None:
+        """Count chunks read for the first time, `length` bytes in all. The caller holds `lock`."""
         old = self._origins.get(origin, OriginStatistics())
         self._origins[origin] = OriginStatistics(
-            old.chunks + 1, old.bytes + length, old.prefetched + (1 if prefetched else 0)
+            old.chunks + chunks, old.bytes + length, old.prefetched + (1 if prefetched else 0)
         )
 
     def origins(self) -> Mapping[str, OriginStatistics]:

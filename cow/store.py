@@ -23,7 +23,6 @@ from cow.geometry import (
     check_chunk_size,
     check_store_size,
     chunk_count,
-    chunk_length,
     page_count,
 )
 from cow.rawio import StoreFile
@@ -330,15 +329,15 @@ class COWStore:
                     chunk_size=core.chunk_size,
                     chunk_count=len(kinds),
                     hole_chunks=int((kinds == HOLE).sum()),
-                    hole_bytes=self._bytes(kinds == HOLE),
+                    hole_bytes=core.masked_bytes(kinds == HOLE),
                     lazy_chunks=int((kinds == LAZY).sum()),
-                    lazy_bytes=self._bytes(kinds == LAZY),
+                    lazy_bytes=core.masked_bytes(kinds == LAZY),
                     base_chunks=int((kinds == BASE).sum()),
-                    base_bytes=self._bytes(kinds == BASE),
+                    base_bytes=core.masked_bytes(kinds == BASE),
                     private_chunks=int(own.sum()),
-                    private_bytes=self._bytes(own),
+                    private_bytes=core.masked_bytes(own),
                     dirty_chunks=int(dirty.sum()),
-                    dirty_bytes=self._bytes(dirty),
+                    dirty_bytes=core.masked_bytes(dirty),
                     origins=counters.origins(),
                     hole_reads=counters.hole_reads,
                     copies_on_write=counters.copies_on_write,
@@ -401,15 +400,6 @@ class COWStore:
             if core.checkpoint is not None:
                 dirty[: len(core.checkpoint.written)] |= core.checkpoint.written
         return dirty
-
-    def _bytes(self, mask: npt.NDArray[np.bool_]) -> int:
-        count = int(mask.sum())
-        total = count * self._core.chunk_size
-        if len(mask) and mask[-1]:
-            total -= self._core.chunk_size - chunk_length(
-                len(mask) - 1, self._core.size, self._core.chunk_size
-            )
-        return total
 
     def _sync_chunk(self, index: int) -> None:
         core = self._core

@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from cow.core import BaseFile, StoreCore
 from cow.files import file_name
-from cow.geometry import chunk_length
+from cow.geometry import chunk_count, chunk_length
 from cow.sparse import Copier, clone_range, data_extents, read_all, write_all
 from cow.states import BASE, HOLE, LAZY, PRIVATE
+from cow.statistics import BASE_ORIGIN
 from cow.zero import is_zero
 
-_PREFETCH_CHUNKS = 32
+_PREFETCH_BYTES = 16 << 20
 
 
 def mask_data(base: BaseFile, size: int, chunk_size: int) -> npt.NDArray[np.bool_]:
@@ -85,7 +86,9 @@ def export(core: StoreCore, path: str | os.PathLike[str], *, durable: bool) -> N
 
 def _export_chunks(core: StoreCore, target: int, size: int) -> None:
     copier = Copier()
-    present = np.flatnonzero(core.states.kind != HOLE)
+    holes = core.states.kind[: chunk_count(size, core.chunk_size)] == HOLE
+    core.count_holes(holes)
+    present = np.flatnonzero(~holes)
     for index in _with_prefetch(core, present):
         length = chunk_length(index, size, core.chunk_size)
         offset = index * core.chunk_size
@@ -102,13 +105,13 @@ def _export_chunks(core: StoreCore, target: int, size: int) -> None:
 
 def _with_prefetch(core: StoreCore, present: npt.NDArray[np.int64]) -> Iterator[int]:
     """The chunks in order, naming those that come next to the source, a window ahead."""
+    batch = max(1, _PREFETCH_BYTES // core.chunk_size)
     for position, index in enumerate(present.tolist()):
-        if position % _PREFETCH_CHUNKS == 0 and core.source is not None:
-            ahead = 0 if position == 0 else position + _PREFETCH_CHUNKS
-            window = present[ahead : position + 2 * _PREFETCH_CHUNKS]
+        if position % batch == 0:
+            window = present[position + batch if position else 0 : position + 2 * batch]
             lazy = window[core.states.kind[window] == LAZY].tolist()
             if lazy:
-                core.source.prefetch(lazy)
+                core.prefetch(lazy)
         yield index
 
 
@@ -122,9 +125,12 @@ def _open(core: StoreCore, index: int) -> tuple[int, int, bool, str] | None:
                 return None
             if kind == BASE:
                 assert core.base is not None
+                core.count_origin(index, BASE_ORIGIN)
                 return core.base.fd, index * core.chunk_size, False, f"the file {core.base.path!r}"
             if kind != LAZY:
                 return core.files.open(core.name(index)), 0, True, f"the file of {what}"
         source = core.source
         assert source is not None
-        return source.open_chunk(index).fd, 0, True, what
+        opened = source.open_chunk(index)
+        core.count_open(index, opened)
+        return opened.fd, 0, True, what
