@@ -139,7 +139,8 @@ class Manifest:
             raise InvalidArgument("a manifest must not hold symbolic links")
         if len(result.output_files) + len(result.output_directories) > MAX_FILES:
             raise InvalidArgument(f"a manifest of more than {MAX_FILES} files is refused")
-        metadata = list(result.execution_metadata.auxiliary_metadata)
+        # Copies, so that later changes to the message do not reach the manifest.
+        metadata = [pack_any(entry) for entry in result.execution_metadata.auxiliary_metadata]
         if not metadata or not metadata[0].type_url:
             raise InvalidArgument("a manifest must begin its auxiliary metadata with the VM configuration")
         vm_metadata, others = _split_metadata(metadata[1:])

@@ -42,6 +42,9 @@ _MAX_DIGITS = 16
 _MAX_RUNS = 2 * _MAX_DIGITS
 """Nodes of one length stand together: a run for each number of digits, and one for a short last chunk."""
 
+_MAX_PARTS = 1000
+"""Of a Tree whose root comes in parts, and of its properties: one and two are written."""
+
 _MAX_FIELD_BYTES = 64 << 10
 """Of a FileNode, and of the properties: a parsed message can take many times the memory of its bytes."""
 
@@ -65,7 +68,7 @@ M = TypeVar("M", bound=Message)
 
 def encode_tree(table: ChunkTable) -> bytes:
     """The serialised Tree of `table`: equal tables give equal bytes."""
-    return b"".join(_encoded_parts(table))
+    return b"".join(part.data for part in _encoded_parts(table))
 
 
 def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
@@ -87,20 +90,20 @@ def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
     return table if table is not None else _decode_any(view, function)
 
 
-def _encoded_parts(table: ChunkTable) -> Iterator[memoryview]:
+def _encoded_parts(table: ChunkTable) -> Iterator[_Bytes]:
     """The serialised Tree, in order."""
     runs = [(start, stop, digits, _template(digits, size)) for start, stop, digits, size in _runs(table)]
     properties = _encoded_properties(table.size, table.chunk_size)
     root_bytes = sum((stop - start) * len(template) for start, stop, _, template in runs) + len(properties)
-    yield memoryview(bytes((_FIRST_BYTES,)) + wire.varint(root_bytes))
+    yield np.frombuffer(bytes((_FIRST_BYTES,)) + wire.varint(root_bytes), np.uint8)
     for start, stop, digits, template in runs:
         for first in range(start, stop, _BLOCK_ROWS):
             rows = slice(first, min(first + _BLOCK_ROWS, stop))
             nodes = np.tile(template, (rows.stop - first, 1))
             _write_decimals(table.indices[rows] * table.chunk_size, nodes[:, _NAME_AT : _NAME_AT + digits])
             nodes[:, _hash_columns(digits)] = _hex(table.hashes[rows])
-            yield nodes.data.cast("B")
-    yield memoryview(properties)
+            yield nodes.reshape(-1)
+    yield np.frombuffer(properties, np.uint8)
 
 
 def _runs(table: ChunkTable) -> Iterator[tuple[int, int, int, int]]:
@@ -168,11 +171,12 @@ def _encoded_properties(size: int, chunk_size: int) -> bytes:
 
 def _decode_canonical(view: memoryview, function: DigestFunction) -> ChunkTable | None:
     """The table in bytes as `encode_tree` makes them; None for any others, right or wrong."""
+    data = np.frombuffer(view, np.uint8)
     try:
         root = next(wire.fields(view), None)
         if root is None:
             return None
-        offsets, hashes, rest = _pick_nodes(np.frombuffer(root.payload, np.uint8))
+        offsets, hashes, rest = _pick_nodes(data[len(data) - len(root.payload) :])
         if len(rest) > _MAX_FIELD_BYTES:
             return None
         size, chunk_size = _geometry(_parsed(remote_execution_pb2.Directory, rest.data).node_properties)
@@ -181,10 +185,10 @@ def _decode_canonical(view: memoryview, function: DigestFunction) -> ChunkTable 
         return None
     position = 0
     for part in _encoded_parts(table):
-        if view[position : position + len(part)] != part:
+        if not np.array_equal(data[position : position + len(part)], part):
             return None
         position += len(part)
-    return table if position == len(view) else None
+    return table if position == len(data) else None
 
 
 def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
@@ -218,20 +222,27 @@ def _decode_any(view: memoryview, function: DigestFunction) -> ChunkTable:
     offsets, sizes = array("q"), array("q")
     hashes = bytearray()
     properties = remote_execution_pb2.NodeProperties()
-    for field in _directory_fields(view):
-        if len(field.payload) > _MAX_FIELD_BYTES:
+    for count, field in enumerate(_root_fields(view)):
+        if count > MAX_STORED_CHUNKS:
+            raise InvalidArgument(f"a tree of more than {MAX_STORED_CHUNKS} chunks is refused")
+        if field.number in _DIRECTORY_NODES:
+            raise InvalidArgument("the tree of a chunked file must hold nothing but files")
+        if field.number not in {_DIRECTORY_FILES, _DIRECTORY_PROPERTIES}:
+            continue
+        payload = _bytes_of(field)
+        if len(payload) > _MAX_FIELD_BYTES:
             raise InvalidArgument(
-                f"a tree holds a field of {len(field.payload)} bytes, {_MAX_FIELD_BYTES} are allowed"
+                f"a tree holds a field of {len(payload)} bytes, {_MAX_FIELD_BYTES} are allowed"
             )
         if field.number == _DIRECTORY_PROPERTIES:
-            properties.MergeFrom(_parsed(remote_execution_pb2.NodeProperties, field.payload))
+            properties.MergeFrom(_parsed(remote_execution_pb2.NodeProperties, payload))
+            if len(properties.properties) > _MAX_PARTS:
+                raise InvalidArgument(f"a tree of more than {_MAX_PARTS} properties is refused")
             continue
-        node = _parsed(remote_execution_pb2.FileNode, field.payload)
+        node = _parsed(remote_execution_pb2.FileNode, payload)
         if not _DECIMAL.fullmatch(node.name):
             raise InvalidArgument(f"file {node.name[:80]!r} of a tree is not called after its offset")
         digest = Digest.checked(node.digest.hash, node.digest.size_bytes, function)
-        if len(offsets) == MAX_STORED_CHUNKS:
-            raise InvalidArgument(f"a tree of more than {MAX_STORED_CHUNKS} chunks is refused")
         offsets.append(int(node.name))
         sizes.append(digest.size_bytes)
         hashes += bytes.fromhex(digest.hash)
@@ -242,18 +253,15 @@ def _decode_any(view: memoryview, function: DigestFunction) -> ChunkTable:
     return ChunkTable(size, chunk_size, function, places // chunk_size, table_hashes)
 
 
-def _directory_fields(tree: memoryview) -> Iterator[wire.Field]:
-    """The files and properties of the root, which is all that the tree of a chunked file may hold."""
-    for field in wire.fields(tree):
-        if field.number != _TREE_ROOT:
-            if field.number == _TREE_CHILDREN:
-                raise InvalidArgument("the tree of a chunked file must not have child directories")
-            continue
-        for part in wire.fields(_bytes_of(field)):
-            if part.number in _DIRECTORY_NODES:
-                raise InvalidArgument("the tree of a chunked file must hold nothing but files")
-            if part.number in {_DIRECTORY_FILES, _DIRECTORY_PROPERTIES}:
-                yield part._replace(payload=_bytes_of(part))
+def _root_fields(tree: memoryview) -> Iterator[wire.Field]:
+    """The fields of the Directory at the root; protobuf allows it to come in several parts."""
+    for count, field in enumerate(wire.fields(tree)):
+        if count > _MAX_PARTS:
+            raise InvalidArgument(f"a tree in more than {_MAX_PARTS} parts is refused")
+        if field.number == _TREE_CHILDREN:
+            raise InvalidArgument("the tree of a chunked file must not have child directories")
+        if field.number == _TREE_ROOT:
+            yield from wire.fields(_bytes_of(field))
 
 
 def _bytes_of(field: wire.Field) -> memoryview:
