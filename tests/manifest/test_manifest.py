@@ -93,11 +93,11 @@ def test_golden_manifest_bytes() -> None:
     assert snapshot.serialize().hex() == (
         ("1255" + "0a0372756e" + "1245" + "0a40" + "6162" * 32 + "10ac02" + "2001" + "3a05" + "1a0308a403")
         + ("1a4c" + "0a046469736b" + "1a44" + "0a40" + "6364" * 32 + "1007")
-        + "4a75"
+        + "4a6f"
         + ("5a37" + "0a31" + type_url + b"VMConfiguration".hex() + "12020802")
         + ("5a34" + "0a2c" + type_url + b"VMMetadata".hex() + "12040a02766d")
     )
-    local = "0801" + "129c02" + snapshot.serialize().hex()
+    local = "0801" + "129602" + snapshot.serialize().hex()
     assert snapshot.serialize_local().hex() == local
 
 
