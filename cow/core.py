@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import stat
 import threading
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,11 @@ class BaseFile:
     """The original file of a store that did not copy it: one descriptor, closed with the store."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.fd = -1
         self.path = os.fspath(path)
+        # A pipe would block when opened, so ask before.
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise ValueError(f"{self.path!r} is not a regular file")
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:

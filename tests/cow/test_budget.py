@@ -1,0 +1,252 @@
+"""The bounded cache of mappings, and arrays that outlive everything."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+
+import numpy as np
+import pytest
+from cow_sources import MemorySource, open_files, pattern
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cow import COWStore, MappingBudget, default_budget
+from cow.lru import PinnedLRU
+
+CHUNK = 8192
+
+
+def test_a_pinned_entry_stays_and_the_oldest_idle_one_goes():
+    disposed: list[str] = []
+    cache = PinnedLRU(2, 100, disposed.append)
+    first = cache.add(1, (1, 1), "first", 1)
+    for name in "abc":
+        cache.unpin(cache.add(1, (1, ord(name)), name, 1))
+    assert disposed == ["a", "b"]
+    assert cache.pin((1, 1)) is first
+    cache.unpin(first)
+    cache.unpin(first)
+    assert cache.weight == 2
+    cache.trim()
+    assert disposed == ["a", "b", "c", "first"]
+    assert cache.weight == cache.count == 0
+
+
+def test_the_number_of_entries_is_bounded_too():
+    disposed: list[int] = []
+    cache = PinnedLRU(10**9, 3, disposed.append)
+    for number in range(10):
+        cache.unpin(cache.add(1, (1, number), number, 1))
+    assert disposed == [0, 1, 2, 3, 4, 5, 6]
+
+
+class LRUMachine(RuleBasedStateMachine):
+    """Never disposes of what is pinned, disposes of everything once, keeps to the bound by what is idle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.disposed: list[int] = []
+        self.made = 0
+        self.pinned: list = []
+        self.cache = PinnedLRU(5, 100, self.disposed.append)
+
+    @rule(key=st.integers(0, 6), weight=st.integers(1, 3))
+    def add(self, key, weight):
+        self.pinned.append(self.cache.add(key % 2, (key % 2, key), self.made, weight))
+        self.made += 1
+
+    @rule(key=st.integers(0, 6))
+    def pin(self, key):
+        entry = self.cache.pin((key % 2, key))
+        if entry is not None:
+            self.pinned.append(entry)
+
+    @rule(data=st.data(), finalizer=st.booleans())
+    def unpin(self, data, finalizer):
+        if self.pinned:
+            entry = self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1)))
+            (self.cache.unpin_from_finalizer if finalizer else self.cache.unpin)(entry)
+
+    @rule(key=st.integers(0, 6))
+    def discard(self, key):
+        self.cache.discard((key % 2, key))
+
+    @rule(group=st.integers(0, 1))
+    def discard_group(self, group):
+        self.cache.discard_group(group)
+
+    @invariant()
+    def consistent(self):
+        assert len(self.disposed) == len(set(self.disposed))
+        assert not {entry.value for entry in self.pinned} & set(self.disposed)
+        assert self.cache.count == self.made - len(self.disposed)
+        assert self.cache.group_weight(0) + self.cache.group_weight(1) == self.cache.weight
+        pinned = sum(entry.weight for entry in {id(entry): entry for entry in self.pinned}.values())
+        assert self.cache.weight <= max(5, pinned)
+
+    def teardown(self):
+        for entry in self.pinned:
+            self.cache.unpin(entry)
+        self.cache.discard_group(0)
+        self.cache.discard_group(1)
+        assert self.cache.weight == self.cache.count == 0
+        assert sorted(self.disposed) == list(range(self.made))
+
+
+LRUMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLRU = LRUMachine.TestCase
+
+
+def test_a_finalizer_that_runs_inside_the_cache_does_not_deadlock():
+    cache = PinnedLRU(0, 0, lambda value: None)
+    entry = cache.add(1, None, "view", 1)
+    with cache._lock:
+        cache.unpin_from_finalizer(entry)
+    assert cache.weight == 0
+
+
+@pytest.mark.parametrize("name", ["max_bytes", "max_mappings", "max_descriptors"])
+def test_negative_bounds_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        MappingBudget(**{name: -1})
+
+
+def lazy_store(folder, chunks, budget, chunk_size=CHUNK):
+    source = MemorySource(pattern(chunks * chunk_size), chunk_size)
+    store = COWStore(
+        folder,
+        size=chunks * chunk_size,
+        chunk_size=chunk_size,
+        chunks=range(chunks),
+        source=source,
+        budget=budget,
+        readahead=None,
+    )
+    return store, source
+
+
+def test_mapped_bytes_stay_within_the_budget_and_end_at_zero(tmp_path):
+    budget = MappingBudget(3 * CHUNK)
+    store, source = lazy_store(tmp_path / "s", 10, budget)
+    with store:
+        for _ in range(2):
+            for index in range(10):
+                assert store.read_chunk(index) == source.content[index * CHUNK : (index + 1) * CHUNK]
+                assert budget.mapped_bytes <= 3 * CHUNK
+        assert store.statistics().mapped_bytes == budget.mapped_bytes == 3 * CHUNK
+        assert set(source.opens.values()) == {2}
+        store.read_chunk(9)
+        assert source.opens[9] == 2
+        assert store.statistics().origins["remote"].chunks == 10
+    assert budget.mapped_bytes == budget.mappings == 0
+
+
+def test_stores_share_a_budget(tmp_path):
+    budget = MappingBudget(4 * CHUNK)
+    stores = [lazy_store(tmp_path / str(number), 4, budget)[0] for number in range(3)]
+    for store in stores:
+        store.read_at(0, store.size)
+    assert budget.mapped_bytes == 4 * CHUNK
+    assert stores[0].statistics().mapped_bytes == 0
+    for store in stores:
+        store.close()
+    assert budget.mapped_bytes == 0
+
+
+def test_a_view_keeps_its_chunk_mapped_beyond_budget_and_store(tmp_path):
+    budget = MappingBudget(0)
+    store, source = lazy_store(tmp_path / "s", 3, budget)
+    view = store.view(CHUNK + 10, 100)
+    part = view[20:30]
+    assert budget.mapped_bytes == CHUNK
+    assert not view.flags.writeable
+    store.read_chunk(1)
+    assert source.opens[1] == 1
+    store.close()
+    assert bytes(view) == source.content[CHUNK + 10 : CHUNK + 110]
+    del view
+    gc.collect()
+    assert bytes(part) == source.content[CHUNK + 30 : CHUNK + 40]
+    assert budget.mapped_bytes == CHUNK
+    del part
+    gc.collect()
+    assert budget.mapped_bytes == 0
+
+
+def test_views_die_in_any_thread(tmp_path):
+    budget = MappingBudget(2 * CHUNK)
+    store, source = lazy_store(tmp_path / "s", 8, budget)
+    barrier = threading.Barrier(4)
+    wrong: list[int] = []
+
+    def work(seed):
+        barrier.wait(10)
+        generator = np.random.default_rng(seed)
+        for _ in range(300):
+            index = int(generator.integers(8))
+            view = store.view(index * CHUNK, CHUNK)
+            if view[5] != source.content[index * CHUNK + 5]:
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    store.close()
+    gc.collect()
+    assert not wrong
+    assert budget.mapped_bytes == 0
+
+
+def test_mappings_keep_no_descriptors(tmp_path):
+    before = open_files()
+    store, _ = lazy_store(tmp_path / "s", 500, MappingBudget(), chunk_size=4096)
+    with store:
+        store.read_at(0, store.size)
+        assert store.statistics().mapped_bytes == 500 * 4096
+        assert open_files() <= before + 1
+    assert open_files() == before
+
+
+def test_files_open_for_writing_are_bounded(tmp_path):
+    budget = MappingBudget(max_descriptors=5)
+    before = open_files()
+    with COWStore(tmp_path / "s", size=100 * 4096, chunk_size=4096, budget=budget) as store:
+        for index in [*range(100), *range(100)]:
+            store.write_at(index * 4096 + 1, b"x")
+            assert open_files() <= before + 6
+        assert budget.open_descriptors == 5
+        assert store.read_at(1, 99 * 4096 + 1)[::4096] == b"x" * 100
+    assert open_files() == before
+    assert budget.open_descriptors == 0
+
+
+def test_a_forked_child_has_a_budget_of_its_own(tmp_path):
+    budget = default_budget()
+    with budget._maps._lock:
+        child = os.fork()
+        if not child:
+            try:
+                with COWStore(tmp_path / "child", size=CHUNK, chunk_size=CHUNK) as store:
+                    store.write_at(0, b"x")
+                    ok = store.read_at(0, 1) == b"x" and default_budget() is not budget
+            except BaseException:
+                ok = False
+            os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_forked_child_does_not_remove_its_parents_files(tmp_path):
+    with COWStore(tmp_path / "s", size=CHUNK, chunk_size=CHUNK) as store:
+        store.write_at(0, b"x")
+        child = os.fork()
+        if not child:
+            store.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert store.read_at(0, 1) == b"x"
+        assert len(os.listdir(tmp_path / "s")) == 1
