@@ -99,7 +99,7 @@ class Manifest:
         return tuple(dict.fromkeys(digest for digest in named if digest.size_bytes))
 
     def to_action_result(self) -> remote_execution_pb2.ActionResult:
-        """The manifest as REAPI's ActionResult."""
+        """The manifest as REAPI's ActionResult. InvalidArgument when it is too large."""
         result = remote_execution_pb2.ActionResult()
         metadata = result.execution_metadata.auxiliary_metadata
         metadata.append(self.vm_configuration)
@@ -117,6 +117,11 @@ class Manifest:
                 output.node_properties.unix_mode.value = file.mode
         for name, digest in self.chunked_files.items():
             _set_digest(result.output_directories.add(path=name).tree_digest, digest)
+        if result.ByteSize() > MAX_MANIFEST_BYTES:
+            raise InvalidArgument(
+                f"a manifest of {result.ByteSize()} bytes is refused, {MAX_MANIFEST_BYTES} are allowed: "
+                "put less into its metadata"
+            )
         return result
 
     @classmethod
@@ -160,13 +165,7 @@ class Manifest:
 
     def serialize(self) -> bytes:
         """The ActionResult's deterministic bytes. InvalidArgument when there are too many."""
-        data = self.to_action_result().SerializeToString(deterministic=True)
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise InvalidArgument(
-                f"a manifest of {len(data)} bytes is refused, {MAX_MANIFEST_BYTES} are allowed: "
-                "put less into its metadata"
-            )
-        return data
+        return self.to_action_result().SerializeToString(deterministic=True)
 
     @classmethod
     def parse(cls, data: bytes, function: DigestFunction) -> Manifest:

@@ -2,12 +2,13 @@
 
 The tree of a chunked file has one FileNode per stored chunk, so that a server that checks what a Tree
 names checks every chunk. docs/formats/manifest.md describes the format. The bytes are those of
-protobuf's deterministic serialisation, but made and read as numpy arrays: a protobuf message per
-chunk would take ten times as long, and many times the memory.
+protobuf's deterministic serialisation, but made and read as numpy arrays: with a protobuf message per
+chunk, 200,000 chunks took 30 times as long to write, 6 times as long to read, and 100 MiB more.
 
 Reading takes the bytes for what `encode_tree` makes of some table, picks that table out of them
 without a further look, and encodes it again: it is right if that gives the very same bytes. Bytes in
-any other encoding, and all that break a rule, are read one FileNode at a time, in constant memory.
+any other encoding, and all that break a rule, are read one FileNode at a time: slowly, and in as
+little memory.
 """
 
 from __future__ import annotations
@@ -127,9 +128,8 @@ def _runs(table: ChunkTable) -> Iterator[tuple[int, int, int, int]]:
 
 def _template(digits: int, size_bytes: int) -> _Bytes:
     """A serialised FileNode, with its tag and length, that lacks name and hash."""
-    digest = bytes((_FIRST_BYTES, 2 * HASH_BYTES, *bytes(2 * HASH_BYTES), _DIGEST_SIZE)) + wire.varint(
-        size_bytes
-    )
+    hash_ = bytes((_FIRST_BYTES, 2 * HASH_BYTES, *bytes(2 * HASH_BYTES)))
+    digest = hash_ + bytes((_DIGEST_SIZE,)) + wire.varint(size_bytes)
     node = bytes((_FIRST_BYTES, digits, *bytes(digits), _NODE_DIGEST, len(digest))) + digest
     return np.frombuffer(bytes((_FIRST_BYTES, len(node))) + node, np.uint8)
 
