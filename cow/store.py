@@ -46,9 +46,9 @@ class COWStore:
     A chunk is a hole (zeros, no file), lazy (in the source, opened at its first use), in the original file
     (`from_file` without a copy), or private (in a file of its own in `data_dir`).
 
-    Thread-safe. Reads of different chunks never wait for each other. A read that overlaps a write in progress
-    sees, page by page, old or new bytes; once `write_at` has returned, every read sees the new ones. A store
-    belongs to the process that made it: do not use it in a forked child.
+    Thread-safe. Reads of different chunks never wait for each other. A read that overlaps a write in
+    progress sees old or new bytes, or some of both; once `write_at` has returned, every read sees the new
+    ones. A store belongs to the process that made it: do not use it in a forked child.
 
     Args:
         data_dir: Scratch folder for the chunks that are written; made if absent, and owned by the store:
@@ -250,7 +250,7 @@ class COWStore:
         A chunk written in part is copied first, fetched if it is lazy; a chunk covered whole is not.
         OutOfBounds, and nothing written, unless all is inside the store. When the operating system refuses
         (a full disk), chunks before the one that failed are written, and that one keeps its content; if it
-        was private already, each of its pages in the range has the old or the new bytes.
+        was private already, a first part of the range may be written.
         """
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
