@@ -35,6 +35,14 @@ class TransferStatistics:
     present_blobs: int = 0
     """Blobs that needed no transfer because the store had them."""
 
+    def __add__(self, other: TransferStatistics) -> TransferStatistics:
+        return TransferStatistics(
+            self.blobs + other.blobs,
+            self.content_bytes + other.content_bytes,
+            self.wire_bytes + other.wire_bytes,
+            self.present_blobs + other.present_blobs,
+        )
+
 
 class BlobStore(Protocol):
     """Content-addressed blobs. Thread-safe. Every blob that comes out is verified against its digest."""
@@ -66,6 +74,10 @@ class RemoteStore(BlobStore, Protocol):
     @property
     def digest_function(self) -> DigestFunction:
         """The function the store wants digests in. May ask the server, and raise what that raises."""
+        ...
+
+    def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
+        """Stream one blob, of any size, in order, into `write`. Its bytes were right only if this returns."""
         ...
 
     def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:

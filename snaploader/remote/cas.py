@@ -1,0 +1,238 @@
+"""The unary methods of ContentAddressableStorage: find, read and update in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.blobstore import Sink, TransferStatistics, Upload
+from snaploader.digest import Digest
+from snaploader.errors import DataLoss, Internal, InvalidArgument, ResourceExhausted, SnaploaderError
+from snaploader.remote import status
+from snaploader.remote.batching import halves
+from snaploader.remote.cancel import Cancellation
+from snaploader.remote.client import Connection
+from snaploader.remote.compression import decompress
+from snaploader.remote.encoding import Item, batch_update_request
+from snaploader.remote.retry import Attempts
+from snaploader.remote.wire import function_field, to_message
+
+_TRIES_AT_WRONG_BYTES = 2
+
+
+class CASClient:
+    """Batches of blobs. Thread-safe. All digests of one call have the same function.
+
+    Args:
+        stream_read: Reads a blob alone, where it turns out too big for any batch.
+        stream_write: Writes one so.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        stream_read: Callable[[Digest, Cancellation], bytes],
+        stream_write: Callable[[Upload, Cancellation], TransferStatistics],
+    ) -> None:
+        self._connection = connection
+        self._stream_read = stream_read
+        self._stream_write = stream_write
+
+    def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
+        """Those the server does not hold."""
+        asked = {(digest.hash, digest.size_bytes): digest for digest in digests}
+        request = reapi.FindMissingBlobsRequest(
+            instance_name=self._connection.instance_name,
+            blob_digests=[to_message(digest) for digest in digests],
+            digest_function=function_field(digests[0].function),
+        )
+
+        def attempt(attempts: Attempts) -> set[Digest]:
+            response = self._connection.transport.unary("FindMissingBlobs", request, attempts)
+            missing = set()
+            for message in response.missing_blob_digests:
+                digest = asked.get((message.hash, message.size_bytes))
+                if digest is None:
+                    raise Internal(f"the server misses {message.hash[:64]}, which it was not asked for")
+                missing.add(digest)
+            return missing
+
+        operation = f"asking for {len(digests)} blobs"
+        try:
+            return self._connection.run(operation, attempt, cancellation)
+        except (InvalidArgument, ResourceExhausted) as error:
+            if len(digests) == 1 or not status.is_too_large(error):
+                raise
+        first, second = halves(digests)
+        return self.find_missing(first, cancellation) | self.find_missing(second, cancellation)
+
+    def read(self, digests: Sequence[Digest], sink: Sink, cancellation: Cancellation) -> None:
+        """Hand each blob, verified, to `sink`. Distinct digests only.
+
+        What fails for a moment is asked for again alone; wrong bytes once more, then they are DataLoss.
+        """
+        batch = _ReadBatch(self._connection, digests, sink)
+        try:
+            self._connection.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
+            return
+        except (InvalidArgument, ResourceExhausted) as error:
+            rest = list(batch.remaining.values())
+            self._learn(error, sum(digest.size_bytes for digest in rest))
+        if len(rest) == 1:
+            sink(rest[0], self._stream_read(rest[0], cancellation))
+            return
+        for half in halves(rest):
+            self.read(half, sink, cancellation)
+
+    def update(self, items: Sequence[Item], cancellation: Cancellation) -> TransferStatistics:
+        """Store blobs. What fails for a moment is sent again alone."""
+        batch = _UpdateBatch(self._connection, items)
+        try:
+            self._connection.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
+            return batch.done
+        except (InvalidArgument, ResourceExhausted) as error:
+            rest = list(batch.remaining.values())
+            self._learn(error, sum(len(item.data) for item in rest))
+        if len(rest) == 1:
+            return batch.done + self._stream_write(rest[0].upload, cancellation)
+        first, second = halves(rest)
+        return batch.done + self.update(first, cancellation) + self.update(second, cancellation)
+
+    def _learn(self, error: SnaploaderError, batch_bytes: int) -> None:
+        if not status.is_too_large(error):
+            raise error
+        if status.is_of_whole_call(error):
+            self._connection.batch_limit.refused(batch_bytes)
+
+
+class _ReadBatch:
+    """One batch being read: what remains shrinks from attempt to attempt."""
+
+    def __init__(self, connection: Connection, digests: Sequence[Digest], sink: Sink) -> None:
+        self.remaining = {(digest.hash, digest.size_bytes): digest for digest in digests}
+        self.size_bytes = sum(digest.size_bytes for digest in digests)
+        self.operation = f"reading {digests[0]}" if len(digests) == 1 else f"reading {len(digests)} blobs"
+        self._connection = connection
+        self._sink = sink
+        self._wrong: dict[Digest, int] = {}
+
+    def attempt(self, attempts: Attempts) -> None:
+        digests = list(self.remaining.values())
+        request = reapi.BatchReadBlobsRequest(
+            instance_name=self._connection.instance_name,
+            digests=[to_message(digest) for digest in digests],
+            acceptable_compressors=[reapi.Compressor.ZSTD]
+            if self._connection.capabilities.zstd_streams
+            else [],
+            digest_function=function_field(digests[0].function),
+        )
+        response = self._connection.transport.unary("BatchReadBlobs", request, attempts)
+        errors: list[SnaploaderError] = []
+        for item in response.responses:
+            digest = self.remaining.get((item.digest.hash, item.digest.size_bytes))
+            if digest is None:  # not asked for, or answered twice
+                continue
+            if item.status.code:
+                errors.append(status.from_message(item.status, f"reading {digest}"))
+                continue
+            try:
+                data = self._verified(digest, item)
+            except DataLoss as error:
+                errors.append(error)
+                continue
+            del self.remaining[digest.hash, digest.size_bytes]
+            attempts.progressed()
+            self._connection.recorder.add(
+                blobs_read=1, content_bytes_read=len(data), wire_bytes_read=len(item.data)
+            )
+            _deliver(self._sink, digest, data)
+        _raise_worst(errors)
+        if self.remaining:
+            raise Internal(
+                f"the server's answer left out {len(self.remaining)} of {len(digests)} blobs, such as "
+                f"{next(iter(self.remaining.values()))}",
+                transient=True,
+            )
+
+    def _verified(self, digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> bytes:
+        try:
+            return _decoded(digest, item)
+        except DataLoss as error:
+            self._connection.recorder.add(corrupted=1, wire_bytes_read=len(item.data))
+            wrong = self._wrong[digest] = self._wrong.get(digest, 0) + 1
+            raise DataLoss(
+                f"blob {digest} came damaged from the server: {error}",
+                transient=wrong < _TRIES_AT_WRONG_BYTES,
+            ) from error
+
+
+def _decoded(digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> bytes:
+    if item.compressor == reapi.Compressor.ZSTD:
+        data = decompress(item.data, digest.size_bytes)
+    elif item.compressor == reapi.Compressor.IDENTITY:
+        data = item.data
+    else:
+        raise DataLoss(f"compressor {item.compressor} was not asked for")
+    if len(data) != digest.size_bytes or digest.function.hash(data) != digest.hash:
+        raise DataLoss("the bytes do not match the digest")
+    return data
+
+
+class _UpdateBatch:
+    """One batch being written: what remains shrinks from attempt to attempt."""
+
+    def __init__(self, connection: Connection, items: Sequence[Item]) -> None:
+        self.remaining = {(item.digest.hash, item.digest.size_bytes): item for item in items}
+        self.size_bytes = sum(len(item.data) for item in items)
+        self.operation = f"writing {items[0].digest}" if len(items) == 1 else f"writing {len(items)} blobs"
+        self.done = TransferStatistics()
+        self._connection = connection
+
+    def attempt(self, attempts: Attempts) -> None:
+        items = list(self.remaining.values())
+        sent = sum(len(item.data) for item in items)
+        request = batch_update_request(self._connection.instance_name, items, items[0].digest.function)
+        self._connection.recorder.add(wire_bytes_written=sent)
+        response = self._connection.transport.unary("BatchUpdateBlobs", request, attempts)
+        errors: list[SnaploaderError] = []
+        for answer in response.responses:
+            key = (answer.digest.hash, answer.digest.size_bytes)
+            item = self.remaining.get(key)
+            if item is None:
+                continue
+            if answer.status.code and answer.status.code != grpc.StatusCode.ALREADY_EXISTS.value[0]:
+                errors.append(status.from_message(answer.status, f"writing {item.digest}"))
+                continue
+            del self.remaining[key]
+            attempts.progressed()
+            size = item.digest.size_bytes
+            self.done += TransferStatistics(blobs=1, content_bytes=size, wire_bytes=len(item.data))
+            self._connection.recorder.add(blobs_written=1, content_bytes_written=size)
+        _raise_worst(errors)
+        if self.remaining:
+            raise Internal(
+                f"the server's answer left out {len(self.remaining)} of {len(items)} blobs", transient=True
+            )
+
+
+class SinkFailed(Exception):
+    """Carries what a sink raised past the retry layer: it is no failure of the transfer."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _deliver(sink: Sink, digest: Digest, data: bytes) -> None:
+    try:
+        sink(digest, data)
+    except Exception as error:
+        raise SinkFailed(error) from error
+
+
+def _raise_worst(errors: Sequence[SnaploaderError]) -> None:
+    """Raise what is final before what may pass."""
+    for error in sorted(errors, key=lambda error: error.transient):
+        raise error

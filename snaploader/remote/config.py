@@ -1,0 +1,135 @@
+"""What a user can set: small frozen objects, with what a server can be expected to take as defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from snaploader.errors import InvalidArgument, SnaploaderError
+
+PEM: TypeAlias = "bytes | str | os.PathLike[str]"
+"""Certificates or a key: the PEM bytes themselves, or the path of a file that holds them."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class TLSConfig:
+    """How a `grpcs://` connection is secured. Files are read when the connection is first made.
+
+    InvalidArgument when a client certificate comes without its key, or the reverse.
+    """
+
+    certificate: PEM | None = None
+    """Authorities that may sign the server's certificate; gRPC's own list when None."""
+    client_certificate: PEM | None = None
+    """What this client shows of itself (mTLS), with its chain."""
+    client_key: PEM | None = None
+    """The key of `client_certificate`."""
+    server_name: str = ""
+    """The name expected in the server's certificate, where that is not the host of the URL."""
+
+    def __post_init__(self) -> None:
+        if (self.client_certificate is None) != (self.client_key is None):
+            raise InvalidArgument(
+                "a TLS client certificate needs its key, and a key its certificate: give both"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Times in seconds. Each must be positive."""
+
+    connect_s: float = 10.0
+    """One attempt to connect."""
+    call_s: float = 60.0
+    """One unary call, connecting included."""
+    idle_s: float = 30.0
+    """The silence allowed between two messages of a stream."""
+    min_bytes_per_s: float = 64 * 1024
+    """A transfer slower than this, on the whole, is given up: the total budget grows by size / this."""
+    keepalive_s: float = 0.0
+    """Ping this often while calls are in flight; 0 never pings. Servers end connections that ping often."""
+    credential_helper_s: float = 30.0
+    """One run of the credential helper."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect_s", "call_s", "idle_s", "min_bytes_per_s", "credential_helper_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"timeout {name} must be above 0, not {getattr(self, name)}")
+        if self.keepalive_s < 0:
+            raise InvalidArgument(f"timeout keepalive_s must not be negative, but is {self.keepalive_s}")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When a transient failure is tried again, and for how long."""
+
+    attempts: int = 5
+    """Attempts without progress, the first one included. 1 never retries."""
+    initial_delay_s: float = 0.1
+    """The wait before the second attempt; doubled for each one after it."""
+    max_delay_s: float = 5.0
+    """The longest wait between two attempts; what a server asks for in RetryInfo may be longer."""
+    jitter: float = 0.5
+    """The share of each wait that is random, 0 to 1, so that many hosts do not come back as one."""
+    budget_s: float = 180.0
+    """All attempts and waits of one operation together; big blobs get more (`Timeouts.min_bytes_per_s`)."""
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise InvalidArgument(f"retry attempts must be at least 1, not {self.attempts}")
+        if (
+            self.initial_delay_s < 0
+            or self.max_delay_s < 0
+            or not 0 <= self.jitter <= 1
+            or not self.budget_s > 0
+        ):
+            raise InvalidArgument(
+                f"delays must not be negative, jitter within 0 and 1, the budget above 0: {self}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RetryEvent:
+    """A failed attempt that will be tried again."""
+
+    operation: str
+    """What was being done, such as "reading 1f…/4096"."""
+    attempt: int
+    """The number of the attempt that failed, from 1."""
+    delay_s: float
+    """How long until the next one."""
+    error: SnaploaderError
+    """Why it failed."""
+
+
+RetryCallback: TypeAlias = Callable[[RetryEvent], None]
+"""Called on the thread that retries, before it waits. What it raises ends the operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes and counts, in bytes where the name says so. Servers' own limits apply on top."""
+
+    workers: int = 8
+    """Threads for bulk transfers; more did not measure faster."""
+    in_flight_bytes: int = 16 * 1024 * 1024
+    """Content in memory for bulk transfers, at most; a bigger single blob goes alone."""
+    batch_bytes: int = 1024 * 1024
+    """Blobs are grouped into messages of about this size; what is bigger is streamed."""
+    batch_blobs: int = 4096
+    """Blobs in one batch, at most."""
+    stream_frame_bytes: int = 1024 * 1024
+    """One message of an upload stream."""
+    find_missing_digests: int = 10_000
+    """Digests in one FindMissingBlobs call."""
+    max_receive_message_bytes: int = 64 * 1024 * 1024
+    """A bigger message from the server is an error."""
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < 1:
+                raise InvalidArgument(f"limit {name} must be at least 1, not {getattr(self, name)}")
+        if self.stream_frame_bytes > 4 * 1024 * 1024 - 64 * 1024:
+            raise InvalidArgument("limit stream_frame_bytes must leave room in gRPC's message limit of 4 MiB")

@@ -1,0 +1,189 @@
+"""Where the headers that prove who we are come from: a token, a credential helper, a .netrc file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import netrc
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
+from snaploader.remote.metadata import Headers, checked_headers
+
+_EXPIRY_MARGIN_S = 30.0
+_MAX_HELPER_OUTPUT = 1024 * 1024
+
+
+class Credentials(Protocol):
+    """Headers for calls. Thread-safe."""
+
+    def headers(self) -> Headers:
+        """What to send now. Unauthenticated when it cannot be had."""
+        ...
+
+    def refresh(self) -> bool:
+        """Forget what the server did not accept; False when nothing else could be sent."""
+        ...
+
+
+class NoCredentials:
+    """Sends nothing."""
+
+    def headers(self) -> Headers:
+        return ()
+
+    def refresh(self) -> bool:
+        return False
+
+
+class BearerToken:
+    """`authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
+
+    def __init__(self, token: str | Callable[[], str]) -> None:
+        self._token = token
+        if isinstance(token, str):
+            self._header(token)
+
+    def headers(self) -> Headers:
+        return self._header(self._token if isinstance(self._token, str) else self._token())
+
+    def refresh(self) -> bool:
+        return not isinstance(self._token, str)
+
+    @staticmethod
+    def _header(token: str) -> Headers:
+        return checked_headers([("authorization", f"Bearer {token}")])
+
+
+class Netrc:
+    """`authorization: Basic …` for a host, from a .netrc file. Read once; read again after a refusal."""
+
+    def __init__(self, path: str | os.PathLike[str], host: str) -> None:
+        self._path = os.fspath(path)
+        self._host = host
+        self._lock = threading.Lock()
+        self._headers: Headers | None = None
+
+    def headers(self) -> Headers:
+        with self._lock:
+            if self._headers is None:
+                self._headers = self._read()
+            return self._headers
+
+    def refresh(self) -> bool:
+        with self._lock:
+            old, self._headers = self._headers, None
+        return self.headers() != old
+
+    def _read(self) -> Headers:
+        try:
+            entry = netrc.netrc(self._path).authenticators(self._host)
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+            raise Unauthenticated(f"cannot read credentials from {self._path!r}: {error}") from error
+        if entry is None:
+            return ()
+        login, _account, password = entry
+        basic = base64.b64encode(f"{login}:{password}".encode()).decode()
+        return checked_headers([("authorization", f"Basic {basic}")])
+
+
+class CredentialHelper:
+    """Headers from a program, by Bazel's credential helper protocol.
+
+    Runs `HELPER get` with `{"uri": …}` on its standard input and expects `{"headers": {name:
+    [values…]}, "expires": RFC 3339 time}` on its standard output. The answer is kept until shortly
+    before it expires; without a time, until a server refuses it.
+
+    Args:
+        command: The program, found on PATH like any other.
+        uri: What it is asked for.
+        timeout_s: How long it may take.
+    """
+
+    def __init__(self, command: str | os.PathLike[str], uri: str, timeout_s: float) -> None:
+        self._command = os.fspath(command)
+        self._uri = uri
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._headers: Headers | None = None
+        self._expires = float("inf")
+
+    def headers(self) -> Headers:
+        with self._lock:
+            if self._headers is None or time.time() >= self._expires:
+                self._headers, self._expires = self._run()
+            return self._headers
+
+    def refresh(self) -> bool:
+        with self._lock:
+            self._headers = None
+        return True
+
+    def _run(self) -> tuple[Headers, float]:
+        question = json.dumps({"uri": self._uri}).encode()
+        try:
+            done = subprocess.run(
+                [self._command, "get"],
+                input=question,
+                capture_output=True,
+                timeout=self._timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Unauthenticated(
+                f"credential helper {self._command!r} gave no answer within {self._timeout_s:g} s"
+            ) from error
+        except OSError as error:
+            raise FailedPrecondition(
+                f"cannot run the credential helper {self._command!r}: {error}"
+            ) from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()[-500:]
+            raise Unauthenticated(f"credential helper {self._command!r} ended with {done.returncode}: {said}")
+        try:
+            return _parse_answer(done.stdout)
+        except (ValueError, TypeError, AttributeError) as error:
+            # The answer itself holds secrets: neither it nor the parser's message is shown.
+            raise Unauthenticated(
+                f"the answer of credential helper {self._command!r} is not understood: {type(error).__name__}"
+            ) from None
+
+
+def _parse_answer(answer: bytes) -> tuple[Headers, float]:
+    if len(answer) > _MAX_HELPER_OUTPUT:
+        raise ValueError("too long")
+    parsed: dict[str, Any] = json.loads(answer)
+    headers = [(name, value) for name, values in parsed.get("headers", {}).items() for value in values]
+    expires = float("inf")
+    if text := parsed.get("expires"):
+        moment = datetime.fromisoformat(text)
+        expires = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - _EXPIRY_MARGIN_S
+    return checked_headers(headers), expires
+
+
+def make_credentials(
+    *,
+    bearer_token: str | Callable[[], str] | None,
+    credential_helper: str | os.PathLike[str] | None,
+    netrc_file: str | os.PathLike[str] | None,
+    host: str,
+    uri: str,
+    helper_timeout_s: float,
+) -> Credentials:
+    """The source that was chosen. InvalidArgument for more than one."""
+    given = [x for x in (bearer_token, credential_helper, netrc_file) if x is not None]
+    if len(given) > 1:
+        raise InvalidArgument("give one of bearer_token, credential_helper and netrc, not several")
+    if bearer_token is not None:
+        return BearerToken(bearer_token)
+    if credential_helper is not None:
+        return CredentialHelper(credential_helper, uri, helper_timeout_s)
+    if netrc_file is not None:
+        return Netrc(netrc_file, host)
+    return NoCredentials()

@@ -1,0 +1,159 @@
+"""gRPC statuses become typed errors here, and nowhere else.
+
+    UNAVAILABLE, ABORTED              Unavailable         transient
+    DEADLINE_EXCEEDED                 DeadlineExceeded    transient
+    RESOURCE_EXHAUSTED                ResourceExhausted   transient, unless a message was too large
+    INTERNAL, UNKNOWN                 Internal            transient
+    CANCELLED                         Cancelled           transient, unless the cancelling was ours
+    UNAUTHENTICATED                   Unauthenticated     after a refresh of the credentials, once
+    DATA_LOSS                         DataLoss
+    NOT_FOUND                         NotFound
+    INVALID_ARGUMENT, OUT_OF_RANGE    InvalidArgument
+    FAILED_PRECONDITION, ALREADY_EXISTS   FailedPrecondition
+    PERMISSION_DENIED                 PermissionDenied
+    UNIMPLEMENTED                     Unimplemented
+
+The status itself stays reachable through the error's `__cause__`, for `code_of` and its siblings.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from snaploader._proto import duration_pb2, status_pb2
+from snaploader.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SnaploaderError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+
+Code = grpc.StatusCode
+
+_ERRORS: dict[grpc.StatusCode, tuple[type[SnaploaderError], bool]] = {
+    Code.UNAVAILABLE: (Unavailable, True),
+    Code.ABORTED: (Unavailable, True),
+    Code.DEADLINE_EXCEEDED: (DeadlineExceeded, True),
+    Code.RESOURCE_EXHAUSTED: (ResourceExhausted, True),
+    Code.INTERNAL: (Internal, True),
+    Code.UNKNOWN: (Internal, True),
+    Code.CANCELLED: (Cancelled, True),
+    Code.UNAUTHENTICATED: (Unauthenticated, False),
+    Code.DATA_LOSS: (DataLoss, False),
+    Code.NOT_FOUND: (NotFound, False),
+    Code.INVALID_ARGUMENT: (InvalidArgument, False),
+    Code.OUT_OF_RANGE: (InvalidArgument, False),
+    Code.FAILED_PRECONDITION: (FailedPrecondition, False),
+    Code.ALREADY_EXISTS: (FailedPrecondition, False),
+    Code.PERMISSION_DENIED: (PermissionDenied, False),
+    Code.UNIMPLEMENTED: (Unimplemented, False),
+}
+_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+_MAX_DETAILS = 1000
+_DETAILS_KEY = "grpc-status-details-bin"
+_RETRY_INFO = "/google.rpc.RetryInfo"
+
+
+class MessageStatus(Exception):
+    """A google.rpc.Status found inside a response, as the cause of a typed error."""
+
+    def __init__(self, status: status_pb2.Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+        self.code = _BY_NUMBER.get(status.code, Code.UNKNOWN)
+
+
+def from_rpc_error(error: grpc.RpcError, what: str) -> SnaploaderError:
+    """The typed error for a failed call; `what` says what was being done, as in "reading 1f…/4096"."""
+    call = _call(error)
+    if call is None:
+        return _typed(Code.UNKNOWN, str(error), what, error)
+    return _typed(call.code(), call.details() or "", what, error)
+
+
+def from_message(status: status_pb2.Status, what: str) -> SnaploaderError:
+    """The typed error for a status, not OK, inside a response."""
+    cause = MessageStatus(status)
+    return _typed(cause.code, status.message, what, cause)
+
+
+def _typed(code: grpc.StatusCode, details: str, what: str, cause: Exception) -> SnaploaderError:
+    kind, transient = _ERRORS.get(code, (Internal, False))
+    if code is Code.RESOURCE_EXHAUSTED and _says_too_large(details):
+        transient = False
+    shown = details if len(details) <= _MAX_DETAILS else details[:_MAX_DETAILS] + "…"
+    typed = kind(f"{what} failed: {shown or 'no reason given'} ({code.name})", transient=transient)
+    typed.__cause__ = cause
+    return typed
+
+
+def code_of(error: BaseException) -> grpc.StatusCode | None:
+    """The gRPC code behind a typed error; None when there is none."""
+    cause = error.__cause__
+    if isinstance(cause, MessageStatus):
+        return cause.code
+    call = _call(cause)
+    return call.code() if call is not None else None
+
+
+def is_of_whole_call(error: BaseException) -> bool:
+    """Whether a call as such failed, rather than one blob in it."""
+    return _call(error.__cause__) is not None
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether a request or its response may have been refused for its size.
+
+    buildbox-casd and BuildGrid answer INVALID_ARGUMENT to a batch above their limit without
+    naming it, so that code alone counts.
+    """
+    code = code_of(error)
+    if code is Code.RESOURCE_EXHAUSTED:
+        return isinstance(error, SnaploaderError) and not error.transient
+    return code in (Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE)
+
+
+def _says_too_large(details: str) -> bool:
+    lowered = details.lower()
+    return "larger than max" in lowered or "too large" in lowered or "exceeds maximum" in lowered
+
+
+def retry_after_s(error: BaseException) -> float | None:
+    """How long the server asks to wait before a retry (google.rpc.RetryInfo); None when it does not."""
+    cause = error.__cause__
+    if isinstance(cause, MessageStatus):
+        return _delay(cause.status)
+    call = _call(cause)
+    for key, value in (call.trailing_metadata() or ()) if call is not None else ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                return _delay(status_pb2.Status.FromString(value))
+            except DecodeError:  # undecodable advice is no advice
+                return None
+    return None
+
+
+def _call(error: BaseException | None) -> grpc.Call | None:
+    """gRPC raises objects that are errors and calls at once, of a class without a name."""
+    return cast("grpc.Call", error) if isinstance(error, grpc.RpcError) and hasattr(error, "code") else None
+
+
+def _delay(status: status_pb2.Status) -> float | None:
+    for detail in status.details:
+        # RetryInfo has one field, number 1: a Duration of at most 16 bytes, behind a tag and a length byte.
+        if detail.type_url.endswith(_RETRY_INFO) and detail.value[:1] == b"\x0a":
+            duration = duration_pb2.Duration.FromString(detail.value[2 : 2 + detail.value[1]])
+            return max(0.0, float(duration.seconds) + duration.nanos / 1e9)
+    return None

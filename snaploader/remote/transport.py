@@ -1,0 +1,155 @@
+"""Single calls: metadata, deadlines, counting and the translation of errors. No retries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import grpc
+
+from snaploader._proto import services
+from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError
+from snaploader.remote.config import Timeouts
+from snaploader.remote.metadata import Headers
+from snaploader.remote.retry import Attempts
+from snaploader.remote.statistics import Recorder
+from snaploader.remote.status import from_rpc_error
+from snaploader.remote.watchdog import Watchdog
+
+_RAW = frozenset(("BatchUpdateBlobs", "Write"))
+"""Methods whose requests come serialised (snaploader.remote.encoding)."""
+
+
+class Transport:
+    """The methods of the four services on one channel. Thread-safe.
+
+    Args:
+        headers: What to send along, asked for at every call.
+    """
+
+    def __init__(
+        self, channel: grpc.Channel, timeouts: Timeouts, headers: Callable[[], Headers], recorder: Recorder
+    ) -> None:
+        self._channel = channel
+        self._timeouts = timeouts
+        self._headers = headers
+        self._recorder = recorder
+        self._watchdog = Watchdog(timeouts.idle_s)
+        self._stubs: dict[str, Any] = {
+            method.name: self._stub(method)
+            for service in services.SERVICES
+            for method in services.methods(service).values()
+        }
+
+    def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
+        """The response to one request, within `Timeouts.call_s` and what is left of the budget."""
+        timeout_s = attempts.timeout_s(self._timeouts.call_s)
+        headers = self._headers()
+        self._recorder.call(method)
+        try:
+            return self._stubs[method](request, timeout=timeout_s, metadata=headers)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._error(method, error, attempts) from error
+
+    def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
+        """The messages of a server's stream. Close it (contextlib.closing) to end the call early."""
+        timeout_s = attempts.timeout_s(float("inf"))
+        headers = self._headers()
+        self._recorder.call(method)
+        try:
+            call = self._stubs[method](request, timeout=timeout_s, metadata=headers)
+        except ValueError as error:
+            raise self._error(method, error, attempts) from error
+        with self._watchdog.watch(call) as guard:
+            try:
+                for message in call:
+                    guard.touch()
+                    yield message
+                    guard.touch()
+                    attempts.cancellation.check()
+            except grpc.RpcError as error:
+                raise self._error(method, error, attempts, idle=guard.expired) from error
+            finally:
+                call.cancel()
+
+    def send(self, method: str, requests: Iterator[bytes], attempts: Attempts) -> Any:
+        """The response to a client's stream. What `requests` raises ends the call and is raised.
+
+        A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
+        """
+        timeout_s = attempts.timeout_s(float("inf"))
+        headers = self._headers()
+        self._recorder.call(method)
+        source = _Requests(requests)
+        try:
+            call = self._stubs[method].future(source, timeout=timeout_s, metadata=headers)
+        except ValueError as error:
+            raise self._error(method, error, attempts) from error
+        with self._watchdog.watch(call) as guard:
+
+            def moved() -> None:
+                guard.touch()
+                attempts.cancellation.check()
+
+            source.on_next = moved
+            try:
+                return call.result()
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                if source.error is not None:
+                    self._recorder.failure(method)
+                    raise source.error from None
+                raise self._error(method, error, attempts, idle=guard.expired) from error
+            finally:
+                call.cancel()
+
+    def close(self) -> None:
+        """Cancel every call and close the connection."""
+        self._channel.close()
+        self._watchdog.close()
+
+    def _stub(self, method: services.Method) -> Any:
+        kind = {
+            (False, False): self._channel.unary_unary,
+            (False, True): self._channel.unary_stream,
+            (True, False): self._channel.stream_unary,
+        }[method.client_streaming, method.server_streaming]
+        serializer = None if method.name in _RAW else method.request.SerializeToString
+        return kind(
+            method.path, request_serializer=serializer, response_deserializer=method.response.FromString
+        )
+
+    def _error(
+        self, method: str, error: Exception, attempts: Attempts, *, idle: bool = False
+    ) -> SnaploaderError:
+        self._recorder.failure(method)
+        if attempts.cancellation.cancelled:
+            return Cancelled(f"{attempts.operation} was called off", transient=False)
+        if idle:
+            return DeadlineExceeded(
+                f"{attempts.operation} failed: the server was silent for {self._timeouts.idle_s:g} s"
+            )
+        if isinstance(error, grpc.RpcError):
+            return from_rpc_error(error, attempts.operation)
+        return Cancelled(f"{attempts.operation} failed: the connection was closed", transient=False)
+
+
+class _Requests:
+    """An iterator that remembers why it failed: gRPC tells only that it did."""
+
+    def __init__(self, requests: Iterator[bytes]) -> None:
+        self._requests = requests
+        self.on_next: Callable[[], object] = lambda: None
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            self.on_next()
+            return next(self._requests)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
