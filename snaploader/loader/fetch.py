@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 from cow import OpenedChunk
-from snaploader.blobstore import BlobStore
+from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest
-from snaploader.errors import DataLoss, NotFound, ResourceExhausted, SnaploaderError, translate_os_errors
+from snaploader.errors import (
+    Cancelled,
+    DataLoss,
+    NotFound,
+    ResourceExhausted,
+    SnaploaderError,
+    translate_os_errors,
+)
 from snaploader.filecache import FileCache
 from snaploader.loader.flight import SingleFlight
 from snaploader.loader.pool import WorkerPool
@@ -26,7 +34,7 @@ class BlobFetcher:
     full of leased blobs, or the disk is), the bytes are served from memory instead of failing the read.
     """
 
-    def __init__(self, file_cache: FileCache, remote: BlobStore | None, pool: WorkerPool) -> None:
+    def __init__(self, file_cache: FileCache, remote: RemoteStore | None, pool: WorkerPool) -> None:
         self.file_cache = file_cache
         self.remote = remote
         self._flights = SingleFlight()
@@ -46,11 +54,9 @@ class BlobFetcher:
             flight, is_owner = self._flights.board(digest)
             if not is_owner:
                 flight.wait()
-                if isinstance(flight.error, SnaploaderError) and not flight.background:
-                    raise type(flight.error)(
-                        flight.error.message, transient=flight.error.transient
-                    ) from flight.error
-                continue
+                if flight.error is None or flight.background:
+                    continue
+                raise _again(flight.error)
             error: BaseException | None = None
             try:
                 return self._open_local(digest)[0] or self._fetch(self.remote, digest, local_error)
@@ -71,31 +77,67 @@ class BlobFetcher:
             raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
         return data
 
-    def fetch_many(
-        self, digests: Collection[Digest], fetched: Callable[[Digest], None] | None = None
+    def place(
+        self,
+        digest: Digest,
+        target: Path,
+        *,
+        writable: bool,
+        executable: bool,
+        allow_remote: bool,
+        fetched: Callable[[int], None] | None = None,
     ) -> None:
-        """Bring all of `digests` into the file cache, in bulk; those that are there already are left alone.
+        """Make a blob appear as the file `target`, which must not exist.
+
+        It shares its bytes with the file cache where it can: a link when nobody may write to it, else a
+        clone or copy. A file that is executable has a mode of its own, so it cannot be a link.
 
         Args:
-            fetched: Called, from any thread, with each blob that was fetched.
+            fetched: Called with the size when the blob came from the remote store.
         """
-        missing = self.file_cache.find_missing(digests)
-        if not missing:
-            return
-        if self.remote is None:
-            raise NotFound(f"{len(missing)} blobs are not in the file cache, such as {min(missing)}")
+        if self._bring(digest, allow_remote=allow_remote) and fetched is not None:
+            fetched(digest.size_bytes)
+        self.file_cache.materialize(digest, target, writable=writable or executable)
+        if executable:
+            with translate_os_errors(f"cannot make {str(target)!r} executable"):
+                target.chmod(0o755 if writable else 0o555)
 
-        def keep(digest: Digest, data: bytes) -> None:
+    def keep(self, digest: Digest, data: bytes) -> None:
+        """Put a verified blob into the file cache, if that has room: the caller has the bytes in any case."""
+        with suppress(ResourceExhausted):
             self.file_cache.put_verified(digest, data)
-            if fetched is not None:
-                fetched(digest)
-
-        self.remote.read_many(sorted(missing), keep)
 
     def prefetch(self, digests: Sequence[Digest]) -> None:
         """A hint: these will likely be opened soon. Returns at once, never raises."""
         if self._prefetcher is not None:
             self._prefetcher.hint(digests)
+
+    def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
+        """Have a blob in the file cache, streaming it there, however big; whether it was fetched."""
+        while True:
+            try:
+                os.close(self.file_cache.open(digest))
+                return False
+            except (NotFound, DataLoss):
+                if self.remote is None or not allow_remote:
+                    raise
+            flight, is_owner = self._flights.board(digest)
+            if not is_owner:
+                flight.wait()
+                if flight.error is None or flight.background:
+                    continue
+                raise _again(flight.error)
+            error: BaseException | None = None
+            try:
+                with self.file_cache.writer(digest) as writer:
+                    self.remote.read_to(digest, writer.write)
+                    writer.commit()
+                return True
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                self._flights.land(digest, error)
 
     def close(self) -> None:
         """Drop all hints."""
@@ -111,7 +153,7 @@ class BlobFetcher:
             return OpenedChunk(fd, REMOTE, prefetched=True), None
         return OpenedChunk(fd, FILE_CACHE), None
 
-    def _fetch(self, remote: BlobStore, digest: Digest, local_error: SnaploaderError | None) -> OpenedChunk:
+    def _fetch(self, remote: RemoteStore, digest: Digest, local_error: SnaploaderError | None) -> OpenedChunk:
         demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
         with demand:
             try:
@@ -126,6 +168,15 @@ class BlobFetcher:
             except (ResourceExhausted, NotFound):
                 # Full, or evicted again at once: the reader still gets its bytes.
                 return OpenedChunk(_in_memory_file(data), REMOTE)
+
+
+def _again(error: BaseException) -> BaseException:
+    """A copy of another thread's error, to raise on this one with a traceback of its own."""
+    if not isinstance(error, SnaploaderError):
+        return Cancelled("another thread that was fetching the same blob was interrupted; try again")
+    copy = type(error)(error.message, transient=error.transient)
+    copy.__cause__ = error
+    return copy
 
 
 def _in_memory_file(data: bytes) -> int:

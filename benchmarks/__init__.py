@@ -1,0 +1,1 @@
+"""Benchmarks: what the library claims, measured against floors and other paths in the same run."""

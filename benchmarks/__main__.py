@@ -1,0 +1,11 @@
+"""Runs all benchmarks with their defaults: `python -m benchmarks`, or `make bench`."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import run, scale
+
+if __name__ == "__main__":
+    run.main()
+    sys.exit(scale.main())

@@ -1,0 +1,274 @@
+"""The loader: from a task to its machine's state, and back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from cow import COWStore, MappingBudget
+from snaploader import keys
+from snaploader.blobstore import RemoteStore
+from snaploader.digest import DigestFunction
+from snaploader.filecache import FileCache
+from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.find import SnapshotFinder
+from snaploader.loader.pool import DEFAULT_WORKERS, WorkerPool
+from snaploader.loader.progress import ProgressCallback
+from snaploader.loader.restore import RestoreResult, restore
+from snaploader.loader.results import SaveResult, Snapshot
+from snaploader.loader.save import SaveOptions, SnapshotSaver
+from snaploader.loader.unpack import UnpackedSnapshot, unpack
+from snaploader.loader.versions import VersionStore
+from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, ReadPolicy, SavePolicy
+from snaploader.task import SnapshotTask
+
+DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3
+"""Where no remote store has a say. A remote store that speaks only SHA-256 cannot take such snapshots."""
+
+
+class SnapshotLoader:
+    """Saves, finds and unpacks snapshots. Thread-safe; no call depends on an earlier one.
+
+    Close it (or use it as a context manager) after everything it unpacked was closed. The caches are
+    the caller's to close.
+
+    Args:
+        file_cache: Where blobs and manifests are kept on this host; its group is the loader's.
+        remote_cache: Where they are shared between hosts; None works on this host alone.
+        digest_function: For what is saved without a remote cache. With one, the remote cache decides.
+        share_snapshots: Whether runners share snapshots by branch. If not, a key has no ref and is
+            bound to the runner's id.
+        universal_ref: Whether a ref common to all branches is the last fallback; every save updates it.
+        readonly: Publish nothing: no manifests, no versions, here or remotely. Blobs that were fetched
+            are still cached.
+        max_stale_fallback_age_s: Local snapshots of fallback keys that are older are passed over.
+            Default: a day.
+        workers: Most threads for hashing and copying. Default: the number of processors, at most 8.
+        mapping_budget: Bound on the mapped memory of all stores that share it. Default: cow's
+            process-wide budget.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        file_cache: FileCache,
+        remote_cache: RemoteStore | None = None,
+        *,
+        digest_function: DigestFunction = DEFAULT_DIGEST_FUNCTION,
+        share_snapshots: bool = True,
+        universal_ref: bool = False,
+        readonly: bool = False,
+        max_stale_fallback_age_s: float = DEFAULT_MAX_STALE_FALLBACK_AGE_S,
+        workers: int = DEFAULT_WORKERS,
+        mapping_budget: MappingBudget | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._file_cache = file_cache
+        self._remote = remote_cache
+        self._share = share_snapshots
+        self._universal = universal_ref
+        self._budget = mapping_budget
+        self._pool = WorkerPool(workers)
+        self._fetcher = BlobFetcher(file_cache, remote_cache, self._pool)
+        self._versions = VersionStore(file_cache, remote_cache, readonly=readonly)
+        self._finder = SnapshotFinder(
+            self._fetcher,
+            remote_cache,
+            readonly=readonly,
+            max_stale_fallback_age_s=max_stale_fallback_age_s,
+            clock=clock,
+        )
+        self._saver = SnapshotSaver(
+            self._fetcher,
+            self._finder,
+            self._pool,
+            remote_cache,
+            local_digest_function=digest_function,
+            universal_ref=universal_ref,
+            readonly=readonly,
+            clock=clock,
+        )
+
+    def snapshot_key_set(
+        self,
+        task: SnapshotTask,
+        configuration_hash: str,
+        runner_id: str = "",
+        *,
+        allow_stale_version: bool = False,
+    ) -> SnapshotKeySet:
+        """The keys of a task: where to look for its snapshot, in order, and where to write it.
+
+        Asks the remote cache for the version of the keys, at every call.
+
+        Args:
+            configuration_hash: Hash of all that makes the machine what it is and is not in the platform,
+                such as image, kernel and sizes. Machines that may not load each other's state differ in it.
+            runner_id: Required when snapshots are not shared.
+            allow_stale_version: Work with the version last seen on this host when the remote cache
+                cannot be reached. An invalidation made since then goes unnoticed.
+
+        Raises:
+            InvalidArgument: a part of the task is malformed.
+            Unavailable, DeadlineExceeded: the remote cache cannot be reached.
+        """
+        base = keys.base_key(task, configuration_hash)
+        version = self._versions.current(base, allow_stale=allow_stale_version)
+        return keys.snapshot_key_set(
+            task, configuration_hash, runner_id, version, share=self._share, universal=self._universal
+        )
+
+    def get_snapshot(
+        self,
+        key_set: SnapshotKeySet,
+        read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
+        *,
+        allow_degraded: bool = False,
+    ) -> Snapshot:
+        """The best snapshot of the set: the first key, in order, with a manifest of which nothing is missing.
+
+        Args:
+            read_policy: `newest` prefers the remote manifest of a key to the local one; `local-first`
+                the other way round; `local-only` never asks the remote cache, not even for chunks.
+            allow_degraded: Go on to the next key when one fails for another reason than that it has no
+                snapshot. The result then says so (`Snapshot.degraded`, `Snapshot.failures`).
+
+        Raises:
+            NotFound: no key has a whole snapshot; the message names every key and its reason.
+            SnaploaderError: of the kind of the first failure that is no NotFound.
+        """
+        return self._finder.find(key_set, ReadPolicy.parse(read_policy), allow_degraded=allow_degraded)
+
+    def get_snapshot_by_id(
+        self,
+        snapshot_id: str,
+        *,
+        instance_name: str = "",
+        read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
+    ) -> Snapshot:
+        """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
+        key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
+        return self._finder.find_one(key, ReadPolicy.parse(read_policy))
+
+    def unpack_snapshot(
+        self,
+        snapshot: Snapshot,
+        output_directory: str | os.PathLike[str],
+        *,
+        writable_files: bool = False,
+    ) -> UnpackedSnapshot:
+        """Make a snapshot usable, at once: no chunk is read before it is touched.
+
+        Use the result as a context manager. Its `chunked_files[name]` are `cow.COWStore`s whose writes are
+        their own: two unpacks of one snapshot do not see each other's.
+
+        Args:
+            output_directory: Made if need be. Plain files appear in it under their names, and a hidden
+                folder with the written chunks, until the result is closed.
+            writable_files: Copy plain files so that they may be written. By default they are read-only and
+                share their bytes with the file cache.
+
+        Raises:
+            FailedPrecondition: a file of that name exists; nothing was changed.
+            NotFound, DataLoss: a plain file is gone from every cache; nothing is left behind.
+        """
+        return unpack(
+            snapshot, output_directory, self._fetcher, writable_files=writable_files, budget=self._budget
+        )
+
+    def restore_snapshot(
+        self,
+        snapshot: Snapshot,
+        output_directory: str | os.PathLike[str],
+        *,
+        progress: ProgressCallback | None = None,
+    ) -> RestoreResult:
+        """Write all files of a snapshot out in full, holes as holes; all of them or none."""
+        return restore(snapshot, output_directory, self._fetcher, self._pool, progress)
+
+    def cache_snapshot(
+        self,
+        key: SnapshotKey,
+        *,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
+        chunked_files: Mapping[str, COWStore | str | os.PathLike[str]] | None = None,
+        vm_configuration: Any,
+        vm_metadata: Any = None,
+        snapshot_id: str | None = None,
+        save_policy: SavePolicy | str = SavePolicy.ALWAYS,
+        key_set: SnapshotKeySet | None = None,
+        default_ref: str = "",
+        min_refresh_interval_s: float = 0.0,
+        remote: bool | None = None,
+        chunk_size: int | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> SaveResult:
+        """Save files as the snapshot of `key`: in the file cache, then in the remote cache.
+
+        A store that was unpacked or saved before is saved at the cost of what was written to it since.
+        After the call its chunks are clean; a later write never changes what was saved.
+
+        Args:
+            key: Usually the `write_key` of a key set.
+            files: Kept whole, by name. Paths of regular files.
+            chunked_files: Kept in chunks, by name. Stores, or paths of regular files, which must not change
+                during the call.
+            vm_configuration: What the machine is made of: any protobuf message, such as
+                `snaploader.VMConfiguration`, or an Any.
+            vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of
+                a `snaploader.VMMetadata` is the age of the snapshot as a fallback.
+            snapshot_id: Under which exactly this snapshot is found again, for ever. Default: a new UUID.
+            save_policy: Whether a snapshot that stands remotely is replaced.
+            key_set: The keys that `none-available` looks at.
+            default_ref: The branch that always saves.
+            min_refresh_interval_s: Leave the default branch's remote snapshot alone when it is younger.
+            remote: Whether to save remotely. Default: if there is a remote cache.
+            chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
+
+        Raises:
+            InvalidArgument: names, keys or options are malformed, or nothing would be stored.
+            FailedPrecondition: the loader is read-only, the snapshot id is taken, a file changed
+                while it was read, or the remote cache takes no updates.
+            ResourceExhausted: the disk is full, or the file cache too small for the snapshot.
+            SnaploaderError: the remote cache failed; the local snapshot then stands, as a note on the
+                error says.
+        """
+        options = SaveOptions(
+            files=dict(files or {}),
+            chunked_files=dict(chunked_files or {}),
+            vm_configuration=vm_configuration,
+            vm_metadata=vm_metadata,
+            snapshot_id=snapshot_id,
+            save_policy=SavePolicy.parse(save_policy),
+            key_set=key_set,
+            default_ref=default_ref,
+            min_refresh_interval_s=min_refresh_interval_s,
+            remote=remote,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+        return self._saver.save(key, options)
+
+    def invalidate_snapshot(self, key: SnapshotKey) -> str:
+        """Drop all snapshots of the key's instance, platform and configuration, on all branches.
+
+        Returns the new version. Key sets computed from now on carry it, on every host.
+        """
+        return self._versions.renew(key)
+
+    def close(self) -> None:
+        """Stop prefetching and end the loader's threads. Idempotent."""
+        self._fetcher.close()
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

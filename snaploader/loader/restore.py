@@ -1,0 +1,156 @@
+"""Writing a whole snapshot out: every file in full, holes as holes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cow.sparse import Copier, write_all
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Digest
+from snaploader.errors import NotFound, translate_os_errors
+from snaploader.loader.fetch import REMOTE, BlobFetcher
+from snaploader.loader.pool import WorkerPool
+from snaploader.loader.progress import ProgressCallback, ProgressMeter
+from snaploader.loader.results import Snapshot
+from snaploader.loader.unpack import output_folder, place_files
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What `restore_snapshot` wrote, and where it came from."""
+
+    files: Mapping[str, Path]
+    """Path of every file, by name."""
+    written_bytes: int
+    """Content of all files, without the holes."""
+    hole_bytes: int
+    fetched_blobs: int
+    fetched_bytes: int
+    """What came from the remote store; the rest was in the file cache."""
+
+
+class _Counter:
+    """Blobs and bytes that came from the remote store. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.blobs = 0
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self.blobs += 1
+            self.bytes += size
+
+
+def restore(
+    snapshot: Snapshot,
+    output_directory: str | os.PathLike[str],
+    fetcher: BlobFetcher,
+    pool: WorkerPool,
+    progress: ProgressCallback | None,
+) -> RestoreResult:
+    """See `SnapshotLoader.restore_snapshot`."""
+    manifest, tables = snapshot.manifest, snapshot.tables
+    fetched = _Counter()
+    stored = sum(table.stored_bytes for table in tables.values())
+    meter = ProgressMeter(progress, "write", stored)
+    with contextlib.ExitStack() as undo:
+        root = output_folder(output_directory, [*manifest.files, *manifest.chunked_files], undo)
+        plain = place_files(manifest, root, fetcher, snapshot, undo, writable=True, fetched=fetched.add)
+        placed = dict(plain)
+        for name, table in tables.items():
+            target = root / name
+            writer = _ChunkedFileWriter(name, table, snapshot, fetcher, pool, fetched, meter)
+            writer.write(target)
+            undo.callback(target.unlink, missing_ok=True)
+            placed[name] = target
+        undo.pop_all()
+    plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
+    holes = sum(table.size for table in tables.values()) - stored
+    return RestoreResult(placed, plain_bytes + stored, holes, fetched.blobs, fetched.bytes)
+
+
+class _ChunkedFileWriter:
+    """Writes one chunked file: chunks at hand are copied from the file cache in the kernel, the others
+    are fetched in bulk and written as they arrive."""
+
+    def __init__(
+        self,
+        name: str,
+        table: ChunkTable,
+        snapshot: Snapshot,
+        fetcher: BlobFetcher,
+        pool: WorkerPool,
+        fetched: _Counter,
+        meter: ProgressMeter,
+    ) -> None:
+        self._name = name
+        self._table = table
+        self._allow_remote = snapshot.allow_remote
+        self._fetcher = fetcher
+        self._pool = pool
+        self._fetched = fetched
+        self._meter = meter
+
+    def write(self, target: Path) -> None:
+        """Make `target` appear, whole, or raise and leave nothing."""
+        with translate_os_errors(f"cannot write {str(target)!r}"):
+            fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
+            try:
+                try:
+                    os.ftruncate(fd, self._table.size)
+                    self._fill(fd)
+                finally:
+                    os.close(fd)
+                os.chmod(temporary, 0o644)
+                os.rename(temporary, target)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+
+    def _fill(self, fd: int) -> None:
+        table = self._table
+        missing = self._fetcher.file_cache.find_missing(set(table.digests()))
+        places: dict[Digest, list[int]] = defaultdict(list)
+        present = []
+        for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+            offset = index * table.chunk_size
+            if digest in missing:
+                places[digest].append(offset)
+            else:
+                present.append((digest, offset))
+        self._pool.for_each(lambda chunk: self._copy(*chunk, fd), present)
+        if places:
+            self._fetch(fd, places)
+
+    def _copy(self, digest: Digest, offset: int, fd: int) -> None:
+        opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
+        try:
+            Copier().copy(opened.fd, 0, digest.size_bytes, fd, offset, f"the cached blob {digest}")
+        finally:
+            os.close(opened.fd)
+        if opened.origin == REMOTE:
+            self._fetched.add(digest.size_bytes)
+        self._meter.add(digest.size_bytes)
+
+    def _fetch(self, fd: int, places: Mapping[Digest, list[int]]) -> None:
+        remote = self._fetcher.remote
+        if remote is None or not self._allow_remote:
+            raise NotFound(f"{len(places)} chunks of {self._name!r} are not in the file cache")
+
+        def keep(digest: Digest, data: bytes) -> None:
+            self._fetcher.keep(digest, data)
+            self._fetched.add(digest.size_bytes)
+            for offset in places[digest]:
+                write_all(fd, [data], offset)
+                self._meter.add(digest.size_bytes)
+
+        remote.read_many(places, keep)

@@ -1,0 +1,113 @@
+"""What the loader's calls return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Digest
+from snaploader.errors import SnaploaderError
+from snaploader.keys import SnapshotKey
+from snaploader.manifest import Manifest
+
+
+class ManifestSource(StrEnum):
+    """The tier a manifest came from."""
+
+    LOCAL = "local"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyFailure:
+    """A key that was tried and did not serve."""
+
+    key: SnapshotKey
+    error: SnaploaderError
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot that was found: complete when it was looked at, and nothing of it read yet."""
+
+    key: SnapshotKey
+    """The key that served; its `ref` says which branch the state is from."""
+    manifest: Manifest
+    source: ManifestSource
+    tables: Mapping[str, ChunkTable]
+    """The chunks of every chunked file, by the file's name."""
+    allow_remote: bool
+    """Whether chunks may be fetched from the remote store."""
+    failures: tuple[KeyFailure, ...] = ()
+    """Keys tried before this one, in order, and why each did not serve."""
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a better key might have served but for an outage or damage. A retry may find it."""
+        return any(not isinstance(failure.error, LookupError) for failure in self.failures)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """One file of a save, and what it took."""
+
+    name: str
+    size_bytes: int
+    chunked: bool
+    digest: Digest
+    """Of the content, or of the tree of a chunked file."""
+    chunks: int = 0
+    """Chunks with data; a plain file has none."""
+    hashed_chunks: int = 0
+    """Chunks read and hashed by this save; the others were known to be unchanged."""
+    hashed_bytes: int = 0
+    hole_bytes: int = 0
+    """Bytes in chunks of nothing but zeros."""
+    stored_bytes: int = 0
+    """Bytes new to the file cache."""
+    deduplicated_bytes: int = 0
+    """Bytes hashed that the file cache held already."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """What `cache_snapshot` did."""
+
+    key: SnapshotKey
+    """The key the snapshot was written under."""
+    snapshot_id: str
+    """Under which exactly this snapshot is found again."""
+    files: tuple[SavedFile, ...]
+    saved_locally: bool
+    saved_remotely: bool
+    remote_skipped: str = ""
+    """Why the save policy kept the snapshot from the remote store; empty when it did not."""
+    uploaded_blobs: int = 0
+    uploaded_bytes: int = 0
+    """Content that went to the remote store, before compression."""
+    uploaded_wire_bytes: int = 0
+    """The same as it was sent."""
+    warnings: tuple[str, ...] = field(default=())
+    """What went wrong without harm to the snapshot under `key`."""
+
+    @property
+    def hole_bytes(self) -> int:
+        """Bytes of all chunked files in chunks of nothing but zeros."""
+        return sum(file.hole_bytes for file in self.files)
+
+    @property
+    def hashed_bytes(self) -> int:
+        """Bytes of all files that were read and hashed."""
+        return sum(file.hashed_bytes for file in self.files)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files that were new to the file cache."""
+        return sum(file.stored_bytes for file in self.files)
+
+    @property
+    def deduplicated_bytes(self) -> int:
+        """Bytes of all files that were hashed and found in the file cache."""
+        return sum(file.deduplicated_bytes for file in self.files)

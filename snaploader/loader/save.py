@@ -1,0 +1,296 @@
+"""Saving a snapshot: keep everything locally, publish it locally, then the same remotely.
+
+The local part ends with the local manifest before the remote part begins, so an outage costs the
+remote snapshot and not the local one. Within each part a manifest is written last, when everything
+it names is stored.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cow import COWStore
+from snaploader import keys
+from snaploader._proto.snaploader_pb2 import VMMetadata
+from snaploader.blobstore import RemoteStore, TransferStatistics
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SnaploaderError,
+)
+from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.find import SnapshotFinder, artefacts
+from snaploader.loader.pool import WorkerPool
+from snaploader.loader.progress import ProgressCallback
+from snaploader.loader.publish import publish_manifest, upload_blobs
+from snaploader.loader.results import SaveResult
+from snaploader.loader.source import SnapshotChunkSource
+from snaploader.loader.store import LocalSaver
+from snaploader.manifest import Manifest, PlainFile, check_name, pack_any, unpack_any
+from snaploader.policy import SavePolicy, should_save_remotely
+
+SMALL_BLOB_BYTES = 4 << 20
+"""Blobs up to this size are uploaded from memory, bigger ones from their file."""
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """The arguments of `SnapshotLoader.cache_snapshot`, which documents them."""
+
+    files: Mapping[str, str | os.PathLike[str]]
+    chunked_files: Mapping[str, COWStore | str | os.PathLike[str]]
+    vm_configuration: Any
+    vm_metadata: Any = None
+    snapshot_id: str | None = None
+    save_policy: SavePolicy = SavePolicy.ALWAYS
+    key_set: SnapshotKeySet | None = None
+    default_ref: str = ""
+    min_refresh_interval_s: float = 0.0
+    remote: bool | None = None
+    chunk_size: int | None = None
+    progress: ProgressCallback | None = None
+
+
+class SnapshotSaver:
+    """Does the saving for a loader. Thread-safe, stateless between calls.
+
+    Args:
+        local_digest_function: Where there is no remote store to say.
+        universal_ref: Whether every save also updates the universal ref.
+        readonly: Refuse to save.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        fetcher: BlobFetcher,
+        finder: SnapshotFinder,
+        pool: WorkerPool,
+        remote: RemoteStore | None,
+        *,
+        local_digest_function: DigestFunction,
+        universal_ref: bool,
+        readonly: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._fetcher = fetcher
+        self._file_cache = fetcher.file_cache
+        self._finder = finder
+        self._pool = pool
+        self._remote = remote
+        self._local_function = local_digest_function
+        self._universal = universal_ref
+        self._readonly = readonly
+        self._clock = clock
+
+    def save(self, key: SnapshotKey, options: SaveOptions) -> SaveResult:
+        """See `SnapshotLoader.cache_snapshot`."""
+        self._check(key, options)
+        configuration = pack_any(options.vm_configuration)
+        metadata = None if options.vm_metadata is None else pack_any(options.vm_metadata)
+        id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
+        remote = self._remote if options.remote is not False else None
+        skipped = self._reason_to_skip(key, options) if remote is not None else ""
+        if skipped:
+            remote = None
+        self._check_unused(id_key, remote)
+        function = self._digest_function(options)
+        with LocalSaver(
+            self._file_cache,
+            function,
+            self._pool,
+            files=options.files,
+            chunked_files=options.chunked_files,
+            chunk_size=options.chunk_size,
+            progress=options.progress,
+        ) as saver:
+            saved = saver.run()
+            manifest = Manifest(
+                configuration,
+                function,
+                vm_metadata=metadata,
+                files={
+                    name: PlainFile(saved[name].digest, is_executable=name in saver.executables)
+                    for name in options.files
+                },
+                chunked_files={name: saved[name].digest for name in options.chunked_files},
+            )
+            blobs = set(artefacts(manifest, saver.tables))
+            with self._file_cache.lease(blobs):
+                self._complete_locally(saver, blobs)
+                warnings = self._publish_locally(manifest, key, id_key)
+                saver.commit(self._make_source)
+                uploaded = TransferStatistics()
+                if remote is not None:
+                    try:
+                        uploaded = self._upload(remote, manifest, blobs, options.progress)
+                        warnings += self._publish_remotely(remote, manifest, key, id_key)
+                    except SnaploaderError as error:
+                        error.add_note("the snapshot is saved in the local cache")
+                        raise
+        return SaveResult(
+            key=key,
+            snapshot_id=id_key.snapshot_id,
+            files=tuple(saved[name] for name in (*options.files, *options.chunked_files)),
+            saved_locally=True,
+            saved_remotely=remote is not None,
+            remote_skipped=skipped,
+            uploaded_blobs=uploaded.blobs,
+            uploaded_bytes=uploaded.content_bytes,
+            uploaded_wire_bytes=uploaded.wire_bytes,
+            warnings=tuple(warnings),
+        )
+
+    def _check(self, key: SnapshotKey, options: SaveOptions) -> None:
+        if self._readonly:
+            raise FailedPrecondition("this loader is read-only: it cannot save snapshots")
+        if key.snapshot_id:
+            raise InvalidArgument("the key to save under names a snapshot id: pass snapshot_id= instead")
+        if not options.files and not options.chunked_files:
+            raise InvalidArgument("there is nothing to save: name at least one file")
+        both = options.files.keys() & options.chunked_files.keys()
+        if both:
+            raise InvalidArgument(f"{min(both)!r} is to be saved both whole and in chunks: choose one")
+        for name in (*options.files, *options.chunked_files):
+            check_name(name)
+        if options.remote and self._remote is None:
+            raise InvalidArgument("a remote save was asked for and the loader has no remote cache")
+        if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:
+            raise InvalidArgument("save policy none-available needs key_set, the keys to look at")
+
+    def _digest_function(self, options: SaveOptions) -> DigestFunction:
+        if self._remote is None:
+            return self._local_function
+        try:
+            return self._remote.digest_function
+        except SnaploaderError as error:
+            if options.remote is False and error.transient:
+                return self._local_function
+            raise
+
+    def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> str:
+        """Why the policy keeps this snapshot from the remote store; empty when it does not."""
+        policy = options.save_policy
+        if policy is SavePolicy.ALWAYS and not options.min_refresh_interval_s:
+            return ""
+        standing = self._finder.remote_manifest(key)
+        others = options.key_set if policy is SavePolicy.NONE_AVAILABLE and options.key_set else ()
+        any_exists = standing is not None or any(
+            self._finder.remote_manifest(other) is not None for other in others if other != key
+        )
+        wanted = should_save_remotely(
+            policy,
+            key,
+            default_ref=options.default_ref,
+            branch_exists=standing is not None,
+            any_exists=any_exists,
+            last_save_s=None if standing is None else _completed_s(standing),
+            refresh_interval_s=options.min_refresh_interval_s,
+            now_s=self._clock(),
+        )
+        if wanted:
+            return ""
+        return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s"
+
+    def _check_unused(self, id_key: SnapshotKey, remote: RemoteStore | None) -> None:
+        taken = f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"
+        try:
+            self._file_cache.get_ref(keys.local_manifest_key(self._file_cache.group_id, id_key))
+        except NotFound:
+            pass
+        else:
+            raise FailedPrecondition(taken)
+        if remote is not None and self._finder.remote_manifest(id_key) is not None:
+            raise FailedPrecondition(taken)
+
+    def _complete_locally(self, saver: LocalSaver, blobs: set[Digest]) -> None:
+        """Make sure that every blob is in a cache; what the stores alone have is put into the file cache."""
+        missing = self._file_cache.find_missing(blobs)
+        if missing and self._remote is not None:
+            missing = self._remote.find_missing(missing)
+        if not missing:
+            return
+        for digest, name, index in saver.places(missing):
+            try:
+                self._file_cache.write(digest, saver.read_chunk(name, index))
+            except (NotFound, DataLoss) as error:
+                raise type(error)(
+                    f"chunk {index} of {name!r} ({digest}), which was not changed since it was loaded, is "
+                    f"in no cache any more: {error.message}"
+                ) from error
+        missing = self._file_cache.find_missing(blobs & missing)
+        if missing:
+            raise ResourceExhausted(
+                f"the file cache dropped {len(missing)} blobs of the snapshot while it was being saved: "
+                "raise its size (max_bytes) above that of the snapshot"
+            )
+
+    def _publish_locally(self, manifest: Manifest, key: SnapshotKey, id_key: SnapshotKey) -> list[str]:
+        data = manifest.serialize_local()
+        group = self._file_cache.group_id
+        for write_key in self._write_keys(key):
+            self._file_cache.put_ref(keys.local_manifest_key(group, write_key), data)
+        try:
+            if self._file_cache.put_ref(keys.local_manifest_key(group, id_key), data, overwrite=False):
+                return []
+            return [f"snapshot id {id_key.snapshot_id!r} was taken locally meanwhile and not overwritten"]
+        except SnaploaderError as error:
+            return [f"the snapshot is not found by its id locally: {error.message}"]
+
+    def _upload(
+        self,
+        remote: RemoteStore,
+        manifest: Manifest,
+        blobs: set[Digest],
+        progress: ProgressCallback | None,
+    ) -> TransferStatistics:
+        trees = set(manifest.chunked_files.values())
+        content = upload_blobs(remote, blobs - trees, self._upload_source, progress)
+        top = upload_blobs(remote, trees, self._upload_source, None)
+        return content + top
+
+    def _upload_source(self, digest: Digest) -> Buffer | str:
+        if digest.size_bytes > SMALL_BLOB_BYTES:
+            return self._file_cache.path(digest)
+        return self._fetcher.read(digest, allow_remote=False)
+
+    def _publish_remotely(
+        self, remote: RemoteStore, manifest: Manifest, key: SnapshotKey, id_key: SnapshotKey
+    ) -> list[str]:
+        for write_key in self._write_keys(key):
+            publish_manifest(remote, write_key, manifest)
+        try:
+            publish_manifest(remote, id_key, manifest)
+        except SnaploaderError as error:
+            return [f"the snapshot is not found by its id remotely: {error.message}"]
+        return []
+
+    def _write_keys(self, key: SnapshotKey) -> list[SnapshotKey]:
+        if not self._universal or keys.is_universal(key) or not key.ref:
+            return [key]
+        return [key, replace(key, ref=keys.UNIVERSAL_REF)]
+
+    def _make_source(self, name: str, table: ChunkTable) -> SnapshotChunkSource:
+        return SnapshotChunkSource(name, table, self._fetcher, allow_remote=self._remote is not None)
+
+
+def _completed_s(manifest: Manifest) -> float | None:
+    """When the task of the state ended, in seconds since the epoch; None when the manifest does not say."""
+    try:
+        metadata = unpack_any(manifest.vm_metadata, VMMetadata)
+    except InvalidArgument:
+        return None
+    if metadata is None or not metadata.last_executed_task.HasField("completed_timestamp"):
+        return None
+    completed = metadata.last_executed_task.completed_timestamp
+    return float(completed.seconds) + completed.nanos / 1e9

@@ -1,0 +1,251 @@
+"""Saving, the local part: files become blobs in the file cache, and tables of chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWStore, is_zero
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import FailedPrecondition, translate_os_errors
+from snaploader.filecache import FileCache
+from snaploader.loader.pool import WorkerPool
+from snaploader.loader.progress import ProgressCallback, ProgressMeter
+from snaploader.loader.results import SavedFile
+from snaploader.loader.source import SnapshotChunkSource
+from snaploader.tree import encode_tree
+
+
+@dataclass
+class ChunkedSave:
+    """A chunked file on its way into the file cache."""
+
+    name: str
+    checkpoint: Checkpoint
+    known: ChunkTable | None
+    """What the store held when it was last saved or loaded, if that is known with this digest function."""
+    unchanged: Callable[[], None]
+    """Raises FailedPrecondition when the file behind a checkpoint of a path was changed meanwhile."""
+    hashes: dict[int, bytes | None] = field(default_factory=dict)
+    """Of every chunk that was read; None is a hole."""
+    hashed_bytes: int = 0
+    stored_bytes: int = 0
+    deduplicated_bytes: int = 0
+
+    def pending(self) -> list[int]:
+        """The chunks whose content has no known digest, in order."""
+        if self.known is not None:
+            return [int(index) for index in self.checkpoint.chunks]
+        return [index for index in range(self.checkpoint.chunk_count) if not self.checkpoint.is_hole(index)]
+
+    def table(self, function: DigestFunction) -> ChunkTable:
+        """All chunks of the file; only whole after every pending chunk was hashed."""
+        base = self.known or ChunkTable.empty(self.checkpoint.size, self.checkpoint.chunk_size, function)
+        return base.replace(self.hashes, size=self.checkpoint.size)
+
+
+class LocalSaver:
+    """Reads, hashes and keeps in the file cache what is not known yet. One object per save.
+
+    A context manager: all files are opened when it is made and each store's chunks are frozen at that
+    moment; leaving it without `commit` gives them back to their stores as unsaved.
+    """
+
+    def __init__(
+        self,
+        file_cache: FileCache,
+        function: DigestFunction,
+        pool: WorkerPool,
+        *,
+        files: Mapping[str, str | os.PathLike[str]],
+        chunked_files: Mapping[str, COWStore | str | os.PathLike[str]],
+        chunk_size: int | None,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._file_cache = file_cache
+        self._function = function
+        self._pool = pool
+        self._files = {name: os.fspath(path) for name, path in files.items()}
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._buffers = threading.local()
+        self._saved: dict[str, SavedFile] = {}
+        self._open = contextlib.ExitStack()
+        self.executables: set[str] = set()
+        """Names of plain files that their owner may execute."""
+        self.tables: dict[str, ChunkTable] = {}
+        """The chunks of every chunked file; filled by `run`."""
+        self._chunked: list[ChunkedSave] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._open.close)
+            for name, source in chunked_files.items():
+                self._chunked.append(self._begin(name, source, chunk_size or DEFAULT_CHUNK_SIZE))
+            undo.pop_all()
+
+    def run(self) -> dict[str, SavedFile]:
+        """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
+        meter = ProgressMeter(self._progress, "store", self._total_bytes())
+        self._pool.for_each(lambda task: task(meter), self._tasks())
+        for save in self._chunked:
+            save.unchanged()
+            self._finish(save)
+        return self._saved
+
+    def commit(self, make_source: Callable[[str, ChunkTable], SnapshotChunkSource]) -> None:
+        """Tell the stores that their chunks are saved: they are clean from now on."""
+        for save in self._chunked:
+            save.checkpoint.commit(make_source(save.name, self.tables[save.name]))
+
+    def places(self, digests: Collection[Digest]) -> Iterator[tuple[Digest, str, int]]:
+        """For each of `digests` that is a chunk: a file and an index where it stands."""
+        wanted = set(digests)
+        for name, table in self.tables.items():
+            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+                if digest in wanted:
+                    wanted.remove(digest)
+                    yield digest, name, index
+
+    def read_chunk(self, name: str, index: int) -> bytes:
+        """The frozen content of a chunk, from its store."""
+        checkpoint = next(save.checkpoint for save in self._chunked if save.name == name)
+        buffer = bytearray(checkpoint.chunk_length(index))
+        checkpoint.readinto(index, buffer)
+        return bytes(buffer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def _begin(self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int) -> ChunkedSave:
+        unchanged: Callable[[], None] = lambda: None  # noqa: E731
+        if isinstance(source, COWStore):
+            store = source
+        else:
+            path = os.fspath(source)
+            with translate_os_errors(f"cannot read {name!r}"):
+                unchanged = _change_detector(path, name)
+                # Nothing is written to the store, so its folder stays empty.
+                scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="snaploader-"))
+                store = COWStore.from_file(path, scratch, chunk_size, copy=False)
+            self._open.enter_context(store)
+        checkpoint = self._open.enter_context(store.checkpoint())
+        known = None
+        if isinstance(store.source, SnapshotChunkSource) and store.source.table.function is self._function:
+            known = store.source.table
+        return ChunkedSave(name, checkpoint, known, unchanged)
+
+    def _total_bytes(self) -> int:
+        with translate_os_errors("cannot read a file to save"):
+            plain = sum(os.stat(path).st_size for path in self._files.values())
+        return plain + sum(len(save.pending()) * save.checkpoint.chunk_size for save in self._chunked)
+
+    def _tasks(self) -> Iterator[Callable[[ProgressMeter], None]]:
+        for name, path in self._files.items():
+            yield partial(self._store_plain, name, path)
+        for save in self._chunked:
+            for index in save.pending():
+                yield partial(self._store_chunk, save, index)
+
+    def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
+        with translate_os_errors(f"cannot read {name!r}"):
+            mode = os.stat(path).st_mode
+        digest, added = self._file_cache.add_file(path, self._function)
+        size = digest.size_bytes
+        saved = SavedFile(
+            name,
+            size,
+            chunked=False,
+            digest=digest,
+            hashed_bytes=size,
+            stored_bytes=size if added else 0,
+            deduplicated_bytes=0 if added else size,
+        )
+        with self._lock:
+            self._saved[name] = saved
+            if mode & 0o100:
+                self.executables.add(name)
+        meter.add(size)
+
+    def _store_chunk(self, save: ChunkedSave, index: int, meter: ProgressMeter) -> None:
+        buffer = self._buffer(save.checkpoint.chunk_size)
+        count = save.checkpoint.readinto(index, buffer)
+        data = buffer[:count]
+        hash_ = None
+        added = False
+        # Looking for zeros is several times faster than hashing them.
+        if not is_zero(data):
+            digest = Digest.of(data, self._function)
+            hash_ = bytes.fromhex(digest.hash)
+            path = save.checkpoint.path(index)
+            if path is not None:
+                added = self._file_cache.put_file(digest, path, link=True, verify=False)
+            else:
+                added = self._file_cache.put_verified(digest, data)
+        with self._lock:
+            save.hashes[index] = hash_
+            if hash_ is not None:
+                save.hashed_bytes += count
+                if added:
+                    save.stored_bytes += count
+                else:
+                    save.deduplicated_bytes += count
+        meter.add(count)
+
+    def _buffer(self, size: int) -> memoryview:
+        """This thread's buffer: a fresh one per chunk would cost its page faults each time."""
+        buffer: memoryview | None = getattr(self._buffers, "view", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers.view = memoryview(bytearray(size))
+        return buffer[:size]
+
+    def _finish(self, save: ChunkedSave) -> None:
+        table = save.table(self._function)
+        tree = encode_tree(table)
+        digest = Digest.of(tree, self._function)
+        self._file_cache.put_verified(digest, tree)
+        self.tables[save.name] = table
+        hashed = sum(1 for hash_ in save.hashes.values() if hash_ is not None)
+        self._saved[save.name] = SavedFile(
+            save.name,
+            table.size,
+            chunked=True,
+            digest=digest,
+            chunks=len(table.indices),
+            hashed_chunks=hashed,
+            hashed_bytes=save.hashed_bytes,
+            hole_bytes=table.hole_bytes,
+            stored_bytes=save.stored_bytes,
+            deduplicated_bytes=save.deduplicated_bytes,
+        )
+
+
+def _change_detector(path: str, name: str) -> Callable[[], None]:
+    """A check that the file is what it was when this was called."""
+
+    def identity() -> tuple[int, int, int, int]:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    before = identity()
+
+    def check() -> None:
+        with translate_os_errors(f"cannot look at {name!r} again after reading it"):
+            if identity() != before:
+                raise FailedPrecondition(
+                    f"{path!r} was changed while it was saved, so no consistent snapshot of it was taken: "
+                    "stop what writes to it and save again"
+                )
+
+    return check

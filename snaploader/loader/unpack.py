@@ -1,0 +1,155 @@
+"""A snapshot made usable at once: plain files in a folder, chunked files as lazy stores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cow import COWStore, MappingBudget, StoreStatistics
+from snaploader.errors import FailedPrecondition, translate_os_errors
+from snaploader.filecache import Lease
+from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.find import artefacts
+from snaploader.loader.results import Snapshot
+from snaploader.loader.source import SnapshotChunkSource
+from snaploader.manifest import Manifest
+
+
+class UnpackedSnapshot:
+    """The files of a snapshot, ready for reading and writing. A context manager.
+
+    Closing it (or leaving the block) closes the stores and removes their private data: writes that
+    were not saved with `cache_snapshot` are gone. Plain files stay where they are.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        files: Mapping[str, Path],
+        chunked_files: Mapping[str, COWStore],
+        cleanup: contextlib.ExitStack,
+    ) -> None:
+        self.snapshot = snapshot
+        self.files = files
+        """Path of each plain file, by name."""
+        self.chunked_files = chunked_files
+        """Store of each chunked file, by name."""
+        self._cleanup = cleanup
+
+    def statistics(self) -> dict[str, StoreStatistics]:
+        """Of each chunked file: how much of it came from where, and what the prefetch was good for."""
+        return {name: store.statistics() for name, store in self.chunked_files.items()}
+
+    def close(self) -> None:
+        """Close the stores and drop what was not saved. Idempotent."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def unpack(
+    snapshot: Snapshot,
+    output_directory: str | os.PathLike[str],
+    fetcher: BlobFetcher,
+    *,
+    writable_files: bool,
+    budget: MappingBudget | None,
+) -> UnpackedSnapshot:
+    """See `SnapshotLoader.unpack_snapshot`."""
+    manifest = snapshot.manifest
+    with contextlib.ExitStack() as undo:
+        root = output_folder(output_directory, [*manifest.files, *manifest.chunked_files], undo)
+        cleanup = contextlib.ExitStack()
+        undo.callback(cleanup.close)
+        if not snapshot.allow_remote:
+            # Nothing else holds these chunks, so they must outlive the stores.
+            cleanup.enter_context(lease_of(snapshot, fetcher))
+        files = place_files(manifest, root, fetcher, snapshot, undo, writable=writable_files)
+        stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
+        undo.pop_all()
+    return UnpackedSnapshot(snapshot, files, stores, cleanup)
+
+
+def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
+    """The folder, made if need be, in which none of `names` exists yet. `undo` removes what was made."""
+    root = Path(path)
+    with translate_os_errors(f"cannot use the output folder {str(root)!r}"):
+        made = not root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+    if made:
+        undo.callback(shutil.rmtree, root, ignore_errors=True)
+    for name in names:
+        if os.path.lexists(root / name):
+            raise FailedPrecondition(
+                f"{str(root / name)!r} exists already: choose an empty output folder, or remove it"
+            )
+    return root
+
+
+def place_files(
+    manifest: Manifest,
+    root: Path,
+    fetcher: BlobFetcher,
+    snapshot: Snapshot,
+    undo: contextlib.ExitStack,
+    *,
+    writable: bool,
+    fetched: Callable[[int], None] | None = None,
+) -> dict[str, Path]:
+    """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
+    placed = {}
+    for name, file in manifest.files.items():
+        target = root / name
+        fetcher.place(
+            file.digest,
+            target,
+            writable=writable,
+            executable=file.is_executable,
+            allow_remote=snapshot.allow_remote,
+            fetched=fetched,
+        )
+        undo.callback(target.unlink, missing_ok=True)
+        placed[name] = target
+    return placed
+
+
+def lease_of(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
+    """Keeps every blob of the snapshot in the file cache, against eviction by any process."""
+    return fetcher.file_cache.lease(list(artefacts(snapshot.manifest, dict(snapshot.tables))))
+
+
+def _open_stores(
+    snapshot: Snapshot,
+    root: Path,
+    fetcher: BlobFetcher,
+    cleanup: contextlib.ExitStack,
+    budget: MappingBudget | None,
+) -> dict[str, COWStore]:
+    with translate_os_errors(f"cannot make a folder for written chunks in {str(root)!r}"):
+        scratch = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=root))
+    cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+    stores = {}
+    for number, (name, table) in enumerate(snapshot.tables.items()):
+        source = SnapshotChunkSource(name, table, fetcher, allow_remote=snapshot.allow_remote)
+        store = COWStore(
+            scratch / str(number),
+            size=table.size,
+            chunk_size=table.chunk_size,
+            chunks=table.indices,
+            source=source,
+            budget=budget,
+        )
+        stores[name] = cleanup.enter_context(store)
+    return stores

@@ -1,0 +1,165 @@
+"""Versions: one value that all keys of an instance, platform and configuration carry.
+
+A new version drops every branch and fallback of a key together. The authority is the remote store,
+where one is configured, so each key set asks it anew. No version there (never set, or expired) means
+a clean start under a fresh one: expiry never brings an old snapshot back.
+
+Action caches have no compare-and-swap. Whoever mints a version writes it, reads it back and adopts
+what stands, so that loaders that raced agree from the next read on at the latest; the loser's
+snapshot, if it saved one in between, is a miss and nothing worse. Locally the file cache offers
+create-if-absent, and the race does not exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+
+from snaploader import keys
+from snaploader._proto import remote_execution_pb2, snaploader_pb2
+from snaploader.blobstore import RemoteStore
+from snaploader.digest import Digest
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound, PermissionDenied, SnaploaderError
+from snaploader.filecache import FileCache
+from snaploader.keys import SnapshotKey
+from snaploader.manifest import pack_any
+
+log = logging.getLogger(__name__)
+
+MAX_VERSION_BYTES = 256
+
+
+class VersionStore:
+    """Reads, mints and replaces versions. Thread-safe.
+
+    Args:
+        readonly: Never write a version anywhere; a version that is missing is made up for one call.
+        mint: Makes a new, unique version id.
+    """
+
+    def __init__(
+        self,
+        file_cache: FileCache,
+        remote: RemoteStore | None,
+        *,
+        readonly: bool = False,
+        mint: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self._file_cache = file_cache
+        self._remote = remote
+        self._readonly = readonly
+        self._mint = mint
+
+    def current(self, key: SnapshotKey, *, allow_stale: bool = False) -> str:
+        """The version that `key` is to carry (its own version_id does not matter).
+
+        Args:
+            allow_stale: When the remote store cannot be reached, take the version it had when this
+                host last asked. An invalidation since then goes unnoticed, so this is off by default.
+        """
+        name = keys.version_key(key)
+        if self._remote is None:
+            return self._current_local(name)
+        try:
+            version = self._current_remote(self._remote, name)
+        except SnaploaderError as error:
+            if not (allow_stale and error.transient):
+                raise
+            last_known = self._read_local(name)
+            if last_known is None:
+                raise
+            log.warning("using the last known snapshot version %s: %s", last_known, error)
+            return last_known
+        if not self._readonly:
+            self._file_cache.put_ref(name, _encode(version).SerializeToString())
+        return version
+
+    def renew(self, key: SnapshotKey) -> str:
+        """Write a new version, and with it invalidate all snapshots of the key's kind of machine."""
+        if self._readonly:
+            raise FailedPrecondition("this loader is read-only: it cannot invalidate snapshots")
+        name = keys.version_key(key)
+        version = self._mint()
+        if self._remote is not None:
+            self._write_remote(self._remote, name, version)
+            stands = self._read_remote(self._remote, name)
+            if stands is None:
+                raise FailedPrecondition(
+                    f"the remote cache accepted version {version} under {name} and does not have it: "
+                    "snapshots are not invalidated; check that its action cache keeps what it is given"
+                )
+            version = stands
+        self._file_cache.put_ref(name, _encode(version).SerializeToString())
+        return version
+
+    def _current_local(self, name: str) -> str:
+        version = self._read_local(name)
+        if version is not None:
+            return version
+        version = self._mint()
+        if self._readonly:
+            return version
+        self._file_cache.put_ref(name, _encode(version).SerializeToString(), overwrite=False)
+        return self._read_local(name) or version
+
+    def _current_remote(self, remote: RemoteStore, name: str) -> str:
+        version = self._read_remote(remote, name)
+        if version is not None:
+            return version
+        version = self._mint()
+        if self._readonly:
+            return version
+        try:
+            self._write_remote(remote, name, version)
+        except (FailedPrecondition, PermissionDenied) as error:
+            # A host that may only read shares nothing it saves, so a version of its own is harmless.
+            log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
+            return version
+        return self._read_remote(remote, name) or version
+
+    def _read_remote(self, remote: RemoteStore, name: str) -> str | None:
+        try:
+            result = remote.get_action_result(Digest(name, 1, remote.digest_function))
+        except NotFound:
+            return None
+        return _decode(result, name)
+
+    def _write_remote(self, remote: RemoteStore, name: str, version: str) -> None:
+        remote.update_action_result(Digest(name, 1, remote.digest_function), _encode(version))
+
+    def _read_local(self, name: str) -> str | None:
+        try:
+            data = self._file_cache.get_ref(name)
+        except NotFound:
+            return None
+        try:
+            return _decode(remote_execution_pb2.ActionResult.FromString(data), name)
+        except (ValueError, SnaploaderError) as error:
+            log.warning("dropping an unreadable snapshot version: %s", error)
+            self._file_cache.delete_ref(name)
+            return None
+
+
+def _encode(version: str) -> remote_execution_pb2.ActionResult:
+    result = remote_execution_pb2.ActionResult()
+    metadata = snaploader_pb2.SnapshotVersionMetadata(version_id=version)
+    result.execution_metadata.auxiliary_metadata.append(pack_any(metadata))
+    return result
+
+
+def _decode(result: remote_execution_pb2.ActionResult, name: str) -> str:
+    for packed in result.execution_metadata.auxiliary_metadata:
+        metadata = snaploader_pb2.SnapshotVersionMetadata()
+        if packed.type_url.rpartition("/")[2] != metadata.DESCRIPTOR.full_name:
+            continue
+        try:
+            metadata.ParseFromString(packed.value)
+        except Exception as error:
+            raise DataLoss(f"the snapshot version under {name} cannot be parsed") from error
+        if 0 < len(metadata.version_id) <= MAX_VERSION_BYTES:
+            return str(metadata.version_id)
+    raise DataLoss(
+        f"what the cache holds under the version key {name} is no snapshot version: "
+        "run `snaploader invalidate` to write a new one"
+    )

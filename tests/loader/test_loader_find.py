@@ -1,0 +1,247 @@
+"""Which key serves, from which tier, and what the caller hears of those that did not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+from loader_hosts import HostFactory, image, metadata, task
+
+from snaploader import keys
+from snaploader.errors import InvalidArgument, NotFound, SnaploaderError, Unavailable
+from snaploader.loader.results import ManifestSource
+from snaploader.testing import EmbeddedServer, Fault, FaultScript
+
+
+def test_a_stacked_pull_request_falls_back_in_order(make_host: HostFactory, server: EmbeddedServer) -> None:
+    saver, reader = make_host("a", server), make_host("b", server)
+    with pytest.raises(NotFound):
+        reader.find("feature-2", base="feature-1")
+    for branch, seed in (("main", 1), ("feature-1", 2), ("feature-2", 3)):
+        saver.save(image(seed), branch)
+        snapshot = reader.find("feature-2", base="feature-1")
+        assert snapshot.key.ref == branch
+        assert reader.read(snapshot) == image(seed)
+        assert not snapshot.degraded
+
+
+def test_a_merge_queue_task_saves_for_the_next_pull_request(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server)
+    queue = host.keys("gh-readonly-queue/release/1.0/pr-7")
+    host.save(image(1), key=queue.write_key)
+    assert host.find("pr-8", base="release/1.0", default="").key.ref == "release/1.0"
+
+
+def test_the_final_error_names_every_key_and_its_reason(make_host: HostFactory) -> None:
+    with pytest.raises(NotFound) as caught:
+        make_host("a").find("topic", base="stack")
+    for part in ("topic", "stack", "main", "no local manifest"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", [None, "", "freshest"])
+def test_a_missing_or_unknown_read_policy_is_an_error(make_host: HostFactory, policy: str) -> None:
+    host = make_host("a")
+    with pytest.raises((InvalidArgument, TypeError)):
+        host.loader.get_snapshot(host.keys(), policy)
+
+
+def test_local_first_prefers_the_local_manifest(make_host: HostFactory, server: EmbeddedServer) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    a.save(image(1))
+    assert b.find().source is ManifestSource.REMOTE
+    a.save(image(2))
+    snapshot = b.find()
+    assert snapshot.source is ManifestSource.LOCAL
+    assert b.read(snapshot) == image(1)
+
+
+def test_newest_prefers_the_remote_manifest_and_does_not_keep_it(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    a.save(image(1))
+    b.load()
+    a.save(image(2))
+    assert b.load(policy="newest") == image(2)
+    assert b.load(policy="local-first") == image(1)
+
+
+def test_newest_falls_back_on_the_local_manifest(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server)
+    host.save(image(1), remote=False)
+    assert host.find(policy="newest").source is ManifestSource.LOCAL
+
+
+def test_local_only_asks_the_server_for_nothing(make_host: HostFactory, server: EmbeddedServer) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    a.save(image(1))
+    keys_of_b = b.keys()
+    before = server.total_calls()
+    with pytest.raises(NotFound):
+        b.loader.get_snapshot(keys_of_b, "local-only")
+    assert server.total_calls() == before
+    key_set = a.keys()
+    before = server.total_calls()
+    assert a.read(a.loader.get_snapshot(key_set, "local-only")) == image(1)
+    assert server.total_calls() == before
+
+
+def test_local_only_misses_what_only_the_server_has(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    host.chunk_files()[0].unlink()
+    with pytest.raises(NotFound, match="incomplete"):
+        host.find(policy="local-only")
+    assert host.load() == image(1)
+
+
+@pytest.mark.parametrize(
+    ("age_s", "is_used"), [(0, True), (24 * 3600 - 60, True), (24 * 3600 + 60, False), (None, False)]
+)
+def test_a_stale_local_fallback_is_not_used(
+    make_host: HostFactory, age_s: float | None, is_used: bool
+) -> None:
+    host = make_host("a")
+    host.save(image(1), vm_metadata=None if age_s is None else metadata(time.time() - age_s))
+    assert host.find("main").key.ref == "main"
+    if is_used:
+        assert host.find("topic").key.ref == "main"
+    else:
+        with pytest.raises(NotFound, match="older than"):
+            host.find("topic")
+
+
+def test_a_stale_local_fallback_gives_way_to_the_remote_one(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    b.save(image(1), vm_metadata=metadata(time.time() - 90_000), remote=False)
+    a.save(image(2), vm_metadata=metadata(time.time()))
+    snapshot = b.find("topic")
+    assert snapshot.source is ManifestSource.REMOTE
+    assert b.read(snapshot) == image(2)
+
+
+def test_the_universal_ref_is_the_last_fallback_and_ages(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    a = make_host("a", server, universal_ref=True)
+    a.save(image(1), "topic", vm_metadata=metadata(time.time()))
+    snapshot = make_host("b", server, universal_ref=True).find("other")
+    assert keys.is_universal(snapshot.key)
+    a.save(image(2), "topic", vm_metadata=metadata(time.time() - 90_000))
+    with pytest.raises(NotFound, match="older than"):
+        make_host("c", server, universal_ref=True).find("other")
+
+
+def test_groups_do_not_see_each_other_across_restarts(make_host: HostFactory) -> None:
+    host = make_host("a", group="one")
+    host.save(image(1))
+    for _ in range(2):
+        assert make_host("a", group="one").load() == image(1)
+        with pytest.raises(NotFound):
+            make_host("a", group="two").find()
+
+
+def test_instances_do_not_see_each_other(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    for loader in (host.loader, make_host("b", server).loader):
+        other = loader.snapshot_key_set(task(instance_name="other"), "conf")
+        with pytest.raises(NotFound):
+            loader.get_snapshot(other)
+
+
+def test_without_sharing_runners_do_not_see_each_other(make_host: HostFactory) -> None:
+    loader = make_host("a", share_snapshots=False).loader
+    one = loader.snapshot_key_set(task(), "conf", "runner-1")
+    assert one.branch_key.ref == ""
+    make_host("a", share_snapshots=False).save(image(1), key=one.write_key)
+    assert loader.get_snapshot(one).key.runner_id == "runner-1"
+    with pytest.raises(NotFound):
+        loader.get_snapshot(loader.snapshot_key_set(task(), "conf", "runner-2"))
+
+
+def test_a_snapshot_is_found_by_its_id_after_newer_ones(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server)
+    first = host.save(image(1))
+    host.save(image(2))
+    host.loader.invalidate_snapshot(host.keys().branch_key)
+    for reader in (host, make_host("b", server)):
+        assert reader.read(reader.loader.get_snapshot_by_id(first.snapshot_id)) == image(1)
+    with pytest.raises(NotFound, match="never-saved"):
+        host.loader.get_snapshot_by_id("never-saved")
+    with pytest.raises(InvalidArgument):
+        host.loader.get_snapshot_by_id("")
+
+
+def test_a_damaged_local_manifest_is_replaced_from_remote(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    name = keys.local_manifest_key("", host.keys().branch_key)
+    host.cache.put_ref(name, b"\xff\xff not a manifest")
+    assert host.find().source is ManifestSource.REMOTE
+    assert host.find().source is ManifestSource.LOCAL
+
+
+def test_a_corrupt_remote_tree_is_an_error_and_not_a_miss(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    make_host("a", server).save(image(1), "main")
+    a = make_host("a", server)
+    a.save(image(2), "topic")
+    snapshot = a.find("topic")
+    server.corrupt_blob(snapshot.manifest.chunked_files["disk"])
+    with pytest.raises(SnaploaderError):
+        make_host("b", server).find("topic")
+
+
+def test_an_outage_is_raised_and_not_taken_for_a_miss(make_host: HostFactory) -> None:
+    faults = FaultScript()
+    with EmbeddedServer(faults=faults) as server:
+        make_host("a", server).save(image(1), "main", vm_metadata=metadata(time.time()))
+        host = make_host("b", server)
+        key_set = host.keys("topic")
+        host.loader.get_snapshot(key_set)
+        faults.add(Fault("GetActionResult", status="UNAVAILABLE", times=1000))
+        with pytest.raises(Unavailable, match="topic"):
+            host.loader.get_snapshot(key_set)
+        snapshot = host.loader.get_snapshot(key_set, allow_degraded=True)
+        assert snapshot.degraded
+        assert snapshot.key.ref == "main"
+        assert isinstance(snapshot.failures[0].error, Unavailable)
+        assert host.read(snapshot) == image(1)
+
+
+def test_a_short_outage_is_sat_out(make_host: HostFactory) -> None:
+    faults = FaultScript()
+    with EmbeddedServer(faults=faults) as server:
+        make_host("a", server).save(image(1))
+        host = make_host("b", server)
+        key_set = host.keys()
+        faults.add(Fault("GetActionResult", status="UNAVAILABLE", times=2))
+        assert not host.loader.get_snapshot(key_set).degraded
+
+
+def test_a_readonly_loader_keeps_no_manifest(make_host: HostFactory, server: EmbeddedServer) -> None:
+    make_host("a", server).save(image(1))
+    host = make_host("b", server, readonly=True)
+    assert host.load() == image(1)
+    assert host.find().source is ManifestSource.REMOTE
+
+
+def test_keys_of_another_version_miss(make_host: HostFactory) -> None:
+    host = make_host("a")
+    host.save(image(1))
+    key_set = host.keys()
+    other = replace(key_set, branch_key=replace(key_set.branch_key, version_id="other"), fallback_keys=())
+    with pytest.raises(NotFound):
+        host.loader.get_snapshot(other)
