@@ -104,6 +104,10 @@ def test_equality_is_of_content() -> None:
         hash(chunks)
 
 
+def test_a_table_is_shown_in_short() -> None:
+    assert "2 of 4 chunks" in repr(table(4 * CHUNK, {0: 1, 2: 3}))
+
+
 @pytest.mark.parametrize(
     ("size", "chunk_size"),
     [
