@@ -28,7 +28,7 @@ from cow.lru import Key
 from cow.perchunk import ChunkLocks
 from cow.source import ChunkSource, OpenedChunk
 from cow.states import FROZEN, PRIVATE, ChunkStates
-from cow.statistics import HOLE_ORIGIN, Counters
+from cow.statistics import Counters
 
 if TYPE_CHECKING:
     from cow.checkpoint import Checkpoint
@@ -133,15 +133,15 @@ class StoreCore:
         with self.counters.lock:
             self.counters.count_origin(origin, self.length(index), prefetched)
 
-    def count_holes(self, holes: npt.NDArray[np.bool_]) -> None:
-        """Count all of these chunks, holes, as read."""
+    def count_first_reads(self, mask: npt.NDArray[np.bool_], origin: str) -> None:
+        """Count those of many chunks that had not been read, all of one origin."""
         with self.tables_lock:
-            fresh = holes & ~self.states.touched[: len(holes)]
-            self.states.touched[: len(holes)] |= fresh
+            fresh = mask & ~self.states.touched[: len(mask)]
+            self.states.touched[: len(mask)] |= fresh
         if fresh.any():
             length = self.masked_bytes(fresh)
             with self.counters.lock:
-                self.counters.count_origin(HOLE_ORIGIN, length, False, int(fresh.sum()))
+                self.counters.count_origin(origin, length, False, int(fresh.sum()))
 
     def masked_bytes(self, mask: npt.NDArray[np.bool_]) -> int:
         """Total length of the chunks in a mask of the first ones, or all."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar
 
 V = TypeVar("V")
 Key = tuple[int, int]
 """(group, member): a group's members are dropped together."""
+_NOTHING: Final = ()
 
 
 class Entry(Generic[V]):
@@ -98,7 +99,8 @@ class PinnedLRU(Generic[V]):
         """Undo one pin."""
         with self._lock:
             surplus = self._unpin(entry)
-        self._finish(surplus)
+        if surplus or self._late:
+            self._finish(surplus)
 
     def unpin_from_finalizer(self, entry: Entry[V]) -> None:
         """Undo one pin, from a `__del__`: those may run inside any of these methods, in the same thread."""
@@ -136,14 +138,16 @@ class PinnedLRU(Generic[V]):
         self._subtract(entry)
         return [entry]
 
-    def _unpin(self, entry: Entry[V]) -> list[Entry[V]]:
+    def _unpin(self, entry: Entry[V]) -> Sequence[Entry[V]]:
         entry.pins -= 1
         if entry.pins:
-            return []
+            return _NOTHING
         if entry.key is None:
             self._subtract(entry)
             return [entry]
         self._idle[entry.key] = entry
+        if self._weight <= self.max_weight and self._count <= self.max_entries:
+            return _NOTHING
         return self._surplus()
 
     def _surplus(self) -> list[Entry[V]]:
@@ -161,7 +165,7 @@ class PinnedLRU(Generic[V]):
         else:
             del self._group_weight[entry.group]
 
-    def _finish(self, surplus: list[Entry[V]]) -> None:
+    def _finish(self, surplus: Sequence[Entry[V]]) -> None:
         for entry in surplus:
             self._dispose(entry.value)
         if self._late:

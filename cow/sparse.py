@@ -43,6 +43,27 @@ def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]
         position = end
 
 
+def chunk_extents(fd: int, size: int, chunk_size: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """The chunks of a file that may hold data, in order, each with its ranges as of `data_extents`.
+
+    One pass: finding the end of an extent costs time by its length, so never ask for each chunk anew.
+    """
+    index = -1
+    ranges: list[tuple[int, int]] = []
+    for begin, end in data_extents(fd, size):
+        start = begin
+        while start < end:
+            if start // chunk_size != index:
+                if ranges:
+                    yield index, ranges
+                index, ranges = start // chunk_size, []
+            stop = min(end, (index + 1) * chunk_size)
+            ranges.append((start, stop))
+            start = stop
+    if ranges:
+        yield index, ranges
+
+
 def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     """Write `buffers` in a row at `offset`: all of them, or an OSError after some (a full disk)."""
     views = [memoryview(buffer).cast("B") for buffer in buffers]

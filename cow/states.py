@@ -56,6 +56,13 @@ class ChunkStates:
         self.saved[index] = False
         self.unsynced[index] = True
 
+    def adopt(self, index: int) -> None:
+        """Note that a chunk of a converted file got its private file."""
+        self.kind[index] = PRIVATE
+        self.saved[index] = False
+        self.unsynced[index] = True
+        self.touched[index] = True
+
     def grow(self, size: int) -> None:
         """Make room for a bigger store; what is new is a hole."""
         count = chunk_count(size, self.chunk_size)

@@ -31,7 +31,7 @@ from cow.reader import ChunkReader
 from cow.source import ChunkSource
 from cow.states import BASE, FROZEN, HOLE, LAZY, PRIVATE
 from cow.statistics import StoreStatistics
-from cow.transfer import convert, export, mask_data
+from cow.transfer import convert, data_chunks, export
 from cow.writer import ChunkWriter
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ class COWStore:
         base = BaseFile(path)
         try:
             size = check_store_size(os.fstat(base.fd).st_size, chunk_size)
-            mask = mask_data(base, size, chunk_size)
             core = StoreCore(
                 PrivateFiles(data_dir),
                 size=size,
@@ -130,12 +129,13 @@ class COWStore:
             )
             store = cls.__new__(cls)
             store._init(core, None)
-            if not copy:
-                core.states.kind[mask] = BASE
-                core.states.saved[mask] = False
-                return store
             try:
-                convert(core, base, mask)
+                if not copy:
+                    chunks = data_chunks(base, size, chunk_size)
+                    core.states.kind[chunks] = BASE
+                    core.states.saved[chunks] = False
+                    return store
+                convert(core, base)
             except BaseException:
                 store.close()
                 raise

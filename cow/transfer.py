@@ -12,48 +12,43 @@ import numpy.typing as npt
 from cow.core import BaseFile, StoreCore
 from cow.files import file_name
 from cow.geometry import chunk_count, chunk_length
-from cow.sparse import Copier, clone_range, data_extents, read_all, write_all
-from cow.states import BASE, HOLE, LAZY, PRIVATE
-from cow.statistics import BASE_ORIGIN
+from cow.sparse import Copier, chunk_extents, clone_range, read_all, write_all
+from cow.states import BASE, HOLE, LAZY
+from cow.statistics import BASE_ORIGIN, HOLE_ORIGIN
 from cow.zero import is_zero
 
 _PREFETCH_BYTES = 16 << 20
 
 
-def mask_data(base: BaseFile, size: int, chunk_size: int) -> npt.NDArray[np.bool_]:
-    """Which chunks of a file have data, by its holes."""
-    mask = np.zeros(-(-size // chunk_size), np.bool_)
-    for start, end in data_extents(base.fd, size):
-        mask[start // chunk_size : -(-end // chunk_size)] = True
-    return mask
+def data_chunks(base: BaseFile, size: int, chunk_size: int) -> list[int]:
+    """The chunks of a file that have data, by its holes."""
+    return [index for index, _ in chunk_extents(base.fd, size, chunk_size)]
 
 
-def convert(core: StoreCore, base: BaseFile, mask: npt.NDArray[np.bool_]) -> None:
-    """Copy the chunks in `mask` into private files of a store that nobody else uses yet.
+def convert(core: StoreCore, base: BaseFile) -> None:
+    """Copy the chunks of a file into private files of a store that nobody else uses yet.
 
     Chunks of only zeros become holes. On a file system with reflinks the extents are shared, not copied.
     """
     buffer = memoryview(bytearray(core.chunk_size))
     what = f"the file {base.path!r}"
     clone = True
-    for index in np.flatnonzero(mask).tolist():
-        length = chunk_length(index, core.size, core.chunk_size)
+    for index, ranges in chunk_extents(base.fd, core.size, core.chunk_size):
         offset = index * core.chunk_size
-        read_all(base.fd, buffer[:length], offset, what)
-        if is_zero(buffer[:length]):
+        parts = [(start, buffer[start - offset : end - offset]) for start, end in ranges]
+        for start, part in parts:
+            read_all(base.fd, part, start, what)
+        if all(is_zero(part) for _, part in parts):
             continue
-        name = file_name(index, 0)
-        fd = core.files.create(name, length)
-        core.states.kind[index] = PRIVATE
-        core.states.saved[index] = False
-        core.states.unsynced[index] = True
-        core.states.touched[index] = True
+        length = core.length(index)
+        fd = core.files.create(file_name(index, 0), length)
+        core.states.adopt(index)
         try:
             # A range that ends inside a block can only be cloned at the end of both files, which is so here.
             clone = clone and clone_range(base.fd, offset, length, fd, 0)
             if not clone:
-                for start, end in data_extents(base.fd, offset + length, offset):
-                    write_all(fd, [buffer[start - offset : end - offset]], start - offset)
+                for start, part in parts:
+                    write_all(fd, [part], start - offset)
         finally:
             os.close(fd)
 
@@ -86,21 +81,31 @@ def export(core: StoreCore, path: str | os.PathLike[str], *, durable: bool) -> N
 
 def _export_chunks(core: StoreCore, target: int, size: int) -> None:
     copier = Copier()
-    holes = core.states.kind[: chunk_count(size, core.chunk_size)] == HOLE
-    core.count_holes(holes)
-    present = np.flatnonzero(~holes)
-    for index in _with_prefetch(core, present):
-        length = chunk_length(index, size, core.chunk_size)
-        offset = index * core.chunk_size
+    kinds = core.states.kind[: chunk_count(size, core.chunk_size)].copy()
+    core.count_first_reads(kinds == HOLE, HOLE_ORIGIN)
+    if core.base is not None:
+        _export_base(core, core.base, kinds == BASE, target, size, copier)
+    for index in _with_prefetch(core, np.flatnonzero((kinds != HOLE) & (kinds != BASE))):
         opened = _open(core, index)
         if opened is None:
             continue
-        fd, start, owned, what = opened
+        fd, what = opened
         try:
-            copier.copy_sparse(fd, start, length, target, offset, what)
+            length = chunk_length(index, size, core.chunk_size)
+            copier.copy_sparse(fd, 0, length, target, index * core.chunk_size, what)
         finally:
-            if owned:
-                os.close(fd)
+            os.close(fd)
+
+
+def _export_base(
+    core: StoreCore, base: BaseFile, mask: npt.NDArray[np.bool_], target: int, size: int, copier: Copier
+) -> None:
+    """Copy the chunks in `mask` from the original file, each run of neighbours at once."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)) * core.chunk_size
+    for start, end in edges.reshape(-1, 2).tolist():
+        length = min(end, size) - start
+        copier.copy_sparse(base.fd, start, length, target, start, f"the file {base.path!r}")
+    core.count_first_reads(mask, BASE_ORIGIN)
 
 
 def _with_prefetch(core: StoreCore, present: npt.NDArray[np.int64]) -> Iterator[int]:
@@ -115,22 +120,17 @@ def _with_prefetch(core: StoreCore, present: npt.NDArray[np.int64]) -> Iterator[
         yield index
 
 
-def _open(core: StoreCore, index: int) -> tuple[int, int, bool, str] | None:
-    """A descriptor with a chunk, the chunk's offset in it, whether to close it, and its name for messages."""
+def _open(core: StoreCore, index: int) -> tuple[int, str] | None:
+    """A descriptor, to be closed, of a file with a chunk, and its name for messages; None for a hole."""
     what = core.describe(index)
-    while True:
-        with core.locks.hold(index):
-            kind = core.states.kind[index]
-            if kind == HOLE:
-                return None
-            if kind == BASE:
-                assert core.base is not None
-                core.count_origin(index, BASE_ORIGIN)
-                return core.base.fd, index * core.chunk_size, False, f"the file {core.base.path!r}"
-            if kind != LAZY:
-                return core.files.open(core.name(index)), 0, True, f"the file of {what}"
-        source = core.source
-        assert source is not None
-        opened = source.open_chunk(index)
-        core.count_open(index, opened)
-        return opened.fd, 0, True, what
+    with core.locks.hold(index):
+        kind = int(core.states.kind[index])
+        if kind == HOLE:
+            return None
+        if core.has_file(kind):
+            return core.files.open(core.name(index)), f"the file of {what}"
+    source = core.source
+    assert source is not None
+    opened = source.open_chunk(index)
+    core.count_open(index, opened)
+    return opened.fd, what

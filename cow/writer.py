@@ -186,8 +186,8 @@ class ChunkWriter:
         else:
             assert core.base is not None
             offset = index * core.chunk_size
-            # SEEK_DATA moves a file offset, which all users of the descriptor share; nobody relies on it.
-            Copier().copy_sparse(core.base.fd, offset, length, target, 0, f"the file {core.base.path!r}")
+            # Not sparsely: looking for holes in a big file may take longer than copying one chunk.
+            Copier().copy(core.base.fd, offset, length, target, 0, f"the file {core.base.path!r}")
         core.counters.count_copy(length)
 
     def _lengthen(self, index: int, old: int, new: int, fetched: Entry[Mapping] | None) -> None:
