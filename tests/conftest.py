@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from leaks import Resources, wait_for_none
 
-# A run tells the same each time, on a slow and busy machine too. `--hypothesis-profile=explore` looks for more.
+# A run tells the same each time, on a busy machine too; `--hypothesis-profile=explore` looks for more.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

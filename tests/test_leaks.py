@@ -53,7 +53,7 @@ def test_a_mapped_file_is_a_leak_even_when_it_is_closed_and_removed(tmp_path: Pa
     assert new_since(before, tmp_path) == []
 
 
-def test_a_running_child_is_a_leak_and_so_is_one_nobody_waited_for(tmp_path: Path) -> None:
+def test_a_running_child_is_a_leak(tmp_path: Path) -> None:
     before = Resources.now(str(tmp_path))
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
