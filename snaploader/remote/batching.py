@@ -52,6 +52,10 @@ def distinct(digests: Iterable[Digest]) -> Iterator[Digest]:
     return iter(dict.fromkeys(digest for digest in digests if digest.size_bytes))
 
 
+_LEAST_LIMIT_BYTES = 64 * 1024
+"""Refusals of smaller batches have other reasons than size."""
+
+
 class BatchLimit:
     """The size of batches, in bytes: lowered when a server refuses one that was below. Thread-safe."""
 
@@ -70,4 +74,4 @@ class BatchLimit:
     def refused(self, batch_bytes: int) -> None:
         """Learn from a refusal: half of what was refused is the new limit, unless it is lower already."""
         with self._lock:
-            self._limit = min(self._limit, max(1, batch_bytes // 2))
+            self._limit = min(self._limit, max(_LEAST_LIMIT_BYTES, batch_bytes // 2))

@@ -63,9 +63,13 @@ class _Group:
 
     def wait(self) -> None:
         """Until all have ended; raises the first error."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._running)
-            error = self._error
+        try:
+            with self._condition:
+                self._condition.wait_for(lambda: not self._running)
+                error = self._error
+        except BaseException:  # an interrupt: nobody waits for the rest any more
+            self._cancellation.cancel()
+            raise
         if error is not None:
             raise error
         self._cancellation.check()

@@ -44,7 +44,7 @@ class Timeouts:
     """One attempt to connect."""
     call_s: float = 60.0
     """One unary call, connecting included."""
-    idle_s: float = 30.0
+    idle_s: float = 60.0
     """The silence allowed between two messages of a stream."""
     min_bytes_per_s: float = 64 * 1024
     """A transfer slower than this, on the whole, is given up: the total budget grows by size / this."""

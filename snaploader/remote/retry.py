@@ -113,7 +113,7 @@ class Retrier:
             try:
                 return attempt(attempts)
             except SnaploaderError as error:
-                if cancellation.cancelled and not isinstance(error, Cancelled):
+                if not isinstance(error, Cancelled):
                     cancellation.check()
                 raise
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
@@ -68,6 +67,7 @@ class Session:
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
         self.pid = os.getpid()
         self.cancellation = Cancellation()
+        self.executor = ThreadPoolExecutor(settings.limits.workers, thread_name_prefix="snaploader-remote")
         self.budget = ByteBudget(settings.limits.in_flight_bytes)
         self._settings = settings
         self._recorder = recorder
@@ -79,11 +79,6 @@ class Session:
         )
         self._retrier = Retrier(settings.retry, self._on_retry, settings.credentials.refresh)
         self._clients = Once(self._make_clients)
-
-    @cached_property
-    def executor(self) -> ThreadPoolExecutor:
-        """The threads of bulk transfers; each starts when there is work for it."""
-        return ThreadPoolExecutor(self._settings.limits.workers, thread_name_prefix="snaploader-remote")
 
     @property
     def clients(self) -> Clients:

@@ -14,7 +14,7 @@ from snaploader.remote.metadata import Headers
 from snaploader.remote.retry import Attempts
 from snaploader.remote.statistics import Recorder
 from snaploader.remote.status import from_rpc_error
-from snaploader.remote.watchdog import Watchdog
+from snaploader.remote.watchdog import Guard, Watchdog
 
 _RAW = frozenset(("BatchUpdateBlobs", "Write"))
 """Methods whose requests come serialised (snaploader.remote.encoding)."""
@@ -63,7 +63,7 @@ class Transport:
         with self._watchdog.watch(call) as guard:
             try:
                 for message in call:
-                    guard.touch()
+                    guard.pause()  # what the receiver does with it is not the server's silence
                     yield message
                     guard.touch()
                     attempts.cancellation.check()
@@ -86,21 +86,19 @@ class Transport:
         except ValueError as error:
             raise self._error(method, error, attempts) from error
         with self._watchdog.watch(call) as guard:
-
-            def moved() -> None:
-                guard.touch()
-                attempts.cancellation.check()
-
-            source.on_next = moved
+            source.attach(call, guard, attempts)
             try:
-                return call.result()
+                response = call.result()
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
-                if source.error is not None:
-                    self._recorder.failure(method)
-                    raise source.error from None
-                raise self._error(method, error, attempts, idle=guard.expired) from error
+                if source.error is None:
+                    raise self._error(method, error, attempts, idle=guard.expired) from error
+                response = None
             finally:
                 call.cancel()
+        if source.error is not None:
+            self._recorder.failure(method)
+            raise source.error
+        return response
 
     def close(self) -> None:
         """Cancel every call and close the connection."""
@@ -134,22 +132,37 @@ class Transport:
 
 
 class _Requests:
-    """An iterator that remembers why it failed: gRPC tells only that it did."""
+    """An iterator whose failure cancels the call and is kept; gRPC would log it, and not say what it was."""
 
     def __init__(self, requests: Iterator[bytes]) -> None:
         self._requests = requests
-        self.on_next: Callable[[], object] = lambda: None
+        self._call: Any = None
+        self._on_next: Callable[[], None] = lambda: None
         self.error: BaseException | None = None
+
+    def attach(self, call: Any, guard: Guard, attempts: Attempts) -> None:
+        """The call these requests are for, which may have taken some of them already."""
+
+        def on_next() -> None:
+            guard.touch()
+            attempts.cancellation.check()
+
+        self._on_next = on_next
+        self._call = call
+        if self.error is not None:
+            call.cancel()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
         try:
-            self.on_next()
+            self._on_next()
             return next(self._requests)
         except StopIteration:
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised by send, on the caller's thread
             self.error = error
-            raise
+            if self._call is not None:
+                self._call.cancel()
+            raise StopIteration from None

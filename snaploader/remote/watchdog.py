@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ class Guard:
     def touch(self) -> None:
         """The stream moved."""
         self.touched = time.monotonic()
+
+    def pause(self) -> None:
+        """Wait for no message until the next `touch`."""
+        self.touched = math.inf
 
 
 class Watchdog:
@@ -79,5 +84,7 @@ class Watchdog:
                     self._guards.discard(guard)
                     guard.expired = True
                     guard.call.cancel()
+                # A guard touched or resumed meanwhile has its whole time still to go: checking every
+                # `idle_s` at least, its silence is noticed at most that much late.
                 oldest = min((guard.touched for guard in self._guards), default=None)
-                self._condition.wait(None if oldest is None else max(0.0, oldest - limit))
+                self._condition.wait(None if oldest is None else min(self._idle_s, oldest - limit))
