@@ -187,8 +187,8 @@ def snapshot_key_set(
 
     The branch is the variable GIT_BRANCH of the task. It falls back on GIT_BASE_BRANCH, then on
     GIT_REPO_DEFAULT_BRANCH, then on the universal ref where that is wanted. Without a branch there is
-    no ref, and no fallback but the universal one. A task of a merge queue writes to the queue's base
-    branch, so that the next pull request finds it.
+    no ref and no fallback at all. A task of a merge queue writes to the queue's base branch, so that
+    the next pull request finds it.
 
     Args:
         configuration_hash: Of everything but the platform that makes machines differ.
@@ -207,11 +207,11 @@ def snapshot_key_set(
         own = replace(base, runner_id=runner_id)
         return SnapshotKeySet(own, (), own)
     branch = _branch(task, BRANCH_VARIABLE)
-    refs = [_branch(task, BASE_BRANCH_VARIABLE), _branch(task, DEFAULT_BRANCH_VARIABLE)] if branch else []
-    # A dict keeps the first of equal refs, in order.
-    fallback_refs = [ref for ref in dict.fromkeys(refs) if ref and ref != branch]
+    refs = [_branch(task, BASE_BRANCH_VARIABLE), _branch(task, DEFAULT_BRANCH_VARIABLE)]
     if universal:
-        fallback_refs.append(UNIVERSAL_REF)
+        refs.append(UNIVERSAL_REF)
+    # A dict keeps the first of equal refs, in order.
+    fallback_refs = dict.fromkeys(ref for ref in refs if branch and ref not in {"", branch})
     return SnapshotKeySet(
         branch_key=replace(base, ref=branch),
         fallback_keys=tuple(replace(base, ref=ref) for ref in fallback_refs),

@@ -98,8 +98,10 @@ def test_the_universal_ref_is_the_last_fallback_and_every_save_updates_it() -> N
     assert [is_universal(key) for key in key_set] == [False, False, True]
 
 
-def test_a_task_without_a_branch_can_still_fall_back_on_the_universal_ref() -> None:
-    assert refs(snapshot_key_set(task(), "cfg", universal=True)) == ["", UNIVERSAL_REF]
+def test_a_task_without_a_branch_has_no_fallbacks_not_even_the_universal_one() -> None:
+    key_set = snapshot_key_set(task("", "parent", "main"), "cfg", universal=True)
+    assert refs(key_set) == [""]
+    assert key_set.write_keys == (key_set.branch_key,)
 
 
 def test_without_the_universal_ref_only_the_write_key_is_updated() -> None:
