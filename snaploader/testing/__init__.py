@@ -1,0 +1,51 @@
+"""Tools for testing against the Remote Execution API; also what `snaploader serve` runs.
+
+    from snaploader.testing import EmbeddedServer, Fault, FaultScript
+
+    faults = FaultScript(Fault("BatchReadBlobs", status="UNAVAILABLE", times=2))
+    with EmbeddedServer(faults=faults) as server:
+        remote = RemoteCache(server.url)
+        ...
+        assert server.calls("BatchReadBlobs") == 3
+
+`EmbeddedServer` keeps its content in memory or in a folder; `ServerOptions` and its presets (`like_casd()`
+and others) take abilities away; `FaultScript` makes calls fail, slow, cut or lie, always the same way;
+`FakeCAS` is a remote store without a network.
+"""
+
+from snaploader.testing.calls import Call
+from snaploader.testing.disk import DiskStorage
+from snaploader.testing.fake import FakeCAS
+from snaploader.testing.faults import Fault, FaultScript, Firing, Gate
+from snaploader.testing.options import (
+    PRESETS,
+    ServerOptions,
+    ServerTLS,
+    like_bazel_remote,
+    like_buildbarn,
+    like_buildgrid,
+    like_casd,
+    like_nativelink,
+)
+from snaploader.testing.server import EmbeddedServer
+from snaploader.testing.storage import MemoryStorage
+
+__all__ = [
+    "PRESETS",
+    "Call",
+    "DiskStorage",
+    "EmbeddedServer",
+    "FakeCAS",
+    "Fault",
+    "FaultScript",
+    "Firing",
+    "Gate",
+    "MemoryStorage",
+    "ServerOptions",
+    "ServerTLS",
+    "like_bazel_remote",
+    "like_buildbarn",
+    "like_buildgrid",
+    "like_casd",
+    "like_nativelink",
+]

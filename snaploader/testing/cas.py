@@ -1,0 +1,170 @@
+"""The service ContentAddressableStorage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import status_pb2
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.testing import zstd
+from snaploader.testing.backend import (
+    Backend,
+    as_failure,
+    blob_bytes,
+    digest_of,
+    is_present,
+    logger,
+)
+from snaploader.testing.storage import Partition
+
+_IDENTITY = reapi.Compressor.IDENTITY
+_ZSTD = reapi.Compressor.ZSTD
+_ITEM_OVERHEAD_BYTES = 128
+_TREE_PAGE_DIRECTORIES = 1000
+_MAX_TREE_DIRECTORIES = 1_000_000
+
+
+def status_of(code: grpc.StatusCode, message: str = "") -> status_pb2.Status:
+    """A status inside a message."""
+    return status_pb2.Status(code=code.value[0], message=message)
+
+
+class ContentAddressableStorage:
+    """The methods, each from request to response, to be run on a worker thread."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def find_missing_blobs(self, request: reapi.FindMissingBlobsRequest) -> reapi.FindMissingBlobsResponse:
+        """FindMissingBlobs."""
+        function = self._backend.function(request.digest_function)
+        partition = self._backend.partition(request.instance_name)
+        missing = [
+            message
+            for message in request.blob_digests
+            if not is_present(partition, digest_of(message, function))
+        ]
+        return reapi.FindMissingBlobsResponse(missing_blob_digests=missing)
+
+    def batch_update_blobs(self, request: reapi.BatchUpdateBlobsRequest) -> reapi.BatchUpdateBlobsResponse:
+        """BatchUpdateBlobs: each blob has a status of its own."""
+        function = self._backend.function(request.digest_function)
+        partition = self._backend.partition(request.instance_name)
+        self._backend.check_writable()
+        self._check_total(sum(item.digest.size_bytes for item in request.requests))
+        response = reapi.BatchUpdateBlobsResponse()
+        for item in request.requests:
+            try:
+                self._store(partition, item, function)
+                status = status_of(grpc.StatusCode.OK)
+            except Exception as error:  # noqa: BLE001 - each item's error is its own
+                failure = as_failure(error)
+                status = status_of(failure.code, failure.message)
+            response.responses.add(digest=item.digest, status=status)
+        return response
+
+    def _store(
+        self, partition: Partition, item: reapi.BatchUpdateBlobsRequest.Request, function: DigestFunction
+    ) -> None:
+        digest = digest_of(item.digest, function)
+        self._backend.check_size(digest)
+        data = item.data
+        if item.compressor == _ZSTD and self._backend.options.zstd_batches:
+            data = zstd.decompress(data, digest.size_bytes)
+        elif item.compressor != _IDENTITY:
+            raise InvalidArgument(f"the compressor {item.compressor} is not supported in batches")
+        partition.put(digest, data)
+
+    def batch_read_blobs(self, request: reapi.BatchReadBlobsRequest) -> reapi.BatchReadBlobsResponse:
+        """BatchReadBlobs: each blob has a status of its own."""
+        options = self._backend.options
+        function = self._backend.function(request.digest_function)
+        partition = self._backend.partition(request.instance_name)
+        digests = [digest_of(message, function) for message in request.digests]
+        total = sum(digest.size_bytes for digest in digests)
+        self._check_total(total)
+        if total + len(digests) * _ITEM_OVERHEAD_BYTES > options.max_message_bytes:
+            raise InvalidArgument(f"{total} bytes in {len(digests)} blobs do not fit in one response")
+        compress = options.zstd_batches and _ZSTD in request.acceptable_compressors
+        response = reapi.BatchReadBlobsResponse()
+        for message, digest in zip(request.digests, digests, strict=True):
+            data = self._load(partition, digest)
+            if data is None:
+                response.responses.add(
+                    digest=message, status=status_of(grpc.StatusCode.NOT_FOUND, f"no blob {digest}")
+                )
+                continue
+            packed = zstd.compress(data) if compress else data
+            is_packed = len(packed) < len(data)
+            response.responses.add(
+                digest=message,
+                data=packed if is_packed else data,
+                compressor=_ZSTD if is_packed else _IDENTITY,
+                status=status_of(grpc.StatusCode.OK),
+            )
+        return response
+
+    def _load(self, partition: Partition, digest: Digest) -> bytes | None:
+        data = blob_bytes(partition, digest)
+        if data and self._backend.options.verify_reads and digest.function.hash(data) != digest.hash:
+            logger.warning("the stored blob %s was damaged and is dropped", digest)
+            partition.delete(digest)
+            return None
+        return data
+
+    def _check_total(self, total: int) -> None:
+        limit = self._backend.options.batch_bytes
+        if limit and total > limit:
+            raise InvalidArgument(f"{total} bytes are more than max_batch_total_size_bytes, {limit}")
+
+    def get_tree(self, request: reapi.GetTreeRequest) -> Iterator[reapi.GetTreeResponse]:
+        """GetTree: breadth first from the root, each directory once, those that are missing left out.
+
+        A page token is the number of directories already given. `page_size` is honoured up to 1,000.
+        """
+        function = self._backend.function(request.digest_function)
+        partition = self._backend.partition(request.instance_name)
+        skip = _page_token(request.page_token)
+        page_size = min(request.page_size or _TREE_PAGE_DIRECTORIES, _TREE_PAGE_DIRECTORIES)
+        page: list[reapi.Directory] = []
+        page_bytes = 0
+        limit_bytes = self._backend.options.max_message_bytes // 2
+        for index, directory in enumerate(self._walk(partition, digest_of(request.root_digest, function))):
+            if index < skip:
+                continue
+            size = directory.ByteSize()
+            if page and (len(page) >= page_size or page_bytes + size > limit_bytes):
+                yield reapi.GetTreeResponse(directories=page, next_page_token=str(index))
+                page, page_bytes = [], 0
+            page.append(directory)
+            page_bytes += size
+        yield reapi.GetTreeResponse(directories=page)
+
+    def _walk(self, partition: Partition, root: Digest) -> Iterator[reapi.Directory]:
+        queue = [root]
+        seen = {root}
+        for digest in queue:
+            data = blob_bytes(partition, digest)
+            if data is None:
+                if digest == root:
+                    raise NotFound(f"no directory {digest}")
+                continue
+            directory = reapi.Directory.FromString(data)
+            yield directory
+            for child in directory.directories:
+                child_digest = digest_of(child.digest, root.function)
+                if child_digest not in seen:
+                    seen.add(child_digest)
+                    queue.append(child_digest)
+            if len(seen) > _MAX_TREE_DIRECTORIES:
+                raise InvalidArgument(f"the tree {root} has more than {_MAX_TREE_DIRECTORIES} directories")
+
+
+def _page_token(token: str) -> int:
+    if token and not (token.isdecimal() and len(token) <= 9):
+        raise InvalidArgument(f"the page token {token[:40]!r} was not given by this server")
+    return int(token or 0)

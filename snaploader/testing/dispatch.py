@@ -1,0 +1,295 @@
+"""From gRPC to the services and back: decoding, authentication, records, faults, statuses.
+
+Messages cross the border to gRPC as bytes, so that a malformed one gets a proper status, sizes are known
+for nothing, and a fault can damage a response's very bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from snaploader._proto import any_pb2, bytestream_pb2, duration_pb2, services, status_pb2
+from snaploader.errors import InvalidArgument, SnaploaderError
+from snaploader.testing import injection
+from snaploader.testing.action_cache import ActionCache, Capabilities
+from snaploader.testing.backend import Backend, Failure, as_failure
+from snaploader.testing.byte_stream import ByteStream
+from snaploader.testing.calls import Call, CallLog
+from snaploader.testing.cas import ContentAddressableStorage
+from snaploader.testing.faults import Fault, FaultScript
+from snaploader.testing.names import parse_resource_name
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+Context = Any
+Unary = Callable[[Any], Any]
+
+
+class Dispatcher:
+    """The handlers of all services over one backend."""
+
+    def __init__(self, backend: Backend, faults: FaultScript, log: CallLog) -> None:
+        self._backend = backend
+        self._faults = faults
+        self._log = log
+        self._bytes = ByteStream(backend)
+        self._cas = ContentAddressableStorage(backend)
+        self._results = ActionCache(backend)
+        self._capabilities = Capabilities(backend)
+
+    async def close(self) -> None:
+        """Drop what unfinished calls left."""
+        await self._bytes.close()
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        """For `grpc.aio.Server.add_generic_rpc_handlers`."""
+        run = self._in_worker
+        cas, results = self._cas, self._results
+        tables: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {
+            services.CAS: {
+                "FindMissingBlobs": self._unary(
+                    services.CAS, "FindMissingBlobs", run(cas.find_missing_blobs)
+                ),
+                "BatchUpdateBlobs": self._unary(
+                    services.CAS, "BatchUpdateBlobs", run(cas.batch_update_blobs)
+                ),
+                "BatchReadBlobs": self._unary(services.CAS, "BatchReadBlobs", run(cas.batch_read_blobs)),
+                "GetTree": self._server_stream(services.CAS, "GetTree", self._tree),
+            },
+            services.ACTION_CACHE: {
+                "GetActionResult": self._unary(
+                    services.ACTION_CACHE, "GetActionResult", run(results.get_action_result)
+                ),
+                "UpdateActionResult": self._unary(
+                    services.ACTION_CACHE, "UpdateActionResult", run(results.update_action_result)
+                ),
+            },
+            services.BYTE_STREAM: {
+                "Read": self._server_stream(services.BYTE_STREAM, "Read", self._read),
+                "Write": self._write(),
+                "QueryWriteStatus": self._unary(
+                    services.BYTE_STREAM, "QueryWriteStatus", self._bytes.query_write_status
+                ),
+            },
+        }
+        if self._backend.options.capabilities:
+            tables[services.CAPABILITIES] = {
+                "GetCapabilities": self._unary(
+                    services.CAPABILITIES, "GetCapabilities", run(self._capabilities.get_capabilities)
+                )
+            }
+        return [grpc.method_handlers_generic_handler(name, table) for name, table in tables.items()]
+
+    def _in_worker(self, method: Unary) -> Callable[[Any], Awaitable[Any]]:
+        def run(request: Any) -> Awaitable[Any]:
+            return self._backend.run(method, request)
+
+        return run
+
+    def _unary(
+        self, service: str, name: str, handle: Callable[[Any], Awaitable[Any]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        method = services.methods(service)[name]
+
+        async def call_once(raw: bytes, context: Context) -> bytes:
+            call = Call(method.name, received_bytes=len(raw))
+            async with self._tracked(call, context):
+                request = _decode(method.request, raw)
+                fault = await self._begin(call, request, context)
+                if fault is None:
+                    reply: bytes = (await handle(request)).SerializeToString()
+                else:
+                    reply = await self._faulty(fault, call, request, handle)
+                call.sent_bytes = len(reply)
+                return reply
+
+        return grpc.unary_unary_rpc_method_handler(call_once)
+
+    async def _faulty(
+        self, fault: Fault, call: Call, request: Any, handle: Callable[[Any], Awaitable[Any]]
+    ) -> bytes:
+        """A unary call that a fault acts on."""
+        await self._before(fault, call)
+        if call.method == "BatchUpdateBlobs":
+            injection.flip_upload(fault, request)
+        response = await handle(request)
+        if call.method == "BatchUpdateBlobs":
+            if gone := injection.refused(fault, response):
+                await self._drop(Fault(drop_blob=True), call, gone)
+            if fault.drop_blob:
+                await self._drop(fault, call)
+        injection.damage(fault, response)
+        if fault.lose_reply:
+            raise injection.failure_of(fault)
+        reply: bytes = response.SerializeToString()
+        if reply and fault.flip_bit is not None and injection.flips_serialised(fault, call.method):
+            reply = injection.flip(reply, fault.flip_bit % (8 * len(reply)))
+        await injection.Flow(Fault(bandwidth_bytes_per_s=fault.bandwidth_bytes_per_s)).shape(reply)
+        return reply
+
+    def _server_stream(
+        self, service: str, name: str, handle: Callable[[Any, Fault | None], AsyncIterator[Any]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        method = services.methods(service)[name]
+
+        async def call_once(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+            call = Call(method.name, received_bytes=len(raw))
+            async with self._tracked(call, context):
+                request = _decode(method.request, raw)
+                fault = await self._begin(call, request, context)
+                if fault is not None:
+                    await self._before(fault, call)
+                async with contextlib.aclosing(handle(request, fault)) as responses:  # type: ignore[type-var]
+                    async for response in responses:
+                        reply = response.SerializeToString()
+                        call.sent_bytes += len(reply)
+                        yield reply
+                if fault is not None and fault.lose_reply:
+                    raise injection.failure_of(fault)
+
+        return grpc.unary_stream_rpc_method_handler(call_once)
+
+    async def _read(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(self._bytes.read(request)) as whole:  # type: ignore[type-var]
+            pieces = whole if fault is None else injection.shaped_pieces(fault, whole)
+            async for data in pieces:
+                yield bytestream_pb2.ReadResponse(data=data)
+
+    async def _tree(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:  # noqa: ARG002
+        pages: Iterator[Any] = self._cas.get_tree(request)
+        while (page := await self._backend.run(next, pages, None)) is not None:
+            yield page
+
+    def _write(self) -> grpc.RpcMethodHandler[Any, Any]:
+        async def call_once(raws: AsyncIterator[bytes], context: Context) -> bytes:
+            call = Call("Write")
+            async with self._tracked(call, context):
+                messages = _messages(raws, call)
+                first = await anext(messages, None)
+                if first is None:
+                    raise InvalidArgument("the write has no message")
+                fault = await self._begin(call, first, context)
+                if fault is not None:
+                    await self._before(fault, call)
+                    messages = injection.shaped_messages(fault, _chain(first, messages))
+                    first = await anext(messages)
+                response = await self._bytes.write(first, messages)
+                if fault is not None and fault.drop_blob:
+                    await self._drop(fault, call)
+                if fault is not None and fault.lose_reply:
+                    raise injection.failure_of(fault)
+                reply = response.SerializeToString()
+                call.sent_bytes = len(reply)
+                return reply
+
+        return grpc.stream_unary_rpc_method_handler(call_once)
+
+    async def _begin(self, call: Call, request: Any, context: Context) -> Fault | None:
+        """Describe and record a call, check its credentials, and see which fault hits it."""
+        call.metadata = dict(context.invocation_metadata() or ())
+        _describe(call, request)
+        self._log.begin(call)
+        self._authenticate(call)
+        return self._faults.take(call)
+
+    async def _before(self, fault: Fault, call: Call) -> None:
+        await injection.before(fault)
+        if fault.drop_blob and injection.drops_before(call.method):
+            await self._drop(fault, call)
+
+    async def _drop(self, fault: Fault, call: Call, hashes: set[str] | None = None) -> None:
+        partition = self._backend.partition(call.instance_name)
+        await self._backend.run(injection.drop_blobs, fault, hashes or call.hashes, partition)
+
+    def _authenticate(self, call: Call) -> None:
+        options = self._backend.options
+        expected = dict(options.required_headers)
+        if options.bearer_token is not None:
+            expected["authorization"] = f"Bearer {options.bearer_token}"
+        for name, value in expected.items():
+            sent = call.metadata.get(name, "")
+            sent = sent if isinstance(sent, bytes) else sent.encode()
+            if not hmac.compare_digest(sent, value.encode()):
+                raise Failure(grpc.StatusCode.UNAUTHENTICATED, f"the header {name} is missing or wrong")
+
+    @contextlib.asynccontextmanager
+    async def _tracked(self, call: Call, context: Context) -> AsyncIterator[None]:
+        """End the call with the status of what is raised inside, and record it."""
+        status = "CANCELLED"
+        try:
+            yield
+            status = "OK"
+        except Exception as error:  # noqa: BLE001 - every error becomes a status
+            failure = as_failure(error)
+            status = failure.code.name
+            self._log.end(call, status)
+            await context.abort(failure.code, failure.message, _trailers(failure))
+        finally:
+            if call.status is None:
+                self._log.end(call, status)
+
+
+def _decode(kind: Any, raw: bytes) -> Any:
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise InvalidArgument(f"the request is not a {kind.DESCRIPTOR.full_name}") from error
+
+
+async def _messages(raws: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytestream_pb2.WriteRequest]:
+    async for raw in raws:
+        call.received_bytes += len(raw)
+        yield _decode(bytestream_pb2.WriteRequest, raw)
+
+
+async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield first
+    async for item in rest:
+        yield item
+
+
+def _describe(call: Call, request: Any) -> None:
+    """Fill in what the request says."""
+    name = getattr(request, "resource_name", "")
+    if name:
+        call.resource_name = name
+        call.read_offset = getattr(request, "read_offset", 0) or getattr(request, "write_offset", 0)
+        with contextlib.suppress(SnaploaderError):
+            parsed = parse_resource_name(name)
+            call.instance_name = parsed.instance_name
+            call.hashes = (parsed.digest.hash,)
+        return
+    call.instance_name = getattr(request, "instance_name", "")
+    call.hashes = tuple(digest.hash for digest in _digests(request))
+
+
+def _digests(request: Any) -> Iterator[Any]:
+    for name in ("blob_digests", "digests"):
+        yield from getattr(request, name, ())
+    for item in getattr(request, "requests", ()):
+        yield item.digest
+    for name in ("action_digest", "root_digest"):
+        if hasattr(request, name):
+            yield getattr(request, name)
+
+
+def _trailers(failure: Failure) -> tuple[tuple[str, bytes], ...]:
+    """Status details, as google.rpc has them: a RetryInfo, when the failure has a delay."""
+    if failure.retry_after_s is None:
+        return ()
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(failure.retry_after_s * 1e9))
+    packed = delay.SerializeToString()
+    # RetryInfo{Duration retry_delay = 1}: one field of one length byte, as a Duration is short.
+    info = any_pb2.Any(
+        type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\x0a" + bytes([len(packed)]) + packed
+    )
+    status = status_pb2.Status(code=failure.code.value[0], message=failure.message, details=[info])
+    return ((_DETAILS_KEY, status.SerializeToString()),)

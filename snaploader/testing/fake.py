@@ -1,0 +1,128 @@
+"""A remote store in memory, without a network: for tests of what stands above the store."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.blobstore import Sink, TransferStatistics, Upload
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound
+
+
+class FakeCAS:
+    """Implements `snaploader.blobstore.RemoteStore`. Thread-safe.
+
+    Args:
+        digest_function: What it wants digests in.
+        update_enabled: Whether action results may be written.
+    """
+
+    def __init__(
+        self, digest_function: DigestFunction = DigestFunction.SHA256, *, update_enabled: bool = True
+    ) -> None:
+        self.digest_function = digest_function
+        self.update_enabled = update_enabled
+        self.blobs: dict[Digest, bytes] = {}
+        """The content; tests may change it, also to what does not match."""
+        self.action_results: dict[Digest, bytes] = {}
+        """Serialised results by action digest."""
+        self.calls: Counter[str] = Counter()
+        """How often each method was called, by its name."""
+        self.reads: Counter[Digest] = Counter()
+        """How often each blob was read."""
+        self.writes: Counter[Digest] = Counter()
+        """How often each blob was written."""
+        self._lock = threading.Lock()
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        """Those that are not in `blobs`, the empty one never."""
+        with self._lock:
+            self.calls["find_missing"] += 1
+            return {digest for digest in digests if digest.size_bytes and digest not in self.blobs}
+
+    def read(self, digest: Digest) -> bytes:
+        """One blob, verified."""
+        with self._lock:
+            self.calls["read"] += 1
+            return self._read(digest)
+
+    def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
+        """Each blob to `sink`, on this thread."""
+        with self._lock:
+            self.calls["read_many"] += 1
+        for digest in digests:
+            with self._lock:
+                data = self._read(digest)
+            sink(digest, data)
+
+    def _read(self, digest: Digest) -> bytes:
+        if digest.size_bytes == 0:
+            return b""
+        self.reads[digest] += 1
+        data = self.blobs.get(digest)
+        if data is None:
+            raise NotFound(f"no blob {digest} in the fake store")
+        if Digest.of(data, digest.function) != digest:
+            raise DataLoss(f"the blob {digest} in the fake store has other bytes")
+        return data
+
+    def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+        """Store one blob, verified."""
+        with self._lock:
+            self.calls["write"] += 1
+        self._write(digest, source)
+
+    def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
+        """Store each, on this thread."""
+        with self._lock:
+            self.calls["write_many"] += 1
+        return self._write_all(uploads)
+
+    def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
+        """Store those that are not there."""
+        with self._lock:
+            self.calls["upload_missing"] += 1
+        return self._write_all(uploads, only_missing=True)
+
+    def _write_all(self, uploads: Iterable[Upload], *, only_missing: bool = False) -> TransferStatistics:
+        blobs = content_bytes = present = 0
+        for upload in uploads:
+            if upload.digest.size_bytes == 0 or (only_missing and upload.digest in self.blobs):
+                present += 1
+                continue
+            self._write(upload.digest, upload.source)
+            blobs += 1
+            content_bytes += upload.digest.size_bytes
+        return TransferStatistics(
+            blobs=blobs, content_bytes=content_bytes, wire_bytes=content_bytes, present_blobs=present
+        )
+
+    def _write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+        data = Path(source).read_bytes() if isinstance(source, str | os.PathLike) else bytes(source)
+        if Digest.of(data, digest.function) != digest:
+            raise DataLoss(f"the bytes to store do not have the digest {digest}")
+        with self._lock:
+            self.writes[digest] += 1
+            self.blobs[digest] = data
+
+    def get_action_result(self, action_digest: Digest) -> reapi.ActionResult:
+        """The result under a key. What it names is not checked."""
+        with self._lock:
+            self.calls["get_action_result"] += 1
+            data = self.action_results.get(action_digest)
+        if data is None:
+            raise NotFound(f"no action result for {action_digest} in the fake store")
+        return reapi.ActionResult.FromString(data)
+
+    def update_action_result(self, action_digest: Digest, action_result: reapi.ActionResult) -> None:
+        """Keep a result under a key."""
+        with self._lock:
+            self.calls["update_action_result"] += 1
+            if not self.update_enabled:
+                raise FailedPrecondition("updates of action results are not enabled in the fake store")
+            self.action_results[action_digest] = action_result.SerializeToString()

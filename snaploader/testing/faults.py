@@ -1,0 +1,237 @@
+"""A script of faults for the embedded server: what goes wrong, in which call, how often.
+
+Each call is shown to the rules in the order they were added. The first that matches, has let its `after`
+calls pass and is not used up, acts; the others do not see that call. So a sequence reads as it happens:
+
+    FaultScript(
+        Fault("BatchReadBlobs", status="UNAVAILABLE", times=2),
+        Fault("BatchReadBlobs", latency_s=0.2),
+    )
+
+fails twice, is slow once, then works. Nothing is random: the same calls meet the same faults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from snaploader.digest import Digest
+from snaploader.errors import InvalidArgument
+from snaploader.testing.calls import Call
+
+ANY_METHOD = "*"
+
+
+class Gate:
+    """Holds calls until it is opened, so that a test can arrange what happens while they hang.
+
+    For use as `Fault(…, gate=Gate())`. Thread-safe. Stopping the server ends the calls that are held.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._is_open = False
+        self._arrived = 0
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def wait_reached(self, timeout_s: float, calls: int = 1) -> bool:
+        """Wait until that many calls have arrived; False when they have not in this time."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._arrived >= calls, timeout_s)
+
+    def open(self) -> None:
+        """Let the held calls go on, and all later ones pass."""
+        with self._condition:
+            self._is_open = True
+            waiters, self._waiters = self._waiters, []
+        for loop, event in waiters:
+            loop.call_soon_threadsafe(event.set)
+
+    async def pass_through(self) -> None:
+        """Wait until the gate is open; called by the server."""
+        event = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), event)
+        with self._condition:
+            self._arrived += 1
+            self._condition.notify_all()
+            if self._is_open:
+                return
+            self._waiters.append(waiter)
+        try:
+            await event.wait()
+        finally:
+            with self._condition:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One rule: which calls, how often, and what happens to them. Effects may be combined.
+
+    The fields up to `matches` choose the calls; all that are given must fit.
+    """
+
+    method: str = ANY_METHOD
+    """Name of the method, as in "BatchReadBlobs"; "*" for any."""
+    times: int | None = 1
+    """How many calls are hit; None for all."""
+    after: int = 0
+    """How many matching calls pass unharmed first."""
+    digest: Digest | str | None = None
+    """Only calls that name this blob or action (a digest, or a hash). Also what `drop_blob`, `flip_bit`,
+    `wrong_digest` and `item_status` act on in a batch; without it, all blobs of the call (`flip_bit` and
+    `wrong_digest`: the first)."""
+    resource: str | None = None
+    """Only ByteStream calls whose resource name holds this."""
+    matches: Callable[[Call], bool] | None = None
+    """Only calls for which this is true."""
+
+    latency_s: float = 0.0
+    """Wait this long first."""
+    gate: Gate | None = None
+    """Wait at this gate first."""
+    hang: bool = False
+    """Never answer: the call ends by its deadline, when it is cancelled, or with the server."""
+    status: grpc.StatusCode | str | None = None
+    """End with this code (also by name). Before anything is done, unless `cut_after_bytes` or
+    `lose_reply` says when."""
+    message: str = "scripted fault"
+    """The message of `status`."""
+    retry_after_s: float | None = None
+    """Add a google.rpc.RetryInfo with this delay to the status."""
+    lose_reply: bool = False
+    """Do the work, then end with `status` (UNAVAILABLE when not given)."""
+    cut_after_bytes: int | None = None
+    """Of Read and Write: stop after this many bytes of data and end with `status`, else UNAVAILABLE."""
+    truncate_after_bytes: int | None = None
+    """Of Read: stop after this many bytes and end with OK."""
+    bandwidth_bytes_per_s: float | None = None
+    """Of Read and Write: let the data pass at this rate. Of the others: delay the answer by its size."""
+    flip_bit: int | None = None
+    """Change this bit: of the data of Read or Write; of the blob's data in batches (modulo its size);
+    of the serialised response in the other methods."""
+    wrong_digest: bool = False
+    """Batches and FindMissingBlobs: answer for another digest than was asked."""
+    item_status: grpc.StatusCode | str | None = None
+    """Batches: answer OK as a whole, with this code for the blob."""
+    drop_blob: bool = False
+    """Lose the blob: before the call in methods that read, after it in those that write."""
+
+    def __post_init__(self) -> None:
+        if self.times is not None and self.times < 1:
+            raise InvalidArgument("times is below 1: leave the fault out, or use None for all calls")
+        if self.after < 0 or self.latency_s < 0:
+            raise InvalidArgument("after and latency_s cannot be negative")
+        for value in (self.cut_after_bytes, self.truncate_after_bytes, self.flip_bit):
+            if value is not None and value < 0:
+                raise InvalidArgument("cut_after_bytes, truncate_after_bytes and flip_bit cannot be negative")
+        if self.bandwidth_bytes_per_s is not None and self.bandwidth_bytes_per_s <= 0:
+            raise InvalidArgument("bandwidth_bytes_per_s must be above 0")
+        for code in (self.status, self.item_status):
+            if code is not None:
+                status_code(code)
+
+    @property
+    def hash(self) -> str | None:
+        """The hash of `digest`."""
+        return self.digest.hash if isinstance(self.digest, Digest) else self.digest
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The code of `status`, UNAVAILABLE when not given."""
+        return grpc.StatusCode.UNAVAILABLE if self.status is None else status_code(self.status)
+
+    def is_about(self, call: Call) -> bool:
+        """Whether the rule is about this call."""
+        return (
+            self.method in (ANY_METHOD, call.method)
+            and (self.digest is None or self.hash in call.hashes)
+            and (self.resource is None or self.resource in call.resource_name)
+            and (self.matches is None or self.matches(call))
+        )
+
+
+def status_code(code: grpc.StatusCode | str) -> grpc.StatusCode:
+    """The code itself, also by name. InvalidArgument when there is none of that name."""
+    if isinstance(code, grpc.StatusCode):
+        return code
+    try:
+        return grpc.StatusCode[code.upper()]
+    except KeyError:
+        raise InvalidArgument(f"there is no gRPC status code {code!r}") from None
+
+
+@dataclass(slots=True)
+class _Rule:
+    fault: Fault
+    passed: int = 0
+    fired: int = 0
+
+    @property
+    def is_used_up(self) -> bool:
+        return self.fault.times is not None and self.fired >= self.fault.times
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """A fault that acted, and the call it acted on."""
+
+    fault: Fault
+    call: Call = field(repr=False)
+
+
+class FaultScript:
+    """Rules in order, which may be added while the server runs. Thread-safe.
+
+    Args:
+        faults: The first rules.
+    """
+
+    def __init__(self, *faults: Fault) -> None:
+        self._lock = threading.Lock()
+        self._rules = [_Rule(fault) for fault in faults]
+        self._firings: list[Firing] = []
+
+    def add(self, *faults: Fault) -> None:
+        """Append rules."""
+        with self._lock:
+            self._rules.extend(_Rule(fault) for fault in faults)
+
+    def clear(self) -> None:
+        """Drop all rules, and the record of what fired."""
+        with self._lock:
+            self._rules.clear()
+            self._firings.clear()
+
+    def take(self, call: Call) -> Fault | None:
+        """The fault that acts on this call, which counts as fired."""
+        with self._lock:
+            for rule in self._rules:
+                if rule.is_used_up or not rule.fault.is_about(call):
+                    continue
+                if rule.passed < rule.fault.after:
+                    rule.passed += 1
+                    continue
+                rule.fired += 1
+                if len(self._firings) < 10_000:
+                    self._firings.append(Firing(rule.fault, call))
+                return rule.fault
+            return None
+
+    @property
+    def fired(self) -> list[Firing]:
+        """What fired so far, in order (the first 10,000)."""
+        with self._lock:
+            return list(self._firings)
+
+    @property
+    def pending(self) -> list[Fault]:
+        """Rules with a number of `times` that are not used up: empty when all happened that was scripted."""
+        with self._lock:
+            return [r.fault for r in self._rules if r.fault.times is not None and not r.is_used_up]

@@ -1,0 +1,282 @@
+"""The embedded server: a Remote Execution API cache in this process, on a thread of its own."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from snaploader.testing.backend import Backend, blob_bytes
+from snaploader.testing.calls import Call, CallLog
+from snaploader.testing.disk import DiskStorage
+from snaploader.testing.dispatch import Dispatcher
+from snaploader.testing.faults import FaultScript
+from snaploader.testing.loop import LOOP
+from snaploader.testing.options import ServerOptions, ServerTLS
+from snaploader.testing.storage import MemoryStorage, Partition, Storage, parse_result_key, result_key
+
+# A message's content is bounded by max_message_bytes; fields around it come on top.
+_UNLIMITED_METADATA_BYTES = 64 * 1024
+
+
+class EmbeddedServer:
+    """A server of CAS, ByteStream, ActionCache and Capabilities.
+
+        with EmbeddedServer() as server:
+            remote = RemoteCache(server.url)
+
+    Thread-safe, except for `start` and `stop`. It can be started again after a stop, on the same port
+    when that is free, and then still has its content. In a process that forks, start it after the fork.
+
+    Args:
+        storage: A folder (see `snaploader.testing.disk`; one server at a time), a `Storage`, which is
+            shared and stays the caller's, or None for memory of its own.
+        options: What it offers, demands and refuses.
+        faults: What goes wrong, when.
+        host: Where to listen.
+        port: Where to listen; 0 for a free one.
+        unix_socket: Listen on this path instead.
+        tls: Speak TLS with these certificates.
+        log_capacity: How many calls `requests` remembers; 0 for none.
+    """
+
+    def __init__(
+        self,
+        storage: str | os.PathLike[str] | Storage | None = None,
+        options: ServerOptions | None = None,
+        faults: FaultScript | None = None,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        unix_socket: str | os.PathLike[str] | None = None,
+        tls: ServerTLS | None = None,
+        log_capacity: int = 10_000,
+    ) -> None:
+        if not 0 <= port <= 65535:
+            raise InvalidArgument(f"port {port} is not between 0 and 65535")
+        self.options = options or ServerOptions()
+        self.faults = faults or FaultScript()
+        self._host = host
+        self._port = port
+        self._socket = None if unix_socket is None else os.path.abspath(unix_socket)
+        self._tls = tls
+        self._log = CallLog(log_capacity)
+        self._folder: str | None = None
+        self._storage: Storage | None = None
+        if storage is None:
+            self._storage = MemoryStorage()
+        elif isinstance(storage, str | os.PathLike):
+            self._folder = os.fspath(storage)
+        else:
+            self._storage = storage
+        self._running: _Running | None = None
+
+    def start(self) -> Self:
+        """Begin to serve. Calls are answered when this returns.
+
+        Raises:
+            Unavailable: The address cannot be bound.
+            FailedPrecondition: It runs already, or another server uses the folder.
+        """
+        if self._running is not None:
+            raise FailedPrecondition("the server runs already")
+        storage = DiskStorage(self._folder) if self._folder is not None else self._storage
+        assert storage is not None
+        try:
+            running = _Running(self, storage)
+            self._port = running.port
+        except BaseException:
+            if self._folder is not None:
+                storage.close()
+            raise
+        self._storage, self._running = storage, running
+        return self
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End serving: calls under way get `grace_s` to end and are then cancelled. Idempotent."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        running.stop(grace_s)
+        if self._folder is not None and self._storage is not None:
+            self._storage.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it serves."""
+        return self._running is not None
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; before the first start, the one it was told."""
+        return self._port
+
+    @property
+    def address(self) -> str:
+        """What gRPC calls the target: host:port, or unix:path."""
+        if self._socket is not None:
+            return f"unix:{self._socket}"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{host}:{self._port}"
+
+    @property
+    def url(self) -> str:
+        """What a client is given: grpc://…, grpcs://… or unix:…"""
+        if self._socket is not None:
+            return self.address
+        return f"{'grpc' if self._tls is None else 'grpcs'}://{self.address}"
+
+    def calls(self, method: str) -> int:
+        """How often a method was called, as in `calls("BatchUpdateBlobs")`."""
+        return self._log.count(method)
+
+    def total_calls(self) -> int:
+        """How often any method was called."""
+        return self._log.total()
+
+    def received_bytes(self, method: str | None = None) -> int:
+        """Bytes of request messages, of ended calls."""
+        return self._log.received_bytes(method)
+
+    def sent_bytes(self, method: str | None = None) -> int:
+        """Bytes of response messages, of ended calls."""
+        return self._log.sent_bytes(method)
+
+    @property
+    def requests(self) -> list[Call]:
+        """The latest calls, oldest first."""
+        return self._log.calls()
+
+    def clear_log(self) -> None:
+        """Forget the calls and set the counters to zero."""
+        self._log.clear()
+
+    def put_blob(
+        self, data: Buffer, function: DigestFunction = DigestFunction.SHA256, *, instance_name: str = ""
+    ) -> Digest:
+        """Store a blob, past the network."""
+        digest = Digest.of(data, function)
+        self._partition(instance_name).put(digest, data, verify=False)
+        return digest
+
+    def get_blob(self, digest: Digest, *, instance_name: str = "") -> bytes:
+        """A stored blob, past the network. NotFound when absent."""
+        data = blob_bytes(self._partition(instance_name), digest)
+        if data is None:
+            raise NotFound(f"no blob {digest} on the server")
+        return data
+
+    def delete_blob(self, digest: Digest, *, instance_name: str = "") -> None:
+        """Drop a blob, as an eviction does. NotFound when absent."""
+        if not self._partition(instance_name).delete(digest):
+            raise NotFound(f"no blob {digest} on the server")
+
+    def corrupt_blob(self, digest: Digest, bit: int = 0, *, instance_name: str = "") -> None:
+        """Change one bit of a stored blob, which is then served as it is. NotFound when absent."""
+        data = bytearray(self.get_blob(digest, instance_name=instance_name))
+        if not 0 <= bit < 8 * len(data):
+            raise InvalidArgument(f"the blob {digest} has no bit {bit}")
+        data[bit // 8] ^= 1 << (bit % 8)
+        self._partition(instance_name).put(digest, bytes(data), verify=False)
+
+    def blobs(self, *, instance_name: str = "") -> list[Digest]:
+        """The digests of all stored blobs, sorted."""
+        return self._partition(instance_name).blobs()
+
+    def action_results(self, *, instance_name: str = "") -> dict[Digest, reapi.ActionResult]:
+        """All action results by action digest (of size 0 where results are kept under the hash alone)."""
+        partition = self._partition(instance_name)
+        found = ((key, partition.get_result(key)) for key in partition.results())
+        return {
+            parse_result_key(key): reapi.ActionResult.FromString(data)
+            for key, data in found
+            if data is not None
+        }
+
+    def delete_action_result(self, digest: Digest, *, instance_name: str = "") -> None:
+        """Drop an action result. NotFound when absent."""
+        key = result_key(digest, has_size=self.options.result_key_has_size)
+        if not self._partition(instance_name).delete_result(key):
+            raise NotFound(f"no action result for {digest} on the server")
+
+    def _partition(self, instance_name: str) -> Partition:
+        if self._storage is None:
+            raise FailedPrecondition("the server was never started, so its folder is not open")
+        return self._storage.partition(instance_name)
+
+    def credentials(self) -> grpc.ServerCredentials | None:
+        """What the TLS options mean to gRPC."""
+        if self._tls is None:
+            return None
+        return grpc.ssl_server_credentials(
+            [(self._tls.private_key, self._tls.certificate)],
+            root_certificates=self._tls.client_ca,
+            require_client_auth=self._tls.client_ca is not None,
+        )
+
+    @property
+    def call_log(self) -> CallLog:
+        """The log behind `requests` and the counters."""
+        return self._log
+
+
+class _Running:
+    """A server between start and stop."""
+
+    def __init__(self, server: EmbeddedServer, storage: Storage) -> None:
+        self._backend = Backend(server.options, storage)
+        self._dispatcher = Dispatcher(self._backend, server.faults, server.call_log)
+        LOOP.acquire()
+        try:
+            self.port = LOOP.run(self._start(server))
+        except BaseException:
+            LOOP.release()
+            self._backend.close()
+            raise
+
+    async def _start(self, server: EmbeddedServer) -> int:
+        limit = server.options.max_message_bytes
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                # A second server on the port must fail, not share its calls.
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._server.add_generic_rpc_handlers(tuple(self._dispatcher.handlers()))
+        credentials = server.credentials()
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(server.address)
+            else:
+                port = self._server.add_secure_port(server.address, credentials)
+        except RuntimeError as error:
+            raise Unavailable(f"cannot listen on {server.address}: {error}", transient=False) from error
+        await self._server.start()
+        return port or server.port
+
+    def stop(self, grace_s: float) -> None:
+        try:
+            LOOP.run(self._stop(grace_s))
+        finally:
+            LOOP.release()
+            self._backend.close()
+
+    async def _stop(self, grace_s: float) -> None:
+        await self._server.stop(grace_s or None)
+        await self._dispatcher.close()
