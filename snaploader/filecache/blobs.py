@@ -1,0 +1,335 @@
+"""The blobs of one group: looking them up, opening them verified, publishing them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
+from snaploader.filecache import content, recency
+from snaploader.filecache.durability import Durability
+from snaploader.filecache.environment import Environment
+from snaploader.filecache.hashes import to_words
+from snaploader.filecache.layout import space_of
+from snaploader.filecache.ledger import Section
+from snaploader.filecache.listing import ShardListings
+from snaploader.filecache.memo import VerifiedMemo
+from snaploader.filecache.recency import UseLog
+from snaploader.filecache.scan import disk_bytes, entry_name
+
+BULK_DIGESTS = 1024
+"""From this many digests on, folders are listed instead of each file being looked at."""
+MAX_QUARANTINED = 16
+"""Bad files that are kept for inspection."""
+BLOB_MODE = 0o444
+
+_logger = logging.getLogger(__name__)
+
+
+class BlobSpace:
+    """The blobs of one group. Thread-safe, process-safe."""
+
+    def __init__(
+        self,
+        environment: Environment,
+        durability: Durability,
+        uses: UseLog,
+        make_room: Callable[[int], None],
+    ) -> None:
+        self._env = environment
+        self._durability = durability
+        self._uses = uses
+        self._make_room = make_room
+        self._memo = VerifiedMemo()
+        self._listings = ShardListings(environment.layout, durability)
+
+    def path(self, digest: Digest) -> str:
+        """Where the file of a blob is, or would be."""
+        return self._env.layout.blob(digest)
+
+    def checkpoint(self, step: str) -> None:
+        """A step was done; see `Environment.checkpoint`."""
+        self._env.checkpoint(step)
+
+    # Looking up
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        """See `FileCache.find_missing`."""
+        wanted = {digest for digest in digests if digest.size_bytes or not _is_empty_blob(digest)}
+        with translate_os_errors("cannot look up blobs in the file cache"):
+            if len(wanted) < BULK_DIGESTS:
+                return {digest for digest in wanted if not self.touch(digest)}
+            return self._find_missing_bulk(wanted)
+
+    def _find_missing_bulk(self, wanted: set[Digest]) -> set[Digest]:
+        missing: set[Digest] = set()
+        for function in DigestFunction:
+            digests = [digest for digest in wanted if digest.function is function]
+            if not digests:
+                continue
+            words = to_words([digest.hash for digest in digests])
+            present = self._listings.contains(space_of(function), words)
+            absent = [digests[row] for row in (~present).nonzero()[0].tolist()]
+            if self._durability.any_suspects:
+                # Listings leave suspects out, so that each is looked at here.
+                absent = [digest for digest in absent if not self.touch(digest)]
+            missing.update(absent)
+            if present.any():
+                self._uses.append(words[present, 0], self._env.now_ns())
+        return missing
+
+    def touch(self, digest: Digest) -> bool:
+        """Whether a blob is present; if so, this is a use of it."""
+        path = self._env.layout.blob(digest)
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if not self._plausible(digest, status):
+            return False
+        with suppress(FileNotFoundError):
+            recency.touch(path, status, self._env.now_ns())
+            return True
+        return False
+
+    def _plausible(self, digest: Digest, status: os.stat_result) -> bool:
+        """Whether a file may pass for the blob without being read; suspects of a power failure are read."""
+        if status.st_size == digest.size_bytes and not self._durability.is_suspect(status):
+            return True
+        if self._memo.knows(digest, status):
+            return True
+        try:
+            os.close(self.open(digest))
+        except (NotFound, DataLoss):
+            return False
+        return True
+
+    # Reading
+
+    def open(self, digest: Digest) -> int:
+        """See `FileCache.open`."""
+        path = self._env.layout.blob(digest)
+        with translate_os_errors(f"cannot open blob {digest}"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                if _is_empty_blob(digest):
+                    return self._open_new_empty(digest)
+                self._env.counters.add(misses=1)
+                raise NotFound(f"blob {digest} is not in the file cache") from None
+            try:
+                status = os.fstat(fd)
+                if not self._memo.knows(digest, status):
+                    self._verify(digest, fd, status)
+                recency.touch(fd, status, self._env.now_ns())
+            except BaseException:
+                os.close(fd)
+                raise
+        self._env.counters.add(hits=1)
+        return fd
+
+    def read(self, digest: Digest) -> bytes:
+        """See `FileCache.read`."""
+        fd = self.open(digest)
+        try:
+            with translate_os_errors(f"cannot read blob {digest}"):
+                data = content.read_file(fd, digest.size_bytes)
+        finally:
+            os.close(fd)
+        if len(data) != digest.size_bytes:
+            raise DataLoss(f"blob {digest} was changed to {len(data)} bytes while it was read: ask again")
+        return data
+
+    def _verify(self, digest: Digest, fd: int, status: os.stat_result) -> None:
+        if status.st_size == digest.size_bytes:
+            found, size = content.hash_file(fd, digest.function)
+        else:
+            found, size = "", status.st_size
+        self._env.counters.add(verified_blobs=1)
+        if found == digest.hash and size == digest.size_bytes:
+            if self._durability.is_suspect(status):
+                # It proved right: it is written anew, as it were, outside the window of suspicion.
+                with suppress(PermissionError):
+                    os.utime(fd)
+                status = os.fstat(fd)
+            self._memo.add(digest, status)
+            return
+        if not found and self._is_other_size(digest, fd, status):
+            raise DataLoss(
+                f"blob {digest}: the cache has this hash with a size of {status.st_size} bytes, "
+                "so the digest is wrong"
+            )
+        self.quarantine(digest, status)
+        raise DataLoss(
+            f"blob {digest} in the file cache had wrong bytes and is in quarantine now: fetch it again"
+        )
+
+    def _is_other_size(self, digest: Digest, fd: int, status: os.stat_result) -> bool:
+        """Whether the file is right and the size in the digest is wrong."""
+        real = Digest(digest.hash, status.st_size, digest.function)
+        if self._memo.knows(real, status):
+            return True
+        right = content.hash_file(fd, digest.function) == (digest.hash, status.st_size)
+        if right:
+            self._memo.add(real, status)
+        return right
+
+    def _open_new_empty(self, digest: Digest) -> int:
+        temporary, fd = self.stage()
+        os.close(fd)
+        self.publish(digest, temporary)
+        return self.open(digest)
+
+    # Writing
+
+    def stage(self) -> tuple[str, int]:
+        """A new empty file in the staging folder: path and descriptor."""
+        path = self._env.session.temp_path()
+        return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def check_fits(self, size: int) -> None:
+        """ResourceExhausted for a blob that can never fit."""
+        if size > self._env.max_bytes:
+            raise ResourceExhausted(
+                f"a blob of {size} bytes does not fit into a file cache of {self._env.max_bytes}: "
+                "raise its max_bytes"
+            )
+
+    def present(self, digest: Digest) -> bool:
+        """Whether a blob that is to be added is there already, and stays: nothing can evict it meanwhile."""
+        path = self._env.layout.blob(digest)
+        # Cheap for what is not there, which is the common case.
+        if not os.path.exists(path):
+            return False
+        self.touch(digest)
+        with self._env.ledger.section():
+            try:
+                status = os.stat(path, follow_symlinks=False)
+                recency.touch(path, status, self._env.now_ns())
+            except FileNotFoundError:
+                return False
+        if status.st_size != digest.size_bytes:
+            return False
+        self._env.counters.add(present_blobs=1)
+        return True
+
+    def publish(self, digest: Digest, path: str, *, keep: bool = False) -> bool:
+        """Make a whole, verified file the blob; False when there was one already.
+
+        It appears under its name in one step, by link(2), which never replaces what is there.
+
+        Args:
+            path: On the same file system.
+            keep: Whether the file keeps its old name too.
+        """
+        target = self._env.layout.blob(digest)
+        if not keep:
+            os.chmod(path, BLOB_MODE)
+        while True:
+            status = os.stat(path)
+            with self._env.ledger.section() as section:
+                total = section.total_bytes
+                if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
+                    added = self._link(section, digest, path, target, status)
+                    break
+            self._make_room(disk_bytes(status))
+        if not keep:
+            os.unlink(path)
+        if added:
+            self._memo.add(digest, status)
+            self._env.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
+        else:
+            self._env.counters.add(present_blobs=1)
+        return added
+
+    def _link(self, section: Section, digest: Digest, path: str, target: str, status: os.stat_result) -> bool:
+        name = self._name(digest)
+        if _exists(target):
+            recency.touch(target, os.stat(target), self._env.now_ns())
+            return False
+        section.change(name, 0, disk_bytes(status))
+        try:
+            while True:
+                try:
+                    os.link(path, target)
+                    break
+                except FileNotFoundError:
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+        except BaseException:
+            section.change(name, disk_bytes(status), 0)
+            raise
+        self._env.checkpoint("blob.linked")
+        return True
+
+    def check(self, hash_: str, function: DigestFunction) -> tuple[Digest, bool] | None:
+        """Hash the blob of this name whatever is known of it; whether it is right, None if gone."""
+        path = self._env.layout.entry(space_of(function), hash_)
+        with translate_os_errors(f"cannot verify blob {hash_}"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                return None
+            try:
+                status = os.fstat(fd)
+                digest = Digest(hash_, status.st_size, function)
+                self._verify(digest, fd, status)
+            except DataLoss:
+                return digest, False
+            finally:
+                os.close(fd)
+        return digest, True
+
+    # Taking away
+
+    def remove(self, digest: Digest) -> bool:
+        """See `FileCache.remove`."""
+        path = self._env.layout.blob(digest)
+        with translate_os_errors(f"cannot remove blob {digest}"), self._env.ledger.section() as section:
+            try:
+                size = disk_bytes(os.stat(path, follow_symlinks=False))
+                os.unlink(path)
+            except FileNotFoundError:
+                return False
+            section.change(self._name(digest), size, 0)
+        return True
+
+    def quarantine(self, digest: Digest, status: os.stat_result) -> None:
+        """Take a bad file out of use, unless another stands in its place by now."""
+        path = self._env.layout.blob(digest)
+        folder = self._env.layout.quarantine
+        with self._env.ledger.section() as section:
+            try:
+                now = os.stat(path, follow_symlinks=False)
+                if now.st_ino != status.st_ino:
+                    return
+                os.rename(path, f"{folder}/{digest.hash}.{self._env.session.unique_name()}")
+            except FileNotFoundError:
+                return
+            section.change(self._name(digest), disk_bytes(now), 0)
+        self._env.counters.add(quarantined_blobs=1)
+        _logger.warning("blob %s had wrong bytes and was moved to %s", digest, folder)
+        kept = sorted((entry.stat().st_ctime_ns, entry.path) for entry in os.scandir(folder))
+        for _, old in kept[:-MAX_QUARANTINED]:
+            with suppress(FileNotFoundError):
+                os.unlink(old)
+
+    def _name(self, digest: Digest) -> str:
+        return entry_name(self._env.layout.group, space_of(digest.function), digest.hash)
+
+
+def _is_empty_blob(digest: Digest) -> bool:
+    return digest.size_bytes == 0 and digest.hash == digest.function.hash(b"")
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True

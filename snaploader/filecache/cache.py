@@ -1,0 +1,400 @@
+"""The file cache itself: one object that puts the parts together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from snaploader.blobstore import Sink, TransferStatistics, Upload
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.filecache import exchange, scan, session
+from snaploader.filecache.blobs import BlobSpace
+from snaploader.filecache.directories import DirectoryHandle, DirectoryStore
+from snaploader.filecache.durability import Durability, read_boot_id
+from snaploader.filecache.environment import Environment
+from snaploader.filecache.evict import Evictor
+from snaploader.filecache.hashes import to_words
+from snaploader.filecache.layout import Layout, Space, group_folder
+from snaploader.filecache.leases import Lease
+from snaploader.filecache.ledger import Ledger
+from snaploader.filecache.locks import FileLock
+from snaploader.filecache.recency import UseLog
+from snaploader.filecache.refs import RefSpace
+from snaploader.filecache.session import Session
+from snaploader.filecache.statistics import CacheEntry, CacheStatistics, VerifyReport, kind_name
+from snaploader.filecache.trash import TrashCan
+from snaploader.filecache.writer import BlobWriter
+
+DEFAULT_MAX_BYTES = 10 << 30
+
+
+def _no_checkpoint(step: str) -> None:
+    """Crash tests pass something else."""
+
+
+class FileCache:
+    """Blobs, refs and directories in a folder of this host, shared by threads and processes.
+
+    A `snaploader.blobstore.BlobStore`. See the package's docstring for the layout and the promises.
+    Thread-safe. Not to be used in a forked child: make another one there, on the same folder.
+
+    Args:
+        root: The folder; made if absent. All on one file system that knows hard links.
+        max_bytes: Bound of what all entries of all groups take, in bytes of disk blocks. Each process goes by
+            its own; default 10 GiB.
+        group_id: The partition to work in: nothing of one group is visible to another. Up to 128 letters,
+            digits and . _ @ + - or empty, which is a partition too.
+        checkpoint: Called with the name of each step on disk after it was done; for crash tests.
+        boot_id: An id of this boot of the machine, the kernel's by default; for tests.
+
+    Raises:
+        InvalidArgument: The group id is malformed, or `max_bytes` is not positive.
+        PermissionDenied, ResourceExhausted: The folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        group_id: str = "",
+        checkpoint: Callable[[str], None] = _no_checkpoint,
+        boot_id: str | None = None,
+    ) -> None:
+        if max_bytes <= 0:
+            raise InvalidArgument(f"max_bytes is {max_bytes}: a file cache needs room")
+        layout = Layout(os.path.abspath(os.fspath(root)), group_folder(group_id))
+        self._root = layout.root
+        self._group_id = group_id
+        self._max_bytes = max_bytes
+        self._closed = False
+        self._pid = os.getpid()
+        used_before = os.path.isdir(layout.groups)
+        layout.create()
+        with translate_os_errors(f"cannot open the file cache {layout.root!r}"), ExitStack() as undo:
+            own = Session(layout)
+            undo.callback(own.close)
+            ledger = Ledger(layout.usage)
+            undo.callback(ledger.close)
+            use_lock = FileLock(f"{layout.usage}/uses.lock")
+            undo.callback(use_lock.close)
+
+            def rebooted() -> None:
+                with ledger.section() as section:
+                    section.forget_total()
+
+            self._durability = Durability(
+                layout, own, boot_id or read_boot_id(), rebooted, used_before=used_before
+            )
+            undo.callback(self._durability.close)
+            self._env = Environment(layout, own, ledger, max_bytes, checkpoint)
+            self._trash = TrashCan(layout.trash, own)
+            undo.callback(self._trash.close)
+            self._evictor = Evictor(self._env, self._trash, use_lock)
+            undo.callback(self._evictor.close)
+            make_room = self._evictor.make_room
+            uses = UseLog(layout.group_path(), use_lock)
+            self._blobs = BlobSpace(self._env, self._durability, uses, make_room)
+            self._refs = RefSpace(self._env, make_room)
+            self._directories = DirectoryStore(self._env, self._trash, make_room)
+            session.sweep(layout)
+            self._trash.sweep()
+            self._close = undo.pop_all().close
+
+    @property
+    def root(self) -> str:
+        """The folder, absolute."""
+        return self._root
+
+    @property
+    def group_id(self) -> str:
+        """The partition worked in."""
+        return self._group_id
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound, in bytes of disk blocks."""
+        return self._max_bytes
+
+    # Blobs: the BlobStore interface
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        """Those of `digests` that are not here. Counts as a use of those that are.
+
+        Exact, also when files were removed behind the cache's back. Costs a look at each file for a few
+        digests, and one at each of 256 folders for many. What is here may be evicted at any time
+        unless it is leased.
+        """
+        self._check()
+        return self._blobs.find_missing(digests)
+
+    def read(self, digest: Digest) -> bytes:
+        """The bytes of a blob. Errors as `open`."""
+        self._check()
+        return self._blobs.read(digest)
+
+    def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
+        """Hand each blob to `sink`, in order, on this thread. The first error ends it and is raised."""
+        for digest in digests:
+            sink(digest, self.read(digest))
+
+    def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+        """Add a blob from bytes or from a copy of a file. DataLoss when they do not have this digest."""
+        if isinstance(source, str | os.PathLike):
+            self.put_file(digest, source)
+        else:
+            self._put_checked(digest, source)
+
+    def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
+        """Add many blobs, in order, on this thread. The first error ends it and is raised."""
+        blobs = content_bytes = present = 0
+        for upload in uploads:
+            source = upload.source
+            if isinstance(source, str | os.PathLike):
+                added = self.put_file(upload.digest, source)
+            else:
+                added = self._put_checked(upload.digest, source)
+            if added:
+                blobs += 1
+                content_bytes += upload.digest.size_bytes
+            else:
+                present += 1
+        return TransferStatistics(blobs, content_bytes, 0, present)
+
+    # Blobs: files in and out
+
+    def open(self, digest: Digest) -> int:
+        """A read-only descriptor of a blob's file, for the caller to close. Counts as a use.
+
+        The file is hashed at its first use in this process. What stays open stays whole, also when the
+        blob is evicted.
+
+        Raises:
+            NotFound: The blob is not here.
+            DataLoss: The file had wrong bytes; it is in quarantine now, and NotFound from now on. Or
+                the cache has this hash with another size, so the digest is wrong.
+        """
+        self._check()
+        return self._blobs.open(digest)
+
+    def path(self, digest: Digest) -> str:
+        """The file of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
+        os.close(self.open(digest))
+        return self._blobs.path(digest)
+
+    def put_verified(self, digest: Digest, data: Buffer) -> bool:
+        """Add bytes that the caller has just hashed, trusting the digest; False when the blob was here."""
+        self._check()
+        size = len(memoryview(data).cast("B"))
+        if size != digest.size_bytes:
+            raise DataLoss(f"{size} bytes are to be blob {digest}")
+        return exchange.put_bytes(self._blobs, digest, data)
+
+    def put_file(
+        self,
+        digest: Digest,
+        path: str | os.PathLike[str],
+        *,
+        move: bool = False,
+        link: bool = False,
+        verify: bool = True,
+    ) -> bool:
+        """Add a file; False when the blob was here. It is verified before it is visible.
+
+        Args:
+            move: Take the file away from its old place, without copying where that can be done.
+            link: Share the file instead of copying it, where that can be done. The caller promises that its
+                bytes never change again; it is made read-only (mode 0444) and its time of last write is now.
+            verify: Hash the file. False when the caller has hashed these very bytes.
+
+        Raises:
+            DataLoss: The file does not have this digest.
+            ResourceExhausted: The disk is full, or the cache is full of leased blobs.
+        """
+        self._check()
+        return exchange.put_file(self._blobs, digest, os.fspath(path), move=move, link=link, verify=verify)
+
+    def add_file(
+        self, path: str | os.PathLike[str], function: DigestFunction = DigestFunction.SHA256
+    ) -> tuple[Digest, bool]:
+        """Add a copy of a file; its digest, and whether it was new here. Reads it once."""
+        self._check()
+        return exchange.add_file(self._blobs, os.fspath(path), function)
+
+    def writer(self, digest: Digest) -> BlobWriter:
+        """Adds a blob that arrives in pieces."""
+        self._check()
+        return BlobWriter(self._blobs, digest)
+
+    def materialize(
+        self, digest: Digest, destination: str | os.PathLike[str], *, writable: bool = False
+    ) -> None:
+        """Make a blob appear as a file, whole or not at all. Errors as `open`.
+
+        Not writable: a hard link where that can be done, mode 0444, which the consumer must not change.
+        Writable: a copy of its own, mode 0644, which shares disk blocks where the file system can.
+
+        Raises:
+            FailedPrecondition: The destination exists; nothing is overwritten.
+        """
+        self._check()
+        exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable)
+
+    def remove(self, digest: Digest) -> bool:
+        """Remove a blob, leased or not; whether it was here. Open files and links keep their bytes."""
+        self._check()
+        return self._blobs.remove(digest)
+
+    def lease(self, digests: Iterable[Digest]) -> Lease:
+        """Keep these blobs from eviction by any process until the lease is released or this process ends."""
+        self._check()
+        with translate_os_errors("cannot lease blobs"):
+            words = to_words([digest.hash for digest in digests])
+            return Lease(self._env.layout, self._env.session, self._env.ledger, words[:, 0])
+
+    # Refs
+
+    def get_ref(self, key: str) -> bytes:
+        """The value of a ref. Counts as a use. NotFound when there is none, or it was damaged.
+
+        Args:
+            key: 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
+        """
+        self._check()
+        return self._refs.get(key)
+
+    def put_ref(self, key: str, data: bytes, *, overwrite: bool = True) -> bool:
+        """Set a ref in one step; whether it was set, which without `overwrite` one that stands prevents."""
+        self._check()
+        return self._refs.put(key, data, overwrite=overwrite)
+
+    def delete_ref(self, key: str) -> bool:
+        """Remove a ref; whether there was one."""
+        self._check()
+        return self._refs.delete(key)
+
+    def refs(self) -> list[str]:
+        """The keys of all refs of this group, sorted."""
+        self._check()
+        with translate_os_errors("cannot list refs"):
+            return sorted(self._refs.keys())
+
+    # Directories
+
+    def add_directory(self, key: str, path: str | os.PathLike[str]) -> bool:
+        """Move a directory into the cache under a key; False, and the directory untouched, when there is one.
+
+        Its size is measured now; it counts and ages like a blob, and is evicted whole, when nobody uses it.
+        """
+        self._check()
+        return self._directories.add(key, os.path.abspath(os.fspath(path)))
+
+    def acquire_directory(self, key: str) -> DirectoryHandle:
+        """Use a directory: it stays until the handle is released, or this process ends.
+
+        One that was removed while others use it is kept after all. NotFound when there is none.
+        """
+        self._check()
+        return self._directories.acquire(key)
+
+    def remove_directory(self, key: str) -> bool:
+        """Remove a directory, at once or when its last user leaves; whether there was one."""
+        self._check()
+        return self._directories.remove(key)
+
+    # Upkeep
+
+    def entries(self) -> list[CacheEntry]:
+        """All entries of this group, the longest unused first."""
+        self._check()
+        with translate_os_errors("cannot list the file cache"):
+            found = sorted(
+                scan.entries(self._env.layout, self._env.layout.group), key=lambda one: one.used_ns
+            )
+            return [self._entry(one) for one in found]
+
+    def statistics(self) -> CacheStatistics:
+        """Counts at this moment."""
+        self._check()
+        return self._env.counters.snapshot(self._env.ledger.total_bytes(), self._max_bytes)
+
+    def prune(self, target_bytes: int = 0) -> int:
+        """Evict, of all groups, down to `target_bytes` of disk blocks, but nothing leased; the size then."""
+        self._check()
+        return self._evictor.prune(target_bytes)
+
+    def verify(self) -> VerifyReport:
+        """Hash every blob and read every ref of this group; what is bad is taken out of use and reported."""
+        self._check()
+        blobs = size = refs = 0
+        bad: list[Digest] = []
+        bad_refs: list[str] = []
+        for found in scan.entries(self._env.layout, self._env.layout.group):
+            if found.space is Space.REFS:
+                refs += 1
+                try:
+                    self._refs.get(found.hash)
+                except NotFound:
+                    bad_refs.append(found.hash)
+            elif found.space.function is not None:
+                checked = self._blobs.check(found.hash, found.space.function)
+                if checked is not None:
+                    digest, right = checked
+                    blobs, size = blobs + 1, size + digest.size_bytes
+                    if not right:
+                        bad.append(digest)
+        return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs))
+
+    def sync(self) -> None:
+        """Flush everything added so far to disk, so that a power failure leaves no suspects.
+
+        May take seconds.
+        """
+        self._check()
+        with translate_os_errors("cannot flush the file cache to disk"):
+            self._durability.sync()
+
+    def close(self) -> None:
+        """Give up all descriptors, leases and background work.
+
+        Again is fine; other use afterwards is an error.
+        """
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise FailedPrecondition(f"the file cache {self._root!r} is closed")
+        if os.getpid() != self._pid:
+            raise FailedPrecondition(
+                f"the file cache {self._root!r} was opened before a fork: open another one in the child"
+            )
+
+    def _put_checked(self, digest: Digest, data: Buffer) -> bool:
+        found = Digest.of(data, digest.function)
+        if found != digest:
+            raise DataLoss(f"the bytes for blob {digest} have the digest {found}")
+        return self.put_verified(digest, data)
+
+    def _entry(self, found: scan.Found) -> CacheEntry:
+        digest = None
+        if found.space.function is not None:
+            path = self._env.layout.entry(found.space, found.hash)
+            try:
+                digest = Digest(found.hash, os.stat(path).st_size, found.space.function)
+            except FileNotFoundError:
+                digest = None
+        return CacheEntry(kind_name(found.space), found.hash, digest, found.disk_bytes, found.used_ns / 1e9)

@@ -1,0 +1,142 @@
+"""What a power failure may have damaged.
+
+A blob is not flushed to disk when it is added: that would double the cost of a save. The kernel flushes
+it some thirty seconds later. If the machine dies before that, the file may be there with the right size
+and zeros inside. So the file `state` holds, as text with a checksum, the id of the boot that last used
+the cache, a time up to which all was flushed, and windows of time. The first cache opened after
+another boot closes a window: from the flushed time to now. Blobs written in a window are suspects:
+they are verified before they count as present, and one that proves right gets a new time of last write,
+outside the window. A lost or damaged state makes everything written so far a suspect.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from snaploader.filecache.layout import Layout
+from snaploader.filecache.locks import FileLock
+from snaploader.filecache.session import Session
+
+BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+CLOCK_SLACK_NS = 1_000_000_000
+"""File times come from a clock that lags by up to one tick; a second is plenty."""
+MAX_WINDOWS = 16
+Window = tuple[int, int]
+
+
+def read_boot_id() -> str:
+    """An id that changes with every boot of the machine; see random(4)."""
+    with open(BOOT_ID_PATH, encoding="ascii") as file:
+        return file.read().strip()
+
+
+class Durability:
+    """Knows which blobs are suspects, and flushes. Thread-safe, process-safe.
+
+    Args:
+        boot_id: Of this boot.
+        rebooted: Called under the lock when this is the first use after another boot.
+        used_before: Whether the folder existed: then a missing state is a lost one.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        session: Session,
+        boot_id: str,
+        rebooted: Callable[[], None],
+        *,
+        used_before: bool,
+    ) -> None:
+        self._path = layout.state
+        self._base = layout.base
+        self._session = session
+        self._boot_id = boot_id
+        self._lock = FileLock(f"{layout.usage}/state.lock")
+        try:
+            with self._lock.held():
+                boot, flushed_ns, self._windows = self._load()
+                if boot != boot_id:
+                    rebooted()
+                    now_ns = time.time_ns()
+                    if boot or used_before:
+                        self._windows.append((flushed_ns, now_ns))
+                    if len(self._windows) > MAX_WINDOWS:
+                        self._windows = [(min(self._windows)[0], now_ns)]
+                    self._store(now_ns)
+        except BaseException:
+            self.close()
+            raise
+
+    def is_suspect(self, status: os.stat_result) -> bool:
+        """Whether a file may have been damaged by a power failure since it was written."""
+        modified_ns = status.st_mtime_ns
+        return any(start - CLOCK_SLACK_NS <= modified_ns <= end for start, end in self._windows)
+
+    @property
+    def any_suspects(self) -> bool:
+        """Whether there may be suspects at all."""
+        return bool(self._windows)
+
+    def sync(self) -> None:
+        """Flush everything written so far to disk: it survives a power failure from now on."""
+        now_ns = time.time_ns()
+        _syncfs(self._base)
+        with self._lock.held():
+            boot, flushed_ns, windows = self._load()
+            if boot == self._boot_id:
+                self._windows = windows
+                self._store(max(now_ns, flushed_ns))
+
+    def clear(self, before_ns: int) -> None:
+        """Everything written before this time was verified."""
+        with self._lock.held():
+            boot, flushed_ns, windows = self._load()
+            if boot == self._boot_id:
+                self._windows = [window for window in windows if window[1] > before_ns]
+                self._store(flushed_ns)
+
+    def close(self) -> None:
+        """Give up the descriptor."""
+        self._lock.close()
+
+    def _load(self) -> tuple[str, int, list[Window]]:
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            with open(self._path, encoding="utf-8") as file:
+                checksum, _, text = file.read().partition("\n")
+            if hashlib.sha256(text.encode()).hexdigest() == checksum:
+                state = json.loads(text)
+                windows = [(int(start), int(end)) for start, end in state["suspect_windows_ns"]]
+                return str(state["boot_id"]), int(state["flushed_ns"]), windows
+        return "", 0, []
+
+    def _store(self, flushed_ns: int) -> None:
+        state = {
+            "boot_id": self._boot_id,
+            "flushed_ns": flushed_ns,
+            "suspect_windows_ns": self._windows,
+        }
+        text = json.dumps(state, sort_keys=True)
+        temporary = self._session.temp_path()
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, self._path)
+
+
+def _syncfs(path: str) -> None:
+    """syncfs(2) of the file system that holds a folder."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), path)
+    finally:
+        os.close(fd)

@@ -1,0 +1,216 @@
+"""Making room: what was used longest ago goes first.
+
+A scan gives all entries in order of last use; the list is kept and used up over many calls. It stays
+in the right order: an entry used since has a later time than all that were not, which is seen when its
+turn comes and sends it to the back; an entry added since is younger than the whole list. When the list
+is used up, the next scan makes a new one. One process evicts at a time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from snaploader.errors import ResourceExhausted, translate_os_errors
+from snaploader.filecache import directories, recency, session
+from snaploader.filecache.environment import Environment
+from snaploader.filecache.hashes import prefix_of
+from snaploader.filecache.layout import Space
+from snaploader.filecache.leases import LeaseTable
+from snaploader.filecache.ledger import Section
+from snaploader.filecache.locks import FileLock
+from snaploader.filecache.recency import UseLog
+from snaploader.filecache.scan import Scan, disk_bytes, entry_name
+from snaploader.filecache.trash import TrashCan
+
+RETRY_SCAN_S = 1.0
+"""How long a scan that found nothing to evict is believed while nothing is added and no lease changes."""
+
+
+@dataclass
+class _Candidates:
+    """Entries in order of last use, and how far they are used up."""
+
+    scan: Scan
+    order: list[int]
+    position: int = 0
+    later: list[tuple[int, int]] = field(default_factory=list)
+    """Heap of (time, row) of entries that were used after the scan."""
+    log_sizes: dict[str, int] = field(default_factory=dict)
+
+    def next_row(self) -> int | None:
+        if self.position < len(self.order):
+            row = self.order[self.position]
+            if not self.later or int(self.scan.used_ns[row]) <= self.later[0][0]:
+                self.position += 1
+                return row
+        return heapq.heappop(self.later)[1] if self.later else None
+
+    def put_back(self, row: int, used_ns: int) -> None:
+        self.scan.used_ns[row] = used_ns
+        heapq.heappush(self.later, (used_ns, row))
+
+
+class Evictor:
+    """Keeps the cache within its bound. Thread-safe, process-safe."""
+
+    def __init__(self, environment: Environment, trash: TrashCan, use_lock: FileLock) -> None:
+        self._env = environment
+        self._trash = trash
+        self._use_lock = use_lock
+        self._lock = FileLock(f"{environment.layout.usage}/evict.lock")
+        self._leases = LeaseTable(environment.layout)
+        self._candidates: _Candidates | None = None
+        self._exhausted: tuple[tuple[int, int], float] | None = None
+
+    def make_room(self, extra_bytes: int) -> None:
+        """Evict until `extra_bytes` more fit. ResourceExhausted when they cannot."""
+        limit = self._env.max_bytes - extra_bytes
+        if limit < 0:
+            raise ResourceExhausted(
+                f"{extra_bytes} bytes do not fit into a file cache of {self._env.max_bytes}: "
+                "raise its max_bytes"
+            )
+        left = self._reduce(limit)
+        if left is not None:
+            raise ResourceExhausted(
+                f"the file cache is full: of {left} bytes all that could go is leased by running work, and "
+                f"{extra_bytes} more do not fit into its {self._env.max_bytes}: raise its max_bytes"
+            )
+
+    def prune(self, target_bytes: int) -> int:
+        """Evict until the cache takes no more than this, or all else is leased; its size then."""
+        with translate_os_errors("cannot prune the file cache"), self._lock.held():
+            self._rescan()
+        self._reduce(target_bytes)
+        return self._env.ledger.total_bytes() or 0
+
+    def close(self) -> None:
+        """Give up the descriptor."""
+        self._lock.close()
+
+    def _reduce(self, limit: int) -> int | None:
+        """Evict down to `limit` bytes; None, or the size that was left when there was nothing to evict."""
+        with translate_os_errors("cannot evict from the file cache"), self._lock.held():
+            scanned = False
+            while True:
+                with self._env.ledger.section() as section:
+                    total = section.total_bytes
+                    state = (section.lease_generation, section.changes)
+                if total is not None and total <= limit:
+                    return None
+                if total is not None and self._still_exhausted(state):
+                    return total
+                if total is None or self._candidates is None:
+                    self._rescan()
+                    scanned = True
+                    continue
+                self._read_uses(self._candidates)
+                if self._evict_one(self._candidates):
+                    continue
+                self._candidates = None
+                if scanned:
+                    self._exhausted = state, time.monotonic()
+                    return total
+
+    def _still_exhausted(self, state: tuple[int, int]) -> bool:
+        if self._exhausted is None:
+            return False
+        known, when = self._exhausted
+        return known == state and time.monotonic() < when + RETRY_SCAN_S
+
+    def _evict_one(self, candidates: _Candidates) -> bool:
+        """Evict the next entry that may go; False when there is none."""
+        while (row := candidates.next_row()) is not None:
+            group, space, hash_ = candidates.scan.name(row)
+            if space is Space.TREES:
+                size = self._evict_directory(group, hash_, candidates, row)
+            else:
+                with self._env.ledger.section() as section:
+                    size = self._evict_file(section, group, space, hash_, candidates, row)
+            if size is not None:
+                self._env.counters.add(evicted_entries=1, evicted_bytes=size)
+                return True
+        return False
+
+    def _evict_file(
+        self, section: Section, group: str, space: Space, hash_: str, candidates: _Candidates, row: int
+    ) -> int | None:
+        self._leases.refresh(section.lease_generation)
+        if space.function is not None and self._leases.protects(prefix_of(hash_)):
+            return None
+        path = self._env.layout.entry(space, hash_, group)
+        try:
+            status = os.stat(path, follow_symlinks=False)
+            if status.st_atime_ns > candidates.scan.used_ns[row]:
+                candidates.put_back(row, status.st_atime_ns)
+                return None
+            os.unlink(path)
+        except FileNotFoundError:
+            return None
+        self._env.checkpoint("evict.unlinked")
+        size = disk_bytes(status)
+        section.change(entry_name(group, space, hash_), size, 0)
+        return size
+
+    def _evict_directory(self, group: str, hash_: str, candidates: _Candidates, row: int) -> int | None:
+        entry = self._env.layout.entry(Space.TREES, hash_, group)
+        with suppress(FileNotFoundError):
+            _, used_ns = directories.measure_entry(entry)
+            if used_ns <= candidates.scan.used_ns[row]:
+                return directories.discard_entry(self._env, self._trash, entry)
+            candidates.put_back(row, used_ns)
+        return None
+
+    def _rescan(self) -> None:
+        """Scan, set the ledger right, and order what was found. The caller holds the eviction lock."""
+        layout = self._env.layout
+        session.sweep(layout)
+        for group in os.listdir(layout.groups):
+            directories.sweep_doomed(self._env, self._trash, layout, group)
+        ledger = self._env.ledger
+        with ledger.section() as section:
+            section.begin_scan()
+        self._env.checkpoint("scan.begun")
+        scan = Scan(layout)
+        self._env.checkpoint("scan.listed")
+        with ledger.section() as section:
+            changed = section.end_scan()
+            seen = scan.sizes_by_entry(set(changed))
+            total = int(scan.disk_bytes.sum())
+            total += sum(size - seen.get(name, 0) for name, size in changed.items())
+            section.set_total(total)
+            self._leases.refresh(section.lease_generation, again=True)
+        candidates = _Candidates(scan, [])
+        self._read_uses(candidates, first=True)
+        candidates.order = np.argsort(scan.used_ns, kind="stable").tolist()
+        self._candidates = candidates
+        self._env.counters.add(scans=1)
+
+    def _read_uses(self, candidates: _Candidates, *, first: bool = False) -> None:
+        """Take in what the groups' use logs say since last time."""
+        scan = candidates.scan
+        changed = False
+        for number, group in enumerate(scan.groups):
+            log = UseLog(self._env.layout.group_path(group), self._use_lock)
+            offset = candidates.log_sizes.get(group, 0)
+            if log.size() == offset:
+                continue
+            records, candidates.log_sizes[group] = log.read(offset)
+            rows = np.flatnonzero(scan.group == number)
+            times = scan.used_ns[rows]
+            recency.apply(times, scan.prefixes[rows], records, self._env.now_ns())
+            scan.used_ns[rows] = times
+            changed = True
+        if changed and not first:
+            rest = candidates.order[candidates.position :] + [row for _, row in candidates.later]
+            candidates.later.clear()
+            candidates.position = 0
+            candidates.order = [
+                rest[place] for place in np.argsort(scan.used_ns[rest], kind="stable").tolist()
+            ]

@@ -1,0 +1,154 @@
+"""Files in and out of the blob space, sharing their bytes with it where that is safe."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.errors import DataLoss, FailedPrecondition, translate_os_errors
+from snaploader.filecache import content
+from snaploader.filecache.blobs import BLOB_MODE, BlobSpace
+from snaploader.filecache.content import suppress_errnos
+
+_NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES})
+"""Why a link may be refused where a copy works; see link(2)."""
+WRITABLE_MODE = 0o644
+
+
+def put_bytes(blobs: BlobSpace, digest: Digest, data: Buffer) -> bool:
+    """Add bytes whose hash was checked; False when the blob was there."""
+    blobs.check_fits(digest.size_bytes)
+    with translate_os_errors(f"cannot add blob {digest}"):
+        if blobs.present(digest):
+            return False
+        path, fd = blobs.stage()
+        try:
+            try:
+                content.write_all(fd, data)
+            finally:
+                os.close(fd)
+            blobs.checkpoint("blob.written")
+            return blobs.publish(digest, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def put_file(blobs: BlobSpace, digest: Digest, path: str, *, move: bool, link: bool, verify: bool) -> bool:
+    """See `FileCache.put_file`."""
+    blobs.check_fits(digest.size_bytes)
+    with translate_os_errors(f"cannot add {path!r} as blob {digest}"):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            size = os.fstat(fd).st_size
+            if size != digest.size_bytes:
+                raise DataLoss(f"{path!r} has {size} bytes and is to be blob {digest}")
+            if blobs.present(digest):
+                added = False
+            elif not (move or link):
+                return _put_copy(blobs, digest, fd, path, verify=verify)
+            else:
+                if verify and content.hash_file(fd, digest.function)[0] != digest.hash:
+                    raise DataLoss(f"{path!r} does not have the digest {digest}")
+                added = _put_link(blobs, digest, fd, path)
+        finally:
+            os.close(fd)
+        if move:
+            os.unlink(path)
+        return added
+
+
+def _put_link(blobs: BlobSpace, digest: Digest, fd: int, path: str) -> bool:
+    with suppress_errnos(_NO_LINK):
+        os.fchmod(fd, BLOB_MODE)
+        # The time of last write is the time of adding: it tells what a power failure may have damaged.
+        os.utime(fd)
+        return blobs.publish(digest, path, keep=True)
+    return _put_copy(blobs, digest, fd, path, verify=False)
+
+
+def _put_copy(blobs: BlobSpace, digest: Digest, source: int, name: str, *, verify: bool) -> bool:
+    path, fd = blobs.stage()
+    try:
+        try:
+            if verify:
+                hasher = digest.function.hasher()
+                size = content.copy_hashing(source, fd, hasher, digest.size_bytes)
+                if size != digest.size_bytes or hasher.hexdigest() != digest.hash:
+                    raise DataLoss(f"{name!r} does not have the digest {digest}")
+            else:
+                content.copy_content(source, fd, digest.size_bytes)
+        finally:
+            os.close(fd)
+        blobs.checkpoint("blob.written")
+        return blobs.publish(digest, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Digest, bool]:
+    """See `FileCache.add_file`."""
+    with translate_os_errors(f"cannot add {path!r} to the file cache"):
+        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            blobs.check_fits(os.fstat(source).st_size)
+            staged, fd = blobs.stage()
+            try:
+                hasher = function.hasher()
+                try:
+                    size = content.copy_hashing(source, fd, hasher)
+                finally:
+                    os.close(fd)
+                digest = Digest(hasher.hexdigest(), size, function)
+                blobs.checkpoint("blob.written")
+                return digest, not blobs.present(digest) and blobs.publish(digest, staged)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(staged)
+        finally:
+            os.close(source)
+
+
+def materialize(blobs: BlobSpace, digest: Digest, destination: str, *, writable: bool) -> None:
+    """See `FileCache.materialize`."""
+    fd = blobs.open(digest)
+    try:
+        with translate_os_errors(f"cannot put blob {digest} at {destination!r}"):
+            try:
+                if writable or not _link_out(blobs, digest, fd, destination):
+                    _copy_out(fd, digest.size_bytes, destination, WRITABLE_MODE if writable else BLOB_MODE)
+            except FileExistsError:
+                raise FailedPrecondition(
+                    f"{destination!r} exists and is not overwritten: remove it or choose another place"
+                ) from None
+    finally:
+        os.close(fd)
+
+
+def _link_out(blobs: BlobSpace, digest: Digest, fd: int, destination: str) -> bool:
+    """Link the verified file to its destination; False when only a copy will do."""
+    source = blobs.path(digest)
+    # Evicted between opening and linking, or on another file system, or linked too often already.
+    with suppress_errnos(_NO_LINK | {errno.ENOENT}):
+        os.link(source, destination)
+        if os.stat(destination, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
+            return True
+        # Evicted and added again: this file is another one, which was not verified.
+        os.unlink(destination)
+    return False
+
+
+def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
+    """Copy to a new file that gets its name in one step when it is whole, and never before."""
+    folder = os.path.dirname(destination) or "."
+    fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+    try:
+        content.copy_content(source, fd, size)
+        os.fchmod(fd, mode)
+        # The descriptor's folder makes this linkat(2) follow the symbolic link; see open(2), O_TMPFILE.
+        os.link(f"/proc/self/fd/{fd}", destination, src_dir_fd=fd, follow_symlinks=True)
+    finally:
+        os.close(fd)

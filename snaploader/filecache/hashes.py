@@ -1,0 +1,69 @@
+"""Many hashes at once, as numpy arrays: 32 bytes each instead of a Python string each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from snaploader.errors import InvalidArgument
+
+Words: TypeAlias = "npt.NDArray[np.uint64]"
+"""Hashes as rows of four words, most significant first."""
+
+Prefixes: TypeAlias = "npt.NDArray[np.uint64]"
+"""First eight bytes of hashes, where a chance collision does no harm."""
+
+
+def to_words(hashes: Sequence[str]) -> Words:
+    """Hashes in hexadecimal as an array of shape (n, 4). InvalidArgument when one is malformed."""
+    if not hashes:
+        return np.empty((0, 4), dtype=np.uint64)
+    text = "".join(hashes)
+    if set(map(len, hashes)) - {64} or not text.isascii() or not text.isalnum() or text.lower() != text:
+        raise InvalidArgument("a digest's hash is not 64 lower-case hexadecimal digits")
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raise InvalidArgument("a digest's hash is not 64 lower-case hexadecimal digits") from None
+    return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(-1, 4)
+
+
+def prefix_of(hash_: str) -> int:
+    """The first eight bytes of a hash, as in `Prefixes`."""
+    return int(hash_[:16], 16)
+
+
+def to_hex(words: Words) -> str:
+    """The hash of one row."""
+    return words.astype(">u8").tobytes().hex()
+
+
+class HashSet:
+    """An immutable set of hashes that answers for many at once."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words[np.argsort(words[:, 0], kind="stable")]
+        self._first = np.ascontiguousarray(self._words[:, 0])
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def contains(self, words: Words) -> npt.NDArray[np.bool_]:
+        """For each row whether it is in the set. Compares whole hashes."""
+        found = np.zeros(len(words), dtype=np.bool_)
+        rows = np.arange(len(words))
+        places = np.searchsorted(self._first, words[:, 0], side="left")
+        # One round finds all, unless two hashes of the set begin with the same eight bytes.
+        while True:
+            near = places < len(self._first)
+            rows, places = rows[near], places[near]
+            near = self._first[places] == words[rows, 0]
+            rows, places = rows[near], places[near]
+            if not len(rows):
+                return found
+            equal = (self._words[places] == words[rows]).all(axis=1)
+            found[rows[equal]] = True
+            rows, places = rows[~equal], places[~equal] + 1

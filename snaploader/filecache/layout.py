@@ -1,0 +1,137 @@
+"""Where everything lies in a cache folder. Names only; nothing here touches the disk but `create`."""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from dataclasses import dataclass
+
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import InvalidArgument, translate_os_errors
+
+FORMAT = "v1"
+"""The version of the layout. Another layout gets another name, beside this one."""
+
+DEFAULT_GROUP_NAME = "_default"
+"""Folder of the group "". No group id can be this, because ids begin with a letter or digit."""
+
+_GROUP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+SHARDS = tuple(f"{number:02x}" for number in range(256))
+
+
+class Space(enum.IntEnum):
+    """The kinds of entries that a group holds, each in a folder of its own. The numbers are not stored."""
+
+    SHA256 = 0
+    BLAKE3 = 1
+    REFS = 2
+    TREES = 3
+
+    @property
+    def folder(self) -> str:
+        """The space's folder inside that of a group."""
+        return _FOLDERS[self]
+
+    @property
+    def function(self) -> DigestFunction | None:
+        """The function that names the blobs of this space; None for refs and directories."""
+        return _FUNCTIONS.get(self)
+
+
+_FOLDERS = ("blobs/sha256", "blobs/blake3", "refs", "trees")
+_FUNCTIONS = {Space.SHA256: DigestFunction.SHA256, Space.BLAKE3: DigestFunction.BLAKE3}
+_SPACES = {function: space for space, function in _FUNCTIONS.items()}
+
+
+def space_of(function: DigestFunction) -> Space:
+    """Where the blobs of a digest function are."""
+    return _SPACES[function]
+
+
+def check_hash(text: str) -> str:
+    """`text` if it is 64 lower-case hexadecimal digits, else InvalidArgument: it becomes a file name."""
+    if not _HASH.fullmatch(text):
+        raise InvalidArgument(f"{text[:80]!r} is not 64 lower-case hexadecimal digits")
+    return text
+
+
+def group_folder(group_id: str) -> str:
+    """The folder name of a group. InvalidArgument unless the id is well formed."""
+    if not group_id:
+        return DEFAULT_GROUP_NAME
+    if not _GROUP_ID.fullmatch(group_id):
+        raise InvalidArgument(
+            f"group id {group_id[:140]!r} is not 1 to 128 letters, digits or any of . _ @ + - "
+            "beginning with a letter or digit"
+        )
+    return group_id
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of one cache folder, seen from one group."""
+
+    root: str
+    """The folder given by the user, absolute."""
+    group: str
+    """Folder name of the group."""
+
+    @property
+    def base(self) -> str:
+        return f"{self.root}/{FORMAT}"
+
+    @property
+    def groups(self) -> str:
+        return f"{self.base}/groups"
+
+    @property
+    def sessions(self) -> str:
+        return f"{self.base}/tmp"  # noqa: S108
+
+    @property
+    def trash(self) -> str:
+        return f"{self.base}/trash"
+
+    @property
+    def quarantine(self) -> str:
+        return f"{self.base}/quarantine"
+
+    @property
+    def leases(self) -> str:
+        return f"{self.base}/leases"
+
+    @property
+    def usage(self) -> str:
+        return f"{self.base}/usage"
+
+    @property
+    def state(self) -> str:
+        return f"{self.base}/state"
+
+    def group_path(self, group: str | None = None) -> str:
+        """The folder of a group, by folder name; this layout's own by default."""
+        return f"{self.groups}/{group or self.group}"
+
+    def entry(self, space: Space, hash_: str, group: str | None = None) -> str:
+        """The file (or, for a tracked directory, the folder) of one entry."""
+        return f"{self.groups}/{group or self.group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
+
+    def blob(self, digest: Digest) -> str:
+        """The file of a blob of this group. InvalidArgument when the digest is malformed."""
+        return self.entry(_SPACES[digest.function], check_hash(digest.hash))
+
+    def create(self) -> None:
+        """Make the folders that always exist. The group's own are made when something is stored."""
+        with translate_os_errors(f"cannot make the cache folder {self.root!r}"):
+            for path in (
+                self.groups,
+                self.sessions,
+                self.trash,
+                self.quarantine,
+                self.leases,
+                self.usage,
+                self.group_path(),
+            ):
+                os.makedirs(path, mode=0o777, exist_ok=True)

@@ -1,0 +1,101 @@
+"""Leases: blobs that no process may evict while their user lives.
+
+A lease is a file `leases/<token>.<number>` with the first eight bytes of each hash, sorted,
+little-endian; two hashes that begin alike only protect each other. It holds as long as the session
+of its token lives, so the lease of a killed process ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from snaploader.filecache import session as sessions
+from snaploader.filecache.hashes import Prefixes
+from snaploader.filecache.layout import Layout
+from snaploader.filecache.ledger import Ledger
+from snaploader.filecache.session import Session
+
+
+class Lease:
+    """Keeps blobs from eviction until it is released. A context manager. Thread-safe.
+
+    What is in the cache when the lease begins stays, and so does what is added while it lasts. It does not
+    keep a blob from `FileCache.remove` or from quarantine.
+    """
+
+    def __init__(self, layout: Layout, session: Session, ledger: Ledger, prefixes: Prefixes) -> None:
+        self._ledger = ledger
+        self._path: str | None = None
+        if not len(prefixes):
+            return
+        temporary = session.temp_path()
+        with open(temporary, "wb") as file:
+            file.write(np.unique(prefixes).astype("<u8").tobytes())
+        path = f"{layout.leases}/{session.unique_name()}"
+        # Evictions happen in sections too, so none is under way that has not seen this lease.
+        with ledger.section() as section:
+            os.rename(temporary, path)
+            section.leases_changed()
+        self._path = path
+
+    def release(self) -> None:
+        """End the lease. Again is fine."""
+        path, self._path = self._path, None
+        if path is None:
+            return
+        with self._ledger.section() as section:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            section.leases_changed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class LeaseTable:
+    """All leases of all processes, as the evictor sees them. For one thread at a time."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._generation = -1
+        self._prefixes: Prefixes = np.empty(0, dtype=np.uint64)
+
+    def refresh(self, generation: int, *, again: bool = False) -> None:
+        """Read the leases if they changed. The caller is in a section of the ledger.
+
+        Args:
+            again: Read them in any case: an owner may have died, which changes no generation.
+        """
+        if generation == self._generation and not again:
+            return
+        held = [np.empty(0, dtype=np.uint64)]
+        alive: dict[str, bool] = {}
+        for name in os.listdir(self._layout.leases):
+            token = name.partition(".")[0]
+            if token not in alive:
+                alive[token] = sessions.is_alive(self._layout, token)
+            if alive[token]:
+                with suppress(FileNotFoundError):
+                    held.append(np.fromfile(f"{self._layout.leases}/{name}", dtype="<u8").astype(np.uint64))
+        self._prefixes = np.unique(np.concatenate(held))
+        self._generation = generation
+
+    def protects(self, prefix: int) -> bool:
+        """Whether a blob is leased."""
+        place = int(np.searchsorted(self._prefixes, np.uint64(prefix)))
+        return place < len(self._prefixes) and int(self._prefixes[place]) == prefix
+
+    def protected(self, prefixes: Prefixes) -> npt.NDArray[np.bool_]:
+        """For each whether it is leased."""
+        return np.isin(prefixes, self._prefixes)

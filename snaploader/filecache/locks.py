@@ -1,0 +1,102 @@
+"""Locks between processes that end with their owner: flock(2) on a small file.
+
+A lock belongs to an open file description, so it goes when the process does, however it does, and two
+caches in one process exclude each other like two processes. See flock(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+
+
+class FileLock:
+    """Mutual exclusion among threads and processes. Not reentrant.
+
+    Args:
+        path: The lock file, made if absent and never removed.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._threads = threading.Lock()
+        self.fd = os.open(path, _FLAGS, 0o666)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock, waiting for it first."""
+        with self._threads:
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give up the descriptor. Waits for the thread that holds the lock."""
+        with self._threads:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+
+def lock_new(path: str) -> int:
+    """Make and lock a file that `remove_if_dead` may remove at any time; the descriptor that holds it."""
+    while True:
+        fd = os.open(path, _FLAGS, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        # A sweeper took it for a dead one between the two calls.
+        os.close(fd)
+
+
+def is_dead(path: str) -> bool:
+    """Whether nobody holds the lock file: its owner ended, or it is gone."""
+    fd = try_lock(path)
+    if fd is None:
+        return not os.path.exists(path)
+    os.close(fd)
+    return True
+
+
+def try_lock(path: str, *, shared: bool = False) -> int | None:
+    """The descriptor of an existing lock file, locked; None when another holds it or it is gone."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return fd
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def lock_existing(path: str, *, shared: bool = False) -> int:
+    """The descriptor of an existing lock file, after waiting for the lock. FileNotFoundError when it goes."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)

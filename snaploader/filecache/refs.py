@@ -1,0 +1,145 @@
+"""Refs: small mutable values under a key, such as the local manifest of a snapshot.
+
+A ref file is a magic of eight bytes, the SHA-256 of the value, and the value. It is replaced in one step by
+rename(2). A file whose checksum is wrong (a power failure, bit rot) is removed and counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
+from snaploader.filecache import content, recency
+from snaploader.filecache.environment import Environment
+from snaploader.filecache.layout import Space, check_hash
+from snaploader.filecache.ledger import Section
+from snaploader.filecache.scan import disk_bytes, entries, entry_name
+
+_MAGIC = b"snapref1"
+_HEADER_BYTES = len(_MAGIC) + 32
+MAX_REF_BYTES = 64 << 20
+
+_logger = logging.getLogger(__name__)
+
+
+def encode(value: bytes) -> bytes:
+    """The file that holds a value."""
+    return _MAGIC + hashlib.sha256(value).digest() + value
+
+
+def decode(data: bytes) -> bytes | None:
+    """The value in a file; None when the file is damaged."""
+    value = data[_HEADER_BYTES:]
+    header = _MAGIC + hashlib.sha256(value).digest()
+    return value if data[:_HEADER_BYTES] == header else None
+
+
+class RefSpace:
+    """The refs of one group. Thread-safe, process-safe."""
+
+    def __init__(self, environment: Environment, make_room: Callable[[int], None]) -> None:
+        self._env = environment
+        self._make_room = make_room
+
+    def get(self, key: str) -> bytes:
+        """See `FileCache.get_ref`."""
+        path = self._path(key)
+        absent = f"ref {key} is not in the file cache"
+        with translate_os_errors(f"cannot read ref {key}"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                raise NotFound(absent) from None
+            try:
+                status = os.fstat(fd)
+                value = decode(content.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
+                if value is not None:
+                    recency.touch(fd, status, self._env.now_ns())
+            finally:
+                os.close(fd)
+            if value is None:
+                self._remove(key, status.st_ino)
+                _logger.warning("ref %s was damaged and was removed", key)
+                raise NotFound(f"{absent}: it was damaged and was removed")
+        return value
+
+    def put(self, key: str, value: bytes, *, overwrite: bool) -> bool:
+        """See `FileCache.put_ref`."""
+        path = self._path(key)
+        if len(value) > MAX_REF_BYTES:
+            raise InvalidArgument(f"ref {key} of {len(value)} bytes is bigger than {MAX_REF_BYTES}")
+        if not overwrite and self._stands(key):
+            return False
+        with translate_os_errors(f"cannot write ref {key}"):
+            temporary = self._env.session.temp_path()
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(encode(value))
+                    file.flush()
+                    status = os.fstat(file.fileno())
+                self._env.checkpoint("ref.written")
+                while True:
+                    with self._env.ledger.section() as section:
+                        total = section.total_bytes
+                        if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
+                            return self._publish(section, key, temporary, path, disk_bytes(status), overwrite)
+                    self._make_room(disk_bytes(status))
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+
+    def _publish(
+        self, section: Section, key: str, temporary: str, path: str, size: int, overwrite: bool
+    ) -> bool:
+        try:
+            old = disk_bytes(os.stat(path, follow_symlinks=False))
+            if not overwrite:
+                return False
+        except FileNotFoundError:
+            old = 0
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        section.change(self._name(key), old, size)
+        os.rename(temporary, path)
+        self._env.checkpoint("ref.renamed")
+        return True
+
+    def delete(self, key: str) -> bool:
+        """See `FileCache.delete_ref`."""
+        with translate_os_errors(f"cannot remove ref {key}"):
+            return self._remove(key, None)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all refs."""
+        layout = self._env.layout
+        return (found.hash for found in entries(layout, layout.group) if found.space is Space.REFS)
+
+    def _stands(self, key: str) -> bool:
+        try:
+            self.get(key)
+        except NotFound:
+            return False
+        return True
+
+    def _remove(self, key: str, inode: int | None) -> bool:
+        """Remove a ref; if `inode` is given, only that very file."""
+        path = self._path(key)
+        with self._env.ledger.section() as section:
+            try:
+                status = os.stat(path, follow_symlinks=False)
+                if inode is not None and status.st_ino != inode:
+                    return False
+                os.unlink(path)
+            except FileNotFoundError:
+                return False
+            section.change(self._name(key), disk_bytes(status), 0)
+        return True
+
+    def _path(self, key: str) -> str:
+        return self._env.layout.entry(Space.REFS, check_hash(key))
+
+    def _name(self, key: str) -> str:
+        return entry_name(self._env.layout.group, Space.REFS, key)

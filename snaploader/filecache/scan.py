@@ -1,0 +1,114 @@
+"""Looking at every entry of every group: what there is, how big, and when it was last used."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from snaploader.filecache import directories
+from snaploader.filecache.hashes import Prefixes, to_hex, to_words
+from snaploader.filecache.layout import Layout, Space
+
+BLOCK_BYTES = 512
+"""Unit of st_blocks; see stat(2)."""
+
+_SHARD = re.compile(r"[0-9a-f]{2}")
+_NAME = re.compile(r"[0-9a-f]{62}")
+
+
+class Found(NamedTuple):
+    """One entry, as a scan sees it."""
+
+    space: Space
+    hash: str
+    disk_bytes: int
+    used_ns: int
+
+
+def disk_bytes(status: os.stat_result) -> int:
+    """The disk blocks of a file, in bytes."""
+    return status.st_blocks * BLOCK_BYTES
+
+
+def entries(layout: Layout, group: str) -> Iterator[Found]:
+    """All entries of a group, by folder name, in no order. What goes while it looks is left out."""
+    for space in Space:
+        folder = f"{layout.group_path(group)}/{space.folder}"
+        with suppress(FileNotFoundError):
+            for shard in os.listdir(folder):
+                if _SHARD.fullmatch(shard):
+                    yield from _shard_entries(f"{folder}/{shard}", space, shard)
+
+
+def _shard_entries(path: str, space: Space, shard: str) -> Iterator[Found]:
+    with suppress(FileNotFoundError), os.scandir(path) as found:
+        for entry in found:
+            if not _NAME.fullmatch(entry.name):
+                continue
+            with suppress(FileNotFoundError):
+                if space is Space.TREES:
+                    size, used_ns = directories.measure_entry(entry.path)
+                else:
+                    status = entry.stat(follow_symlinks=False)
+                    size, used_ns = disk_bytes(status), status.st_atime_ns
+                yield Found(space, shard + entry.name, size, used_ns)
+
+
+class Scan:
+    """Every entry of every group, as columns: 58 bytes each."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.groups = sorted(os.listdir(layout.groups))
+        """Folder names."""
+        hashes: list[str] = []
+        columns = (array("H"), array("B"), array("q"), array("q"))
+        words = [np.empty((0, 4), dtype=np.uint64)]
+        for number, group in enumerate(self.groups):
+            for found in entries(layout, group):
+                for column, value in zip(
+                    columns, (number, found.space, found.disk_bytes, found.used_ns), strict=True
+                ):
+                    column.append(value)
+                hashes.append(found.hash)
+                if len(hashes) == 4096:
+                    words.append(to_words(hashes))
+                    hashes.clear()
+        words.append(to_words(hashes))
+        self.words = np.concatenate(words)
+        self.group, self.space, self.disk_bytes, self.used_ns = (
+            np.array(column, dtype=kind)
+            for column, kind in zip(columns, ("u2", "u1", "i8", "i8"), strict=True)
+        )
+        self.prefixes: Prefixes = np.ascontiguousarray(self.words[:, 0])
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def name(self, row: int) -> tuple[str, Space, str]:
+        """Group folder, space and hash of an entry."""
+        return self.groups[self.group[row]], Space(int(self.space[row])), to_hex(self.words[row])
+
+    def sizes_by_entry(self, names: set[str]) -> dict[str, int]:
+        """The sizes of those of the named entries (as the ledger names them) that the scan saw."""
+        if not names:
+            return {}
+        wanted = np.array([int(name.replace("/", "")[-64:][:16], 16) for name in names], dtype=np.uint64)
+        rows: npt.NDArray[np.intp] = np.flatnonzero(np.isin(self.prefixes, wanted))
+        sizes = {}
+        for row in rows.tolist():
+            group, space, hash_ = self.name(row)
+            sizes[entry_name(group, space, hash_)] = int(self.disk_bytes[row])
+        return {name: sizes[name] for name in names & sizes.keys()}
+
+
+def entry_name(group: str, space: Space, hash_: str) -> str:
+    """How the ledger names an entry: its path relative to the folder of all groups."""
+    return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"

@@ -1,0 +1,74 @@
+"""Removing big folders later, so that nobody waits for it.
+
+What is renamed into `trash/` is out of the cache. A background thread removes it; what it did not get
+to before the process ended is removed by the next cache that opens the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import stat
+import threading
+from contextlib import suppress
+
+from snaploader.filecache.session import Session
+
+
+class TrashCan:
+    """Removes folders in the background, on one thread that starts with the first. Thread-safe."""
+
+    def __init__(self, folder: str, session: Session) -> None:
+        self._folder = folder
+        self._session = session
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def new_path(self) -> str:
+        """A path in the trash to rename something to; `empty` should follow."""
+        return f"{self._folder}/{self._session.unique_name()}"
+
+    def empty(self, path: str) -> None:
+        """Remove a path in the trash soon, or leave it to the next start after `close`."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="snaploader-trash", daemon=True)
+                self._thread.start()
+            self._queue.put(path)
+
+    def sweep(self) -> None:
+        """Remove everything that lies in the trash, from whatever time."""
+        for name in os.listdir(self._folder):
+            self.empty(f"{self._folder}/{name}")
+
+    def close(self) -> None:
+        """Wait for what is being removed and leave the rest for the next start. Idempotent."""
+        with self._lock:
+            self._closed = True
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join()
+
+    def _work(self) -> None:
+        while (path := self._queue.get()) is not None:
+            if not self._closed:
+                remove_tree(path)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a file or folder, also when others remove it at the same time or it is write-protected."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        return
+    # Entries cannot be unlinked from a folder without write permission.
+    for folder, _, _ in os.walk(path):
+        with suppress(OSError):
+            os.chmod(folder, stat.S_IRWXU)
+    shutil.rmtree(path, ignore_errors=True)
