@@ -39,22 +39,17 @@ def decompress(data: Buffer, size_bytes: int) -> bytes:
 
 
 def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[bytes]:
-    """A compressed stream in pieces of about `frame_bytes`, from content in pieces."""
+    """A compressed stream in pieces of `frame_bytes`, the last one shorter, from content in pieces."""
     compressor = zstandard.ZstdCompressor(level=LEVEL).compressobj()
-    pending: list[bytes] = []
-    pending_bytes = 0
+    pending = bytearray()
     for piece in content:
-        compressed = compressor.compress(piece)
-        if compressed:
-            pending.append(compressed)
-            pending_bytes += len(compressed)
-        if pending_bytes >= frame_bytes:
-            yield b"".join(pending)
-            pending, pending_bytes = [], 0
-    pending.append(compressor.flush())
-    joined = b"".join(pending)
-    for start in range(0, len(joined), frame_bytes):
-        yield joined[start : start + frame_bytes]
+        pending += compressor.compress(piece)
+        while len(pending) >= frame_bytes:
+            yield bytes(pending[:frame_bytes])
+            del pending[:frame_bytes]
+    pending += compressor.flush()
+    for start in range(0, len(pending), frame_bytes):
+        yield bytes(pending[start : start + frame_bytes])
 
 
 def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
