@@ -1,0 +1,29 @@
+"""The command line. Needs the `cli` extra (click and rich); nothing else of the library imports it.
+
+`app.py` is the root command, `options.py` the options that commands share, `config.py` the configuration
+file, `session.py` makes caches and a loader from them, `output.py` is all that prints, `exits.py` turns
+errors into messages and exit codes. Each command has a module in `commands/`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+MISSING_EXTRA_EXIT_CODE = 4
+"""That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
+
+
+def main() -> None:
+    """Entry point of the console script. Ends the process."""
+    try:
+        from snaploader.cli.app import run
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in {"click", "rich"}:
+            raise
+        sys.stderr.write(
+            f"snaploader: the command line needs the Python package {missing!r}, which is not installed.\n"
+            "Install it with: pip install 'snaploader[cli]'\n"
+        )
+        sys.exit(MISSING_EXTRA_EXIT_CODE)
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,5 @@
+"""`python -m snaploader.cli`."""
+
+from snaploader.cli import main
+
+main()

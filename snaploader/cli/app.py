@@ -1,0 +1,100 @@
+"""The root command, and running it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import click
+
+from snaploader._version import __version__
+from snaploader.cli.commands.cache import cache
+from snaploader.cli.commands.demo import demo
+from snaploader.cli.commands.doctor import doctor
+from snaploader.cli.commands.invalidate import invalidate
+from snaploader.cli.commands.read import read
+from snaploader.cli.commands.restore import restore
+from snaploader.cli.commands.save import save
+from snaploader.cli.commands.serve import serve
+from snaploader.cli.commands.show import show
+from snaploader.cli.exits import TERMINATED, explain
+from snaploader.cli.options import Invocation, shared_options
+from snaploader.cli.output import Output
+from snaploader.remote import tune_malloc
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="snaploader")
+@shared_options
+def app(**_shared: object) -> None:
+    """Bring a machine's state back in milliseconds: lazy snapshots over the Remote Execution API.
+
+    Every option can also be given as an environment variable, SNAPLOADER_… (shown with the option), and in
+    the configuration file. The command line wins over the environment, that over the file.
+    """
+
+
+for command in (save, restore, read, show, invalidate, cache, doctor, serve, demo):
+    app.add_command(command)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    tune_malloc()
+    invocation = Invocation(
+        # Until the options are parsed; usage errors come before that.
+        Output(as_json="--json" in arguments, verbose=2 if "-vv" in arguments else 0)
+    )
+    with _ending_on_sigterm():
+        try:
+            app.main(args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=invocation)
+            sys.stdout.flush()
+        except click.exceptions.Exit as end:
+            return end.exit_code
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else 1
+        except BaseException as error:  # noqa: BLE001  every error ends here, as a message
+            return _report(error, invocation.output)
+    return 0
+
+
+def _report(error: BaseException, output: Output) -> int:
+    failure = explain(error)
+    with contextlib.suppress(BrokenPipeError):
+        output.fail(failure)
+        if isinstance(error, click.UsageError) and error.ctx is not None and not output.as_json:
+            sys.stderr.write(f"Try '{error.ctx.command_path} --help' for help.\n")
+        if output.verbose > 1:
+            sys.stderr.write("".join(traceback.format_exception(error)))
+        sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # A reader that left (as `head` does) leaves bytes behind that cannot be written. Python would try
+        # again when it ends, and complain.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return failure.exit_code
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception does, so that temporary files go and servers stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

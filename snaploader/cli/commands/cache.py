@@ -1,0 +1,149 @@
+"""`snaploader cache`: the local cache itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+import click
+
+from snaploader.cli.options import common, option
+from snaploader.cli.session import Session
+from snaploader.cli.values import SIZE, format_size
+from snaploader.errors import DataLoss, InvalidArgument, NotFound
+from snaploader.filecache import CacheEntry
+
+KINDS = ("blob", "ref", "directory")
+SHORTEST_PREFIX = 6
+
+
+@click.group()
+def cache() -> None:
+    """Look at the local cache, remove things from it, check it."""
+
+
+@cache.command("ls")
+@option("--kind", scope="cache ls", type=click.Choice(KINDS), help="Only entries of this kind.")
+@common
+def list_(session: Session, kind: str | None) -> None:
+    """List what the local cache holds of the group, least recently used first."""
+    output = session.output
+    entries = sorted(
+        (entry for entry in session.file_cache.entries() if kind in {None, entry.kind}),
+        key=lambda entry: (entry.last_used_s, entry.key),
+    )
+    output.json(
+        {
+            "entries": [
+                {
+                    "kind": entry.kind,
+                    "key": entry.key,
+                    "digest": None if entry.digest is None else str(entry.digest),
+                    "digest_function": None if entry.digest is None else entry.digest.function.name,
+                    "disk_bytes": entry.disk_bytes,
+                    "last_used": _time(entry),
+                }
+                for entry in entries
+            ],
+            "disk_bytes": sum(entry.disk_bytes for entry in entries),
+            "max_cache_size_bytes": session.settings.max_cache_size,
+        }
+    )
+    for entry in entries:
+        name = entry.key if entry.digest is None else str(entry.digest)
+        output.text(f"{entry.kind:<9}  {_time(entry)}  {format_size(entry.disk_bytes):>10}  {name}")
+    total = format_size(sum(entry.disk_bytes for entry in entries))
+    output.detail(
+        f"{len(entries)} entries, {total} on disk, {format_size(session.settings.max_cache_size)} allowed"
+    )
+
+
+@cache.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="KEY…")
+@common
+def remove(session: Session, names: tuple[str, ...]) -> None:
+    """Remove entries by what `cache ls` calls them; a unique beginning is enough.
+
+    What still needs them finds them missing, and fetches them again or starts cold.
+    """
+    file_cache = session.file_cache
+    entries = list(file_cache.entries())
+    chosen = {name: _match(name, entries) for name in names}
+    for entry in chosen.values():
+        if entry.digest is not None:
+            file_cache.remove(entry.digest)
+        elif entry.kind == "directory":
+            file_cache.remove_directory(entry.key)
+        else:
+            file_cache.delete_ref(entry.key)
+    freed = sum(entry.disk_bytes for entry in chosen.values())
+    session.output.json({"removed": [entry.key for entry in chosen.values()], "freed_bytes": freed})
+    for entry in chosen.values():
+        session.output.text(f"removed {entry.kind} {entry.key}")
+
+
+@cache.command("prune")
+@option(
+    "--target-size", scope="cache prune", type=SIZE, help="Size to come down to.  [default: --max-cache-size]"
+)
+@common
+def prune(session: Session, target_size: int | None) -> None:
+    """Remove what was used least recently, of all groups, until the cache is no larger than a size.
+
+    What a running program needs stays. A size of 0 empties the cache.
+    """
+    file_cache = session.file_cache
+    file_cache.prune(session.settings.max_cache_size if target_size is None else target_size)
+    statistics = file_cache.statistics()
+    freed, total = statistics.evicted_bytes, statistics.total_bytes
+    session.output.json({"freed_bytes": freed, "disk_bytes": total})
+    session.output.text(f"freed {format_size(freed)}; {format_size(total or 0)} remain")
+
+
+@cache.command("verify")
+@common
+def verify(session: Session) -> None:
+    """Hash every blob of the group; what is wrong is taken out of use.
+
+    Ends with exit code 10 when something was wrong. It is fetched again, or missed, when it is needed.
+    """
+    report = session.file_cache.verify()
+    session.output.json(
+        {
+            "blobs": report.blobs,
+            "content_bytes": report.content_bytes,
+            "bad_blobs": [str(digest) for digest in report.bad_blobs],
+            "refs": report.refs,
+            "bad_refs": list(report.bad_refs),
+        }
+    )
+    session.output.text(
+        f"verified {report.blobs} blobs ({format_size(report.content_bytes)}) and {report.refs} refs"
+    )
+    for digest in report.bad_blobs:
+        session.output.text(f"bad blob {digest}, now in quarantine")
+    for key in report.bad_refs:
+        session.output.text(f"bad ref {key}, now removed")
+    bad = len(report.bad_blobs) + len(report.bad_refs)
+    if bad:
+        raise DataLoss(
+            f"{bad} entries of the cache were damaged and are out of use: check the disk of "
+            f"{str(session.settings.cache_folder)!r}"
+        )
+
+
+def _match(name: str, entries: Iterable[CacheEntry]) -> CacheEntry:
+    """The one entry that `name` means."""
+    prefix = name.partition("/")[0]
+    if len(prefix) < SHORTEST_PREFIX:
+        raise InvalidArgument(f"{name!r} is too short: give at least {SHORTEST_PREFIX} characters")
+    found = [entry for entry in entries if entry.key.startswith(prefix)]
+    if not found:
+        raise NotFound(f"the local cache has no entry {name!r}: see `snaploader cache ls`")
+    if len(found) > 1:
+        raise InvalidArgument(f"{name!r} means {len(found)} entries: give more of it")
+    return found[0]
+
+
+def _time(entry: CacheEntry) -> str:
+    return datetime.fromtimestamp(int(entry.last_used_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

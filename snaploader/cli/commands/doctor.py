@@ -1,0 +1,56 @@
+"""`snaploader doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from snaploader.cli.doctor.check import Result, Status, run_checks
+from snaploader.cli.doctor.local import local_checks
+from snaploader.cli.doctor.remote import remote_checks
+from snaploader.cli.exits import CheckFailed
+from snaploader.cli.options import common
+from snaploader.cli.session import Session
+from snaploader.cli.values import format_time
+
+
+@click.command()
+@common
+def doctor(session: Session) -> None:
+    """Exercise the cache folder and the remote cache; say what is wrong and what to do.
+
+    Ends with exit code 13 when something is wrong. Warnings are not.
+    """
+    results = run_checks("cache", local_checks(session.settings))
+    remote = session.remote_cache
+    if remote is not None:
+        results += run_checks("remote", remote_checks(remote))
+    else:
+        session.output.talk("no --remote-cache is configured, so none is checked")
+    _print(session, results)
+    failed = [result for result in results if result.status is Status.FAILED]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(results)} checks failed")
+
+
+def _print(session: Session, results: list[Result]) -> None:
+    output = session.output
+    output.json(
+        {
+            "checks": [{**dataclasses.asdict(result), "status": str(result.status)} for result in results],
+            "passed": all(result.status is not Status.FAILED for result in results),
+        }
+    )
+    output.table(
+        ["", "check", "time>", "found"],
+        [
+            [str(result.status), f"{result.area}: {result.name}", format_time(result.seconds), result.detail]
+            for result in results
+        ],
+    )
+    for result in results:
+        if result.remedy:
+            output.text(
+                f"\n{result.area}: {result.name} ({result.status})\n  {result.detail}\n  → {result.remedy}"
+            )

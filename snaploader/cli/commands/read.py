@@ -1,0 +1,104 @@
+"""`snaploader read`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+
+import click
+
+from snaploader.cli.describe import only, snapshot_record
+from snaploader.cli.find import find
+from snaploader.cli.options import ReadOptions, TaskOptions, common, option, read_options, task_options
+from snaploader.cli.session import Session
+from snaploader.cli.values import SIZE, format_size
+from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.loader.unpack import UnpackedSnapshot
+
+PIECE_BYTES = 1 << 20
+"""Bytes held in memory at a time."""
+
+ReadAt = Callable[[int, int], bytes]
+
+
+@click.command()
+@task_options
+@read_options
+@option("--offset", scope="read", type=SIZE, default="0", show_default=True, help="Where to begin.")
+@option("--size", scope="read", type=SIZE, help="How many bytes.  [default: to the end]")
+@click.argument("name", metavar="NAME")
+@common
+def read(
+    session: Session,
+    task_options: TaskOptions,
+    read_options: ReadOptions,
+    offset: int,
+    size: int | None,
+    name: str,
+) -> None:
+    """Write a part of one file of the best snapshot to stdout, loading only the chunks it lies in.
+
+    With --json the report goes to stderr, because stdout carries the bytes.
+    """
+    loader, snapshot = find(session, task_options, read_options)
+    snapshot = only(snapshot, (name,))
+    with (
+        tempfile.TemporaryDirectory(prefix="snaploader-read-") as folder,
+        loader.unpack_snapshot(snapshot, folder) as unpacked,
+    ):
+        read_at, length = _reader(unpacked, name)
+        if size is None:
+            size = max(length - offset, 0)
+        if offset + size > length:
+            raise InvalidArgument(
+                f"bytes {offset} to {offset + size} are not all in {name!r}, which has {length}: "
+                "choose another --offset or --size"
+            )
+        _copy_out(read_at, offset, size)
+        _report(session, unpacked, name, size)
+
+
+def _reader(unpacked: UnpackedSnapshot, name: str) -> tuple[ReadAt, int]:
+    """How to read from the file, and how long it is."""
+    store = unpacked.chunked_files.get(name)
+    if store is not None:
+        return store.read_at, store.size
+    path = unpacked.files[name]
+
+    def read_at(offset: int, size: int) -> bytes:
+        with translate_os_errors(f"cannot read {name!r}"), path.open("rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    return read_at, path.stat().st_size
+
+
+def _copy_out(read_at: ReadAt, offset: int, size: int) -> None:
+    end = offset + size
+    while offset < end:
+        data = read_at(offset, min(PIECE_BYTES, end - offset))
+        sys.stdout.buffer.write(data)
+        offset += len(data)
+    sys.stdout.buffer.flush()
+
+
+def _report(session: Session, unpacked: UnpackedSnapshot, name: str, size: int) -> None:
+    """What was loaded. On stderr in any case."""
+    output = session.output
+    statistics = unpacked.statistics().get(name)
+    origins = {} if statistics is None else dict(sorted(statistics.origins.items()))
+    output.report(
+        {
+            **snapshot_record(unpacked.snapshot),
+            "name": name,
+            "size_bytes": size,
+            "origins": {
+                origin: {"chunks": count.chunks, "bytes": count.bytes, "prefetched": count.prefetched}
+                for origin, count in origins.items()
+            },
+        }
+    )
+    parts = ", ".join(f"{count.chunks} chunks from {origin}" for origin, count in origins.items())
+    kept = "kept whole" if statistics is None else parts or "no chunk touched"
+    output.detail(f"read {format_size(size)} of {name!r}: {kept}")

@@ -1,0 +1,68 @@
+"""`snaploader restore`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from snaploader.cli.describe import checked_folder, only, served_line, snapshot_record
+from snaploader.cli.find import find
+from snaploader.cli.options import ReadOptions, TaskOptions, common, option, read_options, task_options
+from snaploader.cli.session import Session
+from snaploader.cli.values import format_size, format_time
+
+
+@click.command()
+@task_options
+@read_options
+@option("--only", "names", scope="restore", multiple=True, metavar="NAME", help="Only this file; repeatable.")
+@click.argument("output_dir", type=click.Path(path_type=Path), metavar="OUTPUT_DIR")
+@common
+def restore(
+    session: Session,
+    task_options: TaskOptions,
+    read_options: ReadOptions,
+    names: tuple[str, ...],
+    output_dir: Path,
+) -> None:
+    """Write the files of the best snapshot to a folder, holes as holes.
+
+    Looks for a snapshot of --ref, then of --base-ref, then of --default-ref, and says which of them served.
+    All files appear, or none.
+    """
+    checked_folder(output_dir, "the output folder")
+    output = session.output
+    begin = time.monotonic()
+    loader, snapshot = find(session, task_options, read_options)
+    if names:
+        snapshot = only(snapshot, names)
+    with output.bars() as progress:
+        result = loader.restore_snapshot(snapshot, output_dir, progress=progress)
+    seconds = time.monotonic() - begin
+    output.json(
+        {
+            **snapshot_record(snapshot),
+            "output_directory": str(output_dir),
+            "files": [
+                {"name": name, "path": str(path), "size_bytes": path.stat().st_size}
+                for name, path in sorted(result.files.items())
+            ],
+            "written_bytes": result.written_bytes,
+            "hole_bytes": result.hole_bytes,
+            "fetched_blobs": result.fetched_blobs,
+            "fetched_bytes": result.fetched_bytes,
+            "seconds": round(seconds, 6),
+        }
+    )
+    output.text(f"restored  {served_line(snapshot)}")
+    output.table(
+        ["file", "size>", "path"],
+        [[name, format_size(path.stat().st_size), str(path)] for name, path in sorted(result.files.items())],
+    )
+    output.text(
+        f"written   {format_size(result.written_bytes)}, holes {format_size(result.hole_bytes)}, "
+        f"fetched {format_size(result.fetched_bytes)} in {result.fetched_blobs} blobs"
+    )
+    output.detail(f"restored in {format_time(seconds)}")

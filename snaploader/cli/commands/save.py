@@ -1,0 +1,207 @@
+"""`snaploader save`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
+from snaploader.cli.describe import key_record
+from snaploader.cli.options import TaskOptions, common, option, task_options
+from snaploader.cli.session import Session
+from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time
+from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.keys import SnapshotKey
+from snaploader.loader.results import SaveResult
+from snaploader.manifest import check_name
+from snaploader.policy import SavePolicy
+
+DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
+"""Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
+
+
+@click.command()
+@task_options
+@option(
+    "--chunked/--plain", "chunked", scope="save", default=None, help="Keep all files in chunks, or all whole."
+)
+@option(
+    "--chunk-threshold",
+    scope="save",
+    type=Size(),
+    default=f"{DEFAULT_CHUNK_THRESHOLD_BYTES >> 20}MiB",
+    show_default=True,
+    help="Files of this size or more are kept in chunks.",
+)
+@option("--chunk-size", scope="save", type=Size(1), help="Size of a chunk: a power of two, 4KiB to 64MiB.")
+@option(
+    "--snapshot-id",
+    "new_snapshot_id",
+    scope="save",
+    metavar="ID",
+    help="Id of the snapshot.  [default: new UUID]",
+)
+@option(
+    "--save-policy",
+    type=click.Choice([str(policy) for policy in SavePolicy]),
+    default=str(SavePolicy.ALWAYS),
+    show_default=True,
+    help="Whether a snapshot that stands remotely is replaced.",
+)
+@option(
+    "--min-refresh-interval",
+    type=DURATION,
+    default="0s",
+    show_default=True,
+    help="Leave the default branch's remote snapshot alone when it is younger.",
+)
+@option(
+    "--property",
+    "properties",
+    scope="save",
+    multiple=True,
+    type=KEY_VALUE,
+    help="Property kept with the snapshot.",
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@common
+def save(
+    session: Session,
+    task_options: TaskOptions,
+    files: tuple[str, ...],
+    chunked: bool | None,
+    chunk_threshold: int,
+    chunk_size: int | None,
+    new_snapshot_id: str | None,
+    save_policy: str,
+    min_refresh_interval: float,
+    properties: tuple[tuple[str, str], ...],
+) -> None:
+    """Save files as the snapshot of a branch.
+
+    A file is saved under its base name; NAME=PATH gives it another. The snapshot goes to the local cache,
+    then to the remote cache if there is one.
+    """
+    paths = named_files(files)
+    plain, in_chunks = _divide(paths, chunked, chunk_threshold)
+    output = session.output
+    loader = session.loader(share_snapshots=task_options.share, universal_ref=task_options.universal_fallback)
+    begin = time.monotonic()
+    key_set = loader.snapshot_key_set(
+        task_options.task(session.settings), task_options.configuration_hash, task_options.runner_id
+    )
+    assert key_set.write_key is not None
+    snapshot_id = new_snapshot_id or str(uuid.uuid4())
+    with output.bars() as progress:
+        result = loader.cache_snapshot(
+            key_set.write_key,
+            files=plain,
+            chunked_files=in_chunks,
+            vm_configuration=VMConfiguration(properties=dict(properties)),
+            vm_metadata=_metadata(key_set.write_key, snapshot_id),
+            snapshot_id=snapshot_id,
+            save_policy=save_policy,
+            key_set=key_set,
+            default_ref=task_options.default_ref,
+            min_refresh_interval_s=min_refresh_interval,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+    _print(session, result, time.monotonic() - begin)
+
+
+def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
+    """The files by the names they get in the snapshot; InvalidArgument when two get the same one."""
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or "/" in name or os.path.lexists(argument):
+            name, path = os.path.basename(argument), argument
+        check_name(name)
+        if name in named:
+            raise InvalidArgument(
+                f"{str(named[name])!r} and {path!r} would both be saved as {name!r}: write NAME=PATH for one"
+            )
+        named[name] = Path(path)
+    return named
+
+
+def _divide(
+    paths: dict[str, Path], chunked: bool | None, threshold: int
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Which files are kept whole, and which in chunks."""
+    plain: dict[str, Path] = {}
+    in_chunks: dict[str, Path] = {}
+    for name, path in paths.items():
+        with translate_os_errors(f"cannot save {str(path)!r}"):
+            status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidArgument(f"cannot save {str(path)!r}: only regular files can be saved")
+        wanted = status.st_size >= threshold if chunked is None else chunked
+        # A file without bytes has no chunks.
+        (in_chunks if wanted and status.st_size else plain)[name] = path
+    return plain, in_chunks
+
+
+def _metadata(key: SnapshotKey, snapshot_id: str) -> VMMetadata:
+    """Where the snapshot comes from. As a fallback it is as old as this moment."""
+    metadata = VMMetadata(snapshot_id=snapshot_id, snapshot_key=key.to_proto())
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    metadata.created_timestamp.seconds = seconds
+    metadata.created_timestamp.nanos = nanoseconds
+    metadata.last_executed_task.completed_timestamp.CopyFrom(metadata.created_timestamp)
+    return metadata
+
+
+def _print(session: Session, result: SaveResult, seconds: float) -> None:
+    output = session.output
+    for warning in result.warnings:
+        output.warn(warning)
+    record: dict[str, Any] = {
+        "snapshot_id": result.snapshot_id,
+        "ref": result.key.ref,
+        "key": key_record(result.key),
+        "files": [{**dataclasses.asdict(file), "digest": str(file.digest)} for file in result.files],
+        "size_bytes": sum(file.size_bytes for file in result.files),
+        "hashed_bytes": result.hashed_bytes,
+        "hole_bytes": result.hole_bytes,
+        "stored_bytes": result.stored_bytes,
+        "deduplicated_bytes": result.deduplicated_bytes,
+        "uploaded_blobs": result.uploaded_blobs,
+        "uploaded_bytes": result.uploaded_bytes,
+        "uploaded_wire_bytes": result.uploaded_wire_bytes,
+        "saved_locally": result.saved_locally,
+        "saved_remotely": result.saved_remotely,
+        "remote_skipped": result.remote_skipped,
+        "warnings": list(result.warnings),
+        "seconds": round(seconds, 6),
+    }
+    output.json(record)
+    output.text(f"snapshot  {result.snapshot_id}")
+    output.text(f"ref       {result.key.ref or '(none)'}")
+    output.table(
+        ["file", "kept", "size>", "holes>", "stored>", "deduplicated>"],
+        [
+            [
+                file.name,
+                f"{file.chunks} chunks" if file.chunked else "whole",
+                format_size(file.size_bytes),
+                format_size(file.hole_bytes),
+                format_size(file.stored_bytes),
+                format_size(file.deduplicated_bytes),
+            ]
+            for file in result.files
+        ],
+    )
+    if result.saved_remotely:
+        output.text(f"uploaded  {format_size(result.uploaded_bytes)} in {result.uploaded_blobs} blobs")
+    elif result.remote_skipped:
+        output.text(f"uploaded  nothing: {result.remote_skipped}")
+    output.detail(f"saved in {format_time(seconds)}")

@@ -1,0 +1,259 @@
+"""`snaploader show`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from snaploader import keys
+from snaploader.cli.describe import (
+    file_names,
+    key_name,
+    key_record,
+    key_set_record,
+    served_line,
+    snapshot_record,
+    vm_configuration_record,
+)
+from snaploader.cli.find import Lookup, lookup
+from snaploader.cli.options import ReadOptions, TaskOptions, common, read_options, task_options
+from snaploader.cli.session import Session
+from snaploader.cli.values import format_size
+from snaploader.digest import Digest
+from snaploader.errors import NotFound, SnaploaderError
+from snaploader.keys import SnapshotKey
+from snaploader.loader.results import Snapshot
+
+
+@click.command()
+@task_options
+@read_options
+@common
+def show(session: Session, task_options: TaskOptions, read_options: ReadOptions) -> None:
+    """Show the key set, where its manifests are, and of what the snapshot that serves consists.
+
+    Changes nothing in any cache, but for trees that are fetched. Ends as `restore` would when there is no
+    snapshot, after showing the keys.
+    """
+    looking = lookup(session, task_options, read_options, readonly=True)
+    places = _manifest_places(session, looking)
+    error: SnaploaderError | None = None
+    snapshot: Snapshot | None = None
+    try:
+        snapshot = looking.find()
+    except SnaploaderError as failure:
+        error = failure
+    files = [] if snapshot is None else _files(session, snapshot)
+    _print_json(session, looking, places, snapshot, files)
+    _print_text(session, places, snapshot, files)
+    if error is not None:
+        raise error
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A key, and which caches have a manifest under it."""
+
+    key: SnapshotKey
+    local: bool
+    remote: bool | None
+    """None when there is no remote cache, or it could not be asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShownFile:
+    """One file of a snapshot, and how much of it is where. Chunks of a plain file: the one blob it is."""
+
+    name: str
+    chunked: bool
+    digest: Digest
+    size_bytes: int
+    hole_bytes: int
+    chunk_size: int | None
+    chunk_count: int
+    hole_chunks: int
+    stored_chunks: int
+    local_chunks: int
+    local_bytes: int
+    remote_chunks: int | None
+    remote_bytes: int | None
+
+    def record(self) -> dict[str, Any]:
+        """For --json."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "digest": str(self.digest)}
+
+
+def _manifest_places(session: Session, looking: Lookup) -> list[Place]:
+    if looking.key_set is None:
+        wanted = SnapshotKey(instance_name=looking.instance_name, snapshot_id=looking.options.snapshot_id)
+        candidates = [wanted]
+    else:
+        candidates = list(looking.key_set)
+    return [
+        Place(key, _stands_locally(session, key), _stands_remotely(session, looking, key))
+        for key in candidates
+    ]
+
+
+def _stands_locally(session: Session, key: SnapshotKey) -> bool:
+    cache = session.file_cache
+    try:
+        cache.get_ref(keys.local_manifest_key(cache.group_id, key))
+    except NotFound:
+        return False
+    return True
+
+
+def _stands_remotely(session: Session, looking: Lookup, key: SnapshotKey) -> bool | None:
+    remote = session.remote_cache
+    if remote is None or looking.options.read_policy == "local-only":
+        return None
+    try:
+        remote.get_action_result(keys.remote_manifest_digest(key, remote.digest_function))
+    except NotFound:
+        return False
+    except SnaploaderError as error:
+        session.output.warn(f"cannot ask the remote cache for {key_name(key)}: {error.message}")
+        return None
+    return True
+
+
+def _files(session: Session, snapshot: Snapshot) -> list[ShownFile]:
+    names = file_names(snapshot)
+    digests = {name: _digests(snapshot, name) for name in names}
+    everything = {digest for of_file in digests.values() for digest in of_file}
+    missing_locally = session.file_cache.find_missing(everything)
+    missing_remotely = _missing_remotely(session, snapshot, everything)
+    return [_shown(snapshot, name, digests[name], missing_locally, missing_remotely) for name in names]
+
+
+def _digests(snapshot: Snapshot, name: str) -> list[Digest]:
+    """The blobs a file's content lies in; the same one twice when it occurs twice."""
+    if name in snapshot.tables:
+        return list(snapshot.tables[name].digests())
+    digest = snapshot.manifest.files[name].digest
+    return [digest] if digest.size_bytes else []
+
+
+def _missing_remotely(
+    session: Session, snapshot: Snapshot, digests: Collection[Digest]
+) -> set[Digest] | None:
+    if session.remote_cache is None or not snapshot.allow_remote:
+        return None
+    try:
+        return session.remote_cache.find_missing(digests)
+    except SnaploaderError as error:
+        session.output.warn(f"cannot ask the remote cache for the chunks: {error.message}")
+        return None
+
+
+def _shown(
+    snapshot: Snapshot,
+    name: str,
+    digests: list[Digest],
+    missing_locally: set[Digest],
+    missing_remotely: set[Digest] | None,
+) -> ShownFile:
+    local = _present(digests, missing_locally)
+    remote = (None, None) if missing_remotely is None else _present(digests, missing_remotely)
+    table = snapshot.tables.get(name)
+    plain = snapshot.manifest.files.get(name)
+    return ShownFile(
+        name=name,
+        chunked=table is not None,
+        digest=snapshot.manifest.chunked_files[name] if plain is None else plain.digest,
+        size_bytes=plain.digest.size_bytes if plain is not None else table.size if table is not None else 0,
+        hole_bytes=table.hole_bytes if table is not None else 0,
+        chunk_size=table.chunk_size if table is not None else None,
+        chunk_count=table.chunk_count if table is not None else len(digests),
+        hole_chunks=table.chunk_count - table.stored_count if table is not None else 0,
+        stored_chunks=len(digests),
+        local_chunks=local[0],
+        local_bytes=local[1],
+        remote_chunks=remote[0],
+        remote_bytes=remote[1],
+    )
+
+
+def _present(digests: Iterable[Digest], missing: set[Digest]) -> tuple[int, int]:
+    present = [digest.size_bytes for digest in digests if digest not in missing]
+    return len(present), sum(present)
+
+
+def _print_json(
+    session: Session, looking: Lookup, places: list[Place], snapshot: Snapshot | None, files: list[ShownFile]
+) -> None:
+    found = None
+    if snapshot is not None:
+        found = {
+            **snapshot_record(snapshot),
+            "vm_configuration": vm_configuration_record(snapshot),
+            "files": [file.record() for file in files],
+            "size_bytes": sum(file.size_bytes for file in files),
+            "hole_bytes": sum(file.hole_bytes for file in files),
+        }
+    session.output.json(
+        {
+            "key_set": None if looking.key_set is None else key_set_record(looking.key_set),
+            "manifests": [
+                {"key": key_record(place.key), "local": place.local, "remote": place.remote}
+                for place in places
+            ],
+            "snapshot": found,
+        }
+    )
+
+
+def _print_text(
+    session: Session, places: list[Place], snapshot: Snapshot | None, files: list[ShownFile]
+) -> None:
+    output = session.output
+    output.text("keys, best first")
+    output.table(
+        ["key", "platform", "configuration", "version", "local manifest", "remote manifest"],
+        [
+            [
+                key_name(place.key),
+                place.key.platform_hash[:12],
+                place.key.configuration_hash[:12],
+                place.key.version_id,
+                _word(place.local),
+                _word(place.remote),
+            ]
+            for place in places
+        ],
+    )
+    if snapshot is None:
+        return
+    record = snapshot_record(snapshot)
+    output.text()
+    output.text(f"served by {served_line(snapshot)}")
+    output.text(
+        f"snapshot  {record['snapshot_id'] or '(unknown)'}, created {record['created'] or '(unknown)'}"
+    )
+    output.text(f"digests   {record['digest_function']}")
+    output.table(
+        ["file", "size>", "holes>", "chunk size>", "chunks>", "hole chunks>", "local>", "remote>", "digest"],
+        [
+            [
+                file.name,
+                format_size(file.size_bytes),
+                format_size(file.hole_bytes),
+                format_size(file.chunk_size) if file.chunk_size is not None else "whole",
+                str(file.stored_chunks),
+                str(file.hole_chunks),
+                f"{file.local_chunks}/{file.stored_chunks}",
+                "?" if file.remote_chunks is None else f"{file.remote_chunks}/{file.stored_chunks}",
+                file.digest.hash[:16],
+            ]
+            for file in files
+        ],
+    )
+
+
+def _word(stands: bool | None) -> str:
+    return "-" if stands is None else "yes" if stands else "no"

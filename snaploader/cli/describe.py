@@ -1,0 +1,137 @@
+"""Keys and snapshots, described for people and for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.keys import SnapshotKey, SnapshotKeySet, is_universal
+from snaploader.loader.results import Snapshot
+
+
+def key_name(key: SnapshotKey) -> str:
+    """The key as a person calls it."""
+    if key.snapshot_id:
+        return f"snapshot {key.snapshot_id}"
+    if is_universal(key):
+        return "the universal fallback"
+    if key.ref:
+        return f"ref {key.ref!r}"
+    return f"runner {key.runner_id!r}" if key.runner_id else "the key without a ref"
+
+
+def key_record(key: SnapshotKey) -> dict[str, str]:
+    """The fields of a key that are set."""
+    return {name: value for name, value in dataclasses.asdict(key).items() if value}
+
+
+def key_set_record(key_set: SnapshotKeySet) -> dict[str, Any]:
+    """A key set."""
+    assert key_set.write_key is not None
+    return {
+        "branch_key": key_record(key_set.branch_key),
+        "fallback_keys": [key_record(key) for key in key_set.fallback_keys],
+        "write_key": key_record(key_set.write_key),
+    }
+
+
+def vm_metadata(snapshot: Snapshot) -> VMMetadata | None:
+    """Where the snapshot came from, if it says so in our own terms."""
+    metadata = snapshot.manifest.vm_metadata
+    if metadata is None or _message_name(metadata.type_url) != VMMetadata.DESCRIPTOR.full_name:
+        return None
+    try:
+        return VMMetadata.FromString(metadata.value)
+    except DecodeError:
+        return None
+
+
+def vm_configuration_record(snapshot: Snapshot) -> dict[str, Any]:
+    """What the machine was made of: the fields that are set, or only the type of a foreign message."""
+    packed = snapshot.manifest.vm_configuration
+    record: dict[str, Any] = {"type": _message_name(packed.type_url)}
+    if record["type"] != VMConfiguration.DESCRIPTOR.full_name:
+        return record
+    try:
+        message = VMConfiguration.FromString(packed.value)
+    except DecodeError:
+        return record
+    for field, value in message.ListFields():
+        record[field.name] = dict(value) if field.name == "properties" else value
+    return record
+
+
+def served_ref(snapshot: Snapshot) -> str:
+    """The branch whose state this is; for a snapshot found by its id, the branch it was saved for."""
+    if snapshot.key.ref or not snapshot.key.snapshot_id:
+        return snapshot.key.ref
+    metadata = vm_metadata(snapshot)
+    return str(metadata.snapshot_key.ref) if metadata is not None else ""
+
+
+def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
+    """What served, and what was tried before."""
+    metadata = vm_metadata(snapshot)
+    created = metadata.created_timestamp.seconds if metadata is not None else 0
+    return {
+        "ref": served_ref(snapshot),
+        "source": str(snapshot.source),
+        "key": key_record(snapshot.key),
+        "snapshot_id": str(metadata.snapshot_id) if metadata is not None else snapshot.key.snapshot_id,
+        "created": datetime.fromtimestamp(created, UTC).isoformat() if created else None,
+        "digest_function": snapshot.manifest.digest_function.name,
+        "degraded": snapshot.degraded,
+        "failures": [
+            {
+                "key": key_record(failure.key),
+                "error": type(failure.error).__name__,
+                "message": failure.error.message,
+            }
+            for failure in snapshot.failures
+        ],
+    }
+
+
+def served_line(snapshot: Snapshot) -> str:
+    """Which snapshot served, in a line."""
+    ref = served_ref(snapshot)
+    name = f"ref {ref!r}" if ref and snapshot.key.snapshot_id else key_name(snapshot.key)
+    return f"{name} from the {snapshot.source} cache"
+
+
+def file_names(snapshot: Snapshot) -> list[str]:
+    """The names of all files, sorted."""
+    return sorted([*snapshot.manifest.files, *snapshot.manifest.chunked_files])
+
+
+def only(snapshot: Snapshot, names: tuple[str, ...]) -> Snapshot:
+    """The snapshot with no other files than `names`; NotFound when it lacks one."""
+    known = file_names(snapshot)
+    for name in names:
+        if name not in known:
+            shown = ", ".join(repr(other) for other in known[:20]) + (", …" if len(known) > 20 else "")
+            raise NotFound(f"the snapshot has no file {name!r}; it has {shown or 'none'}")
+    manifest = dataclasses.replace(
+        snapshot.manifest,
+        files={name: file for name, file in snapshot.manifest.files.items() if name in names},
+        chunked_files={name: tree for name, tree in snapshot.manifest.chunked_files.items() if name in names},
+    )
+    tables = {name: table for name, table in snapshot.tables.items() if name in names}
+    return dataclasses.replace(snapshot, manifest=manifest, tables=tables)
+
+
+def checked_folder(path: Path, what: str) -> Path:
+    """`path`, unless it is something else than a folder."""
+    if path.exists() and not path.is_dir():
+        raise InvalidArgument(f"{what} {str(path)!r} is not a folder")
+    return path
+
+
+def _message_name(type_url: str) -> str:
+    return type_url.rpartition("/")[2]

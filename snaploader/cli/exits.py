@@ -1,0 +1,67 @@
+"""Errors become one message and one exit code, in one place. The codes are documented in docs/errors.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+import cow
+from snaploader import errors
+
+CHECK_FAILED = 13
+"""`doctor` found something wrong, or a proof of `demo` failed."""
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+TERMINATED = 143
+
+_COW_ERRORS: tuple[tuple[type[cow.COWError], type[errors.SnaploaderError]], ...] = (
+    (cow.OutOfBounds, errors.InvalidArgument),
+    (cow.StoreInUse, errors.FailedPrecondition),
+    (cow.CheckpointConflict, errors.FailedPrecondition),
+    (cow.TruncatedFile, errors.DataLoss),
+    (cow.COWError, errors.Internal),
+)
+
+
+class CheckFailed(Exception):
+    """Checks ran to their end, and not all of them passed. What is wrong has been printed already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a command ends that did not succeed."""
+
+    kind: str
+    message: str
+    """Empty when there is nothing left to say."""
+    exit_code: int
+    transient: bool = False
+    unexpected: bool = False
+    """Whether it is a defect of this program, for which a traceback is of use."""
+
+
+def explain(error: BaseException) -> Failure:
+    """What to tell the user about `error`."""
+    if isinstance(error, errors.SnaploaderError):
+        kind = type(error).__name__
+        message = "\n".join([error.message, *getattr(error, "__notes__", ())])
+        return Failure(kind, message, error.exit_code, error.transient)
+    if isinstance(error, click.ClickException):
+        # Usage errors have exit code 2, which is InvalidArgument's too.
+        return Failure("InvalidArgument", error.format_message(), error.exit_code)
+    if isinstance(error, CheckFailed):
+        return Failure("CheckFailed", str(error), CHECK_FAILED)
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        return Failure("Interrupted", "interrupted", INTERRUPTED)
+    if isinstance(error, BrokenPipeError):
+        return Failure("BrokenPipe", "", BROKEN_PIPE)
+    if isinstance(error, cow.COWError):
+        kind_of = next(ours for theirs, ours in _COW_ERRORS if isinstance(error, theirs))
+        return Failure(type(error).__name__, str(error), kind_of.exit_code)
+    if isinstance(error, OSError):
+        return explain(errors.from_os_error(error, "the system refused"))
+    if isinstance(error, MemoryError):
+        return Failure("ResourceExhausted", "out of memory", errors.ResourceExhausted.exit_code)
+    message = f"internal error: {type(error).__name__}: {error}. Please report it, with the output of -vv"
+    return Failure("Internal", message, errors.Internal.exit_code, unexpected=True)

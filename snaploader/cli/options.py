@@ -1,0 +1,303 @@
+"""The options that commands share, and how they reach a command.
+
+Every option is looked for on the command line, in the environment as SNAPLOADER_ and its name in
+capitals, in the configuration file, and has a default otherwise. The shared ones may stand before or
+after the name of the command.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from snaploader.cli import config
+from snaploader.cli.output import Output
+from snaploader.cli.session import Session, Settings
+from snaploader.cli.values import DURATION, KEY_VALUE, Size
+from snaploader.errors import InvalidArgument
+from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, ReadPolicy
+from snaploader.task import SnapshotTask
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+
+
+def option(*names: str, scope: str = "", **attributes: Any) -> Callable[[F], F]:
+    """A click option with its environment variable.
+
+    Args:
+        scope: Name of the command, for options that only one command has.
+    """
+    long = next(name for name in names if name.startswith("--")).partition("/")[0].removeprefix("--")
+    variable = config.environment_variable(long, scope)
+    return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+@dataclass
+class Invocation:
+    """One run of the program, as `ctx.obj`."""
+
+    output: Output
+    """How it wants to print, as far as that is known."""
+
+
+def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
+    """Runs before other options are looked at, and sets their defaults."""
+    root = ctx.find_root()
+    if path is None:
+        if ctx is not root or not config.default_path().is_file():
+            return None
+        path = config.default_path()
+    if ctx is not root and _source(ctx, "config") is not ParameterSource.COMMANDLINE:
+        return path  # the root command has loaded it
+    assert isinstance(root.command, click.Group)
+    defaults: dict[str, Any] = config.default_map(path, root.command)
+    for name in _command_path(ctx):
+        defaults = defaults[name]
+    ctx.default_map = defaults
+    return path
+
+
+def _command_path(ctx: click.Context) -> list[str]:
+    path: list[str] = []
+    while ctx.parent is not None:
+        path.insert(0, str(ctx.info_name))
+        ctx = ctx.parent
+    return path
+
+
+def _source(ctx: click.Context, name: str) -> ParameterSource | None:
+    return ctx.get_parameter_source(name)
+
+
+_COMMON = (
+    option(
+        "--config",
+        type=FILE,
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        metavar="FILE",
+        help="Configuration file.  [default: $XDG_CONFIG_HOME/snaploader/config.toml, if there]",
+    ),
+    option(
+        "--cache-dir", type=FILE, help="Folder of the local cache.  [default: $XDG_CACHE_HOME/snaploader]"
+    ),
+    option(
+        "--max-cache-size",
+        type=Size(1),
+        default="10GiB",
+        show_default=True,
+        help="Bound on the local cache's size.",
+    ),
+    option("--group-id", default="", help="Partition of the local cache; groups do not see each other."),
+    option(
+        "--remote-cache", default="", metavar="URL", help="REAPI server: grpc://, grpcs:// or unix: address."
+    ),
+    option("--remote-instance-name", default="", help="Instance on the server; part of every key."),
+    option("--remote-header", multiple=True, type=KEY_VALUE, help="Header of every remote call; repeatable."),
+    option(
+        "--remote-timeout",
+        type=DURATION,
+        default="60s",
+        show_default=True,
+        help="Deadline of one remote call.",
+    ),
+    option(
+        "--remote-retries",
+        type=click.IntRange(0, 100),
+        default=5,
+        show_default=True,
+        help="Retries of a remote call.",
+    ),
+    option(
+        "--remote-cache-compression/--no-remote-cache-compression",
+        default=True,
+        show_default=True,
+        help="Compress blobs on the wire where the server can.",
+    ),
+    option("--bearer-token-file", type=FILE, help="File with a token that is sent as authorization."),
+    option("--credential-helper", type=FILE, help="Program that is asked for headers (Bazel's protocol)."),
+    option("--netrc", type=FILE, help="File with a login for the server's host."),
+    option("--tls-certificate", type=FILE, help="CA certificates (PEM) the server is checked with."),
+    option("--tls-client-certificate", type=FILE, help="Own certificate (PEM), for mutual TLS."),
+    option("--tls-client-key", type=FILE, help="Key (PEM) of the own certificate."),
+    option(
+        "--tls-server-name", default="", metavar="NAME", help="Name expected in the server's certificate."
+    ),
+    option(
+        "--digest-function",
+        type=click.Choice(["auto", "sha256", "blake3"], case_sensitive=False),
+        default="auto",
+        show_default=True,
+        help="auto: BLAKE3, or what the server knows.",
+    ),
+    option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    option("--quiet", "-q", is_flag=True, help="Say nothing on stderr but errors."),
+    option("--verbose", "-v", count=True, help="Say more; -vv tells everything."),
+)
+
+
+def shared_options(function: F) -> F:
+    """The options of all commands, for a function that reads them with `settings_of`."""
+    for decorate in reversed(_COMMON):
+        function = decorate(function)
+    return function
+
+
+def common(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
+    """The options of all commands; the function gets a Session made from them, which ends with it."""
+
+    @click.pass_context
+    @functools.wraps(function)
+    def with_session(ctx: click.Context, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        for name in (*(field.name for field in fields(Settings)), "as_json", "quiet", "verbose"):
+            kwargs.pop(name, None)
+        output = output_of(ctx)
+        if isinstance(ctx.obj, Invocation):
+            ctx.obj.output = output
+        with Session(settings_of(ctx), output) as session, output.logging():
+            return function(session, *args, **kwargs)
+
+    return shared_options(with_session)
+
+
+def output_of(ctx: click.Context) -> Output:
+    """How this invocation wants to print."""
+    return Output(
+        as_json=bool(_effective(ctx, "as_json")),
+        quiet=bool(_effective(ctx, "quiet")),
+        verbose=int(_effective(ctx, "verbose") or 0),
+    )
+
+
+def settings_of(ctx: click.Context) -> Settings:
+    """The values of the shared options."""
+    return Settings(**{field.name: _effective(ctx, field.name) for field in fields(Settings)})
+
+
+def _effective(ctx: click.Context, name: str) -> Any:
+    """The command's value, unless only the command line before the command's name says something."""
+    root = ctx.find_root()
+    said = ParameterSource.COMMANDLINE
+    if _source(ctx, name) is not said and _source(root, name) is said:
+        return root.params.get(name)
+    return ctx.params.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """Which snapshots a command is about."""
+
+    ref: str
+    base_ref: str
+    default_ref: str
+    platform: tuple[tuple[str, str], ...]
+    configuration_hash: str
+    runner_id: str
+    share: bool
+    universal_fallback: bool
+
+    def task(self, settings: Settings, *, need_ref: bool = True) -> SnapshotTask:
+        """The task whose keys are meant. InvalidArgument when the options do not name one."""
+        if need_ref and self.share and not self.ref:
+            raise InvalidArgument("--ref is missing: name the branch (or use --no-share with --runner-id)")
+        if not self.share and not self.runner_id:
+            raise InvalidArgument("--no-share needs --runner-id: snapshots then belong to one runner")
+        environment = {
+            "GIT_BRANCH": self.ref,
+            "GIT_BASE_BRANCH": self.base_ref,
+            "GIT_REPO_DEFAULT_BRANCH": self.default_ref,
+        }
+        return SnapshotTask(self.platform, environment, settings.remote_instance_name)
+
+
+_TASK = (
+    option("--ref", default="", metavar="BRANCH", help="The branch."),
+    option("--base-ref", default="", metavar="BRANCH", help="The branch it goes back to: first fallback."),
+    option(
+        "--default-ref", default="", metavar="BRANCH", help="The repository's default branch: next fallback."
+    ),
+    option("--platform", multiple=True, type=KEY_VALUE, help="Platform property; repeatable."),
+    option(
+        "--configuration-hash", default="", metavar="HASH", help="Hash of all else that makes the machine."
+    ),
+    option("--runner-id", default="", metavar="ID", help="The runner, where snapshots are not shared."),
+    option(
+        "--share/--no-share",
+        default=True,
+        show_default=True,
+        help="Share snapshots between runners, by branch.",
+    ),
+    option(
+        "--universal-fallback/--no-universal-fallback",
+        default=False,
+        show_default=True,
+        help="Keep and use a snapshot of any branch as the last fallback.",
+    ),
+)
+
+
+def task_options(function: Callable[..., R]) -> Callable[..., R]:
+    """The options that name a task's snapshots; the function gets them as `task_options`."""
+
+    @functools.wraps(function)
+    def with_task(*args: Any, **kwargs: Any) -> R:
+        values = {field.name: kwargs.pop(field.name) for field in fields(TaskOptions)}
+        return function(*args, task_options=TaskOptions(**values), **kwargs)
+
+    for decorate in reversed(_TASK):
+        with_task = decorate(with_task)
+    return with_task
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How a snapshot is looked for."""
+
+    snapshot_id: str
+    read_policy: str
+    max_stale_fallback_age: float
+    allow_degraded: bool
+
+
+_READ = (
+    option("--snapshot-id", default="", metavar="ID", help="Exactly this snapshot, whatever its branch."),
+    option(
+        "--read-policy",
+        type=click.Choice([str(policy) for policy in ReadPolicy]),
+        default=str(ReadPolicy.LOCAL_FIRST),
+        show_default=True,
+        help="Which manifest is taken where there are two.",
+    ),
+    option(
+        "--max-stale-fallback-age",
+        type=DURATION,
+        default=f"{DEFAULT_MAX_STALE_FALLBACK_AGE_S:.0f}s",
+        show_default=True,
+        help="Local snapshots of fallbacks that are older are passed over.",
+    ),
+    option("--allow-degraded", is_flag=True, help="Take a fallback when a better branch cannot be asked."),
+)
+
+
+def read_options(function: Callable[..., R]) -> Callable[..., R]:
+    """The options of looking for a snapshot; the function gets them as `read_options`."""
+
+    @functools.wraps(function)
+    def with_read(*args: Any, **kwargs: Any) -> R:
+        values = {field.name: kwargs.pop(field.name) for field in fields(ReadOptions)}
+        return function(*args, read_options=ReadOptions(**values), **kwargs)
+
+    for decorate in reversed(_READ):
+        with_read = decorate(with_read)
+    return with_read

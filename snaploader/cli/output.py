@@ -1,0 +1,165 @@
+"""All that the command line prints: data on stdout, talk on stderr, bars on a terminal only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from snaploader.cli.exits import Failure
+from snaploader.loader.progress import Progress as Step
+from snaploader.loader.progress import ProgressCallback
+
+PIPE_WIDTH = 200
+"""Columns of tables that go to no terminal; rows must not break where programs read them."""
+
+_STAGES = {"store": "storing", "upload": "uploading", "fetch": "fetching", "write": "writing"}
+
+
+class Output:
+    """Where a command says things.
+
+    Args:
+        as_json: Data is one JSON object; errors are one too, on stderr.
+        quiet: Say nothing on stderr but errors.
+        verbose: 1 tells of details and of what the library logs at INFO, 2 of all it logs.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: int = 0) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.verbose = verbose
+
+    def text(self, line: str = "") -> None:
+        """A line of data for people; nothing with --json."""
+        if not self.as_json:
+            sys.stdout.write(line + "\n")
+
+    def json(self, data: Mapping[str, Any]) -> None:
+        """The data for programs; nothing without --json."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def flush(self) -> None:
+        """Hand the data out now; a program that reads it may be waiting."""
+        sys.stdout.flush()
+
+    def report(self, data: Mapping[str, Any]) -> None:
+        """What --json prints of a command whose stdout carries other data: it goes to stderr."""
+        if self.as_json:
+            sys.stderr.write(json.dumps(data, ensure_ascii=False) + "\n")
+
+    def table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
+    ) -> None:
+        """A table for people; columns whose name ends in > are aligned right."""
+        if self.as_json:
+            return
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for column in columns:
+            right = column.endswith(">")
+            table.add_column(
+                column.removesuffix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
+            )
+        for row in rows:
+            table.add_row(*row)
+        width = None if sys.stdout.isatty() else PIPE_WIDTH
+        Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+
+    def talk(self, message: str) -> None:
+        """Something for the person who watches; not with --quiet."""
+        if not self.quiet:
+            sys.stderr.write(f"snaploader: {message}\n")
+
+    def warn(self, message: str) -> None:
+        """Something that is not as it should be, without being an error; not with --quiet."""
+        self.talk(f"warning: {message}")
+
+    def detail(self, message: str) -> None:
+        """Something for -v only."""
+        if self.verbose:
+            self.talk(message)
+
+    def fail(self, failure: Failure) -> None:
+        """The message of an error, which --quiet does not silence."""
+        if self.as_json:
+            record = {
+                "error": failure.kind,
+                "message": failure.message,
+                "exit_code": failure.exit_code,
+                "transient": failure.transient,
+            }
+            sys.stderr.write(json.dumps(record, ensure_ascii=False) + "\n")
+        elif failure.message:
+            sys.stderr.write(f"snaploader: error: {failure.message}\n")
+
+    @contextlib.contextmanager
+    def bars(self) -> Iterator[ProgressCallback | None]:
+        """A callback that draws a bar per stage while the block runs; None where there is no terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        progress = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+        tasks: dict[str, TaskID] = {}
+
+        def show(step: Step) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = progress.add_task(
+                    _STAGES.get(step.stage, step.stage), total=step.total_bytes
+                )
+            progress.update(tasks[step.stage], completed=step.done_bytes, total=step.total_bytes)
+
+        with progress:
+            yield show
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """What the library logs goes to stderr while the block runs, as much of it as was asked for."""
+        handler = logging.StreamHandler(_CurrentStderr())
+        handler.setFormatter(logging.Formatter("snaploader: %(levelname)s %(name)s: %(message)s"))
+        loggers = [logging.getLogger("snaploader"), logging.getLogger("cow")]
+        before = [(logger.level, logger.propagate) for logger in loggers]
+        level = (
+            logging.ERROR
+            if self.quiet
+            else (logging.WARNING, logging.INFO, logging.DEBUG)[min(self.verbose, 2)]
+        )
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = False
+        try:
+            yield
+        finally:
+            for logger, (old_level, propagate) in zip(loggers, before, strict=True):
+                logger.removeHandler(handler)
+                logger.setLevel(old_level)
+                logger.propagate = propagate
+
+
+class _CurrentStderr:
+    """Looks sys.stderr up at every write, so that whoever replaces it gets the output."""
+
+    def write(self, text: str) -> int:
+        return self._stream().write(text)
+
+    def flush(self) -> None:
+        self._stream().flush()
+
+    @staticmethod
+    def _stream() -> IO[str]:
+        return sys.stderr

@@ -1,0 +1,117 @@
+"""Values of options: sizes, durations, key=value pairs."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+from snaploader.errors import InvalidArgument
+from snaploader.policy import parse_duration_s
+
+if TYPE_CHECKING:
+    _Integer = click.ParamType[int]
+    _Float = click.ParamType[float]
+    _Pair = click.ParamType[tuple[str, str]]
+else:
+    # Only recent versions of click have a generic class here.
+    _Integer = _Float = _Pair = click.ParamType
+
+_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,6}))?\s*([A-Za-z]*)")
+_UNITS: dict[str, int] = {"": 1, "b": 1} | {
+    spelling: factor
+    for power, letter in enumerate("kmgt", start=1)
+    for spelling, factor in {
+        letter: 1 << 10 * power,
+        letter + "ib": 1 << 10 * power,
+        letter + "b": 1000**power,
+    }.items()
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from a number with an optional unit: K or KiB is 1024, KB is 1000; likewise M, G, T."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[3].lower() not in _UNITS:
+        raise InvalidArgument(
+            f"{text[:80]!r} is no size: write bytes, or a number and a unit as in 512KiB, 10G"
+        )
+    factor = _UNITS[match[3].lower()]
+    fraction = match[2] or ""
+    tail = int(fraction or 0) * factor // int("1" + "0" * len(fraction))
+    return int(match[1]) * factor + tail
+
+
+class Size(_Integer):
+    """A number of bytes."""
+
+    name = "size"
+
+    def __init__(self, minimum: int = 0) -> None:
+        self._minimum = minimum
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes; a usage error when `value` is none."""
+        try:
+            size = value if isinstance(value, int) else parse_size(str(value))
+        except InvalidArgument as error:
+            self.fail(error.message, param, ctx)
+        if size < self._minimum:
+            self.fail(f"{size} is too small: at least {self._minimum} is needed", param, ctx)
+        return size
+
+
+class Duration(_Float):
+    """A number of seconds."""
+
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The seconds; a usage error when `value` is no duration."""
+        try:
+            return float(value) if isinstance(value, int | float) else parse_duration_s(str(value))
+        except InvalidArgument as error:
+            self.fail(error.message, param, ctx)
+
+
+class KeyValue(_Pair):
+    """A pair written as k=v. In an environment variable there is one pair on each line."""
+
+    name = "k=v"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """The pair, split at the first equals sign. Messages never quote it: it may be a secret."""
+        if isinstance(value, tuple):
+            return str(value[0]), str(value[1])
+        key, equals, content = str(value).partition("=")
+        if not equals or not key.strip():
+            self.fail("an option of this kind is written as k=v, with a key that is not empty", param, ctx)
+        return key.strip(), content
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """One pair per line, because values may hold spaces and commas."""
+        return [line for line in rv.splitlines() if line.strip()]
+
+
+SIZE = Size()
+DURATION = Duration()
+KEY_VALUE = KeyValue()
+
+
+def format_size(count: float) -> str:
+    """Bytes as a person reads them: `512 B`, `1.5 MiB`."""
+    if abs(count) < 1024:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if abs(count) < 1023.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def format_time(seconds: float) -> str:
+    """A span of time as a person reads it: `3.2 ms`, `1.25 s`."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
