@@ -177,6 +177,7 @@ def buildgrid(
     target = f"127.0.0.1:{port}"
     credentials = ", ".join(f"{key}: '{path}'" for key, path in (tls or {}).items())
     security = f"insecure-mode: false, credentials: {{{credentials}}}" if tls else "insecure-mode: true"
+    data.mkdir(parents=True)
     configuration.write_text(
         BUILDGRID_CONFIGURATION.format(
             channel=f"{{address: '{target}', {security}}}",
@@ -187,7 +188,6 @@ def buildgrid(
         ),
         encoding="utf-8",
     )
-    data.mkdir()
     start = "from buildgrid.server.app import cli; cli()"
     command = [str(buildgrid_python()), "-c", start, "server", "start", str(configuration)]
     with _running(command, folder, target, ready=_accepts if tls else _is_ready):
@@ -206,7 +206,6 @@ def _running(
     command: list[str], folder: Path, target: str, *, ready: Callable[[str], bool]
 ) -> Iterator[None]:
     """Run a server until the block ends. Its output goes to a file, which is shown when it does not start."""
-    folder.mkdir(parents=True, exist_ok=True)
     output = folder / "output.log"
     with open(output, "wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
