@@ -43,6 +43,8 @@ class Dispatcher:
         self._cas = ContentAddressableStorage(backend)
         self._results = ActionCache(backend)
         self._capabilities = Capabilities(backend)
+        self.active = 0
+        """Calls under way."""
 
     async def close(self) -> None:
         """Drop what unfinished calls left."""
@@ -223,6 +225,7 @@ class Dispatcher:
     async def _tracked(self, call: Call, context: Context) -> AsyncIterator[None]:
         """End the call with the status of what is raised inside, and record it."""
         status = "CANCELLED"
+        self.active += 1
         try:
             yield
             status = "OK"
@@ -232,6 +235,7 @@ class Dispatcher:
             self._log.end(call, status)
             await context.abort(failure.code, failure.message, _trailers(failure))
         finally:
+            self.active -= 1
             if call.status is None:
                 self._log.end(call, status)
 

@@ -21,8 +21,8 @@ from snaploader.testing.loop import LOOP
 from snaploader.testing.options import ServerOptions, ServerTLS
 from snaploader.testing.storage import MemoryStorage, Partition, Storage, parse_result_key, result_key
 
-# A message's content is bounded by max_message_bytes; fields around it come on top.
-_UNLIMITED_METADATA_BYTES = 64 * 1024
+_IDLE_GRACE_S = 1.0
+"""Bound of an orderly goodbye to clients without calls under way; takes a few milliseconds."""
 
 
 class EmbeddedServer:
@@ -278,5 +278,7 @@ class _Running:
             self._backend.close()
 
     async def _stop(self, grace_s: float) -> None:
-        await self._server.stop(grace_s or None)
+        # Without a grace, gRPC tells idle clients that something is wrong, and they log it.
+        grace = grace_s if grace_s or self._dispatcher.active else _IDLE_GRACE_S
+        await self._server.stop(grace or None)
         await self._dispatcher.close()

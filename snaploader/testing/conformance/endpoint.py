@@ -1,0 +1,259 @@
+"""A server under test, spoken to with bare gRPC, so that no cleverness of a client hides what it does."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from snaploader._proto import bytestream_pb2 as bytestream
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import services
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import InvalidArgument
+
+MESSAGE_BYTES = 4 * 1024 * 1024 - 64 * 1024
+"""Content that fits in a message of gRPC's default bound, with room for the fields around it."""
+
+WRITE_BYTES = 1024 * 1024
+"""Content of one WriteRequest."""
+
+
+class Endpoint:
+    """A Remote Execution API server. Thread-safe; a context manager that closes its channel.
+
+    Args:
+        url: grpc://host:port, grpcs://host:port or unix:/path.
+        instance_name: The instance to use.
+        headers: Sent with every call; lower-case names.
+        root_certificates: PEM, for grpcs; None for the system's.
+        client_certificate: PEM, for mTLS, with `client_key`.
+        client_key: PEM.
+        timeout_s: Deadline of each call.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        instance_name: str = "",
+        headers: Iterable[tuple[str, str]] = (),
+        root_certificates: bytes | None = None,
+        client_certificate: bytes | None = None,
+        client_key: bytes | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.url = url
+        self.instance_name = instance_name
+        self.headers = tuple(headers)
+        self.timeout_s = timeout_s
+        scheme, target = _split(url)
+        options = [("grpc.max_receive_message_length", 16 * 1024 * 1024)]
+        if scheme == "grpcs":
+            credentials = grpc.ssl_channel_credentials(root_certificates, client_key, client_certificate)
+            self._channel = grpc.secure_channel(target, credentials, options)
+        else:
+            self._channel = grpc.insecure_channel(target, options)
+
+    def close(self) -> None:
+        """Close the channel. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def stub(self, service: str, method: str) -> Any:
+        """The callable of a method, as generated stubs have it."""
+        described = services.methods(service)[method]
+        make = {
+            (False, False): self._channel.unary_unary,
+            (False, True): self._channel.unary_stream,
+            (True, False): self._channel.stream_unary,
+        }[described.client_streaming, described.server_streaming]
+        return make(
+            described.path,
+            request_serializer=described.request.SerializeToString,
+            response_deserializer=described.response.FromString,
+        )
+
+    def call(self, service: str, method: str, request: Any) -> Any:
+        """Call a method with this endpoint's headers and deadline. Raises grpc.RpcError."""
+        return self.stub(service, method)(request, timeout=self.timeout_s, metadata=self.headers)
+
+    @cached_property
+    def capabilities(self) -> reapi.ServerCapabilities:
+        """What the server states; asked once."""
+        request = reapi.GetCapabilitiesRequest(instance_name=self.instance_name)
+        answer: reapi.ServerCapabilities = self.call(services.CAPABILITIES, "GetCapabilities", request)
+        return answer
+
+    @property
+    def functions(self) -> list[DigestFunction]:
+        """Digest functions that both sides know."""
+        offered = set(self.capabilities.cache_capabilities.digest_functions)
+        return [function for function in DigestFunction if function.value in offered]
+
+    @property
+    def zstd_streams(self) -> bool:
+        """Whether the server states zstd for ByteStream."""
+        return reapi.Compressor.ZSTD in self.capabilities.cache_capabilities.supported_compressors
+
+    @property
+    def zstd_batches(self) -> bool:
+        """Whether the server states zstd for BatchUpdateBlobs."""
+        return (
+            reapi.Compressor.ZSTD in self.capabilities.cache_capabilities.supported_batch_update_compressors
+        )
+
+    @property
+    def update_enabled(self) -> bool:
+        """Whether the server states that action results may be written."""
+        return self.capabilities.cache_capabilities.action_cache_update_capabilities.update_enabled
+
+    @property
+    def batch_bytes(self) -> int:
+        """Content that must fit in one batch."""
+        stated = self.capabilities.cache_capabilities.max_batch_total_size_bytes
+        return min(stated or MESSAGE_BYTES, MESSAGE_BYTES)
+
+    def missing(self, digests: Sequence[Digest]) -> set[str]:
+        """Hashes that FindMissingBlobs says are missing."""
+        request = reapi.FindMissingBlobsRequest(
+            instance_name=self.instance_name,
+            blob_digests=[message(digest) for digest in digests],
+            digest_function=function_of(digests),
+        )
+        response = self.call(services.CAS, "FindMissingBlobs", request)
+        return {digest.hash for digest in response.missing_blob_digests}
+
+    def batch_update(
+        self, items: Sequence[tuple[Digest, bytes]], *, zstd: bool = False
+    ) -> dict[str, grpc.StatusCode]:
+        """BatchUpdateBlobs: the status of each blob by hash."""
+        compressor = reapi.Compressor.ZSTD if zstd else reapi.Compressor.IDENTITY
+        request = reapi.BatchUpdateBlobsRequest(
+            instance_name=self.instance_name,
+            requests=[
+                reapi.BatchUpdateBlobsRequest.Request(digest=message(d), data=data, compressor=compressor)
+                for d, data in items
+            ],
+            digest_function=function_of([digest for digest, _ in items]),
+        )
+        response = self.call(services.CAS, "BatchUpdateBlobs", request)
+        return {item.digest.hash: code(item.status.code) for item in response.responses}
+
+    def batch_read(
+        self, digests: Sequence[Digest], *, accept_zstd: bool = False
+    ) -> dict[str, reapi.BatchReadBlobsResponse.Response]:
+        """BatchReadBlobs: the item of each blob by hash."""
+        request = reapi.BatchReadBlobsRequest(
+            instance_name=self.instance_name,
+            digests=[message(digest) for digest in digests],
+            acceptable_compressors=[reapi.Compressor.ZSTD] if accept_zstd else [],
+            digest_function=function_of(digests),
+        )
+        response = self.call(services.CAS, "BatchReadBlobs", request)
+        return {item.digest.hash: item for item in response.responses}
+
+    def read(self, digest: Digest, *, offset: int = 0, zstd: bool = False) -> bytes:
+        """The data of ByteStream.Read, as it came."""
+        name = self._name("compressed-blobs/zstd" if zstd else "blobs", digest)
+        request = bytestream.ReadRequest(resource_name=name, read_offset=offset)
+        return b"".join(part.data for part in self.call(services.BYTE_STREAM, "Read", request))
+
+    def upload_name(self, digest: Digest, *, zstd: bool = False) -> str:
+        """A fresh resource name for a write."""
+        kind = "compressed-blobs/zstd" if zstd else "blobs"
+        return self._name(f"uploads/{uuid.uuid4()}/{kind}", digest)
+
+    def write(self, digest: Digest, data: bytes, *, zstd: bool = False) -> int:
+        """ByteStream.Write of these bytes under a fresh name: the committed size."""
+        messages = write_requests(self.upload_name(digest, zstd=zstd), data)
+        response = self.call(services.BYTE_STREAM, "Write", messages)
+        size: int = response.committed_size
+        return size
+
+    def get_action_result(self, digest: Digest) -> reapi.ActionResult:
+        """GetActionResult."""
+        request = reapi.GetActionResultRequest(
+            instance_name=self.instance_name,
+            action_digest=message(digest),
+            digest_function=function_of([digest]),
+        )
+        result: reapi.ActionResult = self.call(services.ACTION_CACHE, "GetActionResult", request)
+        return result
+
+    def update_action_result(self, digest: Digest, result: reapi.ActionResult) -> None:
+        """UpdateActionResult."""
+        request = reapi.UpdateActionResultRequest(
+            instance_name=self.instance_name,
+            action_digest=message(digest),
+            action_result=result,
+            digest_function=function_of([digest]),
+        )
+        self.call(services.ACTION_CACHE, "UpdateActionResult", request)
+
+    def _name(self, middle: str, digest: Digest) -> str:
+        instance = f"{self.instance_name}/" if self.instance_name else ""
+        return f"{instance}{middle}/{digest.function.resource_name_part}{digest}"
+
+
+def _split(url: str) -> tuple[str, str]:
+    if url.startswith("unix:"):
+        return "unix", url
+    scheme, separator, target = url.partition("://")
+    if not separator or scheme not in ("grpc", "grpcs"):
+        raise InvalidArgument(f"the URL {url!r} is not grpc://host:port, grpcs://host:port or unix:/path")
+    return scheme, target
+
+
+def message(digest: Digest) -> reapi.Digest:
+    """The digest as a message."""
+    return reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes)
+
+
+def function_of(digests: Sequence[Digest]) -> Any:
+    """What the field `digest_function` says for these digests; SHA-256 is also what unset means."""
+    return digests[0].function.value if digests else 0
+
+
+def code(number: int) -> grpc.StatusCode:
+    """The gRPC code of a number in a message."""
+    for known in grpc.StatusCode:
+        if known.value[0] == number:
+            return known
+    return grpc.StatusCode.UNKNOWN
+
+
+def write_requests(
+    name: str, data: bytes, *, offset: int = 0, end: int | None = None
+) -> Iterator[bytestream.WriteRequest]:
+    """The messages of a write of `data[offset:end]`, which is finished only at the end of `data`."""
+    stop = len(data) if end is None else end
+    is_first = True
+    while is_first or offset < stop:
+        piece = data[offset : min(stop, offset + WRITE_BYTES)]
+        yield bytestream.WriteRequest(
+            resource_name=name if is_first else "",
+            write_offset=offset,
+            data=piece,
+            finish_write=offset + len(piece) == len(data),
+        )
+        offset += len(piece)
+        is_first = False
+
+
+def fresh(size: int, function: DigestFunction = DigestFunction.SHA256) -> tuple[Digest, bytes]:
+    """A blob that no server has seen, and its digest."""
+    data = os.urandom(size)
+    return Digest.of(data, function), data
