@@ -12,12 +12,11 @@ The file system is the only truth; there is no database beside it that could dis
       groups/<group>/blobs/<sha256|blake3>/<2 hex>/<62 hex>   immutable, mode 0444, named by hash
       groups/<group>/refs/<2 hex>/<62 hex>                    mutable, replaced in one step
       groups/<group>/trees/<2 hex>/<62 hex>/                  a tracked directory and its lock
-      groups/<group>/uses                                     when many blobs at once were last used
       tmp/<token>/, tmp/<token>.lock                          staging files of an open cache
       leases/<token>.<number>                                 blobs that must not be evicted
       trash/                                                  removed directories, on their way out
       quarantine/                                             the last 16 files that had wrong bytes
-      usage/                                                  the bytes in use, and locks
+      usage/                                                  the bytes in use, uses in bulk, locks
       state                                                   what a power failure may have damaged
 
 The group "" is the folder `_default`. Promises:
@@ -33,8 +32,8 @@ The group "" is the folder `_default`. Promises:
   present.
 
 Each module explains its part: `layout`, `session` (life and staging), `ledger` (bytes in use), `blobs`,
-`exchange` (files in and out), `refs`, `directories`, `evict`, `scan`, `recency`, `leases`, `listing`,
-`durability`.
+`exchange` (files in and out), `refs`, `directories`, `evict`, `candidates`, `scan`, `recency`, `leases`,
+`listing`, `durability`.
 """
 
 from snaploader.filecache.cache import DEFAULT_MAX_BYTES, FileCache

@@ -79,7 +79,7 @@ class BlobSpace:
                 absent = [digest for digest in absent if not self.touch(digest)]
             missing.update(absent)
             if present.any():
-                self._uses.append(words[present, 0], self._env.now_ns())
+                self._uses.append(self._env.layout.group, words[present, 0], self._env.now_ns())
         return missing
 
     def touch(self, digest: Digest) -> bool:
@@ -229,8 +229,10 @@ class BlobSpace:
         target = self._env.layout.blob(digest)
         if not keep:
             os.chmod(path, BLOB_MODE)
+        status = os.stat(path)
+        # The kernel's time may be a tick old, and so older than an earlier use of another blob.
+        recency.touch(path, status, self._env.now_ns())
         while True:
-            status = os.stat(path)
             with self._env.ledger.section() as section:
                 total = section.total_bytes
                 if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
@@ -253,12 +255,12 @@ class BlobSpace:
             return False
         section.change(name, 0, disk_bytes(status))
         try:
-            while True:
-                try:
-                    os.link(path, target)
-                    break
-                except FileNotFoundError:
-                    os.makedirs(os.path.dirname(target), exist_ok=True)
+            self._env.checkpoint("blob.counted")
+            try:
+                os.link(path, target)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.link(path, target)
         except BaseException:
             section.change(name, disk_bytes(status), 0)
             raise
@@ -312,10 +314,7 @@ class BlobSpace:
             section.change(self._name(digest), disk_bytes(now), 0)
         self._env.counters.add(quarantined_blobs=1)
         _logger.warning("blob %s had wrong bytes and was moved to %s", digest, folder)
-        kept = sorted((entry.stat().st_ctime_ns, entry.path) for entry in os.scandir(folder))
-        for _, old in kept[:-MAX_QUARANTINED]:
-            with suppress(FileNotFoundError):
-                os.unlink(old)
+        _keep_newest(folder, MAX_QUARANTINED)
 
     def _name(self, digest: Digest) -> str:
         return entry_name(self._env.layout.group, space_of(digest.function), digest.hash)
@@ -323,6 +322,16 @@ class BlobSpace:
 
 def _is_empty_blob(digest: Digest) -> bool:
     return digest.size_bytes == 0 and digest.hash == digest.function.hash(b"")
+
+
+def _keep_newest(folder: str, count: int) -> None:
+    found = []
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):
+            found.append((os.stat(f"{folder}/{name}").st_ctime_ns, name))
+    for _, name in sorted(found)[:-count]:
+        with suppress(FileNotFoundError):
+            os.unlink(f"{folder}/{name}")
 
 
 def _exists(path: str) -> bool:

@@ -94,10 +94,10 @@ class FileCache:
             self._env = Environment(layout, own, ledger, max_bytes, checkpoint)
             self._trash = TrashCan(layout.trash, own)
             undo.callback(self._trash.close)
-            self._evictor = Evictor(self._env, self._trash, use_lock)
+            uses = UseLog(layout.uses, use_lock)
+            self._evictor = Evictor(self._env, self._durability, self._trash, uses)
             undo.callback(self._evictor.close)
             make_room = self._evictor.make_room
-            uses = UseLog(layout.group_path(), use_lock)
             self._blobs = BlobSpace(self._env, self._durability, uses, make_room)
             self._refs = RefSpace(self._env, make_room)
             self._directories = DirectoryStore(self._env, self._trash, make_room)

@@ -98,7 +98,11 @@ class DirectoryStore:
                     )
                     if room:
                         section.change(self._name(entry), 0, size)
-                        os.rename(source, f"{entry}/data")
+                        try:
+                            os.rename(source, f"{entry}/data")
+                        except OSError:
+                            section.change(self._name(entry), size, 0)
+                            raise
                         self._env.checkpoint("directory.renamed")
                         return True
             finally:

@@ -94,12 +94,13 @@ class Durability:
                 self._windows = windows
                 self._store(max(now_ns, flushed_ns))
 
-    def clear(self, before_ns: int) -> None:
-        """Everything written before this time was verified."""
+    def clear(self) -> None:
+        """There are no suspects left in the windows known so far."""
+        cleared = set(self._windows)
         with self._lock.held():
             boot, flushed_ns, windows = self._load()
             if boot == self._boot_id:
-                self._windows = [window for window in windows if window[1] > before_ns]
+                self._windows = [window for window in windows if window not in cleared]
                 self._store(flushed_ns)
 
     def close(self) -> None:

@@ -8,16 +8,14 @@ is used up, the next scan makes a new one. One process evicts at a time.
 
 from __future__ import annotations
 
-import heapq
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from snaploader.errors import ResourceExhausted, translate_os_errors
-from snaploader.filecache import directories, recency, session
+from snaploader.filecache import directories, session
+from snaploader.filecache.candidates import Candidates
+from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.hashes import prefix_of
 from snaploader.filecache.layout import Space
@@ -32,41 +30,25 @@ RETRY_SCAN_S = 1.0
 """How long a scan that found nothing to evict is believed while nothing is added and no lease changes."""
 
 
-@dataclass
-class _Candidates:
-    """Entries in order of last use, and how far they are used up."""
-
-    scan: Scan
-    order: list[int]
-    position: int = 0
-    later: list[tuple[int, int]] = field(default_factory=list)
-    """Heap of (time, row) of entries that were used after the scan."""
-    log_sizes: dict[str, int] = field(default_factory=dict)
-
-    def next_row(self) -> int | None:
-        if self.position < len(self.order):
-            row = self.order[self.position]
-            if not self.later or int(self.scan.used_ns[row]) <= self.later[0][0]:
-                self.position += 1
-                return row
-        return heapq.heappop(self.later)[1] if self.later else None
-
-    def put_back(self, row: int, used_ns: int) -> None:
-        self.scan.used_ns[row] = used_ns
-        heapq.heappush(self.later, (used_ns, row))
-
-
 class Evictor:
     """Keeps the cache within its bound. Thread-safe, process-safe."""
 
-    def __init__(self, environment: Environment, trash: TrashCan, use_lock: FileLock) -> None:
+    def __init__(
+        self, environment: Environment, durability: Durability, trash: TrashCan, uses: UseLog
+    ) -> None:
         self._env = environment
+        self._durability = durability
         self._trash = trash
-        self._use_lock = use_lock
-        self._lock = FileLock(f"{environment.layout.usage}/evict.lock")
+        self._uses = uses
         self._leases = LeaseTable(environment.layout)
-        self._candidates: _Candidates | None = None
+        self._candidates: Candidates | None = None
         self._exhausted: tuple[tuple[int, int], float] | None = None
+        self._lock = FileLock(f"{environment.layout.usage}/evict.lock")
+        with self._lock.held_now() as held:
+            if held:
+                # Nobody scans; if the ledger says so, that process was killed.
+                with environment.ledger.section() as section:
+                    section.abandon_scan()
 
     def make_room(self, extra_bytes: int) -> None:
         """Evict until `extra_bytes` more fit. ResourceExhausted when they cannot."""
@@ -79,12 +61,12 @@ class Evictor:
         left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
-                f"the file cache is full: of {left} bytes all that could go is leased by running work, and "
+                f"the file cache is full: of {left} bytes all that could go is in use by running work, and "
                 f"{extra_bytes} more do not fit into its {self._env.max_bytes}: raise its max_bytes"
             )
 
     def prune(self, target_bytes: int) -> int:
-        """Evict until the cache takes no more than this, or all else is leased; its size then."""
+        """Evict until the cache takes no more than this, or all else is in use; its size then."""
         with translate_os_errors("cannot prune the file cache"), self._lock.held():
             self._rescan()
         self._reduce(target_bytes)
@@ -106,12 +88,13 @@ class Evictor:
                     return None
                 if total is not None and self._still_exhausted(state):
                     return total
-                if total is None or self._candidates is None:
+                candidates = self._candidates
+                if total is None or candidates is None:
                     self._rescan()
                     scanned = True
                     continue
-                self._read_uses(self._candidates)
-                if self._evict_one(self._candidates):
+                candidates.read_uses(self._uses, self._env.now_ns())
+                if self._evict_one(candidates):
                     continue
                 self._candidates = None
                 if scanned:
@@ -124,7 +107,7 @@ class Evictor:
         known, when = self._exhausted
         return known == state and time.monotonic() < when + RETRY_SCAN_S
 
-    def _evict_one(self, candidates: _Candidates) -> bool:
+    def _evict_one(self, candidates: Candidates) -> bool:
         """Evict the next entry that may go; False when there is none."""
         while (row := candidates.next_row()) is not None:
             group, space, hash_ = candidates.scan.name(row)
@@ -139,10 +122,12 @@ class Evictor:
         return False
 
     def _evict_file(
-        self, section: Section, group: str, space: Space, hash_: str, candidates: _Candidates, row: int
+        self, section: Section, group: str, space: Space, hash_: str, candidates: Candidates, row: int
     ) -> int | None:
-        self._leases.refresh(section.lease_generation)
+        if self._leases.refresh(section.lease_generation):
+            candidates.set_leases(self._leases)
         if space.function is not None and self._leases.protects(prefix_of(hash_)):
+            candidates.set_aside(row)
             return None
         path = self._env.layout.entry(space, hash_, group)
         try:
@@ -158,7 +143,7 @@ class Evictor:
         section.change(entry_name(group, space, hash_), size, 0)
         return size
 
-    def _evict_directory(self, group: str, hash_: str, candidates: _Candidates, row: int) -> int | None:
+    def _evict_directory(self, group: str, hash_: str, candidates: Candidates, row: int) -> int | None:
         entry = self._env.layout.entry(Space.TREES, hash_, group)
         with suppress(FileNotFoundError):
             _, used_ns = directories.measure_entry(entry)
@@ -176,9 +161,14 @@ class Evictor:
         ledger = self._env.ledger
         with ledger.section() as section:
             section.begin_scan()
-        self._env.checkpoint("scan.begun")
-        scan = Scan(layout)
-        self._env.checkpoint("scan.listed")
+        try:
+            self._env.checkpoint("scan.begun")
+            scan = Scan(layout, self._durability.is_suspect)
+            self._env.checkpoint("scan.listed")
+        except BaseException:
+            with ledger.section() as section:
+                section.abandon_scan()
+            raise
         with ledger.section() as section:
             changed = section.end_scan()
             seen = scan.sizes_by_entry(set(changed))
@@ -186,31 +176,7 @@ class Evictor:
             total += sum(size - seen.get(name, 0) for name, size in changed.items())
             section.set_total(total)
             self._leases.refresh(section.lease_generation, again=True)
-        candidates = _Candidates(scan, [])
-        self._read_uses(candidates, first=True)
-        candidates.order = np.argsort(scan.used_ns, kind="stable").tolist()
-        self._candidates = candidates
         self._env.counters.add(scans=1)
-
-    def _read_uses(self, candidates: _Candidates, *, first: bool = False) -> None:
-        """Take in what the groups' use logs say since last time."""
-        scan = candidates.scan
-        changed = False
-        for number, group in enumerate(scan.groups):
-            log = UseLog(self._env.layout.group_path(group), self._use_lock)
-            offset = candidates.log_sizes.get(group, 0)
-            if log.size() == offset:
-                continue
-            records, candidates.log_sizes[group] = log.read(offset)
-            rows = np.flatnonzero(scan.group == number)
-            times = scan.used_ns[rows]
-            recency.apply(times, scan.prefixes[rows], records, self._env.now_ns())
-            scan.used_ns[rows] = times
-            changed = True
-        if changed and not first:
-            rest = candidates.order[candidates.position :] + [row for _, row in candidates.later]
-            candidates.later.clear()
-            candidates.position = 0
-            candidates.order = [
-                rest[place] for place in np.argsort(scan.used_ns[rest], kind="stable").tolist()
-            ]
+        if not scan.suspects and self._durability.any_suspects:
+            self._durability.clear()
+        self._candidates = Candidates(scan, self._leases)

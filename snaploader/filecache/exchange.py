@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 from contextlib import suppress
 
 from snaploader.digest import Buffer, Digest, DigestFunction
-from snaploader.errors import DataLoss, FailedPrecondition, translate_os_errors
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import content
 from snaploader.filecache.blobs import BLOB_MODE, BlobSpace
 from snaploader.filecache.content import suppress_errnos
 
 _NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES})
 """Why a link may be refused where a copy works; see link(2)."""
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+"""What open(2) says where the file system knows no O_TMPFILE."""
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Not to wait for the writer of a FIFO, which is refused then."""
 WRITABLE_MODE = 0o644
 
 
@@ -40,8 +46,9 @@ def put_file(blobs: BlobSpace, digest: Digest, path: str, *, move: bool, link: b
     """See `FileCache.put_file`."""
     blobs.check_fits(digest.size_bytes)
     with translate_os_errors(f"cannot add {path!r} as blob {digest}"):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, _READ)
         try:
+            _check_regular(fd, path)
             size = os.fstat(fd).st_size
             if size != digest.size_bytes:
                 raise DataLoss(f"{path!r} has {size} bytes and is to be blob {digest}")
@@ -92,8 +99,9 @@ def _put_copy(blobs: BlobSpace, digest: Digest, source: int, name: str, *, verif
 def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Digest, bool]:
     """See `FileCache.add_file`."""
     with translate_os_errors(f"cannot add {path!r} to the file cache"):
-        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        source = os.open(path, _READ)
         try:
+            _check_regular(source, path)
             blobs.check_fits(os.fstat(source).st_size)
             staged, fd = blobs.stage()
             try:
@@ -144,11 +152,29 @@ def _link_out(blobs: BlobSpace, digest: Digest, fd: int, destination: str) -> bo
 def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
     """Copy to a new file that gets its name in one step when it is whole, and never before."""
     folder = os.path.dirname(destination) or "."
-    fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+    with suppress_errnos(_NO_TMPFILE):
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+        try:
+            content.copy_content(source, fd, size)
+            os.fchmod(fd, mode)
+            # The descriptor makes this linkat(2), which follows the symbolic link; see open(2), O_TMPFILE.
+            os.link(f"/proc/self/fd/{fd}", destination, src_dir_fd=fd, follow_symlinks=True)
+        finally:
+            os.close(fd)
+        return
+    temporary = f"{folder}/.{os.path.basename(destination)[:100]}.{secrets.token_hex(8)}"
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        content.copy_content(source, fd, size)
-        os.fchmod(fd, mode)
-        # The descriptor's folder makes this linkat(2) follow the symbolic link; see open(2), O_TMPFILE.
-        os.link(f"/proc/self/fd/{fd}", destination, src_dir_fd=fd, follow_symlinks=True)
+        try:
+            content.copy_content(source, fd, size)
+            os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
+        os.link(temporary, destination)
     finally:
-        os.close(fd)
+        os.unlink(temporary)
+
+
+def _check_regular(fd: int, path: str) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise InvalidArgument(f"{path!r} is not a regular file")

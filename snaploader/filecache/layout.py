@@ -110,6 +110,10 @@ class Layout:
     def state(self) -> str:
         return f"{self.base}/state"
 
+    @property
+    def uses(self) -> str:
+        return f"{self.usage}/uses"
+
     def group_path(self, group: str | None = None) -> str:
         """The folder of a group, by folder name; this layout's own by default."""
         return f"{self.groups}/{group or self.group}"

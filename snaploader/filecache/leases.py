@@ -41,13 +41,15 @@ class Lease:
         # Evictions happen in sections too, so none is under way that has not seen this lease.
         with ledger.section() as section:
             os.rename(temporary, path)
+            # Killed here, the lease ends with its session.
             section.leases_changed()
         self._path = path
 
     def release(self) -> None:
         """End the lease. Again is fine."""
         path, self._path = self._path, None
-        if path is None:
+        # Closing the cache ends its leases.
+        if path is None or self._ledger.closed:
             return
         with self._ledger.section() as section:
             with suppress(FileNotFoundError):
@@ -71,14 +73,14 @@ class LeaseTable:
         self._generation = -1
         self._prefixes: Prefixes = np.empty(0, dtype=np.uint64)
 
-    def refresh(self, generation: int, *, again: bool = False) -> None:
-        """Read the leases if they changed. The caller is in a section of the ledger.
+    def refresh(self, generation: int, *, again: bool = False) -> bool:
+        """Read the leases if they changed; whether they did. The caller is in a section of the ledger.
 
         Args:
             again: Read them in any case: an owner may have died, which changes no generation.
         """
         if generation == self._generation and not again:
-            return
+            return False
         held = [np.empty(0, dtype=np.uint64)]
         alive: dict[str, bool] = {}
         for name in os.listdir(self._layout.leases):
@@ -90,6 +92,7 @@ class LeaseTable:
                     held.append(np.fromfile(f"{self._layout.leases}/{name}", dtype="<u8").astype(np.uint64))
         self._prefixes = np.unique(np.concatenate(held))
         self._generation = generation
+        return True
 
     def protects(self, prefix: int) -> bool:
         """Whether a blob is leased."""

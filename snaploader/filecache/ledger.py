@@ -79,6 +79,13 @@ class Section:
         self._scanning = 1
         self._store()
 
+    def abandon_scan(self) -> None:
+        """The scan failed, or its process died: nothing is noted any more."""
+        if self._scanning:
+            self._scanning = 0
+            self._ledger.clear_journal()
+            self._store()
+
     def end_scan(self) -> dict[str, int]:
         """What changed since `begin_scan`: entry to its size now. `set_total` must follow."""
         self._scanning = 0
@@ -110,9 +117,16 @@ class Ledger:
         with self.section() as section:
             return section.total_bytes
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.lock.closed
+
     def close(self) -> None:
         """Give up the descriptor."""
         self.lock.close()
+
+    # For sections only
 
     def note(self, entry: str, new_bytes: int) -> None:
         fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -129,8 +143,10 @@ class Ledger:
             return {}
         changed = {}
         for line in lines:
+            # A writer that met a full disk may have left a part of a line, and then changed nothing.
             size, _, entry = line.partition(" ")
-            changed[entry] = int(size)
+            if size.isdigit() and entry:
+                changed[entry] = int(size)
         return changed
 
     def clear_journal(self) -> None:

@@ -37,6 +37,28 @@ class FileLock:
             finally:
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
 
+    @contextmanager
+    def held_now(self) -> Iterator[bool]:
+        """Hold the lock if that needs no waiting; whether it is held."""
+        held = self._threads.acquire(blocking=False)
+        try:
+            if held:
+                try:
+                    fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._threads.release()
+                    held = False
+            yield held
+        finally:
+            if held:
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+                self._threads.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.fd < 0
+
     def close(self) -> None:
         """Give up the descriptor. Waits for the thread that holds the lock."""
         with self._threads:

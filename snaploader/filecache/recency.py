@@ -2,15 +2,18 @@
 
 The access time of an entry's file says it, set explicitly (mount options such as noatime do not matter)
 and so it survives restarts. Setting it for each of 200,000 blobs takes most of a second, so uses in
-bulk are appended to one file per group instead, `groups/<group>/uses`: records of 16 bytes, the first
-eight bytes of the hash and the time in nanoseconds since the epoch, little-endian. Two hashes that
-begin alike only keep each other young. Eviction takes the later of both times.
+bulk are appended to one file instead, `usage/uses`: records of 16 bytes, a key and the time in
+nanoseconds since the epoch, little-endian. The key is the first eight bytes of the hash, exclusive or
+those of the SHA-256 of the group's folder name; two entries of one key only keep each other young.
+Eviction takes the later of both times.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +21,10 @@ import numpy.typing as npt
 from snaploader.filecache.hashes import Prefixes
 from snaploader.filecache.locks import FileLock
 
-_RECORD = np.dtype([("prefix", "<u8"), ("time_ns", "<i8")])
+_RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
 Records = npt.NDArray[np.void]
 COMPACT_BYTES = 32 << 20
-"""Size from which the log is rewritten with one record per hash."""
+"""Size from which the log is rewritten with one record per key."""
 
 
 def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
@@ -31,24 +34,32 @@ def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
         os.utime(path, ns=(now_ns, status.st_mtime_ns))
 
 
-class UseLog:
-    """Uses in bulk, of one group. Process-safe; the lock makes it thread-safe too."""
+class Position(NamedTuple):
+    """How far a reader got in the log: a file and a place in it."""
 
-    def __init__(self, group_path: str, lock: FileLock) -> None:
-        self._path = f"{group_path}/uses"
+    inode: int = 0
+    offset: int = 0
+
+
+class UseLog:
+    """Uses in bulk. Thread-safe, process-safe."""
+
+    def __init__(self, path: str, lock: FileLock) -> None:
+        self._path = path
         self._lock = lock
 
-    def append(self, prefixes: Prefixes, now_ns: int) -> None:
-        """Record that all of these were used now."""
+    def append(self, group: str, prefixes: Prefixes, now_ns: int) -> None:
+        """Record that all of these entries of a group were used now."""
         records = np.empty(len(prefixes), dtype=_RECORD)
-        records["prefix"] = prefixes
+        records["key"] = keys(group, prefixes)
         records["time_ns"] = now_ns
         with self._lock.held():
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 size = os.fstat(fd).st_size
                 if size > COMPACT_BYTES:
-                    size = self._compact(fd, size)
+                    os.close(fd)
+                    fd, size = self._compacted()
                 # What a writer that was killed or met a full disk left of a record is overwritten.
                 position = size - size % _RECORD.itemsize
                 view = memoryview(records.tobytes())
@@ -58,56 +69,70 @@ class UseLog:
             finally:
                 os.close(fd)
 
-    def read(self, offset: int = 0) -> tuple[Records, int]:
-        """The records from `offset` bytes on, and where the next ones will be. Starts over if rewritten."""
+    def read(self, since: Position = Position()) -> tuple[Records, Position]:  # noqa: B008
+        """The records after `since`, or all when the log was rewritten; and how far they go."""
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            file = open(self._path, "rb")  # noqa: SIM115
         except FileNotFoundError:
-            return np.empty(0, dtype=_RECORD), 0
-        with os.fdopen(fd, "rb") as file:
-            size = os.fstat(fd).st_size
-            if size < offset:
-                offset = 0
+            return np.empty(0, dtype=_RECORD), since
+        with file:
+            status = os.fstat(file.fileno())
+            offset = since.offset if since.inode == status.st_ino else 0
             file.seek(offset)
-            data = file.read(size - offset)
+            data = file.read(max(0, status.st_size - offset))
         whole = len(data) - len(data) % _RECORD.itemsize
-        return np.frombuffer(data[:whole], dtype=_RECORD), offset + whole
+        return np.frombuffer(data[:whole], dtype=_RECORD), Position(status.st_ino, offset + whole)
 
-    def size(self) -> int:
-        """Its size in bytes."""
+    def grew(self, since: Position) -> bool:
+        """Whether there is anything after `since`."""
         try:
-            return os.stat(self._path).st_size
+            status = os.stat(self._path)
         except FileNotFoundError:
-            return 0
+            return False
+        return status.st_ino != since.inode or status.st_size >= since.offset + _RECORD.itemsize
 
-    def _compact(self, fd: int, size: int) -> int:
-        """Keep the newest record of each hash; the new size. In place: losing it loses only recency."""
-        data = os.pread(fd, size, 0)
-        latest = newest(np.frombuffer(data[: len(data) - len(data) % _RECORD.itemsize], dtype=_RECORD))
+    def _compacted(self) -> tuple[int, int]:
+        """Replace the log by one with the newest record of each key; its descriptor and size."""
+        latest = newest(self.read()[0])
         if latest.nbytes > COMPACT_BYTES // 2:
-            # So many blobs are not in the cache; the oldest half goes.
-            latest = latest[np.argsort(latest["time_ns"])][len(latest) // 2 :]
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, latest.tobytes(), 0)
-        return latest.nbytes
+            # More than any cache holds blobs: the ones unused for longest do not matter any more.
+            latest = latest[np.argsort(latest["time_ns"])][-(COMPACT_BYTES // 2 // _RECORD.itemsize) :]
+        temporary = f"{self._path}.new"
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            view = memoryview(latest.tobytes())
+            while view:
+                view = view[os.write(fd, view) :]
+            os.rename(temporary, self._path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd, latest.nbytes
+
+
+def keys(group: str, prefixes: Prefixes) -> Prefixes:
+    """The log's keys for entries of a group, by folder name."""
+    salt = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+    return prefixes ^ np.uint64(salt)
 
 
 def newest(records: Records) -> Records:
-    """One record per hash, the newest, sorted by hash."""
-    ordered = records[np.lexsort((records["time_ns"], records["prefix"]))]
-    prefixes = ordered["prefix"]
+    """One record per key, the newest, sorted by key."""
+    ordered = records[np.lexsort((records["time_ns"], records["key"]))]
     last = np.ones(len(ordered), dtype=np.bool_)
-    last[:-1] = prefixes[1:] != prefixes[:-1]
+    last[:-1] = ordered["key"][1:] != ordered["key"][:-1]
     return ordered[last]
 
 
-def apply(times_ns: npt.NDArray[np.int64], prefixes: Prefixes, records: Records, now_ns: int) -> None:
-    """Raise each time to that of the newest record of its hash. Times in the future count as now."""
+def apply(
+    times_ns: npt.NDArray[np.int64], entry_keys: Prefixes, records: Records, now_ns: int
+) -> npt.NDArray[np.int64]:
+    """Each time, or that of the newest record of its key if later. Times in the future count as now."""
     if not len(records):
-        return
+        return times_ns
     latest = newest(records)
-    places = np.searchsorted(latest["prefix"], prefixes)
+    places = np.searchsorted(latest["key"], entry_keys)
     places[places == len(latest)] = 0
-    known = latest["prefix"][places] == prefixes
+    known = latest["key"][places] == entry_keys
     logged = np.minimum(latest["time_ns"][places], now_ns)
-    np.maximum(times_ns, np.where(known, logged, 0), out=times_ns)
+    return np.where(known, np.maximum(times_ns, logged), times_ns)

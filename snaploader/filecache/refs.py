@@ -81,6 +81,7 @@ class RefSpace:
                     file.write(encode(value))
                     file.flush()
                     status = os.fstat(file.fileno())
+                recency.touch(temporary, status, self._env.now_ns())
                 self._env.checkpoint("ref.written")
                 while True:
                     with self._env.ledger.section() as section:
@@ -103,6 +104,7 @@ class RefSpace:
             old = 0
             os.makedirs(os.path.dirname(path), exist_ok=True)
         section.change(self._name(key), old, size)
+        self._env.checkpoint("ref.counted")
         os.rename(temporary, path)
         self._env.checkpoint("ref.renamed")
         return True

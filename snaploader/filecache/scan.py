@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.filecache import directories
+from snaploader.filecache import directories, recency
 from snaploader.filecache.hashes import Prefixes, to_hex, to_words
 from snaploader.filecache.layout import Layout, Space
 
@@ -30,6 +30,8 @@ class Found(NamedTuple):
     hash: str
     disk_bytes: int
     used_ns: int
+    status: os.stat_result | None
+    """Of a blob or ref."""
 
 
 def disk_bytes(status: os.stat_result) -> int:
@@ -55,16 +57,18 @@ def _shard_entries(path: str, space: Space, shard: str) -> Iterator[Found]:
             with suppress(FileNotFoundError):
                 if space is Space.TREES:
                     size, used_ns = directories.measure_entry(entry.path)
+                    yield Found(space, shard + entry.name, size, used_ns, None)
                 else:
                     status = entry.stat(follow_symlinks=False)
-                    size, used_ns = disk_bytes(status), status.st_atime_ns
-                yield Found(space, shard + entry.name, size, used_ns)
+                    yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
 
 
 class Scan:
     """Every entry of every group, as columns: 58 bytes each."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, is_suspect: Callable[[os.stat_result], bool]) -> None:
+        self.suspects = 0
+        """Blobs that a power failure may have damaged."""
         self._layout = layout
         self.groups = sorted(os.listdir(layout.groups))
         """Folder names."""
@@ -73,10 +77,11 @@ class Scan:
         words = [np.empty((0, 4), dtype=np.uint64)]
         for number, group in enumerate(self.groups):
             for found in entries(layout, group):
-                for column, value in zip(
-                    columns, (number, found.space, found.disk_bytes, found.used_ns), strict=True
-                ):
+                values = (number, found.space, found.disk_bytes, found.used_ns)
+                for column, value in zip(columns, values, strict=True):
                     column.append(value)
+                if found.status is not None and found.space is not Space.REFS:
+                    self.suspects += is_suspect(found.status)
                 hashes.append(found.hash)
                 if len(hashes) == 4096:
                     words.append(to_words(hashes))
@@ -88,6 +93,11 @@ class Scan:
             for column, kind in zip(columns, ("u2", "u1", "i8", "i8"), strict=True)
         )
         self.prefixes: Prefixes = np.ascontiguousarray(self.words[:, 0])
+        self.use_keys = self.prefixes.copy()
+        """As the log of uses names the entries."""
+        for number, group in enumerate(self.groups):
+            rows = self.group == number
+            self.use_keys[rows] = recency.keys(group, self.prefixes[rows])
 
     def __len__(self) -> int:
         return len(self.group)

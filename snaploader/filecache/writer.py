@@ -47,7 +47,8 @@ class BlobWriter:
         if found != self._digest.hash:
             raise DataLoss(f"blob {self._digest}: the bytes that came have the hash {found}")
         with translate_os_errors(f"cannot add blob {self._digest}"):
-            added = self._blobs.publish(self._digest, self._path)
+            self._blobs.checkpoint("blob.written")
+            added = not self._blobs.present(self._digest) and self._blobs.publish(self._digest, self._path)
         self.close()
         return added
 

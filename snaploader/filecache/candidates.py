@@ -1,0 +1,76 @@
+"""The order in which entries go, in memory."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+from snaploader.filecache import recency
+from snaploader.filecache.layout import Space
+from snaploader.filecache.leases import LeaseTable
+from snaploader.filecache.recency import Position, UseLog
+from snaploader.filecache.scan import Scan
+
+
+class Candidates:
+    """The entries that a scan found, in order of last use, and how far they are used up.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, scan: Scan, leases: LeaseTable) -> None:
+        self.scan = scan
+        self._order = list(range(len(scan)))
+        self._next = 0
+        self._later: list[tuple[int, int]] = []
+        """Heap of (time, row) of entries that were used after the scan."""
+        self._aside: list[int] = []
+        """Leased."""
+        self._log = Position()
+        self._blob_rows = scan.space <= Space.BLAKE3
+        self.set_leases(leases)
+
+    def next_row(self) -> int | None:
+        """The row of the entry that was used longest ago; it is not a candidate any more."""
+        if self._next < len(self._order):
+            row = self._order[self._next]
+            if not self._later or int(self.scan.used_ns[row]) <= self._later[0][0]:
+                self._next += 1
+                return row
+        return heapq.heappop(self._later)[1] if self._later else None
+
+    def put_back(self, row: int, used_ns: int) -> None:
+        """The entry was used at this time."""
+        self.scan.used_ns[row] = used_ns
+        heapq.heappush(self._later, (used_ns, row))
+
+    def set_aside(self, row: int) -> None:
+        """The entry is leased."""
+        self._aside.append(row)
+
+    def set_leases(self, leases: LeaseTable) -> None:
+        """Leases changed: what they protect is set aside, what they do not comes back."""
+        rest = self._take_rest() + self._aside
+        rows = np.array(rest, dtype=np.int64)
+        leased = leases.protected(self.scan.prefixes[rows]) & self._blob_rows[rows]
+        self._aside = rows[leased].tolist()
+        self._sort(rows[~leased])
+
+    def read_uses(self, log: UseLog, now_ns: int) -> None:
+        """Take in what the log of uses says since last time."""
+        if not log.grew(self._log):
+            return
+        records, self._log = log.read(self._log)
+        scan = self.scan
+        scan.used_ns = recency.apply(scan.used_ns, scan.use_keys, records, now_ns)
+        self._sort(np.array(self._take_rest(), dtype=np.int64))
+
+    def _take_rest(self) -> list[int]:
+        return self._order[self._next :] + [row for _, row in self._later]
+
+    def _sort(self, rows: npt.NDArray[np.int64]) -> None:
+        self._later = []
+        self._next = 0
+        self._order = rows[np.argsort(self.scan.used_ns[rows], kind="stable")].tolist()
