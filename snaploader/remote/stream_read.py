@@ -15,6 +15,7 @@ from snaploader.remote.client import Connection
 from snaploader.remote.compression import MIN_BYTES, decompress_frames
 from snaploader.remote.names import read_name
 from snaploader.remote.retry import Attempts
+from snaploader.remote.status import code_of
 
 
 class StreamReader:
@@ -98,9 +99,11 @@ class _Download:
             try:
                 for piece in pieces:
                     self._take(piece, attempts)
-            except DataLoss:
+            except DataLoss as error:
+                if code_of(error) is not None:  # the server's own words
+                    raise
                 self._connection.recorder.add(corrupted=1)
-                raise
+                raise DataLoss(f"blob {self._digest} came damaged from the server: {error}") from error
         self._finish()
 
     def _counted(self, messages: Generator[bytestream_pb2.ReadResponse, None, None]) -> Iterator[Buffer]:
@@ -112,15 +115,10 @@ class _Download:
     def _take(self, piece: Buffer, attempts: Attempts) -> None:
         received = self._received + len(piece)
         if received > self._digest.size_bytes:
-            raise DataLoss(
-                f"the server sent more than the {self._digest.size_bytes} bytes of blob {self._digest}"
-            )
-        if received == self._digest.size_bytes:
-            self._hasher.update(piece)
-            if self._hasher.hexdigest() != self._digest.hash:
-                raise DataLoss(f"blob {self._digest} came damaged from the server: its hash is another")
-        else:
-            self._hasher.update(piece)
+            raise DataLoss(f"there are more than {self._digest.size_bytes} bytes")
+        self._hasher.update(piece)
+        if received == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
+            raise DataLoss("the bytes do not match the digest")
         try:
             self._write(piece)
         except Exception as error:
