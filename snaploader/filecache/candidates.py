@@ -18,10 +18,14 @@ class Candidates:
     """The entries that a scan found, in order of last use, and how far they are used up.
 
     For one thread at a time.
+
+    Args:
+        begun_ns: When the scan began, in nanoseconds since the epoch.
     """
 
-    def __init__(self, scan: Scan, leases: LeaseTable) -> None:
+    def __init__(self, scan: Scan, leases: LeaseTable, begun_ns: int) -> None:
         self.scan = scan
+        self._begun_ns = begun_ns
         self._order = list(range(len(scan)))
         self._next = 0
         self._later: list[tuple[int, int]] = []
@@ -32,14 +36,25 @@ class Candidates:
         self._blob_rows = scan.space <= Space.BLAKE3
         self.set_leases(leases)
 
-    def next_row(self) -> int | None:
-        """The row of the entry that was used longest ago; it is not a candidate any more."""
+    def next_row(self, *, is_fresh: bool) -> int | None:
+        """The row of the entry that was used longest ago; it is not a candidate any more.
+
+        None when that was after the scan: what was added since is not known here and may have been used
+        longer ago. A scan that `is_fresh` knows all there is, whatever the clock says.
+        """
+        used_ns, row = self._later[0] if self._later else (None, -1)
         if self._next < len(self._order):
-            row = self._order[self._next]
-            if not self._later or int(self.scan.used_ns[row]) <= self._later[0][0]:
-                self._next += 1
-                return row
-        return heapq.heappop(self._later)[1] if self._later else None
+            first = self._order[self._next]
+            first_ns = int(self.scan.used_ns[first])
+            if used_ns is None or first_ns <= used_ns:
+                if first_ns < self._begun_ns or is_fresh:
+                    self._next += 1
+                    return first
+                return None
+        if used_ns is None or (used_ns >= self._begun_ns and not is_fresh):
+            return None
+        heapq.heappop(self._later)
+        return row
 
     def put_back(self, row: int, used_ns: int) -> None:
         """The entry was used at this time."""

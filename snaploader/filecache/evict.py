@@ -2,8 +2,8 @@
 
 A scan gives all entries in order of last use; the list is kept and used up over many calls. It stays
 in the right order: an entry used since has a later time than all that were not, which is seen when its
-turn comes and sends it to the back; an entry added since is younger than the whole list. When the list
-is used up, the next scan makes a new one. One process evicts at a time.
+turn comes and sends it to the back; an entry added since is younger than all that were not used since.
+When only entries that were used since are left, the next scan makes a new list. One process evicts at a time.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Evictor:
                     scanned = True
                     continue
                 candidates.read_uses(self._uses, self._env.now_ns())
-                if self._evict_one(candidates):
+                if self._evict_one(candidates, is_fresh=scanned):
                     continue
                 self._candidates = None
                 if scanned:
@@ -107,9 +107,9 @@ class Evictor:
         known, when = self._exhausted
         return known == state and time.monotonic() < when + RETRY_SCAN_S
 
-    def _evict_one(self, candidates: Candidates) -> bool:
+    def _evict_one(self, candidates: Candidates, *, is_fresh: bool) -> bool:
         """Evict the next entry that may go; False when there is none."""
-        while (row := candidates.next_row()) is not None:
+        while (row := candidates.next_row(is_fresh=is_fresh)) is not None:
             group, space, hash_ = candidates.scan.name(row)
             if space is Space.TREES:
                 size = self._evict_directory(group, hash_, candidates, row)
@@ -163,6 +163,7 @@ class Evictor:
             section.begin_scan()
         try:
             self._env.checkpoint("scan.begun")
+            begun_ns = self._env.now_ns()
             scan = Scan(layout, self._durability.is_suspect)
             self._env.checkpoint("scan.listed")
         except BaseException:
@@ -179,4 +180,4 @@ class Evictor:
         self._env.counters.add(scans=1)
         if not scan.suspects and self._durability.any_suspects:
             self._durability.clear()
-        self._candidates = Candidates(scan, self._leases)
+        self._candidates = Candidates(scan, self._leases, begun_ns)
