@@ -101,7 +101,9 @@ def measure_local(report: Report, scratch: Path, image: Path) -> None:
             )
         snapshot = loader.get_snapshot(keys)
         took, _ = timed(lambda: loader.restore_snapshot(snapshot, scratch / "restored"))
-        report.add("full restore, warm cache", took, {"copy of the file": copy, "memcpy": floors.memcpy(data)})
+        report.add(
+            "full restore, warm cache", took, {"copy of the file": copy, "memcpy": floors.memcpy(data)}
+        )
         shutil.rmtree(scratch / "restored")
 
     # A new process would start like this: nothing in memory, the files in the page cache.
@@ -119,7 +121,11 @@ def measure_local(report: Report, scratch: Path, image: Path) -> None:
         report.add(
             "lazy open + first 4 KiB, warm",
             took,
-            {"parsing the tree": parse, "open + read of a plain file": full, "full restore": report.rows[-1]["seconds"]},
+            {
+                "parsing the tree": parse,
+                "open + read of a plain file": full,
+                "full restore": report.rows[-1]["seconds"],
+            },
         )
 
 
@@ -127,9 +133,7 @@ def raw_upload(url: str, blobs: list[tuple[reapi.Digest, bytes]], digest_functio
     """The same bytes through BatchUpdateBlobs and nothing else: 8 threads, batches of 1 MiB."""
     method = methods(CAS)["BatchUpdateBlobs"]
     with grpc.insecure_channel(url.removeprefix("grpc://")) as channel, ThreadPoolExecutor(8) as pool:
-        call = channel.unary_unary(
-            method.path, method.request.SerializeToString, method.response.FromString
-        )
+        call = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
 
         def send(batch: list[tuple[reapi.Digest, bytes]]) -> None:
             request = reapi.BatchUpdateBlobsRequest(digest_function=digest_function)
@@ -147,9 +151,7 @@ def raw_download(url: str, digests: list[reapi.Digest], digest_function: int) ->
     """The same bytes through BatchReadBlobs and nothing else."""
     method = methods(CAS)["BatchReadBlobs"]
     with grpc.insecure_channel(url.removeprefix("grpc://")) as channel, ThreadPoolExecutor(8) as pool:
-        call = channel.unary_unary(
-            method.path, method.request.SerializeToString, method.response.FromString
-        )
+        call = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
 
         def receive(batch: list[reapi.Digest]) -> None:
             request = reapi.BatchReadBlobsRequest(digests=batch, digest_function=digest_function)
@@ -198,7 +200,9 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
         took, snapshot = timed(lambda: loader.get_snapshot(keys))
         restore, result = timed(lambda: loader.restore_snapshot(snapshot, scratch / "remote-full"))
         unique = list(dict.fromkeys(snapshot.tables["disk"].digests()))
-        raw = raw_download(url, [reapi.Digest(hash=d.hash, size_bytes=d.size_bytes) for d in unique], function)
+        raw = raw_download(
+            url, [reapi.Digest(hash=d.hash, size_bytes=d.size_bytes) for d in unique], function
+        )
         report.add(
             f"remote load, {server}",
             took + restore,
@@ -214,7 +218,9 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
                 return unpacked.chunked_files["disk"].read_at(size // 2, 4096)
 
         took, _ = timed(first_read)
-        report.add(f"remote lazy first 4 KiB, {server}", took, {"full remote load": report.rows[-1]["seconds"]})
+        report.add(
+            f"remote lazy first 4 KiB, {server}", took, {"full remote load": report.rows[-1]["seconds"]}
+        )
     for path in (*folders, image, other):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 

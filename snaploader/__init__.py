@@ -1,0 +1,95 @@
+"""Brings a machine's state back in milliseconds: lazy copy-on-write snapshots over the Remote Execution API.
+
+    with FileCache("/var/cache/snaploader") as file_cache, SnapshotLoader(file_cache) as loader:
+        keys = loader.snapshot_key_set(task, configuration_hash)
+        with loader.unpack_snapshot(loader.get_snapshot(keys), "/run/vm") as unpacked:
+            unpacked.chunked_files["disk"].read_at(0, 4096)
+
+See the README for a tour, `snaploader.errors` for what is raised, `snaploader.testing` for a server to
+test against, and `cow` for the stores.
+"""
+
+from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
+from snaploader._version import __version__
+from snaploader.blobstore import BlobStore, RemoteStore, TransferStatistics, Upload
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SnaploaderError,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from snaploader.filecache import FileCache
+from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.loader import (
+    KeyFailure,
+    ManifestSource,
+    Progress,
+    RestoreResult,
+    SavedFile,
+    SaveResult,
+    Snapshot,
+    SnapshotLoader,
+    UnpackedSnapshot,
+)
+from snaploader.manifest import Manifest, PlainFile
+from snaploader.policy import ReadPolicy, SavePolicy
+from snaploader.remote import RemoteCache, RetryPolicy, Timeouts, TLSConfig
+from snaploader.task import SnapshotTask
+
+__all__ = [
+    "BlobStore",
+    "Cancelled",
+    "ChunkTable",
+    "DataLoss",
+    "DeadlineExceeded",
+    "Digest",
+    "DigestFunction",
+    "FailedPrecondition",
+    "FileCache",
+    "Internal",
+    "InvalidArgument",
+    "KeyFailure",
+    "Manifest",
+    "ManifestSource",
+    "NotFound",
+    "PermissionDenied",
+    "PlainFile",
+    "Progress",
+    "ReadPolicy",
+    "RemoteCache",
+    "RemoteStore",
+    "ResourceExhausted",
+    "RestoreResult",
+    "RetryPolicy",
+    "SavePolicy",
+    "SaveResult",
+    "SavedFile",
+    "SnaploaderError",
+    "Snapshot",
+    "SnapshotKey",
+    "SnapshotKeySet",
+    "SnapshotLoader",
+    "SnapshotTask",
+    "TLSConfig",
+    "Timeouts",
+    "TransferStatistics",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "UnpackedSnapshot",
+    "Upload",
+    "VMConfiguration",
+    "VMMetadata",
+    "__version__",
+]

@@ -11,7 +11,7 @@ from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
+from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
@@ -161,7 +161,7 @@ class SnapshotFinder:
         for name, tree_digest in manifest.chunked_files.items():
             try:
                 tree = self._fetcher.read(tree_digest, allow_remote=allow_remote)
-            except (NotFound, DataLoss) as error:
+            except NotFound as error:
                 raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
             tables[name] = decode_tree(tree, manifest.digest_function)
         self._check_presence(manifest, tables, source, allow_remote)

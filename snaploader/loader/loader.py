@@ -12,6 +12,7 @@ from cow import COWStore, MappingBudget
 from snaploader import keys
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import DigestFunction
+from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
@@ -141,7 +142,7 @@ class SnapshotLoader:
             NotFound: no key has a whole snapshot; the message names every key and its reason.
             SnaploaderError: of the kind of the first failure that is no NotFound.
         """
-        return self._finder.find(key_set, ReadPolicy.parse(read_policy), allow_degraded=allow_degraded)
+        return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=allow_degraded)
 
     def get_snapshot_by_id(
         self,
@@ -152,7 +153,7 @@ class SnapshotLoader:
     ) -> Snapshot:
         """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
-        return self._finder.find_one(key, ReadPolicy.parse(read_policy))
+        return self._finder.find_one(key, _read_policy(read_policy))
 
     def unpack_snapshot(
         self,
@@ -243,7 +244,7 @@ class SnapshotLoader:
             vm_configuration=vm_configuration,
             vm_metadata=vm_metadata,
             snapshot_id=snapshot_id,
-            save_policy=SavePolicy.parse(save_policy),
+            save_policy=_save_policy(save_policy),
             key_set=key_set,
             default_ref=default_ref,
             min_refresh_interval_s=min_refresh_interval_s,
@@ -272,3 +273,15 @@ class SnapshotLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _read_policy(policy: ReadPolicy | str) -> ReadPolicy:
+    if not isinstance(policy, str):
+        raise InvalidArgument("no read policy was given: use newest, local-first or local-only")
+    return ReadPolicy.parse(policy)
+
+
+def _save_policy(policy: SavePolicy | str) -> SavePolicy:
+    if not isinstance(policy, str):
+        raise InvalidArgument("no save policy was given: use always, first-non-default-ref or none-available")
+    return SavePolicy.parse(policy)

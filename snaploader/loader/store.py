@@ -15,7 +15,7 @@ from typing import Self
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWStore, is_zero
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import FailedPrecondition, translate_os_errors
+from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
@@ -134,7 +134,7 @@ class LocalSaver:
             store = source
         else:
             path = os.fspath(source)
-            with translate_os_errors(f"cannot read {name!r}"):
+            with translate_os_errors(f"cannot read {name!r}"), _invalid_arguments(name):
                 unchanged = _change_detector(path, name)
                 # Nothing is written to the store, so its folder stays empty.
                 scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="snaploader-"))
@@ -229,6 +229,15 @@ class LocalSaver:
             stored_bytes=save.stored_bytes,
             deduplicated_bytes=save.deduplicated_bytes,
         )
+
+
+@contextlib.contextmanager
+def _invalid_arguments(name: str) -> Iterator[None]:
+    """Name the file when `cow` refuses it, or the chunk size."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidArgument(f"cannot save {name!r} in chunks: {error}") from error
 
 
 def _change_detector(path: str, name: str) -> Callable[[], None]:

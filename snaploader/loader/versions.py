@@ -5,14 +5,17 @@ where one is configured, so each key set asks it anew. No version there (never s
 a clean start under a fresh one: expiry never brings an old snapshot back.
 
 Action caches have no compare-and-swap. Whoever mints a version writes it, reads it back and adopts
-what stands, so that loaders that raced agree from the next read on at the latest; the loser's
-snapshot, if it saved one in between, is a miss and nothing worse. Locally the file cache offers
+what stands, after waiting for about two round trips, in which a rival that saw no version either will
+have written its own. Should that rival be slower still, loaders that raced agree from the next read on;
+a snapshot that the loser saved in between is a miss and nothing worse. Locally the file cache offers
 create-if-absent, and the race does not exist.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import uuid
 from collections.abc import Callable
 
@@ -28,6 +31,8 @@ from snaploader.manifest import pack_any
 log = logging.getLogger(__name__)
 
 MAX_VERSION_BYTES = 256
+MAX_SETTLE_S = 1.0
+"""The longest wait between writing a version and reading back which one stands."""
 
 
 class VersionStore:
@@ -36,6 +41,7 @@ class VersionStore:
     Args:
         readonly: Never write a version anywhere; a version that is missing is made up for one call.
         mint: Makes a new, unique version id.
+        sleep: Waits that many seconds.
     """
 
     def __init__(
@@ -45,11 +51,14 @@ class VersionStore:
         *,
         readonly: bool = False,
         mint: Callable[[], str] = lambda: str(uuid.uuid4()),
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._file_cache = file_cache
         self._remote = remote
         self._readonly = readonly
         self._mint = mint
+        self._sleep = sleep
+        self._minting = threading.Lock()
 
     def current(self, key: SnapshotKey, *, allow_stale: bool = False) -> str:
         """The version that `key` is to carry (its own version_id does not matter).
@@ -107,15 +116,23 @@ class VersionStore:
         version = self._read_remote(remote, name)
         if version is not None:
             return version
-        version = self._mint()
         if self._readonly:
-            return version
+            return self._mint()
+        with self._minting:
+            # Another thread of this loader may have minted while this one waited.
+            return self._read_remote(remote, name) or self._mint_remotely(remote, name)
+
+    def _mint_remotely(self, remote: RemoteStore, name: str) -> str:
+        version = self._mint()
+        start = time.monotonic()
         try:
             self._write_remote(remote, name, version)
         except (FailedPrecondition, PermissionDenied) as error:
             # A host that may only read shares nothing it saves, so a version of its own is harmless.
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version
+        # A rival that saw no version either has written its own within about a round trip of ours.
+        self._sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
         return self._read_remote(remote, name) or version
 
     def _read_remote(self, remote: RemoteStore, name: str) -> str | None:

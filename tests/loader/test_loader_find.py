@@ -9,7 +9,7 @@ import pytest
 from loader_hosts import HostFactory, image, metadata, task
 
 from snaploader import keys
-from snaploader.errors import InvalidArgument, NotFound, SnaploaderError, Unavailable
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, Unavailable
 from snaploader.loader.results import ManifestSource
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
 
@@ -199,8 +199,10 @@ def test_a_corrupt_remote_tree_is_an_error_and_not_a_miss(
     a = make_host("a", server)
     a.save(image(2), "topic")
     snapshot = a.find("topic")
-    server.corrupt_blob(snapshot.manifest.chunked_files["disk"])
-    with pytest.raises(SnaploaderError):
+    tree = snapshot.manifest.chunked_files["disk"]
+    # In the last digit of the file's size: still a tree of which a server finds every chunk.
+    server.corrupt_blob(tree, 8 * (tree.size_bytes - 1))
+    with pytest.raises(DataLoss):
         make_host("b", server).find("topic")
 
 
