@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,10 @@ def as_failure(error: Exception) -> Failure:
         return error
     if isinstance(error, OSError) and not isinstance(error, errors.SnaploaderError):
         logger.warning("the server's storage failed", exc_info=error)
-        error = errors.from_os_error(error, "the server's storage failed")
+        typed = errors.from_os_error(error, "the server's storage failed")
+        is_full = isinstance(typed, errors.ResourceExhausted)
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if is_full else grpc.StatusCode.INTERNAL
+        return Failure(code, typed.message)
     if isinstance(error, errors.SnaploaderError) and type(error) in _CODES:
         return Failure(_CODES[type(error)], error.message)
     logger.error("a call failed inside the server", exc_info=error)
@@ -74,6 +78,22 @@ class Backend:
     def run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
         """Run `work(*args)` on a worker thread."""
         return asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    async def run_to_end(self, work: Callable[..., T], *args: object) -> T:
+        """The same, but when the caller is cancelled, it is so only after the work has ended.
+
+        For work on what the caller closes or hands on afterwards.
+        """
+        future = self.run(work, *args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # retrieved, or asyncio would report it as forgotten
+            raise
 
     def partition(self, instance_name: str) -> Partition:
         """The content of an instance, which must be one that is served."""

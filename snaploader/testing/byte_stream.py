@@ -44,8 +44,8 @@ class ByteStream:
             else:
                 pieces = self._plain_pieces(reader, offset, limit)
             if self._backend.options.verify_reads:
-                await self._backend.run(_verify, reader, name, partition)
-            while data := await self._backend.run(next, pieces, b""):
+                await self._backend.run_to_end(_verify, reader, name, partition)
+            while data := await self._backend.run_to_end(next, pieces, b""):
                 yield data
         finally:
             reader.close()
@@ -99,7 +99,10 @@ class ByteStream:
                 committed_size=-1 if name.is_compressed else name.digest.size_bytes
             )
         key = (name.instance_name, first.resource_name)
-        upload = await self._begin(key, first.write_offset, name, partition)
+        upload = self._resumed(key, first.write_offset)
+        if upload is None:
+            upload = Upload(self._backend, partition, name.digest, is_compressed=name.is_compressed)
+            await self._uploads.keep(key, upload)
         is_kept = False
         try:
             is_finished = await self._receive(upload, first, rest, name)
@@ -117,21 +120,13 @@ class ByteStream:
             if is_kept:
                 await self._uploads.keep(key, upload)
             else:
-                self._uploads.forget(key, upload)
-                await upload.discard()
+                await self._uploads.drop(key, upload)
 
-    async def _begin(
-        self, key: tuple[str, str], offset: int, name: ResourceName, partition: Partition
-    ) -> Upload:
-        """The upload that a write at this offset feeds: a new one at 0, else the one that broke there."""
-        known = self._uploads.get(key)
+    def _resumed(self, key: tuple[str, str], offset: int) -> Upload | None:
+        """The broken upload that goes on at this offset; None for a write from the start."""
         if offset == 0:
-            if known is not None and not known.is_active:
-                self._uploads.forget(key, known)
-                await known.discard()
-            upload = Upload(self._backend, partition, name.digest, is_compressed=name.is_compressed)
-            await self._uploads.keep(key, upload)
-            return upload
+            return None
+        known = self._uploads.get(key)
         if known is None:
             raise InvalidArgument(
                 f"write_offset is {offset}, but no write of this name has begun: start at 0"
@@ -141,11 +136,6 @@ class ByteStream:
         if offset != known.received:
             raise InvalidArgument(f"write_offset is {offset}, but {known.received} bytes were committed")
         known.is_active = True
-        try:
-            await known.settle()
-        except BaseException:
-            known.is_active = False
-            raise
         return known
 
     async def _receive(
@@ -203,7 +193,8 @@ class ByteStream:
         name = parse_resource_name(resource_name)
         options = self._backend.options
         partition = self._backend.partition(name.instance_name)
-        self._backend.function(name.digest.function.value)
+        if self._backend.function(name.digest.function.value) is not name.digest.function:
+            raise InvalidArgument(f"the digest function of {resource_name[:200]!r} is not offered here")
         if name.is_compressed and not options.zstd_streams:
             raise InvalidArgument("compressed-blobs are not supported here")
         return name, partition

@@ -24,7 +24,7 @@ class Call:
     metadata: Mapping[str, str | bytes] = field(default_factory=dict)
     """Headers the client sent; of a repeated one, the last value."""
     read_offset: int = 0
-    """Of Read; of Write, the offset of its first message."""
+    """Where a Read begins; of Write, where its first message writes."""
     received_bytes: int = 0
     """Size of the request messages."""
     sent_bytes: int = 0

@@ -224,6 +224,8 @@ class DiskStorage:
     def close(self) -> None:
         """Leave the folder to others. Content stays. Idempotent."""
         if self._lock is not None:
+            # Unlocked, not only closed: a forked child may hold a copy of the descriptor.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 

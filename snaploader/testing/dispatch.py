@@ -6,6 +6,7 @@ for nothing, and a fault can damage a response's very bytes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,18 +16,16 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from snaploader._proto import any_pb2, bytestream_pb2, duration_pb2, services, status_pb2
-from snaploader.errors import InvalidArgument, SnaploaderError
+from snaploader._proto import bytestream_pb2, services
+from snaploader.errors import InvalidArgument
 from snaploader.testing import injection
 from snaploader.testing.action_cache import ActionCache, Capabilities
 from snaploader.testing.backend import Backend, Failure, as_failure
 from snaploader.testing.byte_stream import ByteStream
 from snaploader.testing.calls import Call, CallLog
 from snaploader.testing.cas import ContentAddressableStorage
+from snaploader.testing.describe import describe, trailers
 from snaploader.testing.faults import Fault, FaultScript
-from snaploader.testing.names import parse_resource_name
-
-_DETAILS_KEY = "grpc-status-details-bin"
 
 Context = Any
 Unary = Callable[[Any], Any]
@@ -43,11 +42,18 @@ class Dispatcher:
         self._cas = ContentAddressableStorage(backend)
         self._results = ActionCache(backend)
         self._capabilities = Capabilities(backend)
-        self.active = 0
-        """Calls under way."""
+        self._active = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is under way."""
+        return self._active == 0
 
     async def close(self) -> None:
-        """Drop what unfinished calls left."""
+        """Wait for the calls, which must have been cancelled, and drop what unfinished ones left."""
+        await self._is_idle.wait()
         await self._bytes.close()
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
@@ -196,7 +202,7 @@ class Dispatcher:
     async def _begin(self, call: Call, request: Any, context: Context) -> Fault | None:
         """Describe and record a call, check its credentials, and see which fault hits it."""
         call.metadata = dict(context.invocation_metadata() or ())
-        _describe(call, request)
+        describe(call, request)
         self._log.begin(call)
         self._authenticate(call)
         return self._faults.take(call)
@@ -225,7 +231,8 @@ class Dispatcher:
     async def _tracked(self, call: Call, context: Context) -> AsyncIterator[None]:
         """End the call with the status of what is raised inside, and record it."""
         status = "CANCELLED"
-        self.active += 1
+        self._active += 1
+        self._is_idle.clear()
         try:
             yield
             status = "OK"
@@ -233,9 +240,11 @@ class Dispatcher:
             failure = as_failure(error)
             status = failure.code.name
             self._log.end(call, status)
-            await context.abort(failure.code, failure.message, _trailers(failure))
+            await context.abort(failure.code, failure.message, trailers(failure))
         finally:
-            self.active -= 1
+            self._active -= 1
+            if self._active == 0:
+                self._is_idle.set()
             if call.status is None:
                 self._log.end(call, status)
 
@@ -257,43 +266,3 @@ async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
     yield first
     async for item in rest:
         yield item
-
-
-def _describe(call: Call, request: Any) -> None:
-    """Fill in what the request says."""
-    name = getattr(request, "resource_name", "")
-    if name:
-        call.resource_name = name
-        call.read_offset = getattr(request, "read_offset", 0) or getattr(request, "write_offset", 0)
-        with contextlib.suppress(SnaploaderError):
-            parsed = parse_resource_name(name)
-            call.instance_name = parsed.instance_name
-            call.hashes = (parsed.digest.hash,)
-        return
-    call.instance_name = getattr(request, "instance_name", "")
-    call.hashes = tuple(digest.hash for digest in _digests(request))
-
-
-def _digests(request: Any) -> Iterator[Any]:
-    for name in ("blob_digests", "digests"):
-        yield from getattr(request, name, ())
-    for item in getattr(request, "requests", ()):
-        yield item.digest
-    for name in ("action_digest", "root_digest"):
-        if hasattr(request, name):
-            yield getattr(request, name)
-
-
-def _trailers(failure: Failure) -> tuple[tuple[str, bytes], ...]:
-    """Status details, as google.rpc has them: a RetryInfo, when the failure has a delay."""
-    if failure.retry_after_s is None:
-        return ()
-    delay = duration_pb2.Duration()
-    delay.FromNanoseconds(round(failure.retry_after_s * 1e9))
-    packed = delay.SerializeToString()
-    # RetryInfo{Duration retry_delay = 1}: one field of one length byte, as a Duration is short.
-    info = any_pb2.Any(
-        type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\x0a" + bytes([len(packed)]) + packed
-    )
-    status = status_pb2.Status(code=failure.code.value[0], message=failure.message, details=[info])
-    return ((_DETAILS_KEY, status.SerializeToString()),)

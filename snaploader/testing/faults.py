@@ -14,6 +14,7 @@ fails twice, is slow once, then works. Nothing is random: the same calls meet th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class Gate:
             self._is_open = True
             waiters, self._waiters = self._waiters, []
         for loop, event in waiters:
-            loop.call_soon_threadsafe(event.set)
+            with contextlib.suppress(RuntimeError):  # its server stopped meanwhile
+                loop.call_soon_threadsafe(event.set)
 
     async def pass_through(self) -> None:
         """Wait until the gate is open; called by the server."""

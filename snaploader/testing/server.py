@@ -238,6 +238,7 @@ class _Running:
     """A server between start and stop."""
 
     def __init__(self, server: EmbeddedServer, storage: Storage) -> None:
+        self._pid = os.getpid()
         self._backend = Backend(server.options, storage)
         self._dispatcher = Dispatcher(self._backend, server.faults, server.call_log)
         LOOP.acquire()
@@ -271,6 +272,8 @@ class _Running:
         return port or server.port
 
     def stop(self, grace_s: float) -> None:
+        if os.getpid() != self._pid:
+            return  # A forked child has neither the loop nor the connections.
         try:
             LOOP.run(self._stop(grace_s))
         finally:
@@ -279,6 +282,6 @@ class _Running:
 
     async def _stop(self, grace_s: float) -> None:
         # Without a grace, gRPC tells idle clients that something is wrong, and they log it.
-        grace = grace_s if grace_s or self._dispatcher.active else _IDLE_GRACE_S
+        grace = _IDLE_GRACE_S if self._dispatcher.is_idle else grace_s
         await self._server.stop(grace or None)
         await self._dispatcher.close()

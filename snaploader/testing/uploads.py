@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 
 from snaploader.digest import Digest
@@ -13,12 +12,12 @@ from snaploader.testing.storage import Partition, StagedBlob
 BUFFER_BYTES = 1024 * 1024
 """What an upload holds in memory before a worker thread stages it."""
 
-MAX_PARTIAL_UPLOADS = 256
+MAX_PARTIAL_UPLOADS = 64
 """Broken uploads kept; the oldest goes first."""
 
 
 class Upload:
-    """One write. Used on the server's loop; only the staging runs on worker threads, one at a time."""
+    """One write. Used on the server's loop by one call at a time; bytes are staged on worker threads."""
 
     def __init__(
         self, backend: Backend, partition: Partition, digest: Digest, *, is_compressed: bool
@@ -31,7 +30,6 @@ class Upload:
         self._inflater: zstd.Inflater | None = None
         self._buffer: list[bytes] = []
         self._buffered = 0
-        self._work: asyncio.Future[None] | None = None
         self.received = 0
         """Bytes on the wire so far."""
         self.is_active = True
@@ -43,45 +41,28 @@ class Upload:
         self._buffered += len(data)
         self.received += len(data)
         if self._buffered >= BUFFER_BYTES:
-            await self._do_stage()
+            await self._backend.run_to_end(self._stage)
 
     async def commit(self) -> None:
-        """Verify the whole and make it visible."""
-        if self._staged is None and not self._is_compressed:
-            pieces, self._buffer = self._buffer, []
-            await self._run(self._put, pieces)
-            return
-        await self._do_stage()
-        assert self._staged is not None
-        await self._run(self._staged.commit)
-
-    async def settle(self) -> None:
-        """Wait for the worker thread that a broken stream left behind. Raises what it raised."""
-        if self._work is not None:
-            await asyncio.shield(self._work)
+        """Verify the whole and make it visible. DataLoss when it does not match, then only discard it."""
+        await self._backend.run_to_end(self._commit)
 
     async def discard(self) -> None:
         """Forget it all."""
         self._buffer = []
-        if self._work is not None:
-            await asyncio.wait([self._work])
         if self._staged is not None:
-            await self._backend.run(self._staged.discard)
+            await self._backend.run_to_end(self._staged.discard)
 
-    async def _do_stage(self) -> None:
+    def _commit(self) -> None:
+        if self._staged is None and not self._is_compressed:
+            self._partition.put(
+                self._digest, self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+            )
+            return
+        self._stage().commit()
+
+    def _stage(self) -> StagedBlob:
         pieces, self._buffer, self._buffered = self._buffer, [], 0
-        await self._run(self._stage, pieces)
-
-    async def _run(self, work: object, *args: object) -> None:
-        # Shielded: when the stream is cancelled, the thread goes on, and `settle` or `discard` wait for it.
-        assert callable(work)
-        self._work = self._backend.run(work, *args)
-        await asyncio.shield(self._work)
-
-    def _put(self, pieces: list[bytes]) -> None:
-        self._partition.put(self._digest, pieces[0] if len(pieces) == 1 else b"".join(pieces))
-
-    def _stage(self, pieces: list[bytes]) -> None:
         if self._staged is None:
             self._staged = self._partition.stage(self._digest)
             if self._is_compressed:
@@ -89,6 +70,7 @@ class Upload:
         target = self._inflater or self._staged
         for piece in pieces:
             target.write(piece)
+        return self._staged
 
 
 class Uploads:
@@ -102,17 +84,21 @@ class Uploads:
         return self._uploads.get(key)
 
     async def keep(self, key: tuple[str, str], upload: Upload) -> None:
-        """Remember an upload; the oldest broken ones make room."""
+        """Remember an upload; one of the same name that is broken goes, and the oldest broken ones."""
+        known = self._uploads.pop(key, None)
         self._uploads[key] = upload
-        self._uploads.move_to_end(key)
         idle = [name for name, kept in self._uploads.items() if not kept.is_active]
-        for name in idle[: max(0, len(idle) - MAX_PARTIAL_UPLOADS)]:
-            await self._uploads.pop(name).discard()
+        surplus = [self._uploads.pop(name) for name in idle[: max(0, len(idle) - MAX_PARTIAL_UPLOADS)]]
+        if known is not None and known is not upload and not known.is_active:
+            surplus.append(known)
+        for gone in surplus:
+            await gone.discard()
 
-    def forget(self, key: tuple[str, str], upload: Upload) -> None:
-        """Drop the name, if it still stands for this upload."""
+    async def drop(self, key: tuple[str, str], upload: Upload) -> None:
+        """Discard an upload, and its name if it still stands for it."""
         if self._uploads.get(key) is upload:
             del self._uploads[key]
+        await upload.discard()
 
     async def close(self) -> None:
         """Discard all."""
