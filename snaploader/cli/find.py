@@ -11,6 +11,7 @@ from snaploader.errors import InvalidArgument
 from snaploader.keys import SnapshotKeySet
 from snaploader.loader.loader import SnapshotLoader
 from snaploader.loader.results import Snapshot
+from snaploader.policy import ReadPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ def lookup(
         raise InvalidArgument("--snapshot-id and --ref exclude each other: an id names one snapshot exactly")
     task = None if by_id else task_options.task(session.settings)
     loader = session.loader(
+        use_remote=read_options.read_policy != ReadPolicy.LOCAL_ONLY,
         share_snapshots=task_options.share,
         universal_ref=task_options.universal_fallback,
         max_stale_fallback_age_s=read_options.max_stale_fallback_age,
@@ -60,7 +62,7 @@ def lookup(
             task,
             task_options.configuration_hash,
             task_options.runner_id,
-            allow_stale_version=read_options.allow_degraded or read_options.read_policy == "local-only",
+            allow_stale_version=read_options.allow_degraded,
         )
     return Lookup(loader, key_set, read_options, session.settings.remote_instance_name)
 

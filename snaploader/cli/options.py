@@ -28,18 +28,48 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
+OWN = "Options"
+WHICH = "Which snapshot"
+SHARED = "Options of all commands"
+
 FILE = click.Path(path_type=Path)
 
 
-def option(*names: str, scope: str = "", **attributes: Any) -> Callable[[F], F]:
+class Option(click.Option):
+    """An option that knows under which heading it is listed."""
+
+    def __init__(self, *args: Any, section: str = OWN, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+
+class Command(click.Command):
+    """A command whose help lists its own options first, and those that it shares under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write all options to the help page."""
+        sections: dict[str, list[tuple[str, str]]] = {OWN: [], WHICH: [], SHARED: []}
+        for param in self.get_params(ctx):
+            # Recent versions of click have records of arguments too; the usage line shows those.
+            record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if record is not None:
+                sections[param.section if isinstance(param, Option) else SHARED].append(record)
+        for section, records in sections.items():
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
+
+
+def option(*names: str, scope: str = "", section: str = OWN, **attributes: Any) -> Callable[[F], F]:
     """A click option with its environment variable.
 
     Args:
         scope: Name of the command, for options that only one command has.
+        section: Heading in the help.
     """
     long = next(name for name in names if name.startswith("--")).partition("/")[0].removeprefix("--")
     variable = config.environment_variable(long, scope)
-    return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+    return click.option(*names, cls=Option, section=section, envvar=variable, show_envvar=True, **attributes)
 
 
 @dataclass
@@ -79,8 +109,11 @@ def _source(ctx: click.Context, name: str) -> ParameterSource | None:
     return ctx.get_parameter_source(name)
 
 
+_shared = functools.partial(option, section=SHARED)
+_which = functools.partial(option, section=WHICH)
+
 _COMMON = (
-    option(
+    _shared(
         "--config",
         type=FILE,
         is_eager=True,
@@ -89,61 +122,63 @@ _COMMON = (
         metavar="FILE",
         help="Configuration file.  [default: $XDG_CONFIG_HOME/snaploader/config.toml, if there]",
     ),
-    option(
+    _shared(
         "--cache-dir", type=FILE, help="Folder of the local cache.  [default: $XDG_CACHE_HOME/snaploader]"
     ),
-    option(
+    _shared(
         "--max-cache-size",
         type=Size(1),
         default="10GiB",
         show_default=True,
         help="Bound on the local cache's size.",
     ),
-    option("--group-id", default="", help="Partition of the local cache; groups do not see each other."),
-    option(
+    _shared("--group-id", default="", help="Partition of the local cache; groups do not see each other."),
+    _shared(
         "--remote-cache", default="", metavar="URL", help="REAPI server: grpc://, grpcs:// or unix: address."
     ),
-    option("--remote-instance-name", default="", help="Instance on the server; part of every key."),
-    option("--remote-header", multiple=True, type=KEY_VALUE, help="Header of every remote call; repeatable."),
-    option(
+    _shared("--remote-instance-name", default="", help="Instance on the server; part of every key."),
+    _shared(
+        "--remote-header", multiple=True, type=KEY_VALUE, help="Header of every remote call; repeatable."
+    ),
+    _shared(
         "--remote-timeout",
         type=DURATION,
         default="60s",
         show_default=True,
         help="Deadline of one remote call.",
     ),
-    option(
+    _shared(
         "--remote-retries",
         type=click.IntRange(0, 100),
         default=5,
         show_default=True,
         help="Retries of a remote call.",
     ),
-    option(
+    _shared(
         "--remote-cache-compression/--no-remote-cache-compression",
         default=True,
         show_default=True,
         help="Compress blobs on the wire where the server can.",
     ),
-    option("--bearer-token-file", type=FILE, help="File with a token that is sent as authorization."),
-    option("--credential-helper", type=FILE, help="Program that is asked for headers (Bazel's protocol)."),
-    option("--netrc", type=FILE, help="File with a login for the server's host."),
-    option("--tls-certificate", type=FILE, help="CA certificates (PEM) the server is checked with."),
-    option("--tls-client-certificate", type=FILE, help="Own certificate (PEM), for mutual TLS."),
-    option("--tls-client-key", type=FILE, help="Key (PEM) of the own certificate."),
-    option(
+    _shared("--bearer-token-file", type=FILE, help="File with a token that is sent as authorization."),
+    _shared("--credential-helper", type=FILE, help="Program that is asked for headers (Bazel's protocol)."),
+    _shared("--netrc", type=FILE, help="File with a login for the server's host."),
+    _shared("--tls-certificate", type=FILE, help="CA certificates (PEM) the server is checked with."),
+    _shared("--tls-client-certificate", type=FILE, help="Own certificate (PEM), for mutual TLS."),
+    _shared("--tls-client-key", type=FILE, help="Key (PEM) of the own certificate."),
+    _shared(
         "--tls-server-name", default="", metavar="NAME", help="Name expected in the server's certificate."
     ),
-    option(
+    _shared(
         "--digest-function",
         type=click.Choice(["auto", "sha256", "blake3"], case_sensitive=False),
         default="auto",
         show_default=True,
         help="auto: BLAKE3, or what the server knows.",
     ),
-    option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-    option("--quiet", "-q", is_flag=True, help="Say nothing on stderr but errors."),
-    option("--verbose", "-v", count=True, help="Say more; -vv tells everything."),
+    _shared("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    _shared("--quiet", "-q", is_flag=True, help="Say nothing on stderr but errors."),
+    _shared("--verbose", "-v", count=True, help="Say more; -vv tells everything."),
 )
 
 
@@ -222,23 +257,23 @@ class TaskOptions:
 
 
 _TASK = (
-    option("--ref", default="", metavar="BRANCH", help="The branch."),
-    option("--base-ref", default="", metavar="BRANCH", help="The branch it goes back to: first fallback."),
-    option(
+    _which("--ref", default="", metavar="BRANCH", help="The branch."),
+    _which("--base-ref", default="", metavar="BRANCH", help="The branch it goes back to: first fallback."),
+    _which(
         "--default-ref", default="", metavar="BRANCH", help="The repository's default branch: next fallback."
     ),
-    option("--platform", multiple=True, type=KEY_VALUE, help="Platform property; repeatable."),
-    option(
+    _which("--platform", multiple=True, type=KEY_VALUE, help="Platform property; repeatable."),
+    _which(
         "--configuration-hash", default="", metavar="HASH", help="Hash of all else that makes the machine."
     ),
-    option("--runner-id", default="", metavar="ID", help="The runner, where snapshots are not shared."),
-    option(
+    _which("--runner-id", default="", metavar="ID", help="The runner, where snapshots are not shared."),
+    _which(
         "--share/--no-share",
         default=True,
         show_default=True,
         help="Share snapshots between runners, by branch.",
     ),
-    option(
+    _which(
         "--universal-fallback/--no-universal-fallback",
         default=False,
         show_default=True,
@@ -271,22 +306,22 @@ class ReadOptions:
 
 
 _READ = (
-    option("--snapshot-id", default="", metavar="ID", help="Exactly this snapshot, whatever its branch."),
-    option(
+    _which("--snapshot-id", default="", metavar="ID", help="Exactly this snapshot, whatever its branch."),
+    _which(
         "--read-policy",
         type=click.Choice([str(policy) for policy in ReadPolicy]),
         default=str(ReadPolicy.LOCAL_FIRST),
         show_default=True,
         help="Which manifest is taken where there are two.",
     ),
-    option(
+    _which(
         "--max-stale-fallback-age",
         type=DURATION,
         default=f"{DEFAULT_MAX_STALE_FALLBACK_AGE_S:.0f}s",
         show_default=True,
         help="Local snapshots of fallbacks that are older are passed over.",
     ),
-    option("--allow-degraded", is_flag=True, help="Take a fallback when a better branch cannot be asked."),
+    _which("--allow-degraded", is_flag=True, help="Take a fallback when a better branch cannot be asked."),
 )
 
 

@@ -91,17 +91,17 @@ class Session:
                 compression=settings.remote_cache_compression,
                 credential_helper=settings.credential_helper,
                 netrc=settings.netrc,
-                bearer_token=_secret(settings.bearer_token_file),
+                bearer_token=read_secret(settings.bearer_token_file),
                 on_retry=self._tell_retry,
             )
         )
 
-    def loader(self, **options: Any) -> SnapshotLoader:
+    def loader(self, *, use_remote: bool = True, **options: Any) -> SnapshotLoader:
         """A loader over the caches; `options` are further arguments of SnapshotLoader."""
         return self._open.enter_context(
             SnapshotLoader(
                 self.file_cache,
-                self.remote_cache,
+                self.remote_cache if use_remote else None,
                 digest_function=self.settings.function or DEFAULT_DIGEST_FUNCTION,
                 **options,
             )
@@ -150,7 +150,7 @@ class Session:
         self._open.__exit__(kind, error, trace)
 
 
-def _secret(path: Path | None) -> str | None:
+def read_secret(path: Path | None) -> str | None:
     """The text of a small file, without the line break at its end."""
     if path is None:
         return None

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import click
 
-from snaploader.cli.options import common, option
+from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
@@ -17,12 +17,12 @@ KINDS = ("blob", "ref", "directory")
 SHORTEST_PREFIX = 6
 
 
-@click.group()
+@click.group(short_help="Look at the local cache (ls), remove from it (rm, prune), check it (verify).")
 def cache() -> None:
     """Look at the local cache, remove things from it, check it."""
 
 
-@cache.command("ls")
+@cache.command("ls", cls=Command)
 @option("--kind", scope="cache ls", type=click.Choice(KINDS), help="Only entries of this kind.")
 @common
 def list_(session: Session, kind: str | None) -> None:
@@ -58,7 +58,7 @@ def list_(session: Session, kind: str | None) -> None:
     )
 
 
-@cache.command("rm")
+@cache.command("rm", cls=Command)
 @click.argument("names", nargs=-1, required=True, metavar="KEY…")
 @common
 def remove(session: Session, names: tuple[str, ...]) -> None:
@@ -82,7 +82,7 @@ def remove(session: Session, names: tuple[str, ...]) -> None:
         session.output.text(f"removed {entry.kind} {entry.key}")
 
 
-@cache.command("prune")
+@cache.command("prune", cls=Command)
 @option(
     "--target-size", scope="cache prune", type=SIZE, help="Size to come down to.  [default: --max-cache-size]"
 )
@@ -100,7 +100,7 @@ def prune(session: Session, target_size: int | None) -> None:
     session.output.text(f"freed {format_size(freed)}; {format_size(total or 0)} remain")
 
 
-@cache.command("verify")
+@cache.command("verify", cls=Command)
 @common
 def verify(session: Session) -> None:
     """Hash every blob of the group; what is wrong is taken out of use.

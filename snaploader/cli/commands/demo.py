@@ -12,13 +12,13 @@ import click
 from snaploader.cli.demo.ledger import Ledger
 from snaploader.cli.demo.story import play
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import common, option
+from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
 from snaploader.cli.values import Size, format_size, format_time
 from snaploader.errors import translate_os_errors
 
 
-@click.command()
+@click.command(short_help="A snapshot's life on real input, with every claim checked.", cls=Command)
 @option(
     "--size",
     scope="demo",

@@ -7,17 +7,24 @@ import dataclasses
 import click
 
 from snaploader.cli.doctor.check import Result, Status, run_checks
+from snaploader.cli.doctor.conformance import run_conformance
 from snaploader.cli.doctor.local import local_checks
 from snaploader.cli.doctor.remote import remote_checks
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import common
+from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
 from snaploader.cli.values import format_time
 
 
-@click.command()
+@click.command(short_help="Exercise the caches and say what is wrong.", cls=Command)
+@option(
+    "--conformance",
+    scope="doctor",
+    is_flag=True,
+    help="Also run the conformance suite against the server (leaves about 60 MiB of random blobs there).",
+)
 @common
-def doctor(session: Session) -> None:
+def doctor(session: Session, conformance: bool) -> None:
     """Exercise the cache folder and the remote cache; say what is wrong and what to do.
 
     Ends with exit code 13 when something is wrong. Warnings are not.
@@ -26,6 +33,8 @@ def doctor(session: Session) -> None:
     remote = session.remote_cache
     if remote is not None:
         results += run_checks("remote", remote_checks(remote))
+        if conformance:
+            results += run_conformance(session.settings)
     else:
         session.output.talk("no --remote-cache is configured, so none is checked")
     _print(session, results)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import click
 
 from snaploader.cli.describe import key_record
-from snaploader.cli.options import TaskOptions, common, task_options
+from snaploader.cli.options import Command, TaskOptions, common, task_options
 from snaploader.cli.session import Session
 from snaploader.keys import base_key
 
 
-@click.command()
+@click.command(short_help="Drop all snapshots of a platform and configuration.", cls=Command)
 @task_options
 @common
 def invalidate(session: Session, task_options: TaskOptions) -> None:

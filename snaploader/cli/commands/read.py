@@ -11,7 +11,15 @@ import click
 
 from snaploader.cli.describe import only, snapshot_record
 from snaploader.cli.find import find
-from snaploader.cli.options import ReadOptions, TaskOptions, common, option, read_options, task_options
+from snaploader.cli.options import (
+    Command,
+    ReadOptions,
+    TaskOptions,
+    common,
+    option,
+    read_options,
+    task_options,
+)
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -23,7 +31,7 @@ PIECE_BYTES = 1 << 20
 ReadAt = Callable[[int, int], bytes]
 
 
-@click.command()
+@click.command(short_help="Write a part of one file to stdout, loading only what it needs.", cls=Command)
 @task_options
 @read_options
 @option("--offset", scope="read", type=SIZE, default="0", show_default=True, help="Where to begin.")

@@ -9,12 +9,20 @@ import click
 
 from snaploader.cli.describe import checked_folder, only, served_line, snapshot_record
 from snaploader.cli.find import find
-from snaploader.cli.options import ReadOptions, TaskOptions, common, option, read_options, task_options
+from snaploader.cli.options import (
+    Command,
+    ReadOptions,
+    TaskOptions,
+    common,
+    option,
+    read_options,
+    task_options,
+)
 from snaploader.cli.session import Session
 from snaploader.cli.values import format_size, format_time
 
 
-@click.command()
+@click.command(short_help="Write the files of the best snapshot to a folder.", cls=Command)
 @task_options
 @read_options
 @option("--only", "names", scope="restore", multiple=True, metavar="NAME", help="Only this file; repeatable.")

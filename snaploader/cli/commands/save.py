@@ -14,7 +14,7 @@ import click
 
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.cli.describe import key_record
-from snaploader.cli.options import TaskOptions, common, option, task_options
+from snaploader.cli.options import Command, TaskOptions, common, option, task_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -27,7 +27,7 @@ DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
 """Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
 
 
-@click.command()
+@click.command(short_help="Save files as the snapshot of a branch.", cls=Command)
 @task_options
 @option(
     "--chunked/--plain", "chunked", scope="save", default=None, help="Keep all files in chunks, or all whole."

@@ -11,13 +11,13 @@ from types import FrameType
 
 import click
 
-from snaploader.cli.options import common, option
+from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
 
 
-@click.command()
+@click.command(short_help="Run a small REAPI cache server.", cls=Command)
 @option(
     "--listen",
     scope="serve",

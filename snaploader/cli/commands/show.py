@@ -19,7 +19,7 @@ from snaploader.cli.describe import (
     vm_configuration_record,
 )
 from snaploader.cli.find import Lookup, lookup
-from snaploader.cli.options import ReadOptions, TaskOptions, common, read_options, task_options
+from snaploader.cli.options import Command, ReadOptions, TaskOptions, common, read_options, task_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import format_size
 from snaploader.digest import Digest
@@ -28,7 +28,7 @@ from snaploader.keys import SnapshotKey
 from snaploader.loader.results import Snapshot
 
 
-@click.command()
+@click.command(short_help="Show keys, manifests, files, and where their chunks are.", cls=Command)
 @task_options
 @read_options
 @common
