@@ -47,6 +47,7 @@ class Checkpoint:
         with core.tables_lock:
             self._source = core.source
             self._unchanged = states.saved.copy()
+            # Added to the store's own tables while the checkpoint is open, and for good when it is released.
             self.written, self.pages = states.begin_epoch()
             self._kind = states.kind.copy()
             self._epoch = states.epoch.copy()

@@ -27,6 +27,7 @@ class PrivateFiles:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Take possession of `folder`, made if absent. StoreInUse when it is, or was, another store's."""
+        self._fd = -1
         self.folder = os.path.abspath(os.fspath(folder))
         try:
             os.makedirs(self.folder, mode=0o700)
@@ -37,7 +38,7 @@ class PrivateFiles:
         try:
             self._claim()
         except BaseException:
-            os.close(self._fd)
+            self._close_folder()
             raise
 
     def _claim(self) -> None:
@@ -101,4 +102,12 @@ class PrivateFiles:
             # A child forked meanwhile shares the lock; it must not keep it.
             fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
-            os.close(self._fd)
+            self._close_folder()
+
+    def __del__(self) -> None:
+        self._close_folder()
+
+    def _close_folder(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -66,8 +66,7 @@ def chunk_extents(fd: int, size: int, chunk_size: int) -> Iterator[tuple[int, li
 
 def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
     """Write `buffers` in a row at `offset`: all of them, or an OSError after some (a full disk)."""
-    views = [memoryview(buffer).cast("B") for buffer in buffers]
-    views = [view for view in views if len(view)]
+    views = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if len(view)]
     while views:
         done = os.pwritev(fd, views, offset)
         offset += done

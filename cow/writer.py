@@ -35,9 +35,12 @@ class ChunkWriter:
             return
         fetched = self._fetch_edges(offset, size)
         try:
-            with core.gate.writing():
+            core.gate.enter_write()
+            try:
                 for index, start, position, length in pieces(offset, size, core.chunk_size):
                     self._write_piece(index, start, data[position : position + length], fetched.get(index))
+            finally:
+                core.gate.leave_write()
         finally:
             for entry in fetched.values():
                 self._reader.unpin(entry)

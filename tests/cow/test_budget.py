@@ -225,6 +225,16 @@ def test_files_open_for_writing_are_bounded(tmp_path):
     assert budget.open_descriptors == 0
 
 
+def test_a_store_that_is_forgotten_leaks_no_descriptor(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * CHUNK)
+    before = open_files()
+    store = COWStore.from_file(tmp_path / "file", tmp_path / "s", CHUNK, copy=False)
+    store.read_at(0, 1)
+    del store
+    gc.collect()
+    assert open_files() == before
+
+
 def test_a_forked_child_has_a_budget_of_its_own(tmp_path):
     budget = default_budget()
     with budget._maps._lock:
@@ -238,6 +248,33 @@ def test_a_forked_child_has_a_budget_of_its_own(tmp_path):
                 ok = False
             os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_checkpoint_closes_the_files_it_freezes(tmp_path):
+    budget = MappingBudget()
+    with COWStore(tmp_path / "s", size=4 * CHUNK, chunk_size=CHUNK, budget=budget) as store:
+        store.write_at(0, b"x" * (4 * CHUNK))
+        assert budget.open_descriptors == 4
+        with store.checkpoint():
+            assert budget.open_descriptors == 0
+
+
+def test_a_forked_child_does_not_keep_the_folder_of_a_closed_store(tmp_path):
+    store = COWStore(tmp_path / "s", size=CHUNK, chunk_size=CHUNK)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        (tmp_path / "s" / "keeps the folder").touch()
+        store.close()
+        COWStore(tmp_path / "s", size=CHUNK, chunk_size=CHUNK).close()
+    finally:
+        os.close(writing)
+        os.close(reading)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_forked_child_does_not_remove_its_parents_files(tmp_path):
