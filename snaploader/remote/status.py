@@ -133,15 +133,15 @@ def _says_too_large(details: str) -> bool:
 def retry_after_s(error: BaseException) -> float | None:
     """How long the server asks to wait before a retry (google.rpc.RetryInfo); None when it does not."""
     cause = error.__cause__
-    if isinstance(cause, MessageStatus):
-        return _delay(cause.status)
-    call = _call(cause)
-    for key, value in (call.trailing_metadata() or ()) if call is not None else ():
-        if key == _DETAILS_KEY and isinstance(value, bytes):
-            try:
+    try:
+        if isinstance(cause, MessageStatus):
+            return _delay(cause.status)
+        call = _call(cause)
+        for key, value in (call.trailing_metadata() or ()) if call is not None else ():
+            if key == _DETAILS_KEY and isinstance(value, bytes):
                 return _delay(status_pb2.Status.FromString(value))
-            except DecodeError:  # undecodable advice is no advice
-                return None
+    except DecodeError:
+        return None  # undecodable advice is no advice
     return None
 
 
@@ -154,6 +154,6 @@ def _delay(status: status_pb2.Status) -> float | None:
     for detail in status.details:
         # RetryInfo has one field, number 1: a Duration of at most 16 bytes, behind a tag and a length byte.
         if detail.type_url.endswith(_RETRY_INFO) and detail.value[:1] == b"\x0a":
-            duration = duration_pb2.Duration.FromString(detail.value[2 : 2 + detail.value[1]])
+            duration = duration_pb2.Duration.FromString(detail.value[2:])
             return max(0.0, float(duration.seconds) + duration.nanos / 1e9)
     return None
