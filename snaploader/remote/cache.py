@@ -32,9 +32,8 @@ class RemoteCache:
     """A REAPI server: content-addressable storage and action cache of one instance.
 
     Making one does nothing but check its arguments; the connection is made at the first call.
-    Thread-safe. A process forked before the first call makes its own connection. A fork after it
-    is safe only if gRPC's own fork support is on: make a new RemoteCache before forking, or use
-    spawned processes.
+    Thread-safe. A child of a fork makes its own connection at its first call, and leaves alone what
+    it inherited. Fork while no call runs: gRPC promises nothing else.
 
     Every blob that comes out is verified against its digest, every blob that goes in too. Transient
     failures are retried (`RetryPolicy`); no call outlasts its budget. Errors are those of

@@ -116,8 +116,9 @@ class Limits:
     """Threads for bulk transfers; more did not measure faster."""
     in_flight_bytes: int = 16 * 1024 * 1024
     """Content in memory for bulk transfers, at most; a bigger single blob goes alone."""
-    batch_bytes: int = 1024 * 1024
-    """Blobs are grouped into messages of about this size; what is bigger is streamed."""
+    batch_bytes: int = 1024 * 1024 + 64 * 1024
+    """Blobs are grouped into messages of at most this size (room for two chunks of 512 KiB, or one of
+    1 MiB, and what surrounds them); a bigger blob is streamed."""
     batch_blobs: int = 4096
     """Blobs in one batch, at most."""
     stream_frame_bytes: int = 1024 * 1024

@@ -151,6 +151,18 @@ def test_small_blobs_share_calls_and_each_digest_goes_once(
     assert server.calls("BatchReadBlobs") == 1
 
 
+def test_two_chunks_of_the_usual_size_share_a_batch_and_one_of_a_mebibyte_has_its_own(
+    make_server: MakeServer, make_remote: MakeRemote
+) -> None:
+    server = make_server()
+    remote = make_remote(server)
+    remote.write_many(uploads(named(*(noise(512 * KIB, n) for n in range(4)))))
+    assert server.calls("BatchUpdateBlobs") == 2
+    remote.write_many(uploads(named(noise(MIB))))
+    assert server.calls("BatchUpdateBlobs") == 3
+    assert server.calls("Write") == 0
+
+
 def test_find_missing_asks_in_bounded_pages(make_server: MakeServer, make_remote: MakeRemote) -> None:
     server = make_server()
     remote = make_remote(server, limits=Limits(find_missing_digests=100))
