@@ -279,6 +279,8 @@ class BlobSpace:
                 status = os.fstat(fd)
                 digest = Digest(hash_, status.st_size, function)
                 self._verify(digest, fd, status)
+                # Reading may have set the time of last access, and this was no use.
+                recency.touch(fd, os.fstat(fd), status.st_atime_ns)
             except DataLoss:
                 return digest, False
             finally:

@@ -337,7 +337,7 @@ class FileCache:
             if found.space is Space.REFS:
                 refs += 1
                 try:
-                    self._refs.get(found.hash)
+                    self._refs.get(found.hash, use=False)
                 except NotFound:
                     bad_refs.append(found.hash)
             elif found.space.function is not None:

@@ -3,8 +3,9 @@
 An entry is a folder with
 
     data/    the tracked directory itself; while it is absent the entry does not exist
-    lock     readers hold it shared (flock), who adds or removes it exclusively; its text is the size in
-             bytes of disk blocks, its access time the last use
+    size     the size in bytes of disk blocks, as text
+    lock     readers hold it shared (flock), who adds or removes it exclusively; its access time is the last
+             use, so nobody reads it
     doomed   present when the entry was removed while it was read: the last reader to leave removes it,
              and whoever asks for it before that revives it
 """
@@ -90,8 +91,9 @@ class DirectoryStore:
             try:
                 if os.path.exists(f"{entry}/data"):
                     continue
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, str(size).encode(), 0)
+                with open(f"{entry}/size", "w", encoding="ascii") as file:
+                    file.write(str(size))
+                recency.touch(fd, os.fstat(fd), self._env.now_ns())
                 with self._env.ledger.section() as section:
                     room = section.total_bytes is not None and (
                         section.total_bytes + size <= self._env.max_bytes
@@ -187,7 +189,7 @@ def discard_entry(
     try:
         if only_doomed and not os.path.exists(f"{entry}/doomed"):
             return None
-        size = _recorded_size(fd) if os.path.isdir(f"{entry}/data") else 0
+        size = _recorded_size(entry) if os.path.isdir(f"{entry}/data") else 0
         target = trash.new_path()
         with environment.ledger.section() as section:
             os.rename(entry, target)
@@ -205,11 +207,7 @@ def discard_entry(
 def measure_entry(entry: str) -> tuple[int, int]:
     """Size and last use of an entry, for a scan. FileNotFoundError unless it is whole."""
     os.stat(f"{entry}/data")
-    fd = os.open(f"{entry}/lock", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _recorded_size(fd), os.fstat(fd).st_atime_ns
-    finally:
-        os.close(fd)
+    return _recorded_size(entry), os.stat(f"{entry}/lock").st_atime_ns
 
 
 def measure_tree(path: str) -> int:
@@ -225,9 +223,11 @@ def measure_tree(path: str) -> int:
     return total
 
 
-def _recorded_size(fd: int) -> int:
-    text = os.pread(fd, 32, 0)
-    return int(text) if text.isdigit() else 0
+def _recorded_size(entry: str) -> int:
+    with open(f"{entry}/size", "rb") as file:
+        text = file.read(32)
+    # A power failure may have emptied it.
+    return int(text) if text.isdigit() else measure_tree(f"{entry}/data")
 
 
 def sweep_doomed(environment: Environment, trash: TrashCan, layout: Layout, group: str) -> None:

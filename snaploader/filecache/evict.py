@@ -181,3 +181,4 @@ class Evictor:
         if not scan.suspects and self._durability.any_suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._leases, begun_ns)
+        self._exhausted = None

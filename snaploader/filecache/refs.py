@@ -45,8 +45,8 @@ class RefSpace:
         self._env = environment
         self._make_room = make_room
 
-    def get(self, key: str) -> bytes:
-        """See `FileCache.get_ref`."""
+    def get(self, key: str, *, use: bool = True) -> bytes:
+        """See `FileCache.get_ref`. Without `use` its time of last use stays."""
         path = self._path(key)
         absent = f"ref {key} is not in the file cache"
         with translate_os_errors(f"cannot read ref {key}"):
@@ -58,7 +58,7 @@ class RefSpace:
                 status = os.fstat(fd)
                 value = decode(content.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
                 if value is not None:
-                    recency.touch(fd, status, self._env.now_ns())
+                    recency.touch(fd, status, self._env.now_ns() if use else status.st_atime_ns)
             finally:
                 os.close(fd)
             if value is None:

@@ -32,7 +32,7 @@ class TrashCan:
         return f"{self._folder}/{self._session.unique_name()}"
 
     def empty(self, path: str) -> None:
-        """Remove a path in the trash soon, or leave it to the next start after `close`."""
+        """Remove a path in the trash soon; after `close` it is left to the next start."""
         with self._lock:
             if self._closed:
                 return
@@ -47,7 +47,7 @@ class TrashCan:
             self.empty(f"{self._folder}/{name}")
 
     def close(self) -> None:
-        """Wait for what is being removed and leave the rest for the next start. Idempotent."""
+        """Wait until all is removed: a short-lived process would else never get to it. Idempotent."""
         with self._lock:
             self._closed = True
             thread, self._thread = self._thread, None
@@ -57,8 +57,7 @@ class TrashCan:
 
     def _work(self) -> None:
         while (path := self._queue.get()) is not None:
-            if not self._closed:
-                remove_tree(path)
+            remove_tree(path)
 
 
 def remove_tree(path: str) -> None:

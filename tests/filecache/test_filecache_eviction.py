@@ -1,0 +1,343 @@
+"""The bound: disk blocks, the longest unused first, leases, over restarts and scans."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from filecache_helpers import blob, blob_file, child, disk_bytes_below, key, leftovers, put
+
+from snaploader.errors import NotFound, ResourceExhausted
+from snaploader.filecache import FileCache, blobs, evict
+
+BLOCK = 4096
+"""What a small file takes; checked below."""
+
+
+def present(cache: FileCache, *seeds: int | str) -> set[int | str]:
+    """Which seeds' blobs are there, without using them."""
+    return {seed for seed in seeds if blob_file(cache, blob(seed, 100)[0]).exists()}
+
+
+def small(cache: FileCache, seed: int | str):
+    return put(cache, seed, 100)
+
+
+def test_longest_unused_goes_first(tmp_path):
+    with FileCache(tmp_path, max_bytes=3 * BLOCK) as cache:
+        for seed in "abc":
+            small(cache, seed)
+        assert cache.statistics().total_bytes == 3 * BLOCK
+        cache.read(blob("a", 100)[0])
+        small(cache, "d")
+        assert present(cache, *"abcd") == set("acd")
+        small(cache, "e")
+        assert present(cache, *"abcde") == set("ade")
+        assert cache.statistics().evicted_entries == 2
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache, digest: cache.read(digest),
+        lambda cache, digest: os.close(cache.open(digest)),
+        lambda cache, digest: cache.find_missing([digest]),
+        lambda cache, digest: cache.find_missing([digest, *(blob(n, 10)[0] for n in range(1100))]),
+        lambda cache, digest: cache.put_verified(digest, blob("a", 100)[1]),
+        lambda cache, digest: cache.write(digest, blob("a", 100)[1]),
+        lambda cache, digest: cache.path(digest),
+    ],
+)
+@pytest.mark.parametrize("after_scan", [False, True])
+def test_every_kind_of_use_counts(tmp_path, use, after_scan):
+    with FileCache(tmp_path, max_bytes=3 * BLOCK) as cache:
+        if after_scan:
+            for seed in range(4):
+                small(cache, seed)
+            assert cache.statistics().scans == 2
+        for seed in "abc":
+            small(cache, seed)
+        use(cache, blob("a", 100)[0])
+        small(cache, "d")
+        assert present(cache, *"abcd") == set("acd")
+
+
+def test_use_of_a_candidate_after_the_scan_is_seen(tmp_path):
+    with FileCache(tmp_path, max_bytes=4 * BLOCK) as cache, FileCache(tmp_path) as other:
+        for seed in "abcd":
+            small(cache, seed)
+        small(cache, "e")
+        scans = cache.statistics().scans
+        other.read(blob("b", 100)[0])
+        many = [blob("c", 100)[0], *(blob(n, 10)[0] for n in range(blobs.BULK_DIGESTS))]
+        other.find_missing(many)
+        small(cache, "f")
+        assert present(cache, *"abcdef") == set("bcef")
+        assert cache.statistics().scans == scans
+
+
+def test_recency_survives_a_restart(tmp_path):
+    with FileCache(tmp_path) as cache:
+        for seed in "abcd":
+            small(cache, seed)
+        cache.read(blob("a", 100)[0])
+        many = [blob("b", 100)[0], *(blob(n, 10)[0] for n in range(blobs.BULK_DIGESTS))]
+        cache.find_missing(many)
+    with FileCache(tmp_path, max_bytes=4 * BLOCK) as cache:
+        small(cache, "e")
+        small(cache, "f")
+        assert present(cache, *"abcdef") == set("abef")
+
+
+def test_disk_blocks_count_and_not_sizes(tmp_path):
+    sparse = tmp_path / "sparse"
+    with open(sparse, "wb") as file:
+        file.truncate(50 << 20)
+        file.write(b"x")
+    with FileCache(tmp_path / "cache", max_bytes=1 << 20) as cache, pytest.raises(ResourceExhausted):
+        cache.add_file(sparse)
+    with FileCache(tmp_path / "cache", max_bytes=60 << 20) as cache:
+        digest, _ = cache.add_file(sparse)
+        cache.remove(digest)
+        assert cache.put_file(digest, sparse, link=True)
+        assert cache.statistics().total_bytes == sparse.stat().st_blocks * 512 < 1 << 20
+        small(cache, 1)
+        assert cache.statistics().total_bytes == disk_bytes_below(cache.root)
+
+
+def test_bound_holds_right_after_a_restart_scan(tmp_path):
+    with FileCache(tmp_path) as cache:
+        for seed in range(10):
+            small(cache, seed)
+    # As after a crash: nobody knows the count.
+    os.unlink(tmp_path / "v1" / "usage" / "ledger")
+    with FileCache(tmp_path, max_bytes=5 * BLOCK) as cache:
+        assert cache.statistics().total_bytes is None
+        small(cache, 10)
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path) == 5 * BLOCK
+        assert present(cache, *range(11)) == {6, 7, 8, 9, 10}
+
+
+def test_removal_behind_the_back_is_put_right_by_the_next_scan(tmp_path):
+    with FileCache(tmp_path, max_bytes=5 * BLOCK) as cache:
+        for seed in range(5):
+            small(cache, seed)
+        for seed in range(4):
+            blob_file(cache, blob(seed, 100)[0]).unlink()
+        small(cache, 5)
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
+
+
+def test_blob_bigger_than_the_cache_is_refused_without_evicting(tmp_path):
+    with FileCache(tmp_path, max_bytes=4 * BLOCK) as cache:
+        small(cache, "a")
+        digest, data = blob("big", 5 * BLOCK)
+        with pytest.raises(ResourceExhausted):
+            cache.put_verified(digest, data)
+        with pytest.raises(ResourceExhausted):
+            cache.writer(digest)
+        assert present(cache, "a") == {"a"}
+
+
+def test_leased_blobs_stay_and_a_cache_full_of_them_says_so(tmp_path):
+    with FileCache(tmp_path, max_bytes=3 * BLOCK) as cache, FileCache(tmp_path) as other:
+        digests = [small(cache, seed) for seed in "abc"]
+        with other.lease(digests[:2]):
+            small(cache, "d")
+            assert present(cache, *"abcd") == set("abd")
+            with other.lease([blob("d", 100)[0]]):
+                for _ in range(3):
+                    with pytest.raises(ResourceExhausted, match="max_bytes"):
+                        small(cache, "e")
+                assert cache.prune() == 3 * BLOCK
+            small(cache, "e")
+            assert present(cache, *"abcde") == set("abe")
+        small(cache, "f")
+        assert present(cache, *"abef") == set("bef")
+
+
+def test_full_cache_is_not_scanned_for_every_refusal(tmp_path):
+    with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache:
+        with cache.lease([small(cache, "a"), small(cache, "b")]):
+            for seed in range(50):
+                with pytest.raises(ResourceExhausted):
+                    small(cache, seed)
+        assert cache.statistics().scans < 10
+
+
+def test_blob_leased_before_it_is_added_stays(tmp_path):
+    with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache, cache.lease([blob("a", 100)[0]]):
+        for seed in ("a", 1, 2, 3):
+            small(cache, seed)
+        assert present(cache, "a") == {"a"}
+
+
+def test_lease_of_a_killed_process_ends_with_it(tmp_path):
+    program = """
+import sys
+from filecache_helpers import blob
+from snaploader.filecache import FileCache
+lease = FileCache(sys.argv[1]).lease([blob("a", 100)[0]])
+print("leased", flush=True)
+sys.stdin.readline()
+"""
+    with FileCache(tmp_path, max_bytes=BLOCK) as cache:
+        small(cache, "a")
+        with child(program, tmp_path) as holder:
+            assert holder.stdout.readline() == "leased\n"
+            with pytest.raises(ResourceExhausted):
+                small(cache, "b")
+            holder.kill()
+            holder.wait()
+            cache.prune(BLOCK)  # scans, whatever was found a moment ago
+            cache.prune(0)
+        assert present(cache, "a") == set()
+    assert leftovers(tmp_path) == []
+
+
+def test_refs_and_groups_share_the_bound(tmp_path):
+    options = {"max_bytes": 3 * BLOCK}
+    with FileCache(tmp_path, group_id="a", **options) as a, FileCache(tmp_path, group_id="b", **options) as b:
+        a.put_ref(key("r"), b"x" * 100)
+        small(b, 1)
+        small(b, 2)
+        small(b, 3)
+        with pytest.raises(NotFound):
+            a.get_ref(key("r"))
+        small(a, 4)
+        assert present(b, 1, 2, 3) == {2, 3}
+
+
+def test_replacing_a_snapshot_often_evicts_nothing_else(tmp_path):
+    with FileCache(tmp_path, max_bytes=12 * BLOCK) as cache:
+        others = [small(cache, f"other {number}") for number in range(4)]
+        cache.put_ref(key("other"), b"x" * 100)
+        for round_ in range(20):
+            cache.find_missing(others)
+            cache.get_ref(key("other"))
+            for number in range(4):
+                small(cache, f"{round_} {number}")
+            cache.put_ref(key("mine"), str(round_).encode() * 50)
+        assert cache.find_missing(others) == set()
+        assert cache.get_ref(key("other"))
+
+
+def test_prune_reduces_to_the_target(tmp_path):
+    with FileCache(tmp_path) as cache:
+        for seed in range(10):
+            small(cache, seed)
+        assert cache.prune(4 * BLOCK) == 4 * BLOCK
+        assert present(cache, *range(10)) == {6, 7, 8, 9}
+        assert cache.prune() == 0
+        assert disk_bytes_below(tmp_path) == 0
+
+
+def test_blob_added_again_during_eviction_is_there_afterwards(tmp_path):
+    digest, data = blob("a", 100)
+    answers = []
+
+    def step(name):
+        if name == "evict.unlinked" and not answers:
+            thread = threading.Thread(target=lambda: answers.append(other.put_verified(digest, data)))
+            thread.start()
+            threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    with FileCache(tmp_path) as other, FileCache(tmp_path, checkpoint=step) as cache:
+        small(cache, "a")
+        cache.prune()
+        for thread in threads:
+            thread.join()
+        assert answers == [True]
+        assert cache.read(digest) == data
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
+
+
+def test_changes_during_a_scan_are_counted_right(tmp_path):
+    """100 scans, each with random additions and removals before, in the middle of, and after the listing."""
+    rng = random.Random(1)
+    pending = []
+
+    def step(name):
+        if name in ("scan.begun", "scan.listed"):
+            for change in pending[: len(pending) // 2]:
+                change()
+                pending.remove(change)
+
+    with FileCache(tmp_path) as other, FileCache(tmp_path, checkpoint=step) as cache:
+        seeds = list(range(12))
+        small(cache, 0)
+        for _ in range(100):
+            for _ in range(6):
+                digest, data = blob(rng.choice(seeds), rng.choice([100, 5000]))
+                name = key(str(rng.choice(seeds)))
+                pending.append(
+                    rng.choice(
+                        [
+                            lambda d=digest, b=data: other.put_verified(d, b),
+                            lambda d=digest: other.remove(d),
+                            lambda n=name, b=data: other.put_ref(n, b),
+                            lambda n=name: other.delete_ref(n),
+                        ]
+                    )
+                )
+            cache.prune(1 << 30)
+            assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
+            pending.clear()
+
+
+def test_concurrent_additions_during_scans_are_counted_right(tmp_path):
+    stop = threading.Event()
+    with FileCache(tmp_path) as cache, FileCache(tmp_path) as other:
+
+        def work(number):
+            seed = 0
+            while not stop.is_set() and seed < 300:
+                digest = put(other, f"{number} {seed}", 100)
+                if seed % 3 == 0:
+                    other.remove(digest)
+                seed += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            cache.prune(1 << 30)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
+
+
+def test_scan_that_fails_is_given_up(tmp_path, monkeypatch):
+    with FileCache(tmp_path) as cache:
+        small(cache, 1)
+
+        def broken(*arguments):
+            raise PermissionError(13, "no")
+
+        monkeypatch.setattr(evict, "Scan", broken)
+        with pytest.raises(Exception, match="prune"):
+            cache.prune()
+        monkeypatch.undo()
+        small(cache, 2)
+        assert not Path(tmp_path, "v1", "usage", "journal").exists()
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
+
+
+def test_statistics_and_entries_tell_what_is_there(tmp_path):
+    with FileCache(tmp_path) as cache:
+        first, second = small(cache, "a"), small(cache, "b")
+        cache.put_ref(key("r"), b"x")
+        cache.read(first)
+        entries = cache.entries()
+        assert [(entry.kind, entry.key) for entry in entries] == [
+            ("blob", second.hash),
+            ("ref", key("r")),
+            ("blob", first.hash),
+        ]
+        assert [entry.digest for entry in entries] == [second, None, first]
+        assert sum(entry.disk_bytes for entry in entries) == cache.statistics().total_bytes
