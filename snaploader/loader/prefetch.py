@@ -138,11 +138,16 @@ class Prefetcher:
         self._start()
 
     def _keep(self, digest: Digest, data: bytes) -> None:
-        self._file_cache.put_verified(digest, data)
+        # Before it can be seen: a reader may open it at once.
         with self._lock:
             self._unused[digest] = None
             if len(self._unused) > MAX_REMEMBERED:
                 self._unused.popitem(last=False)
+        try:
+            self._file_cache.put_verified(digest, data)
+        except BaseException:
+            self.take_credit(digest)
+            raise
         self._flights.land(digest)
 
     def _give_up(self, batch: list[Digest], error: SnaploaderError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,7 @@ class Host:
             return disk.read_at(0, disk.size)
 
     def unpack(self, snapshot: Snapshot, **kwargs: Any) -> Any:
-        self._unpacked = getattr(self, "_unpacked", 0) + 1
-        return self.loader.unpack_snapshot(snapshot, self.folder / f"out-{self._unpacked}", **kwargs)
+        return self.loader.unpack_snapshot(snapshot, self.folder / f"out-{uuid.uuid4()}", **kwargs)
 
     def blobs(self) -> list[Path]:
         """The files of all cached blobs."""
