@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from snaploader._proto import remote_execution_pb2 as reapi
@@ -59,6 +59,16 @@ class FakeCAS:
             with self._lock:
                 data = self._read(digest)
             sink(digest, data)
+
+    def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
+        """One blob into `write`, in two pieces when it has more than one byte."""
+        with self._lock:
+            self.calls["read_to"] += 1
+            data = memoryview(self._read(digest))
+        middle = len(data) // 2
+        for piece in (data[:middle], data[middle:]):
+            if piece:
+                write(piece)
 
     def _read(self, digest: Digest) -> bytes:
         if digest.size_bytes == 0:

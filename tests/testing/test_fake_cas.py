@@ -29,6 +29,9 @@ def test_blobs_go_in_and_come_out(tmp_path: Path) -> None:
     store.read_many([*DIGESTS[:2], empty_digest(DigestFunction.SHA256)], got.__setitem__)
     assert sorted(got.values()) == [b"", b"one", b"two"]
     assert store.read(DIGESTS[0]) == b"one"
+    streamed = bytearray()
+    store.read_to(DIGESTS[1], streamed.extend)
+    assert streamed == b"two"
     assert (fake.reads[DIGESTS[0]], fake.writes[DIGESTS[1]]) == (2, 2)
     assert fake.calls == {
         "write": 1,
@@ -37,6 +40,7 @@ def test_blobs_go_in_and_come_out(tmp_path: Path) -> None:
         "find_missing": 1,
         "read_many": 1,
         "read": 1,
+        "read_to": 1,
     }
 
 
