@@ -23,13 +23,24 @@ from snaploader.cli.commands.restore import restore
 from snaploader.cli.commands.save import save
 from snaploader.cli.commands.serve import serve
 from snaploader.cli.commands.show import show
-from snaploader.cli.exits import TERMINATED, explain
+from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
 from snaploader.cli.options import Invocation, shared_options
 from snaploader.cli.output import Output
 from snaploader.remote import tune_malloc
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Root(click.Group):
+    """Tells apart that the reader of the output left, which click ends with an exit code of its own."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderLeft from error
+
+
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="snaploader")
 @shared_options
 def app(**_shared: object) -> None:
@@ -53,15 +64,15 @@ def run(arguments: Sequence[str]) -> int:
     )
     with _ending_on_sigterm():
         try:
-            app.main(args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=invocation)
+            code = app.main(
+                args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=invocation
+            )
             sys.stdout.flush()
-        except click.exceptions.Exit as end:
-            return end.exit_code
+            return code if isinstance(code, int) else 0
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
         except BaseException as error:  # noqa: BLE001  every error ends here, as a message
             return _report(error, invocation.output)
-    return 0
 
 
 def _report(error: BaseException, output: Output) -> int:

@@ -28,6 +28,10 @@ class CheckFailed(Exception):
     """Checks ran to their end, and not all of them passed. What is wrong has been printed already."""
 
 
+class ReaderLeft(Exception):
+    """Whoever read the output has closed it, as `head` does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """How a command ends that did not succeed."""
@@ -54,7 +58,7 @@ def explain(error: BaseException) -> Failure:
         return Failure("CheckFailed", str(error), CHECK_FAILED)
     if isinstance(error, KeyboardInterrupt | click.Abort):
         return Failure("Interrupted", "interrupted", INTERRUPTED)
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError | ReaderLeft):
         return Failure("BrokenPipe", "", BROKEN_PIPE)
     if isinstance(error, cow.COWError):
         kind_of = next(ours for theirs, ours in _COW_ERRORS if isinstance(error, theirs))

@@ -71,7 +71,11 @@ class Output:
         for row in rows:
             table.add_row(*row)
         width = None if sys.stdout.isatty() else PIPE_WIDTH
-        Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False).print(table)
+        console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+        with console.capture() as capture:
+            console.print(table)
+        # Written by ourselves, because rich ends the program when the reader has left.
+        sys.stdout.write(capture.get())
 
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""

@@ -1,0 +1,100 @@
+"""`cache ls`, `rm`, `prune` and `verify`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from cli_runner import CommandLine
+
+from snaploader.filecache import FileCache
+
+
+@pytest.fixture
+def saved(cli: CommandLine, tmp_path: Path) -> Path:
+    """The cache folder, with three plain files of 100,000 bytes under ref main."""
+    paths = []
+    for name in ("a", "b", "c"):
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(os.urandom(100_000))
+    cli.ok("save", "--ref", "main", *paths)
+    return tmp_path / "xdg-cache/snaploader"
+
+
+def test_it_lists_blobs_and_refs(cli: CommandLine, saved: Path) -> None:
+    listed = cli.json("cache", "ls")
+    kinds = [entry["kind"] for entry in listed["entries"]]
+    # The manifest under the key and under the snapshot's id, and the version.
+    assert sorted(kinds) == ["blob"] * 3 + ["ref"] * 3
+    assert listed["disk_bytes"] == sum(entry["disk_bytes"] for entry in listed["entries"]) > 300_000
+    assert listed["max_cache_size_bytes"] == 10 << 30
+    blob = next(entry for entry in listed["entries"] if entry["kind"] == "blob")
+    assert blob["digest"] == f"{blob['key']}/100000"
+    assert blob["digest_function"] == "BLAKE3"
+    assert cli.ok("cache", "ls").text.count("\n") == 6
+    assert {entry["kind"] for entry in cli.json("cache", "ls", "--kind", "ref")["entries"]} == {"ref"}
+
+
+def test_groups_do_not_see_each_other(cli: CommandLine, saved: Path) -> None:
+    assert cli.json("cache", "ls", "--group-id", "tenant")["entries"] == []
+
+
+def test_entries_are_removed_by_a_unique_beginning(cli: CommandLine, saved: Path, tmp_path: Path) -> None:
+    keys = [entry["key"] for entry in cli.json("cache", "ls", "--kind", "blob")["entries"]]
+    removed = cli.json("cache", "rm", keys[0][:12], f"{keys[1]}/100000")
+    assert removed["removed"] == keys[:2]
+    assert removed["freed_bytes"] > 200_000
+    assert [entry["key"] for entry in cli.json("cache", "ls", "--kind", "blob")["entries"]] == keys[2:]
+    assert cli("restore", "--ref", "main", tmp_path / "out").exit_code == 3
+    assert cli("cache", "rm", keys[0]).exit_code == 3
+
+
+def test_a_ref_and_a_directory_are_removed_too(cli: CommandLine, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with FileCache(saved) as cache:
+        cache.add_directory("d" * 64, folder)
+    for entry in cli.json("cache", "ls")["entries"]:
+        if entry["kind"] != "blob":
+            assert cli.ok("cache", "rm", entry["key"]).text == f"removed {entry['kind']} {entry['key']}\n"
+    assert {entry["kind"] for entry in cli.json("cache", "ls")["entries"]} == {"blob"}
+
+
+def test_a_beginning_that_means_two_entries_is_refused(cli: CommandLine, saved: Path) -> None:
+    with FileCache(saved) as cache:
+        for last in ("1", "2"):
+            cache.put_ref("e" * 63 + last, b"x")
+    outcome = cli("cache", "rm", "eeeeeeee")
+    assert outcome.exit_code == 2
+    assert "2 entries" in outcome.stderr
+
+
+def test_pruning_comes_down_to_a_size(cli: CommandLine, saved: Path) -> None:
+    before = cli.json("cache", "ls")["disk_bytes"]
+    pruned = cli.json("cache", "prune", "--target-size", "150KiB")
+    assert pruned["disk_bytes"] <= 150 << 10
+    assert pruned["freed_bytes"] + pruned["disk_bytes"] == before
+    assert cli.json("cache", "ls")["disk_bytes"] == pruned["disk_bytes"]
+
+
+def test_pruning_obeys_the_configured_size_by_default(cli: CommandLine, saved: Path) -> None:
+    assert cli.json("cache", "prune")["freed_bytes"] == 0
+    assert cli.json("cache", "prune", "--max-cache-size", "150KiB")["disk_bytes"] <= 150 << 10
+
+
+def test_an_intact_cache_is_verified(cli: CommandLine, saved: Path) -> None:
+    report = cli.json("cache", "verify")
+    assert report == {"blobs": 3, "content_bytes": 300_000, "bad_blobs": [], "refs": 3, "bad_refs": []}
+
+
+def test_damage_is_found_told_and_taken_out_of_use(cli: CommandLine, saved: Path) -> None:
+    blob = next(path for path in saved.rglob("blobs/*/*/*") if path.is_file())
+    blob.chmod(0o600)
+    with blob.open("r+b") as file:
+        file.write(b"rot")
+    outcome = cli("cache", "verify", "--json")
+    assert outcome.exit_code == 10
+    assert outcome.json["bad_blobs"] == [f"{blob.parent.name}{blob.name}/100000"]
+    assert "out of use" in outcome.stderr
+    assert cli.json("cache", "verify")["blobs"] == 2

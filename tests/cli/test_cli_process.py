@@ -1,0 +1,210 @@
+"""The command line as a program: `serve`, signals, pipes, terminals, a missing extra."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_runner import COMMAND, in_process_of_its_own
+
+from snaploader.cli.commands.serve import parse_address
+from snaploader.errors import InvalidArgument
+from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
+
+TIMEOUT_S = 30
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Of a process that knows nothing of this machine's configuration."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SNAPLOADER_")}
+    return {**kept, "XDG_CONFIG_HOME": str(tmp_path / "config"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
+@contextlib.contextmanager
+def serving(*arguments: object, environment: dict[str, str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`snaploader serve` on a free port: its URL and process."""
+    command = [*COMMAND, "serve", "--listen", "127.0.0.1:0", *(str(argument) for argument in arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().decode().strip(), process
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_server_process_serves_two_hosts_and_keeps_its_content(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"\1" * (5 << 20))
+    os.truncate(disk, 8 << 20)
+    with serving("--root", tmp_path / "cas", environment=environment) as (url, process):
+        common = ["--remote-cache", url, "--json", "--quiet"]
+        done = in_process_of_its_own(
+            *common, "--cache-dir", tmp_path / "a", "save", "--ref", "main", disk, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        saved = json.loads(done.stdout)
+        assert saved["uploaded_bytes"] > 0
+        assert saved["files"][0]["chunked"] is True
+        assert done.stderr == b""
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+    with serving("--root", tmp_path / "cas", environment=environment) as (url, _process):
+        common = ["--remote-cache", url, "--cache-dir", tmp_path / "b"]
+        restore = [*common, "restore", "--ref", "x", "--base-ref", "main", "--json", tmp_path / "out"]
+        done = in_process_of_its_own(*restore, env=environment)
+        assert done.returncode == 0, done.stderr
+        restored = json.loads(done.stdout)
+    assert restored["ref"] == "main"
+    assert restored["fetched_bytes"] > 0
+    assert (tmp_path / "out/disk.img").read_bytes() == disk.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_ends_with_success_when_told_to(environment: dict[str, str], number: signal.Signals) -> None:
+    with serving("--like", "casd", environment=environment) as (url, process):
+        assert url.startswith("grpc://127.0.0.1:")
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0
+        assert stderr.decode().splitlines()[-1] == "snaploader: stopped"
+
+
+def test_serve_says_what_is_wrong_with_its_address(environment: dict[str, str], tmp_path: Path) -> None:
+    with serving(environment=environment) as (url, _process):
+        taken = url.removeprefix("grpc://")
+        done = in_process_of_its_own("serve", "--listen", taken, env=environment)
+    assert done.returncode == 6
+    assert taken.rpartition(":")[2] in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+
+
+def test_addresses() -> None:
+    assert parse_address("127.0.0.1:0") == ("127.0.0.1", 0)
+    assert parse_address("[::1]:80") == ("::1", 80)
+    for wrong in ("", ":1", "host", "host:", "host:x", "host:-1", "host:70000"):
+        with pytest.raises(InvalidArgument):
+            parse_address(wrong)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_that_waits(
+    environment: dict[str, str], number: signal.Signals, code: int
+) -> None:
+    gate = Gate()
+    with EmbeddedServer(faults=FaultScript(Fault("GetCapabilities", gate=gate, times=None))) as server:
+        command = [*COMMAND, "--remote-cache", server.url, "show", "--ref", "main"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        ) as process:
+            try:
+                assert gate.wait_reached(TIMEOUT_S)
+                process.send_signal(number)
+                stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+            finally:
+                process.kill()
+    assert process.returncode == code
+    assert stdout == b""
+    assert b"Traceback" not in stderr
+
+
+def test_a_reader_that_leaves_ends_it_quietly(environment: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(b"x" * (3 << 20))
+    assert in_process_of_its_own("save", "--ref", "main", path, env=environment).returncode == 0
+    command = [*COMMAND, "read", "--ref", "main", "big"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(10) == b"x" * 10
+        process.stdout.close()
+        stderr = process.stderr.read()
+        assert process.wait(TIMEOUT_S) == 141
+    assert stderr == b""
+
+
+def test_a_reader_that_never_came_ends_text_quietly(environment: dict[str, str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [*COMMAND, "doctor", "--quiet"]
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=TIMEOUT_S, check=False
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def on_a_terminal(*arguments: object, environment: dict[str, str]) -> bytes:
+    """What a command writes to a terminal that is its stderr."""
+    terminal, end = pty.openpty()
+    try:
+        command = [*COMMAND, *(str(argument) for argument in arguments)]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=end, env=environment, timeout=TIMEOUT_S, check=False
+        )
+        os.close(end)
+        end = -1
+        assert done.returncode == 0
+        seen = b""
+        with contextlib.suppress(OSError):  # a terminal without its other end
+            while piece := os.read(terminal, 65536):
+                seen += piece
+        return seen
+    finally:
+        os.close(terminal)
+        if end >= 0:
+            os.close(end)
+
+
+@pytest.mark.slow
+def test_bars_are_drawn_on_a_terminal_only(environment: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    path.write_bytes(b"x" * (5 << 20))
+    environment = {**environment, "TERM": "xterm"}
+    seen = on_a_terminal("save", "--ref", "main", path, environment=environment)
+    assert b"storing" in seen
+    assert b"\x1b[" in seen
+    assert on_a_terminal("save", "--ref", "main", "--quiet", path, environment=environment) == b""
+    done = in_process_of_its_own("save", "--ref", "main", path, env=environment)
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert b"\x1b[" not in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], missing: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; import snaploader.cli; snaploader.cli.main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
+    assert done.returncode == 4
+    assert "pip install 'snaploader[cli]'" in done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_traceback_is_shown_on_demand(environment: dict[str, str]) -> None:
+    done = in_process_of_its_own("restore", "--ref", "main", "out", "-vv", env=environment)
+    assert done.returncode == 3
+    assert b"Traceback" in done.stderr
+
+
+def test_help_and_version(environment: dict[str, str]) -> None:
+    done = in_process_of_its_own("--help", env=environment)
+    assert done.returncode == 0
+    assert b"SNAPLOADER_REMOTE_CACHE" in done.stdout
+    assert in_process_of_its_own("--version", env=environment).stdout.startswith(b"snaploader")
