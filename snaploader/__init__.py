@@ -43,7 +43,7 @@ from snaploader.loader import (
     UnpackedSnapshot,
 )
 from snaploader.manifest import Manifest, PlainFile
-from snaploader.policy import ReadPolicy, SavePolicy
+from snaploader.policy import PolicyOverrides, ReadPolicy, SavePolicy
 from snaploader.remote import RemoteCache, RetryPolicy, Timeouts, TLSConfig
 from snaploader.task import SnapshotTask
 
@@ -65,6 +65,7 @@ __all__ = [
     "NotFound",
     "PermissionDenied",
     "PlainFile",
+    "PolicyOverrides",
     "Progress",
     "ReadPolicy",
     "RemoteCache",

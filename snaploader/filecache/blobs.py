@@ -154,7 +154,7 @@ class BlobSpace:
             if self._durability.is_suspect(status):
                 # It proved right: it is written anew, as it were, outside the window of suspicion.
                 with suppress(PermissionError):
-                    os.utime(fd)
+                    os.utime(fd, ns=(status.st_atime_ns, self._env.now_ns()))
                 status = os.fstat(fd)
             self._memo.add(digest, status)
             return

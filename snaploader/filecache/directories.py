@@ -100,6 +100,7 @@ class DirectoryStore:
                     )
                     if room:
                         section.change(self._name(entry), 0, size)
+                        self._env.checkpoint("directory.counted")
                         try:
                             os.rename(source, f"{entry}/data")
                         except OSError:

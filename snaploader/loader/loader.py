@@ -24,7 +24,7 @@ from snaploader.loader.results import SaveResult, Snapshot
 from snaploader.loader.save import SaveOptions, SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, unpack
 from snaploader.loader.versions import VersionStore
-from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, ReadPolicy, SavePolicy
+from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy
 from snaploader.task import SnapshotTask
 
 DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3
@@ -104,7 +104,9 @@ class SnapshotLoader:
     ) -> SnapshotKeySet:
         """The keys of a task: where to look for its snapshot, in order, and where to write it.
 
-        Asks the remote cache for the version of the keys, at every call.
+        Asks the remote cache for the version of the keys, at every call. Platform properties of the task
+        may change sharing and the universal fallback (see `snaploader.policy`); what they say of other
+        policies is for the caller to pass on: `PolicyOverrides.from_platform(task.platform)`.
 
         Args:
             configuration_hash: Hash of all that makes the machine what it is and is not in the platform,
@@ -119,8 +121,14 @@ class SnapshotLoader:
         """
         base = keys.base_key(task, configuration_hash)
         version = self._versions.current(base, allow_stale=allow_stale_version)
+        wished = PolicyOverrides.from_platform(task.platform)
         return keys.snapshot_key_set(
-            task, configuration_hash, runner_id, version, share=self._share, universal=self._universal
+            task,
+            configuration_hash,
+            runner_id,
+            version,
+            share=self._share if wished.share is None else wished.share,
+            universal=self._universal if wished.universal is None else wished.universal,
         )
 
     def get_snapshot(
@@ -224,7 +232,8 @@ class SnapshotLoader:
                 a `snaploader.VMMetadata` is the age of the snapshot as a fallback.
             snapshot_id: Under which exactly this snapshot is found again, for ever. Default: a new UUID.
             save_policy: Whether a snapshot that stands remotely is replaced.
-            key_set: The keys that `none-available` looks at.
+            key_set: The keys that `none-available` looks at. If the universal ref is among them it is
+                updated too.
             default_ref: The branch that always saves.
             min_refresh_interval_s: Leave the default branch's remote snapshot alone when it is younger.
             remote: Whether to save remotely. Default: if there is a remote cache.

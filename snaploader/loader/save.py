@@ -128,13 +128,14 @@ class SnapshotSaver:
             blobs = set(artefacts(manifest, saver.tables))
             with self._file_cache.lease(blobs):
                 self._complete_locally(saver, blobs)
-                warnings = self._publish_locally(manifest, key, id_key)
+                write_keys = self._write_keys(key, options.key_set)
+                warnings = self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)
                 uploaded = TransferStatistics()
                 if remote is not None:
                     try:
                         uploaded = self._upload(remote, manifest, blobs, options.progress)
-                        warnings += self._publish_remotely(remote, manifest, key, id_key)
+                        warnings += self._publish_remotely(remote, manifest, write_keys, id_key)
                     except SnaploaderError as error:
                         error.add_note("the snapshot is saved in the local cache")
                         raise
@@ -235,10 +236,12 @@ class SnapshotSaver:
                 "raise its size (max_bytes) above that of the snapshot"
             )
 
-    def _publish_locally(self, manifest: Manifest, key: SnapshotKey, id_key: SnapshotKey) -> list[str]:
+    def _publish_locally(
+        self, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
+    ) -> list[str]:
         data = manifest.serialize_local()
         group = self._file_cache.group_id
-        for write_key in self._write_keys(key):
+        for write_key in write_keys:
             self._file_cache.put_ref(keys.local_manifest_key(group, write_key), data)
         try:
             if self._file_cache.put_ref(keys.local_manifest_key(group, id_key), data, overwrite=False):
@@ -265,9 +268,9 @@ class SnapshotSaver:
         return self._fetcher.read(digest, allow_remote=False)
 
     def _publish_remotely(
-        self, remote: RemoteStore, manifest: Manifest, key: SnapshotKey, id_key: SnapshotKey
+        self, remote: RemoteStore, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
     ) -> list[str]:
-        for write_key in self._write_keys(key):
+        for write_key in write_keys:
             publish_manifest(remote, write_key, manifest)
         try:
             publish_manifest(remote, id_key, manifest)
@@ -275,8 +278,9 @@ class SnapshotSaver:
             return [f"the snapshot is not found by its id remotely: {error.message}"]
         return []
 
-    def _write_keys(self, key: SnapshotKey) -> list[SnapshotKey]:
-        if not self._universal or keys.is_universal(key) or not key.ref:
+    def _write_keys(self, key: SnapshotKey, key_set: SnapshotKeySet | None) -> list[SnapshotKey]:
+        universal = self._universal or (key_set is not None and any(map(keys.is_universal, key_set)))
+        if not universal or keys.is_universal(key) or not key.ref:
             return [key]
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from loader_hosts import HostFactory, image, metadata, task
 
-from snaploader import keys
+from snaploader import SnapshotTask, keys
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, Unavailable
 from snaploader.loader.results import ManifestSource
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
@@ -247,3 +247,31 @@ def test_keys_of_another_version_miss(make_host: HostFactory) -> None:
     other = replace(key_set, branch_key=replace(key_set.branch_key, version_id="other"), fallback_keys=())
     with pytest.raises(NotFound):
         host.loader.get_snapshot(other)
+
+
+def test_platform_properties_steer_sharing_and_the_universal_fallback(make_host: HostFactory) -> None:
+    loader = make_host("a").loader
+    plain = loader.snapshot_key_set(task(), "conf")
+
+    def keys_with(**properties: str) -> keys.SnapshotKeySet:
+        platform = {"OSFamily": "linux", **{name.replace("_", "-"): v for name, v in properties.items()}}
+        wishing = SnapshotTask.from_mapping(platform, {"GIT_BRANCH": "main"})
+        return loader.snapshot_key_set(wishing, "conf", "runner-1")
+
+    universal = keys_with(snapshot_universal_fallback="true")
+    assert universal.branch_key == plain.branch_key
+    assert keys.is_universal(universal.fallback_keys[-1])
+    assert keys_with(snapshot_sharing="false").branch_key.runner_id == "runner-1"
+    with pytest.raises(InvalidArgument, match="snapshot-sharing"):
+        keys_with(snapshot_sharing="perhaps")
+
+
+def test_a_save_with_a_universal_key_set_updates_the_universal_ref(make_host: HostFactory) -> None:
+    host = make_host("a")
+    platform = {"OSFamily": "linux", "snapshot-universal-fallback": "true"}
+    for branch in ("one", "two"):
+        wishing = SnapshotTask.from_mapping(platform, {"GIT_BRANCH": branch})
+        key_set = host.loader.snapshot_key_set(wishing, "conf")
+        if branch == "one":
+            host.save(image(1), key=key_set.write_key, key_set=key_set, vm_metadata=metadata(time.time()))
+    assert keys.is_universal(host.loader.get_snapshot(key_set).key)
