@@ -556,7 +556,9 @@ def test_server_that_comes_back_is_used_again(make_server: MakeServer, make_remo
         assert other.read(digest) == SMALL
 
 
-def test_wrong_committed_size_is_not_success(make_server: MakeServer, make_remote: MakeRemote) -> None:
+def test_upload_damaged_or_lost_on_the_way_is_never_kept_wrong(
+    make_server: MakeServer, make_remote: MakeRemote
+) -> None:
     server = make_server(Fault("Write", drop_blob=True), Fault("Write", flip_bit=100_000))
     remote = make_remote(server, limits=LIMITS, digest_function=SHA256)
     blobs = named(BIG, function=SHA256)
