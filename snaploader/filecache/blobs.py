@@ -83,28 +83,15 @@ class BlobSpace:
         return missing
 
     def touch(self, digest: Digest) -> bool:
-        """Whether a blob is present; if so, this is a use of it."""
+        """Whether a blob is present; if so, this is a use of it. Suspects of a power failure are read."""
         path = self._env.layout.blob(digest)
         try:
             status = os.stat(path, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        if not self._plausible(digest, status):
-            return False
-        with suppress(FileNotFoundError):
-            recency.touch(path, status, self._env.now_ns())
-            return True
-        return False
-
-    def _plausible(self, digest: Digest, status: os.stat_result) -> bool:
-        """Whether a file may pass for the blob without being read; suspects of a power failure are read."""
-        if status.st_size == digest.size_bytes and not self._durability.is_suspect(status):
-            return True
-        if self._memo.knows(digest, status):
-            return True
-        try:
-            os.close(self.open(digest))
-        except (NotFound, DataLoss):
+            if status.st_size == digest.size_bytes and not self._durability.is_suspect(status):
+                recency.touch(path, status, self._env.now_ns())
+            else:
+                os.close(self._open(digest))
+        except (FileNotFoundError, NotFound, DataLoss):
             return False
         return True
 
@@ -112,6 +99,15 @@ class BlobSpace:
 
     def open(self, digest: Digest) -> int:
         """See `FileCache.open`."""
+        try:
+            fd = self._open(digest)
+        except NotFound:
+            self._env.counters.add(misses=1)
+            raise
+        self._env.counters.add(hits=1)
+        return fd
+
+    def _open(self, digest: Digest) -> int:
         path = self._env.layout.blob(digest)
         with translate_os_errors(f"cannot open blob {digest}"):
             try:
@@ -119,17 +115,15 @@ class BlobSpace:
             except FileNotFoundError:
                 if _is_empty_blob(digest):
                     return self._open_new_empty(digest)
-                self._env.counters.add(misses=1)
                 raise NotFound(f"blob {digest} is not in the file cache") from None
             try:
                 status = os.fstat(fd)
                 if not self._memo.knows(digest, status):
-                    self._verify(digest, fd, status)
+                    status = self._verify(digest, fd, status)
                 recency.touch(fd, status, self._env.now_ns())
             except BaseException:
                 os.close(fd)
                 raise
-        self._env.counters.add(hits=1)
         return fd
 
     def read(self, digest: Digest) -> bytes:
@@ -144,7 +138,8 @@ class BlobSpace:
             raise DataLoss(f"blob {digest} was changed to {len(data)} bytes while it was read: ask again")
         return data
 
-    def _verify(self, digest: Digest, fd: int, status: os.stat_result) -> None:
+    def _verify(self, digest: Digest, fd: int, status: os.stat_result) -> os.stat_result:
+        """Hash an open file, DataLoss when it is bad; its status, which changes if it was a suspect."""
         if status.st_size == digest.size_bytes:
             found, size = content.hash_file(fd, digest.function)
         else:
@@ -157,7 +152,7 @@ class BlobSpace:
                     os.utime(fd, ns=(status.st_atime_ns, self._env.now_ns()))
                 status = os.fstat(fd)
             self._memo.add(digest, status)
-            return
+            return status
         if not found and self._is_other_size(digest, fd, status):
             raise DataLoss(
                 f"blob {digest}: the cache has this hash with a size of {status.st_size} bytes, "
@@ -182,7 +177,7 @@ class BlobSpace:
         temporary, fd = self.stage()
         os.close(fd)
         self.publish(digest, temporary)
-        return self.open(digest)
+        return self._open(digest)
 
     # Writing
 
