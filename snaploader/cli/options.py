@@ -42,6 +42,13 @@ class Option(click.Option):
         super().__init__(*args, **attributes)
         self.section = section
 
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """The option as messages name it, and the variable where the value came from one."""
+        hint = click.Parameter.get_error_hint(self, ctx)  # type: ignore[arg-type,unused-ignore]
+        if ctx is not None and _source(ctx, str(self.name)) is ParameterSource.ENVIRONMENT:
+            hint += f" (from {self.envvar})"
+        return hint
+
 
 class Command(click.Command):
     """A command whose help lists its own options first, and those that it shares under headings."""

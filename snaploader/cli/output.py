@@ -75,7 +75,7 @@ class Output:
         with console.capture() as capture:
             console.print(table)
         # Written by ourselves, because rich ends the program when the reader has left.
-        sys.stdout.write(capture.get())
+        sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""
@@ -89,6 +89,11 @@ class Output:
     def detail(self, message: str) -> None:
         """Something for -v only."""
         if self.verbose:
+            self.talk(message)
+
+    def wait(self, message: str) -> None:
+        """Why nothing happens: told to those who watch a terminal, and with -v."""
+        if self.verbose or sys.stderr.isatty():
             self.talk(message)
 
     def fail(self, failure: Failure) -> None:

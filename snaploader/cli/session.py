@@ -132,7 +132,7 @@ class Session:
         )
 
     def _tell_retry(self, event: RetryEvent) -> None:
-        self.output.detail(
+        self.output.wait(
             f"{event.operation}: attempt {event.attempt} failed ({event.error.message}), "
             f"trying again in {format_time(event.delay_s)}"
         )
