@@ -7,25 +7,42 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import blake3
 import numpy as np
 import zstandard
 
+T = TypeVar("T")
+
 MIB = 1 << 20
 
 
-def seconds(function: Callable[[], object], repeat: int = 3) -> float:
-    """The median time of `repeat` calls."""
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+class Cost(NamedTuple):
+    """What some work took: on the clock, and of all processors. On a busy machine the latter is firmer."""
+
+    wall_s: float
+    cpu_s: float
+
+    def scaled(self, factor: float) -> Cost:
+        """The cost of `factor` times the work."""
+        return Cost(self.wall_s * factor, self.cpu_s * factor)
 
 
-def memcpy(size: int) -> float:
+def timed(function: Callable[[], T]) -> tuple[Cost, T]:
+    """What a call took in this process, and what it returned."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def cost(function: Callable[[], object], repeat: int = 3) -> Cost:
+    """The median of `repeat` calls, on the clock and of the processors each by itself."""
+    costs = [timed(function)[0] for _ in range(repeat)]
+    return Cost(*(sorted(column)[repeat // 2] for column in zip(*costs, strict=True)))
+
+
+def memcpy(size: int) -> Cost:
     """Copying `size` bytes in memory, 1 MiB at a time, on one thread."""
     source, target = np.ones(MIB, np.uint8), np.empty(MIB, np.uint8)
 
@@ -33,20 +50,20 @@ def memcpy(size: int) -> float:
         for _ in range(size // MIB):
             np.copyto(target, source)
 
-    return seconds(run)
+    return cost(run)
 
 
-def hash_blake3(size: int) -> float:
+def hash_blake3(size: int) -> Cost:
     """BLAKE3 of `size` bytes in chunks of 512 KiB, on one thread."""
     return _hash(size, lambda data: blake3.blake3(data).digest())
 
 
-def hash_sha256(size: int) -> float:
+def hash_sha256(size: int) -> Cost:
     """SHA-256 of `size` bytes in chunks of 512 KiB, on one thread."""
     return _hash(size, lambda data: hashlib.sha256(data).digest())
 
 
-def compress(size: int) -> float:
+def compress(size: int) -> Cost:
     """zstd, level 1, of `size` memory-like bytes in chunks of 512 KiB, on one thread."""
     words = np.random.default_rng(1).integers(0, 1 << 32, 256, np.uint32)
     block = words[np.random.default_rng(2).integers(0, 256, MIB // 8)].tobytes()
@@ -54,7 +71,7 @@ def compress(size: int) -> float:
     return _per_block(size, lambda: compressor.compress(block))
 
 
-def copy_file(source: Path, target: Path) -> float:
+def copy_file(source: Path, target: Path) -> Cost:
     """Copying a file as `cp --sparse` does: its data, into a new file."""
 
     def run() -> None:
@@ -75,17 +92,17 @@ def copy_file(source: Path, target: Path) -> float:
                     )
 
     try:
-        return seconds(run)
+        return cost(run)
     finally:
         target.unlink(missing_ok=True)
 
 
-def _hash(size: int, function: Callable[[bytes], object]) -> float:
+def _hash(size: int, function: Callable[[bytes], object]) -> Cost:
     block = np.random.default_rng(1).bytes(MIB // 2)
     return _per_block(size, lambda: function(block))
 
 
-def _per_block(size: int, function: Callable[[], object]) -> float:
+def _per_block(size: int, function: Callable[[], object]) -> Cost:
     """The time for `size` bytes, from a part of them."""
     sample = min(size, 256 * MIB)
 
@@ -93,4 +110,4 @@ def _per_block(size: int, function: Callable[[], object]) -> float:
         for _ in range(sample // (MIB // 2)):
             function()
 
-    return seconds(run) * size / sample
+    return cost(run).scaled(size / sample)

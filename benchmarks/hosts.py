@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,21 @@ def host(folder: Path, url: str | None = None) -> Iterator[SnapshotLoader]:
 def key_set(loader: SnapshotLoader) -> SnapshotKeySet:
     """The keys of the one task that is measured with."""
     return loader.snapshot_key_set(TASK, "benchmark")
+
+
+@contextlib.contextmanager
+def embedded() -> Iterator[str]:
+    """The URL of the embedded server, in memory, in a process of its own."""
+    code = (
+        "import sys; from snaploader.testing import EmbeddedServer\n"
+        "with EmbeddedServer() as server: print(server.url, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ PAGE = 4096
 
 
 def memory_like(path: Path, size: int, seed: int = 1) -> None:
-    """An image of `size` bytes: 40 % zero (as holes), 30 % compressible with a third of it repeated, 30 % less so.
+    """An image of `size` bytes: 40 % zero (holes), 30 % compressible, a third of it repeated, 30 % less so.
 
     Kinds lie in runs of 1 MiB, as a guest's memory has long stretches of each.
     """
@@ -36,7 +36,7 @@ def memory_like(path: Path, size: int, seed: int = 1) -> None:
 
 
 def sparse(path: Path, size: int, data: int, seed: int = 1) -> None:
-    """An image of `size` bytes of which `data` bytes, in runs of 8 MiB spread evenly, are random and the rest holes."""
+    """An image of `size` bytes: `data` of them random, in runs of 8 MiB spread evenly; the rest are holes."""
     rng = np.random.default_rng(seed)
     run = 8 * MIB
     runs = data // run

@@ -14,19 +14,18 @@ import os
 import platform
 import shutil
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import floors, hosts, images
 import grpc
 
 import snaploader
+from benchmarks import floors, hosts, images
+from benchmarks.floors import Cost, timed
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.services import CAS, methods
 from snaploader.remote import tune_malloc
-from snaploader.testing import EmbeddedServer
 from snaploader.tree import decode_tree, encode_tree
 
 MIB = 1 << 20
@@ -40,25 +39,28 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, name: str, seconds: float, baselines: dict[str, float], **extra: Any) -> None:
-        ratios = {what: round(seconds / floor, 2) for what, floor in baselines.items()}
+    def add(self, name: str, cost: Cost, baselines: dict[str, Cost], **extra: Any) -> None:
         row = {
             "name": name,
-            "seconds": round(seconds, 5),
-            "baselines_s": {what: round(floor, 5) for what, floor in baselines.items()},
-            "ratios": ratios,
+            "wall_s": round(cost.wall_s, 5),
+            "cpu_s": round(cost.cpu_s, 5),
+            "baselines": {
+                what: {
+                    "wall_s": round(floor.wall_s, 5),
+                    "cpu_s": round(floor.cpu_s, 5),
+                    "wall_ratio": round(cost.wall_s / floor.wall_s, 3),
+                    "cpu_ratio": round(cost.cpu_s / floor.cpu_s, 3) if floor.cpu_s > 0.001 else None,
+                }
+                for what, floor in baselines.items()
+            },
             **extra,
         }
         self.rows.append(row)
-        shown = ", ".join(f"{ratio} × {what}" for what, ratio in ratios.items())
-        more = "".join(f", {key} {value}" for key, value in extra.items())
-        print(f"{name:28} {seconds:9.4f} s   {shown}{more}", flush=True)
-
-
-def timed(function: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
+        print(f"{name}: {cost.wall_s:.4f} s, {cost.cpu_s:.4f} s of CPU " + json.dumps(extra))
+        for what, baseline in row["baselines"].items():
+            ratio = baseline["cpu_ratio"]
+            cpu = "" if ratio is None else f", CPU × {ratio}"
+            print(f"    × {baseline['wall_ratio']}{cpu}  {what} ({baseline['wall_s']} s)", flush=True)
 
 
 def measure_local(report: Report, scratch: Path, image: Path) -> None:
@@ -106,6 +108,7 @@ def measure_local(report: Report, scratch: Path, image: Path) -> None:
         )
         shutil.rmtree(scratch / "restored")
 
+    restored = took
     # A new process would start like this: nothing in memory, the files in the page cache.
     with hosts.host(scratch / "local") as loader:
 
@@ -117,19 +120,19 @@ def measure_local(report: Report, scratch: Path, image: Path) -> None:
         took, _ = timed(first_read)
         tree = encode_tree(snapshot.tables["disk"])
         parse, _ = timed(lambda: decode_tree(tree, snapshot.manifest.digest_function))
-        full = floors.seconds(lambda: image.open("rb").read(4096))
+        full = floors.cost(lambda: image.open("rb").read(4096))
         report.add(
             "lazy open + first 4 KiB, warm",
             took,
             {
                 "parsing the tree": parse,
                 "open + read of a plain file": full,
-                "full restore": report.rows[-1]["seconds"],
+                "full restore": restored,
             },
         )
 
 
-def raw_upload(url: str, blobs: list[tuple[reapi.Digest, bytes]], digest_function: int) -> float:
+def raw_upload(url: str, blobs: list[tuple[reapi.Digest, bytes]], digest_function: int) -> Cost:
     """The same bytes through BatchUpdateBlobs and nothing else: 8 threads, batches of 1 MiB."""
     method = methods(CAS)["BatchUpdateBlobs"]
     with grpc.insecure_channel(url.removeprefix("grpc://")) as channel, ThreadPoolExecutor(8) as pool:
@@ -147,7 +150,7 @@ def raw_upload(url: str, blobs: list[tuple[reapi.Digest, bytes]], digest_functio
         return timed(lambda: list(pool.map(send, batches)))[0]
 
 
-def raw_download(url: str, digests: list[reapi.Digest], digest_function: int) -> float:
+def raw_download(url: str, digests: list[reapi.Digest], digest_function: int) -> Cost:
     """The same bytes through BatchReadBlobs and nothing else."""
     method = methods(CAS)["BatchReadBlobs"]
     with grpc.insecure_channel(url.removeprefix("grpc://")) as channel, ThreadPoolExecutor(8) as pool:
@@ -188,7 +191,7 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
                     blobs.append((reapi.Digest(hash=digest.hash, size_bytes=len(data)), data))
         blobs = list({digest.hash: (digest, data) for digest, data in blobs}.values())
         raw = raw_upload(url, blobs, function)
-        raw *= result.uploaded_bytes / max(1, sum(len(data) for _, data in blobs))
+        raw = raw.scaled(result.uploaded_bytes / max(1, sum(len(data) for _, data in blobs)))
         report.add(
             f"remote save, {server}",
             took,
@@ -205,7 +208,7 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
         )
         report.add(
             f"remote load, {server}",
-            took + restore,
+            last := Cost(took.wall_s + restore.wall_s, took.cpu_s + restore.cpu_s),
             {"raw gRPC download of the same bytes": raw},
             fetched_mib=result.fetched_bytes // MIB,
         )
@@ -218,9 +221,7 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
                 return unpacked.chunked_files["disk"].read_at(size // 2, 4096)
 
         took, _ = timed(first_read)
-        report.add(
-            f"remote lazy first 4 KiB, {server}", took, {"full remote load": report.rows[-1]["seconds"]}
-        )
+        report.add(f"remote lazy first 4 KiB, {server}", took, {"full remote load": last})
     for path in (*folders, image, other):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -243,8 +244,8 @@ def main() -> None:
         image.unlink()
         shutil.rmtree(scratch / "local")
         remote_size = arguments.remote_size_mib * MIB
-        with EmbeddedServer() as server:
-            measure_remote(report, scratch, server.url, "embedded", remote_size)
+        with hosts.embedded() as url:
+            measure_remote(report, scratch, url, "embedded", remote_size)
         with hosts.casd(arguments.casd, scratch / "casd") as url:
             if url is not None:
                 measure_remote(report, scratch, url, "casd", remote_size)

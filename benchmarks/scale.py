@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import hosts, images
-
 from snaploader.testing import EmbeddedServer
 from snaploader.tree import decode_tree, encode_tree
 

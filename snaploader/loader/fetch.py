@@ -129,15 +129,26 @@ class BlobFetcher:
                 raise _again(flight.error)
             error: BaseException | None = None
             try:
-                with self.file_cache.writer(digest) as writer:
-                    self.remote.read_to(digest, writer.write)
-                    writer.commit()
+                self._stream(self.remote, digest)
                 return True
             except BaseException as caught:
                 error = caught
                 raise
             finally:
                 self._flights.land(digest, error)
+
+    def _stream(self, remote: RemoteStore, digest: Digest) -> None:
+        for attempt in (1, 2):
+            try:
+                with self.file_cache.writer(digest) as writer:
+                    remote.read_to(digest, writer.write)
+                    writer.commit()
+                return
+            except DataLoss:
+                # Pieces cannot be taken back, so the stream leaves it to its caller to begin again;
+                # once, in case the damage was done on the way.
+                if attempt == 2:
+                    raise
 
     def close(self) -> None:
         """Drop all hints."""

@@ -11,7 +11,7 @@ from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
-from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
@@ -96,11 +96,17 @@ class SnapshotFinder:
         else:
             tiers = [local]
         reasons = []
+        damage: SnaploaderError | None = None
         for attempt in tiers:
             try:
                 return attempt()
             except NotFound as error:
                 reasons.append(error.message)
+            except (DataLoss, InvalidArgument) as error:
+                # The manifest of the other tier may be a different one, and right.
+                damage = damage or error
+        if damage is not None:
+            raise damage
         raise NotFound("; ".join(reasons))
 
     def _local_attempt(
@@ -134,7 +140,10 @@ class SnapshotFinder:
             snapshot = self._whole(key, manifest, ManifestSource.REMOTE, allow_remote=True)
             if keep and not self._readonly:
                 name = keys.local_manifest_key(self._file_cache.group_id, key)
-                self._file_cache.put_ref(name, manifest.serialize_local())
+                try:
+                    self._file_cache.put_ref(name, manifest.serialize_local())
+                except ResourceExhausted as error:
+                    log.warning("a remote manifest is not kept locally: %s", error)
             return snapshot
 
         return attempt

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cow.sparse import Copier, write_all
+from cow import Copier, write_all
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import NotFound, translate_os_errors

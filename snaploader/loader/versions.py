@@ -23,7 +23,14 @@ from snaploader import keys
 from snaploader._proto import remote_execution_pb2, snaploader_pb2
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest
-from snaploader.errors import DataLoss, FailedPrecondition, NotFound, PermissionDenied, SnaploaderError
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SnaploaderError,
+)
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.manifest import pack_any
@@ -81,7 +88,7 @@ class VersionStore:
             log.warning("using the last known snapshot version %s: %s", last_known, error)
             return last_known
         if not self._readonly:
-            self._file_cache.put_ref(name, _encode(version).SerializeToString())
+            self._remember(name, version)
         return version
 
     def renew(self, key: SnapshotKey) -> str:
@@ -98,9 +105,17 @@ class VersionStore:
                     f"the remote cache accepted version {version} under {name} and does not have it: "
                     "snapshots are not invalidated; check that its action cache keeps what it is given"
                 )
-            version = stands
+            self._remember(name, stands)
+            return stands
         self._file_cache.put_ref(name, _encode(version).SerializeToString())
         return version
+
+    def _remember(self, name: str, version: str) -> None:
+        """Keep a copy of what the authority said, if there is room."""
+        try:
+            self._file_cache.put_ref(name, _encode(version).SerializeToString())
+        except ResourceExhausted as error:
+            log.warning("the snapshot version is not kept locally: %s", error)
 
     def _current_local(self, name: str) -> str:
         version = self._read_local(name)

@@ -12,7 +12,7 @@ from loader_hosts import CHUNK, Host, HostFactory, image
 
 from snaploader.errors import DataLoss, DeadlineExceeded, NotFound, SnaploaderError
 from snaploader.remote import RetryPolicy, Timeouts
-from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
+from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate, ServerOptions
 
 RETRY = RetryPolicy(attempts=3, initial_delay_s=0.001, max_delay_s=0.01, budget_s=5)
 TIMEOUTS = Timeouts(call_s=0.3, idle_s=0.3, connect_s=2)
@@ -139,6 +139,21 @@ def test_a_save_is_whole_or_a_typed_error(make_host: HostFactory, method: str, f
         else:
             assert loaded == (content, BIG)
         host.loader.get_snapshot(host.keys(), "local-only") if must_work(fault, method) else None
+
+
+def test_a_big_plain_file_that_was_damaged_on_the_way_is_fetched_again(
+    make_host: HostFactory, tmp_path: Path
+) -> None:
+    faults = FaultScript()
+    big = os.urandom(3 << 20)
+    (tmp_path / "big").write_bytes(big)
+    with EmbeddedServer(options=ServerOptions(zstd_streams=False), faults=faults) as server:
+        make_host("a", server).save(files={"big": tmp_path / "big"})
+        faults.add(Fault("Read", flip_bit=12345))
+        host = make_host("b", server)
+        with host.unpack(host.find()) as unpacked:
+            assert unpacked.files["big"].read_bytes() == big
+        assert not faults.pending
 
 
 def test_local_bit_rot_is_repaired_from_remote(make_host: HostFactory, server: EmbeddedServer) -> None:

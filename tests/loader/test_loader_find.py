@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from loader_hosts import HostFactory, image, metadata, task
+from loader_hosts import CHUNK, HostFactory, image, metadata, task
 
 from snaploader import SnapshotTask, keys
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, Unavailable
@@ -204,6 +204,29 @@ def test_a_corrupt_remote_tree_is_an_error_and_not_a_miss(
     server.corrupt_blob(tree, 8 * (tree.size_bytes - 1))
     with pytest.raises(DataLoss):
         make_host("b", server).find("topic")
+
+
+def test_damage_locally_gives_way_to_the_remote_manifest(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    b.save(image(1))
+    a.save(image(2))
+    tree = b.find(policy="local-only").manifest.chunked_files["disk"]
+    b.cache.remove(tree)
+    server.corrupt_blob(tree, 8 * (tree.size_bytes - 1))
+    snapshot = b.find()
+    assert snapshot.source is ManifestSource.REMOTE
+    assert b.read(snapshot) == image(2)
+
+
+def test_a_cache_without_room_for_manifests_still_loads(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    make_host("a", server).save(image(1))
+    host = make_host("b", server, max_bytes=CHUNK)
+    with host.cache.lease([host.find().manifest.chunked_files["disk"]]):
+        assert host.load() == image(1)
 
 
 def test_an_outage_is_raised_and_not_taken_for_a_miss(make_host: HostFactory) -> None:
