@@ -110,6 +110,12 @@ def file_names(snapshot: Snapshot) -> list[str]:
     return sorted([*snapshot.manifest.files, *snapshot.manifest.chunked_files])
 
 
+def file_size(snapshot: Snapshot, name: str) -> int:
+    """The size of one of its files, in bytes."""
+    table = snapshot.tables.get(name)
+    return table.size if table is not None else snapshot.manifest.files[name].digest.size_bytes
+
+
 def only(snapshot: Snapshot, names: tuple[str, ...]) -> Snapshot:
     """The snapshot with no other files than `names`; NotFound when it lacks one."""
     known = file_names(snapshot)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from snaploader.cli.describe import served_line
-from snaploader.cli.options import ReadOptions, TaskOptions
+from snaploader.cli.options import ReadOptions, TaskOptions, first_given
 from snaploader.cli.session import Session
 from snaploader.errors import InvalidArgument
 from snaploader.keys import SnapshotKeySet
 from snaploader.loader.loader import SnapshotLoader
 from snaploader.loader.results import Snapshot
-from snaploader.policy import ReadPolicy
+from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, ReadPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Lookup:
     key_set: SnapshotKeySet | None
     """None when a snapshot is looked for by its id."""
     options: ReadOptions
+    read_policy: ReadPolicy
     instance_name: str
 
     def find(self) -> Snapshot:
@@ -30,10 +31,10 @@ class Lookup:
             return self.loader.get_snapshot_by_id(
                 self.options.snapshot_id,
                 instance_name=self.instance_name,
-                read_policy=self.options.read_policy,
+                read_policy=self.read_policy,
             )
         return self.loader.get_snapshot(
-            self.key_set, self.options.read_policy, allow_degraded=self.options.allow_degraded
+            self.key_set, self.read_policy, allow_degraded=self.options.allow_degraded
         )
 
 
@@ -49,11 +50,17 @@ def lookup(
     if by_id and task_options.ref:
         raise InvalidArgument("--snapshot-id and --ref exclude each other: an id names one snapshot exactly")
     task = None if by_id else task_options.task(session.settings)
+    wishes = task_options.wishes
+    policy = ReadPolicy.parse(read_options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST)
     loader = session.loader(
-        use_remote=read_options.read_policy != ReadPolicy.LOCAL_ONLY,
+        use_remote=policy is not ReadPolicy.LOCAL_ONLY,
         share_snapshots=task_options.share,
         universal_ref=task_options.universal_fallback,
-        max_stale_fallback_age_s=read_options.max_stale_fallback_age,
+        max_stale_fallback_age_s=first_given(
+            read_options.max_stale_fallback_age,
+            wishes.max_stale_fallback_age_s,
+            DEFAULT_MAX_STALE_FALLBACK_AGE_S,
+        ),
         readonly=readonly,
     )
     key_set = None
@@ -64,7 +71,7 @@ def lookup(
             task_options.runner_id,
             allow_stale_version=read_options.allow_degraded,
         )
-    return Lookup(loader, key_set, read_options, session.settings.remote_instance_name)
+    return Lookup(loader, key_set, read_options, policy, session.settings.remote_instance_name)
 
 
 def find(

@@ -21,7 +21,7 @@ from snaploader.cli.output import Output
 from snaploader.cli.session import Session, Settings
 from snaploader.cli.values import DURATION, KEY_VALUE, Size
 from snaploader.errors import InvalidArgument
-from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, ReadPolicy
+from snaploader.policy import PolicyOverrides, ReadPolicy
 from snaploader.task import SnapshotTask
 
 P = ParamSpec("P")
@@ -236,6 +236,11 @@ def _effective(ctx: click.Context, name: str) -> Any:
     return ctx.params.get(name)
 
 
+def first_given(*values: float | None) -> float:
+    """The first that is not None; the last one must not be."""
+    return next(value for value in values if value is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class TaskOptions:
     """Which snapshots a command is about."""
@@ -249,11 +254,17 @@ class TaskOptions:
     share: bool
     universal_fallback: bool
 
+    @property
+    def wishes(self) -> PolicyOverrides:
+        """What the platform properties say of policy; options that are given win."""
+        return PolicyOverrides.from_platform(self.platform)
+
     def task(self, settings: Settings, *, need_ref: bool = True) -> SnapshotTask:
         """The task whose keys are meant. InvalidArgument when the options do not name one."""
-        if need_ref and self.share and not self.ref:
+        share = self.share if self.wishes.share is None else self.wishes.share
+        if need_ref and share and not self.ref:
             raise InvalidArgument("--ref is missing: name the branch (or use --no-share with --runner-id)")
-        if not self.share and not self.runner_id:
+        if not share and not self.runner_id:
             raise InvalidArgument("--no-share needs --runner-id: snapshots then belong to one runner")
         environment = {
             "GIT_BRANCH": self.ref,
@@ -307,8 +318,8 @@ class ReadOptions:
     """How a snapshot is looked for."""
 
     snapshot_id: str
-    read_policy: str
-    max_stale_fallback_age: float
+    read_policy: str | None
+    max_stale_fallback_age: float | None
     allow_degraded: bool
 
 
@@ -317,16 +328,12 @@ _READ = (
     _which(
         "--read-policy",
         type=click.Choice([str(policy) for policy in ReadPolicy]),
-        default=str(ReadPolicy.LOCAL_FIRST),
-        show_default=True,
-        help="Which manifest is taken where there are two.",
+        help="Which manifest is taken where there are two.  [default: local-first]",
     ),
     _which(
         "--max-stale-fallback-age",
         type=DURATION,
-        default=f"{DEFAULT_MAX_STALE_FALLBACK_AGE_S:.0f}s",
-        show_default=True,
-        help="Local snapshots of fallbacks that are older are passed over.",
+        help="Local snapshots of fallbacks that are older are passed over.  [default: 24h]",
     ),
     _which("--allow-degraded", is_flag=True, help="Take a fallback when a better branch cannot be asked."),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,15 @@ def test_a_name_that_is_not_there_is_not_found(cli: CommandLine, saved: list[obj
 def test_details_are_told_when_asked_for(cli: CommandLine, saved: list[object]) -> None:
     assert "1 chunks from remote" in cli.ok(*saved, "disk", "--size", 1, "-v").stderr
     assert cli.ok(*saved, "disk", "--size", 1).stderr == ""
+
+
+def test_readahead_does_not_leave_the_range(cli: CommandLine, saved: list[object], tmp_path: Path) -> None:
+    content = os.urandom(4096 * 64)
+    (tmp_path / "long").write_bytes(content)
+    remote = saved[:2]
+    cli.ok(*remote, "save", "--ref", "long", "--chunked", "--chunk-size", 4096, tmp_path / "long")
+    host = [*remote, "--cache-dir", tmp_path / "reader"]
+    outcome = cli.ok(*host, "read", "--ref", "long", "long", "--offset", 4096 * 5, "--size", 4096 * 9)
+    assert outcome.stdout == content[4096 * 5 : 4096 * 14]
+    blobs = cli.json(*host, "cache", "ls", "--kind", "blob")["entries"]
+    assert sum(entry["digest"].endswith("/4096") for entry in blobs) == 9

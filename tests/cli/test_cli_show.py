@@ -177,3 +177,23 @@ def test_an_outage_is_told_when_a_fallback_is_allowed_to_serve(
     assert outcome.json["degraded"] is True
     assert outcome.json["failures"][0]["error"] == "Unavailable"
     assert "warning: could not look at ref 'topic'" in outcome.stderr
+
+
+def test_platform_properties_carry_policy_and_options_win(
+    cli: CommandLine, server: EmbeddedServer, files: list[Path]
+) -> None:
+    remote = ["--remote-cache", server.url]
+    save = [*remote, *SAVE, "--ref", "topic", "--default-ref", "main"]
+    cli.ok(*save, *files)
+    once = ["--platform", "Snapshot-Save-Policy=first-non-default-ref"]
+    assert cli.json(*save, *once, *files)["saved_remotely"] is False
+    assert cli.json(*save, *once, "--save-policy", "always", *files)["saved_remotely"] is True
+    newest = ["--platform", "snapshot-read-policy=newest"]
+    assert cli.json(*remote, "show", "--ref", "topic", *newest)["snapshot"]["source"] == "remote"
+    local = cli.json(*remote, "show", "--ref", "topic", *newest, "--read-policy", "local-first")
+    assert local["snapshot"]["source"] == "local"
+    old = ["--platform", "snapshot-max-stale-fallback-age=0.000001s", "--read-policy", "local-only"]
+    assert cli(*remote, "show", "--ref", "x", "--base-ref", "topic", *old).exit_code == 3
+    alone = cli("show", "--platform", "snapshot-sharing=false", "--runner-id", "r", "--json")
+    assert alone.json["key_set"]["branch_key"]["runner_id"] == "r"
+    assert cli("show", "--ref", "x", "--platform", "snapshot-read-policy=odd").exit_code == 2

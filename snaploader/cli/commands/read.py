@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -9,7 +10,8 @@ from collections.abc import Callable
 
 import click
 
-from snaploader.cli.describe import only, snapshot_record
+from snaploader.chunktable import ChunkTable
+from snaploader.cli.describe import file_size, only, snapshot_record
 from snaploader.cli.find import find
 from snaploader.cli.options import (
     Command,
@@ -52,34 +54,44 @@ def read(
     """
     loader, snapshot = find(session, task_options, read_options)
     snapshot = only(snapshot, (name,))
+    length = file_size(snapshot, name)
+    if size is None:
+        size = max(length - offset, 0)
+    if offset + size > length:
+        raise InvalidArgument(
+            f"bytes {offset} to {offset + size} are not all in {name!r}, which has {length}: "
+            "choose another --offset or --size"
+        )
+    if name in snapshot.tables:
+        table = _narrowed(snapshot.tables[name], offset, size)
+        snapshot = dataclasses.replace(snapshot, tables={name: table})
     with (
         tempfile.TemporaryDirectory(prefix="snaploader-read-") as folder,
         loader.unpack_snapshot(snapshot, folder) as unpacked,
     ):
-        read_at, length = _reader(unpacked, name)
-        if size is None:
-            size = max(length - offset, 0)
-        if offset + size > length:
-            raise InvalidArgument(
-                f"bytes {offset} to {offset + size} are not all in {name!r}, which has {length}: "
-                "choose another --offset or --size"
-            )
-        _copy_out(read_at, offset, size)
+        _copy_out(_reader(unpacked, name), offset, size)
         _report(session, unpacked, name, size)
 
 
-def _reader(unpacked: UnpackedSnapshot, name: str) -> tuple[ReadAt, int]:
-    """How to read from the file, and how long it is."""
+def _narrowed(table: ChunkTable, offset: int, size: int) -> ChunkTable:
+    """The table without the chunks outside of a range, so that readahead does not fetch them."""
+    first, end = offset // table.chunk_size, -(-(offset + size) // table.chunk_size)
+    kept = (table.indices >= first) & (table.indices < end)
+    return dataclasses.replace(table, indices=table.indices[kept], hashes=table.hashes[kept])
+
+
+def _reader(unpacked: UnpackedSnapshot, name: str) -> ReadAt:
+    """How to read from the file."""
     store = unpacked.chunked_files.get(name)
     if store is not None:
-        return store.read_at, store.size
+        return store.read_at
     path = unpacked.files[name]
 
     def read_at(offset: int, size: int) -> bytes:
         with translate_os_errors(f"cannot read {name!r}"), path.open("rb") as file:
             return os.pread(file.fileno(), size, offset)
 
-    return read_at, path.stat().st_size
+    return read_at
 
 
 def _copy_out(read_at: ReadAt, offset: int, size: int) -> None:

@@ -14,7 +14,7 @@ import click
 
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.cli.describe import key_record
-from snaploader.cli.options import Command, TaskOptions, common, option, task_options
+from snaploader.cli.options import Command, TaskOptions, common, first_given, option, task_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -51,16 +51,12 @@ DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
 @option(
     "--save-policy",
     type=click.Choice([str(policy) for policy in SavePolicy]),
-    default=str(SavePolicy.ALWAYS),
-    show_default=True,
-    help="Whether a snapshot that stands remotely is replaced.",
+    help="Whether a snapshot that stands remotely is replaced.  [default: always]",
 )
 @option(
     "--min-refresh-interval",
     type=DURATION,
-    default="0s",
-    show_default=True,
-    help="Leave the default branch's remote snapshot alone when it is younger.",
+    help="Leave the default branch's remote snapshot alone when it is younger.  [default: 0s]",
 )
 @option(
     "--property",
@@ -80,8 +76,8 @@ def save(
     chunk_threshold: int,
     chunk_size: int | None,
     new_snapshot_id: str | None,
-    save_policy: str,
-    min_refresh_interval: float,
+    save_policy: str | None,
+    min_refresh_interval: float | None,
     properties: tuple[tuple[str, str], ...],
 ) -> None:
     """Save files as the snapshot of a branch.
@@ -107,10 +103,12 @@ def save(
             vm_configuration=VMConfiguration(properties=dict(properties)),
             vm_metadata=_metadata(key_set.write_key, snapshot_id),
             snapshot_id=snapshot_id,
-            save_policy=save_policy,
+            save_policy=save_policy or task_options.wishes.save_policy or SavePolicy.ALWAYS,
             key_set=key_set,
             default_ref=task_options.default_ref,
-            min_refresh_interval_s=min_refresh_interval,
+            min_refresh_interval_s=first_given(
+                min_refresh_interval, task_options.wishes.refresh_interval_s, 0.0
+            ),
             chunk_size=chunk_size,
             progress=progress,
         )

@@ -11,6 +11,7 @@ import click
 from snaploader import keys
 from snaploader.cli.describe import (
     file_names,
+    file_size,
     key_name,
     key_record,
     key_set_record,
@@ -26,6 +27,7 @@ from snaploader.digest import Digest
 from snaploader.errors import NotFound, SnaploaderError
 from snaploader.keys import SnapshotKey
 from snaploader.loader.results import Snapshot
+from snaploader.policy import ReadPolicy
 
 
 @click.command(short_help="Show keys, manifests, files, and where their chunks are.", cls=Command)
@@ -110,7 +112,7 @@ def _stands_locally(session: Session, key: SnapshotKey) -> bool:
 
 def _stands_remotely(session: Session, looking: Lookup, key: SnapshotKey) -> bool | None:
     remote = session.remote_cache
-    if remote is None or looking.options.read_policy == "local-only":
+    if remote is None or looking.read_policy is ReadPolicy.LOCAL_ONLY:
         return None
     try:
         remote.get_action_result(keys.remote_manifest_digest(key, remote.digest_function))
@@ -166,7 +168,7 @@ def _shown(
         name=name,
         chunked=table is not None,
         digest=snapshot.manifest.chunked_files[name] if plain is None else plain.digest,
-        size_bytes=plain.digest.size_bytes if plain is not None else table.size if table is not None else 0,
+        size_bytes=file_size(snapshot, name),
         hole_bytes=table.hole_bytes if table is not None else 0,
         chunk_size=table.chunk_size if table is not None else None,
         chunk_count=table.chunk_count if table is not None else len(digests),
