@@ -1,7 +1,7 @@
 """From gRPC to the services and back: decoding, authentication, records, faults, statuses.
 
-Messages cross the border to gRPC as bytes, so that a malformed one gets a proper status, sizes are known
-for nothing, and a fault can damage a response's very bytes.
+Messages cross the border to gRPC as bytes, so that a malformed one gets a proper status, its size is
+known without work, and a fault can damage a response's very bytes.
 """
 
 from __future__ import annotations
@@ -59,41 +59,28 @@ class Dispatcher:
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """For `grpc.aio.Server.add_generic_rpc_handlers`."""
         run = self._in_worker
-        cas, results = self._cas, self._results
-        tables: dict[str, dict[str, grpc.RpcMethodHandler[Any, Any]]] = {
+        unary: dict[str, dict[str, Callable[[Any], Awaitable[Any]]]] = {
             services.CAS: {
-                "FindMissingBlobs": self._unary(
-                    services.CAS, "FindMissingBlobs", run(cas.find_missing_blobs)
-                ),
-                "BatchUpdateBlobs": self._unary(
-                    services.CAS, "BatchUpdateBlobs", run(cas.batch_update_blobs)
-                ),
-                "BatchReadBlobs": self._unary(services.CAS, "BatchReadBlobs", run(cas.batch_read_blobs)),
-                "GetTree": self._server_stream(services.CAS, "GetTree", self._tree),
+                "FindMissingBlobs": run(self._cas.find_missing_blobs),
+                "BatchUpdateBlobs": run(self._cas.batch_update_blobs),
+                "BatchReadBlobs": run(self._cas.batch_read_blobs),
             },
             services.ACTION_CACHE: {
-                "GetActionResult": self._unary(
-                    services.ACTION_CACHE, "GetActionResult", run(results.get_action_result)
-                ),
-                "UpdateActionResult": self._unary(
-                    services.ACTION_CACHE, "UpdateActionResult", run(results.update_action_result)
-                ),
+                "GetActionResult": run(self._results.get_action_result),
+                "UpdateActionResult": run(self._results.update_action_result),
             },
-            services.BYTE_STREAM: {
-                "Read": self._server_stream(services.BYTE_STREAM, "Read", self._read),
-                "Write": self._write(),
-                "QueryWriteStatus": self._unary(
-                    services.BYTE_STREAM, "QueryWriteStatus", self._bytes.query_write_status
-                ),
-            },
+            services.BYTE_STREAM: {"QueryWriteStatus": self._bytes.query_write_status},
         }
         if self._backend.options.capabilities:
-            tables[services.CAPABILITIES] = {
-                "GetCapabilities": self._unary(
-                    services.CAPABILITIES, "GetCapabilities", run(self._capabilities.get_capabilities)
-                )
-            }
-        return [grpc.method_handlers_generic_handler(name, table) for name, table in tables.items()]
+            unary[services.CAPABILITIES] = {"GetCapabilities": run(self._capabilities.get_capabilities)}
+        tables = {
+            service: {name: self._unary(service, name, handle) for name, handle in table.items()}
+            for service, table in unary.items()
+        }
+        tables[services.CAS]["GetTree"] = self._server_stream(services.CAS, "GetTree", self._tree)
+        tables[services.BYTE_STREAM]["Read"] = self._server_stream(services.BYTE_STREAM, "Read", self._read)
+        tables[services.BYTE_STREAM]["Write"] = self._write()
+        return [grpc.method_handlers_generic_handler(service, table) for service, table in tables.items()]
 
     def _in_worker(self, method: Unary) -> Callable[[Any], Awaitable[Any]]:
         def run(request: Any) -> Awaitable[Any]:
@@ -126,13 +113,14 @@ class Dispatcher:
         """A unary call that a fault acts on."""
         await self._before(fault, call)
         if call.method == "BatchUpdateBlobs":
-            injection.flip_upload(fault, request)
-        response = await handle(request)
-        if call.method == "BatchUpdateBlobs":
-            if gone := injection.refused(fault, response):
-                await self._drop(Fault(drop_blob=True), call, gone)
+            withheld = injection.damage_upload(fault, request)
+            response = await handle(request)
+            for digest in withheld:
+                response.responses.add(digest=digest)
             if fault.drop_blob:
                 await self._drop(fault, call)
+        else:
+            response = await handle(request)
         injection.damage(fault, response)
         if fault.lose_reply:
             raise injection.failure_of(fault)
@@ -212,9 +200,9 @@ class Dispatcher:
         if fault.drop_blob and injection.drops_before(call.method):
             await self._drop(fault, call)
 
-    async def _drop(self, fault: Fault, call: Call, hashes: set[str] | None = None) -> None:
+    async def _drop(self, fault: Fault, call: Call) -> None:
         partition = self._backend.partition(call.instance_name)
-        await self._backend.run(injection.drop_blobs, fault, hashes or call.hashes, partition)
+        await self._backend.run(injection.drop_blobs, fault, call.hashes, partition)
 
     def _authenticate(self, call: Call) -> None:
         options = self._backend.options

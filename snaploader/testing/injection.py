@@ -70,13 +70,6 @@ def damage(fault: Fault, response: Any) -> None:
         items[0].digest.hash = _other(items[0].digest.hash)
 
 
-def refused(fault: Fault, response: reapi.BatchUpdateBlobsResponse) -> set[str]:
-    """Hashes of the blobs of a batch that the fault says were not stored."""
-    if fault.item_status is None:
-        return set()
-    return {item.digest.hash for item in response.responses if fault.hash in (None, item.digest.hash)}
-
-
 def flips_serialised(fault: Fault, method: str) -> bool:
     """Whether `flip_bit` is about the serialised response."""
     return fault.flip_bit is not None and method not in {*_STREAMS, "BatchReadBlobs", "BatchUpdateBlobs"}
@@ -89,14 +82,17 @@ def flip(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def flip_upload(fault: Fault, request: reapi.BatchUpdateBlobsRequest) -> None:
-    """Change a bit of a blob on its way in."""
-    if fault.flip_bit is None:
-        return
-    for item in request.requests:
-        if fault.hash in (None, item.digest.hash) and item.data:
-            item.data = flip(item.data, fault.flip_bit % (8 * len(item.data)))
-            return
+def damage_upload(fault: Fault, request: reapi.BatchUpdateBlobsRequest) -> list[reapi.Digest]:
+    """Change a batch on its way in; the digests of the blobs that do not arrive at all."""
+    items = [item for item in request.requests if fault.hash in (None, item.digest.hash)]
+    if fault.item_status is not None:
+        withheld = [reapi.Digest.FromString(item.digest.SerializeToString()) for item in items]
+        for item in items:
+            request.requests.remove(item)
+        return withheld
+    if fault.flip_bit is not None and items and items[0].data:
+        items[0].data = flip(items[0].data, fault.flip_bit % (8 * len(items[0].data)))
+    return []
 
 
 def _other(hash_: str) -> str:

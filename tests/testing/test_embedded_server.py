@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import ipaddress
 import os
 import socket
 import threading
@@ -14,13 +16,17 @@ from typing import Any
 import grpc
 import pytest
 import zstandard
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from served import Serve, code_of
 
 from snaploader._proto import bytestream_pb2, services
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from snaploader.testing import DiskStorage, EmbeddedServer, Fault, MemoryStorage, ServerOptions
+from snaploader.testing import DiskStorage, EmbeddedServer, Fault, MemoryStorage, ServerOptions, ServerTLS
 from snaploader.testing.conformance import Endpoint
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
 
@@ -402,6 +408,40 @@ def test_it_listens_on_a_unix_socket(tmp_path: Path) -> None:
     with EmbeddedServer(unix_socket=tmp_path / "s") as server, Endpoint(server.url) as endpoint:
         assert server.url.startswith("unix:")
         assert endpoint.missing([DIGEST]) == {DIGEST.hash}
+
+
+def test_it_speaks_tls_and_demands_client_certificates() -> None:
+    certificate, key = _self_signed()
+    trusted: dict[str, Any] = {"root_certificates": certificate}
+    shown = {**trusted, "client_certificate": certificate, "client_key": key}
+    for authority, refused, accepted in ((None, {}, trusted), (certificate, trusted, shown)):
+        with EmbeddedServer(tls=ServerTLS(certificate, key, authority)) as server:
+            assert server.url.startswith("grpcs://127.0.0.1:")
+            with Endpoint(server.url, **refused) as endpoint:
+                assert code_of(endpoint.missing, [DIGEST]) is grpc.StatusCode.UNAVAILABLE
+            with Endpoint(server.url, **accepted) as endpoint:
+                assert endpoint.missing([DIGEST]) == {DIGEST.hash}
+
+
+def _self_signed() -> tuple[bytes, bytes]:
+    """A certificate of 127.0.0.1 that is its own authority, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    return (
+        certificate.public_bytes(serialization.Encoding.PEM),
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain),
+    )
 
 
 def test_several_servers_share_a_process() -> None:

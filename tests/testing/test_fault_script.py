@@ -188,13 +188,17 @@ def test_an_upload_may_be_lost_after_success(serve: Serve, method: str) -> None:
 
 
 def test_one_blob_of_a_batch_may_fail(serve: Serve) -> None:
-    fault = Fault(digest=DIGEST, item_status="UNAVAILABLE", times=2)
-    served = serve(fault)
+    served = serve(
+        Fault("BatchUpdateBlobs", digest=DIGEST, item_status="UNAVAILABLE", times=2),
+        Fault("BatchReadBlobs", digest=DIGEST, item_status="UNAVAILABLE"),
+    )
     other, data = fresh(10)
     expected = {DIGEST.hash: grpc.StatusCode.UNAVAILABLE, other.hash: grpc.StatusCode.OK}
     assert served.endpoint.batch_update([(DIGEST, BLOB), (other, data)]) == expected
     assert served.server.blobs() == [other]
     served.server.put_blob(BLOB)
+    assert served.endpoint.batch_update([(DIGEST, BLOB)])[DIGEST.hash] is grpc.StatusCode.UNAVAILABLE
+    assert served.endpoint.missing([DIGEST]) == set()
     items = served.endpoint.batch_read([DIGEST, other])
     assert items[DIGEST.hash].status.code == grpc.StatusCode.UNAVAILABLE.value[0]
     assert (items[DIGEST.hash].data, items[other.hash].data) == (b"", data)
