@@ -47,34 +47,34 @@ def cache_folder() -> Path:
 
 def casd_binary() -> Path:
     """The executable buildbox-casd, fetched when it is not there. It runs on x86-64 Linux with glibc."""
-    folder = _fetched("buildbox-casd-1.4.25", _fetch_casd)
-    return folder / "buildbox-casd"
+    return _fetched("buildbox-casd-1.4.25", "buildbox-casd", _fetch_casd)
 
 
 def buildgrid_python() -> Path:
     """The interpreter of an environment with BuildGrid, and all that snaploader needs, installed."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = _fetched(f"buildgrid-0.4.4-python{version}", _fetch_buildgrid)
-    return folder / "bin" / "python"
+    return _fetched(f"buildgrid-0.4.4-python{version}", "bin/python", _fetch_buildgrid)
 
 
 def buildgrid_packages() -> Path:
     """The folder of BuildGrid's environment that its packages are imported from."""
-    environment = buildgrid_python().parent.parent
-    return Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+    environment = str(buildgrid_python().parent.parent)
+    return Path(sysconfig.get_path("purelib", "venv", {"base": environment, "platbase": environment}))
 
 
-def _fetched(name: str, fetch: Callable[[Path], None]) -> Path:
+def _fetched(name: str, wanted: str, fetch: Callable[[Path], None]) -> Path:
+    """The path of `wanted` in a folder that `fetch` fills, unless that was done before."""
     folder = cache_folder() / name
     complete = folder / ".complete"
-    with open(folder.with_suffix(".lock"), "w", encoding="ascii") as lock:
+    with open(cache_folder() / f"{name}.lock", "w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not complete.exists():
+        # An environment's interpreter is a link, which dangles when the one it was made with is gone.
+        if not (complete.exists() and (folder / wanted).exists()):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             fetch(folder)
             complete.touch()
-    return folder
+    return folder / wanted
 
 
 def _fetch_casd(folder: Path) -> None:
