@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -52,14 +53,15 @@ def as_failure(error: Exception) -> Failure:
     if isinstance(error, Failure):
         return error
     if isinstance(error, OSError) and not isinstance(error, errors.SnaploaderError):
-        logger.warning("the server's storage failed", exc_info=error)
         typed = errors.from_os_error(error, "the server's storage failed")
+        logger.warning("%s", typed.message)
         is_full = isinstance(typed, errors.ResourceExhausted)
         code = grpc.StatusCode.RESOURCE_EXHAUSTED if is_full else grpc.StatusCode.INTERNAL
         return Failure(code, typed.message)
     if isinstance(error, errors.SnaploaderError) and type(error) in _CODES:
         return Failure(_CODES[type(error)], error.message)
-    logger.error("a call failed inside the server", exc_info=error)
+    # As text: a kept traceback would keep the call, and with it gRPC's threads.
+    logger.error("a call failed inside the server\n%s", "".join(traceback.format_exception(error)))
     return Failure(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
 
@@ -149,19 +151,5 @@ def blob_bytes(partition: Partition, digest: Digest) -> bytes | None:
         return None
     try:
         return reader.read(0, reader.size)
-    finally:
-        reader.close()
-
-
-def blob_blocks(partition: Partition, digest: Digest, block_bytes: int = 1024 * 1024) -> Iterator[bytes]:
-    """The bytes of a blob in blocks; nothing when it is absent."""
-    reader = partition.open(digest)
-    if reader is None:
-        return
-    try:
-        offset = 0
-        while data := reader.read(offset, block_bytes):
-            yield data
-            offset += len(data)
     finally:
         reader.close()

@@ -1,0 +1,231 @@
+"""Each option that takes an ability away does that, and the disk's own errors are told from the client's."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import zstandard
+from served import Serve, code_of
+
+from snaploader._proto import bytestream_pb2, services
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.digest import Digest, DigestFunction, empty_digest
+from snaploader.testing import MemoryStorage, ServerOptions
+from snaploader.testing.backend import Backend
+from snaploader.testing.conformance.endpoint import fresh, message, write_requests
+from snaploader.testing.uploads import MAX_PARTIAL_UPLOADS
+
+SHA256 = DigestFunction.SHA256
+BLOB = b"some content" * 100_000
+DIGEST = Digest.of(BLOB, SHA256)
+UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [("compressed", len(zstandard.compress(BLOB))), ("uncompressed", len(BLOB)), ("minus-one", -1)],
+)
+def test_committed_size_of_compressed_writes_differs(serve: Serve, says: str, expected: int) -> None:
+    served = serve(compressed_committed_size=says)
+    assert served.endpoint.write(DIGEST, zstandard.compress(BLOB), zstd=True) == expected
+    assert served.endpoint.write(DIGEST, zstandard.compress(BLOB), zstd=True) == -1
+
+
+@pytest.mark.parametrize("is_honoured", [True, False])
+def test_compressed_reads_may_ignore_the_offset(serve: Serve, is_honoured: bool) -> None:
+    served = serve(zstd_read_offset=is_honoured)
+    served.server.put_blob(BLOB)
+    packed = served.endpoint.read(DIGEST, offset=1000, zstd=True)
+    content = zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+    assert content == (BLOB[1000:] if is_honoured else BLOB)
+
+
+@pytest.mark.parametrize(
+    ("status", "prefix", "expected"),
+    [
+        (UNIMPLEMENTED, "blobs", UNIMPLEMENTED),
+        (None, "blobs", grpc.StatusCode.OK),
+        (None, "compressed-blobs/zstd", grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_a_read_limit_may_be_refused(
+    serve: Serve, status: grpc.StatusCode | None, prefix: str, expected: grpc.StatusCode
+) -> None:
+    served = serve(read_limit_status=status)
+    served.server.put_blob(BLOB)
+    request = bytestream_pb2.ReadRequest(resource_name=f"{prefix}/{DIGEST}", read_limit=5)
+    assert code_of(lambda: list(served.endpoint.call(services.BYTE_STREAM, "Read", request))) is expected
+
+
+def test_services_may_be_missing(serve: Serve) -> None:
+    served = serve(capabilities=False, query_write_status=False)
+    assert code_of(lambda: served.endpoint.capabilities) is UNIMPLEMENTED
+    query = bytestream_pb2.QueryWriteStatusRequest(resource_name=f"uploads/u/blobs/{DIGEST}")
+    assert code_of(served.endpoint.call, services.BYTE_STREAM, "QueryWriteStatus", query) is UNIMPLEMENTED
+
+
+def test_writes_may_not_be_resumable(serve: Serve) -> None:
+    served = serve(resumable_writes=False)
+    name = served.endpoint.upload_name(DIGEST)
+    write = served.endpoint.stub(services.BYTE_STREAM, "Write")
+    assert write(write_requests(name, BLOB, end=1000)).committed_size == 1000
+    assert code_of(write, write_requests(name, BLOB, offset=1000)) is grpc.StatusCode.INVALID_ARGUMENT
+    query = bytestream_pb2.QueryWriteStatusRequest(resource_name=name)
+    code = code_of(served.endpoint.call, services.BYTE_STREAM, "QueryWriteStatus", query)
+    assert code is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_write_from_the_start_replaces_the_broken_one(serve: Serve, tmp_path: Path) -> None:
+    served = serve(storage=tmp_path)
+    name = served.endpoint.upload_name(DIGEST)
+    write = served.endpoint.stub(services.BYTE_STREAM, "Write")
+    for _ in range(2):
+        write(write_requests(name, BLOB, end=1_100_000))
+    assert len(list((tmp_path / "v1/tmp").iterdir())) == 1
+    assert write(write_requests(name, BLOB)).committed_size == len(BLOB)
+    assert not list((tmp_path / "v1/tmp").iterdir())
+
+
+def test_broken_writes_are_kept_in_bounded_number(serve: Serve) -> None:
+    served = serve()
+    write = served.endpoint.stub(services.BYTE_STREAM, "Write")
+    names = [served.endpoint.upload_name(DIGEST) for _ in range(MAX_PARTIAL_UPLOADS + 2)]
+    for name in names:
+        write(write_requests(name, BLOB, end=10))
+    codes = [code_of(write, write_requests(name, BLOB, offset=10)) for name in (*names[:3], names[-1])]
+    assert codes == [grpc.StatusCode.INVALID_ARGUMENT] * 2 + [grpc.StatusCode.OK] * 2
+
+
+def test_a_server_that_ignores_the_function_takes_all_digests_for_one(serve: Serve) -> None:
+    served = serve(digest_functions=(SHA256,), ignores_digest_function=True)
+    digest, data = fresh(100, DigestFunction.BLAKE3)
+    assert served.endpoint.batch_update([(digest, data)])[digest.hash] is grpc.StatusCode.INVALID_ARGUMENT
+    assert code_of(served.endpoint.read, digest) is grpc.StatusCode.INVALID_ARGUMENT
+    served.server.put_blob(data)
+    own = Digest.of(data, SHA256)
+    assert served.endpoint.missing([own._replace(function=DigestFunction.BLAKE3)]) == set()
+
+
+def test_the_empty_blob_is_always_there(serve: Serve) -> None:
+    served = serve()
+    for function in DigestFunction:
+        empty = empty_digest(function)
+        assert served.endpoint.missing([empty]) == set()
+        assert served.endpoint.read(empty) == b""
+        packed = served.endpoint.read(empty, zstd=True)
+        assert zstandard.ZstdDecompressor().decompressobj().decompress(packed) == b""
+        assert served.endpoint.write(empty, b"") == 0
+        assert served.endpoint.batch_read([empty])[empty.hash].data == b""
+        assert served.endpoint.batch_update([(empty, zstandard.compress(b""))], zstd=True) == {
+            empty.hash: grpc.StatusCode.OK
+        }
+
+
+@pytest.mark.parametrize(
+    ("is_refused", "expected"), [(True, grpc.StatusCode.NOT_FOUND), (False, grpc.StatusCode.OK)]
+)
+def test_an_empty_result_may_not_be_found(serve: Serve, is_refused: bool, expected: grpc.StatusCode) -> None:
+    served = serve(empty_result_not_found=is_refused)
+    served.endpoint.update_action_result(DIGEST, reapi.ActionResult())
+    assert code_of(served.endpoint.get_action_result, DIGEST) is expected
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+def test_a_tree_that_is_none_is_incomplete(serve: Serve, is_checked: bool) -> None:
+    served = serve(check_completeness=is_checked)
+    result = reapi.ActionResult()
+    result.output_directories.add(path="d", tree_digest=message(served.server.put_blob(b"\xff\xff")))
+    served.endpoint.update_action_result(DIGEST, result)
+    found = code_of(served.endpoint.get_action_result, DIGEST)
+    assert found is (grpc.StatusCode.NOT_FOUND if is_checked else grpc.StatusCode.OK)
+
+
+def test_an_update_needs_a_result_of_valid_digests(serve: Serve) -> None:
+    served = serve()
+    request = reapi.UpdateActionResultRequest(action_digest=message(DIGEST))
+    code = code_of(served.endpoint.call, services.ACTION_CACHE, "UpdateActionResult", request)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    result = reapi.ActionResult(stdout_digest=reapi.Digest(hash="zz", size_bytes=1))
+    code = code_of(served.endpoint.update_action_result, DIGEST, result)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_data_that_is_not_zstd_is_refused(serve: Serve) -> None:
+    served = serve()
+    digest, data = fresh(1000)
+    assert code_of(served.endpoint.write, digest, data, zstd=True) is grpc.StatusCode.INVALID_ARGUMENT
+    statuses = served.endpoint.batch_update([(digest, data)], zstd=True)
+    assert statuses == {digest.hash: grpc.StatusCode.INVALID_ARGUMENT}
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(errno.ENOSPC, grpc.StatusCode.RESOURCE_EXHAUSTED), (errno.EIO, grpc.StatusCode.INTERNAL)],
+)
+def test_errors_of_the_disk_are_the_servers(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: grpc.StatusCode
+) -> None:
+    served = serve(storage=tmp_path)
+
+    def fail(*_: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("snaploader.testing.disk._write_all", fail)
+        assert code_of(served.endpoint.write, DIGEST, BLOB) is expected
+        assert served.endpoint.batch_update([(DIGEST, BLOB)]) == {DIGEST.hash: expected}
+        result = reapi.ActionResult(exit_code=1)
+        assert code_of(served.endpoint.update_action_result, DIGEST, result) is expected
+    assert not list((tmp_path / "v1/tmp").iterdir())
+    assert served.endpoint.write(DIGEST, BLOB) == len(BLOB)
+
+
+def test_an_error_nobody_thought_of_is_internal_and_logged(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> bool:
+        raise ZeroDivisionError("unheard of")
+
+    served = serve()
+    monkeypatch.setattr("snaploader.testing.storage.MemoryPartition.contains", fail)
+    with pytest.raises(grpc.RpcError) as caught:
+        served.endpoint.missing([DIGEST])
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "unheard of" in str(caught.value.details())
+    assert "unheard of" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_cancelled_work_ends_before_its_caller_goes_on(fails: bool) -> None:
+    started, may_end = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def work() -> None:
+        started.set()
+        may_end.wait(10)
+        order.append("work")
+        if fails:
+            raise ValueError("too late")
+
+    async def cancel() -> None:
+        backend = Backend(ServerOptions(), MemoryStorage())
+        task = asyncio.ensure_future(backend.run_to_end(work))
+        await asyncio.to_thread(started.wait, 10)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        may_end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        order.append("caller")
+        backend.close()
+
+    asyncio.run(cancel())
+    assert order == ["work", "caller"]
