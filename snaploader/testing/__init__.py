@@ -10,7 +10,12 @@
 
 `EmbeddedServer` keeps its content in memory or in a folder; `ServerOptions` and its presets (`like_casd()`
 and others) take abilities away; `FaultScript` makes calls fail, slow, cut or lie, always the same way;
-`FakeCAS` is a remote store without a network.
+`FakeCAS` is a remote store without a network. `snaploader.testing.conformance` checks any server, of any make:
+
+    with conformance.Endpoint("grpc://127.0.0.1:8980") as endpoint:
+        results = list(conformance.run(endpoint))
+
+Its docstring shows how to run it from pytest.
 """
 
 from snaploader.testing.calls import Call
