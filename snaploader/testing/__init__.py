@@ -10,7 +10,7 @@
 
 `EmbeddedServer` keeps its content in memory or in a folder; `ServerOptions` and its presets (`like_casd()`
 and others) take abilities away; `FaultScript` makes calls fail, slow, cut or lie, always the same way;
-`FakeCAS` is a remote store without a network. `snaploader.testing.conformance` checks any server, of any make:
+`FakeCAS` is a remote store without a network. `snaploader.testing.conformance` checks any server:
 
     with conformance.Endpoint("grpc://127.0.0.1:8980") as endpoint:
         results = list(conformance.run(endpoint))
