@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -15,6 +14,8 @@ from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command(short_help="Run a small REAPI cache server.", cls=Command)
@@ -51,12 +52,12 @@ def serve(session: Session, listen: str, root: Path | None, like: str | None) ->
         with translate_os_errors(f"cannot use the folder {str(root)!r}"):
             root.mkdir(parents=True, exist_ok=True)
     options = PRESETS[like]() if like is not None else ServerOptions()
-    with _stop_signal() as stop, EmbeddedServer(root, options=options, host=host, port=port) as server:
+    with _stop_signal() as wait, EmbeddedServer(root, options=options, host=host, port=port) as server:
         session.output.text(server.url)
         session.output.json({"url": server.url, "port": server.port})
         session.output.flush()
         session.output.talk(f"serving {root or 'from memory'}; stop with Ctrl-C")
-        stop.wait()
+        wait()
     session.output.talk("stopped")
 
 
@@ -69,16 +70,26 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set while the block runs."""
-    stop = threading.Event()
+def _stop_signal() -> Iterator[Callable[[], None]]:
+    """A function that waits until SIGINT or SIGTERM has arrived since the block began.
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    They come through a pipe that the interpreter itself writes to. A Python handler could not wake the main
+    thread safely, because it runs in that thread, which may hold the lock it would need.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+    old_descriptor = signal.set_wakeup_fd(writing)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    def wait() -> None:
+        while os.read(reading, 1)[0] not in STOP_SIGNALS:
+            pass
+
     try:
-        yield stop
+        yield wait
     finally:
+        signal.set_wakeup_fd(old_descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
