@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from collections.abc import Callable, Collection
@@ -20,6 +19,7 @@ from snaploader.filecache.listing import ShardListings
 from snaploader.filecache.memo import VerifiedMemo
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import disk_bytes, entry_name
+from snaploader.filecache.staging import StagedFile
 
 BULK_DIGESTS = 1024
 """From this many digests on, folders are listed instead of each file being looked at."""
@@ -174,17 +174,17 @@ class BlobSpace:
         return right
 
     def _open_new_empty(self, digest: Digest) -> int:
-        temporary, fd = self.stage()
-        os.close(fd)
-        self.publish(digest, temporary)
+        with self.stage(digest) as staged:
+            self.publish(digest, staged.fd, staged.link)
         return self._open(digest)
 
     # Writing
 
-    def stage(self) -> tuple[str, int]:
-        """A new empty file in the staging folder: path and descriptor."""
-        path = self._env.session.temp_path()
-        return path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    def stage(self, digest: Digest | None = None) -> StagedFile:
+        """A new empty file to become a blob, near its place if the digest is known already."""
+        layout = self._env.layout
+        folder = layout.group_path() if digest is None else os.path.dirname(layout.blob(digest))
+        return StagedFile(self._env.session, folder)
 
     def check_fits(self, size: int) -> None:
         """ResourceExhausted for a blob that can never fit."""
@@ -212,30 +212,27 @@ class BlobSpace:
         self._env.counters.add(present_blobs=1)
         return True
 
-    def publish(self, digest: Digest, path: str, *, keep: bool = False) -> bool:
+    def publish(self, digest: Digest, fd: int, link: Callable[[str], None]) -> bool:
         """Make a whole, verified file the blob; False when there was one already.
 
         It appears under its name in one step, by link(2), which never replaces what is there.
 
         Args:
-            path: On the same file system.
-            keep: Whether the file keeps its old name too.
+            fd: Of the file.
+            link: Gives the file a name.
         """
-        target = self._env.layout.blob(digest)
-        if not keep:
-            os.chmod(path, BLOB_MODE)
-        status = os.stat(path)
+        os.fchmod(fd, BLOB_MODE)
+        status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
-        recency.touch(path, status, self._env.now_ns())
+        recency.touch(fd, status, self._env.now_ns())
+        size = disk_bytes(status)
         while True:
             with self._env.ledger.section() as section:
                 total = section.total_bytes
-                if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
-                    added = self._link(section, digest, path, target, status)
+                if total is not None and total + size <= self._env.max_bytes:
+                    added = self._link(section, digest, size, link)
                     break
-            self._make_room(disk_bytes(status))
-        if not keep:
-            os.unlink(path)
+            self._make_room(size)
         if added:
             self._memo.add(digest, status)
             self._env.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
@@ -243,21 +240,22 @@ class BlobSpace:
             self._env.counters.add(present_blobs=1)
         return added
 
-    def _link(self, section: Section, digest: Digest, path: str, target: str, status: os.stat_result) -> bool:
+    def _link(self, section: Section, digest: Digest, size: int, link: Callable[[str], None]) -> bool:
+        target = self._env.layout.blob(digest)
         name = self._name(digest)
-        if _exists(target):
-            recency.touch(target, os.stat(target), self._env.now_ns())
+        with suppress(FileNotFoundError):
+            recency.touch(target, os.stat(target, follow_symlinks=False), self._env.now_ns())
             return False
-        section.change(name, 0, disk_bytes(status))
+        section.change(name, 0, size)
         try:
             self._env.checkpoint("blob.counted")
             try:
-                os.link(path, target)
+                link(target)
             except FileNotFoundError:
                 os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.link(path, target)
+                link(target)
         except BaseException:
-            section.change(name, disk_bytes(status), 0)
+            section.change(name, size, 0)
             raise
         self._env.checkpoint("blob.linked")
         return True
@@ -329,13 +327,3 @@ def _keep_newest(folder: str, count: int) -> None:
     for _, name in sorted(found)[:-count]:
         with suppress(FileNotFoundError):
             os.unlink(f"{folder}/{name}")
-
-
-def _exists(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            return False
-        raise
-    return True

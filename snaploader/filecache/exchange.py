@@ -6,18 +6,16 @@ import errno
 import os
 import secrets
 import stat
-from contextlib import suppress
 
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import content
 from snaploader.filecache.blobs import BLOB_MODE, BlobSpace
 from snaploader.filecache.content import suppress_errnos
+from snaploader.filecache.staging import NO_TMPFILE, link_nameless
 
 _NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES})
 """Why a link may be refused where a copy works; see link(2)."""
-_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
-"""What open(2) says where the file system knows no O_TMPFILE."""
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 """Not to wait for the writer of a FIFO, which is refused then."""
 WRITABLE_MODE = 0o644
@@ -29,17 +27,10 @@ def put_bytes(blobs: BlobSpace, digest: Digest, data: Buffer) -> bool:
     with translate_os_errors(f"cannot add blob {digest}"):
         if blobs.present(digest):
             return False
-        path, fd = blobs.stage()
-        try:
-            try:
-                content.write_all(fd, data)
-            finally:
-                os.close(fd)
+        with blobs.stage(digest) as staged:
+            content.write_all(staged.fd, data)
             blobs.checkpoint("blob.written")
-            return blobs.publish(digest, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            return blobs.publish(digest, staged.fd, staged.link)
 
 
 def put_file(blobs: BlobSpace, digest: Digest, path: str, *, move: bool, link: bool, verify: bool) -> bool:
@@ -69,31 +60,23 @@ def put_file(blobs: BlobSpace, digest: Digest, path: str, *, move: bool, link: b
 
 def _put_link(blobs: BlobSpace, digest: Digest, fd: int, path: str) -> bool:
     with suppress_errnos(_NO_LINK):
-        os.fchmod(fd, BLOB_MODE)
         # The time of last write is the time of adding: it tells what a power failure may have damaged.
         os.utime(fd)
-        return blobs.publish(digest, path, keep=True)
+        return blobs.publish(digest, fd, lambda target: os.link(path, target))
     return _put_copy(blobs, digest, fd, path, verify=False)
 
 
 def _put_copy(blobs: BlobSpace, digest: Digest, source: int, name: str, *, verify: bool) -> bool:
-    path, fd = blobs.stage()
-    try:
-        try:
-            if verify:
-                hasher = digest.function.hasher()
-                size = content.copy_hashing(source, fd, hasher, digest.size_bytes)
-                if size != digest.size_bytes or hasher.hexdigest() != digest.hash:
-                    raise DataLoss(f"{name!r} does not have the digest {digest}")
-            else:
-                content.copy_content(source, fd, digest.size_bytes)
-        finally:
-            os.close(fd)
+    with blobs.stage(digest) as staged:
+        if verify:
+            hasher = digest.function.hasher()
+            size = content.copy_hashing(source, staged.fd, hasher, digest.size_bytes)
+            if size != digest.size_bytes or hasher.hexdigest() != digest.hash:
+                raise DataLoss(f"{name!r} does not have the digest {digest}")
+        else:
+            content.copy_content(source, staged.fd, digest.size_bytes)
         blobs.checkpoint("blob.written")
-        return blobs.publish(digest, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        return blobs.publish(digest, staged.fd, staged.link)
 
 
 def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Digest, bool]:
@@ -103,19 +86,14 @@ def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Dig
         try:
             _check_regular(source, path)
             blobs.check_fits(os.fstat(source).st_size)
-            staged, fd = blobs.stage()
-            try:
+            with blobs.stage() as staged:
                 hasher = function.hasher()
-                try:
-                    size = content.copy_hashing(source, fd, hasher)
-                finally:
-                    os.close(fd)
+                size = content.copy_hashing(source, staged.fd, hasher)
                 digest = Digest(hasher.hexdigest(), size, function)
                 blobs.checkpoint("blob.written")
-                return digest, not blobs.present(digest) and blobs.publish(digest, staged)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(staged)
+                if blobs.present(digest):
+                    return digest, False
+                return digest, blobs.publish(digest, staged.fd, staged.link)
         finally:
             os.close(source)
 
@@ -152,13 +130,12 @@ def _link_out(blobs: BlobSpace, digest: Digest, fd: int, destination: str) -> bo
 def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
     """Copy to a new file that gets its name in one step when it is whole, and never before."""
     folder = os.path.dirname(destination) or "."
-    with suppress_errnos(_NO_TMPFILE):
+    with suppress_errnos(NO_TMPFILE):
         fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
         try:
             content.copy_content(source, fd, size)
             os.fchmod(fd, mode)
-            # The descriptor makes this linkat(2), which follows the symbolic link; see open(2), O_TMPFILE.
-            os.link(f"/proc/self/fd/{fd}", destination, src_dir_fd=fd, follow_symlinks=True)
+            link_nameless(fd, destination)
         finally:
             os.close(fd)
         return

@@ -19,15 +19,14 @@ Prefixes: TypeAlias = "npt.NDArray[np.uint64]"
 
 def to_words(hashes: Sequence[str]) -> Words:
     """Hashes in hexadecimal as an array of shape (n, 4). InvalidArgument when one is malformed."""
-    if not hashes:
-        return np.empty((0, 4), dtype=np.uint64)
     text = "".join(hashes)
-    if set(map(len, hashes)) - {64} or not text.isascii() or not text.isalnum() or text.lower() != text:
-        raise InvalidArgument("a digest's hash is not 64 lower-case hexadecimal digits")
     try:
         raw = bytes.fromhex(text)
     except ValueError:
-        raise InvalidArgument("a digest's hash is not 64 lower-case hexadecimal digits") from None
+        raw = b""
+    # Looking at the whole text at once is a hundred times faster than at each hash.
+    if raw.hex() != text or set(map(len, hashes)) - {64}:
+        raise InvalidArgument("a hash is not 64 lower-case hexadecimal digits")
     return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(-1, 4)
 
 

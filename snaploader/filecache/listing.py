@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from snaploader.errors import InvalidArgument
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.hashes import HashSet, Words
+from snaploader.filecache.hashes import HashSet, Words, to_words
 from snaploader.filecache.layout import SHARDS, Layout, Space
 
 RACY_NS = 20_000_000
@@ -91,6 +92,8 @@ class ShardListings:
 
 
 def _to_words(shard: str, names: list[str]) -> Words:
-    hashes = [shard + name for name in names if _NAME.fullmatch(name)]
-    raw = bytes.fromhex("".join(hashes))
-    return np.frombuffer(raw, dtype=">u8").astype(np.uint64).reshape(-1, 4)
+    try:
+        return to_words([shard + name for name in names])
+    except InvalidArgument:
+        # Something that is no blob lies in the folder.
+        return to_words([shard + name for name in names if _NAME.fullmatch(name)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +24,7 @@ class BlobWriter:
         self._hasher = digest.function.hasher()
         self._size = 0
         with translate_os_errors(f"cannot write blob {digest}"):
-            self._path, self._fd = blobs.stage()
+            self._staged = blobs.stage(digest)
 
     def write(self, data: Buffer) -> None:
         """Append bytes. DataLoss when they are more than the digest says."""
@@ -36,7 +34,7 @@ class BlobWriter:
             raise DataLoss(f"blob {self._digest}: more bytes came than its digest says")
         self._hasher.update(data)
         with translate_os_errors(f"cannot write blob {self._digest}"):
-            content.write_all(self._fd, data)
+            content.write_all(self._staged.fd, data)
 
     def commit(self) -> bool:
         """Add the blob; False when the cache had it. DataLoss when the bytes do not have the digest."""
@@ -48,20 +46,18 @@ class BlobWriter:
             raise DataLoss(f"blob {self._digest}: the bytes that came have the hash {found}")
         with translate_os_errors(f"cannot add blob {self._digest}"):
             self._blobs.checkpoint("blob.written")
-            added = not self._blobs.present(self._digest) and self._blobs.publish(self._digest, self._path)
+            added = not self._blobs.present(self._digest) and self._blobs.publish(
+                self._digest, self._staged.fd, self._staged.link
+            )
         self.close()
         return added
 
     def close(self) -> None:
         """Drop what was written, unless it was committed. Again is fine."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            with suppress(FileNotFoundError):
-                os.unlink(self._path)
+        self._staged.close()
 
     def _check_open(self) -> None:
-        if self._fd < 0:
+        if self._staged.fd < 0:
             raise FailedPrecondition(f"the writer of blob {self._digest} is closed")
 
     def __enter__(self) -> Self:

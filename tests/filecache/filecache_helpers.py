@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -67,6 +68,13 @@ def leftovers(root: str | os.PathLike[str]) -> list[str]:
     """What lies in the folders that are empty while no cache is open."""
     base = Path(root, "v1")
     return sorted(str(path) for name in ("tmp", "trash", "leases") for path in (base / name).iterdir())
+
+
+def open_without_o_tmpfile(path, flags, *rest, _open=os.open, **options):
+    """What os.open does on a file system that knows no O_TMPFILE."""
+    if flags & os.O_TMPFILE == os.O_TMPFILE:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    return _open(path, flags, *rest, **options)
 
 
 @contextmanager

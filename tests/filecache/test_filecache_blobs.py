@@ -9,7 +9,17 @@ import threading
 from pathlib import Path
 
 import pytest
-from filecache_helpers import BLAKE3, SHA256, blob, blob_file, damage, disk_bytes_below, leftovers, put
+from filecache_helpers import (
+    BLAKE3,
+    SHA256,
+    blob,
+    blob_file,
+    damage,
+    disk_bytes_below,
+    leftovers,
+    open_without_o_tmpfile,
+    put,
+)
 
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, empty_digest
@@ -254,17 +264,24 @@ def test_materializing_never_overwrites(cache, tmp_path, writable):
 def test_materializing_works_without_o_tmpfile(cache, tmp_path, monkeypatch):
     digest, data = blob(1)
     cache.put_verified(digest, data)
-    real = os.open
-
-    def no_tmpfile(path, flags, *rest, **options):
-        if flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
-        return real(path, flags, *rest, **options)
-
-    monkeypatch.setattr(os, "open", no_tmpfile)
+    monkeypatch.setattr(os, "open", open_without_o_tmpfile)
     cache.materialize(digest, tmp_path / "out", writable=True)
     assert (tmp_path / "out").read_bytes() == data
     assert sorted(os.listdir(tmp_path)) == ["cache", "out"]
+
+
+def test_blobs_are_added_without_o_tmpfile(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "open", open_without_o_tmpfile)
+    digest, data = blob(1)
+    assert cache.put_verified(digest, data)
+    second, more = blob(2)
+    with cache.writer(second) as writer:
+        writer.write(more)
+        assert writer.commit()
+    (tmp_path / "file").write_bytes(data + more)
+    third, _ = cache.add_file(tmp_path / "file")
+    assert [cache.read(one) for one in (digest, second, third)] == [data, more, data + more]
+    assert list(Path(cache.root, "v1", "tmp").glob("*/*")) == []
 
 
 def test_removed_blob_keeps_old_links_and_descriptors(cache, tmp_path):

@@ -154,9 +154,10 @@ def test_killed_again_and_again_on_one_folder(tmp_path, work):
 
 def test_what_a_killed_process_staged_is_swept_and_that_of_a_living_one_is_not(tmp_path):
     program = """
-import sys
-from filecache_helpers import blob
+import os, sys
+from filecache_helpers import blob, open_without_o_tmpfile
 from snaploader.filecache import FileCache
+os.open = open_without_o_tmpfile
 cache = FileCache(sys.argv[1])
 writer = cache.writer(blob(1, 100)[0])
 writer.write(b"half")
