@@ -126,8 +126,8 @@ class FileCache:
         """Those of `digests` that are not here. Counts as a use of those that are.
 
         Exact, also when files were removed behind the cache's back. Costs a look at each file for a few
-        digests, and one at each of 256 folders for many. What is here may be evicted at any time
-        unless it is leased.
+        digests, and one at each of 256 folders for many (then a wrong size in a digest of a known hash is
+        only noticed when it is opened). What is here may be evicted at any time unless it is leased.
         """
         self._check()
         return self._blobs.find_missing(digests)

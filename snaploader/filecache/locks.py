@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from snaploader.errors import Cancelled
+
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
@@ -29,8 +31,10 @@ class FileLock:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock, waiting for it first."""
+        """Hold the lock, waiting for it first. Cancelled after `close`."""
         with self._threads:
+            if self.fd < 0:
+                raise Cancelled("the file cache was closed while it was used")
             fcntl.flock(self.fd, fcntl.LOCK_EX)
             try:
                 yield

@@ -2,6 +2,10 @@
 
 A ref file is a magic of eight bytes, the SHA-256 of the value, and the value. It is replaced in one step by
 rename(2). A file whose checksum is wrong (a power failure, bit rot) is removed and counts as absent.
+
+It is not flushed to disk: fsync(2) takes some ten times as long as all the rest, and what a ref names is
+not flushed either. After a power failure the last value, or on file systems other than ext4 and btrfs any
+value set half a minute before, may be gone, which is a clean miss; `FileCache.sync` prevents that.
 """
 
 from __future__ import annotations

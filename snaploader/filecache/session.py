@@ -47,10 +47,13 @@ class Session:
         """End the session and remove its files. In a forked child it only drops the descriptor."""
         if self._fd < 0:
             return
-        if os.getpid() == self.pid:
-            _remove_session(self._layout, self.token)
-        os.close(self._fd)
-        self._fd = -1
+        try:
+            # The whole folder may have been removed while it was in use.
+            if os.getpid() == self.pid and os.path.isdir(self._layout.leases):
+                _remove_session(self._layout, self.token)
+        finally:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def is_alive(layout: Layout, token: str) -> bool:

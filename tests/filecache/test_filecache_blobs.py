@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from pathlib import Path
@@ -426,6 +427,15 @@ def test_closed_cache_says_so(tmp_path):
     with pytest.raises(FailedPrecondition, match="closed"):
         cache.read(blob(1)[0])
     assert leftovers(tmp_path) == []
+
+
+def test_cache_whose_folder_was_removed_closes(tmp_path):
+    cache = FileCache(tmp_path / "cache")
+    digest = put(cache, 1)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(NotFound):
+        cache.open(digest)
+    cache.close()
 
 
 def test_cache_from_before_a_fork_is_refused_in_the_child_and_unharmed(tmp_path):
