@@ -56,7 +56,7 @@ format: $(VENV)/.installed-dev ## Format the code and mend what ruff can mend
 	@$(BIN)/ruff format
 
 .PHONY: bench
-bench: $(VENV)/.installed-dev ## Run the benchmarks; results go to build-output/
+bench: $(VENV)/.installed-dev ## Run the benchmarks; results go to benchmarks/results/
 	@$(BIN)/python -m benchmarks
 
 .PHONY: clean
