@@ -200,7 +200,11 @@ class BlobSpace:
         # Cheap for what is not there, which is the common case.
         if not os.path.exists(path):
             return False
-        self.touch(digest)
+        try:
+            # What is there is verified, or else good bytes at hand would be dropped in favour of bad ones.
+            os.close(self.open(digest))
+        except (NotFound, DataLoss):
+            return False
         with self._env.ledger.section():
             try:
                 status = os.stat(path, follow_symlinks=False)

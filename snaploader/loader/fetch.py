@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from cow import OpenedChunk
 from snaploader.blobstore import RemoteStore
-from snaploader.digest import Digest
-from snaploader.errors import (
-    Cancelled,
-    DataLoss,
-    NotFound,
-    ResourceExhausted,
-    SnaploaderError,
-    translate_os_errors,
-)
+from snaploader.digest import Buffer, Digest
+from snaploader.errors import DataLoss, NotFound, ResourceExhausted, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.loader.flight import SingleFlight
+from snaploader.loader.flight import Flight, flights_into
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.prefetch import Prefetcher
+
+log = logging.getLogger(__name__)
 
 FILE_CACHE = "file_cache"
 REMOTE = "remote"
@@ -31,13 +28,13 @@ class BlobFetcher:
     """Opens blobs, fetching each at most once at a time. Thread-safe.
 
     What comes from the remote store is kept in the file cache. When the cache cannot take it (it is
-    full of leased blobs, or the disk is), the bytes are served from memory instead of failing the read.
+    full of leased blobs, or the disk is full or failing), the bytes are served all the same.
     """
 
     def __init__(self, file_cache: FileCache, remote: RemoteStore | None, pool: WorkerPool) -> None:
         self.file_cache = file_cache
         self.remote = remote
-        self._flights = SingleFlight()
+        self._flights = flights_into(file_cache)
         self._prefetcher = Prefetcher(file_cache, remote, pool, self._flights) if remote is not None else None
 
     def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
@@ -52,19 +49,12 @@ class BlobFetcher:
             if self.remote is None or not allow_remote:
                 raise local_error or NotFound(f"blob {digest} is not in the file cache")
             flight, is_owner = self._flights.board(digest)
-            if not is_owner:
-                flight.wait()
-                if flight.error is None or flight.background:
-                    continue
-                raise _again(flight.error)
-            error: BaseException | None = None
-            try:
-                return self._open_local(digest)[0] or self._fetch(self.remote, digest, local_error)
-            except BaseException as caught:
-                error = caught
-                raise
-            finally:
-                self._flights.land(digest, error)
+            if is_owner:
+                return self._open_as_owner(self.remote, flight, local_error)
+            flight.wait()
+            if flight.data is not None:
+                return OpenedChunk(_in_memory_file(flight.data), REMOTE)
+            _raise_again(flight)
 
     def read(self, digest: Digest, *, allow_remote: bool = True) -> bytes:
         """The verified bytes of a blob, from the nearest tier; errors as `open`."""
@@ -83,72 +73,56 @@ class BlobFetcher:
         target: Path,
         *,
         writable: bool,
-        executable: bool,
+        mode: int,
         allow_remote: bool,
         fetched: Callable[[int], None] | None = None,
     ) -> None:
-        """Make a blob appear as the file `target`, which must not exist.
+        """Make a blob, of any size, appear as the file `target`, which must not exist.
 
-        It shares its bytes with the file cache where it can: a link when nobody may write to it, else a
-        clone or copy. A file that is executable has a mode of its own, so it cannot be a link.
+        It shares its bytes with the file cache where it can: a link when nobody may write to it and its
+        mode is that of cached blobs, else a clone or copy.
 
         Args:
+            mode: Permission bits; those for writing count only if `writable`.
             fetched: Called with the size when the blob came from the remote store.
         """
-        if self._bring(digest, allow_remote=allow_remote) and fetched is not None:
+        mode = mode | 0o200 if writable else mode & 0o555
+        share = mode == 0o444
+        while True:
+            try:
+                came = self._bring(digest, allow_remote=allow_remote)
+            except ResourceExhausted as error:
+                log.warning(
+                    "blob %s does not fit into the file cache, so it is not kept there: %s", digest, error
+                )
+                self._place_uncached(digest, target)
+                came, share = True, False
+            else:
+                try:
+                    self.file_cache.materialize(digest, target, writable=not share)
+                except NotFound:
+                    # Evicted since. The next round fetches it, or says that it is gone.
+                    continue
+            break
+        if not share:
+            with translate_os_errors(f"cannot set the mode of {str(target)!r}"):
+                target.chmod(mode)
+        if came and fetched is not None:
             fetched(digest.size_bytes)
-        self.file_cache.materialize(digest, target, writable=writable or executable)
-        if executable:
-            with translate_os_errors(f"cannot make {str(target)!r} executable"):
-                target.chmod(0o755 if writable else 0o555)
 
-    def keep(self, digest: Digest, data: bytes) -> None:
-        """Put a verified blob into the file cache, if that has room: the caller has the bytes in any case."""
-        with suppress(ResourceExhausted):
+    def keep(self, digest: Digest, data: bytes) -> bool:
+        """Put a verified blob into the file cache; False when that cannot take it."""
+        try:
             self.file_cache.put_verified(digest, data)
+        except SnaploaderError as error:
+            log.warning("a blob that was fetched cannot be cached: %s", error)
+            return False
+        return True
 
     def prefetch(self, digests: Sequence[Digest]) -> None:
         """A hint: these will likely be opened soon. Returns at once, never raises."""
         if self._prefetcher is not None:
             self._prefetcher.hint(digests)
-
-    def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
-        """Have a blob in the file cache, streaming it there, however big; whether it was fetched."""
-        while True:
-            try:
-                os.close(self.file_cache.open(digest))
-                return False
-            except (NotFound, DataLoss):
-                if self.remote is None or not allow_remote:
-                    raise
-            flight, is_owner = self._flights.board(digest)
-            if not is_owner:
-                flight.wait()
-                if flight.error is None or flight.background:
-                    continue
-                raise _again(flight.error)
-            error: BaseException | None = None
-            try:
-                self._stream(self.remote, digest)
-                return True
-            except BaseException as caught:
-                error = caught
-                raise
-            finally:
-                self._flights.land(digest, error)
-
-    def _stream(self, remote: RemoteStore, digest: Digest) -> None:
-        for attempt in (1, 2):
-            try:
-                with self.file_cache.writer(digest) as writer:
-                    remote.read_to(digest, writer.write)
-                    writer.commit()
-                return
-            except DataLoss:
-                # Pieces cannot be taken back, so the stream leaves it to its caller to begin again;
-                # once, in case the damage was done on the way.
-                if attempt == 2:
-                    raise
 
     def close(self) -> None:
         """Drop all hints."""
@@ -164,30 +138,108 @@ class BlobFetcher:
             return OpenedChunk(fd, REMOTE, prefetched=True), None
         return OpenedChunk(fd, FILE_CACHE), None
 
-    def _fetch(self, remote: RemoteStore, digest: Digest, local_error: SnaploaderError | None) -> OpenedChunk:
+    def _open_as_owner(
+        self, remote: RemoteStore, flight: Flight, local_error: SnaploaderError | None
+    ) -> OpenedChunk:
+        digest = flight.digest
+        error: BaseException | None = None
+        uncached: bytes | None = None
+        try:
+            # Whoever flew before may have landed since this thread looked.
+            opened, _ = self._open_local(digest)
+            if opened is not None:
+                return opened
+            data = self._fetch(remote, digest, local_error)
+            if self.keep(digest, data):
+                with suppress(SnaploaderError):
+                    return OpenedChunk(self.file_cache.open(digest), REMOTE)
+            uncached = data
+            return OpenedChunk(_in_memory_file(data), REMOTE)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self._flights.land(flight, error, uncached)
+
+    def _fetch(self, remote: RemoteStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
         demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
         with demand:
             try:
-                data = remote.read(digest)
+                return remote.read(digest)
             except (NotFound, DataLoss) as error:
                 if isinstance(local_error, DataLoss):
                     error.add_note(f"in the file cache: {local_error.message}")
                 raise
+
+    def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
+        """Have a blob in the file cache, streaming it there, however big; whether it was fetched."""
+        while True:
             try:
-                self.file_cache.put_verified(digest, data)
-                return OpenedChunk(self.file_cache.open(digest), REMOTE)
-            except (ResourceExhausted, NotFound):
-                # Full, or evicted again at once: the reader still gets its bytes.
-                return OpenedChunk(_in_memory_file(data), REMOTE)
+                os.close(self.file_cache.open(digest))
+                return False
+            except (NotFound, DataLoss):
+                if self.remote is None or not allow_remote:
+                    raise
+            flight, is_owner = self._flights.board(digest)
+            if not is_owner:
+                flight.wait()
+                _raise_again(flight)
+                continue
+            error: BaseException | None = None
+            try:
+                self._stream_to_cache(self.remote, digest)
+                return True
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                self._flights.land(flight, error)
+
+    def _stream_to_cache(self, remote: RemoteStore, digest: Digest) -> None:
+        def attempt() -> None:
+            with self.file_cache.writer(digest) as writer:
+                remote.read_to(digest, writer.write)
+                writer.commit()
+
+        _twice(attempt)
+
+    def _place_uncached(self, digest: Digest, target: Path) -> None:
+        remote = self.remote
+        assert remote is not None
+
+        def attempt() -> None:
+            with translate_os_errors(f"cannot write {str(target)!r}"):
+                fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
+                try:
+                    with os.fdopen(fd, "wb") as file:
+                        write: Callable[[Buffer], object] = file.write
+                        remote.read_to(digest, write)
+                    os.rename(temporary, target)
+                except BaseException:
+                    os.unlink(temporary)
+                    raise
+
+        _twice(attempt)
 
 
-def _again(error: BaseException) -> BaseException:
-    """A copy of another thread's error, to raise on this one with a traceback of its own."""
-    if not isinstance(error, SnaploaderError):
-        return Cancelled("another thread that was fetching the same blob was interrupted; try again")
-    copy = type(error)(error.message, transient=error.transient)
-    copy.__cause__ = error
-    return copy
+def _twice(attempt: Callable[[], None]) -> None:
+    """Begin a stream again, once, when its bytes were wrong: pieces cannot be taken back one by one."""
+    try:
+        attempt()
+    except DataLoss as error:
+        log.info("a blob was damaged on its way and is fetched again: %s", error)
+        attempt()
+
+
+def _raise_again(flight: Flight) -> None:
+    """Raise what another thread's flight failed with, with a traceback of this thread's own.
+
+    Nothing is raised where the failure was that thread's alone: a prefetch, or an interrupt. The caller
+    tries for itself then.
+    """
+    error = flight.error
+    if isinstance(error, SnaploaderError) and not flight.background:
+        raise type(error)(error.message, transient=error.transient) from error
 
 
 def _in_memory_file(data: bytes) -> int:

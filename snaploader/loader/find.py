@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from snaploader import keys
@@ -48,33 +48,41 @@ class SnapshotFinder:
         self._max_age_s = max_stale_fallback_age_s
         self._clock = clock
 
-    def find(self, key_set: SnapshotKeySet, policy: ReadPolicy, *, allow_degraded: bool) -> Snapshot:
+    def find(
+        self,
+        key_set: SnapshotKeySet,
+        policy: ReadPolicy,
+        *,
+        allow_degraded: bool,
+        max_stale_fallback_age_s: float | None = None,
+    ) -> Snapshot:
         """The first snapshot of the set, in order of its keys, that is whole.
 
         Only a key without a snapshot is passed over silently. Any other failure (an outage, damage)
         is raised, or with `allow_degraded` recorded in the result, which is then a fallback.
         """
+        max_age_s = self._max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
         failures: list[KeyFailure] = []
         for position, key in enumerate(key_set):
-            try:
-                snapshot = self._find_key(key, policy, is_fallback=position > 0)
-            except SnaploaderError as error:
-                failures.append(KeyFailure(key, error))
-                if not isinstance(error, NotFound) and not allow_degraded:
-                    raise _summary(failures) from error
-                continue
-            return replace(snapshot, failures=tuple(failures))
+            # The universal ref takes the state of every branch, so its age counts wherever it comes from.
+            is_universal = keys.is_universal(key)
+            attempts = self._attempts(
+                key,
+                policy,
+                local_age_s=max_age_s if position or is_universal else None,
+                remote_age_s=max_age_s if is_universal else None,
+            )
+            snapshot = self._first_to_succeed(key, attempts, failures, allow_degraded=allow_degraded)
+            if snapshot is not None:
+                return replace(snapshot, failures=tuple(failures))
         raise _summary(failures) from failures[-1].error
 
     def find_one(self, key: SnapshotKey, policy: ReadPolicy) -> Snapshot:
         """The snapshot of exactly this key."""
-        try:
-            return self._find_key(key, policy, is_fallback=False)
-        except SnaploaderError as error:
-            raise _summary([KeyFailure(key, error)]) from error
+        return self.find(SnapshotKeySet(key, (), key), policy, allow_degraded=False)
 
     def remote_manifest(self, key: SnapshotKey) -> Manifest | None:
-        """What the remote store holds under `key`; None when nothing, or nothing whole."""
+        """What the remote store holds under `key`, or None. InvalidArgument when it is no manifest."""
         if self._remote is None:
             return None
         function = self._remote.digest_function
@@ -84,33 +92,66 @@ class SnapshotFinder:
             return None
         return Manifest.from_action_result(result, function)
 
-    def _find_key(self, key: SnapshotKey, policy: ReadPolicy, *, is_fallback: bool) -> Snapshot:
-        # The universal ref takes the state of every branch, so its age counts wherever it comes from.
-        limit_any_age = keys.is_universal(key)
-        tiers: list[Callable[[], Snapshot]] = []
-        allow_remote = policy is not ReadPolicy.LOCAL_ONLY and self._remote is not None
-        local = self._local_attempt(key, allow_remote, limit_age=is_fallback or limit_any_age)
-        if allow_remote:
-            remote = self._remote_attempt(key, keep=policy is not ReadPolicy.NEWEST, limit_age=limit_any_age)
-            tiers = [remote, local] if policy is ReadPolicy.NEWEST else [local, remote]
-        else:
-            tiers = [local]
-        reasons = []
-        damage: SnaploaderError | None = None
-        for attempt in tiers:
+    def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
+        """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
+        assert self._remote is not None
+        try:
+            manifest = self.remote_manifest(key)
+            if manifest is None:
+                return None
+            tables = self._read_trees(manifest, allow_remote=True)
+        except (NotFound, DataLoss, InvalidArgument):
+            return None
+        return None if self._remote.find_missing(set(artefacts(manifest, tables))) else manifest
+
+    def _first_to_succeed(
+        self,
+        key: SnapshotKey,
+        attempts: list[Callable[[], Snapshot]],
+        failures: list[KeyFailure],
+        *,
+        allow_degraded: bool,
+    ) -> Snapshot | None:
+        """The snapshot of one key; None when it has none. What failed is added to `failures`."""
+        absent: list[str] = []
+        damage: list[KeyFailure] = []
+        for attempt in attempts:
             try:
                 return attempt()
             except NotFound as error:
-                reasons.append(error.message)
+                absent.append(error.message)
             except (DataLoss, InvalidArgument) as error:
                 # The manifest of the other tier may be a different one, and right.
-                damage = damage or error
-        if damage is not None:
-            raise damage
-        raise NotFound("; ".join(reasons))
+                damage.append(KeyFailure(key, error))
+            except SnaploaderError as error:
+                failures.append(KeyFailure(key, error))
+                if not allow_degraded:
+                    raise _summary(failures) from error
+        if absent:
+            failures.append(KeyFailure(key, NotFound("; ".join(absent))))
+        failures += damage
+        if damage and not allow_degraded:
+            raise _summary(failures) from damage[0].error
+        return None
+
+    def _attempts(
+        self,
+        key: SnapshotKey,
+        policy: ReadPolicy,
+        *,
+        local_age_s: float | None,
+        remote_age_s: float | None,
+    ) -> list[Callable[[], Snapshot]]:
+        """Ways to get the snapshot of a key, in order. Ages are limits, where there is one."""
+        if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
+            return [self._local_attempt(key, allow_remote=False, max_age_s=local_age_s)]
+        local = self._local_attempt(key, allow_remote=True, max_age_s=local_age_s)
+        if policy is ReadPolicy.NEWEST:
+            return [self._remote_attempt(key, keep=False, max_age_s=remote_age_s), local]
+        return [local, self._remote_attempt(key, keep=True, max_age_s=remote_age_s)]
 
     def _local_attempt(
-        self, key: SnapshotKey, allow_remote: bool, *, limit_age: bool
+        self, key: SnapshotKey, *, allow_remote: bool, max_age_s: float | None
     ) -> Callable[[], Snapshot]:
         def attempt() -> Snapshot:
             name = keys.local_manifest_key(self._file_cache.group_id, key)
@@ -121,22 +162,25 @@ class SnapshotFinder:
             try:
                 manifest = Manifest.parse_local(data)
             except InvalidArgument as error:
-                log.warning("dropping a damaged local manifest: %s", error)
-                self._file_cache.delete_ref(name)
+                log.warning("a local manifest is damaged: %s", error)
+                if not self._readonly:
+                    self._file_cache.delete_ref(name)
                 raise NotFound(f"the local manifest was damaged ({error})") from error
-            if limit_age:
-                self._check_age(manifest, "local")
+            if max_age_s is not None:
+                self._check_age(manifest, "local", max_age_s)
             return self._whole(key, manifest, ManifestSource.LOCAL, allow_remote)
 
         return attempt
 
-    def _remote_attempt(self, key: SnapshotKey, *, keep: bool, limit_age: bool) -> Callable[[], Snapshot]:
+    def _remote_attempt(
+        self, key: SnapshotKey, *, keep: bool, max_age_s: float | None
+    ) -> Callable[[], Snapshot]:
         def attempt() -> Snapshot:
             manifest = self.remote_manifest(key)
             if manifest is None:
                 raise NotFound("no remote manifest")
-            if limit_age:
-                self._check_age(manifest, "remote")
+            if max_age_s is not None:
+                self._check_age(manifest, "remote", max_age_s)
             snapshot = self._whole(key, manifest, ManifestSource.REMOTE, allow_remote=True)
             if keep and not self._readonly:
                 name = keys.local_manifest_key(self._file_cache.group_id, key)
@@ -148,15 +192,13 @@ class SnapshotFinder:
 
         return attempt
 
-    def _check_age(self, manifest: Manifest, tier: str) -> None:
+    def _check_age(self, manifest: Manifest, tier: str, max_age_s: float) -> None:
         try:
             metadata = unpack_any(manifest.vm_metadata, VMMetadata)
         except InvalidArgument:
             metadata = None
-        if is_stale(metadata, now_s=self._clock(), max_age_s=self._max_age_s):
-            raise NotFound(
-                f"the {tier} manifest is older than {self._max_age_s:g} s or does not say how old it is"
-            )
+        if is_stale(metadata, now_s=self._clock(), max_age_s=max_age_s):
+            raise NotFound(f"the {tier} manifest is older than {max_age_s:g} s or does not say how old it is")
 
     def _whole(
         self,
@@ -166,34 +208,48 @@ class SnapshotFinder:
         allow_remote: bool,
     ) -> Snapshot:
         """A snapshot of which every artefact is at hand; NotFound when one is not."""
-        tables = {}
-        for name, tree_digest in manifest.chunked_files.items():
-            try:
-                tree = self._fetcher.read(tree_digest, allow_remote=allow_remote)
-            except NotFound as error:
-                raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-            tables[name] = decode_tree(tree, manifest.digest_function)
-        self._check_presence(manifest, tables, source, allow_remote)
-        return Snapshot(key, manifest, source, tables, allow_remote)
-
-    def _check_presence(
-        self,
-        manifest: Manifest,
-        tables: dict[str, ChunkTable],
-        source: ManifestSource,
-        allow_remote: bool,
-    ) -> None:
-        missing = self._file_cache.find_missing(list(artefacts(manifest, tables)))
-        if missing and allow_remote and self._remote is not None:
-            missing = self._remote.find_missing(missing)
+        try:
+            tables = self._read_trees(manifest, allow_remote=allow_remote)
+        except NotFound as error:
+            raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
+        absent = self._file_cache.find_missing(list(artefacts(manifest, tables)))
+        missing = absent
+        if absent and self._can_fetch(manifest, allow_remote=allow_remote):
+            assert self._remote is not None
+            missing = self._remote.find_missing(absent)
         if missing:
             raise NotFound(
                 f"the {source} manifest is incomplete: {len(missing)} of its blobs are in no cache, "
                 f"such as {min(missing)}"
             )
+        return Snapshot(key, manifest, source, tables, allow_remote, frozenset(absent))
+
+    def _read_trees(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, ChunkTable]:
+        return {
+            name: decode_tree(
+                self._read_tree(manifest, digest, allow_remote=allow_remote), manifest.digest_function
+            )
+            for name, digest in manifest.chunked_files.items()
+        }
+
+    def _read_tree(self, manifest: Manifest, digest: Digest, *, allow_remote: bool) -> bytes:
+        try:
+            return self._fetcher.read(digest, allow_remote=False)
+        except (NotFound, DataLoss):
+            if not self._can_fetch(manifest, allow_remote=allow_remote):
+                raise
+        return self._fetcher.read(digest)
+
+    def _can_fetch(self, manifest: Manifest, *, allow_remote: bool) -> bool:
+        """Whether the remote store may be asked. One of another digest function has none of the blobs."""
+        return (
+            allow_remote
+            and self._remote is not None
+            and self._remote.digest_function is manifest.digest_function
+        )
 
 
-def artefacts(manifest: Manifest, tables: dict[str, ChunkTable]) -> Iterator[Digest]:
+def artefacts(manifest: Manifest, tables: Mapping[str, ChunkTable]) -> Iterator[Digest]:
     """Every blob a snapshot needs: plain files, trees and chunks; the empty blob is not one."""
     yield from manifest.digests()
     for table in tables.values():

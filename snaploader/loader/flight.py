@@ -1,27 +1,33 @@
-"""One fetch per blob, however many threads ask for it."""
+"""One fetch per blob, however many threads and loaders ask for it."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import NamedTuple
 
 from snaploader.digest import Digest
+from snaploader.filecache import FileCache
 
 
 class Flight:
     """One blob on its way. Those who wait are told when it has landed, or why it did not."""
 
-    def __init__(self, *, background: bool) -> None:
+    def __init__(self, digest: Digest, *, background: bool) -> None:
+        self.digest = digest
         self.background = background
+        """Whether nobody asked for it yet: its failure is nobody's error."""
         self.error: BaseException | None = None
+        self.data: bytes | None = None
+        """The bytes, where no cache took them; otherwise they are to be found there."""
         self._landed = threading.Event()
 
     def wait(self) -> None:
         """Block until the flight has ended. Its owner's deadlines bound the wait."""
         self._landed.wait()
 
-    def land(self, error: BaseException | None) -> None:
-        self.error = error
+    def end(self, error: BaseException | None, data: bytes | None) -> None:
+        self.error, self.data = error, data
         self._landed.set()
 
 
@@ -48,16 +54,27 @@ class SingleFlight:
             flight = self._flights.get(digest)
             if flight is not None:
                 return Boarding(flight, is_owner=False)
-            flight = self._flights[digest] = Flight(background=background)
+            flight = self._flights[digest] = Flight(digest, background=background)
             return Boarding(flight, is_owner=True)
 
-    def land(self, digest: Digest, error: BaseException | None = None) -> None:
-        """End the caller's flight. No effect when it has landed before."""
+    def land(self, flight: Flight, error: BaseException | None = None, data: bytes | None = None) -> None:
+        """End a flight that the caller owns. No effect when it has landed before."""
         with self._lock:
-            flight = self._flights.pop(digest, None)
-        if flight is not None:
-            flight.land(error)
+            if self._flights.get(flight.digest) is not flight:
+                return
+            del self._flights[flight.digest]
+        flight.end(error, data)
 
     def __len__(self) -> int:
         with self._lock:
             return len(self._flights)
+
+
+_by_cache: weakref.WeakKeyDictionary[FileCache, SingleFlight] = weakref.WeakKeyDictionary()
+_by_cache_lock = threading.Lock()
+
+
+def flights_into(file_cache: FileCache) -> SingleFlight:
+    """The flights of all loaders that share this file cache."""
+    with _by_cache_lock:
+        return _by_cache.setdefault(file_cache, SingleFlight())

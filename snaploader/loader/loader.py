@@ -137,6 +137,7 @@ class SnapshotLoader:
         read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
         *,
         allow_degraded: bool = False,
+        max_stale_fallback_age_s: float | None = None,
     ) -> Snapshot:
         """The best snapshot of the set: the first key, in order, with a manifest of which nothing is missing.
 
@@ -145,12 +146,18 @@ class SnapshotLoader:
                 the other way round; `local-only` never asks the remote cache, not even for chunks.
             allow_degraded: Go on to the next key when one fails for another reason than that it has no
                 snapshot. The result then says so (`Snapshot.degraded`, `Snapshot.failures`).
+            max_stale_fallback_age_s: Instead of the loader's, for this call.
 
         Raises:
             NotFound: no key has a whole snapshot; the message names every key and its reason.
             SnaploaderError: of the kind of the first failure that is no NotFound.
         """
-        return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=allow_degraded)
+        return self._finder.find(
+            key_set,
+            _read_policy(read_policy),
+            allow_degraded=allow_degraded,
+            max_stale_fallback_age_s=max_stale_fallback_age_s,
+        )
 
     def get_snapshot_by_id(
         self,
@@ -271,7 +278,11 @@ class SnapshotLoader:
         return self._versions.renew(key)
 
     def close(self) -> None:
-        """Stop prefetching and end the loader's threads. Idempotent."""
+        """Stop prefetching and end the loader's threads. Idempotent.
+
+        Waits for what is under way; a fetch that hangs ends by its deadline, or at once when the remote
+        cache is closed first. Not to be called from a progress callback.
+        """
         self._fetcher.close()
         self._pool.close()
 

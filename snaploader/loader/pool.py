@@ -26,6 +26,8 @@ class WorkerPool:
     def __init__(self, workers: int = DEFAULT_WORKERS) -> None:
         self.workers = max(1, workers)
         self._executor = ThreadPoolExecutor(self.workers, thread_name_prefix="snaploader")
+        # Apart, because what runs in the background must not queue behind a save that takes minutes.
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="snaploader-background")
         self._closed = False
 
     def for_each(self, function: Callable[[T], object], items: Iterable[T]) -> None:
@@ -37,8 +39,9 @@ class WorkerPool:
         """
         self._check_open()
         work = _SharedWork(function, items)
-        helpers = [self._executor.submit(work.drain) for _ in range(self.workers - 1)]
+        helpers: list[Future[None]] = []
         try:
+            helpers.extend(_submit(self._executor, work.drain) for _ in range(self.workers - 1))
             work.drain()
         except BaseException as error:  # noqa: BLE001 - an interrupt; raised below, after the others ended
             work.fail(error)
@@ -49,18 +52,19 @@ class WorkerPool:
         if work.error is not None:
             raise work.error
 
-    def submit(self, function: Callable[[], object]) -> Future[object]:
-        """Run `function` in the background; `Cancelled` when the pool is closed."""
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the background thread, after what was submitted before.
+
+        `Cancelled` when the pool is closed.
+        """
         self._check_open()
-        try:
-            return self._executor.submit(function)
-        except RuntimeError as error:
-            raise Cancelled("the loader was closed") from error
+        return _submit(self._background, function)
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has. Idempotent."""
         self._closed = True
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._background.shutdown(wait=True, cancel_futures=True)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -73,6 +77,13 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _submit(executor: ThreadPoolExecutor, function: Callable[[], T]) -> Future[T]:
+    try:
+        return executor.submit(function)
+    except RuntimeError as error:
+        raise Cancelled("the loader was closed") from error
 
 
 class _SharedWork(Generic[T]):

@@ -19,7 +19,7 @@ from snaploader.blobstore import BlobStore
 from snaploader.digest import Digest
 from snaploader.errors import Cancelled, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
-from snaploader.loader.flight import SingleFlight
+from snaploader.loader.flight import Flight, SingleFlight
 from snaploader.loader.pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -107,28 +107,36 @@ class Prefetcher:
         closed = Cancelled("the loader was closed")
         future.add_done_callback(lambda done: self._give_up(batch, closed) if done.cancelled() else None)
 
-    def _take_batch(self) -> list[Digest]:
-        batch: list[Digest] = []
+    def _take_batch(self) -> dict[Digest, Flight]:
+        batch: dict[Digest, Flight] = {}
         size = 0
         while self._queue:
             digest = next(iter(self._queue))
             if batch and size + digest.size_bytes > MAX_BATCH_BYTES:
                 break
             del self._queue[digest]
-            if self._flights.board(digest, background=True).is_owner:
-                batch.append(digest)
+            boarding = self._flights.board(digest, background=True)
+            if boarding.is_owner:
+                batch[digest] = boarding.flight
                 size += digest.size_bytes
         return batch
 
-    def _run(self, batch: list[Digest]) -> None:
+    def _run(self, batch: dict[Digest, Flight]) -> None:
         error: SnaploaderError | None = None
+
+        def keep(digest: Digest, data: bytes) -> None:
+            if self._closed:
+                raise Cancelled("the loader was closed")
+            self._keep(digest, data)
+            self._flights.land(batch[digest])
+
         try:
             missing = self._file_cache.find_missing(batch)
-            for digest in batch:
+            for digest, flight in batch.items():
                 if digest not in missing:
-                    self._flights.land(digest)
+                    self._flights.land(flight)
             if missing:
-                self._remote.read_many([d for d in batch if d in missing], self._keep)
+                self._remote.read_many([d for d in batch if d in missing], keep)
         except SnaploaderError as caught:
             # Nobody asked for these bytes yet: whoever does fetches them again and sees the error.
             log.debug("prefetch of %d blobs failed: %s", len(batch), caught)
@@ -144,14 +152,15 @@ class Prefetcher:
             if len(self._unused) > MAX_REMEMBERED:
                 self._unused.popitem(last=False)
         try:
-            self._file_cache.put_verified(digest, data)
+            added = self._file_cache.put_verified(digest, data)
         except BaseException:
             self.take_credit(digest)
             raise
-        self._flights.land(digest)
+        if not added:
+            self.take_credit(digest)
 
-    def _give_up(self, batch: list[Digest], error: SnaploaderError) -> None:
-        for digest in batch:
-            self._flights.land(digest, error)
+    def _give_up(self, batch: dict[Digest, Flight], error: SnaploaderError) -> None:
+        for flight in batch.values():
+            self._flights.land(flight, error)
         with self._lock:
             self._busy = False

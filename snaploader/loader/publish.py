@@ -46,25 +46,42 @@ def upload_blobs(
     return remote.write_many(uploads()) if missing else TransferStatistics()
 
 
-def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) -> None:
-    """Write the manifest under `key`, and make sure that it is there to be read.
+def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) -> bool:
+    """Write the manifest under `key`, and look whether it is there to be read.
 
     Some servers accept an update from a caller who may not make one, and drop it; hence the look.
-    What comes back may differ in fields a server fills in, so only what it names is compared.
+
+    Returns:
+        Whether it stands. If not, another host has written its own meanwhile.
+
+    Raises:
+        FailedPrecondition: What stood there before still stands, or nothing.
     """
     name = keys.remote_manifest_digest(key, remote.digest_function)
+    before = _content(remote, name)
     remote.update_action_result(name, manifest.to_action_result())
-    try:
-        stands = remote.get_action_result(name)
-    except NotFound as error:
+    ours = (
+        {name: file.digest.hash for name, file in manifest.files.items()},
+        {name: digest.hash for name, digest in manifest.chunked_files.items()},
+    )
+    stands = _content(remote, name)
+    if stands == ours:
+        return True
+    if stands is None or stands == before:
         raise FailedPrecondition(
-            "the remote cache accepted the manifest and does not return it: it may be read-only for "
-            f"these credentials, or have lost one of the blobs just uploaded ({error.message})"
-        ) from error
-    theirs = {directory.path: directory.tree_digest.hash for directory in stands.output_directories}
-    ours = {name: digest.hash for name, digest in manifest.chunked_files.items()}
-    if not theirs.keys() >= ours.keys():
-        raise FailedPrecondition(
-            "the remote cache returns another manifest than the one just written: it may be read-only "
-            "for these credentials"
+            f"the remote cache accepted the manifest of {key} and does not return it: it may be read-only "
+            "for these credentials, or have lost a blob that was just uploaded"
         )
+    return False
+
+
+def _content(remote: RemoteStore, name: Digest) -> tuple[dict[str, str], dict[str, str]] | None:
+    """What the files and trees of a result hash to; a server may fill in other fields, or reorder these."""
+    try:
+        result = remote.get_action_result(name)
+    except NotFound:
+        return None
+    return (
+        {file.path: file.digest.hash for file in result.output_files},
+        {directory.path: directory.tree_digest.hash for directory in result.output_directories},
+    )

@@ -19,7 +19,7 @@ from snaploader.loader.fetch import REMOTE, BlobFetcher
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import Snapshot
-from snaploader.loader.unpack import output_folder, place_files
+from snaploader.loader.unpack import hold, output_folder, place_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,14 @@ def restore(
     manifest, tables = snapshot.manifest, snapshot.tables
     fetched = _Counter()
     stored = sum(table.stored_bytes for table in tables.values())
-    meter = ProgressMeter(progress, "write", stored)
+    plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
+    meter = ProgressMeter(progress, "write", plain_bytes + stored)
     with contextlib.ExitStack() as undo:
         root = output_folder(output_directory, [*manifest.files, *manifest.chunked_files], undo)
+        held = hold(snapshot, fetcher)
+        undo.callback(held.release)
         plain = place_files(manifest, root, fetcher, snapshot, undo, writable=True, fetched=fetched.add)
+        meter.add(plain_bytes)
         placed = dict(plain)
         for name, table in tables.items():
             target = root / name
@@ -73,7 +77,7 @@ def restore(
             undo.callback(target.unlink, missing_ok=True)
             placed[name] = target
         undo.pop_all()
-    plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
+    held.release()
     holes = sum(table.size for table in tables.values()) - stored
     return RestoreResult(placed, plain_bytes + stored, holes, fetched.blobs, fetched.bytes)
 

@@ -40,6 +40,8 @@ class Snapshot:
     """The chunks of every chunked file, by the file's name."""
     allow_remote: bool
     """Whether chunks may be fetched from the remote store."""
+    absent: frozenset[Digest] = frozenset()
+    """Blobs that the file cache did not have when the snapshot was found; they are to be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
 

@@ -36,7 +36,7 @@ from snaploader.loader.publish import publish_manifest, upload_blobs
 from snaploader.loader.results import SaveResult
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
-from snaploader.manifest import Manifest, PlainFile, check_name, pack_any, unpack_any
+from snaploader.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.policy import SavePolicy, should_save_remotely
 
 SMALL_BLOB_BYTES = 4 << 20
@@ -59,6 +59,19 @@ class SaveOptions:
     remote: bool | None = None
     chunk_size: int | None = None
     progress: ProgressCallback | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a save does remotely."""
+
+    function: DigestFunction
+    remote: RemoteStore | None = None
+    """Where to save to, if anywhere."""
+    skipped: str = ""
+    """Why the policy forbids it."""
+    outage: SnaploaderError | None = None
+    """Why it cannot be done now."""
 
 
 class SnapshotSaver:
@@ -99,15 +112,11 @@ class SnapshotSaver:
         configuration = pack_any(options.vm_configuration)
         metadata = None if options.vm_metadata is None else pack_any(options.vm_metadata)
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
-        remote = self._remote if options.remote is not False else None
-        skipped = self._reason_to_skip(key, options) if remote is not None else ""
-        if skipped:
-            remote = None
-        self._check_unused(id_key, remote)
-        function = self._digest_function(options)
+        plan = self._plan(key, id_key, options)
+        self._check_unused_locally(id_key)
         with LocalSaver(
             self._file_cache,
-            function,
+            plan.function,
             self._pool,
             files=options.files,
             chunked_files=options.chunked_files,
@@ -117,35 +126,34 @@ class SnapshotSaver:
             saved = saver.run()
             manifest = Manifest(
                 configuration,
-                function,
+                plan.function,
                 vm_metadata=metadata,
-                files={
-                    name: PlainFile(saved[name].digest, is_executable=name in saver.executables)
-                    for name in options.files
-                },
+                files={name: saver.plain_files[name] for name in options.files},
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
             )
             blobs = set(artefacts(manifest, saver.tables))
+            uploaded = TransferStatistics()
             with self._file_cache.lease(blobs):
-                self._complete_locally(saver, blobs)
+                warnings = self._complete_locally(saver, blobs, plan.function)
                 write_keys = self._write_keys(key, options.key_set)
-                warnings = self._publish_locally(manifest, write_keys, id_key)
+                warnings += self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)
-                uploaded = TransferStatistics()
-                if remote is not None:
-                    try:
-                        uploaded = self._upload(remote, manifest, blobs, options.progress)
-                        warnings += self._publish_remotely(remote, manifest, write_keys, id_key)
-                    except SnaploaderError as error:
-                        error.add_note("the snapshot is saved in the local cache")
-                        raise
+                try:
+                    if plan.outage is not None:
+                        raise plan.outage
+                    if plan.remote is not None:
+                        uploaded = self._upload(plan.remote, manifest, blobs, saver, options.progress)
+                        warnings += self._publish_remotely(plan.remote, manifest, write_keys, id_key)
+                except SnaploaderError as error:
+                    error.add_note("the snapshot is saved in the local cache")
+                    raise
         return SaveResult(
             key=key,
             snapshot_id=id_key.snapshot_id,
             files=tuple(saved[name] for name in (*options.files, *options.chunked_files)),
             saved_locally=True,
-            saved_remotely=remote is not None,
-            remote_skipped=skipped,
+            saved_remotely=plan.remote is not None,
+            remote_skipped=plan.skipped,
             uploaded_blobs=uploaded.blobs,
             uploaded_bytes=uploaded.content_bytes,
             uploaded_wire_bytes=uploaded.wire_bytes,
@@ -169,25 +177,36 @@ class SnapshotSaver:
         if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:
             raise InvalidArgument("save policy none-available needs key_set, the keys to look at")
 
-    def _digest_function(self, options: SaveOptions) -> DigestFunction:
+    def _plan(self, key: SnapshotKey, id_key: SnapshotKey, options: SaveOptions) -> _Plan:
+        """What is to be done remotely. An outage does not keep the local part from being done."""
         if self._remote is None:
-            return self._local_function
+            return _Plan(self._local_function)
+        wanted = options.remote is not False
+        function = self._local_function
         try:
-            return self._remote.digest_function
+            function = self._remote.digest_function
+            if not wanted:
+                return _Plan(function)
+            skipped = self._reason_to_skip(key, options)
+            if skipped:
+                return _Plan(function, skipped=skipped)
+            if self._finder.remote_manifest(id_key) is not None:
+                raise FailedPrecondition(_taken(id_key))
         except SnaploaderError as error:
-            if options.remote is False and error.transient:
-                return self._local_function
-            raise
+            if not error.transient:
+                raise
+            return _Plan(function, outage=error if wanted else None)
+        return _Plan(function, self._remote)
 
     def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> str:
         """Why the policy keeps this snapshot from the remote store; empty when it does not."""
         policy = options.save_policy
         if policy is SavePolicy.ALWAYS and not options.min_refresh_interval_s:
             return ""
-        standing = self._finder.remote_manifest(key)
+        standing = self._finder.whole_remote_manifest(key)
         others = options.key_set if policy is SavePolicy.NONE_AVAILABLE and options.key_set else ()
         any_exists = standing is not None or any(
-            self._finder.remote_manifest(other) is not None for other in others if other != key
+            self._finder.whole_remote_manifest(other) is not None for other in others if other != key
         )
         wanted = should_save_remotely(
             policy,
@@ -203,38 +222,50 @@ class SnapshotSaver:
             return ""
         return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s"
 
-    def _check_unused(self, id_key: SnapshotKey, remote: RemoteStore | None) -> None:
-        taken = f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"
+    def _check_unused_locally(self, id_key: SnapshotKey) -> None:
         try:
             self._file_cache.get_ref(keys.local_manifest_key(self._file_cache.group_id, id_key))
         except NotFound:
-            pass
-        else:
-            raise FailedPrecondition(taken)
-        if remote is not None and self._finder.remote_manifest(id_key) is not None:
-            raise FailedPrecondition(taken)
+            return
+        raise FailedPrecondition(_taken(id_key))
 
-    def _complete_locally(self, saver: LocalSaver, blobs: set[Digest]) -> None:
+    def _complete_locally(self, saver: LocalSaver, blobs: set[Digest], function: DigestFunction) -> list[str]:
         """Make sure that every blob is in a cache; what the stores alone have is put into the file cache."""
         missing = self._file_cache.find_missing(blobs)
-        if missing and self._remote is not None:
-            missing = self._remote.find_missing(missing)
         if not missing:
-            return
-        for digest, name, index in saver.places(missing):
+            return []
+        if self._remote is not None:
             try:
-                self._file_cache.write(digest, saver.read_chunk(name, index))
-            except (NotFound, DataLoss) as error:
-                raise type(error)(
-                    f"chunk {index} of {name!r} ({digest}), which was not changed since it was loaded, is "
-                    f"in no cache any more: {error.message}"
-                ) from error
-        missing = self._file_cache.find_missing(blobs & missing)
+                if self._remote.digest_function is function:
+                    missing = self._remote.find_missing(missing)
+            except SnaploaderError as error:
+                if not error.transient:
+                    raise
+                # Readers check that a snapshot is whole, so at worst this one is a miss until it is.
+                warning = (
+                    f"{len(missing)} blobs that did not change since they were loaded are not in the local "
+                    f"cache, and whether they still are in the remote cache cannot be told: {error.message}"
+                )
+                return [warning]
+        self._rescue(saver, missing)
+        missing = self._file_cache.find_missing(missing)
         if missing:
             raise ResourceExhausted(
                 f"the file cache dropped {len(missing)} blobs of the snapshot while it was being saved: "
                 "raise its size (max_bytes) above that of the snapshot"
             )
+        return []
+
+    def _rescue(self, saver: LocalSaver, digests: set[Digest]) -> None:
+        """Put chunks into the file cache again that are in no cache, from the stores that are saved."""
+        for digest, name, index in saver.places(digests):
+            try:
+                self._file_cache.write(digest, saver.read_chunk(name, index))
+            except (NotFound, DataLoss) as error:
+                raise type(error)(
+                    f"chunk {index} of {name!r} ({digest}), which did not change since it was loaded, is "
+                    f"in no cache any more: {error.message}"
+                ) from error
 
     def _publish_locally(
         self, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
@@ -255,37 +286,56 @@ class SnapshotSaver:
         remote: RemoteStore,
         manifest: Manifest,
         blobs: set[Digest],
+        saver: LocalSaver,
         progress: ProgressCallback | None,
     ) -> TransferStatistics:
+        def source(digest: Digest) -> Buffer | str:
+            try:
+                return self._upload_source(digest)
+            except (NotFound, DataLoss):
+                self._rescue(saver, {digest})
+                return self._upload_source(digest)
+
         trees = set(manifest.chunked_files.values())
-        content = upload_blobs(remote, blobs - trees, self._upload_source, progress)
-        top = upload_blobs(remote, trees, self._upload_source, None)
-        return content + top
+        content = upload_blobs(remote, blobs - trees, source, progress)
+        return content + upload_blobs(remote, trees, source, None)
 
     def _upload_source(self, digest: Digest) -> Buffer | str:
         if digest.size_bytes > SMALL_BLOB_BYTES:
             return self._file_cache.path(digest)
-        return self._fetcher.read(digest, allow_remote=False)
+        return self._file_cache.read(digest)
 
     def _publish_remotely(
         self, remote: RemoteStore, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
     ) -> list[str]:
-        for write_key in write_keys:
-            publish_manifest(remote, write_key, manifest)
+        warnings = [
+            f"another host saved under {key} meanwhile, and its snapshot stands"
+            for key in write_keys
+            if not publish_manifest(remote, key, manifest)
+        ]
         try:
-            publish_manifest(remote, id_key, manifest)
+            # Looked at once more: the upload may have taken minutes.
+            is_taken = self._finder.remote_manifest(id_key) is not None
+            if is_taken or not publish_manifest(remote, id_key, manifest):
+                warnings.append(f"{_taken(id_key)} (it was taken remotely during this save)")
         except SnaploaderError as error:
-            return [f"the snapshot is not found by its id remotely: {error.message}"]
-        return []
+            warnings.append(f"the snapshot is not found by its id remotely: {error.message}")
+        return warnings
 
     def _write_keys(self, key: SnapshotKey, key_set: SnapshotKeySet | None) -> list[SnapshotKey]:
-        universal = self._universal or (key_set is not None and any(map(keys.is_universal, key_set)))
+        universal = self._universal if key_set is None else any(map(keys.is_universal, key_set))
         if not universal or keys.is_universal(key) or not key.ref:
             return [key]
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
 
-    def _make_source(self, name: str, table: ChunkTable) -> SnapshotChunkSource:
-        return SnapshotChunkSource(name, table, self._fetcher, allow_remote=self._remote is not None)
+    def _make_source(self, name: str, table: ChunkTable, *, allow_remote: bool) -> SnapshotChunkSource:
+        return SnapshotChunkSource(
+            name, table, self._fetcher, allow_remote=allow_remote and self._remote is not None
+        )
+
+
+def _taken(id_key: SnapshotKey) -> str:
+    return f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"
 
 
 def _completed_s(manifest: Manifest) -> float | None:

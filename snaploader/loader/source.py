@@ -21,20 +21,20 @@ class SnapshotChunkSource:
         self.name = name
         self.table = table
         self._fetcher = fetcher
-        self._allow_remote = allow_remote
+        self.allow_remote = allow_remote
 
     def open_chunk(self, index: int) -> OpenedChunk:
         """Open the chunk, from the nearest tier. Errors say which chunk of which file it was."""
         digest = self._digest(index)
         try:
-            return self._fetcher.open(digest, allow_remote=self._allow_remote)
+            return self._fetcher.open(digest, allow_remote=self.allow_remote)
         except SnaploaderError as error:
             error.add_note(f"needed for chunk {index} of {self.name!r}")
             raise
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Pass the hint on to the fetcher."""
-        if self._allow_remote:
+        if self.allow_remote:
             self._fetcher.prefetch([self._digest(index) for index in indices])
 
     def _digest(self, index: int) -> Digest:

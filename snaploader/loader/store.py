@@ -12,15 +12,16 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWStore, is_zero
+from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.errors import FailedPrecondition, InvalidArgument, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
 from snaploader.loader.source import SnapshotChunkSource
+from snaploader.manifest import PlainFile
 from snaploader.tree import encode_tree
 
 
@@ -34,6 +35,8 @@ class ChunkedSave:
     """What the store held when it was last saved or loaded, if that is known with this digest function."""
     unchanged: Callable[[], None]
     """Raises FailedPrecondition when the file behind a checkpoint of a path was changed meanwhile."""
+    allow_remote: bool
+    """Whether the store may fetch chunks from the remote store."""
     hashes: dict[int, bytes | None] = field(default_factory=dict)
     """Of every chunk that was read; None is a hole."""
     hashed_bytes: int = 0
@@ -79,15 +82,16 @@ class LocalSaver:
         self._buffers = threading.local()
         self._saved: dict[str, SavedFile] = {}
         self._open = contextlib.ExitStack()
-        self.executables: set[str] = set()
-        """Names of plain files that their owner may execute."""
+        self.plain_files: dict[str, PlainFile] = {}
+        """What the manifest says of every plain file; filled by `run`."""
         self.tables: dict[str, ChunkTable] = {}
         """The chunks of every chunked file; filled by `run`."""
         self._chunked: list[ChunkedSave] = []
         with contextlib.ExitStack() as undo:
             undo.callback(self._open.close)
             for name, source in chunked_files.items():
-                self._chunked.append(self._begin(name, source, chunk_size or DEFAULT_CHUNK_SIZE))
+                with _translate_cow_errors(name):
+                    self._chunked.append(self._begin(name, source, chunk_size))
             undo.pop_all()
 
     def run(self) -> dict[str, SavedFile]:
@@ -99,10 +103,16 @@ class LocalSaver:
             self._finish(save)
         return self._saved
 
-    def commit(self, make_source: Callable[[str, ChunkTable], SnapshotChunkSource]) -> None:
-        """Tell the stores that their chunks are saved: they are clean from now on."""
+    def commit(self, make_source: Callable[..., SnapshotChunkSource]) -> None:
+        """Tell the stores that their chunks are saved: they are clean from now on.
+
+        Args:
+            make_source: Called with a name, its table, and `allow_remote`, which a store keeps.
+        """
         for save in self._chunked:
-            save.checkpoint.commit(make_source(save.name, self.tables[save.name]))
+            source = make_source(save.name, self.tables[save.name], allow_remote=save.allow_remote)
+            with _translate_cow_errors(save.name):
+                save.checkpoint.commit(source)
 
     def places(self, digests: Collection[Digest]) -> Iterator[tuple[Digest, str, int]]:
         """For each of `digests` that is a chunk: a file and an index where it stands."""
@@ -128,28 +138,34 @@ class LocalSaver:
     ) -> None:
         self._open.close()
 
-    def _begin(self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int) -> ChunkedSave:
+    def _begin(
+        self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
+    ) -> ChunkedSave:
         unchanged: Callable[[], None] = lambda: None  # noqa: E731
         if isinstance(source, COWStore):
             store = source
         else:
             path = os.fspath(source)
-            with translate_os_errors(f"cannot read {name!r}"), _invalid_arguments(name):
-                unchanged = _change_detector(path, name)
-                # Nothing is written to the store, so its folder stays empty.
-                scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="snaploader-"))
-                store = COWStore.from_file(path, scratch, chunk_size, copy=False)
+            unchanged = _change_detector(path, name)
+            # Nothing is written to the store, so its folder stays empty.
+            scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="snaploader-"))
+            size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
+            store = COWStore.from_file(path, scratch, size, copy=False)
             self._open.enter_context(store)
         checkpoint = self._open.enter_context(store.checkpoint())
+        loaded = store.source if isinstance(store.source, SnapshotChunkSource) else None
         known = None
-        if isinstance(store.source, SnapshotChunkSource) and store.source.table.function is self._function:
-            known = store.source.table
-        return ChunkedSave(name, checkpoint, known, unchanged)
+        if loaded is not None and loaded.table.function is self._function:
+            known = loaded.table
+        allow_remote = loaded is None or loaded.allow_remote
+        return ChunkedSave(name, checkpoint, known, unchanged, allow_remote)
 
     def _total_bytes(self) -> int:
         with translate_os_errors("cannot read a file to save"):
             plain = sum(os.stat(path).st_size for path in self._files.values())
-        return plain + sum(len(save.pending()) * save.checkpoint.chunk_size for save in self._chunked)
+        return plain + sum(
+            save.checkpoint.chunk_length(index) for save in self._chunked for index in save.pending()
+        )
 
     def _tasks(self) -> Iterator[Callable[[ProgressMeter], None]]:
         for name, path in self._files.items():
@@ -160,8 +176,10 @@ class LocalSaver:
 
     def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {name!r}"):
-            mode = os.stat(path).st_mode
+            mode = os.stat(path).st_mode & 0o777
+        unchanged = _change_detector(path, name)
         digest, added = self._file_cache.add_file(path, self._function)
+        unchanged()
         size = digest.size_bytes
         saved = SavedFile(
             name,
@@ -174,13 +192,13 @@ class LocalSaver:
         )
         with self._lock:
             self._saved[name] = saved
-            if mode & 0o100:
-                self.executables.add(name)
+            self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
 
     def _store_chunk(self, save: ChunkedSave, index: int, meter: ProgressMeter) -> None:
         buffer = self._buffer(save.checkpoint.chunk_size)
-        count = save.checkpoint.readinto(index, buffer)
+        with _translate_cow_errors(save.name):
+            count = save.checkpoint.readinto(index, buffer)
         data = buffer[:count]
         hash_ = None
         added = False
@@ -232,10 +250,19 @@ class LocalSaver:
 
 
 @contextlib.contextmanager
-def _invalid_arguments(name: str) -> Iterator[None]:
-    """Name the file when `cow` refuses it, or the chunk size."""
+def _translate_cow_errors(name: str) -> Iterator[None]:
+    """Raise what `cow` and the operating system say of a file as errors of this library."""
     try:
-        yield
+        with translate_os_errors(f"cannot save {name!r}"):
+            yield
+    except TruncatedFile as error:
+        raise FailedPrecondition(
+            f"{name!r} was cut short while it was saved: stop what writes to it and save again ({error})"
+        ) from error
+    except COWError as error:
+        raise FailedPrecondition(f"cannot save {name!r}: {error}") from error
+    except SnaploaderError:
+        raise
     except ValueError as error:
         raise InvalidArgument(f"cannot save {name!r} in chunks: {error}") from error
 
@@ -247,7 +274,8 @@ def _change_detector(path: str, name: str) -> Callable[[], None]:
         status = os.stat(path)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    before = identity()
+    with translate_os_errors(f"cannot read {name!r}"):
+        before = identity()
 
     def check() -> None:
         with translate_os_errors(f"cannot look at {name!r} again after reading it"):

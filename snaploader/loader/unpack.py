@@ -12,11 +12,12 @@ from types import TracebackType
 from typing import Self
 
 from cow import COWStore, MappingBudget, StoreStatistics
-from snaploader.errors import FailedPrecondition, translate_os_errors
+from snaploader.digest import Digest
+from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import artefacts
-from snaploader.loader.results import Snapshot
+from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.manifest import Manifest
 
@@ -73,9 +74,7 @@ def unpack(
         root = output_folder(output_directory, [*manifest.files, *manifest.chunked_files], undo)
         cleanup = contextlib.ExitStack()
         undo.callback(cleanup.close)
-        if not snapshot.allow_remote:
-            # Nothing else holds these chunks, so they must outlive the stores.
-            cleanup.enter_context(lease_of(snapshot, fetcher))
+        cleanup.enter_context(hold(snapshot, fetcher))
         files = place_files(manifest, root, fetcher, snapshot, undo, writable=writable_files)
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
         undo.pop_all()
@@ -84,12 +83,12 @@ def unpack(
 
 def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
     """The folder, made if need be, in which none of `names` exists yet. `undo` removes what was made."""
-    root = Path(path)
+    root = Path(path).absolute()
     with translate_os_errors(f"cannot use the output folder {str(root)!r}"):
-        made = not root.exists()
+        made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
     if made:
-        undo.callback(shutil.rmtree, root, ignore_errors=True)
+        undo.callback(shutil.rmtree, made[-1], ignore_errors=True)
     for name in names:
         if os.path.lexists(root / name):
             raise FailedPrecondition(
@@ -116,7 +115,7 @@ def place_files(
             file.digest,
             target,
             writable=writable,
-            executable=file.is_executable,
+            mode=file.mode if file.mode is not None else 0o755 if file.is_executable else 0o644,
             allow_remote=snapshot.allow_remote,
             fetched=fetched,
         )
@@ -125,9 +124,26 @@ def place_files(
     return placed
 
 
-def lease_of(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
-    """Keeps every blob of the snapshot in the file cache, against eviction by any process."""
-    return fetcher.file_cache.lease(list(artefacts(snapshot.manifest, dict(snapshot.tables))))
+def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
+    """Keeps those blobs in the file cache, against eviction by any process, that may be nowhere else.
+
+    What comes from a remote manifest is in the remote store; a local one may be of a snapshot that was
+    never saved remotely. NotFound when a blob has been evicted since the snapshot was found, and there
+    is nowhere else to fetch it from.
+    """
+    only_here: list[Digest] = []
+    if not snapshot.allow_remote or snapshot.source is ManifestSource.LOCAL:
+        blobs = artefacts(snapshot.manifest, snapshot.tables)
+        only_here = [digest for digest in blobs if digest not in snapshot.absent]
+    lease = fetcher.file_cache.lease(only_here)
+    gone = set() if snapshot.allow_remote else fetcher.file_cache.find_missing(only_here)
+    if gone:
+        lease.release()
+        raise NotFound(
+            f"{len(gone)} blobs of the snapshot were evicted since it was found, such as {min(gone)}: "
+            "look for a snapshot again, or raise the size of the file cache"
+        )
+    return lease
 
 
 def _open_stores(

@@ -98,12 +98,14 @@ class VersionStore:
         name = keys.version_key(key)
         version = self._mint()
         if self._remote is not None:
+            before = self._read_remote(self._remote, name, repair=True)
             self._write_remote(self._remote, name, version)
             stands = self._read_remote(self._remote, name)
-            if stands is None:
+            if stands is None or stands == before:
                 raise FailedPrecondition(
                     f"the remote cache accepted version {version} under {name} and does not have it: "
-                    "snapshots are not invalidated; check that its action cache keeps what it is given"
+                    "snapshots are not invalidated; check that these credentials may write to its action "
+                    "cache, and that it keeps what it is given"
                 )
             self._remember(name, stands)
             return stands
@@ -150,12 +152,16 @@ class VersionStore:
         self._sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
         return self._read_remote(remote, name) or version
 
-    def _read_remote(self, remote: RemoteStore, name: str) -> str | None:
+    def _read_remote(self, remote: RemoteStore, name: str, *, repair: bool = False) -> str | None:
+        """The version that stands; None when there is none, or with `repair` when something else does."""
         try:
-            result = remote.get_action_result(Digest(name, 1, remote.digest_function))
+            return _decode(remote.get_action_result(Digest(name, 1, remote.digest_function)), name)
         except NotFound:
             return None
-        return _decode(result, name)
+        except DataLoss:
+            if not repair:
+                raise
+            return None
 
     def _write_remote(self, remote: RemoteStore, name: str, version: str) -> None:
         remote.update_action_result(Digest(name, 1, remote.digest_function), _encode(version))
@@ -168,8 +174,9 @@ class VersionStore:
         try:
             return _decode(remote_execution_pb2.ActionResult.FromString(data), name)
         except (ValueError, SnaploaderError) as error:
-            log.warning("dropping an unreadable snapshot version: %s", error)
-            self._file_cache.delete_ref(name)
+            log.warning("the local snapshot version is unreadable: %s", error)
+            if not self._readonly:
+                self._file_cache.delete_ref(name)
             return None
 
 

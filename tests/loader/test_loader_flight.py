@@ -24,7 +24,7 @@ def test_the_second_to_ask_waits_for_the_first() -> None:
     thread = threading.Thread(target=lambda: (waiter.flight.wait(), woken.set()))
     thread.start()
     assert not woken.is_set()
-    flights.land(ONE)
+    flights.land(owner.flight)
     thread.join(10)
     assert woken.is_set()
     assert waiter.flight.error is None
@@ -32,19 +32,21 @@ def test_the_second_to_ask_waits_for_the_first() -> None:
 
 def test_waiters_learn_why_it_failed() -> None:
     flights = SingleFlight()
-    flights.board(ONE)
+    owner = flights.board(ONE)
     waiter = flights.board(ONE)
-    flights.land(ONE, NotFound("gone"))
+    flights.land(owner.flight, NotFound("gone"))
     waiter.flight.wait()
     assert isinstance(waiter.flight.error, NotFound)
 
 
 def test_after_landing_the_next_to_ask_owns_a_new_flight() -> None:
     flights = SingleFlight()
-    flights.board(ONE)
-    flights.land(ONE)
-    flights.land(ONE)
-    assert flights.board(ONE).is_owner
+    first = flights.board(ONE).flight
+    flights.land(first)
+    second = flights.board(ONE)
+    assert second.is_owner
+    flights.land(first, NotFound("late"))
+    assert not flights.board(ONE).is_owner
     assert flights.board(TWO).is_owner
     assert len(flights) == 2
 
