@@ -19,6 +19,8 @@ import time
 import uuid
 from collections.abc import Callable
 
+from google.protobuf.message import DecodeError
+
 from snaploader import keys
 from snaploader._proto import remote_execution_pb2, snaploader_pb2
 from snaploader.blobstore import RemoteStore
@@ -173,7 +175,7 @@ class VersionStore:
             return None
         try:
             return _decode(remote_execution_pb2.ActionResult.FromString(data), name)
-        except (ValueError, SnaploaderError) as error:
+        except (DecodeError, SnaploaderError) as error:
             log.warning("the local snapshot version is unreadable: %s", error)
             if not self._readonly:
                 self._file_cache.delete_ref(name)
@@ -194,7 +196,7 @@ def _decode(result: remote_execution_pb2.ActionResult, name: str) -> str:
             continue
         try:
             metadata.ParseFromString(packed.value)
-        except Exception as error:
+        except DecodeError as error:
             raise DataLoss(f"the snapshot version under {name} cannot be parsed") from error
         if 0 < len(metadata.version_id) <= MAX_VERSION_BYTES:
             return str(metadata.version_id)
