@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from cow import OpenedChunk
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Buffer, Digest
-from snaploader.errors import DataLoss, NotFound, ResourceExhausted, SnaploaderError, translate_os_errors
+from snaploader.errors import DataLoss, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.loader.flight import Flight, flights_into
 from snaploader.loader.pool import WorkerPool
@@ -91,9 +91,9 @@ class BlobFetcher:
         while True:
             try:
                 came = self._bring(digest, allow_remote=allow_remote)
-            except ResourceExhausted as error:
+            except _CacheRefused as error:
                 log.warning(
-                    "blob %s does not fit into the file cache, so it is not kept there: %s", digest, error
+                    "the file cache cannot take blob %s, so it is not kept there: %s", digest, error.__cause__
                 )
                 self._place_uncached(digest, target)
                 came, share = True, False
@@ -197,9 +197,17 @@ class BlobFetcher:
 
     def _stream_to_cache(self, remote: RemoteStore, digest: Digest) -> None:
         def attempt() -> None:
-            with self.file_cache.writer(digest) as writer:
-                remote.read_to(digest, writer.write)
-                writer.commit()
+            with _refusals():
+                writer = self.file_cache.writer(digest)
+            with writer:
+
+                def write(data: Buffer) -> None:
+                    with _refusals():
+                        writer.write(data)
+
+                remote.read_to(digest, write)
+                with _refusals():
+                    writer.commit()
 
         _twice(attempt)
 
@@ -222,6 +230,21 @@ class BlobFetcher:
         _twice(attempt)
 
 
+class _CacheRefused(Exception):
+    """The file cache cannot take a blob; the cause says why. Whoever needs it streams it past the cache."""
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Tells a cache that cannot take a blob (full, or its disk failing) from a blob with wrong bytes."""
+    try:
+        yield
+    except SnaploaderError as error:
+        if isinstance(error, DataLoss) and not isinstance(error.__cause__, OSError):
+            raise
+        raise _CacheRefused from error
+
+
 def _twice(attempt: Callable[[], None]) -> None:
     """Begin a stream again, once, when its bytes were wrong: pieces cannot be taken back one by one."""
     try:
@@ -234,8 +257,8 @@ def _twice(attempt: Callable[[], None]) -> None:
 def _raise_again(flight: Flight) -> None:
     """Raise what another thread's flight failed with, with a traceback of this thread's own.
 
-    Nothing is raised where the failure was that thread's alone: a prefetch, or an interrupt. The caller
-    tries for itself then.
+    Nothing is raised where the failure was that thread's alone: a prefetch, an interrupt, or a cache that
+    refused the blob. The caller tries for itself then.
     """
     error = flight.error
     if isinstance(error, SnaploaderError) and not flight.background:
