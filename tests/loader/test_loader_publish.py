@@ -1,0 +1,287 @@
+"""Saving where others interfere: servers that drop updates, other hosts, outages, broken snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loader_hosts import CHUNK, CONFIGURATION, Host, HostFactory, image, task
+
+from cow import COWStore
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from snaploader.keys import SnapshotKeySet
+from snaploader.loader.results import ManifestSource
+from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions, like_casd
+
+
+def drop_updates(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the host's server answers its updates with OK and forgets them."""
+    monkeypatch.setattr(host.remote, "update_action_result", lambda *_: None)
+
+
+def local_only(host: Host, key_set: SnapshotKeySet) -> bytes:
+    return host.read(host.loader.get_snapshot(key_set, "local-only"))
+
+
+def assert_says_that_the_local_snapshot_stands(error: BaseException) -> None:
+    assert any("saved in the local cache" in note for note in error.__notes__)
+
+
+@pytest.mark.parametrize("has_older", [True, False])
+def test_a_manifest_that_the_server_drops_silently_is_an_error(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, has_older: bool
+) -> None:
+    host = make_host("a", server)
+    if has_older:
+        host.save(image(1))
+    key_set = host.keys()
+    drop_updates(host, monkeypatch)
+    with pytest.raises(FailedPrecondition, match="does not return it") as caught:
+        host.save(image(2), key=key_set.write_key)
+    assert_says_that_the_local_snapshot_stands(caught.value)
+    assert local_only(host, key_set) == image(2)
+
+
+def test_saving_the_same_state_again_is_no_drop(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server)
+    for _ in range(2):
+        result = host.save(image(1))
+        assert result.saved_remotely
+        assert result.warnings == ()
+
+
+def test_a_save_that_another_host_overtakes_says_so(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    a.save(image(1))
+    key = a.keys().write_key
+    assert a.remote is not None
+    update = a.remote.update_action_result
+
+    def update_and_be_overtaken(*args: Any) -> None:
+        monkeypatch.undo()
+        update(*args)
+        b.save(image(3), key=key)
+
+    monkeypatch.setattr(a.remote, "update_action_result", update_and_be_overtaken)
+    result = a.save(image(2), key=key)
+    assert result.saved_remotely
+    assert [warning for warning in result.warnings if "another host saved" in warning]
+    assert make_host("c", server).load() == image(3)
+    assert a.read(a.loader.get_snapshot_by_id(result.snapshot_id)) == image(2)
+
+
+@pytest.mark.parametrize("has_older", [True, False])
+def test_an_invalidation_that_the_server_drops_is_an_error(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, has_older: bool
+) -> None:
+    host = make_host("a", server)
+    key = host.keys().branch_key
+    if not has_older:
+        for digest in server.action_results():
+            server.delete_action_result(digest)
+    drop_updates(host, monkeypatch)
+    with pytest.raises(FailedPrecondition, match="not invalidated"):
+        host.loader.invalidate_snapshot(key)
+    if has_older:
+        assert host.keys().branch_key == key
+
+
+def test_a_snapshot_id_that_is_taken_during_the_upload_is_not_overwritten(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    key = a.keys().write_key
+    assert a.remote is not None
+    write_many = a.remote.write_many
+
+    def upload_and_lose_the_id(uploads: Any) -> Any:
+        monkeypatch.undo()
+        moved = write_many(uploads)
+        b.save(image(2), "topic", snapshot_id="run-1")
+        return moved
+
+    monkeypatch.setattr(a.remote, "write_many", upload_and_lose_the_id)
+    result = a.save(image(1), key=key, snapshot_id="run-1")
+    assert result.saved_remotely
+    assert any("run-1" in warning and "taken" in warning for warning in result.warnings)
+    reader = make_host("c", server)
+    assert reader.read(reader.loader.get_snapshot_by_id("run-1")) == image(2)
+    assert reader.load() == image(1)
+
+
+@pytest.mark.parametrize("outage", ["lookup fails", "server stopped"])
+def test_an_outage_at_the_start_of_a_save_costs_the_remote_part_only(
+    make_host: HostFactory, outage: str
+) -> None:
+    faults = FaultScript()
+    with EmbeddedServer(faults=faults) as server:
+        host = make_host("a", server)
+        key_set = host.keys()
+        if outage == "lookup fails":
+            faults.add(Fault("GetActionResult", status="UNAVAILABLE", times=None))
+        else:
+            server.stop()
+        with pytest.raises(Unavailable) as caught:
+            host.save(image(1), key=key_set.write_key)
+        assert_says_that_the_local_snapshot_stands(caught.value)
+        assert local_only(host, key_set) == image(1)
+
+
+def test_a_server_that_was_never_reached_costs_the_remote_part_only(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    key_set = make_host("a", server).keys()
+    server.stop()
+    host = make_host("a", server)
+    with pytest.raises(Unavailable) as caught:
+        host.save(image(1), key=key_set.write_key)
+    assert_says_that_the_local_snapshot_stands(caught.value)
+    assert local_only(host, key_set) == image(1)
+    assert host.save(image(2), key=key_set.write_key, remote=False).saved_locally
+    assert local_only(host, key_set) == image(2)
+
+
+def test_a_local_save_with_the_server_down_takes_untouched_chunks_on_trust(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    content = image(1)
+    make_host("a", server).save(content)
+    host = make_host("b", server)
+    snapshot = host.find()
+    with host.unpack(snapshot) as unpacked:
+        disk = unpacked.chunked_files["disk"]
+        disk.write_at(0, bytes(CHUNK))
+        disk.write_at(0, b"written")
+        server.stop()
+        result = host.save(chunked_files={"disk": disk}, key=snapshot.key, remote=False)
+    assert result.saved_locally
+    assert not result.saved_remotely
+    assert any("cannot be told" in warning for warning in result.warnings)
+    server.start()
+    loaded = make_host("b", server).load()
+    assert loaded == b"written".ljust(CHUNK, b"\0") + content[CHUNK:]
+
+
+def test_newest_with_the_server_gone_uses_the_local_manifest_and_says_so(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    key_set = host.keys()
+    server.stop()
+    with pytest.raises(Unavailable):
+        host.loader.get_snapshot(key_set, "newest")
+    snapshot = host.loader.get_snapshot(key_set, "newest", allow_degraded=True)
+    assert snapshot.source is ManifestSource.LOCAL
+    assert snapshot.key == key_set.branch_key
+    assert snapshot.degraded
+    assert isinstance(snapshot.failures[0].error, Unavailable)
+    assert host.read(snapshot) == image(1)
+
+
+def test_a_local_snapshot_of_another_digest_function_is_passed_over_when_chunks_are_gone(
+    make_host: HostFactory,
+) -> None:
+    with EmbeddedServer(options=like_casd()) as server:
+        host = make_host("a", server)
+        host.save(image(1), "main")
+        key_set = host.keys("topic")
+        alone = make_host("b")
+        alone.save(image(2), key=key_set.write_key)
+        reader = make_host("b", server)
+        assert reader.read(reader.loader.get_snapshot(key_set)) == image(2)
+        alone.chunk_files()[3].unlink()
+        snapshot = reader.loader.get_snapshot(key_set)
+        assert snapshot.key.ref == "main"
+        assert not snapshot.degraded
+        assert reader.read(snapshot) == image(1)
+
+
+@pytest.mark.parametrize("policy", ["first-non-default-ref", "none-available"])
+def test_a_broken_remote_snapshot_does_not_count_as_standing(make_host: HostFactory, policy: str) -> None:
+    with EmbeddedServer(options=ServerOptions(check_completeness=False)) as server:
+        host = make_host("a", server)
+        host.save(image(1), "topic")
+        key_set = host.keys("topic")
+        options: dict[str, Any] = {
+            "key": key_set.write_key,
+            "key_set": key_set,
+            "save_policy": policy,
+            "default_ref": "main",
+        }
+        assert not host.save(image(1), **options).saved_remotely
+        lost = host.find("topic").tables["disk"].get(5)
+        assert lost is not None
+        server.delete_blob(lost)
+        assert host.save(image(1), **options).saved_remotely
+        assert make_host("b", server).load("topic") == image(1)
+
+
+def test_one_store_twice_in_a_save_is_refused(make_host: HostFactory, tmp_path: Path) -> None:
+    host = make_host("a")
+    with COWStore(tmp_path / "store", size=4 * CHUNK, chunk_size=CHUNK) as store:
+        store.write_at(0, b"data")
+        with pytest.raises(FailedPrecondition, match=r"'(one|two)'"):
+            host.save(chunked_files={"one": store, "two": store})
+        assert host.save(chunked_files={"one": store}).saved_locally
+
+
+def test_a_closed_store_is_refused(make_host: HostFactory, tmp_path: Path) -> None:
+    store = COWStore(tmp_path / "store", size=4 * CHUNK, chunk_size=CHUNK)
+    store.close()
+    with pytest.raises(FailedPrecondition, match="'disk'"):
+        make_host("a").save(chunked_files={"disk": store})
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(CHUNK // 2)
+
+
+def test_a_chunked_file_that_is_truncated_meanwhile_is_refused(
+    make_host: HostFactory, tmp_path: Path
+) -> None:
+    host = make_host("a")
+    path = tmp_path / "disk"
+    path.write_bytes(image(1))
+    with pytest.raises(FailedPrecondition, match=r"was changed|cut short"):
+        host.save(chunked_files={"disk": path}, progress=lambda _: truncate(path))
+    with pytest.raises(NotFound):
+        host.find()
+
+
+def test_a_plain_file_that_is_truncated_meanwhile_is_refused(
+    make_host: HostFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("a")
+    path = tmp_path / "kernel"
+    path.write_bytes(image(1))
+    add_file = host.cache.add_file
+
+    def add_and_truncate(*args: Any) -> Any:
+        added = add_file(*args)
+        truncate(path)
+        return added
+
+    monkeypatch.setattr(host.cache, "add_file", add_and_truncate)
+    with pytest.raises(FailedPrecondition, match="was changed"):
+        host.save(files={"kernel": path})
+    with pytest.raises(NotFound):
+        host.find()
+
+
+@pytest.mark.parametrize("chunk_size", [0, -CHUNK, 1, CHUNK + 1, 3 * CHUNK])
+def test_an_impossible_chunk_size_is_refused(make_host: HostFactory, tmp_path: Path, chunk_size: int) -> None:
+    host = make_host("a")
+    (tmp_path / "disk").write_bytes(image(1))
+    key = host.loader.snapshot_key_set(task(), "conf").write_key
+    with pytest.raises(InvalidArgument, match="'disk'"):
+        host.loader.cache_snapshot(
+            key,
+            chunked_files={"disk": tmp_path / "disk"},
+            vm_configuration=CONFIGURATION,
+            chunk_size=chunk_size,
+        )
