@@ -11,7 +11,7 @@ import pytest
 from loader_hosts import CHUNK, HostFactory, image
 from test_loader_faults import flip_a_bit
 
-from snaploader.digest import Digest
+from snaploader.digest import Buffer, Digest
 from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache.writer import BlobWriter
 from snaploader.loader.results import ManifestSource
@@ -121,6 +121,26 @@ def test_a_plain_file_bigger_than_the_cache_loads_and_restores(
     assert result.files["big"].stat().st_mode & 0o777 == 0o755
     assert result.fetched_bytes == len(big)
     assert host.blobs() == []
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_chunk_that_the_cache_fails_to_take_is_served_from_memory(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    content = image(3, chunks=40)
+    make_host("a", server).save(content)
+    host = make_host("b", server)
+    snapshot = host.find()
+
+    def fail(digest: Digest, _: Buffer) -> Any:
+        with translate_os_errors(f"cannot add blob {digest}"):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(host.cache, "put_verified", fail)
+    assert host.read(snapshot) == content
+    restored = host.loader.restore_snapshot(snapshot, host.folder / "full")
+    assert restored.files["disk"].read_bytes() == content
+    assert host.chunk_files() == []
 
 
 @pytest.mark.parametrize("step", ["writer", "write", "commit"])

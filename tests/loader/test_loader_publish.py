@@ -43,6 +43,19 @@ def test_a_manifest_that_the_server_drops_silently_is_an_error(
     assert local_only(host, key_set) == image(2)
 
 
+def test_a_server_that_forgets_what_is_updated_is_an_error(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    key_set = host.keys()
+    monkeypatch.setattr(
+        host.remote, "update_action_result", lambda digest, _: server.delete_action_result(digest)
+    )
+    with pytest.raises(FailedPrecondition, match="does not return it"):
+        host.save(image(2), key=key_set.write_key)
+
+
 def test_saving_the_same_state_again_is_no_drop(make_host: HostFactory, server: EmbeddedServer) -> None:
     host = make_host("a", server)
     for _ in range(2):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from loader_hosts import CHUNK, HostFactory, image
 
 from snaploader import FileCache, SnapshotLoader
 from snaploader.digest import Buffer, Digest, DigestFunction
-from snaploader.errors import Cancelled, SnaploaderError, translate_os_errors
+from snaploader.errors import Cancelled, SnaploaderError
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.flight import Flight, flights_into
 from snaploader.loader.pool import WorkerPool
@@ -221,26 +219,6 @@ def test_with_a_full_cache_16_readers_share_one_fetch(
     assert cas.reads[digest] == 1
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EROFS, errno.ENOSPC])
-def test_a_chunk_that_the_cache_fails_to_take_is_served_from_memory(
-    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    content = image(3, chunks=40)
-    make_host("a", server).save(content)
-    host = make_host("b", server)
-    snapshot = host.find()
-
-    def fail(digest: Digest, _: Buffer) -> Any:
-        with translate_os_errors(f"cannot add blob {digest}"):
-            raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(host.cache, "put_verified", fail)
-    assert host.read(snapshot) == content
-    restored = host.loader.restore_snapshot(snapshot, host.folder / "full")
-    assert restored.files["disk"].read_bytes() == content
-    assert host.chunk_files() == []
-
-
 def test_a_chunk_that_is_gone_from_the_cache_right_after_it_was_kept_is_served(
     cache: FileCache, cas: GatedCAS, pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +248,32 @@ def test_a_pool_that_closes_while_work_is_handed_out_calls_it_off() -> None:
     with pytest.raises(Cancelled):
         pool.for_each(done.append, ClosingItems())
     assert done == []
+
+
+def test_an_error_on_the_calling_thread_waits_for_the_others(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = threading.get_ident()
+    under_way, awaited = threading.Event(), threading.Event()
+    ended: list[int] = []
+    result = Future.result
+
+    def announce_and_await(future: Future[Any], timeout: float | None = None) -> Any:
+        awaited.set()
+        return result(future, timeout)
+
+    def work(item: int) -> None:
+        if threading.get_ident() == caller:
+            assert under_way.wait(TIMEOUT_S)
+            raise RuntimeError("the caller failed")
+        under_way.set()
+        assert awaited.wait(TIMEOUT_S)
+        ended.append(item)
+
+    monkeypatch.setattr(Future, "result", announce_and_await)
+    with pytest.raises(RuntimeError, match="the caller failed"):
+        pool.for_each(work, range(10))
+    assert len(ended) == 1
 
 
 def test_a_fetch_that_fails_fails_every_reader_with_an_error_of_its_own(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,40 +128,38 @@ def test_a_readonly_loader_leaves_damaged_refs_alone(make_host: HostFactory) -> 
 
 
 def test_instances_are_isolated_across_restarts(tmp_path: Path) -> None:
+    """Both by the keys' instance name and by that of the connection; here only one of them differs."""
     server = EmbeddedServer(storage=tmp_path / "server")
 
-    def attempt(instance: str, content: bytes | None, host: str) -> bytes:
+    @contextmanager
+    def connect(host: str, connection: str) -> Iterator[SnapshotLoader]:
         with (
             FileCache(tmp_path / host) as cache,
-            RemoteCache(server.url, instance_name=instance) as remote,
+            RemoteCache(server.url, instance_name=connection) as remote,
             SnapshotLoader(cache, remote) as loader,
         ):
-            key_set = loader.snapshot_key_set(task(instance_name=instance), "conf")
-            if content is not None:
-                (tmp_path / "disk").write_bytes(content)
-                loader.cache_snapshot(
-                    key_set.write_key,
-                    chunked_files={"disk": tmp_path / "disk"},
-                    vm_configuration=CONFIGURATION,
-                    chunk_size=CHUNK,
-                )
-            snapshot = loader.get_snapshot(key_set)
-            return (
-                loader.restore_snapshot(snapshot, tmp_path / os.urandom(8).hex()).files["disk"].read_bytes()
-            )
+            yield loader
 
-    with server:
-        attempt("one", image(1), "a")
-        with pytest.raises(NotFound):
-            attempt("two", None, "a")
-        attempt("two", image(2), "a")
+    with server, connect("a", "one") as loader:
+        (tmp_path / "disk").write_bytes(image(1))
+        ours = loader.snapshot_key_set(task(instance_name="one"), "conf")
+        loader.cache_snapshot(
+            ours.write_key,
+            chunked_files={"disk": tmp_path / "disk"},
+            vm_configuration=CONFIGURATION,
+            chunk_size=CHUNK,
+        )
+    other_key = replace(ours.branch_key, instance_name="two")
+    others = replace(ours, branch_key=other_key, fallback_keys=(), write_key=other_key)
     for round_ in range(2):
         with server:
             for host in ("a", f"new-{round_}"):
-                assert attempt("one", None, host) == image(1)
-                assert attempt("two", None, host) == image(2)
-                with pytest.raises(NotFound):
-                    attempt("three", None, host)
+                with connect(host, "one") as loader:
+                    assert loader.get_snapshot(ours).tables["disk"].size == len(image(1))
+                    with pytest.raises(NotFound):
+                        loader.get_snapshot(others)
+            with connect(f"elsewhere-{round_}", "two") as loader, pytest.raises(NotFound):
+                loader.get_snapshot(ours)
 
 
 @pytest.mark.parametrize("failing", ["plain", "chunked"])
