@@ -70,8 +70,8 @@ class _Plan:
     """Where to save to, if anywhere."""
     skipped: str = ""
     """Why the policy forbids it."""
-    outage: SnaploaderError | None = None
-    """Why it cannot be done now."""
+    failure: SnaploaderError | None = None
+    """Why it cannot be done; raised when the local part is done."""
 
 
 class SnapshotSaver:
@@ -139,8 +139,8 @@ class SnapshotSaver:
                 warnings += self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)
                 try:
-                    if plan.outage is not None:
-                        raise plan.outage
+                    if plan.failure is not None:
+                        raise plan.failure
                     if plan.remote is not None:
                         uploaded = self._upload(plan.remote, manifest, blobs, saver, options.progress)
                         warnings += self._publish_remotely(plan.remote, manifest, write_keys, id_key)
@@ -178,7 +178,7 @@ class SnapshotSaver:
             raise InvalidArgument("save policy none-available needs key_set, the keys to look at")
 
     def _plan(self, key: SnapshotKey, id_key: SnapshotKey, options: SaveOptions) -> _Plan:
-        """What is to be done remotely. An outage does not keep the local part from being done."""
+        """What is to be done remotely. Failures there do not keep the local part from being done."""
         if self._remote is None:
             return _Plan(self._local_function)
         wanted = options.remote is not False
@@ -190,12 +190,11 @@ class SnapshotSaver:
             skipped = self._reason_to_skip(key, options)
             if skipped:
                 return _Plan(function, skipped=skipped)
-            if self._finder.remote_manifest(id_key) is not None:
-                raise FailedPrecondition(_taken(id_key))
+            is_taken = self._finder.remote_manifest(id_key) is not None
         except SnaploaderError as error:
-            if not error.transient:
-                raise
-            return _Plan(function, outage=error if wanted else None)
+            return _Plan(function, failure=error if wanted else None)
+        if is_taken:
+            raise FailedPrecondition(_taken(id_key))
         return _Plan(function, self._remote)
 
     def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> str:
@@ -239,8 +238,6 @@ class SnapshotSaver:
                 if self._remote.digest_function is function:
                     missing = self._remote.find_missing(missing)
             except SnaploaderError as error:
-                if not error.transient:
-                    raise
                 # Readers check that a snapshot is whole, so at worst this one is a miss until it is.
                 warning = (
                     f"{len(missing)} blobs that did not change since they were loaded are not in the local "
