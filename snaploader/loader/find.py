@@ -11,7 +11,7 @@ from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted, SnaploaderError
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
@@ -186,7 +186,7 @@ class SnapshotFinder:
                 name = keys.local_manifest_key(self._file_cache.group_id, key)
                 try:
                     self._file_cache.put_ref(name, manifest.serialize_local())
-                except ResourceExhausted as error:
+                except SnaploaderError as error:
                     log.warning("a remote manifest is not kept locally: %s", error)
             return snapshot
 

@@ -30,7 +30,6 @@ from snaploader.errors import (
     FailedPrecondition,
     NotFound,
     PermissionDenied,
-    ResourceExhausted,
     SnaploaderError,
 )
 from snaploader.filecache import FileCache
@@ -115,10 +114,10 @@ class VersionStore:
         return version
 
     def _remember(self, name: str, version: str) -> None:
-        """Keep a copy of what the authority said, if there is room."""
+        """Keep a copy of what the authority said, where the file cache takes it."""
         try:
             self._file_cache.put_ref(name, _encode(version).SerializeToString())
-        except ResourceExhausted as error:
+        except SnaploaderError as error:
             log.warning("the snapshot version is not kept locally: %s", error)
 
     def _current_local(self, name: str) -> str:

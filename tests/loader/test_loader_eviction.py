@@ -167,6 +167,21 @@ def test_a_plain_file_that_the_cache_fails_to_take_is_placed_all_the_same(
         assert unpacked.files["kernel"].read_bytes() == b"kernel" * 5000
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ENOSPC])
+def test_manifests_and_versions_that_the_cache_fails_to_take_fail_no_load(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    make_host("a", server).save(image(1))
+    host = make_host("b", server)
+
+    def fail(*_: object) -> Any:
+        with translate_os_errors("cannot write the ref"):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(host.cache, "put_ref", fail)
+    assert host.load() == image(1)
+
+
 def test_a_rotten_blob_is_replaced_by_a_save_of_good_bytes(make_host: HostFactory, tmp_path: Path) -> None:
     content = image(1)
     (tmp_path / "kernel").write_bytes(b"kernel" * 100)
