@@ -21,10 +21,13 @@ class Candidates:
 
     Args:
         begun_ns: When the scan began, in nanoseconds since the epoch.
+        changes: The ledger's count of changes when the scan began.
     """
 
-    def __init__(self, scan: Scan, leases: LeaseTable, begun_ns: int) -> None:
+    def __init__(self, scan: Scan, leases: LeaseTable, begun_ns: int, changes: int) -> None:
         self.scan = scan
+        self.changes = changes
+        """The ledger's count, if nothing was added since the scan began that is not known here."""
         self._begun_ns = begun_ns
         self._order = list(range(len(scan)))
         self._next = 0

@@ -26,6 +26,8 @@ from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import Scan, disk_bytes, entry_name
 from snaploader.filecache.trash import TrashCan
 
+MAX_FRUITLESS_SCANS = 3
+"""Scans in a row that others changed the cache during, after which it is believed that nothing can go."""
 RETRY_SCAN_S = 1.0
 """How long a scan that found nothing to evict is believed while nothing is added and no lease changes."""
 
@@ -80,24 +82,31 @@ class Evictor:
         """Evict down to `limit` bytes; None, or the size that was left when there was nothing to evict."""
         with translate_os_errors("cannot evict from the file cache"), self._lock.held():
             scanned = False
+            fruitless = 0
             while True:
+                candidates = self._candidates
                 with self._env.ledger.section() as section:
                     total = section.total_bytes
                     state = (section.lease_generation, section.changes)
+                    # Else an entry that others added since the scan began may go, and the next scan finds it.
+                    is_complete = candidates is not None and candidates.changes == section.changes
+                    if candidates is not None:
+                        self._refresh_leases(section, candidates)
                 if total is not None and total <= limit:
                     return None
                 if total is not None and self._still_exhausted(state):
                     return total
-                candidates = self._candidates
                 if total is None or candidates is None:
                     self._rescan()
                     scanned = True
+                    fruitless += 1
                     continue
                 candidates.read_uses(self._uses, self._env.now_ns())
                 if self._evict_one(candidates, is_fresh=scanned):
+                    fruitless = 0
                     continue
                 self._candidates = None
-                if scanned:
+                if scanned and (is_complete or fruitless >= MAX_FRUITLESS_SCANS):
                     self._exhausted = state, time.monotonic()
                     return total
 
@@ -117,6 +126,7 @@ class Evictor:
                 with self._env.ledger.section() as section:
                     size = self._evict_file(section, group, space, hash_, candidates, row)
             if size is not None:
+                candidates.changes += 1
                 self._env.counters.add(evicted_entries=1, evicted_bytes=size)
                 return True
         return False
@@ -124,8 +134,7 @@ class Evictor:
     def _evict_file(
         self, section: Section, group: str, space: Space, hash_: str, candidates: Candidates, row: int
     ) -> int | None:
-        if self._leases.refresh(section.lease_generation):
-            candidates.set_leases(self._leases)
+        self._refresh_leases(section, candidates)
         if space.function is not None and self._leases.protects(prefix_of(hash_)):
             candidates.set_aside(row)
             return None
@@ -152,6 +161,10 @@ class Evictor:
             candidates.put_back(row, used_ns)
         return None
 
+    def _refresh_leases(self, section: Section, candidates: Candidates) -> None:
+        if self._leases.refresh(section.lease_generation):
+            candidates.set_leases(self._leases)
+
     def _rescan(self) -> None:
         """Scan, set the ledger right, and order what was found. The caller holds the eviction lock."""
         layout = self._env.layout
@@ -161,6 +174,7 @@ class Evictor:
         ledger = self._env.ledger
         with ledger.section() as section:
             section.begin_scan()
+            changes = section.changes
         try:
             self._env.checkpoint("scan.begun")
             begun_ns = self._env.now_ns()
@@ -180,5 +194,5 @@ class Evictor:
         self._env.counters.add(scans=1)
         if not scan.suspects and self._durability.any_suspects:
             self._durability.clear()
-        self._candidates = Candidates(scan, self._leases, begun_ns)
+        self._candidates = Candidates(scan, self._leases, begun_ns, changes)
         self._exhausted = None

@@ -79,6 +79,21 @@ def test_use_of_a_candidate_after_the_scan_is_seen(tmp_path):
         assert cache.statistics().scans == scans
 
 
+@pytest.mark.parametrize("in_bulk", [False, True])
+def test_what_was_added_since_the_scan_goes_before_what_was_used_later(tmp_path, in_bulk):
+    with FileCache(tmp_path, max_bytes=3 * BLOCK) as cache:
+        for seed in "abcd":
+            small(cache, seed)
+        assert present(cache, *"abcd") == set("bcd")
+        # All that the scan found is used, and so the longest unused is one that it did not find.
+        used = [blob(seed, 100)[0] for seed in "bc"]
+        if in_bulk:
+            used += [blob(n, 10)[0] for n in range(blobs.BULK_DIGESTS)]
+        cache.find_missing(used)
+        small(cache, "e")
+        assert present(cache, *"bcde") == set("bce")
+
+
 def test_recency_survives_a_restart(tmp_path):
     with FileCache(tmp_path) as cache:
         for seed in "abcd":
@@ -168,6 +183,72 @@ def test_full_cache_is_not_scanned_for_every_refusal(tmp_path):
         assert cache.statistics().scans < 10
 
 
+def test_blobs_added_right_after_the_scan_can_go(tmp_path, monkeypatch):
+    """Two threads meet in a small cache: the room that one found is taken by the other."""
+    with FileCache(tmp_path) as other, FileCache(tmp_path, max_bytes=2 * BLOCK) as cache:
+
+        def add_first(*arguments):
+            for seed in "ab":
+                small(other, seed)
+            monkeypatch.undo()
+            return evict.Candidates(*arguments)
+
+        monkeypatch.setattr(evict, "Candidates", add_first)
+        small(cache, "c")
+        assert present(cache, *"abc") == set("bc")
+
+
+def test_blob_added_during_the_scan_can_go(tmp_path):
+    replaced = []
+
+    def step(name):
+        if name == "scan.listed" and not replaced:
+            replaced.append(other.remove(blob("a", 100)[0]))
+            small(other, "b")
+
+    with FileCache(tmp_path) as other, FileCache(tmp_path, max_bytes=BLOCK, checkpoint=step) as cache:
+        small(other, "a")
+        small(cache, "c")
+        assert replaced == [True]
+        assert present(cache, *"abc") == {"c"}
+
+
+def test_scans_end_though_others_change_the_cache_during_each(tmp_path):
+    def step(name):
+        if name == "scan.listed":
+            other.remove(digests[-1])
+            digests.append(small(other, len(digests)))
+
+    with FileCache(tmp_path) as other, FileCache(tmp_path, max_bytes=BLOCK, checkpoint=step) as cache:
+        digests = [small(other, 0)]
+        with pytest.raises(ResourceExhausted):
+            small(cache, "a")
+        assert cache.statistics().scans == evict.MAX_FRUITLESS_SCANS
+
+
+@pytest.mark.slow
+def test_threads_share_a_cache_for_two_blobs(tmp_path):
+    """Nothing is leased, so that each always gets room in the end."""
+    errors = []
+
+    def work(cache, number):
+        try:
+            for seed in range(50):
+                small(cache, f"{number} {seed}")
+        except ResourceExhausted as error:
+            errors.append(error)
+
+    for trial in range(5):
+        with FileCache(tmp_path / str(trial), max_bytes=2 * BLOCK) as cache:
+            threads = [threading.Thread(target=work, args=(cache, number)) for number in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert cache.statistics().total_bytes == disk_bytes_below(cache.root) == 2 * BLOCK
+    assert errors == []
+
+
 def test_blob_leased_before_it_is_added_stays(tmp_path):
     with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache, cache.lease([blob("a", 100)[0]]):
         for seed in ("a", 1, 2, 3):
@@ -236,11 +317,12 @@ def test_prune_reduces_to_the_target(tmp_path):
 
 
 def test_blob_added_again_during_eviction_is_there_afterwards(tmp_path):
+    """It is the most recently used by then, so that another goes if one must."""
     digest, data = blob("a", 100)
     answers = []
 
     def step(name):
-        if name == "evict.unlinked" and not answers:
+        if name == "evict.unlinked" and not threads:
             thread = threading.Thread(target=lambda: answers.append(other.put_verified(digest, data)))
             thread.start()
             threads.append(thread)
@@ -248,7 +330,8 @@ def test_blob_added_again_during_eviction_is_there_afterwards(tmp_path):
     threads: list[threading.Thread] = []
     with FileCache(tmp_path) as other, FileCache(tmp_path, checkpoint=step) as cache:
         small(cache, "a")
-        cache.prune()
+        small(cache, "b")
+        cache.prune(BLOCK)
         for thread in threads:
             thread.join()
         assert answers == [True]
