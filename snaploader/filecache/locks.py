@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from snaploader.errors import Cancelled
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+_EXISTING_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+"""Enough to lock, and all that another user's file may allow."""
 
 
 class FileLock:
@@ -87,7 +89,7 @@ def lock_new(path: str) -> int:
 
 
 def is_dead(path: str) -> bool:
-    """Whether nobody holds the lock file: its owner ended, or it is gone."""
+    """Whether nobody holds the lock file: its owner ended, or it is gone. An unreadable one is held."""
     fd = try_lock(path)
     if fd is None:
         return not os.path.exists(path)
@@ -96,10 +98,13 @@ def is_dead(path: str) -> bool:
 
 
 def try_lock(path: str, *, shared: bool = False) -> int | None:
-    """The descriptor of an existing lock file, locked; None when another holds it or it is gone."""
+    """The descriptor of an existing lock file, locked; None when another holds it or it is gone.
+
+    Nor when it may not be read: another user made it, who may hold it.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+        fd = os.open(path, _EXISTING_FLAGS)
+    except (FileNotFoundError, PermissionError):
         return None
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -116,7 +121,7 @@ def try_lock(path: str, *, shared: bool = False) -> int | None:
 
 def lock_existing(path: str, *, shared: bool = False) -> int:
     """The descriptor of an existing lock file, after waiting for the lock. FileNotFoundError when it goes."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(path, _EXISTING_FLAGS)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:

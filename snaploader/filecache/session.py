@@ -77,17 +77,23 @@ def sweep(layout: Layout) -> int:
     for name in os.listdir(layout.leases):
         token = name.partition(".")[0]
         if f"{token}{_LOCK}" not in names and not is_alive(layout, token):
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, PermissionError):
                 os.unlink(f"{layout.leases}/{name}")
     return swept
 
 
 def _remove_session(layout: Layout, token: str) -> None:
-    """Remove a session's files, its lock last so that they stay findable. The caller holds the lock."""
-    shutil.rmtree(f"{layout.sessions}/{token}", ignore_errors=True)
-    for name in os.listdir(layout.leases):
-        if name.partition(".")[0] == token:
+    """Remove a session's files, its lock last so that they stay findable. The caller holds the lock.
+
+    What only the user who made it may remove is left, with the lock, to a cache opened by that user.
+    """
+    staging = f"{layout.sessions}/{token}"
+    shutil.rmtree(staging, ignore_errors=True)
+    with suppress(PermissionError):
+        for name in os.listdir(layout.leases):
+            if name.partition(".")[0] == token:
+                with suppress(FileNotFoundError):
+                    os.unlink(f"{layout.leases}/{name}")
+        if not os.path.exists(staging):
             with suppress(FileNotFoundError):
-                os.unlink(f"{layout.leases}/{name}")
-    with suppress(FileNotFoundError):
-        os.unlink(f"{layout.sessions}/{token}{_LOCK}")
+                os.unlink(staging + _LOCK)

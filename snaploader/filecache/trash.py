@@ -63,7 +63,8 @@ class TrashCan:
 def remove_tree(path: str) -> None:
     """Remove a file or folder, also when others remove it at the same time or it is write-protected."""
     if not os.path.isdir(path) or os.path.islink(path):
-        with suppress(FileNotFoundError):
+        # Gone already, or another user's.
+        with suppress(FileNotFoundError, PermissionError):
             os.unlink(path)
         return
     # Entries cannot be unlinked from a folder without write permission.
