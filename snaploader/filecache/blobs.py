@@ -6,8 +6,11 @@ import logging
 import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from operator import itemgetter
 
-from snaploader.digest import Digest, DigestFunction
+import numpy as np
+
+from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
 from snaploader.filecache import content, recency
 from snaploader.filecache.durability import Durability
@@ -26,6 +29,11 @@ BULK_DIGESTS = 1024
 MAX_QUARANTINED = 16
 """Bad files that are kept for inspection."""
 BLOB_MODE = 0o444
+PRESENT_TRIES = 2
+"""Looks at a blob that is to be added and is there: one that finds it unverified, one afterwards."""
+
+_HASH_OF = itemgetter(Digest._fields.index("hash"))
+_FUNCTION_OF = itemgetter(Digest._fields.index("function"))
 
 _logger = logging.getLogger(__name__)
 
@@ -59,27 +67,30 @@ class BlobSpace:
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """See `FileCache.find_missing`."""
-        wanted = {digest for digest in digests if digest.size_bytes or not _is_empty_blob(digest)}
         with translate_os_errors("cannot look up blobs in the file cache"):
-            if len(wanted) < BULK_DIGESTS:
-                return {digest for digest in wanted if not self.touch(digest)}
-            return self._find_missing_bulk(wanted)
+            if len(digests) < BULK_DIGESTS:
+                return {digest for digest in digests if not _is_empty_blob(digest) and not self.touch(digest)}
+            return self._find_missing_bulk(list(digests))
 
-    def _find_missing_bulk(self, wanted: set[Digest]) -> set[Digest]:
+    def _find_missing_bulk(self, digests: list[Digest]) -> set[Digest]:
+        functions = set(map(_FUNCTION_OF, digests))
+        if len(functions) == 1:
+            return self._find_missing_of(functions.pop(), digests)
         missing: set[Digest] = set()
-        for function in DigestFunction:
-            digests = [digest for digest in wanted if digest.function is function]
-            if not digests:
-                continue
-            words = to_words([digest.hash for digest in digests])
-            present = self._listings.contains(space_of(function), words)
-            absent = [digests[row] for row in (~present).nonzero()[0].tolist()]
-            if self._durability.any_suspects:
-                # Listings leave suspects out, so that each is looked at here.
-                absent = [digest for digest in absent if not self.touch(digest)]
-            missing.update(absent)
-            if present.any():
-                self._uses.append(self._env.layout.group, words[present, 0], self._env.now_ns())
+        for function in functions:
+            missing |= self._find_missing_of(function, [one for one in digests if one.function is function])
+        return missing
+
+    def _find_missing_of(self, function: DigestFunction, digests: list[Digest]) -> set[Digest]:
+        words = to_words(list(map(_HASH_OF, digests)))
+        present = self._listings.contains(space_of(function), words)
+        missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
+        missing.discard(empty_digest(function))
+        if self._durability.any_suspects:
+            # Listings leave suspects out, so that each is looked at here.
+            missing = {digest for digest in missing if not self.touch(digest)}
+        if present.any():
+            self._uses.append(self._env.layout.group, words[present, 0], self._env.now_ns())
         return missing
 
     def touch(self, digest: Digest) -> bool:
@@ -195,26 +206,34 @@ class BlobSpace:
             )
 
     def present(self, digest: Digest) -> bool:
-        """Whether a blob that is to be added is there already, and stays: nothing can evict it meanwhile."""
+        """Whether a blob that is to be added is there already and verified; this is a use of it then.
+
+        What is there is verified, or else good bytes at hand would be dropped in favour of bad ones.
+        """
         path = self._env.layout.blob(digest)
         # Cheap for what is not there, which is the common case.
         if not os.path.exists(path):
             return False
-        try:
-            # What is there is verified, or else good bytes at hand would be dropped in favour of bad ones.
-            os.close(self.open(digest))
-        except (NotFound, DataLoss):
-            return False
-        with self._env.ledger.section():
+        for _ in range(PRESENT_TRIES):
+            # Evictions happen in sections too: none takes the file between the look at it and its use.
+            with self._env.ledger.section():
+                try:
+                    status = os.stat(path, follow_symlinks=False)
+                except FileNotFoundError:
+                    return False
+                is_known = self._memo.knows(digest, status)
+                if is_known:
+                    recency.touch(path, status, self._env.now_ns())
+            if is_known:
+                self._env.counters.add(present_blobs=1)
+                return True
             try:
-                status = os.stat(path, follow_symlinks=False)
-                recency.touch(path, status, self._env.now_ns())
-            except FileNotFoundError:
+                # Takes long for a big blob, so that it is not done in a section; and then it is known.
+                os.close(self._open(digest))
+            except (NotFound, DataLoss):
                 return False
-        if status.st_size != digest.size_bytes:
-            return False
-        self._env.counters.add(present_blobs=1)
-        return True
+        # It is replaced all the time. `publish` copes with one that is there.
+        return False
 
     def publish(self, digest: Digest, fd: int, link: Callable[[str], None]) -> bool:
         """Make a whole, verified file the blob; False when there was one already.

@@ -118,10 +118,15 @@ def keys(group: str, prefixes: Prefixes) -> Prefixes:
 
 def newest(records: Records) -> Records:
     """One record per key, the newest, sorted by key."""
-    ordered = records[np.lexsort((records["time_ns"], records["key"]))]
-    last = np.ones(len(ordered), dtype=np.bool_)
-    last[:-1] = ordered["key"][1:] != ordered["key"][:-1]
-    return ordered[last]
+    order = np.argsort(records["key"])
+    ordered = records["key"][order]
+    first = np.ones(len(ordered), dtype=np.bool_)
+    first[1:] = ordered[1:] != ordered[:-1]
+    latest = np.empty(int(first.sum()), dtype=_RECORD)
+    if len(latest):
+        latest["key"] = ordered[first]
+        latest["time_ns"] = np.maximum.reduceat(records["time_ns"][order], np.flatnonzero(first))
+    return latest
 
 
 def apply(

@@ -26,6 +26,7 @@ from snaploader.blobstore import Upload
 from snaploader.digest import Digest, empty_digest
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from snaploader.filecache import FileCache, content
+from snaploader.filecache.memo import VerifiedMemo
 
 
 @pytest.fixture
@@ -98,6 +99,61 @@ def test_second_put_says_present(cache):
     assert not cache.put_verified(digest, data)
     statistics = cache.statistics()
     assert (statistics.added_blobs, statistics.present_blobs, statistics.added_bytes) == (1, 1, len(data))
+
+
+def test_blob_that_is_there_is_verified_when_it_is_put_and_that_is_no_hit(tmp_path):
+    digest, data = blob(1)
+    with FileCache(tmp_path) as cache:
+        cache.put_verified(digest, data)
+    with FileCache(tmp_path) as cache:
+        assert not cache.put_verified(digest, data)
+        assert not cache.put_verified(digest, data)
+        statistics = cache.statistics()
+        assert (statistics.verified_blobs, statistics.present_blobs) == (1, 2)
+        assert (statistics.hits, statistics.misses) == (0, 0)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_good_bytes_take_the_place_of_bad_ones(tmp_path, verified):
+    digest, data = blob(1)
+    with FileCache(tmp_path) as first, FileCache(tmp_path) as cache:
+        first.put_verified(digest, data)
+        if verified:
+            cache.read(digest)
+        damage(blob_file(cache, digest), b"?" + data[1:])
+        assert cache.put_verified(digest, data)
+        assert cache.read(digest) == data
+        assert cache.statistics().quarantined_blobs == 1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_blob_that_changes_while_it_is_looked_at_is_put(tmp_path, monkeypatch, damaged):
+    digest, data = blob(1)
+    knows = VerifiedMemo.knows
+
+    def changes_first(memo, *arguments):
+        monkeypatch.undo()
+        known = knows(memo, *arguments)
+        if damaged:
+            damage(blob_file(cache, digest), b"?" + data[1:])
+        else:
+            blob_file(cache, digest).unlink()
+        return known
+
+    with FileCache(tmp_path) as first, FileCache(tmp_path) as cache:
+        first.put_verified(digest, data)
+        monkeypatch.setattr(VerifiedMemo, "knows", changes_first)
+        assert cache.put_verified(digest, data)
+        assert cache.read(digest) == data
+
+
+def test_blob_that_is_never_known_long_enough_is_left_as_it_is(tmp_path, monkeypatch):
+    digest, data = blob(1)
+    with FileCache(tmp_path) as cache:
+        cache.put_verified(digest, data)
+        monkeypatch.setattr(VerifiedMemo, "knows", lambda *_: False)
+        assert not cache.put_verified(digest, data)
+        assert cache.statistics().present_blobs == 1
 
 
 def test_empty_blob_exists_without_being_added(cache):

@@ -13,7 +13,7 @@ from filecache_helpers import BLAKE3, SHA256, blob, blob_file, put
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snaploader.digest import Digest
+from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument
 from snaploader.filecache import FileCache, blobs, listing, recency
 from snaploader.filecache.hashes import HashSet, prefix_of, to_hex, to_words
@@ -29,7 +29,7 @@ alike = st.tuples(*[st.sampled_from(["00" * 8, "ab" * 8, "ff" * 8])] * 4).map(""
 
 def test_hashes_become_words_and_back():
     words = to_words(HASHES)
-    assert [to_hex(row) for row in words[:100]] == HASHES[:100]
+    assert [to_hex(row) for row in words] == HASHES
     assert [int(first) for first in words[:, 0]] == [prefix_of(hash_) for hash_ in HASHES]
     assert to_words([]).shape == (0, 4)
 
@@ -43,6 +43,14 @@ def test_malformed_hash_among_many_is_refused(bad):
 def test_lengths_that_make_up_for_each_other_are_refused():
     with pytest.raises(InvalidArgument):
         to_words(["a" * 63, "b" * 65])
+
+
+@pytest.mark.parametrize("place", [0, 4095, 4096, 4999])
+def test_malformed_hash_is_refused_in_every_piece(place):
+    hashes = list(HASHES)
+    hashes[place] = hashes[place].upper()
+    with pytest.raises(InvalidArgument):
+        to_words(hashes)
 
 
 @given(st.lists(alike, max_size=30), st.lists(alike, max_size=30))
@@ -69,6 +77,25 @@ def test_many_digests_of_both_functions_are_looked_up_exactly(tmp_path):
         for digest in gone:
             blob_file(cache, digest).unlink()
         assert cache.find_missing(there | absent) == absent | gone
+
+
+def test_empty_blob_is_never_missing(tmp_path):
+    empty = {empty_digest(function) for function in DigestFunction}
+    many = {Digest(hash_, 1, SHA256) for hash_ in HASHES}
+    with FileCache(tmp_path) as cache:
+        assert cache.find_missing(empty) == set()
+        assert cache.find_missing(many | empty) == many
+        # Other digests of no bytes are wrong, and so are others of this hash.
+        wrong = {Digest(HASHES[0], 0, SHA256), Digest(empty_digest(SHA256).hash, 1, SHA256)}
+        assert cache.find_missing(wrong) == wrong
+        assert cache.find_missing(many | wrong) == many | wrong
+
+
+def test_digests_asked_for_twice_are_answered_once(tmp_path):
+    many = [Digest(hash_, 1, SHA256) for hash_ in HASHES] * 2
+    with FileCache(tmp_path) as cache:
+        assert cache.find_missing(many) == set(many)
+        assert cache.find_missing(many[:2] + many[:2]) == set(many[:2])
 
 
 def test_listing_made_right_after_a_change_is_not_trusted(tmp_path, monkeypatch):
@@ -144,6 +171,16 @@ def test_log_of_uses_tells_groups_apart_and_does_not_trust_the_future(log):
     records, _ = log.read()
     assert recency.apply(np.array([5]), recency.keys("b", prefixes(1)), records, 100).tolist() == [5]
     assert recency.apply(np.array([5]), recency.keys("a", prefixes(1)), records, 100).tolist() == [100]
+
+
+def test_newest_record_of_each_key_is_found_in_any_order():
+    rng = random.Random(1)
+    records = recency.newest(np.empty(0, dtype=[("key", "<u8"), ("time_ns", "<i8")]))
+    assert len(records) == 0
+    pairs = [(rng.randrange(50), rng.randrange(1000)) for _ in range(500)]
+    found = recency.newest(np.array(pairs, dtype=records.dtype))
+    expected = {key: max(time for other, time in pairs if other == key) for key, _ in pairs}
+    assert found.tolist() == sorted(expected.items())
 
 
 def test_torn_record_of_a_killed_writer_is_overwritten(log, tmp_path):
