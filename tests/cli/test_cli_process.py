@@ -21,6 +21,14 @@ from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
 
 TIMEOUT_S = 30
 
+INTERRUPTIBLE = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from snaploader.cli import main; main()",
+]
+"""COMMAND, also where SIGINT is ignored, as in jobs that a shell runs in the background. Children inherit that."""
+
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
@@ -73,6 +81,7 @@ def test_a_server_process_serves_two_hosts_and_keeps_its_content(
     assert (tmp_path / "out/disk.img").read_bytes() == disk.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_ends_with_success_when_told_to(environment: dict[str, str], number: signal.Signals) -> None:
     with serving("--like", "casd", environment=environment) as (url, process):
@@ -83,6 +92,7 @@ def test_serve_ends_with_success_when_told_to(environment: dict[str, str], numbe
         assert stderr.decode().splitlines()[-1] == "snaploader: stopped"
 
 
+@pytest.mark.slow
 def test_serve_says_what_is_wrong_with_its_address(environment: dict[str, str], tmp_path: Path) -> None:
     with serving(environment=environment) as (url, _process):
         taken = url.removeprefix("grpc://")
@@ -100,13 +110,14 @@ def test_addresses() -> None:
             parse_address(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_command_that_waits(
     environment: dict[str, str], number: signal.Signals, code: int
 ) -> None:
     gate = Gate()
     with EmbeddedServer(faults=FaultScript(Fault("GetCapabilities", gate=gate, times=None))) as server:
-        command = [*COMMAND, "--remote-cache", server.url, "show", "--ref", "main"]
+        command = [*INTERRUPTIBLE, "--remote-cache", server.url, "show", "--ref", "main"]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
         ) as process:
@@ -121,6 +132,7 @@ def test_a_signal_ends_a_command_that_waits(
     assert b"Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(environment: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "big"
     path.write_bytes(b"x" * (3 << 20))
@@ -138,6 +150,7 @@ def test_a_reader_that_leaves_ends_it_quietly(environment: dict[str, str], tmp_p
     assert stderr == b""
 
 
+@pytest.mark.slow
 def test_a_reader_that_never_came_ends_text_quietly(environment: dict[str, str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -188,6 +201,7 @@ def test_bars_are_drawn_on_a_terminal_only(environment: dict[str, str], tmp_path
     assert b"\x1b[" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["click", "rich"])
 def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None; import snaploader.cli; snaploader.cli.main()"
@@ -197,12 +211,14 @@ def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], 
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_traceback_is_shown_on_demand(environment: dict[str, str]) -> None:
     done = in_process_of_its_own("restore", "--ref", "main", "out", "-vv", env=environment)
     assert done.returncode == 3
     assert b"Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_help_and_version(environment: dict[str, str]) -> None:
     done = in_process_of_its_own("--help", env=environment)
     assert done.returncode == 0
