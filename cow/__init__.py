@@ -16,7 +16,7 @@ from cow.errors import CheckpointConflict, COWError, OutOfBounds, StoreClosed, S
 from cow.geometry import DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, PAGE_SIZE
 from cow.readahead import DEFAULT_READAHEAD, ReadaheadOptions
 from cow.source import ChunkSource, OpenedChunk
-from cow.sparse import Copier, data_extents, write_all
+from cow.sparse import clone_range, data_extents, read_all, write_nonzero
 from cow.statistics import OriginStatistics, StoreStatistics
 from cow.store import COWStore
 from cow.zero import is_zero
@@ -31,7 +31,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointConflict",
     "ChunkSource",
-    "Copier",
     "MappingBudget",
     "OpenedChunk",
     "OriginStatistics",
@@ -41,8 +40,10 @@ __all__ = [
     "StoreInUse",
     "StoreStatistics",
     "TruncatedFile",
+    "clone_range",
     "data_extents",
     "default_budget",
     "is_zero",
-    "write_all",
+    "read_all",
+    "write_nonzero",
 ]

@@ -9,7 +9,10 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cow.errors import TruncatedFile
+from cow.geometry import PAGE_SIZE
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -74,6 +77,24 @@ def write_all(fd: int, buffers: Sequence[Buffer], offset: int) -> None:
             done -= len(views.pop(0))
         if views and done:
             views[0] = views[0][done:]
+
+
+def write_nonzero(fd: int, buffer: Buffer, offset: int) -> None:
+    """Write `buffer` at `offset`, all but its pages of zeros, which become or stay holes.
+
+    The target must read as zeros there already. Errors as `write_all`.
+    """
+    view = memoryview(buffer).cast("B")
+    data = np.frombuffer(view, np.uint8)
+    whole = len(data) // PAGE_SIZE * PAGE_SIZE
+    words = data[:whole].view(np.uint64).reshape(-1, PAGE_SIZE // 8)
+    used = np.bitwise_or.reduce(words, axis=1) != 0
+    if whole < len(data):
+        used = np.append(used, data[whole:].any())
+    # Where a run of used pages begins and where it ends.
+    edges = np.flatnonzero(np.diff(used, prepend=False, append=False)) * PAGE_SIZE
+    for start, end in edges.reshape(-1, 2).tolist():
+        write_all(fd, [view[start:end]], offset + start)
 
 
 def read_all(fd: int, buffer: memoryview, offset: int, what: str) -> None:

@@ -151,17 +151,22 @@ _BY_ERRNO: dict[int, type[SnaploaderError]] = {
 }
 
 
-def from_os_error(error: OSError, what: str) -> SnaploaderError:
-    """The typed error for an OSError; `what` says what was being done, as in "cannot read the blob"."""
-    kind = _BY_ERRNO.get(error.errno or 0, Internal)
+def from_os_error(error: OSError, what: str, *, absent: type[SnaploaderError] = NotFound) -> SnaploaderError:
+    """The typed error for an OSError.
+
+    Args:
+        what: What was being done, as in "cannot read the blob".
+        absent: The kind of error where a file is not there, and that is not what was looked for.
+    """
+    kind = absent if error.errno == errno.ENOENT else _BY_ERRNO.get(error.errno or 0, Internal)
     reason = os.strerror(error.errno) if error.errno else str(error)
     where = f" ({error.filename!r})" if error.filename else ""
     return kind(f"{what}: {reason}{where}")
 
 
 @contextmanager
-def translate_os_errors(what: str) -> Iterator[None]:
-    """Raise typed errors, chained, for every OSError that leaves the block.
+def translate_os_errors(what: str, *, absent: type[SnaploaderError] = NotFound) -> Iterator[None]:
+    """Raise typed errors, chained, for every OSError that leaves the block; arguments as `from_os_error`.
 
     Errors of this library pass through, also those that are OSErrors (DeadlineExceeded is one).
     """
@@ -170,4 +175,4 @@ def translate_os_errors(what: str) -> Iterator[None]:
     except SnaploaderError:
         raise
     except OSError as error:
-        raise from_os_error(error, what) from error
+        raise from_os_error(error, what, absent=absent) from error

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 
 FORMAT = "v1"
 """The version of the layout. Another layout gets another name, beside this one."""
@@ -128,7 +128,7 @@ class Layout:
 
     def create(self) -> None:
         """Make the folders that always exist. The group's own are made when something is stored."""
-        with translate_os_errors(f"cannot make the cache folder {self.root!r}"):
+        with translate_os_errors(f"cannot make the cache folder {self.root!r}", absent=FailedPrecondition):
             for path in (
                 self.groups,
                 self.sessions,

@@ -82,7 +82,7 @@ class SnapshotFinder:
         return self.find(SnapshotKeySet(key, (), key), policy, allow_degraded=False)
 
     def remote_manifest(self, key: SnapshotKey) -> Manifest | None:
-        """What the remote store holds under `key`, or None. InvalidArgument when it is no manifest."""
+        """What the remote store holds under `key`, or None. DataLoss when it is no manifest."""
         if self._remote is None:
             return None
         function = self._remote.digest_function
@@ -90,7 +90,10 @@ class SnapshotFinder:
             result = self._remote.get_action_result(keys.remote_manifest_digest(key, function))
         except NotFound:
             return None
-        return Manifest.from_action_result(result, function)
+        try:
+            return Manifest.from_action_result(result, function)
+        except InvalidArgument as error:
+            raise DataLoss(f"the remote manifest is damaged: {error.message}") from error
 
     def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
@@ -100,7 +103,7 @@ class SnapshotFinder:
             if manifest is None:
                 return None
             tables = self._read_trees(manifest, allow_remote=True)
-        except (NotFound, DataLoss, InvalidArgument):
+        except (NotFound, DataLoss):
             return None
         return None if self._remote.find_missing(set(artefacts(manifest, tables))) else manifest
 
@@ -120,7 +123,7 @@ class SnapshotFinder:
                 return attempt()
             except NotFound as error:
                 absent.append(error.message)
-            except (DataLoss, InvalidArgument) as error:
+            except DataLoss as error:
                 # The manifest of the other tier may be a different one, and right.
                 damage.append(KeyFailure(key, error))
             except SnaploaderError as error:
@@ -225,12 +228,14 @@ class SnapshotFinder:
         return Snapshot(key, manifest, source, tables, allow_remote, frozenset(absent))
 
     def _read_trees(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, ChunkTable]:
-        return {
-            name: decode_tree(
-                self._read_tree(manifest, digest, allow_remote=allow_remote), manifest.digest_function
-            )
-            for name, digest in manifest.chunked_files.items()
-        }
+        tables = {}
+        for name, digest in manifest.chunked_files.items():
+            tree = self._read_tree(manifest, digest, allow_remote=allow_remote)
+            try:
+                tables[name] = decode_tree(tree, manifest.digest_function)
+            except InvalidArgument as error:
+                raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
+        return tables
 
     def _read_tree(self, manifest: Manifest, digest: Digest, *, allow_remote: bool) -> bytes:
         try:
@@ -259,5 +264,13 @@ def artefacts(manifest: Manifest, tables: Mapping[str, ChunkTable]) -> Iterator[
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:
     """One error for all keys tried: of the worst kind among them, with the reason for each."""
     worst = next((f.error for f in failures if not isinstance(f.error, NotFound)), failures[-1].error)
-    lines = "; ".join(f"{failure.key}: {failure.error.message}" for failure in failures)
+    lines = "; ".join(f"{_for_people(failure.key)}: {failure.error.message}" for failure in failures)
     return type(worst)(f"no snapshot could be loaded. Tried {lines}", transient=worst.transient)
+
+
+def _for_people(key: SnapshotKey) -> str:
+    if key.snapshot_id:
+        return f"snapshot {key.snapshot_id!r}"
+    if key.ref:
+        return f"ref {key.ref!r}"
+    return f"runner {key.runner_id!r}" if key.runner_id else "the key without a ref"

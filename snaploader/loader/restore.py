@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cow import Copier, write_all
+from cow import TruncatedFile, clone_range, read_all, write_nonzero
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
-from snaploader.errors import NotFound, translate_os_errors
+from snaploader.errors import DataLoss, NotFound, translate_os_errors
 from snaploader.loader.fetch import REMOTE, BlobFetcher
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
@@ -83,8 +83,8 @@ def restore(
 
 
 class _ChunkedFileWriter:
-    """Writes one chunked file: chunks at hand are copied from the file cache in the kernel, the others
-    are fetched in bulk and written as they arrive."""
+    """Writes one chunked file: chunks at hand are cloned or copied from the file cache, the others are
+    fetched in bulk and written as they arrive. Pages of zeros become holes, also inside a chunk."""
 
     def __init__(
         self,
@@ -103,6 +103,8 @@ class _ChunkedFileWriter:
         self._pool = pool
         self._fetched = fetched
         self._meter = meter
+        self._can_clone = True
+        self._buffers = threading.local()
 
     def write(self, target: Path) -> None:
         """Make `target` appear, whole, or raise and leave nothing."""
@@ -138,12 +140,26 @@ class _ChunkedFileWriter:
     def _copy(self, digest: Digest, offset: int, fd: int) -> None:
         opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
         try:
-            Copier().copy(opened.fd, 0, digest.size_bytes, fd, offset, f"the cached blob {digest}")
+            self._copy_chunk(opened.fd, digest, fd, offset)
+        except TruncatedFile as error:
+            raise DataLoss(f"{error}: it was cut while it was copied; try again") from error
         finally:
             os.close(opened.fd)
         if opened.origin == REMOTE:
             self._fetched.add(digest.size_bytes)
         self._meter.add(digest.size_bytes)
+
+    def _copy_chunk(self, source: int, digest: Digest, fd: int, offset: int) -> None:
+        # Shared blocks take less than holes spare. A file system that cannot share says so at once.
+        if self._can_clone and clone_range(source, 0, digest.size_bytes, fd, offset):
+            return
+        self._can_clone = False
+        buffer: memoryview | None = getattr(self._buffers, "view", None)
+        if buffer is None:
+            buffer = self._buffers.view = memoryview(bytearray(self._table.chunk_size))
+        content = buffer[: digest.size_bytes]
+        read_all(source, content, 0, f"the cached blob {digest}")
+        write_nonzero(fd, content, offset)
 
     def _fetch(self, fd: int, places: Mapping[Digest, list[int]]) -> None:
         remote = self._fetcher.remote
@@ -154,7 +170,7 @@ class _ChunkedFileWriter:
             self._fetcher.keep(digest, data)
             self._fetched.add(digest.size_bytes)
             for offset in places[digest]:
-                write_all(fd, [data], offset)
+                write_nonzero(fd, data, offset)
                 self._meter.add(digest.size_bytes)
 
         remote.read_many(places, keep)

@@ -17,7 +17,7 @@ from cow import COWStore
 from snaploader import keys
 from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore, TransferStatistics
-from snaploader.chunktable import ChunkTable
+from snaploader.chunktable import ChunkTable, check_geometry
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
@@ -172,6 +172,8 @@ class SnapshotSaver:
             raise InvalidArgument(f"{min(both)!r} is to be saved both whole and in chunks: choose one")
         for name in (*options.files, *options.chunked_files):
             check_name(name)
+        if options.chunk_size is not None:
+            check_geometry(0, options.chunk_size)
         if options.remote and self._remote is None:
             raise InvalidArgument("a remote save was asked for and the loader has no remote cache")
         if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:

@@ -84,7 +84,7 @@ def unpack(
 def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
     """The folder, made if need be, in which none of `names` exists yet. `undo` removes what was made."""
     root = Path(path).absolute()
-    with translate_os_errors(f"cannot use the output folder {str(root)!r}"):
+    with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
         made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
     if made:

@@ -59,7 +59,10 @@ def _pem(source: PEM | None, what: str) -> bytes | None:
     if isinstance(source, bytes):
         content = source
     else:
-        with translate_os_errors(f"cannot read {what}"), open(os.fspath(source), "rb") as file:
+        with (
+            translate_os_errors(f"cannot read {what}", absent=InvalidArgument),
+            open(os.fspath(source), "rb") as file,
+        ):
             content = file.read()
     if b"-----BEGIN " not in content:
         raise InvalidArgument(f"{what} is not in PEM form (it has no -----BEGIN line)")

@@ -21,6 +21,8 @@ class Endpoint(NamedTuple):
     """Host name or address; "localhost" for a Unix socket."""
     uri: str
     """As credential helpers want it: https://host[:port], or http:// where there is no TLS."""
+    url: str
+    """As the user gave it."""
 
 
 def parse_endpoint(url: str) -> Endpoint:
@@ -34,7 +36,7 @@ def parse_endpoint(url: str) -> Endpoint:
         path = path.removeprefix("//") if path.startswith("//") else path
         if not path or "\0" in path:
             raise InvalidArgument(f"remote cache URL {url!r} has no socket path: write unix:/path/of/socket")
-        return Endpoint(f"unix:{path}", False, "localhost", "http://localhost")
+        return Endpoint(f"unix:{path}", False, "localhost", "http://localhost", url)
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -58,4 +60,4 @@ def parse_endpoint(url: str) -> Endpoint:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     port = port or _DEFAULT_PORT[parts.scheme]
     scheme, shown = ("https", "" if port == 443 else f":{port}") if secure else ("http", f":{port}")
-    return Endpoint(f"dns:///{host}:{port}", secure, parts.hostname, f"{scheme}://{host}{shown}")
+    return Endpoint(f"dns:///{host}:{port}", secure, parts.hostname, f"{scheme}://{host}{shown}", url)

@@ -130,7 +130,7 @@ class Session:
             answer: reapi.ServerCapabilities = self._transport.unary("GetCapabilities", request, attempts)
             return answer
 
-        operation = f"asking {settings.endpoint.uri} for its capabilities"
+        operation = f"asking {settings.endpoint.url} for its capabilities"
         try:
             answer = self._retrier.run(operation, attempt, self.cancellation)
         except Unimplemented:

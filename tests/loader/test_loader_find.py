@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from loader_hosts import CHUNK, HostFactory, image, metadata, task
 
-from snaploader import SnapshotTask, keys
+from snaploader import RemoteCache, SnapshotLoader, SnapshotTask, TLSConfig, keys
+from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, Unavailable
 from snaploader.loader.results import ManifestSource
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
@@ -298,3 +299,28 @@ def test_a_save_with_a_universal_key_set_updates_the_universal_ref(make_host: Ho
         if branch == "one":
             host.save(image(1), key=key_set.write_key, key_set=key_set, vm_metadata=metadata(time.time()))
     assert keys.is_universal(host.loader.get_snapshot(key_set).key)
+
+
+def test_a_remote_manifest_that_is_none_is_damage_and_not_wrong_usage(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server)
+    key_set = host.keys()
+    assert host.remote is not None
+    digest = keys.remote_manifest_digest(key_set.branch_key, host.remote.digest_function)
+    host.remote.update_action_result(digest, ActionResult(stdout_raw=b"something else"))
+    with pytest.raises(DataLoss, match="manifest is damaged"):
+        host.loader.get_snapshot(key_set)
+    assert host.save(image(1)).saved_remotely
+
+
+def test_a_missing_certificate_is_not_taken_for_a_missing_snapshot(make_host: HostFactory) -> None:
+    host = make_host("a")
+    key_set = host.keys()
+    tls = TLSConfig(certificate="/proc/nope")
+    with (
+        RemoteCache("grpcs://127.0.0.1:1", tls=tls) as remote,
+        SnapshotLoader(host.cache, remote) as loader,
+        pytest.raises(InvalidArgument, match="/proc/nope"),
+    ):
+        loader.get_snapshot(key_set)

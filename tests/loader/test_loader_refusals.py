@@ -70,7 +70,7 @@ def test_an_impossible_chunk_size_is_refused(make_host: HostFactory, tmp_path: P
     host = make_host("a")
     (tmp_path / "disk").write_bytes(image(1))
     key = host.loader.snapshot_key_set(task(), "conf").write_key
-    with pytest.raises(InvalidArgument, match="'disk'"):
+    with pytest.raises(InvalidArgument, match="chunk size"):
         host.loader.cache_snapshot(
             key,
             chunked_files={"disk": tmp_path / "disk"},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
+from snaploader import FileCache
 from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.testing import EmbeddedServer
 
@@ -233,3 +234,32 @@ def test_vm_configuration_and_metadata_come_back(make_host: HostFactory, server:
     manifest = make_host("b", server).find().manifest
     assert manifest.vm_configuration.value == CONFIGURATION.SerializeToString()
     assert manifest.vm_metadata is None
+
+
+def test_restore_keeps_holes_smaller_than_a_chunk(make_host: HostFactory, server: EmbeddedServer) -> None:
+    """Pages of zeros are holes again, from the cache and from the server."""
+    host = make_host("a", server)
+    path = host.folder / "dots"
+    with path.open("wb") as file:
+        file.truncate((1 << 20) + 77)
+        for offset in range(0, 1 << 20, 128 << 10):
+            os.pwrite(file.fileno(), b"x", offset)
+        os.pwrite(file.fileno(), b"end", (1 << 20) + 70)
+    key = host.keys().write_key
+    host.loader.cache_snapshot(
+        key, chunked_files={"disk": path}, vm_configuration=CONFIGURATION, chunk_size=256 << 10
+    )
+    for reader in (host, make_host("b", server)):
+        restored = reader.loader.restore_snapshot(reader.find(), reader.folder / "full").files["disk"]
+        assert restored.read_bytes() == path.read_bytes()
+        assert restored.stat().st_blocks <= path.stat().st_blocks
+
+
+def test_folders_that_cannot_be_are_no_missing_snapshot(make_host: HostFactory) -> None:
+    host = make_host("a")
+    host.save(image(15))
+    for method in (host.loader.unpack_snapshot, host.loader.restore_snapshot):
+        with pytest.raises(FailedPrecondition, match="/proc/nope"):
+            method(host.find(), "/proc/nope/out")
+    with pytest.raises(FailedPrecondition, match="/proc/nope"):
+        FileCache("/proc/nope/cache")

@@ -32,7 +32,7 @@ B3 = Digest.of(b"abc", DigestFunction.BLAKE3)
     ],
 )
 def test_url_names_endpoint(url: str, target: str, secure: bool, host: str, uri: str) -> None:
-    assert parse_endpoint(url) == (target, secure, host, uri)
+    assert parse_endpoint(url) == (target, secure, host, uri, url)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
     Unauthenticated,
     Unavailable,
 )
@@ -145,7 +144,7 @@ def test_mutual_tls_needs_the_clients_certificate(
 
 
 def test_unusable_certificate_files_are_named(make_remote: MakeRemote, tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="TLS certificate"):
+    with pytest.raises(InvalidArgument, match="TLS certificate"):
         make_remote("grpcs://127.0.0.1:1", tls=TLSConfig(certificate=tmp_path / "none")).capabilities()
     with pytest.raises(InvalidArgument, match="PEM"):
         make_remote("grpcs://127.0.0.1:1", tls=TLSConfig(certificate=b"rubbish")).capabilities()
