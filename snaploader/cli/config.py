@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 
+from snaploader.cli.values import check_file
 from snaploader.errors import InvalidArgument, translate_os_errors
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -53,9 +54,10 @@ def default_map(path: Path, root: click.Group) -> dict[str, Any]:
     """The file's values as defaults for `root` and all its commands, in the form click wants.
 
     Raises:
-        InvalidArgument: The file is not TOML, or a key or a value in it is not known.
-        NotFound, PermissionDenied: It cannot be read.
+        InvalidArgument: There is no such file, it is not TOML, or a key or a value in it is not known.
+        PermissionDenied: It may not be read.
     """
+    check_file("--config", path)
     with translate_os_errors(f"cannot read the configuration file {str(path)!r}"), path.open("rb") as file:
         data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:

@@ -64,7 +64,11 @@ def explain(error: BaseException) -> Failure:
         kind_of = next(ours for theirs, ours in _COW_ERRORS if isinstance(error, theirs))
         return Failure(type(error).__name__, str(error), kind_of.exit_code)
     if isinstance(error, OSError):
-        return explain(errors.from_os_error(error, "the system refused"))
+        translated = errors.from_os_error(error, "the system refused")
+        if isinstance(translated, errors.NotFound):
+            # That code says of a snapshot, name or entry that there is none.
+            return explain(errors.FailedPrecondition(translated.message))
+        return explain(translated)
     if isinstance(error, MemoryError):
         return Failure("ResourceExhausted", "out of memory", errors.ResourceExhausted.exit_code)
     message = f"internal error: {type(error).__name__}: {error}. Please report it, with the output of -vv"

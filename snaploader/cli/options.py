@@ -168,7 +168,12 @@ _COMMON = (
         help="Compress blobs on the wire where the server can.",
     ),
     _shared("--bearer-token-file", type=FILE, help="File with a token that is sent as authorization."),
-    _shared("--credential-helper", type=FILE, help="Program that is asked for headers (Bazel's protocol)."),
+    _shared(
+        # A Path would lose the "./" that keeps a name from being looked up on PATH.
+        "--credential-helper",
+        type=click.Path(),
+        help="Program that is asked for headers (Bazel's protocol).",
+    ),
     _shared("--netrc", type=FILE, help="File with a login for the server's host."),
     _shared("--tls-certificate", type=FILE, help="CA certificates (PEM) the server is checked with."),
     _shared("--tls-client-certificate", type=FILE, help="Own certificate (PEM), for mutual TLS."),
@@ -207,7 +212,9 @@ def common(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
         output = output_of(ctx)
         if isinstance(ctx.obj, Invocation):
             ctx.obj.output = output
-        with Session(settings_of(ctx), output) as session, output.logging():
+        settings = settings_of(ctx)
+        settings.check_files([field.name for field in fields(Settings) if _said(ctx, field.name) is not None])
+        with Session(settings, output) as session, output.logging():
             return function(session, *args, **kwargs)
 
     return shared_options(with_session)
@@ -229,11 +236,15 @@ def settings_of(ctx: click.Context) -> Settings:
 
 def _effective(ctx: click.Context, name: str) -> Any:
     """The command's value, unless only the command line before the command's name says something."""
-    root = ctx.find_root()
-    said = ParameterSource.COMMANDLINE
-    if _source(ctx, name) is not said and _source(root, name) is said:
-        return root.params.get(name)
-    return ctx.params.get(name)
+    return (_said(ctx, name) or ctx).params.get(name)
+
+
+def _said(ctx: click.Context, name: str) -> click.Context | None:
+    """Where on the command line a parameter is: after the command, or after a group that it is in."""
+    at: click.Context | None = ctx
+    while at is not None and _source(at, name) is not ParameterSource.COMMANDLINE:
+        at = at.parent
+    return at
 
 
 def first_given(*values: float | None) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from snaploader.cli.output import Output
-from snaploader.cli.values import format_time
+from snaploader.cli.values import check_file, format_time
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
@@ -19,6 +21,9 @@ from snaploader.loader.loader import DEFAULT_DIGEST_FUNCTION, SnapshotLoader
 from snaploader.remote import RemoteCache, RetryEvent, RetryPolicy, Timeouts, TLSConfig
 
 MAX_SECRET_BYTES = 64 << 10
+
+REMOTE_FILES = ("bearer_token_file", "netrc", "tls_certificate", "tls_client_certificate", "tls_client_key")
+"""Settings that name files which the remote cache needs. --credential-helper is a program instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Settings:
     remote_retries: int
     remote_cache_compression: bool
     bearer_token_file: Path | None
-    credential_helper: Path | None
+    credential_helper: str | None
     netrc: Path | None
     tls_certificate: Path | None
     tls_client_certificate: Path | None
@@ -55,6 +60,22 @@ class Settings:
     def function(self) -> DigestFunction | None:
         """The digest function asked for; None leaves it to the server."""
         return None if self.digest_function == "auto" else DigestFunction.parse(self.digest_function)
+
+    def check_files(self, names: Collection[str] | None = None) -> None:
+        """InvalidArgument when a file for the remote cache is missing.
+
+        Args:
+            names: Look at these settings only.
+        """
+        for name in REMOTE_FILES:
+            path: Path | None = getattr(self, name)
+            if path is not None and (names is None or name in names):
+                check_file(option_name(name), path)
+        helper = self.credential_helper
+        if helper is None or not (names is None or "credential_helper" in names):
+            return
+        if shutil.which(helper) is None:
+            raise InvalidArgument(f"--credential-helper: {helper!r} is no program that can be run")
 
 
 class Session:
@@ -79,6 +100,7 @@ class Session:
         settings = self.settings
         if not settings.remote_cache:
             return None
+        settings.check_files()
         return self._open.enter_context(
             RemoteCache(
                 settings.remote_cache,
@@ -148,6 +170,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.__exit__(kind, error, trace)
+
+
+def option_name(setting: str) -> str:
+    """The option on the command line that a setting comes from."""
+    return "--" + setting.replace("_", "-")
 
 
 def read_secret(path: Path | None) -> str | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from snaploader.errors import InvalidArgument
+from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.policy import parse_duration_s
 
 if TYPE_CHECKING:
@@ -41,6 +44,20 @@ def parse_size(text: str) -> int:
     fraction = match[2] or ""
     tail = int(fraction or 0) * factor // int("1" + "0" * len(fraction))
     return int(match[1]) * factor + tail
+
+
+def check_file(option: str, path: Path) -> None:
+    """InvalidArgument, naming the option, unless `path` is there and no folder. It is not opened.
+
+    That it is missing is a mistake in the command line, not the answer that something was not found.
+    """
+    with translate_os_errors(f"{option}: cannot read {str(path)!r}"):
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            raise InvalidArgument(f"{option}: there is no file {str(path)!r}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise InvalidArgument(f"{option}: {str(path)!r} is a folder, not a file")
 
 
 class Size(_Integer):

@@ -169,7 +169,7 @@ def test_a_file_that_is_not_text_is_a_clear_error(cli: CommandLine, config: Path
 
 def test_a_file_that_is_named_must_exist(cli: CommandLine, tmp_path: Path) -> None:
     outcome = cli("--config", tmp_path / "none.toml", "cache", "ls")
-    assert outcome.exit_code == 3
+    assert outcome.exit_code == 2
     assert "none.toml" in outcome.stderr
 
 

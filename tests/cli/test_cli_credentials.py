@@ -126,7 +126,7 @@ def test_a_certificate_that_is_missing_is_named(cli: CommandLine, tmp_path: Path
     outcome = cli(
         "--remote-cache", "grpcs://127.0.0.1:1", "--tls-certificate", tmp_path / "no.crt", "invalidate"
     )
-    assert outcome.exit_code == 3
+    assert outcome.exit_code == 2
     assert "no.crt" in outcome.stderr
 
 

@@ -21,13 +21,9 @@ from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
 
 TIMEOUT_S = 30
 
-INTERRUPTIBLE = [
-    sys.executable,
-    "-c",
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from snaploader.cli import main; main()",
-]
-"""COMMAND, also where SIGINT is ignored, as in jobs that a shell runs in the background. Children inherit that."""
+_HEED_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+INTERRUPTIBLE = [sys.executable, "-c", f"{_HEED_SIGINT}; from snaploader.cli import main; main()"]
+"""COMMAND, also where SIGINT is inherited as ignored, as in jobs that a shell runs in the background."""
 
 
 @pytest.fixture

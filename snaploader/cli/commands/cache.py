@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import click
 
-from snaploader.cli.options import Command, common, option
+from snaploader.cli.options import Command, common, option, shared_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
@@ -18,7 +18,8 @@ SHORTEST_PREFIX = 6
 
 
 @click.group(short_help="Look at the local cache (ls), remove from it (rm, prune), check it (verify).")
-def cache() -> None:
+@shared_options
+def cache(**_shared: object) -> None:
     """Look at the local cache, remove things from it, check it."""
 
 

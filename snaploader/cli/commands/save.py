@@ -139,7 +139,10 @@ def _divide(
     in_chunks: dict[str, Path] = {}
     for name, path in paths.items():
         with translate_os_errors(f"cannot save {str(path)!r}"):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise InvalidArgument(f"cannot save {str(path)!r}: there is no such file") from None
         if not stat.S_ISREG(status.st_mode):
             raise InvalidArgument(f"cannot save {str(path)!r}: only regular files can be saved")
         wanted = status.st_size >= threshold if chunked is None else chunked
