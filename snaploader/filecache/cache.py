@@ -8,6 +8,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
+
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
@@ -17,7 +20,7 @@ from snaploader.filecache.directories import DirectoryHandle, DirectoryStore
 from snaploader.filecache.durability import Durability, read_boot_id
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.evict import Evictor
-from snaploader.filecache.hashes import to_words
+from snaploader.filecache.hashes import to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space, group_folder
 from snaploader.filecache.leases import Lease
 from snaploader.filecache.ledger import Ledger
@@ -249,12 +252,17 @@ class FileCache:
         self._check()
         return self._blobs.remove(digest)
 
-    def lease(self, digests: Iterable[Digest]) -> Lease:
-        """Keep these blobs from eviction by any process until the lease is released or this process ends."""
+    def lease(self, digests: Iterable[Digest], *, hashes: Iterable[npt.NDArray[np.uint8]] = ()) -> Lease:
+        """Keep these blobs from eviction by any process until the lease is released or this process ends.
+
+        Args:
+            hashes: More of them, as arrays of shape (n, 32); for many that is a hundred times faster.
+        """
         self._check()
         with translate_os_errors("cannot lease blobs"):
-            words = to_words([digest.hash for digest in digests])
-            return Lease(self._env.layout, self._env.session, self._env.ledger, words[:, 0])
+            first = to_words([digest.hash for digest in digests])[:, 0]
+            prefixes = np.concatenate([first, *map(to_prefixes, hashes)])
+            return Lease(self._env.layout, self._env.session, self._env.ledger, prefixes)
 
     # Refs
 

@@ -40,6 +40,11 @@ def _piece_to_words(hashes: Sequence[str]) -> Words:
     return np.frombuffer(raw, dtype=">u8").reshape(-1, 4)
 
 
+def to_prefixes(hashes: npt.NDArray[np.uint8]) -> Prefixes:
+    """The prefixes of hashes that are rows of 32 bytes."""
+    return np.ascontiguousarray(hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
+
+
 def prefix_of(hash_: str) -> int:
     """The first eight bytes of a hash, as in `Prefixes`."""
     return int(hash_[:16], 16)

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Self
 
 from cow import COWStore, MappingBudget, StoreStatistics
-from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.loader.fetch import BlobFetcher
@@ -131,12 +130,17 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     never saved remotely. NotFound when a blob has been evicted since the snapshot was found, and there
     is nowhere else to fetch it from.
     """
-    only_here: list[Digest] = []
-    if not snapshot.allow_remote or snapshot.source is ManifestSource.LOCAL:
-        blobs = artefacts(snapshot.manifest, snapshot.tables)
-        only_here = [digest for digest in blobs if digest not in snapshot.absent]
-    lease = fetcher.file_cache.lease(only_here)
-    gone = set() if snapshot.allow_remote else fetcher.file_cache.find_missing(only_here)
+    tables, cache = snapshot.tables, fetcher.file_cache
+    if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
+        return cache.lease(())
+    if snapshot.absent:
+        blobs = artefacts(snapshot.manifest, tables)
+        lease = cache.lease(digest for digest in blobs if digest not in snapshot.absent)
+    else:
+        lease = cache.lease(snapshot.manifest.digests(), hashes=[table.hashes for table in tables.values()])
+    if snapshot.allow_remote:
+        return lease
+    gone = cache.find_missing(list(artefacts(snapshot.manifest, tables)))
     if gone:
         lease.release()
         raise NotFound(

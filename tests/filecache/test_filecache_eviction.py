@@ -7,6 +7,7 @@ import random
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filecache_helpers import blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
@@ -247,6 +248,16 @@ def test_threads_share_a_cache_for_two_blobs(tmp_path):
                 thread.join()
             assert cache.statistics().total_bytes == disk_bytes_below(cache.root) == 2 * BLOCK
     assert errors == []
+
+
+def test_lease_of_hashes_as_an_array_holds_too(tmp_path):
+    with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache:
+        digests = [small(cache, seed) for seed in "ab"]
+        rows = np.frombuffer(bytes.fromhex(digests[0].hash), np.uint8).reshape(1, 32)
+        with cache.lease([], hashes=[rows, rows[:0]]):
+            for seed in "cde":
+                small(cache, seed)
+            assert present(cache, *"ab") == {"a"}
 
 
 def test_blob_leased_before_it_is_added_stays(tmp_path):
