@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import sys
 
+from snaploader.cli.streams import complete_standard_streams
+
 MISSING_EXTRA_EXIT_CODE = 4
 """That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
 
 
 def main() -> None:
     """Entry point of the console script. Ends the process."""
+    complete_standard_streams()
     try:
         from snaploader.cli.app import run
     except ModuleNotFoundError as error:

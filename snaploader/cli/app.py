@@ -24,12 +24,12 @@ from snaploader.cli.commands.save import save
 from snaploader.cli.commands.serve import serve
 from snaploader.cli.commands.show import show
 from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
-from snaploader.cli.options import Invocation, shared_options
+from snaploader.cli.options import Group, Invocation, NoCommand, shared_options
 from snaploader.cli.output import Output
 from snaploader.remote import tune_malloc
 
 
-class Root(click.Group):
+class Root(Group):
     """Tells apart that the reader of the output left, which click ends with an exit code of its own."""
 
     def invoke(self, ctx: click.Context) -> object:
@@ -78,6 +78,9 @@ def run(arguments: Sequence[str]) -> int:
 def _report(error: BaseException, output: Output) -> int:
     failure = explain(error)
     with contextlib.suppress(BrokenPipeError):
+        if isinstance(error, NoCommand) and error.ctx is not None and not output.as_json:
+            sys.stderr.write(error.ctx.get_help() + "\n")
+            return failure.exit_code
         output.fail(failure)
         if isinstance(error, click.UsageError) and error.ctx is not None and not output.as_json:
             sys.stderr.write(f"Try '{error.ctx.command_path} --help' for help.\n")

@@ -50,6 +50,9 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, errors.SnaploaderError):
         kind = type(error).__name__
         message = "\n".join([error.message, *getattr(error, "__notes__", ())])
+        if isinstance(error, errors.ResourceExhausted):
+            message = message.replace("its max_bytes", "--max-cache-size")
+            message = message.replace("max_bytes", "--max-cache-size")
         return Failure(kind, message, error.exit_code, error.transient)
     if isinstance(error, click.ClickException):
         # Usage errors have exit code 2, which is InvalidArgument's too.

@@ -67,6 +67,20 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
+class NoCommand(click.UsageError):
+    """A group of commands stands alone. Its help is the message."""
+
+
+class Group(click.Group):
+    """A group of commands that tells which there are when it stands alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments up to the command's name."""
+        if not args and not ctx.resilient_parsing:
+            raise NoCommand(f"{ctx.command_path} needs the name of a command: see --help", ctx)
+        return super().parse_args(ctx, args)
+
+
 def option(*names: str, scope: str = "", section: str = OWN, **attributes: Any) -> Callable[[F], F]:
     """A click option with its environment variable.
 

@@ -14,11 +14,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from snaploader.cli.exits import Failure
+from snaploader.cli.values import printable
 from snaploader.loader.progress import Progress as Step
 from snaploader.loader.progress import ProgressCallback
 
 PIPE_WIDTH = 200
 """Columns of tables that go to no terminal; rows must not break where programs read them."""
+
+_LINES = "\n\t"
+"""Messages may have several lines. Names in them are quoted."""
 
 _STAGES = {"store": "storing", "upload": "uploading", "fetch": "fetching", "write": "writing"}
 
@@ -38,14 +42,14 @@ class Output:
         self.verbose = verbose
 
     def text(self, line: str = "") -> None:
-        """A line of data for people; nothing with --json."""
+        """A line of data for people; nothing with --json. Line breaks in it are made visible."""
         if not self.as_json:
-            sys.stdout.write(line + "\n")
+            sys.stdout.write(printable(line) + "\n")
 
     def json(self, data: Mapping[str, Any]) -> None:
         """The data for programs; nothing without --json."""
         if self.as_json:
-            sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
     def flush(self) -> None:
         """Hand the data out now; a program that reads it may be waiting."""
@@ -54,7 +58,7 @@ class Output:
     def report(self, data: Mapping[str, Any]) -> None:
         """What --json prints of a command whose stdout carries other data: it goes to stderr."""
         if self.as_json:
-            sys.stderr.write(json.dumps(data, ensure_ascii=False) + "\n")
+            sys.stderr.write(json.dumps(data) + "\n")
 
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
@@ -69,7 +73,7 @@ class Output:
                 column.removesuffix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
             )
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(printable(cell) for cell in row))
         width = None if sys.stdout.isatty() else PIPE_WIDTH
         console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
         with console.capture() as capture:
@@ -80,7 +84,7 @@ class Output:
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""
         if not self.quiet:
-            sys.stderr.write(f"snaploader: {message}\n")
+            sys.stderr.write(f"snaploader: {printable(message, keep=_LINES)}\n")
 
     def warn(self, message: str) -> None:
         """Something that is not as it should be, without being an error; not with --quiet."""
@@ -105,9 +109,9 @@ class Output:
                 "exit_code": failure.exit_code,
                 "transient": failure.transient,
             }
-            sys.stderr.write(json.dumps(record, ensure_ascii=False) + "\n")
+            sys.stderr.write(json.dumps(record) + "\n")
         elif failure.message:
-            sys.stderr.write(f"snaploader: error: {failure.message}\n")
+            sys.stderr.write(f"snaploader: error: {printable(failure.message, keep=_LINES)}\n")
 
     @contextlib.contextmanager
     def bars(self) -> Iterator[ProgressCallback | None]:
@@ -164,7 +168,7 @@ class _CurrentStderr:
     """Looks sys.stderr up at every write, so that whoever replaces it gets the output."""
 
     def write(self, text: str) -> int:
-        return self._stream().write(text)
+        return self._stream().write(printable(text, keep=_LINES))
 
     def flush(self) -> None:
         self._stream().flush()

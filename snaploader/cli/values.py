@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from snaploader.chunktable import check_geometry
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.policy import parse_duration_s
 
@@ -21,7 +22,10 @@ else:
     # Only recent versions of click have a generic class here.
     _Integer = _Float = _Pair = click.ParamType
 
-_SIZE = re.compile(r"([0-9]{1,18})(?:\.([0-9]{1,6}))?\s*([A-Za-z]*)")
+MAX_SIZE = (1 << 63) - 1
+"""The largest file offset there is."""
+
+_SIZE = re.compile(r"([0-9]{1,80})(?:\.([0-9]{1,6}))?\s*([A-Za-z]*)")
 _UNITS: dict[str, int] = {"": 1, "b": 1} | {
     spelling: factor
     for power, letter in enumerate("kmgt", start=1)
@@ -43,7 +47,10 @@ def parse_size(text: str) -> int:
     factor = _UNITS[match[3].lower()]
     fraction = match[2] or ""
     tail = int(fraction or 0) * factor // int("1" + "0" * len(fraction))
-    return int(match[1]) * factor + tail
+    size = int(match[1]) * factor + tail
+    if size > MAX_SIZE:
+        raise InvalidArgument(f"{text[:80]!r} is too big: no more than {MAX_SIZE} bytes can be asked for")
+    return size
 
 
 def check_file(option: str, path: Path) -> None:
@@ -58,6 +65,23 @@ def check_file(option: str, path: Path) -> None:
             raise InvalidArgument(f"{option}: there is no file {str(path)!r}") from None
     if stat.S_ISDIR(status.st_mode):
         raise InvalidArgument(f"{option}: {str(path)!r} is a folder, not a file")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with `\x1b` and the like in place of characters that are no visible ones.
+
+    Names come from manifests that others have written; a terminal must not take them for commands, nor a
+    program for more lines than there are.
+
+    Args:
+        keep: Characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in keep else repr(character)[1:-1]
+        for character in text
+    )
 
 
 class Size(_Integer):
@@ -76,6 +100,19 @@ class Size(_Integer):
             self.fail(error.message, param, ctx)
         if size < self._minimum:
             self.fail(f"{size} is too small: at least {self._minimum} is needed", param, ctx)
+        return size
+
+
+class ChunkSize(Size):
+    """The size of a chunk."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes; a usage error when chunks cannot be of this size."""
+        size = super().convert(value, param, ctx)
+        try:
+            check_geometry(0, size)
+        except InvalidArgument as error:
+            self.fail(error.message, param, ctx)
         return size
 
 

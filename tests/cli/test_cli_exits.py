@@ -90,6 +90,10 @@ def file(tmp_path: Path) -> Path:
         (["save", "file"], 2, "--ref is missing"),
         (["save", "--ref", "main"], 2, "FILE"),
         (["save", "--ref", "main", "--chunk-size", "5000", "--chunked", "file"], 2, "5000"),
+        (["save", "--ref", "main", "--chunk-size", "3000", "file"], 2, "chunk size 3000"),
+        (["save", "--ref", "main", "--chunk-size", "128MiB", "file"], 2, "chunk size 134217728"),
+        (["save", "--ref", "main", "--chunked", "--plain", "file"], 2, "--chunked and --plain"),
+        (["read", "--ref", "main", "--offset", "9" * 20, "x"], 2, "too big"),
         (["save", "--ref", "main", "--chunk-size", "huge", "file"], 2, "no size"),
         (["save", "--ref", "~universal", "file"], 2, "~universal"),
         (["save", "--no-share", "file"], 2, "--runner-id"),
@@ -195,11 +199,34 @@ def test_a_full_disk(cli: CommandLine, file: Path, monkeypatch: pytest.MonkeyPat
     assert "No space left" in outcome.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["cache"]])
+def test_a_group_of_commands_alone_tells_which_there_are(cli: CommandLine, arguments: list[str]) -> None:
+    outcome = cli(*arguments)
+    assert outcome.exit_code == 2
+    assert outcome.stdout == b""
+    assert outcome.stderr.startswith("Usage: snaploader")
+    assert "Commands:" in outcome.stderr
+
+
+def test_names_cannot_command_the_terminal(cli: CommandLine, tmp_path: Path) -> None:
+    name = "a\x1b[31m\nb"
+    (tmp_path / name).write_bytes(b"x")
+    texts = [cli.ok("save", "--ref", "main", tmp_path / name).text, cli.ok("show", "--ref", "main").text]
+    texts += [cli.ok("restore", "--ref", "main", tmp_path / "out").text]
+    texts += [cli("read", "--ref", "main", "none").stderr]
+    for text in texts:
+        assert "\x1b" not in text
+        assert r"a\x1b[31m\nb" in text
+    assert cli.json("show", "--ref", "main")["snapshot"]["files"][0]["name"] == name
+
+
 def test_a_cache_that_is_too_small(cli: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(300_000))
     outcome = cli("--max-cache-size", "64KiB", "save", "--ref", "main", path)
     assert outcome.exit_code == 5
+    assert "max_bytes" not in outcome.stderr
+    assert "--max-cache-size" in outcome.stderr
 
 
 def unused_port() -> int:

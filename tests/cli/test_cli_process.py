@@ -160,6 +160,36 @@ def test_a_reader_that_never_came_ends_text_quietly(environment: dict[str, str])
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def without(
+    streams: str, *arguments: object, environment: dict[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command with streams closed, as a shell does on `>&-`."""
+    command = ["sh", "-c", f'exec "$@" {streams}', "sh", *COMMAND, *(str(part) for part in arguments)]
+    return subprocess.run(command, capture_output=True, env=environment, timeout=TIMEOUT_S, check=False)
+
+
+@pytest.mark.slow
+def test_streams_may_be_closed(environment: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    save = ["save", "--ref", "main", path]
+    for streams in (">&-", "2>&-", "<&- >&- 2>&-"):
+        done = without(streams, *save, environment=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        done = without(streams, "show", "--ref", "other", environment=environment)
+        assert done.returncode == 3
+        assert b"Traceback" not in done.stderr
+        done = without(streams, "nonsense", environment=environment)
+        assert done.returncode == 2
+    done = without("2>&-", "read", "--ref", "main", "file", environment=environment)
+    assert (done.returncode, done.stdout) == (0, b"content")
+    done = without(">&-", "read", "--ref", "main", "file", environment=environment)
+    assert done.returncode == 4
+    assert b"stdout is closed" in done.stderr
+    done = without(">&- 2>&-", "--help", environment=environment)
+    assert done.returncode == 0
+
+
 def on_a_terminal(*arguments: object, environment: dict[str, str]) -> bytes:
     """What a command writes to a terminal that is its stderr."""
     terminal, end = pty.openpty()

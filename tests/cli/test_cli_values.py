@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time, parse_size
+from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time, parse_size, printable
 from snaploader.errors import InvalidArgument
 
 
@@ -29,9 +29,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1X", "K", "1e3", "1.KiB", "one", "1 2", "9" * 30])
+@pytest.mark.parametrize("text", ["", "-1", "1X", "K", "1e3", "1.KiB", "one", "1 2", "9" * 90])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(InvalidArgument, match="no size"):
+    with pytest.raises(InvalidArgument, match="is no size"):
         parse_size(text)
 
 
@@ -77,3 +77,16 @@ def test_sizes_for_people(count: int, text: str) -> None:
 def test_times_for_people() -> None:
     assert format_time(0.0123) == "12.3 ms"
     assert format_time(12.345) == "12.35 s"
+
+
+@pytest.mark.parametrize("text", ["99999999999999999999", "9223372036854775808", "9000000000000T"])
+def test_a_size_beyond_any_file_is_too_big(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="too big"):
+        parse_size(text)
+    assert parse_size("9223372036854775807") == (1 << 63) - 1
+
+
+def test_what_is_not_visible_is_made_so() -> None:
+    assert printable("größe → 1.img") == "größe → 1.img"
+    assert printable("a\x1b[31m\nb\x9b\u202ec\udc80") == r"a\x1b[31m\nb\x9b\u202ec\udc80"
+    assert printable("a\nb\r", keep="\n") == "a\nb\\r"

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import click
 
-from snaploader.cli.options import Command, common, option, shared_options
+from snaploader.cli.options import Command, Group, common, option, shared_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
@@ -17,7 +17,9 @@ KINDS = ("blob", "ref", "directory")
 SHORTEST_PREFIX = 6
 
 
-@click.group(short_help="Look at the local cache (ls), remove from it (rm, prune), check it (verify).")
+@click.group(
+    cls=Group, short_help="Look at the local cache (ls), remove from it (rm, prune), check it (verify)."
+)
 @shared_options
 def cache(**_shared: object) -> None:
     """Look at the local cache, remove things from it, check it."""

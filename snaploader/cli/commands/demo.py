@@ -89,7 +89,8 @@ def demo(session: Session, size: int, data_bytes: int, work_dir: Path | None) ->
         raise CheckFailed(
             f"{len(ledger.failed)} of {len(ledger.proofs)} proofs failed: {'; '.join(ledger.failed)}"
         )
-    output.text(f"\nall {len(ledger.proofs)} proofs hold; {format_time(seconds)} in all")
+    output.text()
+    output.text(f"all {len(ledger.proofs)} proofs hold; {format_time(seconds)} in all")
 
 
 def _size(count: int | None) -> str:

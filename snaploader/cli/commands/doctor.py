@@ -60,6 +60,7 @@ def _print(session: Session, results: list[Result]) -> None:
     )
     for result in results:
         if result.remedy:
-            output.text(
-                f"\n{result.area}: {result.name} ({result.status})\n  {result.detail}\n  → {result.remedy}"
-            )
+            output.text()
+            output.text(f"{result.area}: {result.name} ({result.status})")
+            output.text(f"  {result.detail}")
+            output.text(f"  → {result.remedy}")

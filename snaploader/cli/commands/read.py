@@ -23,8 +23,9 @@ from snaploader.cli.options import (
     task_options,
 )
 from snaploader.cli.session import Session
+from snaploader.cli.streams import Nowhere
 from snaploader.cli.values import SIZE, format_size
-from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.loader.unpack import UnpackedSnapshot
 
 PIECE_BYTES = 1 << 20
@@ -52,6 +53,8 @@ def read(
 
     With --json the report goes to stderr, because stdout carries the bytes.
     """
+    if isinstance(sys.stdout, Nowhere):
+        raise FailedPrecondition("stdout is closed, and the bytes would be lost: send it to a file or a pipe")
     loader, snapshot = find(session, task_options, read_options)
     snapshot = only(snapshot, (name,))
     length = file_size(snapshot, name)

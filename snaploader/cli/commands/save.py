@@ -16,7 +16,7 @@ from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.cli.describe import key_record
 from snaploader.cli.options import Command, TaskOptions, common, first_given, option, task_options
 from snaploader.cli.session import Session
-from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time
+from snaploader.cli.values import DURATION, KEY_VALUE, ChunkSize, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.keys import SnapshotKey
 from snaploader.loader.results import SaveResult
@@ -27,7 +27,18 @@ DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
 """Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
 
 
-@click.command(short_help="Save files as the snapshot of a branch.", cls=Command)
+class SaveCommand(Command):
+    """Refuses options that contradict each other. For click they are one, of which the last counts."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command's arguments."""
+        options = args[: args.index("--")] if "--" in args else args
+        if {"--chunked", "--plain"} <= {*options}:
+            raise click.UsageError("--chunked and --plain exclude each other", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.command(short_help="Save files as the snapshot of a branch.", cls=SaveCommand)
 @task_options
 @option(
     "--chunked/--plain", "chunked", scope="save", default=None, help="Keep all files in chunks, or all whole."
@@ -40,7 +51,12 @@ DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
     show_default=True,
     help="Files of this size or more are kept in chunks.",
 )
-@option("--chunk-size", scope="save", type=Size(1), help="Size of a chunk: a power of two, 4KiB to 64MiB.")
+@option(
+    "--chunk-size",
+    scope="save",
+    type=ChunkSize(),
+    help="Size of a chunk: a power of two, 4KiB to 64MiB.",
+)
 @option(
     "--snapshot-id",
     "new_snapshot_id",
