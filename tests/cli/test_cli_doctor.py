@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from cli_runner import CommandLine, Outcome
 
 from snaploader.cli.doctor import local
-from snaploader.errors import NotFound
+from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions
 
@@ -82,6 +83,30 @@ def test_a_folder_that_cannot_be_made_is_found(cli: CommandLine, tmp_path: Path)
     assert outcome.exit_code == 13
     assert statuses(outcome)["cache: folder"] == "failed"
     assert statuses(outcome)["cache: space"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free disk space"),
+        (errno.EDQUOT, "free disk space"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EROFS, "mount the file system writable"),
+        (errno.EMFILE, "ulimit"),
+        (errno.EIO, "another file system"),
+    ],
+)
+def test_the_remedy_fits_the_cause(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
+    def refuse(_self: FileCache, _digest: object, _data: object) -> None:
+        with translate_os_errors("cannot write"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileCache, "write", refuse)
+    check = found(cli("doctor", "--json"), "write, read, verify")
+    assert check["status"] == "failed"
+    assert remedy in check["remedy"]
 
 
 def test_a_folder_open_to_everyone_is_warned_of(cli: CommandLine, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import click
 
 from snaploader.cli.doctor.check import Result, Status, run_checks
 from snaploader.cli.doctor.conformance import run_conformance
-from snaploader.cli.doctor.local import local_checks
-from snaploader.cli.doctor.remote import remote_checks
+from snaploader.cli.doctor.local import local_checks, local_remedy
+from snaploader.cli.doctor.remote import remote_checks, remote_remedy
 from snaploader.cli.exits import CheckFailed
 from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
@@ -29,10 +29,10 @@ def doctor(session: Session, conformance: bool) -> None:
 
     Ends with exit code 13 when something is wrong. Warnings are not.
     """
-    results = run_checks("cache", local_checks(session.settings))
+    results = run_checks("cache", local_checks(session.settings), local_remedy)
     remote = session.remote_cache
     if remote is not None:
-        results += run_checks("remote", remote_checks(remote))
+        results += run_checks("remote", remote_checks(remote), remote_remedy)
         if conformance:
             results += run_conformance(session.settings)
     else:

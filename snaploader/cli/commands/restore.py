@@ -38,7 +38,7 @@ def restore(
     """Write the files of the best snapshot to a folder, holes as holes.
 
     Looks for a snapshot of --ref, then of --base-ref, then of --default-ref, and says which of them served.
-    All files appear, or none.
+    All files appear, or none; only when it is killed, some may be there, and temporary files .snaploader-….
     """
     checked_folder(output_dir, "the output folder")
     output = session.output

@@ -39,7 +39,7 @@ class Check:
     run: Callable[[], Finding]
     """What it raises is a failure."""
     remedy: str
-    """What to do about such a failure."""
+    """What to do about such a failure, unless its cause says better."""
     needed: bool = False
     """Whether the checks after it make no sense when it fails."""
 
@@ -56,7 +56,11 @@ class Result:
     seconds: float
 
 
-def run_checks(area: str, checks: Iterable[Check]) -> list[Result]:
+Remedies = Callable[[BaseException], str]
+"""What to do about an error, by its cause; empty when the cause does not tell."""
+
+
+def run_checks(area: str, checks: Iterable[Check], remedies: Remedies = lambda _error: "") -> list[Result]:
     """Run checks in order. An error is a finding, not the end."""
     results: list[Result] = []
     blocked = ""
@@ -68,7 +72,7 @@ def run_checks(area: str, checks: Iterable[Check]) -> list[Result]:
         try:
             finding = check.run()
         except Exception as error:  # noqa: BLE001  whatever goes wrong is what a doctor is there to tell
-            finding = Finding(explain(error).message, Status.FAILED, check.remedy)
+            finding = Finding(explain(error).message, Status.FAILED, remedies(error) or check.remedy)
         seconds = time.monotonic() - begin
         results.append(Result(area, check.name, finding.status, finding.detail, finding.remedy, seconds))
         if finding.status is Status.FAILED and check.needed:

@@ -6,6 +6,7 @@ system, and leaves what is cached alone.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -19,7 +20,13 @@ from snaploader.cli.doctor.check import Check, Finding, Status
 from snaploader.cli.session import Settings
 from snaploader.cli.values import format_size
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import DataLoss, FailedPrecondition, translate_os_errors
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    PermissionDenied,
+    ResourceExhausted,
+    translate_os_errors,
+)
 from snaploader.filecache import FileCache
 
 SAMPLE_BYTES = 1 << 20
@@ -59,6 +66,31 @@ def local_checks(settings: Settings) -> list[Check]:
         Check("clock", lambda: _clock(folder), "set the clock of this host, or of the file server"),
         Check("space", lambda: _space(settings), "free disk space, or lower --max-cache-size"),
     ]
+
+
+def local_remedy(error: BaseException) -> str:
+    """What to do about an error of the cache folder, where its cause tells."""
+    number = _errno(error)
+    if number in {errno.EMFILE, errno.ENFILE}:
+        return "let more files be open: ulimit -n"
+    if number == errno.EROFS:
+        return "mount the file system writable, or choose another --cache-dir"
+    if number in {errno.EACCES, errno.EPERM} or isinstance(error, PermissionDenied):
+        return "make the folder writable for this user, or choose another --cache-dir"
+    if number in {errno.ENOSPC, errno.EDQUOT}:
+        return "free disk space (or inodes, or quota) there, or choose another --cache-dir"
+    if isinstance(error, ResourceExhausted):
+        return "free disk space, or choose another --cache-dir"
+    return ""
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """What the system said: the number of the error, or of the one that caused it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__
+    return None
 
 
 def _folder(folder: Path) -> Finding:

@@ -10,7 +10,7 @@ from snaploader._proto import any_pb2, remote_execution_pb2
 from snaploader.cli.doctor.check import Check, Finding, Status
 from snaploader.cli.values import format_size, format_time
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import DataLoss, FailedPrecondition
+from snaploader.errors import DataLoss, FailedPrecondition, ResourceExhausted, Unauthenticated
 from snaploader.remote import RemoteCache
 
 SMALL_BYTES = 64 << 10
@@ -45,6 +45,15 @@ def remote_checks(remote: RemoteCache) -> list[Check]:
             "let this client update the action cache, for saving",
         ),
     ]
+
+
+def remote_remedy(error: BaseException) -> str:
+    """What to do about an error of the remote cache, where its cause tells."""
+    if isinstance(error, ResourceExhausted):
+        return "make room on the server, or raise its limits"
+    if isinstance(error, Unauthenticated):
+        return "renew the credentials (--remote-header, --bearer-token-file, --credential-helper, --netrc)"
+    return ""
 
 
 def _capabilities(remote: RemoteCache) -> Finding:
