@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from snaploader.cli.commands.show import show
 from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
 from snaploader.cli.options import Group, Invocation, NoCommand, shared_options
 from snaploader.cli.output import Output
+from snaploader.cli.streams import let_go, writing_to_stdout
 from snaploader.remote import tune_malloc
 
 
@@ -67,17 +67,21 @@ def run(arguments: Sequence[str]) -> int:
             code = app.main(
                 args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=invocation
             )
-            sys.stdout.flush()
+            with writing_to_stdout():
+                sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
         except BaseException as error:  # noqa: BLE001  every error ends here, as a message
             return _report(error, invocation.output)
+        finally:
+            let_go(sys.stdout)
+            let_go(sys.stderr)
 
 
 def _report(error: BaseException, output: Output) -> int:
     failure = explain(error)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody may be there to hear it
         if isinstance(error, NoCommand) and error.ctx is not None and not output.as_json:
             sys.stderr.write(error.ctx.get_help() + "\n")
             return failure.exit_code
@@ -87,13 +91,6 @@ def _report(error: BaseException, output: Output) -> int:
         if output.verbose > 1:
             sys.stderr.write("".join(traceback.format_exception(error)))
         sys.stderr.flush()
-    try:
-        sys.stdout.flush()
-    except OSError:
-        # A reader that left (as `head` does) leaves bytes behind that cannot be written. Python would try
-        # again when it ends, and complain.
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return failure.exit_code
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from snaploader.cli.exits import Failure
+from snaploader.cli.streams import writing_to_stdout
 from snaploader.cli.values import printable
 from snaploader.loader.progress import Progress as Step
 from snaploader.loader.progress import ProgressCallback
@@ -44,16 +45,19 @@ class Output:
     def text(self, line: str = "") -> None:
         """A line of data for people; nothing with --json. Line breaks in it are made visible."""
         if not self.as_json:
-            sys.stdout.write(printable(line) + "\n")
+            with writing_to_stdout():
+                sys.stdout.write(printable(line) + "\n")
 
     def json(self, data: Mapping[str, Any]) -> None:
         """The data for programs; nothing without --json."""
         if self.as_json:
-            sys.stdout.write(json.dumps(data, indent=2) + "\n")
+            with writing_to_stdout():
+                sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
     def flush(self) -> None:
         """Hand the data out now; a program that reads it may be waiting."""
-        sys.stdout.flush()
+        with writing_to_stdout():
+            sys.stdout.flush()
 
     def report(self, data: Mapping[str, Any]) -> None:
         """What --json prints of a command whose stdout carries other data: it goes to stderr."""
@@ -79,7 +83,8 @@ class Output:
         with console.capture() as capture:
             console.print(table)
         # Written by ourselves, because rich ends the program when the reader has left.
-        sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+        with writing_to_stdout():
+            sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from snaploader.errors import FailedPrecondition, from_os_error
+
+
+@contextlib.contextmanager
+def writing_to_stdout() -> Iterator[None]:
+    """Errors say what could not be written to. That a reader has left is told apart elsewhere."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        what = "cannot write to stdout"
+        if error.errno == errno.EBADF:
+            raise FailedPrecondition(f"{what}: it is not open for writing") from error
+        raise from_os_error(error, what) from error
+
+
+def let_go(stream: TextIO) -> None:
+    """Write out what is left, or drop it where that fails: Python would try again at its end and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class Nowhere(io.TextIOWrapper):

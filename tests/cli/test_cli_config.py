@@ -167,6 +167,15 @@ def test_a_file_that_is_not_text_is_a_clear_error(cli: CommandLine, config: Path
     assert cli("cache", "ls").exit_code == 2
 
 
+def test_shared_options_may_stand_after_the_name_of_a_group(cli: CommandLine, tmp_path: Path) -> None:
+    sizes = ["--max-cache-size", "3GiB", "cache", "--max-cache-size", "2GiB", "ls"]
+    assert cli.json(*sizes)["max_cache_size_bytes"] == 2 << 30
+    assert cli.json(*sizes, "--max-cache-size", "1GiB")["max_cache_size_bytes"] == 1 << 30
+    path = tmp_path / "some.toml"
+    path.write_text('max-cache-size = "4GiB"')
+    assert cli.json("cache", "--config", path, "ls")["max_cache_size_bytes"] == 4 << 30
+
+
 def test_a_file_that_is_named_must_exist(cli: CommandLine, tmp_path: Path) -> None:
     outcome = cli("--config", tmp_path / "none.toml", "cache", "ls")
     assert outcome.exit_code == 2

@@ -186,6 +186,16 @@ def test_streams_may_be_closed(environment: dict[str, str], tmp_path: Path) -> N
     done = without(">&-", "read", "--ref", "main", "file", environment=environment)
     assert done.returncode == 4
     assert b"stdout is closed" in done.stderr
+    read = ["read", "--ref", "main", "file"]
+    for streams, code, command in (
+        (">/dev/full", 5, read),
+        (">/dev/full", 5, ["show", "--ref", "main"]),
+        ("1</dev/null", 4, read),
+        ("2>/dev/full", 3, ["show", "--ref", "other"]),
+    ):
+        done = without(streams, *command, environment=environment)
+        assert done.returncode == code, done
+        assert streams == "2>/dev/full" or b"cannot write to stdout" in done.stderr
     done = without(">&- 2>&-", "--help", environment=environment)
     assert done.returncode == 0
 

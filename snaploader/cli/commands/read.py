@@ -23,7 +23,7 @@ from snaploader.cli.options import (
     task_options,
 )
 from snaploader.cli.session import Session
-from snaploader.cli.streams import Nowhere
+from snaploader.cli.streams import Nowhere, writing_to_stdout
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.loader.unpack import UnpackedSnapshot
@@ -101,9 +101,11 @@ def _copy_out(read_at: ReadAt, offset: int, size: int) -> None:
     end = offset + size
     while offset < end:
         data = read_at(offset, min(PIECE_BYTES, end - offset))
-        sys.stdout.buffer.write(data)
+        with writing_to_stdout():
+            sys.stdout.buffer.write(data)
         offset += len(data)
-    sys.stdout.buffer.flush()
+    with writing_to_stdout():
+        sys.stdout.buffer.flush()
 
 
 def _report(session: Session, unpacked: UnpackedSnapshot, name: str, size: int) -> None:
