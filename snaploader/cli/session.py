@@ -101,6 +101,9 @@ class Session:
         if not settings.remote_cache:
             return None
         settings.check_files()
+        tokens = (settings.bearer_token_file, settings.credential_helper, settings.netrc)
+        if sum(value is not None for value in tokens) > 1:
+            raise InvalidArgument("give one of --bearer-token-file, --credential-helper and --netrc only")
         return self._open.enter_context(
             RemoteCache(
                 settings.remote_cache,

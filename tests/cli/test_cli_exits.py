@@ -131,6 +131,11 @@ def file(tmp_path: Path) -> Path:
         (["cache", "--tls-client-key", "none", "ls"], 2, "--tls-client-key:"),
         (["show", "--ref", "main", "--credential-helper", "./none"], 2, "--credential-helper"),
         (["show", "--ref", "main", "--credential-helper", "./file"], 2, "--credential-helper"),
+        (
+            ["--netrc", "file", "--bearer-token-file", "file", "--remote-cache", "grpc://h:1", "invalidate"],
+            2,
+            "one of --bearer-token-file, --credential-helper and --netrc",
+        ),
         (["serve", "--listen", "nowhere"], 2, "HOST:PORT"),
         (["serve", "--listen", "127.0.0.1:99999"], 2, "HOST:PORT"),
         (["cache", "rm", "abc"], 2, "too short"),
