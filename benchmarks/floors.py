@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +38,13 @@ def timed(function: Callable[[], T]) -> tuple[Cost, T]:
 
 
 def cost(function: Callable[[], object], repeat: int = 3) -> Cost:
-    """The median of `repeat` calls, on the clock and of the processors each by itself."""
-    costs = [timed(function)[0] for _ in range(repeat)]
-    return Cost(*(sorted(column)[repeat // 2] for column in zip(*costs, strict=True)))
+    """The median of `repeat` calls."""
+    return median([timed(function)[0] for _ in range(repeat)])
+
+
+def median(costs: list[Cost]) -> Cost:
+    """The median, on the clock and of the processors each by itself."""
+    return Cost(*(sorted(column)[len(costs) // 2] for column in zip(*costs, strict=True)))
 
 
 def memcpy(size: int) -> Cost:
@@ -95,6 +100,23 @@ def copy_file(source: Path, target: Path) -> Cost:
         return cost(run)
     finally:
         target.unlink(missing_ok=True)
+
+
+def write_file(folder: Path, size: int) -> Cost:
+    """Writing `size` bytes as files of 512 KiB, which is what a cache of chunks must at least do."""
+    block = np.random.default_rng(1).bytes(MIB // 2)
+
+    def run() -> None:
+        folder.mkdir()
+        for number in range(size // len(block)):
+            (folder / str(number)).write_bytes(block)
+
+    def timed_and_removed() -> Cost:
+        spent, _ = timed(run)
+        shutil.rmtree(folder)
+        return spent
+
+    return median([timed_and_removed() for _ in range(3)])
 
 
 def _hash(size: int, function: Callable[[bytes], object]) -> Cost:

@@ -15,6 +15,7 @@ import platform
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import grpc
 import snaploader
 from benchmarks import floors, hosts, images
 from benchmarks.floors import Cost, timed
+from cow import COWStore
+from snaploader import SaveResult, SnapshotKeySet, SnapshotLoader
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.services import CAS, methods
 from snaploader.remote import tune_malloc
@@ -63,22 +66,41 @@ class Report:
             print(f"    × {baseline['wall_ratio']}{cpu}  {what} ({baseline['wall_s']} s)", flush=True)
 
 
+def save(loader: SnapshotLoader, keys: SnapshotKeySet, disk: Path | COWStore) -> SaveResult:
+    """Save one chunked file."""
+    return loader.cache_snapshot(
+        keys.write_key, chunked_files={"disk": disk}, vm_configuration=hosts.CONFIGURATION
+    )
+
+
 def measure_local(report: Report, scratch: Path, image: Path) -> None:
     size = image.stat().st_size
     data = image.stat().st_blocks * 512
     copy = floors.copy_file(image, scratch / "floor")
     hashing = floors.hash_blake3(data)
+    written = floors.write_file(scratch / "floor", data)
+    # Some virtual machines hand memory back to their host, and pay for the first touch of every page they
+    # get again. So what writes much is done three times, and the median counts, as in the baselines.
+    costs = []
+    for _ in range(3):
+        shutil.rmtree(scratch / "local", ignore_errors=True)
+        with hosts.host(scratch / "local") as loader:
+            keys = hosts.key_set(loader)
+            took, result = timed(partial(save, loader, keys, image))
+            costs.append(took)
+    took = floors.median(costs)
     with hosts.host(scratch / "local") as loader:
-        keys = hosts.key_set(loader)
-        took, result = timed(
-            lambda: loader.cache_snapshot(
-                keys.write_key, chunked_files={"disk": image}, vm_configuration=hosts.CONFIGURATION
-            )
-        )
         report.add(
             "first save, local",
             took,
-            {"copy of the file": copy, "BLAKE3, one thread": hashing, "memcpy": floors.memcpy(data)},
+            {
+                "writing the data as files, and BLAKE3": Cost(
+                    written.wall_s + hashing.wall_s, written.cpu_s + hashing.cpu_s
+                ),
+                "copy of the file": copy,
+                "BLAKE3, one thread": hashing,
+                "memcpy": floors.memcpy(data),
+            },
             stored_mib=result.stored_bytes // MIB,
         )
         first = took
@@ -89,11 +111,7 @@ def measure_local(report: Report, scratch: Path, image: Path) -> None:
             took, _ = timed(lambda: [disk.write_at(offset, os.urandom(length)) for offset, length in runs])
             touched = len(disk.dirty_chunks) * CHUNK
             floor = floors.hash_blake3(touched)
-            took, result = timed(
-                lambda: loader.cache_snapshot(
-                    keys.write_key, chunked_files={"disk": disk}, vm_configuration=hosts.CONFIGURATION
-                )
-            )
+            took, result = timed(lambda: save(loader, keys, disk))
             report.add(
                 "incremental save, local",
                 took,
@@ -102,7 +120,11 @@ def measure_local(report: Report, scratch: Path, image: Path) -> None:
                 hashed_chunks=result.files[0].hashed_chunks,
             )
         snapshot = loader.get_snapshot(keys)
-        took, _ = timed(lambda: loader.restore_snapshot(snapshot, scratch / "restored"))
+        costs = []
+        for _ in range(3):
+            shutil.rmtree(scratch / "restored", ignore_errors=True)
+            costs.append(timed(lambda: loader.restore_snapshot(snapshot, scratch / "restored"))[0])
+        took = floors.median(costs)
         report.add(
             "full restore, warm cache", took, {"copy of the file": copy, "memcpy": floors.memcpy(data)}
         )
@@ -173,11 +195,7 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
     folders = [scratch / f"{server}-{name}" for name in "abc"]
     with hosts.host(folders[0], url) as loader:
         keys = hosts.key_set(loader)
-        took, result = timed(
-            lambda: loader.cache_snapshot(
-                keys.write_key, chunked_files={"disk": image}, vm_configuration=hosts.CONFIGURATION
-            )
-        )
+        took, result = timed(lambda: save(loader, keys, image))
         snapshot = loader.get_snapshot(keys)
         table = snapshot.tables["disk"]
         function = int(table.function)
@@ -206,10 +224,16 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
         raw = raw_download(
             url, [reapi.Digest(hash=d.hash, size_bytes=d.size_bytes) for d in unique], function
         )
+        written = floors.write_file(scratch / "floor", result.fetched_bytes)
         report.add(
             f"remote load, {server}",
             last := Cost(took.wall_s + restore.wall_s, took.cpu_s + restore.cpu_s),
-            {"raw gRPC download of the same bytes": raw},
+            {
+                "raw gRPC download of the same bytes": raw,
+                "the same, and writing them twice (cache, output)": Cost(
+                    raw.wall_s + 2 * written.wall_s, raw.cpu_s + 2 * written.cpu_s
+                ),
+            },
             fetched_mib=result.fetched_bytes // MIB,
         )
         shutil.rmtree(scratch / "remote-full")
@@ -226,11 +250,20 @@ def measure_remote(report: Report, scratch: Path, url: str, server: str, size: i
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def find_casd() -> str | None:
+    """The binary that the interop tests fetched, if they ran."""
+    cache = os.environ.get("SNAPLOADER_TEST_CACHE", "~/.cache/snaploader-tests")
+    found = sorted(Path(cache).expanduser().glob("buildbox-casd-*/buildbox-casd"))
+    return str(found[-1]) if found else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size-mib", type=int, default=2048)
     parser.add_argument("--remote-size-mib", type=int, default=512)
-    parser.add_argument("--casd", help="path of a buildbox-casd binary to measure against as well")
+    parser.add_argument(
+        "--casd", default=find_casd(), help="a buildbox-casd binary to measure against as well"
+    )
     parser.add_argument("--scratch", type=Path, default=None)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/loader.json"))
     arguments = parser.parse_args()
