@@ -16,7 +16,7 @@ from cow.errors import CheckpointConflict, COWError, OutOfBounds, StoreClosed, S
 from cow.geometry import DEFAULT_CHUNK_SIZE, MAX_CHUNK_SIZE, PAGE_SIZE
 from cow.readahead import DEFAULT_READAHEAD, ReadaheadOptions
 from cow.source import ChunkSource, OpenedChunk
-from cow.sparse import clone_range, data_extents, read_all, write_nonzero
+from cow.sparse import clone_range, data_extents, read_all, write_all, write_nonzero
 from cow.statistics import OriginStatistics, StoreStatistics
 from cow.store import COWStore
 from cow.zero import is_zero
@@ -45,5 +45,6 @@ __all__ = [
     "default_budget",
     "is_zero",
     "read_all",
+    "write_all",
     "write_nonzero",
 ]

@@ -181,10 +181,16 @@ def is_stale(vm_metadata: VMMetadata | None, *, now_s: float, max_age_s: float) 
         now_s: The present, in seconds since the epoch.
         max_age_s: In seconds; math.inf for no limit (a timestamp is needed all the same).
     """
+    completed = completed_s(vm_metadata)
+    return completed is None or math.fabs(now_s - completed) > max_age_s
+
+
+def completed_s(vm_metadata: VMMetadata | None) -> float | None:
+    """When the last task ended, in seconds since the epoch; None when the metadata does not say."""
     if vm_metadata is None or not vm_metadata.last_executed_task.HasField("completed_timestamp"):
-        return True
+        return None
     completed = vm_metadata.last_executed_task.completed_timestamp
-    return math.fabs(now_s - (completed.seconds + completed.nanos / 1e9)) > max_age_s
+    return float(completed.seconds) + completed.nanos / 1e9
 
 
 def _duration_s(found: dict[str, str], name: str) -> float | None:

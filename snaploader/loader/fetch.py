@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from cow import OpenedChunk
+from cow import OpenedChunk, write_all
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, NotFound, SnaploaderError, translate_os_errors
@@ -269,10 +269,7 @@ def _in_memory_file(data: bytes) -> int:
     with translate_os_errors("cannot hold a blob in memory"):
         fd = os.memfd_create("snaploader-blob", os.MFD_CLOEXEC)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.lseek(fd, 0, os.SEEK_SET)
+            write_all(fd, [data], 0)
         except BaseException:
             os.close(fd)
             raise

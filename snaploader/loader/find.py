@@ -196,11 +196,7 @@ class SnapshotFinder:
         return attempt
 
     def _check_age(self, manifest: Manifest, tier: str, max_age_s: float) -> None:
-        try:
-            metadata = unpack_any(manifest.vm_metadata, VMMetadata)
-        except InvalidArgument:
-            metadata = None
-        if is_stale(metadata, now_s=self._clock(), max_age_s=max_age_s):
+        if is_stale(vm_metadata_of(manifest), now_s=self._clock(), max_age_s=max_age_s):
             raise NotFound(f"the {tier} manifest is older than {max_age_s:g} s or does not say how old it is")
 
     def _whole(
@@ -252,6 +248,14 @@ class SnapshotFinder:
             and self._remote is not None
             and self._remote.digest_function is manifest.digest_function
         )
+
+
+def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
+    """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
+    try:
+        return unpack_any(manifest.vm_metadata, VMMetadata)
+    except InvalidArgument:
+        return None
 
 
 def artefacts(manifest: Manifest, tables: Mapping[str, ChunkTable]) -> Iterator[Digest]:

@@ -124,10 +124,11 @@ class _ChunkedFileWriter:
 
     def _fill(self, fd: int) -> None:
         table = self._table
-        missing = self._fetcher.file_cache.find_missing(set(table.digests()))
+        digests = list(table.digests())
+        missing = self._fetcher.file_cache.find_missing(digests)
         places: dict[Digest, list[int]] = defaultdict(list)
         present = []
-        for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+        for index, digest in zip(table.indices.tolist(), digests, strict=True):
             offset = index * table.chunk_size
             if digest in missing:
                 places[digest].append(offset)

@@ -15,7 +15,6 @@ from typing import Any
 
 from cow import COWStore
 from snaploader import keys
-from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore, TransferStatistics
 from snaploader.chunktable import ChunkTable, check_geometry
 from snaploader.digest import Buffer, Digest, DigestFunction
@@ -29,15 +28,15 @@ from snaploader.errors import (
 )
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.find import SnapshotFinder, artefacts
+from snaploader.loader.find import SnapshotFinder, artefacts, vm_metadata_of
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import publish_manifest, upload_blobs
 from snaploader.loader.results import SaveResult
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
-from snaploader.manifest import Manifest, check_name, pack_any, unpack_any
-from snaploader.policy import SavePolicy, should_save_remotely
+from snaploader.manifest import Manifest, check_name, pack_any
+from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 
 SMALL_BLOB_BYTES = 4 << 20
 """Blobs up to this size are uploaded from memory, bigger ones from their file."""
@@ -215,7 +214,7 @@ class SnapshotSaver:
             default_ref=options.default_ref,
             branch_exists=standing is not None,
             any_exists=any_exists,
-            last_save_s=None if standing is None else _completed_s(standing),
+            last_save_s=None if standing is None else completed_s(vm_metadata_of(standing)),
             refresh_interval_s=options.min_refresh_interval_s,
             now_s=self._clock(),
         )
@@ -335,15 +334,3 @@ class SnapshotSaver:
 
 def _taken(id_key: SnapshotKey) -> str:
     return f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"
-
-
-def _completed_s(manifest: Manifest) -> float | None:
-    """When the task of the state ended, in seconds since the epoch; None when the manifest does not say."""
-    try:
-        metadata = unpack_any(manifest.vm_metadata, VMMetadata)
-    except InvalidArgument:
-        return None
-    if metadata is None or not metadata.last_executed_task.HasField("completed_timestamp"):
-        return None
-    completed = metadata.last_executed_task.completed_timestamp
-    return float(completed.seconds) + completed.nanos / 1e9

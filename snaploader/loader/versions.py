@@ -24,7 +24,6 @@ from google.protobuf.message import DecodeError
 from snaploader import keys
 from snaploader._proto import remote_execution_pb2, snaploader_pb2
 from snaploader.blobstore import RemoteStore
-from snaploader.digest import Digest
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -79,7 +78,7 @@ class VersionStore:
         if self._remote is None:
             return self._current_local(name)
         try:
-            version = self._current_remote(self._remote, name)
+            version = self._current_remote(self._remote, key)
         except SnaploaderError as error:
             if not (allow_stale and error.transient):
                 raise
@@ -99,9 +98,9 @@ class VersionStore:
         name = keys.version_key(key)
         version = self._mint()
         if self._remote is not None:
-            before = self._read_remote(self._remote, name, repair=True)
-            self._write_remote(self._remote, name, version)
-            stands = self._read_remote(self._remote, name)
+            before = self._read_remote(self._remote, key, repair=True)
+            self._write_remote(self._remote, key, version)
+            stands = self._read_remote(self._remote, key)
             if stands is None or stands == before:
                 raise FailedPrecondition(
                     f"the remote cache accepted version {version} under {name} and does not have it: "
@@ -130,33 +129,34 @@ class VersionStore:
         self._file_cache.put_ref(name, _encode(version).SerializeToString(), overwrite=False)
         return self._read_local(name) or version
 
-    def _current_remote(self, remote: RemoteStore, name: str) -> str:
-        version = self._read_remote(remote, name)
+    def _current_remote(self, remote: RemoteStore, key: SnapshotKey) -> str:
+        version = self._read_remote(remote, key)
         if version is not None:
             return version
         if self._readonly:
             return self._mint()
         with self._minting:
             # Another thread of this loader may have minted while this one waited.
-            return self._read_remote(remote, name) or self._mint_remotely(remote, name)
+            return self._read_remote(remote, key) or self._mint_remotely(remote, key)
 
-    def _mint_remotely(self, remote: RemoteStore, name: str) -> str:
+    def _mint_remotely(self, remote: RemoteStore, key: SnapshotKey) -> str:
         version = self._mint()
         start = time.monotonic()
         try:
-            self._write_remote(remote, name, version)
+            self._write_remote(remote, key, version)
         except (FailedPrecondition, PermissionDenied) as error:
             # A host that may only read shares nothing it saves, so a version of its own is harmless.
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version
         # A rival that saw no version either has written its own within about a round trip of ours.
         self._sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
-        return self._read_remote(remote, name) or version
+        return self._read_remote(remote, key) or version
 
-    def _read_remote(self, remote: RemoteStore, name: str, *, repair: bool = False) -> str | None:
+    def _read_remote(self, remote: RemoteStore, key: SnapshotKey, *, repair: bool = False) -> str | None:
         """The version that stands; None when there is none, or with `repair` when something else does."""
         try:
-            return _decode(remote.get_action_result(Digest(name, 1, remote.digest_function)), name)
+            digest = keys.remote_version_digest(key, remote.digest_function)
+            return _decode(remote.get_action_result(digest), digest.hash)
         except NotFound:
             return None
         except DataLoss:
@@ -164,8 +164,9 @@ class VersionStore:
                 raise
             return None
 
-    def _write_remote(self, remote: RemoteStore, name: str, version: str) -> None:
-        remote.update_action_result(Digest(name, 1, remote.digest_function), _encode(version))
+    def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str) -> None:
+        digest = keys.remote_version_digest(key, remote.digest_function)
+        remote.update_action_result(digest, _encode(version))
 
     def _read_local(self, name: str) -> str | None:
         try:
