@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from snaploader._proto import bytestream_pb2
 from snaploader.blobstore import TransferStatistics, Upload
+from snaploader.digest import Buffer
 from snaploader.errors import Cancelled, Internal, InvalidArgument, SnaploaderError
 from snaploader.remote.cancel import Cancellation
 from snaploader.remote.client import Connection
@@ -64,15 +65,14 @@ class _Upload:
         self._zstd = connection.capabilities.zstd_streams and upload.digest.size_bytes >= MIN_BYTES
         self._name = ""
         self._committed = 0
-        self._all_sent = False
 
     def attempt(self, attempts: Attempts) -> None:
         offset = self._resume_offset(attempts)
         if offset == self._digest.size_bytes:
             return
-        self._all_sent = False
+        frames = self._frames(offset)
         try:
-            response = self._connection.transport.send("Write", self._requests(offset), attempts)
+            response = self._connection.transport.send("Write", frames.requests(), attempts)
         except SnaploaderError as error:
             if code_of(error) is Code.ALREADY_EXISTS:
                 self.was_present = True
@@ -83,26 +83,15 @@ class _Upload:
                 error.transient = True
             raise
         finally:
-            self._connection.recorder.add(wire_bytes_written=self.sent)
+            self.sent = frames.sent
+            self._connection.recorder.add(wire_bytes_written=frames.sent)
         self._check(response.committed_size)
-        self.was_present = not self._all_sent
+        self.was_present = not frames.all_sent
 
-    def _requests(self, offset: int) -> Iterator[bytes]:
-        """The messages of one attempt. Run by a thread of gRPC's."""
+    def _frames(self, offset: int) -> _Frames:
         frame_bytes = self._connection.limits.stream_frame_bytes
         pieces = self._content.pieces(offset, frame_bytes)
-        frames = compress_frames(pieces, frame_bytes) if self._zstd else pieces
-        name = self._name
-        self.sent = 0
-        frame = next(frames, None)
-        while frame is not None:
-            following = next(frames, None)
-            self.sent += len(frame)
-            self._all_sent = following is None
-            yield write_request(name, offset, frame, finish=following is None)
-            name = ""
-            offset += len(frame)
-            frame = following
+        return _Frames(self._name, offset, compress_frames(pieces, frame_bytes) if self._zstd else pieces)
 
     def _resume_offset(self, attempts: Attempts) -> int:
         """Where to go on. Compressed uploads start again: an offset into them means nothing to us."""
@@ -132,3 +121,31 @@ class _Upload:
             raise Internal(
                 f"writing {self._digest} failed: the server kept {committed} bytes", transient=True
             )
+
+
+class _Frames:
+    """What one attempt sends, and how much of it was sent.
+
+    Of one attempt only: a thread of gRPC's takes the messages, and may go on a little after the call
+    has ended, when the next attempt is counting its own.
+    """
+
+    def __init__(self, name: str, offset: int, frames: Iterator[Buffer]) -> None:
+        self.sent = 0
+        self.all_sent = False
+        self._name = name
+        self._offset = offset
+        self._frames = frames
+
+    def requests(self) -> Iterator[bytes]:
+        """The messages, serialised."""
+        name, offset = self._name, self._offset
+        frame = next(self._frames, None)
+        while frame is not None:
+            following = next(self._frames, None)
+            self.sent += len(frame)
+            self.all_sent = following is None
+            yield write_request(name, offset, frame, finish=following is None)
+            name = ""
+            offset += len(frame)
+            frame = following

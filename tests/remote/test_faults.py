@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -42,6 +44,8 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.remote import Limits, RemoteCache, RetryEvent, RetryPolicy, Timeouts
+from snaploader.remote.retry import Attempts
+from snaploader.remote.transport import Transport
 from snaploader.testing import Fault, Gate
 
 LIMITS = Limits(batch_bytes=256 * KIB, stream_frame_bytes=64 * KIB)
@@ -216,6 +220,30 @@ def test_cut_upload_goes_on_or_starts_again(
         assert writes[1].resource_name == writes[0].resource_name
     else:
         assert cut < 64 * KIB or [write.read_offset for write in writes] == [0, 0, 0]
+
+
+def test_an_ended_attempt_that_is_still_read_does_not_disturb_the_next(
+    make_server: MakeServer, make_remote: MakeRemote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of gRPC's may take messages of an attempt after its call has ended."""
+    left_over: list[Iterator[bytes]] = []
+    send = Transport.send
+
+    def end_first(self: Transport, method: str, requests: Iterator[bytes], attempts: Attempts) -> Any:
+        if not left_over:
+            next(requests)
+            left_over.append(requests)
+            raise Unavailable("the call has ended")
+        response = send(self, method, requests, attempts)
+        assert list(left_over[0])
+        return response
+
+    monkeypatch.setattr(Transport, "send", end_first)
+    server = make_server()
+    blobs = named(text(2_000_000))
+    make_remote(server, limits=LIMITS, compression=True).write_many(uploads(blobs))
+    assert {digest: server.get_blob(digest) for digest in blobs} == blobs
+    assert len([call for call in server.requests if call.method == "Write"]) == 1
 
 
 def test_upload_whose_reply_is_lost_is_complete(make_server: MakeServer, make_remote: MakeRemote) -> None:
