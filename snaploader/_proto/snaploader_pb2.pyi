@@ -177,3 +177,15 @@ class LocalManifest(_message.Message):
     def __init__(
         self, digest_function: _Optional[int] = ..., action_result: _Optional[bytes] = ...
     ) -> None: ...
+
+class Tombstone(_message.Message):
+    __slots__ = ("snapshot_id", "deleted_timestamp")
+    SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
+    DELETED_TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
+    snapshot_id: str
+    deleted_timestamp: _timestamp_pb2.Timestamp
+    def __init__(
+        self,
+        snapshot_id: _Optional[str] = ...,
+        deleted_timestamp: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
+    ) -> None: ...
