@@ -7,6 +7,7 @@ gives the same bytes. What is read comes from outside: names, sizes and counts a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -23,7 +24,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 """Largest serialised ActionResult; gRPC servers take no larger message."""
 
 MAX_FILES = 10_000
-"""Most files of a snapshot."""
+"""Most files of a snapshot, a directory counted as one."""
 
 MAX_NAME_BYTES = 255
 """Longest name of a file, in UTF-8 bytes; that of Linux file systems."""
@@ -67,35 +68,44 @@ class Manifest:
     """Where the snapshot came from."""
     other_metadata: tuple[any_pb2.Any, ...] = ()
     """Auxiliary metadata that others have put there, kept as it is."""
+    directories: Mapping[str, Digest] = field(default_factory=dict)
+    """Digests of the trees of directories, by name. A read-only copy, sorted by name."""
 
     def __post_init__(self) -> None:
         if not self.vm_configuration.type_url:
             raise InvalidArgument("a manifest needs a VM configuration: a message packed with its type")
-        count = len(self.files) + len(self.chunked_files)
-        if count > MAX_FILES:
-            raise InvalidArgument(f"a snapshot of {count} files is refused: {MAX_FILES} are allowed")
-        if len(self.other_metadata) + 2 > MAX_METADATA:
-            raise InvalidArgument(f"a manifest may hold no more than {MAX_METADATA} metadata entries")
-        for name in (*self.files, *self.chunked_files):
+        self._check_metadata()
+        names = [*self.files, *self.chunked_files, *self.directories]
+        if len(names) > MAX_FILES:
+            raise InvalidArgument(f"a snapshot of {len(names)} files is refused: {MAX_FILES} are allowed")
+        for name in names:
             check_name(name)
-        for name in self.files.keys() & self.chunked_files.keys():
-            raise InvalidArgument(f"file {name!r} is in a manifest twice")
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise InvalidArgument(f"file {name!r} is in a manifest twice")
         for name, file in self.files.items():
             self._check_digest(file.digest, name)
             if file.mode is not None and not 0 <= file.mode <= 0o777:
                 raise InvalidArgument(f"the mode {file.mode:#o} of file {name!r} is not within 0o777")
-        for name, digest in self.chunked_files.items():
+        for name, digest in (*self.chunked_files.items(), *self.directories.items()):
             self._check_digest(digest, name)
             if digest.size_bytes > MAX_TREE_BYTES:
                 raise InvalidArgument(
                     f"the tree {digest} of file {name!r} is larger than {MAX_TREE_BYTES} bytes"
                 )
-        object.__setattr__(self, "files", MappingProxyType(dict(sorted(self.files.items()))))
-        object.__setattr__(self, "chunked_files", MappingProxyType(dict(sorted(self.chunked_files.items()))))
+        for attribute in ("files", "chunked_files", "directories"):
+            by_name = dict(sorted(getattr(self, attribute).items()))
+            object.__setattr__(self, attribute, MappingProxyType(by_name))
+
+    @property
+    def trees(self) -> frozenset[Digest]:
+        """Of all chunked files and directories."""
+        return frozenset((*self.chunked_files.values(), *self.directories.values()))
 
     def digests(self) -> tuple[Digest, ...]:
         """Blobs and trees that the manifest names, each once; not the empty blob, which exists everywhere."""
-        named = (*(file.digest for file in self.files.values()), *self.chunked_files.values())
+        files = (file.digest for file in self.files.values())
+        named = (*files, *self.chunked_files.values(), *self.directories.values())
         return tuple(dict.fromkeys(digest for digest in named if digest.size_bytes))
 
     def to_action_result(self) -> remote_execution_pb2.ActionResult:
@@ -108,6 +118,8 @@ class Manifest:
         elif self.other_metadata:
             metadata.append(any_pb2.Any())  # holds the second place free
         metadata.extend(self.other_metadata)
+        if self.directories:
+            metadata.append(pack_any(snaploader_pb2.DirectoryNames(names=self.directories)))
         for name, file in self.files.items():
             output = result.output_files.add(path=name, is_executable=file.is_executable)
             _set_digest(output.digest, file.digest)
@@ -115,8 +127,10 @@ class Manifest:
                 # Zero is a mode, so the wrapper must be there even when its value is the default.
                 output.node_properties.unix_mode.SetInParent()
                 output.node_properties.unix_mode.value = file.mode
-        for name, digest in self.chunked_files.items():
-            _set_digest(result.output_directories.add(path=name).tree_digest, digest)
+        for name, digest in sorted((*self.chunked_files.items(), *self.directories.items())):
+            directory = result.output_directories.add(path=name)
+            _set_digest(directory.tree_digest, digest)
+            directory.is_topologically_sorted = name in self.directories
         if result.ByteSize() > MAX_MANIFEST_BYTES:
             raise InvalidArgument(
                 f"a manifest of {result.ByteSize()} bytes is refused, {MAX_MANIFEST_BYTES} are allowed: "
@@ -148,7 +162,8 @@ class Manifest:
         metadata = [pack_any(entry) for entry in result.execution_metadata.auxiliary_metadata]
         if not metadata or not metadata[0].type_url:
             raise InvalidArgument("a manifest must begin its auxiliary metadata with the VM configuration")
-        vm_metadata, others = _split_metadata(metadata[1:])
+        directory_names, rest = _take_directory_names(metadata[1:])
+        vm_metadata, others = _split_metadata(rest)
         files: dict[str, PlainFile] = {}
         for file in result.output_files:
             if file.path in files:
@@ -161,7 +176,11 @@ class Manifest:
             if directory.path in chunked_files:
                 raise InvalidArgument(f"file {directory.path!r} is in a manifest twice")
             chunked_files[directory.path] = _get_digest(directory, "tree_digest", function)
-        return cls(metadata[0], function, files, chunked_files, vm_metadata, others)
+        unknown = directory_names - chunked_files.keys()
+        if unknown:
+            raise InvalidArgument(f"directory {min(unknown)[:80]!r} has no tree in its manifest")
+        directories = {name: chunked_files.pop(name) for name in directory_names}
+        return cls(metadata[0], function, files, chunked_files, vm_metadata, others, directories)
 
     def serialize(self) -> bytes:
         """The ActionResult's deterministic bytes. InvalidArgument when there are too many."""
@@ -199,6 +218,13 @@ class Manifest:
                 f"a local manifest has unknown digest function {record.digest_function}"
             ) from None
         return cls.parse(record.action_result, function)
+
+    def _check_metadata(self) -> None:
+        if len(self.other_metadata) + 2 + bool(self.directories) > MAX_METADATA:
+            raise InvalidArgument(f"a manifest may hold no more than {MAX_METADATA} metadata entries")
+        given = (*self.other_metadata, *([self.vm_metadata] if self.vm_metadata is not None else []))
+        if any(_is_directory_names(entry) for entry in given):
+            raise InvalidArgument("the names of directories are given as directories, not as metadata")
 
     def _check_digest(self, digest: Digest, name: str) -> None:
         if digest.function is not self.digest_function:
@@ -259,6 +285,25 @@ def unpack_any(packed: any_pb2.Any | None, kind: type[M]) -> M | None:
         return kind.FromString(packed.value)
     except DecodeError as error:
         raise InvalidArgument(f"the packed {kind.DESCRIPTOR.full_name} cannot be parsed: {error}") from error
+
+
+def _is_directory_names(entry: any_pb2.Any) -> bool:
+    return entry.type_url.rpartition("/")[2] == snaploader_pb2.DirectoryNames.DESCRIPTOR.full_name
+
+
+def _take_directory_names(entries: list[any_pb2.Any]) -> tuple[set[str], list[any_pb2.Any]]:
+    """Which output directories are directories, and the entries that say something else."""
+    names: list[str] = []
+    rest = []
+    for entry in entries:
+        if not _is_directory_names(entry):
+            rest.append(entry)
+            continue
+        listed = unpack_any(entry, snaploader_pb2.DirectoryNames)
+        names += listed.names if listed is not None else ()
+    if len(set(names)) != len(names):
+        raise InvalidArgument("a manifest names a directory twice")
+    return set(names), rest
 
 
 def _split_metadata(rest: list[any_pb2.Any]) -> tuple[any_pb2.Any | None, tuple[any_pb2.Any, ...]]:

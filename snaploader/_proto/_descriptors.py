@@ -297,7 +297,7 @@ FILE_DESCRIPTOR_SET = (
     b"ytestream.WriteResponse(\x01\x12k\n\x10QueryWriteS"
     b"tatus\x12*.google.bytestream.QueryWriteStat"
     b"usRequest\x1a+.google.bytestream.QueryWrite"
-    b"StatusResponseb\x06proto3\n\xce\n\n\x1esnaploader/v1"
+    b"StatusResponseb\x06proto3\n\xef\n\n\x1esnaploader/v1"
     b"/snaploader.proto\x12\rsnaploader.v1\x1a\x1fgoogle"
     b'/protobuf/timestamp.proto"\xa0\x01\n\x0bSnapshotKe'
     b"y\x12\x15\n\rinstance_name\x18\x01 \x01(\t\x12\x15\n\rplatform_has"
@@ -327,9 +327,10 @@ FILE_DESCRIPTOR_SET = (
     b"n_id\x18\x02 \x01(\t\x12\x15\n\raction_digest\x18\x03 \x01(\t\x127\n\x13com"
     b"pleted_timestamp\x18\x04 \x01(\x0b2\x1a.google.protobuf"
     b".Timestamp\x1a1\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01"
-    b'(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x028\x01"?\n\rLocalManifest\x12\x17'
-    b"\n\x0fdigest_function\x18\x01 \x01(\x05\x12\x15\n\raction_result"
-    b'\x18\x02 \x01(\x0c"W\n\tTombstone\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t'
-    b"\x125\n\x11deleted_timestamp\x18\x02 \x01(\x0b2\x1a.google.pro"
-    b"tobuf.Timestampb\x06proto3"
+    b'(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x028\x01"\x1f\n\x0eDirectoryNames\x12'
+    b'\r\n\x05names\x18\x01 \x03(\t"?\n\rLocalManifest\x12\x17\n\x0fdiges'
+    b't_function\x18\x01 \x01(\x05\x12\x15\n\raction_result\x18\x02 \x01(\x0c"'
+    b"W\n\tTombstone\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\x125\n\x11del"
+    b"eted_timestamp\x18\x02 \x01(\x0b2\x1a.google.protobuf.T"
+    b"imestampb\x06proto3"
 )

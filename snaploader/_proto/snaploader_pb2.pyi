@@ -168,6 +168,12 @@ class VMMetadata(_message.Message):
         properties: _Optional[_Mapping[str, str]] = ...,
     ) -> None: ...
 
+class DirectoryNames(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, names: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class LocalManifest(_message.Message):
     __slots__ = ("digest_function", "action_result")
     DIGEST_FUNCTION_FIELD_NUMBER: _ClassVar[int]

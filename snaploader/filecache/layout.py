@@ -118,6 +118,10 @@ class Layout:
         """The folder of a group, by folder name; this layout's own by default."""
         return f"{self.groups}/{group or self.group}"
 
+    def pins(self, group: str | None = None) -> str:
+        """The folder of a group's pins."""
+        return f"{self.group_path(group)}/pins"
+
     def entry(self, space: Space, hash_: str, group: str | None = None) -> str:
         """The file (or, for a tracked directory, the folder) of one entry."""
         return f"{self.groups}/{group or self.group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"

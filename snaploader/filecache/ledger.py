@@ -1,8 +1,7 @@
 """How many bytes the cache takes, shared by all processes, and the lock under which that changes.
 
-The file `usage/ledger` is 40 bytes: a magic, the total of all entries in bytes of disk blocks, and three
-counters. Every change of the cache (an entry appears or goes, a lease begins or ends) happens in a
-section: under an exclusive lock, for some ten microseconds. Within a section the total is changed
+The file `usage/ledger` is 48 bytes: a magic, the total of all entries in bytes of disk blocks, and four
+counters. Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under an exclusive lock, for some ten microseconds. Within a section the total is changed
 before the file system is, when an entry appears, and after it, when one goes. So a process killed in
 between leaves a total that is too high, never too low, until the next scan puts it right.
 
@@ -20,7 +19,7 @@ from contextlib import contextmanager, suppress
 
 from snaploader.filecache.locks import FileLock
 
-_FORMAT = struct.Struct("<8sqqqq")
+_FORMAT = struct.Struct("<8sqqqqq")
 _MAGIC = b"snapled1"
 _UNKNOWN = -1
 
@@ -34,15 +33,17 @@ class Section:
 
     def _load(self) -> None:
         data = os.pread(self._ledger.lock.fd, _FORMAT.size, 0)
-        fields: tuple[bytes, int, int, int, int] = (b"", _UNKNOWN, 0, 0, 0)
+        fields: tuple[bytes, int, int, int, int, int] = (b"", _UNKNOWN, 0, 0, 0, 0)
         if len(data) == _FORMAT.size:
             fields = _FORMAT.unpack(data)
         if fields[0] != _MAGIC:
-            fields = (_MAGIC, _UNKNOWN, 0, 0, 0)
-        _, self._total, self.lease_generation, self.changes, self._scanning = fields
+            fields = (_MAGIC, _UNKNOWN, 0, 0, 0, 0)
+        _, self._total, self.lease_generation, self.changes, self._scanning, self.pin_generation = fields
 
     def _store(self) -> None:
-        data = _FORMAT.pack(_MAGIC, self._total, self.lease_generation, self.changes, self._scanning)
+        data = _FORMAT.pack(
+            _MAGIC, self._total, self.lease_generation, self.changes, self._scanning, self.pin_generation
+        )
         os.pwrite(self._ledger.lock.fd, data, 0)
 
     @property
@@ -66,6 +67,11 @@ class Section:
     def leases_changed(self) -> None:
         """A lease began or ended."""
         self.lease_generation += 1
+        self._store()
+
+    def pins_changed(self) -> None:
+        """A pin is about to come or go."""
+        self.pin_generation += 1
         self._store()
 
     def forget_total(self) -> None:
@@ -116,6 +122,11 @@ class Ledger:
         """The total as it stands; None until a scan has found out."""
         with self.section() as section:
             return section.total_bytes
+
+    def pin_generation(self) -> int:
+        """How often pins came or went."""
+        with self.section() as section:
+            return section.pin_generation
 
     @property
     def closed(self) -> bool:

@@ -1,0 +1,200 @@
+"""All pins of all groups, as eviction sees them: read once, then only what changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from snaploader.filecache import pins, recency
+from snaploader.filecache.hashes import Prefixes, to_prefixes, to_words
+from snaploader.filecache.layout import Layout
+
+_logger = logging.getLogger(__name__)
+
+_NO_KEYS: Prefixes = np.empty(0, dtype=np.uint64)
+_NO_NUMBERS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+
+class PinTotals(NamedTuple):
+    """What the pins of all groups keep together."""
+
+    pins: int
+    blobs: int
+    content_bytes: int
+    """Of those blobs whose size the pins tell; each counts once in a group."""
+    refs: int
+    damaged: tuple[str, ...]
+    """Paths of pins that cannot be read, sorted."""
+
+
+_Name: TypeAlias = "tuple[str, str]"
+"""Folder of the group, and name."""
+_Identity: TypeAlias = "tuple[int, int, int]"
+"""Inode, time of last write and size: a pin is never written again, but replaced."""
+
+
+class CountedKeys:
+    """A set of keys, each with how many pins name it, and the size of its blob. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self.keys = _NO_KEYS
+        self.sizes_bytes = _NO_NUMBERS
+        self._counts = _NO_NUMBERS
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def change(
+        self, removed: list[Prefixes], added: list[Prefixes], sizes_bytes: list[npt.NDArray[np.int64]]
+    ) -> None:
+        """Pins with these keys went and came. What none names any more is forgotten.
+
+        Args:
+            sizes_bytes: Of the blobs added; unknown when there are none.
+        """
+        keys = np.concatenate([self.keys, *removed, *added])
+        by = np.ones(len(keys), dtype=np.int64)
+        by[: len(self.keys)] = self._counts
+        by[len(self.keys) : len(keys) - sum(map(len, added))] = -1
+        sizes = np.full(len(keys), pins.UNKNOWN_SIZE, dtype=np.int64)
+        sizes[: len(self.keys)] = self.sizes_bytes
+        known = np.concatenate([_NO_NUMBERS, *sizes_bytes])
+        sizes[len(keys) - len(known) :] = known
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        is_first = np.ones(len(keys), dtype=np.bool_)
+        is_first[1:] = keys[1:] != keys[:-1]
+        starts = np.flatnonzero(is_first)
+        if len(starts):
+            by, sizes = np.add.reduceat(by[order], starts), np.maximum.reduceat(sizes[order], starts)
+        named = by > 0
+        self.keys, self.sizes_bytes, self._counts = keys[starts][named], sizes[named], by[named]
+
+
+class _Known(NamedTuple):
+    """A pin that was read. Its keys are kept for when it goes, and its file with it."""
+
+    identity: _Identity
+    blobs: Prefixes
+    refs: Prefixes
+    is_damaged: bool
+
+
+class PinTable:
+    """Takes 8 bytes for each hash of each pin, and 24 for each blob that is pinned. Thread-safe.
+
+    Entries go by the key that the log of uses gives them (`recency.keys`): a pin keeps only what is in its
+    own group, and two entries whose keys are equal by chance only protect each other.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._generation = -1
+        self._known: dict[_Name, _Known] = {}
+        self._blobs = CountedKeys()
+        self._refs = CountedKeys()
+        self.version = 0
+        """Rises whenever the table changes."""
+
+    def refresh(self, generation: int, *, again: bool = False) -> None:
+        """Read what changed. In a section of the ledger nothing changes meanwhile.
+
+        Args:
+            generation: The ledger's count of changes of pins, read before or in this very section.
+            again: Look in any case, as some hand may have moved files.
+        """
+        with self._lock:
+            if generation != self._generation or again:
+                self._update()
+                self._generation = generation
+
+    def blobs_pinned(self, keys: Prefixes) -> npt.NDArray[np.bool_]:
+        """For each key whether a pin names a blob of that key."""
+        with self._lock:
+            pinned = self._blobs.keys
+        return np.isin(keys, pinned)
+
+    def refs_pinned(self, keys: Prefixes) -> npt.NDArray[np.bool_]:
+        """For each key whether a pin names a ref of that key."""
+        with self._lock:
+            pinned = self._refs.keys
+        return np.isin(keys, pinned)
+
+    def damaged_groups(self) -> set[str]:
+        """Folder names of the groups with a damaged pin: what it was to keep may be anything there."""
+        with self._lock:
+            return {group for (group, _), known in self._known.items() if known.is_damaged}
+
+    def totals(self) -> PinTotals:
+        """As of the last refresh."""
+        with self._lock:
+            sizes = self._blobs.sizes_bytes
+            damaged = (self._path(name) for name, known in self._known.items() if known.is_damaged)
+            return PinTotals(
+                len(self._known),
+                len(self._blobs),
+                int(sizes[sizes > 0].sum()),
+                len(self._refs),
+                tuple(sorted(damaged)),
+            )
+
+    def _update(self) -> None:
+        gone = dict(self._known)
+        came: dict[_Name, tuple[_Known, npt.NDArray[np.int64]]] = {}
+        for name, identity in self._listed():
+            known = gone.get(name)
+            if known is not None and known.identity == identity:
+                del gone[name]
+                continue
+            with suppress(FileNotFoundError):
+                came[name] = self._read(name, identity)
+        if not gone and not came:
+            return
+        old, new = list(gone.values()), [known for known, _ in came.values()]
+        sizes = [size for _, size in came.values()]
+        self._blobs.change([one.blobs for one in old], [one.blobs for one in new], sizes)
+        self._refs.change([one.refs for one in old], [one.refs for one in new], [])
+        for name in gone:
+            del self._known[name]
+        self._known.update((name, known) for name, (known, _) in came.items())
+        self.version += 1
+
+    def _listed(self) -> Iterator[tuple[_Name, _Identity]]:
+        for group in os.listdir(self._layout.groups):
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._layout.pins(group)) as found:
+                for entry in found:
+                    if pins.is_name(entry.name):
+                        with suppress(FileNotFoundError):
+                            yield (group, entry.name), _identity(entry.stat(follow_symlinks=False))
+
+    def _read(self, name: _Name, identity: _Identity) -> tuple[_Known, npt.NDArray[np.int64]]:
+        """What is to be known of a pin, and the sizes of its blobs. Raises FileNotFoundError."""
+        group = name[0]
+        pin = None
+        try:
+            status, pin = pins.load(self._path(name))
+            identity = _identity(status)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            _logger.warning("pin %r cannot be read", self._path(name), exc_info=True)
+        if pin is None:
+            return _Known(identity, _NO_KEYS, _NO_KEYS, is_damaged=True), _NO_NUMBERS
+        blobs = recency.keys(group, to_prefixes(pin.hashes))
+        refs = recency.keys(group, to_words(pin.refs)[:, 0])
+        return _Known(identity, blobs, refs, is_damaged=False), pin.sizes_bytes
+
+    def _path(self, name: _Name) -> str:
+        return f"{self._layout.pins(name[0])}/{name[1]}"
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_ino, status.st_mtime_ns, status.st_size

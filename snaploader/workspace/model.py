@@ -1,0 +1,335 @@
+"""What a workspace is made of: the values that the catalog keeps and the manager returns.
+
+All are immutable. Times are aware datetimes in UTC; what the catalog keeps of them is whole microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Self
+
+from snaploader.errors import InvalidArgument
+
+MAX_VERSION = 2**31 - 1
+"""Largest version number."""
+
+
+class Scope(StrEnum):
+    """What a snapshot of a workspace holds."""
+
+    FULL = "Full"
+    """Memory and the whole file system, durable directories included."""
+    DATA = "Data"
+    """The durable directories alone; the process starts fresh on resume."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The scope of that name, in any case. InvalidArgument when there is none."""
+        for scope in cls:
+            if isinstance(text, str) and scope.value.lower() == text.lower():
+                return scope
+        raise InvalidArgument(f"there is no scope {text!r}: use Full or Data")
+
+    def includes(self, other: Scope) -> bool:
+        """Whether a snapshot of this scope holds all that one of the other does."""
+        return self is Scope.FULL or other is Scope.DATA
+
+
+class SnapshotSource(StrEnum):
+    """Why a snapshot was taken."""
+
+    MANUAL = "manual"
+    PRE_EXEC = "pre_exec"
+    """Before something was executed in the workspace."""
+    ROLLBACK = "rollback"
+    """To keep the state that a rollback left behind."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The source of that name; empty means `manual`. InvalidArgument when there is none."""
+        try:
+            return cls(text or cls.MANUAL)
+        except ValueError:
+            raise InvalidArgument(
+                f"there is no snapshot source {text!r}: use manual, pre_exec or rollback"
+            ) from None
+
+
+class SnapshotKind(StrEnum):
+    """What a snapshot is to its workspace."""
+
+    VERSION = "version"
+    """A numbered point to roll back to."""
+    PAUSE = "pause"
+    """The state of a paused workspace. Local and temporary: the next capture takes its place."""
+    COMMIT = "commit"
+    """Durable, in the remote cache; workspaces can be forked from it."""
+    BASE = "base"
+    """What a forked workspace began as."""
+
+
+class SnapshotStatus(StrEnum):
+    """How far a snapshot has come. Only complete ones are shown."""
+
+    PENDING = "pending"
+    """Being taken. Left so by a crash, recovery removes it."""
+    COMPLETE = "complete"
+    ORPHANED = "orphaned"
+    """A commit that failed: its blobs may be in the remote cache, for the next try to find."""
+    DELETING = "deleting"
+    """On its way out. Left so by a crash, recovery finishes it."""
+
+
+class WorkspaceState(StrEnum):
+    """Where a workspace is between its operations."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    """No process; its files stay on the host."""
+    PAUSED = "paused"
+    """Parked: no process and no files on the host but its snapshot; it holds its slot."""
+    DELETED = "deleted"
+    """Gone but for its events. Its id is never used again."""
+
+
+class OperationKind(StrEnum):
+    """What can be under way on a workspace."""
+
+    CREATE = "create"
+    SNAPSHOT = "snapshot"
+    ROLLBACK = "rollback"
+    PAUSE = "pause"
+    RESUME = "resume"
+    COMMIT = "commit"
+    FORK = "fork"
+    START = "start"
+    STOP = "stop"
+    DELETE = "delete"
+
+
+class RunTransition(StrEnum):
+    """What a run did to a workspace."""
+
+    START = "start"
+    STOP = "stop"
+    DELETE = "delete"
+
+
+class RunStatus(StrEnum):
+    """How a run ended, or that it has not."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+class OwnerStatus(StrEnum):
+    """Whether a workspace's owner may use it."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A durable directory. `snaploader.workspace.volumes.check_volumes` checks several together."""
+
+    name: str
+    durable_dir: str
+    """Where it is mounted: an absolute path as the workspace sees it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """How to tell that a started workspace is ready.
+
+    Raises:
+        InvalidArgument: the kind is unknown, or the target does not fit it.
+    """
+
+    kind: str = "none"
+    """`none`, `tcp`, `http` or `command`, or the name of a check that the runtime was given."""
+    target: str = ""
+    """tcp: "host:port"; http: a URL, ready at a status of 200 to 399; command: a shell command that runs
+    in the workspace, ready when it exits with 0."""
+    interval_s: float = 0.1
+    """Pause between two tries."""
+    timeout_s: float = 60.0
+    """How long to try."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "none" and not self.target and self.kind in {"tcp", "http", "command"}:
+            raise InvalidArgument(f"a readiness check of kind {self.kind!r} needs a target")
+        if not self.interval_s > 0 or not self.timeout_s > 0:
+            raise InvalidArgument("the interval and the timeout of a readiness check must be above 0 s")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceSpec:
+    """What a runtime needs to run a workspace. Set at creation, and never changed."""
+
+    workspace_id: str
+    command: tuple[str, ...] = ()
+    """What runs in it. Empty: nothing runs, and the workspace counts as started."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to what the runtime sets."""
+    volumes: tuple[Volume, ...] = ()
+    readiness: Readiness = field(default_factory=Readiness)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "environment", MappingProxyType(dict(self.environment)))
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is under way on a workspace; kept until it is done, so that recovery can finish or undo it."""
+
+    kind: OperationKind
+    token: str
+    """Unique. Whoever ends the operation must still find it."""
+    host: str
+    started_at: datetime
+    snapshot_name: str = ""
+    """Of the snapshot that it takes or goes back to."""
+    version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A workspace as the catalog knows it."""
+
+    spec: WorkspaceSpec
+    host: str
+    state: WorkspaceState
+    created_at: datetime
+    last_used_at: datetime
+    owner: str = ""
+    base: str = ""
+    """The template it was made from; neighbours of one base share chunks."""
+    policy: str = "default"
+    """Name of its policy."""
+    autostart_schedule: str = ""
+    """Cron expression with a time zone (see `snaploader.workspace.schedule`); empty: no autostart."""
+    slot: int | None = None
+    """Scarce resource of its host that it holds, such as a network index."""
+    current_snapshot: str = ""
+    """Name of the snapshot that its state goes on from; empty: none yet."""
+    base_snapshot: str = ""
+    """Name of the snapshot that it was forked from; empty: none."""
+    last_version: int = 0
+    paused_at: datetime | None = None
+    dormant_at: datetime | None = None
+    deleting_at: datetime | None = None
+    """When a dormant one is to be deleted."""
+    operation: Operation | None = None
+
+    @property
+    def id(self) -> str:
+        """The workspace's id."""
+        return self.spec.workspace_id
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord:
+    """A snapshot as the catalog knows it."""
+
+    name: str
+    """Unique in the catalog."""
+    workspace_id: str
+    runtime_name: str
+    """Under which the loader finds it: its snapshot id."""
+    kind: SnapshotKind
+    scope: Scope
+    source: SnapshotSource
+    created_at: datetime
+    status: SnapshotStatus = SnapshotStatus.COMPLETE
+    display_name: str = ""
+    parent: str = ""
+    """Name of the snapshot that the workspace's state went on from when this one was taken."""
+    manifest_ref: str = ""
+    """Key of its manifest in the local file cache, 64 hexadecimal digits; empty: not here."""
+    is_remote: bool = False
+    """Whether it is in the remote cache."""
+    size_bytes: int = 0
+    """Content of all its files, holes left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A numbered snapshot. Numbers begin at 1 and have no gaps."""
+
+    id: int
+    workspace_id: str
+    number: int
+    snapshot_name: str
+    runtime_name: str
+    display_name: str
+    """As given, or "Version N"."""
+    source: SnapshotSource
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a workspace. Written with the change itself, in one transaction."""
+
+    id: int
+    """Rising, in the order of writing."""
+    workspace_id: str
+    type: str
+    payload: Mapping[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One start, stop or delete of a workspace, for the lifecycle to decide by."""
+
+    id: int
+    workspace_id: str
+    transition: RunTransition
+    status: RunStatus
+    created_at: datetime
+    completed_at: datetime | None = None
+    deadline: datetime | None = None
+    """When a started one is to be stopped; None: never."""
+    reason: str = ""
+    """Who wanted it: "user", or a kind of lifecycle transition."""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotResult:
+    """What taking a snapshot returns."""
+
+    workspace_id: str
+    snapshot_name: str
+    runtime_name: str
+    display_name: str
+    version: int | None
+    """None for what is no version: a pause or a commit."""
+    created_at: datetime
+    scope: Scope
+    read_bytes: int = 0
+    """Content that was read for it."""
+    stored_bytes: int = 0
+    """Content that was new to the local cache."""
+    uploaded_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """A snapshot of a workspace in a listing; one that the catalog does not manage has no record."""
+
+    runtime_name: str
+    is_managed: bool
+    is_local: bool
+    """Whether its manifest is in the local file cache."""
+    record: SnapshotRecord | None = None
+    version: int | None = None
+    display_name: str = ""
+    """As given, or "Version N"."""
