@@ -25,6 +25,8 @@ from snaploader.filecache.layout import Layout, Space, group_folder
 from snaploader.filecache.leases import Lease
 from snaploader.filecache.ledger import Ledger
 from snaploader.filecache.locks import FileLock
+from snaploader.filecache.pins import Pin, PinSpace
+from snaploader.filecache.pintable import PinTable
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.refs import RefSpace
 from snaploader.filecache.session import Session
@@ -98,11 +100,13 @@ class FileCache:
             self._trash = TrashCan(layout.trash, own)
             undo.callback(self._trash.close)
             uses = UseLog(layout.uses, use_lock)
-            self._evictor = Evictor(self._env, self._durability, self._trash, uses)
+            self._pin_table = PinTable(layout)
+            self._evictor = Evictor(self._env, self._durability, self._trash, uses, self._pin_table)
             undo.callback(self._evictor.close)
             make_room = self._evictor.make_room
             self._blobs = BlobSpace(self._env, self._durability, uses, make_room)
             self._refs = RefSpace(self._env, make_room)
+            self._pins = PinSpace(self._env)
             self._directories = DirectoryStore(self._env, self._trash, make_room)
             session.sweep(layout)
             self._trash.sweep()
@@ -248,7 +252,10 @@ class FileCache:
         exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable)
 
     def remove(self, digest: Digest) -> bool:
-        """Remove a blob, leased or not; whether it was here. Open files and links keep their bytes."""
+        """Remove a blob, leased, pinned or neither; whether it was here.
+
+        Open files and links keep their bytes.
+        """
         self._check()
         return self._blobs.remove(digest)
 
@@ -291,6 +298,56 @@ class FileCache:
         with translate_os_errors("cannot list refs"):
             return sorted(self._refs.keys())
 
+    # Pins
+
+    def pin(
+        self,
+        name: str,
+        digests: Iterable[Digest] = (),
+        *,
+        hashes: Iterable[npt.NDArray[np.uint8]] = (),
+        refs: Iterable[str] = (),
+    ) -> None:
+        """Keep blobs and refs of this group from eviction by any process until the name is unpinned.
+
+        A pin outlives this cache, this process and this boot of the machine: it is on disk when the call
+        returns. Pinning again under a name replaces what it kept in one step. What is not here yet is kept
+        once it is added. It keeps nothing from `remove`, `delete_ref` or quarantine; and the bytes of the
+        blobs themselves are on disk for certain only after `sync`.
+
+        Args:
+            name: 1 to 200 letters, digits or any of . _ @ - that do not begin with a dot.
+            digests: The blobs. Their sizes are kept too.
+            hashes: More of them, as arrays of shape (n, 32) and type uint8, whose sizes stay unknown.
+            refs: Keys of refs.
+
+        Raises:
+            InvalidArgument: The name, a hash or a key is malformed, or a hash comes with two sizes.
+            ResourceExhausted: The disk is full; what was pinned under the name before stays pinned.
+        """
+        self._check()
+        self._pins.pin(name, digests, hashes, refs)
+
+    def unpin(self, name: str) -> bool:
+        """Let go what a name keeps, also when its pin is damaged; whether there was one."""
+        self._check()
+        return self._pins.unpin(name)
+
+    def pins(self, prefix: str = "") -> list[str]:
+        """The names of this group's pins that begin with `prefix`, sorted, damaged ones too."""
+        self._check()
+        return self._pins.names(prefix)
+
+    def pinned(self, name: str) -> Pin:
+        """What a name keeps.
+
+        Raises:
+            NotFound: There is no such pin.
+            DataLoss: The pin is damaged: nothing of the group is evicted until it is mended or unpinned.
+        """
+        self._check()
+        return self._pins.get(name)
+
     # Directories
 
     def add_directory(self, key: str, path: str | os.PathLike[str]) -> bool:
@@ -331,7 +388,10 @@ class FileCache:
         return self._env.counters.snapshot(self._env.ledger.total_bytes(), self._max_bytes)
 
     def prune(self, target_bytes: int = 0) -> int:
-        """Evict, of all groups, down to `target_bytes` of disk blocks, but nothing leased; the size then."""
+        """Evict, of all groups, down to `target_bytes` of disk blocks; the size then.
+
+        What is leased or pinned stays.
+        """
         self._check()
         return self._evictor.prune(target_bytes)
 

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache import recency
-from snaploader.filecache.layout import Space
-from snaploader.filecache.leases import LeaseTable
+from snaploader.filecache.protection import Protection
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.filecache.scan import Scan
 
@@ -24,7 +23,7 @@ class Candidates:
         changes: The ledger's count of changes when the scan began.
     """
 
-    def __init__(self, scan: Scan, leases: LeaseTable, begun_ns: int, changes: int) -> None:
+    def __init__(self, scan: Scan, protection: Protection, begun_ns: int, changes: int) -> None:
         self.scan = scan
         self.changes = changes
         """The ledger's count, if nothing was added since the scan began that is not known here."""
@@ -34,10 +33,9 @@ class Candidates:
         self._later: list[tuple[int, int]] = []
         """Heap of (time, row) of entries that were used after the scan."""
         self._aside: list[int] = []
-        """Leased."""
+        """Protected."""
         self._log = Position()
-        self._blob_rows = scan.space <= Space.BLAKE3
-        self.set_leases(leases)
+        self.set_protection(protection)
 
     def next_row(self, *, is_fresh: bool) -> int | None:
         """The row of the entry that was used longest ago; it is not a candidate any more.
@@ -65,16 +63,16 @@ class Candidates:
         heapq.heappush(self._later, (used_ns, row))
 
     def set_aside(self, row: int) -> None:
-        """The entry is leased."""
+        """The entry is leased or pinned."""
         self._aside.append(row)
 
-    def set_leases(self, leases: LeaseTable) -> None:
-        """Leases changed: what they protect is set aside, what they do not comes back."""
+    def set_protection(self, protection: Protection) -> None:
+        """Leases or pins changed: what they protect is set aside, what they do not comes back."""
         rest = self._take_rest() + self._aside
         rows = np.array(rest, dtype=np.int64)
-        leased = leases.protected(self.scan.prefixes[rows]) & self._blob_rows[rows]
-        self._aside = rows[leased].tolist()
-        self._sort(rows[~leased])
+        held = protection.holds(self.scan, rows)
+        self._aside = rows[held].tolist()
+        self._sort(rows[~held])
 
     def read_uses(self, log: UseLog, now_ns: int) -> None:
         """Take in what the log of uses says since last time."""

@@ -11,17 +11,20 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from snaploader.errors import ResourceExhausted, translate_os_errors
 from snaploader.filecache import directories, session
 from snaploader.filecache.candidates import Candidates
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
-from snaploader.filecache.hashes import prefix_of
 from snaploader.filecache.layout import Space
-from snaploader.filecache.leases import LeaseTable
 from snaploader.filecache.ledger import Section
 from snaploader.filecache.locks import FileLock
+from snaploader.filecache.pintable import PinTable
+from snaploader.filecache.protection import Protection
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import Scan, disk_bytes, entry_name
 from snaploader.filecache.trash import TrashCan
@@ -29,22 +32,39 @@ from snaploader.filecache.trash import TrashCan
 MAX_FRUITLESS_SCANS = 3
 """Scans in a row that others changed the cache during, after which it is believed that nothing can go."""
 RETRY_SCAN_S = 1.0
-"""How long a scan that found nothing to evict is believed while nothing is added and no lease changes."""
+"""How long a scan that found nothing to evict is believed while no entry, lease or pin changes."""
+
+_State: TypeAlias = "tuple[int, int, int]"
+"""The ledger's counts of leases, changes and pins."""
+
+
+class _Exhausted(NamedTuple):
+    """A scan found that nothing can go."""
+
+    state: _State
+    when_s: float
+    pinned_bytes: int
 
 
 class Evictor:
     """Keeps the cache within its bound. Thread-safe, process-safe."""
 
     def __init__(
-        self, environment: Environment, durability: Durability, trash: TrashCan, uses: UseLog
+        self,
+        environment: Environment,
+        durability: Durability,
+        trash: TrashCan,
+        uses: UseLog,
+        pins: PinTable,
     ) -> None:
         self._env = environment
         self._durability = durability
         self._trash = trash
         self._uses = uses
-        self._leases = LeaseTable(environment.layout)
+        self._pins = pins
+        self._protection = Protection(environment.layout, pins)
         self._candidates: Candidates | None = None
-        self._exhausted: tuple[tuple[int, int], float] | None = None
+        self._exhausted: _Exhausted | None = None
         self._lock = FileLock(f"{environment.layout.usage}/evict.lock")
         with self._lock.held_now() as held:
             if held:
@@ -63,8 +83,9 @@ class Evictor:
         left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
-                f"the file cache is full: of {left} bytes all that could go is in use by running work, and "
-                f"{extra_bytes} more do not fit into its {self._env.max_bytes}: raise its max_bytes"
+                f"the file cache is full: of {left} bytes all that could go is in use by running work"
+                f"{self._tell_pins()}, and {extra_bytes} more do not fit into its {self._env.max_bytes}: "
+                "raise its max_bytes"
             )
 
     def prune(self, target_bytes: int) -> int:
@@ -87,11 +108,11 @@ class Evictor:
                 candidates = self._candidates
                 with self._env.ledger.section() as section:
                     total = section.total_bytes
-                    state = (section.lease_generation, section.changes)
+                    state = (section.lease_generation, section.changes, section.pin_generation)
                     # Else an entry that others added since the scan began may go, and the next scan finds it.
                     is_complete = candidates is not None and candidates.changes == section.changes
                     if candidates is not None:
-                        self._refresh_leases(section, candidates)
+                        self._refresh_protection(section, candidates)
                 if total is not None and total <= limit:
                     return None
                 if total is not None and self._still_exhausted(state):
@@ -105,16 +126,32 @@ class Evictor:
                 if self._evict_one(candidates, is_fresh=scanned):
                     fruitless = 0
                     continue
+                pinned_bytes = self._pinned_bytes(candidates.scan)
                 self._candidates = None
                 if scanned and (is_complete or fruitless >= MAX_FRUITLESS_SCANS):
-                    self._exhausted = state, time.monotonic()
+                    self._exhausted = _Exhausted(state, time.monotonic(), pinned_bytes)
                     return total
 
-    def _still_exhausted(self, state: tuple[int, int]) -> bool:
-        if self._exhausted is None:
-            return False
-        known, when = self._exhausted
-        return known == state and time.monotonic() < when + RETRY_SCAN_S
+    def _still_exhausted(self, state: _State) -> bool:
+        known = self._exhausted
+        return known is not None and known.state == state and time.monotonic() < known.when_s + RETRY_SCAN_S
+
+    def _pinned_bytes(self, scan: Scan) -> int:
+        """Disk blocks, in bytes, of the entries that pins keep."""
+        return int(scan.disk_bytes[self._protection.is_pinned(scan, np.arange(len(scan)))].sum())
+
+    def _tell_pins(self) -> str:
+        """What an error says of pins."""
+        totals = self._pins.totals()
+        if totals.damaged:
+            return (
+                f" or held because {totals.damaged[0]!r} is damaged, one of {len(totals.damaged)} such pins "
+                "(pin again what it kept, or unpin it)"
+            )
+        if not totals.pins:
+            return ""
+        pinned_bytes = self._exhausted.pinned_bytes if self._exhausted else 0
+        return f" or pinned ({pinned_bytes} bytes by {totals.pins} pins)"
 
     def _evict_one(self, candidates: Candidates, *, is_fresh: bool) -> bool:
         """Evict the next entry that may go; False when there is none."""
@@ -134,8 +171,8 @@ class Evictor:
     def _evict_file(
         self, section: Section, group: str, space: Space, hash_: str, candidates: Candidates, row: int
     ) -> int | None:
-        self._refresh_leases(section, candidates)
-        if space.function is not None and self._leases.protects(prefix_of(hash_)):
+        self._refresh_protection(section, candidates)
+        if self._protection.holds(candidates.scan, np.array([row]))[0]:
             candidates.set_aside(row)
             return None
         path = self._env.layout.entry(space, hash_, group)
@@ -161,9 +198,9 @@ class Evictor:
             candidates.put_back(row, used_ns)
         return None
 
-    def _refresh_leases(self, section: Section, candidates: Candidates) -> None:
-        if self._leases.refresh(section.lease_generation):
-            candidates.set_leases(self._leases)
+    def _refresh_protection(self, section: Section, candidates: Candidates) -> None:
+        if self._protection.refresh(section):
+            candidates.set_protection(self._protection)
 
     def _rescan(self) -> None:
         """Scan, set the ledger right, and order what was found. The caller holds the eviction lock."""
@@ -172,6 +209,8 @@ class Evictor:
         for group in os.listdir(layout.groups):
             directories.sweep_doomed(self._env, self._trash, layout, group)
         ledger = self._env.ledger
+        # The first time this reads all pins, for which nobody should have to wait.
+        self._pins.refresh(ledger.pin_generation(), again=True)
         with ledger.section() as section:
             section.begin_scan()
             changes = section.changes
@@ -190,9 +229,9 @@ class Evictor:
             total = int(scan.disk_bytes.sum())
             total += sum(size - seen.get(name, 0) for name, size in changed.items())
             section.set_total(total)
-            self._leases.refresh(section.lease_generation, again=True)
+            self._protection.refresh(section, again=True)
         self._env.counters.add(scans=1)
         if not scan.suspects and self._durability.any_suspects:
             self._durability.clear()
-        self._candidates = Candidates(scan, self._leases, begun_ns, changes)
+        self._candidates = Candidates(scan, self._protection, begun_ns, changes)
         self._exhausted = None

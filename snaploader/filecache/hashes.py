@@ -45,9 +45,12 @@ def to_prefixes(hashes: npt.NDArray[np.uint8]) -> Prefixes:
     return np.ascontiguousarray(hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
 
 
-def prefix_of(hash_: str) -> int:
-    """The first eight bytes of a hash, as in `Prefixes`."""
-    return int(hash_[:16], 16)
+def are_among(prefixes: Prefixes, known: Prefixes) -> npt.NDArray[np.bool_]:
+    """For each whether it is among `known`, which is sorted. Few are found without a look at all known."""
+    places = np.searchsorted(known, prefixes)
+    found = places < len(known)
+    found[found] = known[places[found]] == prefixes[found]
+    return found
 
 
 def to_hex(words: Words) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache import session as sessions
-from snaploader.filecache.hashes import Prefixes
+from snaploader.filecache.hashes import Prefixes, are_among
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.ledger import Ledger
 from snaploader.filecache.session import Session
@@ -94,11 +94,6 @@ class LeaseTable:
         self._generation = generation
         return True
 
-    def protects(self, prefix: int) -> bool:
-        """Whether a blob is leased."""
-        place = int(np.searchsorted(self._prefixes, np.uint64(prefix)))
-        return place < len(self._prefixes) and int(self._prefixes[place]) == prefix
-
     def protected(self, prefixes: Prefixes) -> npt.NDArray[np.bool_]:
         """For each whether it is leased."""
-        return np.isin(prefixes, self._prefixes)
+        return are_among(prefixes, self._prefixes)

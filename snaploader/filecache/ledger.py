@@ -1,9 +1,10 @@
 """How many bytes the cache takes, shared by all processes, and the lock under which that changes.
 
 The file `usage/ledger` is 48 bytes: a magic, the total of all entries in bytes of disk blocks, and four
-counters. Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under an exclusive lock, for some ten microseconds. Within a section the total is changed
-before the file system is, when an entry appears, and after it, when one goes. So a process killed in
-between leaves a total that is too high, never too low, until the next scan puts it right.
+counters. Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under an
+exclusive lock, for some ten microseconds. Within a section the total is changed before the file system is,
+when an entry appears, and after it, when one goes. So a process killed in between leaves a total that is
+too high, never too low, until the next scan puts it right.
 
 A scan takes seconds in a big cache and nobody waits for it. While one runs, sections also note what
 they change in `usage/journal`; the scan ends with a section that takes, for each entry noted, the

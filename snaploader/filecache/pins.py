@@ -193,8 +193,8 @@ class PinSpace:
                 raise NotFound(f"nothing is pinned as {name!r} in the file cache") from None
         if pin is None:
             raise DataLoss(
-                f"pin {name!r} is damaged ({path!r}), so that nothing of its group is evicted: pin again what "
-                "it kept, or unpin it"
+                f"pin {name!r} is damaged ({path!r}), so that nothing of its group is evicted: "
+                "pin again what it kept, or unpin it"
             )
         return pin
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache import pins, recency
-from snaploader.filecache.hashes import Prefixes, to_prefixes, to_words
+from snaploader.filecache.hashes import Prefixes, are_among, to_prefixes, to_words
 from snaploader.filecache.layout import Layout
 
 _logger = logging.getLogger(__name__)
@@ -120,13 +120,13 @@ class PinTable:
         """For each key whether a pin names a blob of that key."""
         with self._lock:
             pinned = self._blobs.keys
-        return np.isin(keys, pinned)
+        return are_among(keys, pinned)
 
     def refs_pinned(self, keys: Prefixes) -> npt.NDArray[np.bool_]:
         """For each key whether a pin names a ref of that key."""
         with self._lock:
             pinned = self._refs.keys
-        return np.isin(keys, pinned)
+        return are_among(keys, pinned)
 
     def damaged_groups(self) -> set[str]:
         """Folder names of the groups with a damaged pin: what it was to keep may be anything there."""
@@ -169,7 +169,10 @@ class PinTable:
 
     def _listed(self) -> Iterator[tuple[_Name, _Identity]]:
         for group in os.listdir(self._layout.groups):
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._layout.pins(group)) as found:
+            with (
+                suppress(FileNotFoundError, NotADirectoryError),
+                os.scandir(self._layout.pins(group)) as found,
+            ):
                 for entry in found:
                     if pins.is_name(entry.name):
                         with suppress(FileNotFoundError):

@@ -39,11 +39,11 @@ class Protection:
 
     def is_pinned(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
         """For each of these entries whether a pin keeps it."""
-        is_blob = scan.space[rows] <= Space.BLAKE3
-        is_ref = scan.space[rows] == Space.REFS
+        is_blob, is_ref = scan.space[rows] <= Space.BLAKE3, scan.space[rows] == Space.REFS
         keys = scan.use_keys[rows]
-        pinned = (self._pins.blobs_pinned(keys) & is_blob) | (self._pins.refs_pinned(keys) & is_ref)
+        pinned: npt.NDArray[np.bool_] = self._pins.blobs_pinned(keys) & is_blob
+        pinned |= self._pins.refs_pinned(keys) & is_ref
         for group in self._pins.damaged_groups():
             if group in scan.groups:
-                pinned |= scan.group[rows] == scan.groups.index(group)
+                pinned |= (scan.group[rows] == scan.groups.index(group)) & (is_blob | is_ref)
         return pinned
