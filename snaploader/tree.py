@@ -5,7 +5,10 @@ names checks every chunk. docs/formats/manifest.md describes the format. The byt
 protobuf's deterministic serialisation, but made and read as numpy arrays: with a protobuf message per
 chunk, 200,000 chunks took 30 times as long to write, 6 times as long to read, and 100 MiB more.
 
-Reading takes the bytes for what `encode_tree` makes of some table, picks that table out of them
+A big file inside a directory stands in that directory's Tree as a child Directory of the same form,
+with a mode and a time beside its sizes: `encode_chunk_directory`.
+
+Reading takes the bytes for what is written of some table, picks that table out of them
 without a further look, and encodes it again: it is right if that gives the very same bytes. Bytes in
 any other encoding, and all that break a rule, are read one FileNode at a time: slowly, and in as
 little memory.
@@ -69,7 +72,20 @@ M = TypeVar("M", bound=Message)
 
 def encode_tree(table: ChunkTable) -> bytes:
     """The serialised Tree of `table`: equal tables give equal bytes."""
-    return b"".join(part.data for part in _encoded_parts(table))
+    directory = encode_chunk_directory(table)
+    return _tree_header(len(directory)) + directory
+
+
+def encode_chunk_directory(
+    table: ChunkTable, properties: remote_execution_pb2.NodeProperties | None = None
+) -> bytes:
+    """The serialised Directory of `table`: one FileNode per stored chunk.
+
+    Args:
+        properties: Of the file, such as its mode; the sizes are added to a copy.
+    """
+    properties = _with_sizes(table, properties or remote_execution_pb2.NodeProperties())
+    return b"".join(part.data for part in _encoded_parts(table, properties))
 
 
 def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
@@ -91,20 +107,46 @@ def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
     return table if table is not None else _decode_any(view, function)
 
 
-def _encoded_parts(table: ChunkTable) -> Iterator[_Bytes]:
-    """The serialised Tree, in order."""
-    runs = [(start, stop, digits, _template(digits, size)) for start, stop, digits, size in _runs(table)]
-    properties = _encoded_properties(table.size, table.chunk_size)
-    root_bytes = sum((stop - start) * len(template) for start, stop, _, template in runs) + len(properties)
-    yield np.frombuffer(bytes((_FIRST_BYTES,)) + wire.varint(root_bytes), np.uint8)
-    for start, stop, digits, template in runs:
+def decode_chunk_directory(
+    directory: memoryview, function: DigestFunction
+) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties] | None:
+    """The chunk table in a serialised Directory, and all properties of the file; errors as `decode_tree`.
+
+    None when it is a Directory of another kind, that is, without a chunk size.
+    """
+    # A string stands as it is in any encoding, so its absence needs no parsing to see.
+    if CHUNK_SIZE_PROPERTY.encode() not in bytes(directory):
+        return None
+    found = _read_canonical(directory, function)
+    if found is None and _has_chunk_size(directory):
+        found = _read_any(wire.fields(directory), function)
+    return found
+
+
+def _has_chunk_size(directory: memoryview) -> bool:
+    properties = remote_execution_pb2.NodeProperties()
+    for field in wire.fields(directory):
+        if field.number == _DIRECTORY_PROPERTIES:
+            merge_properties(properties, field)
+    return any(item.name == CHUNK_SIZE_PROPERTY for item in properties.properties)
+
+
+def _tree_header(root_bytes: int) -> bytes:
+    return bytes((_FIRST_BYTES,)) + wire.varint(root_bytes)
+
+
+def _encoded_parts(table: ChunkTable, properties: remote_execution_pb2.NodeProperties) -> Iterator[_Bytes]:
+    """The serialised Directory, in order."""
+    for start, stop, digits, size in _runs(table):
+        template = _template(digits, size)
         for first in range(start, stop, _BLOCK_ROWS):
             rows = slice(first, min(first + _BLOCK_ROWS, stop))
             nodes = np.tile(template, (rows.stop - first, 1))
             _write_decimals(table.indices[rows] * table.chunk_size, nodes[:, _NAME_AT : _NAME_AT + digits])
             nodes[:, _hash_columns(digits)] = _hex(table.hashes[rows])
             yield nodes.reshape(-1)
-    yield np.frombuffer(properties, np.uint8)
+    rest = remote_execution_pb2.Directory(node_properties=properties)
+    yield np.frombuffer(rest.SerializeToString(deterministic=True), np.uint8)
 
 
 def _runs(table: ChunkTable) -> Iterator[tuple[int, int, int, int]]:
@@ -162,33 +204,50 @@ def _unhex(columns: _Bytes) -> Hashes:
     return np.frombuffer(raw, np.uint8).reshape(len(columns), HASH_BYTES)
 
 
-def _encoded_properties(size: int, chunk_size: int) -> bytes:
-    directory = remote_execution_pb2.Directory()
-    directory.node_properties.properties.add(name=CHUNK_SIZE_PROPERTY, value=str(chunk_size))
-    directory.node_properties.properties.add(name=SIZE_PROPERTY, value=str(size))
-    return directory.SerializeToString(deterministic=True)
+def _with_sizes(
+    table: ChunkTable, properties: remote_execution_pb2.NodeProperties
+) -> remote_execution_pb2.NodeProperties:
+    copy = remote_execution_pb2.NodeProperties()
+    copy.CopyFrom(properties)
+    copy.properties.add(name=CHUNK_SIZE_PROPERTY, value=str(table.chunk_size))
+    copy.properties.add(name=SIZE_PROPERTY, value=str(table.size))
+    return copy
 
 
 def _decode_canonical(view: memoryview, function: DigestFunction) -> ChunkTable | None:
     """The table in bytes as `encode_tree` makes them; None for any others, right or wrong."""
-    data = np.frombuffer(view, np.uint8)
     try:
         root = next(wire.fields(view), None)
-        if root is None:
-            return None
-        offsets, hashes, rest = _pick_nodes(data[len(data) - len(root.payload) :])
+    except InvalidArgument:
+        return None
+    if root is None or _tree_header(len(root.payload)) != view[: len(view) - len(root.payload)]:
+        return None
+    found = _read_canonical(root.payload, function)
+    return None if found is None else found[0]
+
+
+def _read_canonical(
+    view: memoryview, function: DigestFunction
+) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties] | None:
+    """Table and properties in bytes as `encode_chunk_directory` makes them; None for any others."""
+    data = np.frombuffer(view, np.uint8)
+    try:
+        offsets, hashes, rest = _pick_nodes(data)
         if len(rest) > _MAX_FIELD_BYTES:
             return None
-        size, chunk_size = _geometry(_parsed(remote_execution_pb2.Directory, rest.data).node_properties)
+        properties = _parsed(remote_execution_pb2.Directory, rest.data).node_properties
+        if len(properties.properties) > _MAX_PARTS:
+            return None
+        size, chunk_size = _geometry(properties)
         table = ChunkTable(size, chunk_size, function, offsets // chunk_size, hashes)
     except ValueError:
         return None
     position = 0
-    for part in _encoded_parts(table):
+    for part in _encoded_parts(table, properties):
         if not np.array_equal(data[position : position + len(part)], part):
             return None
         position += len(part)
-    return table if position == len(data) else None
+    return (table, properties) if position == len(data) else None
 
 
 def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
@@ -219,27 +278,27 @@ def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
 
 def _decode_any(view: memoryview, function: DigestFunction) -> ChunkTable:
     """The table in any valid encoding of a Tree, or the error that says what is wrong with it."""
+    return _read_any(_root_fields(view), function)[0]
+
+
+def _read_any(
+    fields: Iterator[wire.Field], function: DigestFunction
+) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties]:
+    """As `_read_canonical`, of the fields of any encoding; or the error that says what is wrong."""
     offsets, sizes = array("q"), array("q")
     hashes = bytearray()
     properties = remote_execution_pb2.NodeProperties()
-    for count, field in enumerate(_root_fields(view)):
+    for count, field in enumerate(fields):
         if count > MAX_STORED_CHUNKS:
             raise InvalidArgument(f"a tree of more than {MAX_STORED_CHUNKS} chunks is refused")
         if field.number in _DIRECTORY_NODES:
             raise InvalidArgument("the tree of a chunked file must hold nothing but files")
         if field.number not in {_DIRECTORY_FILES, _DIRECTORY_PROPERTIES}:
             continue
-        payload = _bytes_of(field)
-        if len(payload) > _MAX_FIELD_BYTES:
-            raise InvalidArgument(
-                f"a tree holds a field of {len(payload)} bytes, {_MAX_FIELD_BYTES} are allowed"
-            )
         if field.number == _DIRECTORY_PROPERTIES:
-            properties.MergeFrom(_parsed(remote_execution_pb2.NodeProperties, payload))
-            if len(properties.properties) > _MAX_PARTS:
-                raise InvalidArgument(f"a tree of more than {_MAX_PARTS} properties is refused")
+            merge_properties(properties, field)
             continue
-        node = _parsed(remote_execution_pb2.FileNode, payload)
+        node = parse_field(remote_execution_pb2.FileNode, field)
         if not _DECIMAL.fullmatch(node.name):
             raise InvalidArgument(f"file {node.name[:80]!r} of a tree is not called after its offset")
         digest = Digest.checked(node.digest.hash, node.digest.size_bytes, function)
@@ -250,7 +309,7 @@ def _decode_any(view: memoryview, function: DigestFunction) -> ChunkTable:
     places = np.frombuffer(offsets, np.int64)
     _check_offsets(places, np.frombuffer(sizes, np.int64), size, chunk_size)
     table_hashes = np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
-    return ChunkTable(size, chunk_size, function, places // chunk_size, table_hashes)
+    return ChunkTable(size, chunk_size, function, places // chunk_size, table_hashes), properties
 
 
 def _root_fields(tree: memoryview) -> Iterator[wire.Field]:
@@ -261,10 +320,26 @@ def _root_fields(tree: memoryview) -> Iterator[wire.Field]:
         if field.number == _TREE_CHILDREN:
             raise InvalidArgument("the tree of a chunked file must not have child directories")
         if field.number == _TREE_ROOT:
-            yield from wire.fields(_bytes_of(field))
+            yield from wire.fields(bytes_of(field))
 
 
-def _bytes_of(field: wire.Field) -> memoryview:
+def merge_properties(properties: remote_execution_pb2.NodeProperties, field: wire.Field) -> None:
+    """Add what a part of the properties says; protobuf allows them to come in several parts."""
+    properties.MergeFrom(parse_field(remote_execution_pb2.NodeProperties, field))
+    if len(properties.properties) > _MAX_PARTS:
+        raise InvalidArgument(f"a tree of more than {_MAX_PARTS} properties is refused")
+
+
+def parse_field(kind: type[M], field: wire.Field) -> M:
+    """The message in a field of a tree. InvalidArgument when it is none, or too large for one entry."""
+    payload = bytes_of(field)
+    if len(payload) > _MAX_FIELD_BYTES:
+        raise InvalidArgument(f"a tree holds a field of {len(payload)} bytes, {_MAX_FIELD_BYTES} are allowed")
+    return _parsed(kind, payload)
+
+
+def bytes_of(field: wire.Field) -> memoryview:
+    """What a field of bytes holds. InvalidArgument when it holds something else."""
     if field.wire_type != wire.BYTES:
         raise InvalidArgument(f"field {field.number} of a tree has wire type {field.wire_type}")
     return field.payload

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from snaploader import keys
 from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
-from snaploader.digest import Digest
+from snaploader.digest import Digest, DigestFunction
+from snaploader.dirtree import DirectoryTree, decode_directory_tree
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
@@ -21,6 +23,8 @@ from snaploader.policy import ReadPolicy, is_stale
 from snaploader.tree import decode_tree
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class SnapshotFinder:
@@ -103,9 +107,11 @@ class SnapshotFinder:
             if manifest is None:
                 return None
             tables = self._read_trees(manifest, allow_remote=True)
+            directories = self._read_directories(manifest, allow_remote=True)
         except (NotFound, DataLoss):
             return None
-        return None if self._remote.find_missing(set(artefacts(manifest, tables))) else manifest
+        wanted = set(artefacts(manifest, tables, directories))
+        return None if self._remote.find_missing(wanted) else manifest
 
     def _first_to_succeed(
         self,
@@ -209,9 +215,10 @@ class SnapshotFinder:
         """A snapshot of which every artefact is at hand; NotFound when one is not."""
         try:
             tables = self._read_trees(manifest, allow_remote=allow_remote)
+            directories = self._read_directories(manifest, allow_remote=allow_remote)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = self._file_cache.find_missing(list(artefacts(manifest, tables)))
+        absent = self._file_cache.find_missing(list(artefacts(manifest, tables, directories)))
         missing = absent
         if absent and self._can_fetch(manifest, allow_remote=allow_remote):
             assert self._remote is not None
@@ -221,17 +228,34 @@ class SnapshotFinder:
                 f"the {source} manifest is incomplete: {len(missing)} of its blobs are in no cache, "
                 f"such as {min(missing)}"
             )
-        return Snapshot(key, manifest, source, tables, allow_remote, frozenset(absent))
+        return Snapshot(
+            key, manifest, source, tables, allow_remote, frozenset(absent), directories=directories
+        )
 
     def _read_trees(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, ChunkTable]:
-        tables = {}
-        for name, digest in manifest.chunked_files.items():
+        trees = manifest.chunked_files
+        return self._decode_all(manifest, trees, decode_tree, allow_remote=allow_remote)
+
+    def _read_directories(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, DirectoryTree]:
+        trees = manifest.directories
+        return self._decode_all(manifest, trees, decode_directory_tree, allow_remote=allow_remote)
+
+    def _decode_all(
+        self,
+        manifest: Manifest,
+        trees: Mapping[str, Digest],
+        decode: Callable[[bytes, DigestFunction], T],
+        *,
+        allow_remote: bool,
+    ) -> dict[str, T]:
+        decoded = {}
+        for name, digest in trees.items():
             tree = self._read_tree(manifest, digest, allow_remote=allow_remote)
             try:
-                tables[name] = decode_tree(tree, manifest.digest_function)
+                decoded[name] = decode(tree, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
-        return tables
+        return decoded
 
     def _read_tree(self, manifest: Manifest, digest: Digest, *, allow_remote: bool) -> bytes:
         try:
@@ -258,11 +282,15 @@ def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
         return None
 
 
-def artefacts(manifest: Manifest, tables: Mapping[str, ChunkTable]) -> Iterator[Digest]:
-    """Every blob a snapshot needs: plain files, trees and chunks; the empty blob is not one."""
+def artefacts(
+    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
+) -> Iterator[Digest]:
+    """Every blob a snapshot needs: plain files, trees, chunks, what is in directories; not the empty blob."""
     yield from manifest.digests()
     for table in tables.values():
         yield from table.digests()
+    for directory in directories.values():
+        yield from directory.digests()
 
 
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:

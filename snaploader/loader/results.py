@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
+from snaploader.dirtree import DirectoryTree
 from snaploader.errors import SnaploaderError
 from snaploader.keys import SnapshotKey
 from snaploader.manifest import Manifest
@@ -44,6 +45,8 @@ class Snapshot:
     """Blobs that the file cache did not have when the snapshot was found; they are to be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
+    directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
+    """What is in every directory, by the directory's name."""
 
     @property
     def degraded(self) -> bool:

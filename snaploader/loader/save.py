@@ -130,7 +130,7 @@ class SnapshotSaver:
                 files={name: saver.plain_files[name] for name in options.files},
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
             )
-            blobs = set(artefacts(manifest, saver.tables))
+            blobs = set(artefacts(manifest, saver.tables, {}))
             uploaded = TransferStatistics()
             with self._file_cache.lease(blobs):
                 warnings = self._complete_locally(saver, blobs, plan.function)
@@ -294,9 +294,8 @@ class SnapshotSaver:
                 self._rescue(saver, {digest})
                 return self._upload_source(digest)
 
-        trees = set(manifest.chunked_files.values())
-        content = upload_blobs(remote, blobs - trees, source, progress)
-        return content + upload_blobs(remote, trees, source, None)
+        content = upload_blobs(remote, blobs - manifest.trees, source, progress)
+        return content + upload_blobs(remote, manifest.trees, source, None)
 
     def _upload_source(self, digest: Digest) -> Buffer | str:
         if digest.size_bytes > SMALL_BLOB_BYTES:

@@ -130,17 +130,19 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     never saved remotely. NotFound when a blob has been evicted since the snapshot was found, and there
     is nowhere else to fetch it from.
     """
-    tables, cache = snapshot.tables, fetcher.file_cache
+    tables, directories, cache = snapshot.tables, snapshot.directories, fetcher.file_cache
     if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
         return cache.lease(())
     if snapshot.absent:
-        blobs = artefacts(snapshot.manifest, tables)
+        blobs = artefacts(snapshot.manifest, tables, directories)
         lease = cache.lease(digest for digest in blobs if digest not in snapshot.absent)
     else:
-        lease = cache.lease(snapshot.manifest.digests(), hashes=[table.hashes for table in tables.values()])
+        whole = (digest for directory in directories.values() for digest in directory.blobs())
+        chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
+        lease = cache.lease((*snapshot.manifest.digests(), *whole), hashes=[t.hashes for t in chunked])
     if snapshot.allow_remote:
         return lease
-    gone = cache.find_missing(list(artefacts(snapshot.manifest, tables)))
+    gone = cache.find_missing(list(artefacts(snapshot.manifest, tables, directories)))
     if gone:
         lease.release()
         raise NotFound(

@@ -1,0 +1,37 @@
+"""Directory trees: what a directory held, as entries in memory and as a Remote Execution API Tree.
+
+    tree = DirectoryTree({"": DirectoryEntry(0o755), "etc": DirectoryEntry(0o755), ...}, function)
+    decode_directory_tree(encode_directory_tree(tree), function) == tree
+
+docs/formats/directories.md describes the format.
+"""
+
+from snaploader.dirtree.decode import decode_directory_tree
+from snaploader.dirtree.encode import encode_directory_tree
+from snaploader.dirtree.entries import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    MAX_PATH_BYTES,
+    MAX_TARGET_BYTES,
+    ChunkedEntry,
+    DirectoryEntry,
+    Entry,
+    FileEntry,
+    SymlinkEntry,
+)
+from snaploader.dirtree.model import DirectoryTree
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_ENTRIES",
+    "MAX_PATH_BYTES",
+    "MAX_TARGET_BYTES",
+    "ChunkedEntry",
+    "DirectoryEntry",
+    "DirectoryTree",
+    "Entry",
+    "FileEntry",
+    "SymlinkEntry",
+    "decode_directory_tree",
+    "encode_directory_tree",
+]

@@ -1,0 +1,187 @@
+"""Reading a directory tree from a Remote Execution API Tree.
+
+A Tree comes from outside, and is small beside what it may claim: equal directories stand in it once, so
+a few kilobytes can name more paths than there is memory for. All bounds are checked as paths are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from snaploader import wire
+from snaploader._proto import remote_execution_pb2
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.dirtree.entries import (
+    MAX_ENTRIES,
+    MAX_PATHS_BYTES,
+    MODE_BITS,
+    ChunkedEntry,
+    DirectoryEntry,
+    Entry,
+    FileEntry,
+    SymlinkEntry,
+    check_name,
+    check_path,
+)
+from snaploader.dirtree.model import DirectoryTree
+from snaploader.errors import InvalidArgument
+from snaploader.tree import MAX_TREE_BYTES, bytes_of, decode_chunk_directory, merge_properties, parse_field
+
+_TREE_ROOT, _TREE_CHILDREN = 1, 2
+_FILES, _DIRECTORIES, _SYMLINKS, _PROPERTIES = 1, 2, 3, 5
+_MAX_ROOT_PARTS = 1000
+
+
+@dataclass(slots=True)
+class _Listing:
+    """One Directory, read: its own entry, and those in it; of directories there only the digests."""
+
+    entry: DirectoryEntry
+    entries: dict[str, Entry] = field(default_factory=dict)
+    directories: dict[str, Digest] = field(default_factory=dict)
+
+
+_Child: TypeAlias = "_Listing | ChunkedEntry"
+
+
+def decode_directory_tree(data: Buffer, function: DigestFunction) -> DirectoryTree:
+    """The directory tree in a serialised Tree, all of it checked.
+
+    Children that nothing refers to are passed over, as are fields and properties that mean nothing here.
+    Without a mode, files have 0644 or 0755 and directories 0755; without a time, the epoch.
+
+    Args:
+        data: The whole blob.
+        function: Behind the digests in it, which do not say so themselves.
+
+    Raises:
+        InvalidArgument: It is no Tree of a directory; a name is unsafe or there twice; a child directory
+            is missing; a digest is malformed; or a limit (`MAX_ENTRIES`, …) is exceeded.
+    """
+    view = memoryview(data).cast("B")
+    if len(view) > MAX_TREE_BYTES:
+        raise InvalidArgument(f"a tree of {len(view)} bytes is refused: {MAX_TREE_BYTES} are allowed")
+    return _Reader(view, function).read()
+
+
+class _Reader:
+    def __init__(self, tree: memoryview, function: DigestFunction) -> None:
+        self._function = function
+        self._root, self._children = _split(tree, function)
+        self._read: dict[str, _Child] = {}
+        self._entries: dict[str, Entry] = {}
+        self._paths_bytes = 0
+
+    def read(self) -> DirectoryTree:
+        root = _read_directory(self._root, self._function)
+        if isinstance(root, ChunkedEntry):
+            raise InvalidArgument("a chunked file was found where the tree of a directory should be")
+        self._put("", root.entry)
+        pending = [("", root)]
+        while pending:
+            path, listing = pending.pop()
+            prefix = f"{path}/" if path else ""
+            for name, entry in listing.entries.items():
+                self._put(prefix + name, entry)
+            for name, digest in listing.directories.items():
+                child = self._child(digest, prefix + name)
+                if isinstance(child, ChunkedEntry):
+                    self._put(prefix + name, child)
+                else:
+                    self._put(prefix + name, child.entry)
+                    pending.append((prefix + name, child))
+        return DirectoryTree(self._entries, self._function)
+
+    def _put(self, path: str, entry: Entry) -> None:
+        self._entries[path] = entry
+        self._paths_bytes += check_path(path)
+        if len(self._entries) > MAX_ENTRIES or self._paths_bytes > MAX_PATHS_BYTES:
+            raise InvalidArgument(
+                f"a directory tree of more than {MAX_ENTRIES} entries or {MAX_PATHS_BYTES} bytes of paths "
+                "is refused"
+            )
+
+    def _child(self, digest: Digest, path: str) -> _Child:
+        child = self._read.get(digest.hash)
+        data = self._children.get(digest.hash)
+        if data is None or len(data) != digest.size_bytes:
+            raise InvalidArgument(f"the directory {path[:200]!r} ({digest}) is missing in its tree")
+        if child is None:
+            child = self._read[digest.hash] = _read_directory(data, self._function)
+        return child
+
+
+def _split(tree: memoryview, function: DigestFunction) -> tuple[memoryview, dict[str, memoryview]]:
+    """The bytes of the root, and those of the children by their hashes."""
+    roots: list[memoryview] = []
+    children: dict[str, memoryview] = {}
+    for count, part in enumerate(wire.fields(tree)):
+        if count > MAX_ENTRIES:
+            raise InvalidArgument(f"a tree of more than {MAX_ENTRIES} directories is refused")
+        if part.number == _TREE_ROOT:
+            roots.append(bytes_of(part))
+        elif part.number == _TREE_CHILDREN:
+            child = bytes_of(part)
+            children[function.hash(child)] = child
+    if not roots or len(roots) > _MAX_ROOT_PARTS:
+        raise InvalidArgument(f"a tree with its root in {len(roots)} parts is refused")
+    # Protobuf reads a message that comes in parts as if they stood one behind the other.
+    return roots[0] if len(roots) == 1 else memoryview(b"".join(roots)), children
+
+
+def _read_directory(data: memoryview, function: DigestFunction) -> _Child:
+    chunked = decode_chunk_directory(data, function)
+    if chunked is not None:
+        table, properties = chunked
+        return ChunkedEntry(table, _mode(properties, 0o644), _mtime_ns(properties))
+    properties = remote_execution_pb2.NodeProperties()
+    files: dict[str, Entry] = {}
+    directories: dict[str, Digest] = {}
+    for count, part in enumerate(wire.fields(data)):
+        if count > MAX_ENTRIES:
+            raise InvalidArgument(f"a directory of more than {MAX_ENTRIES} entries is refused")
+        if part.number == _PROPERTIES:
+            merge_properties(properties, part)
+            continue
+        named = _node(part, function)
+        if named is None:
+            continue
+        name, node = named
+        check_name(name, name)
+        if name in files or name in directories:
+            raise InvalidArgument(f"{name[:80]!r} is in a directory twice")
+        if isinstance(node, Digest):
+            directories[name] = node
+        else:
+            files[name] = node
+    own = DirectoryEntry(_mode(properties, 0o755), _mtime_ns(properties))
+    return _Listing(own, files, directories)
+
+
+def _node(part: wire.Field, function: DigestFunction) -> tuple[str, Entry | Digest] | None:
+    """The name and the node in a field of a Directory; of a directory its digest. None for other fields."""
+    if part.number == _FILES:
+        file = parse_field(remote_execution_pb2.FileNode, part)
+        digest = Digest.checked(file.digest.hash, file.digest.size_bytes, function)
+        default = 0o755 if file.is_executable else 0o644
+        properties = file.node_properties
+        return file.name, FileEntry(digest, _mode(properties, default), _mtime_ns(properties))
+    if part.number == _DIRECTORIES:
+        directory = parse_field(remote_execution_pb2.DirectoryNode, part)
+        return directory.name, Digest.checked(directory.digest.hash, directory.digest.size_bytes, function)
+    if part.number == _SYMLINKS:
+        symlink = parse_field(remote_execution_pb2.SymlinkNode, part)
+        return symlink.name, SymlinkEntry(symlink.target, _mtime_ns(symlink.node_properties))
+    return None
+
+
+def _mode(properties: remote_execution_pb2.NodeProperties, default: int) -> int:
+    return properties.unix_mode.value & MODE_BITS if properties.HasField("unix_mode") else default
+
+
+def _mtime_ns(properties: remote_execution_pb2.NodeProperties) -> int:
+    nanoseconds = properties.mtime.nanos
+    if not 0 <= nanoseconds < 10**9:
+        raise InvalidArgument(f"a time in a tree has {nanoseconds} nanoseconds")
+    return int(properties.mtime.seconds) * 10**9 + nanoseconds

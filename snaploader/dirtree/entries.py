@@ -1,0 +1,127 @@
+"""What stands at one path of a directory tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Digest
+from snaploader.errors import InvalidArgument
+
+MODE_BITS = 0o1777
+"""Permission and sticky bits. Set-id bits are never kept: what is restored may not lend anyone's rights."""
+
+MAX_ENTRIES = 1 << 20
+"""Most paths of a tree."""
+
+MAX_DEPTH = 200
+"""Most names in a path."""
+
+MAX_PATH_BYTES = 4095
+"""Longest path, in UTF-8 bytes; that of Linux."""
+
+MAX_PATHS_BYTES = 256 << 20
+"""Of all paths of a tree together: a small Tree can name one long path many times."""
+
+MAX_TARGET_BYTES = 4095
+"""Longest target of a symbolic link, in UTF-8 bytes; that of Linux."""
+
+MAX_ROWS = 1 << 22
+"""Chunks of all chunked files of a tree together, equal files counted each: 2 TiB in chunks of 512 KiB."""
+
+MIN_MTIME_NS = -62_135_596_800 * 10**9
+MAX_MTIME_NS = 253_402_300_800 * 10**9 - 1
+"""The years 1 to 9999, which are those of a protobuf Timestamp."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file that is kept whole, as one blob."""
+
+    digest: Digest
+    mode: int = 0o644
+    """Permission bits and the sticky bit, at most 0o1777."""
+    mtime_ns: int = 0
+    """Time of last write, in nanoseconds since the epoch."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the content."""
+        return self.digest.size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedEntry:
+    """A big file that is kept in chunks."""
+
+    table: ChunkTable
+    mode: int = 0o644
+    mtime_ns: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the content, holes included."""
+        return self.table.size
+
+
+@dataclass(frozen=True, slots=True)
+class SymlinkEntry:
+    """A symbolic link, whatever it points to. It has no mode of its own."""
+
+    target: str
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryEntry:
+    """A directory, perhaps an empty one."""
+
+    mode: int = 0o755
+    mtime_ns: int = 0
+
+
+Entry: TypeAlias = FileEntry | ChunkedEntry | SymlinkEntry | DirectoryEntry
+
+
+def check_name(name: str, path: str) -> None:
+    """InvalidArgument unless `name`, the last part of `path`, can stand in a directory."""
+    if not name or name in {".", ".."} or "/" in name or "\0" in name:
+        raise InvalidArgument(f"{name[:80]!r} in {path[:200]!r} cannot name an entry of a directory")
+
+
+def check_path(path: str) -> int:
+    """The length of `path` in bytes, if a tree can hold it; InvalidArgument otherwise."""
+    try:
+        length = len(path.encode())
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"the path {path[:200]!r} is not valid UTF-8") from None
+    if length > MAX_PATH_BYTES:
+        raise InvalidArgument(
+            f"the path {path[:200]!r}… has {length} bytes, {MAX_PATH_BYTES} are allowed in a directory tree"
+        )
+    if path.count("/") >= MAX_DEPTH:
+        raise InvalidArgument(f"the path {path[:200]!r}… is deeper than {MAX_DEPTH} directories")
+    return length
+
+
+def check_entry(path: str, entry: Entry) -> None:
+    """InvalidArgument unless all that `entry` says can be kept."""
+    if not MIN_MTIME_NS <= entry.mtime_ns <= MAX_MTIME_NS:
+        raise InvalidArgument(f"the time {entry.mtime_ns} ns of {path[:200]!r} is not in the years 1 to 9999")
+    if isinstance(entry, SymlinkEntry):
+        _check_target(path, entry.target)
+    elif not 0 <= entry.mode <= MODE_BITS:
+        raise InvalidArgument(f"the mode {entry.mode:#o} of {path[:200]!r} is not within {MODE_BITS:#o}")
+
+
+def _check_target(path: str, target: str) -> None:
+    try:
+        length = len(target.encode())
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"the target of symbolic link {path[:200]!r} is not valid UTF-8") from None
+    if not 0 < length <= MAX_TARGET_BYTES or "\0" in target:
+        raise InvalidArgument(
+            f"the target of symbolic link {path[:200]!r} is empty, has a NUL or more than "
+            f"{MAX_TARGET_BYTES} bytes"
+        )
