@@ -34,13 +34,13 @@ The group "" is the folder `_default`. Promises:
 
 Each module explains its part: `layout`, `session` (life and staging), `ledger` (bytes in use), `blobs`,
 `exchange` (files in and out), `refs`, `directories`, `evict`, `candidates`, `scan`, `recency`, `leases`,
-`pins`, `pintable`, `protection`, `listing`, `durability`.
+`pins`, `pinfile`, `pintable`, `protection`, `listing`, `durability`.
 """
 
 from snaploader.filecache.cache import DEFAULT_MAX_BYTES, FileCache
 from snaploader.filecache.directories import DirectoryHandle
 from snaploader.filecache.leases import Lease
-from snaploader.filecache.pins import Pin
+from snaploader.filecache.pinfile import Pin
 from snaploader.filecache.statistics import CacheEntry, CacheStatistics, VerifyReport
 from snaploader.filecache.writer import BlobWriter
 

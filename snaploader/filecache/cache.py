@@ -14,7 +14,7 @@ import numpy.typing as npt
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import exchange, scan, session
+from snaploader.filecache import exchange, recency, scan, session
 from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.directories import DirectoryHandle, DirectoryStore
 from snaploader.filecache.durability import Durability, read_boot_id
@@ -25,7 +25,8 @@ from snaploader.filecache.layout import Layout, Space, group_folder
 from snaploader.filecache.leases import Lease
 from snaploader.filecache.ledger import Ledger
 from snaploader.filecache.locks import FileLock
-from snaploader.filecache.pins import Pin, PinSpace
+from snaploader.filecache.pinfile import Pin
+from snaploader.filecache.pins import PinSpace
 from snaploader.filecache.pintable import PinTable
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.refs import RefSpace
@@ -380,12 +381,16 @@ class FileCache:
             found = sorted(
                 scan.entries(self._env.layout, self._env.layout.group), key=lambda one: one.used_ns
             )
-            return [self._entry(one) for one in found]
+            return [self._entry(*one) for one in zip(found, self._pinned(found), strict=True)]
 
     def statistics(self) -> CacheStatistics:
-        """Counts at this moment."""
+        """Counts at this moment. Reads pins that are new since the last call or eviction."""
         self._check()
-        return self._env.counters.snapshot(self._env.ledger.total_bytes(), self._max_bytes)
+        with translate_os_errors("cannot read the statistics of the file cache"):
+            with self._env.ledger.section() as section:
+                total_bytes, generation = section.total_bytes, section.pin_generation
+            self._pin_table.refresh(generation)
+        return self._env.counters.snapshot(total_bytes, self._max_bytes, self._pin_table.totals())
 
     def prune(self, target_bytes: int = 0) -> int:
         """Evict, of all groups, down to `target_bytes` of disk blocks; the size then.
@@ -396,7 +401,10 @@ class FileCache:
         return self._evictor.prune(target_bytes)
 
     def verify(self) -> VerifyReport:
-        """Hash every blob and read every ref of this group; what is bad is taken out of use and reported."""
+        """Hash every blob and read every ref and pin of this group.
+
+        Bad blobs and refs are taken out of use and reported. Bad pins are reported and stay.
+        """
         self._check()
         blobs = size = refs = 0
         bad: list[Digest] = []
@@ -415,7 +423,8 @@ class FileCache:
                     blobs, size = blobs + 1, size + digest.size_bytes
                     if not right:
                         bad.append(digest)
-        return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs))
+        pins, bad_pins = self._pins.verify()
+        return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs), pins, tuple(bad_pins))
 
     def sync(self) -> None:
         """Flush everything added so far to disk, so that a power failure leaves no suspects.
@@ -457,7 +466,17 @@ class FileCache:
             raise DataLoss(f"the bytes for blob {digest} have the digest {found}")
         return self.put_verified(digest, data)
 
-    def _entry(self, found: scan.Found) -> CacheEntry:
+    def _pinned(self, found: list[scan.Found]) -> list[bool]:
+        """For each entry whether a pin names it."""
+        self._pin_table.refresh(self._env.ledger.pin_generation())
+        keys = recency.keys(self._env.layout.group, to_words([one.hash for one in found])[:, 0])
+        spaces = np.array([one.space for one in found], dtype=np.uint8)
+        pinned = np.zeros(len(found), dtype=np.bool_)
+        for space in Space:
+            pinned |= self._pin_table.pinned(space, keys) & (spaces == space)
+        return pinned.tolist()
+
+    def _entry(self, found: scan.Found, pinned: bool) -> CacheEntry:
         digest = None
         if found.space.function is not None:
             path = self._env.layout.entry(found.space, found.hash)
@@ -465,4 +484,5 @@ class FileCache:
                 digest = Digest(found.hash, os.stat(path).st_size, found.space.function)
             except FileNotFoundError:
                 digest = None
-        return CacheEntry(kind_name(found.space), found.hash, digest, found.disk_bytes, found.used_ns / 1e9)
+        kind = kind_name(found.space)
+        return CacheEntry(kind, found.hash, digest, found.disk_bytes, found.used_ns / 1e9, pinned)

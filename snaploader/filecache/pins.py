@@ -1,120 +1,25 @@
 """Pins: blobs and refs that no process may evict until their name is unpinned, over restarts and crashes.
 
-A pin is a file `pins/<name>` of its group, replaced in one step by rename(2) and flushed to disk:
-
-    "snappin1"  sha256(rest)  rest
-    rest = count of hashes (uint64)  count of refs (uint64)  hashes  sizes  keys of the refs
-
-Hashes and keys are 32 bytes each, sorted and without repetitions; sizes are int64, -1 where unknown.
-Numbers are little-endian. What a damaged pin was to keep is not known any more, so that nothing of its
-group is evicted until it is pinned again or unpinned.
+A pin is a file `pins/<name>` of its group (`pinfile`), replaced in one step by rename(2) and flushed to
+disk. What a damaged pin was to keep is not known any more, so that nothing of its group is evicted until
+it is pinned again or unpinned.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import struct
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache.content import read_file
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
+from snaploader.filecache import pinfile
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.hashes import Words, to_hex, to_words
-
-UNKNOWN_SIZE = -1
-MAX_PIN_ENTRIES = 1 << 24
-"""Hashes, and refs, of one pin: 8 TiB in chunks of 512 KiB."""
-MAX_NAME_LENGTH = 200
-
-_MAGIC = b"snappin1"
-_CHECKED_FROM = len(_MAGIC) + HASH_BYTES
-_COUNTS = struct.Struct("<QQ")
-_HEADER_BYTES = _CHECKED_FROM + _COUNTS.size
-_HASH_AND_SIZE_BYTES = HASH_BYTES + 8
-_MAX_FILE_BYTES = _HEADER_BYTES + MAX_PIN_ENTRIES * (_HASH_AND_SIZE_BYTES + HASH_BYTES)
-_NAME = re.compile(rf"[A-Za-z0-9_@-][A-Za-z0-9._@-]{{0,{MAX_NAME_LENGTH - 1}}}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pin:
-    """What one name keeps from eviction."""
-
-    name: str
-    hashes: npt.NDArray[np.uint8]
-    """Of the blobs, one row of 32 bytes each, sorted, without repetitions. Read-only."""
-    sizes_bytes: npt.NDArray[np.int64]
-    """Of the blobs; -1 where the size was not given. Read-only."""
-    refs: tuple[str, ...]
-    """Keys of the refs, sorted."""
-
-
-def is_name(text: str) -> bool:
-    """Whether this may be a pin's name."""
-    return _NAME.fullmatch(text) is not None
-
-
-def check_name(text: str) -> str:
-    """`text` if it may be a pin's name, else InvalidArgument: it becomes a file name."""
-    if not is_name(text):
-        raise InvalidArgument(
-            f"pin name {text[:220]!r} is not 1 to {MAX_NAME_LENGTH} letters, digits or any of . _ @ - "
-            "that do not begin with a dot"
-        )
-    return text
-
-
-def encode(words: Words, sizes_bytes: npt.NDArray[np.int64], refs: Words) -> bytes:
-    """The file of a pin. Rows are sorted and without repetitions."""
-    rest = b"".join(
-        (
-            _COUNTS.pack(len(words), len(refs)),
-            words.astype(">u8").tobytes(),
-            sizes_bytes.astype("<i8").tobytes(),
-            refs.astype(">u8").tobytes(),
-        )
-    )
-    return _MAGIC + hashlib.sha256(rest).digest() + rest
-
-
-def decode(name: str, data: bytes) -> Pin | None:
-    """The pin in a file; None when the file is damaged."""
-    if len(data) < _HEADER_BYTES or data[: len(_MAGIC)] != _MAGIC:
-        return None
-    rest = memoryview(data)[_CHECKED_FROM:]
-    if hashlib.sha256(rest).digest() != data[len(_MAGIC) : _CHECKED_FROM]:
-        return None
-    hashes, refs = _COUNTS.unpack_from(rest)
-    sizes_at = _HEADER_BYTES + hashes * HASH_BYTES
-    refs_at = sizes_at + hashes * 8
-    if len(data) != refs_at + refs * HASH_BYTES:
-        return None
-    return Pin(
-        name,
-        np.frombuffer(data, np.uint8, hashes * HASH_BYTES, _HEADER_BYTES).reshape(-1, HASH_BYTES),
-        # On a big-endian machine this copies.
-        np.frombuffer(data, "<i8", hashes, sizes_at).astype(np.int64, copy=False),
-        tuple(data[at : at + HASH_BYTES].hex() for at in range(refs_at, len(data), HASH_BYTES)),
-    )
-
-
-def load(path: str) -> tuple[os.stat_result, Pin | None]:
-    """What stands in a pin's file, and the file's status; None for a damaged one. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        status = os.fstat(fd)
-        is_sane = _HEADER_BYTES <= status.st_size <= _MAX_FILE_BYTES
-        data = read_file(fd, status.st_size) if is_sane else b""
-        return status, decode(os.path.basename(path), data)
-    finally:
-        os.close(fd)
+from snaploader.filecache.pinfile import MAX_PIN_ENTRIES, UNKNOWN_SIZE, Pin
 
 
 class PinSpace:
@@ -144,7 +49,7 @@ class PinSpace:
             temporary = self._env.session.temp_path()
             try:
                 with open(temporary, "xb") as file:
-                    file.write(encode(words, sizes_bytes, keys))
+                    file.write(pinfile.encode(words, sizes_bytes, keys))
                     file.flush()
                     os.fsync(file.fileno())
                 self._env.checkpoint("pin.written")
@@ -179,7 +84,7 @@ class PinSpace:
         """See `FileCache.pins`."""
         with translate_os_errors("cannot list pins"), suppress(FileNotFoundError):
             return sorted(
-                name for name in os.listdir(self._folder) if name.startswith(prefix) and is_name(name)
+                name for name in os.listdir(self._folder) if name.startswith(prefix) and pinfile.is_name(name)
             )
         return []
 
@@ -188,7 +93,7 @@ class PinSpace:
         path = self._path(name)
         with translate_os_errors(f"cannot read pin {name!r}"):
             try:
-                _, pin = load(path)
+                pin = pinfile.load(path)[1]
             except FileNotFoundError:
                 raise NotFound(f"nothing is pinned as {name!r} in the file cache") from None
         if pin is None:
@@ -198,8 +103,21 @@ class PinSpace:
             )
         return pin
 
+    def verify(self) -> tuple[int, list[str]]:
+        """Read all pins; how many there are, and the names of those that are damaged."""
+        names = self.names("")
+        bad = []
+        for name in names:
+            try:
+                self.get(name)
+            except NotFound:
+                continue
+            except SnaploaderError:
+                bad.append(name)
+        return len(names), bad
+
     def _path(self, name: str) -> str:
-        return f"{self._folder}/{check_name(name)}"
+        return f"{self._folder}/{pinfile.check_name(name)}"
 
     def _flush_folder(self) -> None:
         """Make the names in the folder of pins survive a power failure."""

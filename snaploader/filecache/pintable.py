@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.filecache import pins, recency
+from snaploader.filecache import pinfile, recency
 from snaploader.filecache.hashes import Prefixes, are_among, to_prefixes, to_words
-from snaploader.filecache.layout import Layout
+from snaploader.filecache.layout import Layout, Space
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class CountedKeys:
         by = np.ones(len(keys), dtype=np.int64)
         by[: len(self.keys)] = self._counts
         by[len(self.keys) : len(keys) - sum(map(len, added))] = -1
-        sizes = np.full(len(keys), pins.UNKNOWN_SIZE, dtype=np.int64)
+        sizes = np.full(len(keys), pinfile.UNKNOWN_SIZE, dtype=np.int64)
         sizes[: len(self.keys)] = self.sizes_bytes
         known = np.concatenate([_NO_NUMBERS, *sizes_bytes])
         sizes[len(keys) - len(known) :] = known
@@ -116,16 +116,12 @@ class PinTable:
                 self._update()
                 self._generation = generation
 
-    def blobs_pinned(self, keys: Prefixes) -> npt.NDArray[np.bool_]:
-        """For each key whether a pin names a blob of that key."""
+    def pinned(self, space: Space, keys: Prefixes) -> npt.NDArray[np.bool_]:
+        """For each key whether a pin names an entry of that key. None of the directories is."""
+        if space is Space.TREES:
+            return np.zeros(len(keys), dtype=np.bool_)
         with self._lock:
-            pinned = self._blobs.keys
-        return are_among(keys, pinned)
-
-    def refs_pinned(self, keys: Prefixes) -> npt.NDArray[np.bool_]:
-        """For each key whether a pin names a ref of that key."""
-        with self._lock:
-            pinned = self._refs.keys
+            pinned = (self._refs if space is Space.REFS else self._blobs).keys
         return are_among(keys, pinned)
 
     def damaged_groups(self) -> set[str]:
@@ -174,7 +170,7 @@ class PinTable:
                 os.scandir(self._layout.pins(group)) as found,
             ):
                 for entry in found:
-                    if pins.is_name(entry.name):
+                    if pinfile.is_name(entry.name):
                         with suppress(FileNotFoundError):
                             yield (group, entry.name), _identity(entry.stat(follow_symlinks=False))
 
@@ -183,7 +179,7 @@ class PinTable:
         group = name[0]
         pin = None
         try:
-            status, pin = pins.load(self._path(name))
+            status, pin = pinfile.load(self._path(name))
             identity = _identity(status)
         except FileNotFoundError:
             raise

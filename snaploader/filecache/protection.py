@@ -38,12 +38,12 @@ class Protection:
         return (self._leases.protected(scan.prefixes[rows]) & is_blob) | self.is_pinned(scan, rows)
 
     def is_pinned(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
-        """For each of these entries whether a pin keeps it."""
-        is_blob, is_ref = scan.space[rows] <= Space.BLAKE3, scan.space[rows] == Space.REFS
+        """For each of these entries whether a pin keeps it, or may have before it was damaged."""
+        space = scan.space[rows]
         keys = scan.use_keys[rows]
-        pinned: npt.NDArray[np.bool_] = self._pins.blobs_pinned(keys) & is_blob
-        pinned |= self._pins.refs_pinned(keys) & is_ref
+        pinned: npt.NDArray[np.bool_] = self._pins.pinned(Space.SHA256, keys) & (space <= Space.BLAKE3)
+        pinned |= self._pins.pinned(Space.REFS, keys) & (space == Space.REFS)
         for group in self._pins.damaged_groups():
             if group in scan.groups:
-                pinned |= (scan.group[rows] == scan.groups.index(group)) & (is_blob | is_ref)
+                pinned |= (scan.group[rows] == scan.groups.index(group)) & (space != Space.TREES)
         return pinned

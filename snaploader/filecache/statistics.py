@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from snaploader.digest import Digest
 from snaploader.filecache.layout import Space
+from snaploader.filecache.pintable import PinTotals
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,15 @@ class CacheStatistics:
     """Disk blocks of what was evicted."""
     scans: int
     """Times the whole folder was scanned."""
+    pins: int
+    """Names under which something is pinned now, in all groups."""
+    pinned_blobs: int
+    """Blobs that pins name, whether they are here or not; each counts once in a group."""
+    pinned_bytes: int
+    """Content of those of them whose size the pins tell."""
+    pinned_refs: int
+    damaged_pins: tuple[str, ...]
+    """Paths of pins that cannot be read. Of their groups nothing is evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,8 @@ class CacheEntry:
     """Disk blocks taken."""
     last_used_s: float
     """Seconds since the epoch."""
+    pinned: bool = False
+    """Whether a pin names it, so that it is not evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +76,9 @@ class VerifyReport:
     refs: int
     bad_refs: tuple[str, ...]
     """Keys of refs that were damaged and are removed now."""
+    pins: int
+    bad_pins: tuple[str, ...]
+    """Names of pins that are damaged. Until they are mended or unpinned nothing of the group is evicted."""
 
 
 class Counters:
@@ -78,12 +94,21 @@ class Counters:
             for name, count in counts.items():
                 self._values[name] = self._values.get(name, 0) + count
 
-    def snapshot(self, total_bytes: int | None, max_bytes: int) -> CacheStatistics:
+    def snapshot(self, total_bytes: int | None, max_bytes: int, pins: PinTotals) -> CacheStatistics:
         """All counts at one moment."""
         with self._lock:
             values = dict(self._values)
-        names = CacheStatistics.__slots__[2:]
-        return CacheStatistics(total_bytes, max_bytes, *(values.get(name, 0) for name in names))
+        stands: dict[str, Any] = {
+            "total_bytes": total_bytes,
+            "max_bytes": max_bytes,
+            "pins": pins.pins,
+            "pinned_blobs": pins.blobs,
+            "pinned_bytes": pins.content_bytes,
+            "pinned_refs": pins.refs,
+            "damaged_pins": pins.damaged,
+        }
+        counted = (field.name for field in fields(CacheStatistics) if field.name not in stands)
+        return CacheStatistics(**stands | {name: values.get(name, 0) for name in counted})
 
 
 def kind_name(space: Space) -> str:

@@ -49,7 +49,10 @@ def work(root, fatal, max_bytes):
             for number in range(4):
                 put(cache, f"new {number}", 100)
             cache.put_ref(key("other"), b"new" * 100, overwrite=False)
+            cache.pin("mine", [blob("old 0", 100)[0]], refs=[key("other")])
+            cache.pin("mine", [blob("new 1", 100)[0]], refs=[key("other")])
             cache.prune(4 * 4096)
+            cache.unpin("mine")
             cache.remove_directory(key("new"))
     print("done", flush=True)
 
@@ -95,6 +98,7 @@ def check(root: Path) -> None:
         report = cache.verify()
         assert report.bad_blobs == ()
         assert report.bad_refs == ()
+        assert report.bad_pins == ()
         for seed in OLD + NEW:
             digest, data = blob(seed, 100)
             if not cache.find_missing([digest]):
@@ -111,6 +115,9 @@ def check(root: Path) -> None:
             put(cache, seed, 100)
             assert cache.read(blob(seed, 100)[0]) == blob(seed, 100)[1]
         assert cache.put_ref(key("ref"), b"three")
+        # What was pinned again was never unprotected in between, and a pin is there whole or not at all.
+        if cache.unpin("mine"):
+            assert cache.prune() <= 4096 * 2
         assert cache.prune() == 0
     assert leftovers(root) == []
 
@@ -141,6 +148,11 @@ def test_killed_at_every_step(tmp_path, work):
         "scan.listed",
         "evict.unlinked",
         "evict.trashed",
+        "pin.written",
+        "pin.announced",
+        "pin.renamed",
+        "unpin.announced",
+        "unpin.unlinked",
     }
 
 

@@ -11,7 +11,7 @@ from filecache_helpers import BLAKE3, blob, blob_file, child, key, leftovers, pu
 
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
-from snaploader.filecache import FileCache, pins
+from snaploader.filecache import FileCache, pinfile, pins
 
 BLOCK = 4096
 
@@ -284,13 +284,13 @@ def test_file_with_another_name_is_no_pin(tmp_path):
 
 def test_only_new_and_changed_pins_are_read(tmp_path, monkeypatch):
     read = []
-    load = pins.load
+    load = pinfile.load
 
     def counting(path):
         read.append(os.path.basename(path))
         return load(path)
 
-    monkeypatch.setattr(pins, "load", counting)
+    monkeypatch.setattr(pinfile, "load", counting)
     with FileCache(tmp_path) as cache:
         for number in range(5):
             cache.pin(f"p{number}", [small(cache, number)])
@@ -355,3 +355,111 @@ def test_pin_is_flushed_with_its_folder_before_the_call_returns(tmp_path, monkey
         flushed.clear()
         cache.unpin("p")
         assert flushed == [f"{groups}/_default/pins"]
+
+
+def test_statistics_count_each_pinned_blob_once(tmp_path):
+    with FileCache(tmp_path) as cache, FileCache(tmp_path, group_id="b") as other:
+        a, b, c = (small(cache, seed) for seed in "abc")
+        cache.pin("p", [a, b], refs=[key("r")])
+        cache.pin("q", [b], hashes=[rows(c)], refs=[key("r")])
+        other.pin("p", [a])
+        found = cache.statistics()
+        assert (found.pins, found.pinned_blobs, found.pinned_bytes, found.pinned_refs) == (3, 4, 300, 1)
+        cache.unpin("p")
+        cache.pin("q", [c])
+        found = other.statistics()
+        assert (found.pins, found.pinned_blobs, found.pinned_bytes, found.pinned_refs) == (2, 2, 200, 0)
+        assert found.damaged_pins == ()
+
+
+def test_entries_tell_what_is_pinned(tmp_path):
+    with FileCache(tmp_path) as cache:
+        digest = small(cache, "a")
+        small(cache, "b")
+        cache.put_ref(key("r"), b"x")
+        cache.put_ref(digest.hash, b"of the same name as a pinned blob")
+        cache.pin("p", [digest], refs=[key("r")])
+        pinned = {(entry.kind, entry.key) for entry in cache.entries() if entry.pinned}
+        assert pinned == {("blob", digest.hash), ("ref", key("r"))}
+        pin = cache.pinned("p")
+        assert pin.keeps(digest.hash)
+        assert pin.keeps(key("r"))
+        assert not pin.keeps(key("s"))
+
+
+def test_verify_reports_damaged_pins_and_leaves_them(tmp_path):
+    with FileCache(tmp_path) as cache:
+        for name in ("good", "bad", "worse"):
+            cache.pin(name, [small(cache, name)])
+        pin_file(cache, "bad").write_bytes(b"")
+        pin_file(cache, "worse").unlink()
+        pin_file(cache, "worse").symlink_to("good")
+        report = cache.verify()
+        assert report.pins == 3
+        assert report.bad_pins == ("bad", "worse")
+        assert cache.pins() == ["bad", "good", "worse"]
+        # Nothing told the ledger; the next scan looks for itself.
+        cache.prune()
+        assert cache.statistics().damaged_pins == (str(pin_file(cache, "bad")), str(pin_file(cache, "worse")))
+
+
+def test_directories_are_not_held_by_pins(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"x")
+    with FileCache(tmp_path / "cache") as cache:
+        cache.add_directory(key("d"), folder)
+        cache.pin("p", [blob("a")[0]._replace(hash=key("d"))], refs=[key("d")])
+        assert cache.prune() == 0
+
+
+KILLED = """
+import os, signal, sys
+from filecache_helpers import blob, key
+from snaploader.filecache import FileCache
+
+root, what, fatal = sys.argv[1:]
+
+def checkpoint(name):
+    if name == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with FileCache(root, checkpoint=checkpoint) as cache:
+    if what == "pin":
+        cache.pin("p", [blob("b", 100)[0]], refs=[key("r")])
+    else:
+        cache.unpin("p")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ("pin.written", "a"),
+        ("pin.announced", "a"),
+        ("pin.renamed", "b"),
+        ("unpin.announced", "a"),
+        ("unpin.unlinked", ""),
+    ],
+)
+def test_killed_process_leaves_a_whole_pin_or_none(tmp_path, step, expected):
+    """And an eviction of a process that runs on sees which."""
+    with FileCache(tmp_path, max_bytes=3 * BLOCK) as cache:
+        for seed in "xab":
+            small(cache, seed)
+        cache.pin("p", [blob("a", 100)[0]])
+        small(cache, "c")
+        assert present(cache, *"xab") == set("ab")
+        with child(KILLED, tmp_path, step.partition(".")[0], step) as process:
+            assert process.wait(60) == -9
+        for seed in "defg":
+            small(cache, seed)
+        assert present(cache, *"ab") == set(expected)
+        assert cache.pins() == (["p"] if expected else [])
+        assert cache.verify().bad_pins == ()
+        if expected:
+            assert cache.pinned("p").keeps(blob(expected, 100)[0].hash)
+    with FileCache(tmp_path):
+        pass
+    assert leftovers(tmp_path) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import click
@@ -10,8 +11,8 @@ import click
 from snaploader.cli.options import Command, Group, common, option, shared_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
-from snaploader.errors import DataLoss, InvalidArgument, NotFound
-from snaploader.filecache import CacheEntry
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from snaploader.filecache import CacheEntry, FileCache
 
 KINDS = ("blob", "ref", "directory")
 SHORTEST_PREFIX = 6
@@ -45,6 +46,7 @@ def list_(session: Session, kind: str | None) -> None:
                     "digest_function": None if entry.digest is None else entry.digest.function.name,
                     "disk_bytes": entry.disk_bytes,
                     "last_used": _time(entry),
+                    "pinned": entry.pinned,
                 }
                 for entry in entries
             ],
@@ -54,7 +56,8 @@ def list_(session: Session, kind: str | None) -> None:
     )
     for entry in entries:
         name = entry.key if entry.digest is None else str(entry.digest)
-        output.text(f"{entry.kind:<9}  {_time(entry)}  {format_size(entry.disk_bytes):>10}  {name}")
+        pinned = "  pinned" if entry.pinned else ""
+        output.text(f"{entry.kind:<9}  {_time(entry)}  {format_size(entry.disk_bytes):>10}  {name}{pinned}")
     total = format_size(sum(entry.disk_bytes for entry in entries))
     output.detail(
         f"{len(entries)} entries, {total} on disk, {format_size(session.settings.max_cache_size)} allowed"
@@ -63,15 +66,23 @@ def list_(session: Session, kind: str | None) -> None:
 
 @cache.command("rm", cls=Command)
 @click.argument("names", nargs=-1, required=True, metavar="KEY…")
+@option("--force", scope="cache rm", is_flag=True, help="Also what is pinned, which may exist nowhere else.")
 @common
-def remove(session: Session, names: tuple[str, ...]) -> None:
+def remove(session: Session, names: tuple[str, ...], force: bool) -> None:
     """Remove entries by what `cache ls` calls them; a unique beginning is enough.
 
-    What still needs them finds them missing, and fetches them again or starts cold.
+    What still needs them finds them missing, and fetches them again or starts cold. What is pinned is
+    refused, and nothing removed then.
     """
     file_cache = session.file_cache
     entries = list(file_cache.entries())
     chosen = {name: _match(name, entries) for name in names}
+    pinned = [entry for entry in chosen.values() if entry.pinned]
+    if pinned and not force:
+        raise FailedPrecondition(
+            f"{pinned[0].kind} {pinned[0].key} is pinned by {_pins_of(file_cache, pinned[0])}: it may exist "
+            "nowhere else. Nothing was removed; --force removes it all the same"
+        )
     for entry in chosen.values():
         if entry.digest is not None:
             file_cache.remove(entry.digest)
@@ -93,7 +104,7 @@ def remove(session: Session, names: tuple[str, ...]) -> None:
 def prune(session: Session, target_size: int | None) -> None:
     """Remove what was used least recently, of all groups, until the cache is no larger than a size.
 
-    What a running program needs stays. A size of 0 empties the cache.
+    What a running program needs stays, and so does what is pinned. A size of 0 removes all else.
     """
     file_cache = session.file_cache
     file_cache.prune(session.settings.max_cache_size if target_size is None else target_size)
@@ -106,9 +117,10 @@ def prune(session: Session, target_size: int | None) -> None:
 @cache.command("verify", cls=Command)
 @common
 def verify(session: Session) -> None:
-    """Hash every blob of the group; what is wrong is taken out of use.
+    """Hash every blob of the group, and read its refs and pins; what is wrong is taken out of use.
 
     Ends with exit code 10 when something was wrong. It is fetched again, or missed, when it is needed.
+    A damaged pin stays, and nothing of the group is evicted until it is pinned again or unpinned.
     """
     report = session.file_cache.verify()
     session.output.json(
@@ -118,6 +130,8 @@ def verify(session: Session) -> None:
             "bad_blobs": [str(digest) for digest in report.bad_blobs],
             "refs": report.refs,
             "bad_refs": list(report.bad_refs),
+            "pins": report.pins,
+            "bad_pins": list(report.bad_pins),
         }
     )
     session.output.text(
@@ -127,11 +141,17 @@ def verify(session: Session) -> None:
         session.output.text(f"bad blob {digest}, now in quarantine")
     for key in report.bad_refs:
         session.output.text(f"bad ref {key}, now removed")
+    for name in report.bad_pins:
+        session.output.text(f"bad pin {name}: nothing is evicted until it is pinned again or unpinned")
     bad = len(report.bad_blobs) + len(report.bad_refs)
     if bad:
         raise DataLoss(
             f"{bad} entries of the cache were damaged and are out of use: check the disk of "
             f"{str(session.settings.cache_folder)!r}"
+        )
+    if report.bad_pins:
+        raise DataLoss(
+            f"{len(report.bad_pins)} pins of the cache are damaged: pin again what they kept, or unpin them"
         )
 
 
@@ -146,6 +166,17 @@ def _match(name: str, entries: Iterable[CacheEntry]) -> CacheEntry:
     if len(found) > 1:
         raise InvalidArgument(f"{name!r} means {len(found)} entries: give more of it")
     return found[0]
+
+
+def _pins_of(file_cache: FileCache, entry: CacheEntry) -> str:
+    """The names of the pins that keep an entry, for people."""
+    names = []
+    for name in file_cache.pins():
+        # One may go meanwhile, or be damaged.
+        with suppress(NotFound, DataLoss):
+            if file_cache.pinned(name).keeps(entry.key):
+                names.append(name)
+    return ", ".join(map(repr, names)) or "nothing any more"
 
 
 def _time(entry: CacheEntry) -> str:
