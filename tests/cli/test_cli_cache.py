@@ -61,6 +61,22 @@ def test_a_ref_and_a_directory_are_removed_too(cli: CommandLine, saved: Path, tm
     assert {entry["kind"] for entry in cli.json("cache", "ls")["entries"]} == {"blob"}
 
 
+def test_what_is_pinned_is_removed_only_by_force(cli: CommandLine, saved: Path) -> None:
+    first, second = (entry["key"] for entry in cli.json("cache", "ls", "--kind", "blob")["entries"][:2])
+    with FileCache(saved) as cache:
+        digest = next(entry.digest for entry in cache.entries() if entry.key == first)
+        cache.pin("version-1", [digest])
+    listed = cli.json("cache", "ls")["entries"]
+    assert {entry["key"] for entry in listed if entry["pinned"]} == {first}
+    assert cli.ok("cache", "ls").text.count("pinned") == 1
+    outcome = cli("cache", "rm", second, first)
+    assert outcome.exit_code == 4
+    assert "pinned by 'version-1'" in outcome.stderr
+    assert len(cli.json("cache", "ls")["entries"]) == 6
+    assert cli.json("cache", "prune", "--target-size", "0")["disk_bytes"] > 0
+    assert cli.json("cache", "rm", "--force", first)["removed"] == [first]
+
+
 def test_a_beginning_that_means_two_entries_is_refused(cli: CommandLine, saved: Path) -> None:
     with FileCache(saved) as cache:
         for last in ("1", "2"):
@@ -85,7 +101,15 @@ def test_pruning_obeys_the_configured_size_by_default(cli: CommandLine, saved: P
 
 def test_an_intact_cache_is_verified(cli: CommandLine, saved: Path) -> None:
     report = cli.json("cache", "verify")
-    assert report == {"blobs": 3, "content_bytes": 300_000, "bad_blobs": [], "refs": 3, "bad_refs": []}
+    assert report == {
+        "blobs": 3,
+        "content_bytes": 300_000,
+        "bad_blobs": [],
+        "refs": 3,
+        "bad_refs": [],
+        "pins": 0,
+        "bad_pins": [],
+    }
 
 
 def test_damage_is_found_told_and_taken_out_of_use(cli: CommandLine, saved: Path) -> None:
@@ -98,3 +122,15 @@ def test_damage_is_found_told_and_taken_out_of_use(cli: CommandLine, saved: Path
     assert outcome.json["bad_blobs"] == [f"{blob.parent.name}{blob.name}/100000"]
     assert "out of use" in outcome.stderr
     assert cli.json("cache", "verify")["blobs"] == 2
+
+
+def test_a_damaged_pin_is_named_and_stays(cli: CommandLine, saved: Path) -> None:
+    with FileCache(saved) as cache:
+        cache.pin("version-1")
+    (pin,) = saved.rglob("pins/version-1")
+    pin.write_bytes(b"rot")
+    outcome = cli("cache", "verify", "--json")
+    assert outcome.exit_code == 10
+    assert (outcome.json["pins"], outcome.json["bad_pins"]) == (1, ["version-1"])
+    assert "pins of the cache are damaged" in outcome.stderr
+    assert pin.exists()

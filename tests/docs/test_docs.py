@@ -109,13 +109,15 @@ def test_the_example_of_the_file_cache_is_true(tmp_path: Path, monkeypatch: pyte
     names = run_example(page)
     try:
         assert len(names["missing"]) == 1023
-        # Two blocks of grammar come first: names, and the ref file.
-        listing, ref, lease, ledger, uses, state = blocks(page, "")[2:]
+        # Three blocks of grammar come first: names, the ref file and the pin file.
+        listing, ref, pin, lease, ledger, uses, state = blocks(page, "")[3:]
         base = tmp_path / "cache/v1"
         assert tree_of(base) == [TOKEN.sub("TOKEN", line) for line in listing.splitlines()]
-        entries = [path for path in (base / "groups").rglob("*") if path.is_file()]
+        files = [path for path in (base / "groups").rglob("*") if path.is_file()]
+        entries = [path for path in files if path.parent.name != "pins"]
         (ref_path,) = [path for path in entries if "refs" in path.parts]
         assert ref_path.read_bytes() == dumped(ref)
+        assert (base / "groups/team-a/pins/version-1").read_bytes() == dumped(pin)
         (lease_path,) = (base / "leases").iterdir()
         assert lease_path.read_bytes() == dumped(lease)
         # The page was written on a file system with blocks of 4096 bytes.
