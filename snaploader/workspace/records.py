@@ -1,0 +1,138 @@
+"""Records of paused workspaces: what a host needs to take each back, should the catalog have lost it.
+
+Each paused workspace has a folder named by its id, with a file `record.json` in it. It is written in a
+folder `<id>.staging-<unique>`, flushed and renamed into place; it is removed by being renamed to
+`<id>.trash-<unique>` first. So what is under an id is whole, and what has another name is rubbish.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from contextlib import suppress
+
+from snaploader.errors import DataLoss, NotFound, translate_os_errors
+from snaploader.workspace.durable import flush_folder, write_new
+from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.recordformat import PausedRecord, decode, encode
+
+STAGING = ".staging-"
+TRASH = ".trash-"
+
+_FILE = "record.json"
+_MAX_BYTES = 64 << 20
+
+
+class PausedRecords:
+    """The folder of paused workspaces. Thread-safe; what is done to one id needs the lock of its workspace.
+
+    Args:
+        folder: Made if absent.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = os.fspath(folder)
+        with translate_os_errors(f"cannot make {self._folder!r}"):
+            os.makedirs(self._folder, exist_ok=True)
+
+    @property
+    def folder(self) -> str:
+        """Where the records are."""
+        return self._folder
+
+    def write(self, record: PausedRecord) -> None:
+        """Keep a record, in the place of an earlier one. It is on disk when the call returns."""
+        workspace_id = check_workspace_id(record.workspace.id)
+        data = json.dumps(encode(record), indent=1).encode()
+        staging = self._aside(workspace_id, STAGING)
+        with translate_os_errors(f"cannot write the record of paused workspace {workspace_id!r}"):
+            try:
+                os.mkdir(staging)
+                write_new(f"{staging}/{_FILE}", data)
+                flush_folder(staging)
+                self.remove(workspace_id)
+                os.rename(staging, self._path(workspace_id))
+                flush_folder(self._folder)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+
+    def read(self, workspace_id: str) -> PausedRecord:
+        """The record of a workspace.
+
+        Raises:
+            NotFound: There is none.
+            DataLoss: It cannot be read, or is of another workspace.
+        """
+        path = f"{self._path(check_workspace_id(workspace_id))}/{_FILE}"
+        what = f"the record of paused workspace {workspace_id!r}"
+        with translate_os_errors(f"cannot read {what}"):
+            if not os.path.lexists(self._path(workspace_id)):
+                raise NotFound(f"there is no record of a paused workspace {workspace_id!r}")
+            with open(path, "rb") as file:
+                data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise DataLoss(f"{what} is larger than {_MAX_BYTES} bytes: {path!r}")
+        try:
+            record = decode(json.loads(data))
+        except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
+            raise DataLoss(f"{what} is damaged ({error!r}): {path!r}") from error
+        if record.workspace.id != workspace_id:
+            raise DataLoss(f"{what} is that of workspace {record.workspace.id!r}: {path!r}")
+        return record
+
+    def remove(self, workspace_id: str) -> bool:
+        """Remove the record of a workspace; whether there was one."""
+        aside = self.trash(check_workspace_id(workspace_id))
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
+        return bool(aside)
+
+    def trash(self, name: str) -> str:
+        """Rename an entry aside, for the next sweep; its new path, empty when there was none."""
+        aside = self._aside(name, TRASH)
+        with translate_os_errors(f"cannot move {name!r} aside in {self._folder!r}"):
+            try:
+                os.rename(self._path(name), aside)
+            except FileNotFoundError:
+                return ""
+            flush_folder(self._folder)
+        return aside
+
+    def entries(self) -> list[str]:
+        """The names in the folder, but for what was left over by writing and removing; sorted."""
+        return [name for name in self._names() if not is_leftover(name)]
+
+    def leftovers(self) -> list[str]:
+        """The names of what was left over by writing and removing, sorted."""
+        return [name for name in self._names() if is_leftover(name)]
+
+    def sweep(self, name: str) -> None:
+        """Remove a leftover. What cannot be removed stays for the next time."""
+        path = self._path(name)
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(path)
+
+    def _names(self) -> list[str]:
+        with translate_os_errors(f"cannot list {self._folder!r}"):
+            return sorted(os.listdir(self._folder))
+
+    def _aside(self, name: str, kind: str) -> str:
+        # A name may be as long as names can be; what it was called before matters little then.
+        return f"{self._folder}/{name[:64]}{kind}{uuid.uuid4().hex}"
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is that of a folder being written or removed."""
+    return STAGING in name or TRASH in name
+
+
+def owner_of(leftover: str) -> str:
+    """The id of the workspace whose record a leftover was to be, or was."""
+    return leftover.split(STAGING)[0].split(TRASH)[0]
