@@ -15,6 +15,7 @@ from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.loader.capture import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pool import DEFAULT_WORKERS, WorkerPool
@@ -212,6 +213,7 @@ class SnapshotLoader:
         *,
         files: Mapping[str, str | os.PathLike[str]] | None = None,
         chunked_files: Mapping[str, COWStore | str | os.PathLike[str]] | None = None,
+        directories: Mapping[str, DirectorySource | str | os.PathLike[str]] | None = None,
         vm_configuration: Any,
         vm_metadata: Any = None,
         snapshot_id: str | None = None,
@@ -221,18 +223,22 @@ class SnapshotLoader:
         min_refresh_interval_s: float = 0.0,
         remote: bool | None = None,
         chunk_size: int | None = None,
+        pin: str | None = None,
         progress: ProgressCallback | None = None,
     ) -> SaveResult:
-        """Save files as the snapshot of `key`: in the file cache, then in the remote cache.
+        """Save files and directories as the snapshot of `key`: in the file cache, then in the remote cache.
 
         A store that was unpacked or saved before is saved at the cost of what was written to it since.
         After the call its chunks are clean; a later write never changes what was saved.
 
         Args:
-            key: Usually the `write_key` of a key set.
+            key: Usually the `write_key` of a key set. One that names nothing but perhaps an instance belongs
+                to no branch: the snapshot is found by its id only.
             files: Kept whole, by name. Paths of regular files.
             chunked_files: Kept in chunks, by name. Stores, or paths of regular files, which must not change
                 during the call.
+            directories: Kept whole, by name, with all that is in them; see `DirectorySource`. They must not
+                change during the call.
             vm_configuration: What the machine is made of: any protobuf message, such as
                 `snaploader.VMConfiguration`, or an Any.
             vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of
@@ -245,6 +251,8 @@ class SnapshotLoader:
             min_refresh_interval_s: Leave the default branch's remote snapshot alone when it is younger.
             remote: Whether to save remotely. Default: if there is a remote cache.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
+            pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
+                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go.
 
         Raises:
             InvalidArgument: names, keys or options are malformed, or nothing would be stored.
@@ -257,6 +265,7 @@ class SnapshotLoader:
         options = SaveOptions(
             files=dict(files or {}),
             chunked_files=dict(chunked_files or {}),
+            directories={name: _directory_source(source) for name, source in (directories or {}).items()},
             vm_configuration=vm_configuration,
             vm_metadata=vm_metadata,
             snapshot_id=snapshot_id,
@@ -266,6 +275,7 @@ class SnapshotLoader:
             min_refresh_interval_s=min_refresh_interval_s,
             remote=remote,
             chunk_size=chunk_size,
+            pin=pin,
             progress=progress,
         )
         return self._saver.save(key, options)
@@ -305,3 +315,7 @@ def _save_policy(policy: SavePolicy | str) -> SavePolicy:
     if not isinstance(policy, str):
         raise InvalidArgument("no save policy was given: use always, first-non-default-ref or none-available")
     return SavePolicy.parse(policy)
+
+
+def _directory_source(source: DirectorySource | str | os.PathLike[str]) -> DirectorySource:
+    return source if isinstance(source, DirectorySource) else DirectorySource(source)

@@ -77,6 +77,32 @@ class SavedFile:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedDirectory:
+    """One directory of a save, and what it took."""
+
+    name: str
+    digest: Digest
+    """Of the tree."""
+    files: int
+    directories: int
+    """Below the directory itself."""
+    symlinks: int
+    size_bytes: int
+    """Of all files, holes included."""
+    read_bytes: int
+    """What was read from files: all of it, but for holes and for files that the capture index knows."""
+    hashed_bytes: int
+    stored_bytes: int
+    """Bytes new to the file cache."""
+    deduplicated_bytes: int
+    """Bytes hashed that the file cache held already."""
+    hole_bytes: int
+    """Bytes in chunks of nothing but zeros."""
+    skipped: tuple[str, ...] = ()
+    """Relative paths of sockets, FIFOs and devices, which are not saved."""
+
+
+@dataclass(frozen=True, slots=True)
 class SaveResult:
     """What `cache_snapshot` did."""
 
@@ -96,23 +122,33 @@ class SaveResult:
     """The same as it was sent."""
     warnings: tuple[str, ...] = field(default=())
     """What went wrong without harm to the snapshot under `key`."""
+    directories: tuple[SavedDirectory, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files and directories, holes included."""
+        return sum(saved.size_bytes for saved in self._everything)
 
     @property
     def hole_bytes(self) -> int:
-        """Bytes of all chunked files in chunks of nothing but zeros."""
-        return sum(file.hole_bytes for file in self.files)
+        """Bytes in chunks of nothing but zeros."""
+        return sum(saved.hole_bytes for saved in self._everything)
 
     @property
     def hashed_bytes(self) -> int:
-        """Bytes of all files that were read and hashed."""
-        return sum(file.hashed_bytes for file in self.files)
+        """Bytes that were read and hashed."""
+        return sum(saved.hashed_bytes for saved in self._everything)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all files that were new to the file cache."""
-        return sum(file.stored_bytes for file in self.files)
+        """Bytes that were new to the file cache."""
+        return sum(saved.stored_bytes for saved in self._everything)
 
     @property
     def deduplicated_bytes(self) -> int:
-        """Bytes of all files that were hashed and found in the file cache."""
-        return sum(file.deduplicated_bytes for file in self.files)
+        """Bytes that were hashed and found in the file cache."""
+        return sum(saved.deduplicated_bytes for saved in self._everything)
+
+    @property
+    def _everything(self) -> tuple[SavedFile | SavedDirectory, ...]:
+        return (*self.files, *self.directories)

@@ -7,9 +7,11 @@ it names is stored.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +29,7 @@ from snaploader.errors import (
     SnaploaderError,
 )
 from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.loader.capture import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder, artefacts, vm_metadata_of
 from snaploader.loader.pool import WorkerPool
@@ -48,6 +51,7 @@ class SaveOptions:
 
     files: Mapping[str, str | os.PathLike[str]]
     chunked_files: Mapping[str, COWStore | str | os.PathLike[str]]
+    directories: Mapping[str, DirectorySource]
     vm_configuration: Any
     vm_metadata: Any = None
     snapshot_id: str | None = None
@@ -57,7 +61,13 @@ class SaveOptions:
     min_refresh_interval_s: float = 0.0
     remote: bool | None = None
     chunk_size: int | None = None
+    pin: str | None = None
     progress: ProgressCallback | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files and directories, as they were given; one that was given twice is there twice."""
+        return [*self.files, *self.chunked_files, *self.directories]
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class SnapshotSaver:
             self._pool,
             files=options.files,
             chunked_files=options.chunked_files,
+            directories=options.directories,
             chunk_size=options.chunk_size,
             progress=options.progress,
         ) as saver:
@@ -129,14 +140,17 @@ class SnapshotSaver:
                 vm_metadata=metadata,
                 files={name: saver.plain_files[name] for name in options.files},
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
+                directories={name: capture.digest for name, capture in saver.directories.items()},
             )
-            blobs = set(artefacts(manifest, saver.tables, {}))
+            blobs = set(artefacts(manifest, saver.tables, saver.trees))
             uploaded = TransferStatistics()
             with self._file_cache.lease(blobs):
                 warnings = self._complete_locally(saver, blobs, plan.function)
                 write_keys = self._write_keys(key, options.key_set)
-                warnings += self._publish_locally(manifest, write_keys, id_key)
+                with self._pinned(options.pin, blobs, [*write_keys, id_key]):
+                    warnings += self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)
+                warnings += filter(None, (capture.remember() for capture in saver.directories.values()))
                 try:
                     if plan.failure is not None:
                         raise plan.failure
@@ -157,6 +171,7 @@ class SnapshotSaver:
             uploaded_bytes=uploaded.content_bytes,
             uploaded_wire_bytes=uploaded.wire_bytes,
             warnings=tuple(warnings),
+            directories=tuple(capture.result() for capture in saver.directories.values()),
         )
 
     def _check(self, key: SnapshotKey, options: SaveOptions) -> None:
@@ -164,13 +179,14 @@ class SnapshotSaver:
             raise FailedPrecondition("this loader is read-only: it cannot save snapshots")
         if key.snapshot_id:
             raise InvalidArgument("the key to save under names a snapshot id: pass snapshot_id= instead")
-        if not options.files and not options.chunked_files:
-            raise InvalidArgument("there is nothing to save: name at least one file")
-        both = options.files.keys() & options.chunked_files.keys()
-        if both:
-            raise InvalidArgument(f"{min(both)!r} is to be saved both whole and in chunks: choose one")
-        for name in (*options.files, *options.chunked_files):
+        if not options.names:
+            raise InvalidArgument("there is nothing to save: name at least one file or directory")
+        for name, count in Counter(options.names).items():
             check_name(name)
+            if count > 1:
+                raise InvalidArgument(
+                    f"{name!r} is to be saved both whole and in chunks, or as a directory too: choose one"
+                )
         if options.chunk_size is not None:
             check_geometry(0, options.chunk_size)
         if options.remote and self._remote is None:
@@ -191,7 +207,7 @@ class SnapshotSaver:
             skipped = self._reason_to_skip(key, options)
             if skipped:
                 return _Plan(function, skipped=skipped)
-            is_taken = self._finder.remote_manifest(id_key) is not None
+            is_taken = self._finder.is_taken_remotely(id_key)
         except SnaploaderError as error:
             return _Plan(function, failure=error if wanted else None)
         if is_taken:
@@ -245,7 +261,7 @@ class SnapshotSaver:
                     f"cache, and whether they still are in the remote cache cannot be told: {error.message}"
                 )
                 return [warning]
-        self._rescue(saver, missing)
+        saver.rescue(missing)
         missing = self._file_cache.find_missing(missing)
         if missing:
             raise ResourceExhausted(
@@ -254,16 +270,20 @@ class SnapshotSaver:
             )
         return []
 
-    def _rescue(self, saver: LocalSaver, digests: set[Digest]) -> None:
-        """Put chunks into the file cache again that are in no cache, from the stores that are saved."""
-        for digest, name, index in saver.places(digests):
-            try:
-                self._file_cache.write(digest, saver.read_chunk(name, index))
-            except (NotFound, DataLoss) as error:
-                raise type(error)(
-                    f"chunk {index} of {name!r} ({digest}), which did not change since it was loaded, is "
-                    f"in no cache any more: {error.message}"
-                ) from error
+    @contextlib.contextmanager
+    def _pinned(self, name: str | None, blobs: set[Digest], written: list[SnapshotKey]) -> Iterator[None]:
+        """Pin all that the block publishes, before it is there to be evicted; not when the block fails."""
+        if name is None:
+            yield
+            return
+        group = self._file_cache.group_id
+        refs = [keys.local_manifest_key(group, key) for key in written]
+        self._file_cache.pin(name, blobs, refs=refs)
+        try:
+            yield
+        except BaseException:
+            self._file_cache.unpin(name)
+            raise
 
     def _publish_locally(
         self, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
@@ -275,8 +295,12 @@ class SnapshotSaver:
         try:
             if self._file_cache.put_ref(keys.local_manifest_key(group, id_key), data, overwrite=False):
                 return []
+            if not write_keys:
+                raise FailedPrecondition(_taken(id_key))
             return [f"snapshot id {id_key.snapshot_id!r} was taken locally meanwhile and not overwritten"]
         except SnaploaderError as error:
+            if not write_keys:
+                raise
             return [f"the snapshot is not found by its id locally: {error.message}"]
 
     def _upload(
@@ -291,7 +315,7 @@ class SnapshotSaver:
             try:
                 return self._upload_source(digest)
             except (NotFound, DataLoss):
-                self._rescue(saver, {digest})
+                saver.rescue({digest})
                 return self._upload_source(digest)
 
         content = upload_blobs(remote, blobs - manifest.trees, source, progress)
@@ -312,14 +336,21 @@ class SnapshotSaver:
         ]
         try:
             # Looked at once more: the upload may have taken minutes.
-            is_taken = self._finder.remote_manifest(id_key) is not None
+            is_taken = self._finder.is_taken_remotely(id_key)
             if is_taken or not publish_manifest(remote, id_key, manifest):
-                warnings.append(f"{_taken(id_key)} (it was taken remotely during this save)")
+                message = f"{_taken(id_key)} (it was taken remotely during this save)"
+                if not write_keys:
+                    raise FailedPrecondition(message)
+                warnings.append(message)
         except SnaploaderError as error:
+            if not write_keys:
+                raise
             warnings.append(f"the snapshot is not found by its id remotely: {error.message}")
         return warnings
 
     def _write_keys(self, key: SnapshotKey, key_set: SnapshotKeySet | None) -> list[SnapshotKey]:
+        if key == SnapshotKey(instance_name=key.instance_name):
+            return []
         universal = self._universal if key_set is None else any(map(keys.is_universal, key_set))
         if not universal or keys.is_universal(key) or not key.ref:
             return [key]

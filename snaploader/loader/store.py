@@ -15,8 +15,17 @@ from typing import Self
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import FailedPrecondition, InvalidArgument, SnaploaderError, translate_os_errors
+from snaploader.dirtree import DirectoryTree
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+    translate_os_errors,
+)
 from snaploader.filecache import FileCache
+from snaploader.loader.capture import DirectoryCapture, DirectorySource
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
@@ -70,6 +79,7 @@ class LocalSaver:
         *,
         files: Mapping[str, str | os.PathLike[str]],
         chunked_files: Mapping[str, COWStore | str | os.PathLike[str]],
+        directories: Mapping[str, DirectorySource],
         chunk_size: int | None,
         progress: ProgressCallback | None,
     ) -> None:
@@ -87,11 +97,18 @@ class LocalSaver:
         self.tables: dict[str, ChunkTable] = {}
         """The chunks of every chunked file; filled by `run`."""
         self._chunked: list[ChunkedSave] = []
+        self.directories: dict[str, DirectoryCapture] = {}
+        """Every directory; their trees are made by `run`."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._open.close)
             for name, source in chunked_files.items():
                 with _translate_cow_errors(name):
                     self._chunked.append(self._begin(name, source, chunk_size))
+            for name, directory in directories.items():
+                size = chunk_size or DEFAULT_CHUNK_SIZE
+                capture = DirectoryCapture(name, directory, file_cache, function, size)
+                self._open.callback(capture.close)
+                self.directories[name] = capture
             undo.pop_all()
 
     def run(self) -> dict[str, SavedFile]:
@@ -101,7 +118,14 @@ class LocalSaver:
         for save in self._chunked:
             save.unchanged()
             self._finish(save)
+        for capture in self.directories.values():
+            capture.finish()
         return self._saved
+
+    @property
+    def trees(self) -> dict[str, DirectoryTree]:
+        """What is in every directory; there after `run`."""
+        return {name: capture.tree for name, capture in self.directories.items()}
 
     def commit(self, make_source: Callable[..., SnapshotChunkSource]) -> None:
         """Tell the stores that their chunks are saved: they are clean from now on.
@@ -114,21 +138,22 @@ class LocalSaver:
             with _translate_cow_errors(save.name):
                 save.checkpoint.commit(source)
 
-    def places(self, digests: Collection[Digest]) -> Iterator[tuple[Digest, str, int]]:
-        """For each of `digests` that is a chunk: a file and an index where it stands."""
-        wanted = set(digests)
-        for name, table in self.tables.items():
-            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
-                if digest in wanted:
-                    wanted.remove(digest)
-                    yield digest, name, index
+    def rescue(self, digests: Collection[Digest]) -> None:
+        """Put blobs into the file cache again that are in no cache, from what is being saved.
 
-    def read_chunk(self, name: str, index: int) -> bytes:
-        """The frozen content of a chunk, from its store."""
-        checkpoint = next(save.checkpoint for save in self._chunked if save.name == name)
-        buffer = bytearray(checkpoint.chunk_length(index))
-        checkpoint.readinto(index, buffer)
-        return bytes(buffer)
+        NotFound, DataLoss or FailedPrecondition when something does not hold any more what it did.
+        """
+        wanted = set(digests)
+        for capture in self.directories.values():
+            capture.rescue(wanted)
+        for digest, name, index in self._places(wanted):
+            try:
+                self._file_cache.write(digest, self._read_chunk(name, index))
+            except (NotFound, DataLoss) as error:
+                raise type(error)(
+                    f"chunk {index} of {name!r} ({digest}), which did not change since it was loaded, is "
+                    f"in no cache any more: {error.message}"
+                ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +162,22 @@ class LocalSaver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open.close()
+
+    def _places(self, digests: Collection[Digest]) -> Iterator[tuple[Digest, str, int]]:
+        """For each of `digests` that is a chunk: a file and an index where it stands."""
+        wanted = set(digests)
+        for name, table in self.tables.items():
+            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+                if digest in wanted:
+                    wanted.remove(digest)
+                    yield digest, name, index
+
+    def _read_chunk(self, name: str, index: int) -> bytes:
+        """The frozen content of a chunk, from its store."""
+        checkpoint = next(save.checkpoint for save in self._chunked if save.name == name)
+        buffer = bytearray(checkpoint.chunk_length(index))
+        checkpoint.readinto(index, buffer)
+        return bytes(buffer)
 
     def _begin(
         self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
@@ -163,9 +204,10 @@ class LocalSaver:
     def _total_bytes(self) -> int:
         with translate_os_errors("cannot read a file to save"):
             plain = sum(os.stat(path).st_size for path in self._files.values())
-        return plain + sum(
+        chunked = sum(
             save.checkpoint.chunk_length(index) for save in self._chunked for index in save.pending()
         )
+        return plain + chunked + sum(capture.pending_bytes for capture in self.directories.values())
 
     def _tasks(self) -> Iterator[Callable[[ProgressMeter], None]]:
         for name, path in self._files.items():
@@ -173,6 +215,8 @@ class LocalSaver:
         for save in self._chunked:
             for index in save.pending():
                 yield partial(self._store_chunk, save, index)
+        for capture in self.directories.values():
+            yield from capture.tasks()
 
     def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {name!r}"):

@@ -1,0 +1,366 @@
+"""Saving a directory: its files become blobs in the file cache, and it becomes a tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from snaploader.chunktable import ChunkTable, check_geometry
+from snaploader.digest import Digest, DigestFunction
+from snaploader.dirtree import (
+    ChunkedEntry,
+    DirectoryEntry,
+    DirectoryTree,
+    Entry,
+    FileEntry,
+    encode_directory_tree,
+)
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.filecache import FileCache
+from snaploader.loader.bigfile import BigFileReader, read_ranges
+from snaploader.loader.captureindex import (
+    CaptureIndex,
+    Content,
+    is_settled,
+    read_index,
+    try_write_index,
+)
+from snaploader.loader.progress import ProgressMeter
+from snaploader.loader.results import SavedDirectory
+from snaploader.loader.scan import (
+    FileIdentity,
+    FoundFile,
+    changed,
+    check_directories,
+    open_directory,
+    scan,
+    shown_path,
+)
+
+DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
+"""Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
+
+_IN_MEMORY_BYTES = 4 << 20
+"""Files that are kept whole are read in one piece up to this size; bigger ones are streamed."""
+
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySource:
+    """A directory to save, and how. Immutable.
+
+    Raises:
+        InvalidArgument: An excluded path is not relative and plain, or the threshold is not positive.
+    """
+
+    path: str | os.PathLike[str]
+    """Of the directory, which must not change during the save. Symbolic links in it are kept as such and
+    not followed. Files with several names become files of their own."""
+    exclude: Collection[str] = ()
+    """Paths relative to it. Of a directory named here only the directory is kept, empty; of anything else
+    nothing."""
+    index: str | os.PathLike[str] | None = None
+    """A file outside the directory that remembers what the last save found. With it, only files that
+    changed since are read again. Written anew by every save; None reads everything."""
+    chunk_threshold_bytes: int = DEFAULT_CHUNK_THRESHOLD_BYTES
+    """Files of this size or more are kept in chunks, their holes left out. Default: 4 MiB."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):
+            raise InvalidArgument("exclude is a list of paths, not one path")
+        for path in self.exclude:
+            if any(name in {"", ".", ".."} for name in path.split("/")):
+                raise InvalidArgument(
+                    f"{path!r} cannot be excluded: name it relative to the directory, as in 'var/cache'"
+                )
+        if self.chunk_threshold_bytes < 1:
+            raise InvalidArgument(f"chunk_threshold_bytes is {self.chunk_threshold_bytes}, not positive")
+
+
+class DirectoryCapture:
+    """A directory on its way into the file cache. It is looked through when this is made.
+
+    To be closed. `tasks` are for several threads, everything else is for one.
+
+    Raises:
+        SnaploaderError: As `scan`; NotFound when there is no such directory.
+        InvalidArgument: The index is inside the directory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: DirectorySource,
+        file_cache: FileCache,
+        function: DigestFunction,
+        chunk_size: int,
+    ) -> None:
+        self._name = name
+        self._where = os.path.abspath(os.fspath(source.path))
+        self._threshold = source.chunk_threshold_bytes
+        self._file_cache = file_cache
+        self._function = function
+        self._chunk_size = chunk_size
+        self._index_path = None if source.index is None else os.path.abspath(os.fspath(source.index))
+        self._lock = threading.Lock()
+        self._contents: dict[str, Content] = {}
+        self._readers: set[BigFileReader] = set()
+        self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
+        self._tree: DirectoryTree | None = None
+        self._digest: Digest | None = None
+        self._check_index_path(source.exclude)
+        self._started_ns = time.time_ns()
+        self._root = open_directory(self._where)
+        try:
+            self._found = scan(self._root, self._where, source.exclude)
+        except BaseException:
+            os.close(self._root)
+            raise
+        self._pending = self._changed_files()
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of the files that have to be read."""
+        return sum(file.identity.size_bytes for file in self._pending)
+
+    @property
+    def tree(self) -> DirectoryTree:
+        """What is in the directory; there after `finish`."""
+        assert self._tree is not None
+        return self._tree
+
+    @property
+    def digest(self) -> Digest:
+        """Of the tree; there after `finish`."""
+        assert self._digest is not None
+        return self._digest
+
+    def tasks(self) -> Iterator[Callable[[ProgressMeter], None]]:
+        """What has to be read: a call for each small file and for each chunk of a big one.
+
+        A big file is opened when its first call is taken, so few are open at a time.
+        """
+        for file in self._pending:
+            if self._is_chunked(file):
+                yield from self._chunk_tasks(file)
+            else:
+                yield partial(self._store_file, file)
+
+    def finish(self) -> None:
+        """Make the tree, when all tasks are done, and keep it in the file cache.
+
+        FailedPrecondition when a directory changed meanwhile, InvalidArgument when there is too much in it.
+        """
+        check_directories(self._root, self._where, self._found)
+        entries: dict[str, Entry] = {**self._found.directories, **self._found.symlinks}
+        for file in self._found.files:
+            content = self._contents[file.path]
+            if isinstance(content, ChunkTable):
+                entries[file.path] = ChunkedEntry(content, file.mode, file.mtime_ns)
+            else:
+                entries[file.path] = FileEntry(content, file.mode, file.mtime_ns)
+        self._tree = DirectoryTree(entries, self._function)
+        data = encode_directory_tree(self._tree)
+        self._digest = Digest.of(data, self._function)
+        self._file_cache.put_verified(self._digest, data)
+
+    def rescue(self, wanted: set[Digest]) -> None:
+        """Put blobs into the file cache again that are in no cache, from the files that hold them.
+
+        Those that were found are taken out of `wanted`.
+
+        Raises:
+            FailedPrecondition: A file does not hold any more what it did.
+        """
+        for file in self._found.files:
+            if not wanted:
+                return
+            content = self._contents[file.path]
+            if isinstance(content, Digest):
+                if content in wanted:
+                    self._put_back(file, content, 0, content.size_bytes)
+                    wanted.remove(content)
+                continue
+            for index, digest in zip(content.indices.tolist(), content.digests(), strict=True):
+                if digest in wanted:
+                    self._put_back(file, digest, index * content.chunk_size, digest.size_bytes)
+                    wanted.remove(digest)
+
+    def remember(self) -> str:
+        """Write the index, if there is to be one; what went wrong, or an empty string."""
+        if self._index_path is None:
+            return ""
+        settled = (
+            (file.path, file.identity, self._contents[file.path])
+            for file in self._found.files
+            if is_settled(file.identity, self._started_ns)
+        )
+        return try_write_index(self._index_path, settled, self._function)
+
+    def result(self) -> SavedDirectory:
+        """What was done."""
+        directories = sum(isinstance(entry, DirectoryEntry) for entry in self.tree.values())
+        return SavedDirectory(
+            name=self._name,
+            digest=self.digest,
+            files=len(self._found.files),
+            directories=directories - 1,
+            symlinks=len(self._found.symlinks),
+            size_bytes=self.tree.size_bytes,
+            read_bytes=self._read_bytes,
+            hashed_bytes=self._hashed_bytes,
+            stored_bytes=self._stored_bytes,
+            deduplicated_bytes=self._deduplicated_bytes,
+            hole_bytes=self.tree.hole_bytes,
+            skipped=tuple(self._found.skipped),
+        )
+
+    def close(self) -> None:
+        """Close all files. No task may be running."""
+        for reader in self._readers:
+            reader.close()
+        self._readers.clear()
+        os.close(self._root)
+
+    def _check_index_path(self, exclude: Collection[str]) -> None:
+        if self._index_path is None:
+            return
+        folder = os.path.realpath(os.path.dirname(self._index_path))
+        inside = os.path.relpath(folder, os.path.realpath(self._where))
+        excluded = any(inside == path or inside.startswith(f"{path}/") for path in exclude)
+        if inside.split("/")[0] != ".." and not excluded:
+            raise InvalidArgument(
+                f"the capture index {self._index_path!r} is in the directory to be saved: keep it elsewhere"
+            )
+
+    def _changed_files(self) -> list[FoundFile]:
+        """The files to read; the contents of the others are taken from the index."""
+        index = CaptureIndex()
+        if self._index_path is not None:
+            index = read_index(self._index_path, self._function)
+        pending = []
+        for file in self._found.files:
+            content = index.get(file.path, file.identity)
+            if content is None or not self._is_kept_so(file, content):
+                pending.append(file)
+            else:
+                self._contents[file.path] = content
+        return pending
+
+    def _is_chunked(self, file: FoundFile) -> bool:
+        return file.identity.size_bytes >= self._threshold
+
+    def _is_kept_so(self, file: FoundFile, content: Content) -> bool:
+        """Whether a file would be cut into the same pieces today."""
+        if isinstance(content, ChunkTable):
+            return self._is_chunked(file) and content.chunk_size == self._chunk_size
+        return not self._is_chunked(file)
+
+    def _store_file(self, file: FoundFile, meter: ProgressMeter) -> None:
+        size = file.identity.size_bytes
+        with self._opened(file) as fd:
+            if size > _IN_MEMORY_BYTES:
+                # By descriptor, so that it is this very file.
+                digest, added = self._file_cache.add_file(f"/proc/self/fd/{fd}", self._function)
+                self._check_unchanged(file, fd)
+            else:
+                data = _read(fd, size)
+                self._check_unchanged(file, fd)
+                digest = Digest.of(data, self._function)
+                added = bool(data) and self._file_cache.put_verified(digest, data)
+        with self._lock:
+            self._contents[file.path] = digest
+            self._read_bytes += size
+            self._count(size, added=added)
+        meter.add(size)
+
+    def _chunk_tasks(self, file: FoundFile) -> Iterator[Callable[[ProgressMeter], None]]:
+        def put(digest: Digest, data: memoryview) -> None:
+            added = self._file_cache.put_verified(digest, data)
+            with self._lock:
+                self._count(len(data), added=added)
+
+        def finished(reader: BigFileReader) -> None:
+            self._check_unchanged(file, reader.fd)
+            reader.close()
+            with self._lock:
+                self._readers.discard(reader)
+                self._contents[file.path] = reader.table()
+
+        size = file.identity.size_bytes
+        check_geometry(size, self._chunk_size)
+        reader = BigFileReader(self._open(file), size, self._chunk_size, self._function, put, finished)
+        with self._lock:
+            self._readers.add(reader)
+        for read_chunk in reader.chunks():
+            yield partial(self._store_chunk, file, read_chunk)
+
+    def _store_chunk(self, file: FoundFile, read_chunk: Callable[[], int], meter: ProgressMeter) -> None:
+        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
+            count = read_chunk()
+        with self._lock:
+            self._read_bytes += count
+        meter.add(count)
+
+    def _count(self, size: int, *, added: bool) -> None:
+        self._hashed_bytes += size
+        if added:
+            self._stored_bytes += size
+        else:
+            self._deduplicated_bytes += size
+
+    def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
+        data = bytearray(size)
+        with self._opened(file) as fd:
+            self._read_bytes += read_ranges(fd, memoryview(data), offset, [(offset, offset + size)])
+        try:
+            self._file_cache.write(digest, data)
+        except DataLoss as error:
+            raise FailedPrecondition(
+                f"{shown_path(self._where, file.path)} has other content than when it was last saved, and "
+                f"the same size and times: remove the capture index {self._index_path!r} and save again"
+            ) from error
+
+    def _open(self, file: FoundFile) -> int:
+        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
+            try:
+                fd = os.open(file.path, _FILE, dir_fd=self._root)
+            except (FileNotFoundError, NotADirectoryError):
+                raise changed(self._where, file.path) from None
+        # Also tells when a directory on the way has become a link to elsewhere.
+        try:
+            self._check_unchanged(file, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @contextlib.contextmanager
+    def _opened(self, file: FoundFile) -> Iterator[int]:
+        fd = self._open(file)
+        try:
+            with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
+                yield fd
+        finally:
+            os.close(fd)
+
+    def _check_unchanged(self, file: FoundFile, fd: int) -> None:
+        if FileIdentity.of(os.fstat(fd)) != file.identity:
+            raise changed(self._where, file.path)
+
+
+def _read(fd: int, size: int) -> bytes:
+    """The whole content of a file that should have `size` bytes."""
+    data = os.pread(fd, size + 1, 0)
+    while 0 < len(data) < size:
+        more = os.pread(fd, size - len(data), len(data))
+        if not more:
+            break
+        data += more
+    return data
