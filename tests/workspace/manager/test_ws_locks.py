@@ -1,4 +1,4 @@
-"""Locks of workspaces: exclusive between threads and processes, given up by the dead, waited for in bounds."""
+"""Locks of workspaces: exclusive between threads and processes, given up by the dead, waited for with limits."""
 
 from __future__ import annotations
 
