@@ -1,4 +1,4 @@
-"""`earliest_due`, which the index of the catalog is made of, and the decision against the rules as written."""
+"""`earliest_due`, which the catalog indexes, and the decision against the rules as they are written."""
 
 from __future__ import annotations
 
