@@ -1,0 +1,144 @@
+"""Files and folders of a runtime: replaced in one step, reached without following symbolic links."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+
+from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.filecache.content import copy_content
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What renameat2(2) says where the kernel or the file system cannot exchange."""
+
+
+def exchange(first: str, second: str) -> bool:
+    """Let two paths change places, in one step; False where that cannot be done. Raises OSError."""
+    library = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(library, "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), first)
+
+
+def flush_file_system(path: str) -> None:
+    """syncfs(2): what was written to the file system of a folder is on disk afterwards. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), path)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Give a file new content, in one step. Not flushed. Raises OSError."""
+    fd, temporary = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_file(path: str) -> bytes | None:
+    """What a file holds; None when it is not there. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def make_beneath(root: str, path: str) -> None:
+    """Make a folder and those above it, up to `root`. What is there already stays.
+
+    Raises:
+        OSError: NotADirectoryError when anything on the way is a symbolic link or a file: no link is
+            followed, so nothing is made outside of `root`.
+    """
+    _walk_beneath(root, path, _open_made)
+
+
+def check_beneath(root: str, path: str) -> None:
+    """Raise what says why `path` beneath `root` is not a folder reached without symbolic links.
+
+    Raises:
+        OSError: FileNotFoundError or NotADirectoryError.
+    """
+    _walk_beneath(root, path, _open_existing)
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copy the content of a folder to a new one: modes, times and symbolic links too; blocks are shared
+    where the disk can.
+
+    Raises:
+        InvalidArgument: there is something else than files, folders and symbolic links.
+        NotFound, ResourceExhausted, …: as the operating system says.
+    """
+    with translate_os_errors(f"cannot copy {source!r}"):
+        if not os.path.isdir(source):
+            raise InvalidArgument(f"{source!r} is no folder that a workspace could begin with")
+        try:
+            shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
+        except shutil.Error as error:
+            _, _, reason = error.args[0][0]
+            raise InvalidArgument(f"cannot copy {source!r}: {reason}") from error
+
+
+def _copy_file(source: str, target: str) -> None:
+    status = os.stat(source, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode):
+        # Not through an OSError, of which copytree keeps nothing but the text.
+        raise InvalidArgument(f"{source!r} is no file, folder or symbolic link, and cannot be copied")
+    reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            copy_content(reader, writer, status.st_size)
+        finally:
+            os.close(writer)
+    finally:
+        os.close(reader)
+    shutil.copystat(source, target, follow_symlinks=False)
+
+
+def _walk_beneath(root: str, path: str, step: Callable[[str, int], int]) -> None:
+    fd = os.open(root, _FOLDER)
+    try:
+        for part in path.split("/"):
+            inner = step(part, fd)
+            os.close(fd)
+            fd = inner
+    finally:
+        os.close(fd)
+
+
+def _open_existing(name: str, folder: int) -> int:
+    return os.open(name, _FOLDER, dir_fd=folder)
+
+
+def _open_made(name: str, folder: int) -> int:
+    with suppress(FileExistsError):
+        os.mkdir(name, 0o755, dir_fd=folder)
+    return os.open(name, _FOLDER, dir_fd=folder)

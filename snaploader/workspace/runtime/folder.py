@@ -1,0 +1,324 @@
+"""Workspaces that are folders: how they are made, captured, replaced and removed.
+
+What runs in them is for subclasses to say. Every change is built beside the workspace and moved into place
+in one step, under the workspace's lock; what a killed process leaves is told by its name (see
+`snaploader.workspace.runtime.layout`).
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from cow import COWStore
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.filecache.trash import remove_tree
+from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
+from snaploader.manifest import check_name
+from snaploader.workspace.durable import flush_folder
+from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
+from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.runtime import files
+from snaploader.workspace.runtime.attachments import Attachments
+from snaploader.workspace.runtime.layout import (
+    NO_VOLUMES,
+    ROOT,
+    VOLUME_PREFIX,
+    Folder,
+    Layout,
+    beneath_root,
+    volume_entry,
+)
+from snaploader.workspace.runtime.locking import locked, locked_now
+from snaploader.workspace.runtime.protocol import Attachment, Capture
+from snaploader.workspace.volumes import check_volumes
+
+
+class FolderRuntime(abc.ABC):
+    """The part of `Runtime` that is about folders. Thread-safe; any number of processes may share one folder.
+
+    Args:
+        root_directory: Where everything is kept; made if absent, for the user's eyes alone.
+        durable: Whether what was placed survives a power failure from the moment that `place` returns.
+    """
+
+    def __init__(self, root_directory: str | os.PathLike[str], *, durable: bool = True) -> None:
+        self._layout = Layout(os.path.abspath(root_directory))
+        self._durable = durable
+        with translate_os_errors(f"cannot use {self._layout.base!r} for workspaces"):
+            self._layout.make()
+        self._attachments = Attachments(self._layout)
+
+    @abc.abstractmethod
+    def _is_running(self, workspace_id: str) -> bool:
+        """Whether anything runs in the workspace's folder, which exists."""
+
+    def _carry_over(self, old: Folder, new: Folder) -> None:  # noqa: B027
+        """Keep what a new folder should have of the one that it replaces. Raises OSError."""
+
+    def root(self, workspace_id: str) -> Path:
+        """The folder that the workspace sees. NotFound when there is none."""
+        return Path(self._existing(workspace_id).root)
+
+    def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
+        """See `Runtime.create`."""
+        volumes = _checked(spec)
+        workspace_id = check_workspace_id(spec.workspace_id)
+        with self._changing(workspace_id, f"cannot create workspace {workspace_id!r}"):
+            folder = self._layout.folder(workspace_id)
+            if os.path.lexists(folder.path):
+                raise FailedPrecondition(f"workspace {workspace_id!r} is there already: {folder.path!r}")
+            with self._building(workspace_id) as staging:
+                if source is None:
+                    os.mkdir(staging.root, 0o755)
+                else:
+                    files.copy_tree(os.path.abspath(source), staging.root)
+                _make_durable(staging, volumes, InvalidArgument)
+                self._install(staging, folder)
+
+    @contextmanager
+    def capture(self, spec: WorkspaceSpec, scope: Scope) -> Iterator[Capture]:
+        """See `Runtime.capture`. A durable directory that is gone is captured empty."""
+        volumes = _checked(spec)
+        workspace_id = spec.workspace_id
+        with self._changing(workspace_id, f"cannot capture workspace {workspace_id!r}"):
+            folder = self._existing(workspace_id)
+            self._check_stopped(workspace_id, "capture")
+            _make_durable(folder, volumes, FailedPrecondition)
+        directories = {
+            volume_entry(volume): DirectorySource(
+                f"{folder.root}/{beneath_root(volume)}", index=folder.index(volume_entry(volume))
+            )
+            for volume in volumes
+        }
+        if not volumes:
+            directories[NO_VOLUMES] = DirectorySource(folder.nothing)
+        attached: Mapping[str, COWStore | Path] = {}
+        if scope is Scope.FULL:
+            exclude = [beneath_root(volume) for volume in volumes]
+            directories[ROOT] = DirectorySource(folder.root, exclude=exclude, index=folder.index(ROOT))
+            attached = self._attachments.captured(workspace_id)
+        yield Capture(directories=directories, chunked_files=attached)
+
+    def continue_on(self, spec: WorkspaceSpec, runtime_name: str) -> None:  # noqa: ARG002
+        """See `Runtime.continue_on`. A folder goes on by itself."""
+        self._existing(spec.workspace_id)
+
+    def place(
+        self,
+        spec: WorkspaceSpec,
+        loader: SnapshotLoader,
+        snapshot: Snapshot,
+        *,
+        base: Snapshot | None = None,
+        token: str,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """See `Runtime.place`."""
+        volumes = _checked(spec)
+        workspace_id = check_workspace_id(spec.workspace_id)
+        if not token:
+            raise InvalidArgument("a placement needs a token")
+        rest = snapshot if ROOT in snapshot.directories else base
+        _check_fits(snapshot, volumes, workspace_id)
+        with self._changing(workspace_id, f"cannot replace the state of workspace {workspace_id!r}"):
+            folder = self._layout.folder(workspace_id)
+            self._check_stopped(workspace_id, "replace")
+            with self._building(workspace_id) as staging, ExitStack() as undo:
+                if rest is not None and ROOT in rest.directories:
+                    _restore(loader, rest, ROOT, staging.root, staging, progress)
+                else:
+                    os.mkdir(staging.root, 0o755)
+                _make_durable(staging, volumes, FailedPrecondition)
+                for volume in volumes:
+                    if volume_entry(volume) in snapshot.directories:
+                        target = f"{staging.root}/{beneath_root(volume)}"
+                        _restore(loader, snapshot, volume_entry(volume), target, staging, progress)
+                opened = self._attachments.open_from(workspace_id, loader, rest or snapshot, staging)
+                undo.callback(opened.close)
+                files.replace_file(staging.placed, token.encode())
+                if os.path.lexists(folder.path):
+                    self._carry_over(folder, staging)
+                self._install(staging, folder)
+                undo.pop_all()
+            self._attachments.replace(workspace_id, opened)
+
+    def remove(self, workspace_id: str) -> None:
+        """See `Runtime.remove`."""
+        with self._changing(workspace_id, f"cannot remove workspace {workspace_id!r}"):
+            folder = self._layout.folder(workspace_id)
+            self._check_stopped(workspace_id, "remove")
+            if os.path.lexists(folder.path):
+                trash = self._layout.trash(workspace_id)
+                os.rename(folder.path, trash)
+                if self._durable:
+                    flush_folder(self._layout.workspaces)
+                remove_tree(trash)
+            self._attachments.forget(workspace_id)
+            os.unlink(self._layout.lock(workspace_id))
+
+    def workspaces(self) -> list[str]:
+        """See `Runtime.workspaces`."""
+        with translate_os_errors("cannot list the workspaces"):
+            names = os.listdir(self._layout.workspaces)
+        return sorted({name.removesuffix(".replaced") for name in names if _is_whole(name)})
+
+    def sweep(self) -> list[str]:
+        """See `Runtime.sweep`."""
+        with translate_os_errors("cannot clean up the workspaces"):
+            swept = self._attachments.sweep()
+            for name in os.listdir(self._layout.workspaces):
+                workspace_id, dot, _ = name.partition(".")
+                if not dot:
+                    continue
+                with locked_now(self._layout.lock(workspace_id)) as is_held:
+                    if is_held:
+                        self._tidy(workspace_id, name)
+                        swept.append(name)
+            self._sweep_locks()
+        return sorted(swept)
+
+    def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
+        """See `Runtime.attach`."""
+        self._existing(workspace_id)
+        self._attachments.attach(workspace_id, name, content)
+
+    def detach(self, workspace_id: str, name: str) -> None:
+        """See `Runtime.detach`."""
+        self._existing(workspace_id)
+        self._attachments.detach(workspace_id, name)
+
+    def attachments(self, workspace_id: str) -> Mapping[str, Attachment]:
+        """See `Runtime.attachments`."""
+        self._existing(workspace_id)
+        return self._attachments.usable(workspace_id)
+
+    def close(self) -> None:
+        """See `Runtime.close`."""
+        self._attachments.close()
+
+    def _find(self, workspace_id: str) -> Folder | None:
+        """The workspace's folder, if there is one."""
+        folder = self._layout.folder(check_workspace_id(workspace_id))
+        if os.path.lexists(folder.path):
+            return folder
+        if os.path.lexists(self._layout.replaced(workspace_id)):
+            with self._changing(workspace_id, f"cannot repair workspace {workspace_id!r}"):
+                return folder
+        return None
+
+    def _existing(self, workspace_id: str) -> Folder:
+        folder = self._find(workspace_id)
+        if folder is None:
+            raise NotFound(f"there is no workspace {workspace_id!r} in {self._layout.base!r}")
+        return folder
+
+    def _placed(self, folder: Folder) -> str:
+        """The token of the last `place`."""
+        with translate_os_errors(f"cannot look at {folder.path!r}"):
+            return (files.read_file(folder.placed) or b"").decode()
+
+    def _check_stopped(self, workspace_id: str, what: str) -> None:
+        if os.path.lexists(self._layout.folder(workspace_id).path) and self._is_running(workspace_id):
+            raise FailedPrecondition(f"workspace {workspace_id!r} is running: stop it to {what} it")
+
+    @contextmanager
+    def _changing(self, workspace_id: str, what: str) -> Iterator[int]:
+        """Hold the workspace's lock, with the folder whole; gives the lock's descriptor."""
+        path = self._layout.lock(check_workspace_id(workspace_id))
+        with translate_os_errors(what), locked(path) as fd:
+            replaced = self._layout.replaced(workspace_id)
+            if os.path.lexists(replaced):
+                self._tidy(workspace_id, os.path.basename(replaced))
+            yield fd
+
+    @contextmanager
+    def _building(self, workspace_id: str) -> Iterator[Folder]:
+        """A folder to build in; what was not installed is removed."""
+        staging = self._layout.staging(workspace_id)
+        try:
+            staging.make()
+            yield staging
+        finally:
+            remove_tree(staging.path)
+
+    def _install(self, staging: Folder, folder: Folder) -> None:
+        """Put a finished folder in its place, in one step. What was there is at `staging` then, or gone."""
+        if self._durable:
+            files.flush_file_system(staging.path)
+        if not os.path.lexists(folder.path):
+            os.rename(staging.path, folder.path)
+        elif not files.exchange(staging.path, folder.path):
+            replaced = self._layout.replaced(os.path.basename(folder.path))
+            os.rename(folder.path, replaced)
+            os.rename(staging.path, folder.path)
+            os.rename(replaced, staging.path)
+        if self._durable:
+            flush_folder(self._layout.workspaces)
+
+    def _tidy(self, workspace_id: str, name: str) -> None:
+        """Deal with what a killed process left, under the workspace's lock."""
+        folder, leftover = self._layout.folder(workspace_id), f"{self._layout.workspaces}/{name}"
+        if leftover == self._layout.replaced(workspace_id) and not os.path.lexists(folder.path):
+            os.rename(leftover, folder.path)
+        else:
+            remove_tree(leftover)
+
+    def _sweep_locks(self) -> None:
+        """Remove the locks of workspaces that are gone."""
+        known = {name.partition(".")[0] for name in os.listdir(self._layout.workspaces)}
+        for workspace_id in set(os.listdir(self._layout.locks)) - known:
+            path = self._layout.lock(workspace_id)
+            with locked_now(path) as is_held:
+                if is_held and not os.path.lexists(self._layout.folder(workspace_id).path):
+                    os.unlink(path)
+
+
+def _is_whole(name: str) -> bool:
+    return "." not in name or name.endswith(".replaced")
+
+
+def _checked(spec: WorkspaceSpec) -> tuple[Volume, ...]:
+    """The volumes, if snapshots can hold them."""
+    volumes = check_volumes(spec.volumes)
+    for volume in volumes:
+        check_name(volume_entry(volume))
+    return volumes
+
+
+def _make_durable(
+    folder: Folder, volumes: Sequence[Volume], kind: type[InvalidArgument | FailedPrecondition]
+) -> None:
+    """Make the durable directories that are not there; raise `kind` where something else is."""
+    for volume in volumes:
+        try:
+            files.make_beneath(folder.root, beneath_root(volume))
+        except NotADirectoryError as error:
+            raise kind(
+                f"durable directory {volume.durable_dir!r} of volume {volume.name!r} cannot be reached: "
+                "it is, or lies behind, a symbolic link or a file. Put a folder in its place"
+            ) from error
+
+
+def _check_fits(snapshot: Snapshot, volumes: Sequence[Volume], workspace_id: str) -> None:
+    known = {volume_entry(volume) for volume in volumes}
+    unknown = [name for name in snapshot.directories if name.startswith(VOLUME_PREFIX) and name not in known]
+    if unknown:
+        raise FailedPrecondition(
+            f"the snapshot holds volume {min(unknown).removeprefix(VOLUME_PREFIX)!r}, which workspace "
+            f"{workspace_id!r} does not have: place it in a workspace with the same volumes"
+        )
+
+
+def _restore(
+    loader: SnapshotLoader,
+    snapshot: Snapshot,
+    entry: str,
+    target: str,
+    staging: Folder,
+    progress: ProgressCallback | None,
+) -> None:
+    loader.restore_directory(snapshot, entry, target, index=staging.index(entry), progress=progress)

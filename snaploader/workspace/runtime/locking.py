@@ -1,0 +1,52 @@
+"""Who may change a workspace's folder: flock(2) on a small file.
+
+A lock goes with the processes that hold its descriptor. The supervisor of a workspace inherits it until
+it has written down what it started, so nobody can find the workspace half started, whoever is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+
+
+@contextmanager
+def locked(path: str) -> Iterator[int]:
+    """Hold the lock, waiting for it first; gives its descriptor. Raises OSError."""
+    fd = _take(path, fcntl.LOCK_EX)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def locked_now(path: str) -> Iterator[bool]:
+    """Hold the lock if that needs no waiting; whether it is held. Raises OSError."""
+    try:
+        fd = _take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(fd)
+
+
+def _take(path: str, kind: int) -> int:
+    while True:
+        fd = os.open(path, _FLAGS, 0o600)
+        try:
+            fcntl.flock(fd, kind)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        # Its holder removed the file, with the workspace, between the two calls.
+        os.close(fd)

@@ -1,0 +1,255 @@
+"""A runtime without processes: real folders and captures, and a file that says what "runs"."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from cow import COWStore
+from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition
+from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
+from snaploader.workspace.model import Scope, WorkspaceSpec
+from snaploader.workspace.runtime.files import read_file, replace_file
+from snaploader.workspace.runtime.folder import FolderRuntime
+from snaploader.workspace.runtime.layout import Folder
+from snaploader.workspace.runtime.protocol import (
+    DEFAULT_STOP_TIMEOUT_S,
+    Attachment,
+    Capture,
+    RuntimeStatus,
+    StopOutcome,
+)
+from snaploader.workspace.testing.gate import Gate
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that a fake runtime received."""
+
+    method: str
+    workspace_id: str = ""
+    """Empty for calls that are about none."""
+
+
+@dataclass(slots=True)
+class _Failure:
+    error: BaseException
+    is_after: bool
+
+
+class FakeRuntime(FolderRuntime):
+    """Implements `snaploader.workspace.runtime.Runtime` without running anything. Thread-safe.
+
+    What "runs" stands in the folder, so it goes on when this object or its process ends, and other
+    objects on the same folder see it. `root(workspace_id)` is where a test reads and writes files.
+
+    Args:
+        directory: A scratch folder.
+        durable: As `ProcessRuntime`; off, for speed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, durable: bool = False) -> None:
+        super().__init__(directory, durable=durable)
+        self.calls: list[Call] = []
+        """Every call received, in order of arrival; those of `status` are left out."""
+        self._script = threading.Lock()
+        self._failures: dict[str, deque[_Failure]] = defaultdict(deque)
+        self._gates: dict[str, deque[Gate]] = defaultdict(deque)
+        self._unready: set[str] = set()
+        self._stubborn: set[str] = set()
+
+    def fail_next(
+        self, method: str, error: BaseException, *, times: int = 1, after_effect: bool = False
+    ) -> None:
+        """Let the next calls of a method raise `error`.
+
+        Args:
+            times: How many calls.
+            after_effect: Raise when the work is done, instead of doing nothing. For `capture`: when its
+                block is left.
+        """
+        _check_method(method)
+        with self._script:
+            self._failures[method].extend([_Failure(error, after_effect)] * times)
+
+    def hold_next(self, method: str) -> Gate:
+        """Let the next call of a method wait, before it does anything, until the gate is opened."""
+        _check_method(method)
+        gate = Gate()
+        with self._script:
+            self._gates[method].append(gate)
+        return gate
+
+    def set_ready(self, workspace_id: str, is_ready: bool = True) -> None:
+        """Whether the workspace becomes ready when started; if not, `wait_ready` fails at once, unless it
+        has an event to be cancelled by. All are ready at first."""
+        (self._unready.discard if is_ready else self._unready.add)(workspace_id)
+
+    def ignore_stop(self, workspace_id: str) -> None:
+        """Let the workspace stop by force alone from now on."""
+        self._stubborn.add(workspace_id)
+
+    def end(self, workspace_id: str, exit_code: int = 1) -> None:
+        """Let the workspace's command end by itself."""
+        folder = self._existing(workspace_id)
+        _write_run(folder, {**_read_run(folder), "is_running": False, "exit_code": exit_code})
+
+    def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
+        """See `Runtime.create`."""
+        with self._called("create", spec.workspace_id):
+            super().create(spec, source)
+
+    def start(self, spec: WorkspaceSpec) -> None:
+        """See `Runtime.start`."""
+        with self._called("start", spec.workspace_id):
+            folder = self._existing(spec.workspace_id)
+            if not _read_run(folder).get("is_running"):
+                now_us = int(datetime.now(UTC).timestamp() * 1_000_000)
+                _write_run(folder, {"is_running": True, "started_at_us": now_us})
+
+    def wait_ready(
+        self,
+        spec: WorkspaceSpec,
+        timeout_s: float | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """See `Runtime.wait_ready`."""
+        timeout_s = spec.readiness.timeout_s if timeout_s is None else timeout_s
+        with self._called("wait_ready", spec.workspace_id):
+            if not self._is_running(self._name_of(spec.workspace_id)):
+                raise FailedPrecondition(f"workspace {spec.workspace_id!r} does not run")
+            if spec.workspace_id not in self._unready:
+                return
+            if cancelled is not None and cancelled.wait(timeout_s):
+                raise Cancelled(f"waiting for workspace {spec.workspace_id!r} was called off")
+            raise DeadlineExceeded(
+                f"workspace {spec.workspace_id!r} was not ready within {timeout_s:g} s: it is set not to be"
+            )
+
+    def stop(
+        self, workspace_id: str, *, timeout_s: float = DEFAULT_STOP_TIMEOUT_S, force: bool = True
+    ) -> StopOutcome:
+        """See `Runtime.stop`."""
+        with self._called("stop", workspace_id):
+            folder = self._find(workspace_id)
+            if folder is None or not self._is_running(workspace_id):
+                return StopOutcome.NOT_RUNNING
+            is_stubborn = workspace_id in self._stubborn
+            if is_stubborn and not force:
+                raise DeadlineExceeded(f"workspace {workspace_id!r} did not stop within {timeout_s:g} s")
+            exit_code = -9 if is_stubborn else -15
+            _write_run(folder, {**_read_run(folder), "is_running": False, "exit_code": exit_code})
+            return StopOutcome.KILLED if is_stubborn else StopOutcome.STOPPED
+
+    def status(self, workspace_id: str) -> RuntimeStatus:
+        """See `Runtime.status`."""
+        folder = self._find(workspace_id)
+        if folder is None:
+            return RuntimeStatus(workspace_id)
+        run = _read_run(folder)
+        started_us = run.get("started_at_us")
+        return RuntimeStatus(
+            workspace_id,
+            exists=True,
+            is_running=run.get("is_running", False),
+            exit_code=run.get("exit_code"),
+            started_at=None if started_us is None else datetime.fromtimestamp(started_us / 1_000_000, UTC),
+            placed=self._placed(folder),
+        )
+
+    @contextmanager
+    def capture(self, spec: WorkspaceSpec, scope: Scope) -> Iterator[Capture]:
+        """See `Runtime.capture`."""
+        with self._called("capture", spec.workspace_id), super().capture(spec, scope) as captured:
+            yield captured
+
+    def continue_on(self, spec: WorkspaceSpec, runtime_name: str) -> None:
+        """See `Runtime.continue_on`."""
+        with self._called("continue_on", spec.workspace_id):
+            super().continue_on(spec, runtime_name)
+
+    def place(
+        self,
+        spec: WorkspaceSpec,
+        loader: SnapshotLoader,
+        snapshot: Snapshot,
+        *,
+        base: Snapshot | None = None,
+        token: str,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        """See `Runtime.place`."""
+        with self._called("place", spec.workspace_id):
+            super().place(spec, loader, snapshot, base=base, token=token, progress=progress)
+
+    def remove(self, workspace_id: str) -> None:
+        """See `Runtime.remove`."""
+        with self._called("remove", workspace_id):
+            super().remove(workspace_id)
+
+    def workspaces(self) -> list[str]:
+        """See `Runtime.workspaces`."""
+        with self._called("workspaces"):
+            return super().workspaces()
+
+    def sweep(self) -> list[str]:
+        """See `Runtime.sweep`."""
+        with self._called("sweep"):
+            return super().sweep()
+
+    def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
+        """See `Runtime.attach`."""
+        with self._called("attach", workspace_id):
+            super().attach(workspace_id, name, content)
+
+    def detach(self, workspace_id: str, name: str) -> None:
+        """See `Runtime.detach`."""
+        with self._called("detach", workspace_id):
+            super().detach(workspace_id, name)
+
+    def attachments(self, workspace_id: str) -> Mapping[str, Attachment]:
+        """See `Runtime.attachments`."""
+        with self._called("attachments", workspace_id):
+            return super().attachments(workspace_id)
+
+    def _is_running(self, workspace_id: str) -> bool:
+        return bool(_read_run(self._layout.folder(workspace_id)).get("is_running"))
+
+    def _name_of(self, workspace_id: str) -> str:
+        self._existing(workspace_id)
+        return workspace_id
+
+    @contextmanager
+    def _called(self, method: str, workspace_id: str = "") -> Iterator[None]:
+        with self._script:
+            self.calls.append(Call(method, workspace_id))
+            gate = self._gates[method].popleft() if self._gates[method] else None
+            failure = self._failures[method].popleft() if self._failures[method] else None
+        if gate is not None:
+            gate.pass_through()
+        if failure is not None and not failure.is_after:
+            raise failure.error
+        yield
+        if failure is not None:
+            raise failure.error
+
+
+def _check_method(method: str) -> None:
+    if method.startswith("_") or not callable(getattr(FakeRuntime, method, None)):
+        raise ValueError(f"a runtime has no method {method!r}")
+
+
+def _read_run(folder: Folder) -> dict[str, Any]:
+    data = read_file(folder.run)
+    return {} if data is None else dict(json.loads(data))
+
+
+def _write_run(folder: Folder, run: Mapping[str, Any]) -> None:
+    replace_file(folder.run, json.dumps(run).encode())
