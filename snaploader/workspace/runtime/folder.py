@@ -166,6 +166,11 @@ class FolderRuntime(abc.ABC):
             names = os.listdir(self._layout.workspaces)
         return sorted({name.removesuffix(".replaced") for name in names if _is_whole(name)})
 
+    def leftovers(self) -> list[str]:
+        """See `Runtime.leftovers`."""
+        with translate_os_errors("cannot list the workspaces"):
+            return sorted(name for name in os.listdir(self._layout.workspaces) if "." in name)
+
     def sweep(self) -> list[str]:
         """See `Runtime.sweep`."""
         with translate_os_errors("cannot clean up the workspaces"):

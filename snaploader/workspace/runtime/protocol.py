@@ -212,6 +212,13 @@ class Runtime(Protocol):
         """Ids of all workspaces that there is state of, sorted."""
         ...
 
+    def leftovers(self) -> list[str]:
+        """Names of what was half made or half removed, sorted; each begins with the workspace's id and a dot.
+
+        Those that others are working on are among them; they hold their workspace's lock meanwhile.
+        """
+        ...
+
     def sweep(self) -> list[str]:
         """Clean up what killed processes left half done; names of what was removed or repaired, sorted.
 
