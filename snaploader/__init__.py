@@ -14,6 +14,7 @@ from snaploader._version import __version__
 from snaploader.blobstore import BlobStore, RemoteStore, TransferStatistics, Upload
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
+from snaploader.dirtree import DirectoryTree
 from snaploader.errors import (
     Cancelled,
     DataLoss,
@@ -32,10 +33,12 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader import (
+    DirectorySource,
     KeyFailure,
     ManifestSource,
     Progress,
     RestoreResult,
+    SavedDirectory,
     SavedFile,
     SaveResult,
     Snapshot,
@@ -55,6 +58,8 @@ __all__ = [
     "DeadlineExceeded",
     "Digest",
     "DigestFunction",
+    "DirectorySource",
+    "DirectoryTree",
     "FailedPrecondition",
     "FileCache",
     "Internal",
@@ -75,6 +80,7 @@ __all__ = [
     "RetryPolicy",
     "SavePolicy",
     "SaveResult",
+    "SavedDirectory",
     "SavedFile",
     "SnaploaderError",
     "Snapshot",

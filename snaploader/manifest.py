@@ -75,7 +75,7 @@ class Manifest:
         if not self.vm_configuration.type_url:
             raise InvalidArgument("a manifest needs a VM configuration: a message packed with its type")
         self._check_metadata()
-        names = [*self.files, *self.chunked_files, *self.directories]
+        names = self.names
         if len(names) > MAX_FILES:
             raise InvalidArgument(f"a snapshot of {len(names)} files is refused: {MAX_FILES} are allowed")
         for name in names:
@@ -96,6 +96,11 @@ class Manifest:
         for attribute in ("files", "chunked_files", "directories"):
             by_name = dict(sorted(getattr(self, attribute).items()))
             object.__setattr__(self, attribute, MappingProxyType(by_name))
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files and directories."""
+        return [*self.files, *self.chunked_files, *self.directories]
 
     @property
     def trees(self) -> frozenset[Digest]:

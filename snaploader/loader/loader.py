@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,11 +16,13 @@ from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
+from snaploader.loader.delete import DeleteResult, SnapshotDeleter
+from snaploader.loader.derive import DeriveOptions, DeriveResult, SnapshotDeriver
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pool import DEFAULT_WORKERS, WorkerPool
 from snaploader.loader.progress import ProgressCallback
-from snaploader.loader.restore import RestoreResult, restore
+from snaploader.loader.restore import RestoreResult, restore, restore_directory
 from snaploader.loader.results import SaveResult, Snapshot
 from snaploader.loader.save import SaveOptions, SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, unpack
@@ -94,6 +96,11 @@ class SnapshotLoader:
             readonly=readonly,
             clock=clock,
         )
+
+        self._deriver = SnapshotDeriver(
+            file_cache, self._finder, remote_cache, readonly=readonly, clock=clock
+        )
+        self._deleter = SnapshotDeleter(file_cache, remote_cache, readonly=readonly, clock=clock)
 
     def snapshot_key_set(
         self,
@@ -178,23 +185,30 @@ class SnapshotLoader:
         *,
         writable_files: bool = False,
     ) -> UnpackedSnapshot:
-        """Make a snapshot usable, at once: no chunk is read before it is touched.
+        """Make a snapshot usable, at once: no chunk of a chunked file is read before it is touched.
 
         Use the result as a context manager. Its `chunked_files[name]` are `cow.COWStore`s whose writes are
         their own: two unpacks of one snapshot do not see each other's.
 
         Args:
-            output_directory: Made if need be. Plain files appear in it under their names, and a hidden
-                folder with the written chunks, until the result is closed.
+            output_directory: Made if need be. Plain files and directories appear in it under their names, and
+                a hidden folder with the written chunks, until the result is closed. Directories are written
+                in full and may be changed.
             writable_files: Copy plain files so that they may be written. By default they are read-only and
                 share their bytes with the file cache.
 
         Raises:
             FailedPrecondition: a file of that name exists; nothing was changed.
-            NotFound, DataLoss: a plain file is gone from every cache; nothing is left behind.
+            NotFound, DataLoss: a plain file, or one in a directory, is gone from every cache; nothing is left
+                behind.
         """
         return unpack(
-            snapshot, output_directory, self._fetcher, writable_files=writable_files, budget=self._budget
+            snapshot,
+            output_directory,
+            self._fetcher,
+            self._pool,
+            writable_files=writable_files,
+            budget=self._budget,
         )
 
     def restore_snapshot(
@@ -204,8 +218,38 @@ class SnapshotLoader:
         *,
         progress: ProgressCallback | None = None,
     ) -> RestoreResult:
-        """Write all files of a snapshot out in full, holes as holes; all of them or none."""
+        """Write all files and directories of a snapshot out in full, holes as holes; all of them or none."""
         return restore(snapshot, output_directory, self._fetcher, self._pool, progress)
+
+    def restore_directory(
+        self,
+        snapshot: Snapshot,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        index: str | os.PathLike[str] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> RestoreResult:
+        """Write one directory of a snapshot out, with modes, times, symbolic links and holes as they were.
+
+        Owners are not kept: everything belongs to the caller. All of it appears, or nothing; only when the
+        process is killed, a folder .snaploader-… may stay in `path` or beside it.
+
+        Args:
+            name: Of the directory in the snapshot.
+            path: Where it is to be: an empty directory, or nothing yet.
+            index: A file outside of `path` to write a capture index to, so that a save of `path` with it
+                (`DirectorySource.index`) reads only what was changed since. Costs 55 ms. That it cannot be
+                written is logged, and no error.
+
+        Raises:
+            NotFound: The snapshot has no such directory, or a blob is gone from every cache.
+            FailedPrecondition: Something is at `path`; nothing was changed.
+            DataLoss, ResourceExhausted, …: As for every read and write.
+        """
+        return restore_directory(
+            snapshot, name, path, self._fetcher, self._pool, index=index, progress=progress
+        )
 
     def cache_snapshot(
         self,
@@ -279,6 +323,70 @@ class SnapshotLoader:
             progress=progress,
         )
         return self._saver.save(key, options)
+
+    def derive_snapshot(
+        self,
+        snapshot: Snapshot,
+        *,
+        snapshot_id: str | None = None,
+        names: Collection[str] | None = None,
+        vm_metadata: Any = None,
+        pin: str | None = None,
+        remote: bool | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> DeriveResult:
+        """Make a snapshot of its own out of all or some of another one, without reading or copying content.
+
+        It is found by its id only, lives on when the other one is deleted, and shares all blobs with it. When
+        it is to be remote too, what the remote cache lacks is uploaded first; nothing is downloaded. Whatever
+        fails there, the snapshot is not to be seen anywhere.
+
+        Args:
+            snapshot_id: Default: a new UUID.
+            names: Of the files and directories to take. Default: all.
+            vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
+            pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
+                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go.
+            remote: Whether to save it remotely. Default: if there is a remote cache.
+
+        Raises:
+            InvalidArgument: names or options are malformed.
+            NotFound: a name is not in the snapshot, or a blob of it is gone from every cache.
+            FailedPrecondition: the loader is read-only, the snapshot id is taken or was, or the remote cache
+                takes no updates or wants other digests.
+            SnaploaderError: the remote cache failed. `uploaded` of the error tells what was on its way there.
+        """
+        options = DeriveOptions(
+            snapshot_id=snapshot_id,
+            names=names,
+            vm_metadata=vm_metadata,
+            pin=pin,
+            remote=remote,
+            progress=progress,
+        )
+        return self._deriver.derive(snapshot, options)
+
+    def delete_snapshot(
+        self, snapshot_id: str, *, instance_name: str = "", remote: bool | None = None
+    ) -> DeleteResult:
+        """Delete the snapshot of this id, so that it is not found by it any more. Again is fine.
+
+        First the remote manifest, then the local one; each is replaced by a tombstone, so that the id is
+        never used again. Blobs stay, for other snapshots share them; those that none shares age out. What
+        was saved under the key of a branch stays as well, and so do pins. Another host finds its local copy
+        until it asks the remote cache (read policy `newest`) or evicts it.
+
+        Args:
+            remote: Whether to delete it in the remote cache too. Default: if there is one. False only forgets
+                the local copy: others still find the snapshot, and so does this host, remotely.
+
+        Raises:
+            InvalidArgument: the id is malformed, or there is no remote cache to delete from.
+            FailedPrecondition, PermissionDenied: the loader is read-only, or the remote cache takes no
+                updates; nothing was deleted, here or there.
+            SnaploaderError: the remote cache failed. Nothing was deleted locally; try again.
+        """
+        return self._deleter.delete(snapshot_id, instance_name, remote)
 
     def invalidate_snapshot(self, key: SnapshotKey) -> str:
         """Drop all snapshots of the key's instance, platform and configuration, on all branches.

@@ -1,30 +1,35 @@
-"""Writing a whole snapshot out: every file in full, holes as holes."""
+"""Writing snapshots, or directories of them, out in full: holes as holes."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import tempfile
-import threading
-from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cow import TruncatedFile, clone_range, read_all, write_nonzero
-from snaploader.chunktable import ChunkTable
-from snaploader.digest import Digest
-from snaploader.errors import DataLoss, NotFound, translate_os_errors
-from snaploader.loader.fetch import REMOTE, BlobFetcher
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
+from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.place import (
+    check_vacant,
+    remove_tree,
+    stored_bytes,
+    write_directory,
+    write_restored_index,
+)
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import Snapshot
 from snaploader.loader.unpack import hold, output_folder, place_files
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """What `restore_snapshot` wrote, and where it came from."""
+    """What `restore_snapshot` or `restore_directory` wrote, and where it came from."""
 
     files: Mapping[str, Path]
     """Path of every file, by name."""
@@ -34,20 +39,8 @@ class RestoreResult:
     fetched_blobs: int
     fetched_bytes: int
     """What came from the remote store; the rest was in the file cache."""
-
-
-class _Counter:
-    """Blobs and bytes that came from the remote store. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.blobs = 0
-        self.bytes = 0
-
-    def add(self, size: int) -> None:
-        with self._lock:
-            self.blobs += 1
-            self.bytes += size
+    directories: Mapping[str, Path] = field(default_factory=dict)
+    """Path of every directory, by name."""
 
 
 def restore(
@@ -59,12 +52,15 @@ def restore(
 ) -> RestoreResult:
     """See `SnapshotLoader.restore_snapshot`."""
     manifest, tables = snapshot.manifest, snapshot.tables
-    fetched = _Counter()
-    stored = sum(table.stored_bytes for table in tables.values())
+    directories = snapshot.directories
+    fetched = FetchCounter()
     plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
+    stored = sum(table.stored_bytes for table in tables.values()) + sum(
+        map(stored_bytes, directories.values())
+    )
     meter = ProgressMeter(progress, "write", plain_bytes + stored)
     with contextlib.ExitStack() as undo:
-        root = output_folder(output_directory, [*manifest.files, *manifest.chunked_files], undo)
+        root = output_folder(output_directory, manifest.names, undo)
         held = hold(snapshot, fetcher)
         undo.callback(held.release)
         plain = place_files(manifest, root, fetcher, snapshot, undo, writable=True, fetched=fetched.add)
@@ -72,106 +68,54 @@ def restore(
         placed = dict(plain)
         for name, table in tables.items():
             target = root / name
-            writer = _ChunkedFileWriter(name, table, snapshot, fetcher, pool, fetched, meter)
+            writer = ChunkedFileWriter(
+                name, table, fetcher, pool, allow_remote=snapshot.allow_remote, fetched=fetched, meter=meter
+            )
             writer.write(target)
             undo.callback(target.unlink, missing_ok=True)
             placed[name] = target
+        written = {}
+        for name, tree in directories.items():
+            target = root / name
+            write_directory(tree, target, snapshot, fetcher, pool, fetched, meter)
+            undo.callback(remove_tree, target)
+            written[name] = target
         undo.pop_all()
     held.release()
-    holes = sum(table.size for table in tables.values()) - stored
-    return RestoreResult(placed, plain_bytes + stored, holes, fetched.blobs, fetched.bytes)
+    holes = sum(table.hole_bytes for table in tables.values())
+    holes += sum(tree.hole_bytes for tree in directories.values())
+    return RestoreResult(placed, plain_bytes + stored, holes, fetched.blobs, fetched.bytes, written)
 
 
-class _ChunkedFileWriter:
-    """Writes one chunked file: chunks at hand are cloned or copied from the file cache, the others are
-    fetched in bulk and written as they arrive. Pages of zeros become holes, also inside a chunk."""
-
-    def __init__(
-        self,
-        name: str,
-        table: ChunkTable,
-        snapshot: Snapshot,
-        fetcher: BlobFetcher,
-        pool: WorkerPool,
-        fetched: _Counter,
-        meter: ProgressMeter,
-    ) -> None:
-        self._name = name
-        self._table = table
-        self._allow_remote = snapshot.allow_remote
-        self._fetcher = fetcher
-        self._pool = pool
-        self._fetched = fetched
-        self._meter = meter
-        self._can_clone = True
-        self._buffers = threading.local()
-
-    def write(self, target: Path) -> None:
-        """Make `target` appear, whole, or raise and leave nothing."""
-        with translate_os_errors(f"cannot write {str(target)!r}"):
-            fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
-            try:
-                try:
-                    os.ftruncate(fd, self._table.size)
-                    self._fill(fd)
-                finally:
-                    os.close(fd)
-                os.chmod(temporary, 0o644)
-                os.rename(temporary, target)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-
-    def _fill(self, fd: int) -> None:
-        table = self._table
-        digests = list(table.digests())
-        missing = self._fetcher.file_cache.find_missing(digests)
-        places: dict[Digest, list[int]] = defaultdict(list)
-        present = []
-        for index, digest in zip(table.indices.tolist(), digests, strict=True):
-            offset = index * table.chunk_size
-            if digest in missing:
-                places[digest].append(offset)
-            else:
-                present.append((digest, offset))
-        self._pool.for_each(lambda chunk: self._copy(*chunk, fd), present)
-        if places:
-            self._fetch(fd, places)
-
-    def _copy(self, digest: Digest, offset: int, fd: int) -> None:
-        opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
-        try:
-            self._copy_chunk(opened.fd, digest, fd, offset)
-        except TruncatedFile as error:
-            raise DataLoss(f"{error}: it was cut while it was copied; try again") from error
-        finally:
-            os.close(opened.fd)
-        if opened.origin == REMOTE:
-            self._fetched.add(digest.size_bytes)
-        self._meter.add(digest.size_bytes)
-
-    def _copy_chunk(self, source: int, digest: Digest, fd: int, offset: int) -> None:
-        # Shared blocks take less than holes spare. A file system that cannot share says so at once.
-        if self._can_clone and clone_range(source, 0, digest.size_bytes, fd, offset):
-            return
-        self._can_clone = False
-        buffer: memoryview | None = getattr(self._buffers, "view", None)
-        if buffer is None:
-            buffer = self._buffers.view = memoryview(bytearray(self._table.chunk_size))
-        content = buffer[: digest.size_bytes]
-        read_all(source, content, 0, f"the cached blob {digest}")
-        write_nonzero(fd, content, offset)
-
-    def _fetch(self, fd: int, places: Mapping[Digest, list[int]]) -> None:
-        remote = self._fetcher.remote
-        if remote is None or not self._allow_remote:
-            raise NotFound(f"{len(places)} chunks of {self._name!r} are not in the file cache")
-
-        def keep(digest: Digest, data: bytes) -> None:
-            self._fetcher.keep(digest, data)
-            self._fetched.add(digest.size_bytes)
-            for offset in places[digest]:
-                write_nonzero(fd, data, offset)
-                self._meter.add(digest.size_bytes)
-
-        remote.read_many(places, keep)
+def restore_directory(
+    snapshot: Snapshot,
+    name: str,
+    path: str | os.PathLike[str],
+    fetcher: BlobFetcher,
+    pool: WorkerPool,
+    *,
+    index: str | os.PathLike[str] | None,
+    progress: ProgressCallback | None,
+) -> RestoreResult:
+    """See `SnapshotLoader.restore_directory`."""
+    tree = snapshot.directories.get(name)
+    if tree is None:
+        known = ", ".join(map(repr, snapshot.directories)) or "none"
+        raise NotFound(f"the snapshot has no directory {name!r}; it has {known}")
+    target = Path(path).absolute()
+    if index is not None and Path(index).absolute().is_relative_to(target):
+        raise InvalidArgument(f"the capture index {str(index)!r} is in the directory: keep it elsewhere")
+    check_vacant(target)
+    fetched = FetchCounter()
+    written = stored_bytes(tree)
+    meter = ProgressMeter(progress, "write", written)
+    with contextlib.ExitStack() as undo:
+        output_folder(target.parent, [], undo)
+        with hold(snapshot.only([name]), fetcher):
+            write_directory(tree, target, snapshot, fetcher, pool, fetched, meter)
+        undo.pop_all()
+    if index is not None:
+        warning = write_restored_index(tree, target, os.path.abspath(os.fspath(index)))
+        if warning:
+            log.warning("%s", warning)
+    return RestoreResult({}, written, tree.hole_bytes, fetched.blobs, fetched.bytes, {name: target})

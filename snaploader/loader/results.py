@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from snaploader.chunktable import ChunkTable
@@ -52,6 +52,29 @@ class Snapshot:
     def degraded(self) -> bool:
         """Whether a better key might have served but for an outage or damage. A retry may find it."""
         return any(not isinstance(failure.error, LookupError) for failure in self.failures)
+
+    def digests(self) -> Iterator[Digest]:
+        """Every blob it needs: plain files, trees, chunks, what is in directories; not the empty blob.
+
+        One that stands in several places comes several times.
+        """
+        yield from self.manifest.digests()
+        for table in self.tables.values():
+            yield from table.digests()
+        for directory in self.directories.values():
+            yield from directory.digests()
+
+    def only(self, names: Collection[str]) -> Snapshot:
+        """The snapshot with no other files and directories than `names`."""
+        manifest = replace(
+            self.manifest,
+            files={name: file for name, file in self.manifest.files.items() if name in names},
+            chunked_files={name: tree for name, tree in self.manifest.chunked_files.items() if name in names},
+            directories={name: tree for name, tree in self.manifest.directories.items() if name in names},
+        )
+        tables = {name: table for name, table in self.tables.items() if name in names}
+        directories = {name: tree for name, tree in self.directories.items() if name in names}
+        return replace(self, manifest=manifest, tables=tables, directories=directories)
 
 
 @dataclass(frozen=True, slots=True)

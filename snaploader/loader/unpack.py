@@ -14,8 +14,12 @@ from typing import Self
 from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
+from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import artefacts
+from snaploader.loader.place import remove_tree, write_directory
+from snaploader.loader.pool import WorkerPool
+from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.manifest import Manifest
@@ -25,7 +29,7 @@ class UnpackedSnapshot:
     """The files of a snapshot, ready for reading and writing. A context manager.
 
     Closing it (or leaving the block) closes the stores and removes their private data: writes that
-    were not saved with `cache_snapshot` are gone. Plain files stay where they are.
+    were not saved with `cache_snapshot` are gone. Plain files and directories stay where they are.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class UnpackedSnapshot:
         snapshot: Snapshot,
         files: Mapping[str, Path],
         chunked_files: Mapping[str, COWStore],
+        directories: Mapping[str, Path],
         cleanup: contextlib.ExitStack,
     ) -> None:
         self.snapshot = snapshot
@@ -40,6 +45,8 @@ class UnpackedSnapshot:
         """Path of each plain file, by name."""
         self.chunked_files = chunked_files
         """Store of each chunked file, by name."""
+        self.directories = directories
+        """Path of each directory, by name."""
         self._cleanup = cleanup
 
     def statistics(self) -> dict[str, StoreStatistics]:
@@ -63,6 +70,7 @@ def unpack(
     snapshot: Snapshot,
     output_directory: str | os.PathLike[str],
     fetcher: BlobFetcher,
+    pool: WorkerPool,
     *,
     writable_files: bool,
     budget: MappingBudget | None,
@@ -70,14 +78,15 @@ def unpack(
     """See `SnapshotLoader.unpack_snapshot`."""
     manifest = snapshot.manifest
     with contextlib.ExitStack() as undo:
-        root = output_folder(output_directory, [*manifest.files, *manifest.chunked_files], undo)
+        root = output_folder(output_directory, manifest.names, undo)
         cleanup = contextlib.ExitStack()
         undo.callback(cleanup.close)
         cleanup.enter_context(hold(snapshot, fetcher))
         files = place_files(manifest, root, fetcher, snapshot, undo, writable=writable_files)
+        directories = _place_directories(snapshot, root, fetcher, pool, undo)
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
         undo.pop_all()
-    return UnpackedSnapshot(snapshot, files, stores, cleanup)
+    return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
 
 
 def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
@@ -150,6 +159,19 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
             "look for a snapshot again, or raise the size of the file cache"
         )
     return lease
+
+
+def _place_directories(
+    snapshot: Snapshot, root: Path, fetcher: BlobFetcher, pool: WorkerPool, undo: contextlib.ExitStack
+) -> dict[str, Path]:
+    placed = {}
+    meter = ProgressMeter(None, "write", 0)
+    for name, tree in snapshot.directories.items():
+        target = root / name
+        write_directory(tree, target, snapshot, fetcher, pool, FetchCounter(), meter)
+        undo.callback(remove_tree, target)
+        placed[name] = target
+    return placed
 
 
 def _open_stores(

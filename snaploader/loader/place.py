@@ -1,0 +1,308 @@
+"""Writing a directory out: everything in a private folder first, then in its place.
+
+What a tree says comes from outside. Its paths are plain names below directories that are directories
+(`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and symbolic links
+come last: so nothing is ever written through one. Modes come after that, and times at the very end, as
+both would be in the way, or changed, before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cow import clone_range, write_nonzero
+from cow.sparse import Copier
+from snaploader.digest import Digest
+from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
+from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
+from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
+from snaploader.loader.fetch import REMOTE, BlobFetcher
+from snaploader.loader.pool import WorkerPool
+from snaploader.loader.progress import ProgressMeter
+from snaploader.loader.results import Snapshot
+from snaploader.loader.scan import FileIdentity
+
+SMALL_BLOB_BYTES = 4 << 20
+"""Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""
+
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_PRIVATE = 0o700
+
+
+def write_directory(
+    tree: DirectoryTree,
+    target: Path,
+    snapshot: Snapshot,
+    fetcher: BlobFetcher,
+    pool: WorkerPool,
+    fetched: FetchCounter,
+    meter: ProgressMeter,
+) -> None:
+    """Make `target` the directory of `tree`: absent before, or an empty directory.
+
+    All of it appears, or nothing; only when the process is killed, a folder .snaploader-… may stay.
+
+    Raises:
+        FailedPrecondition: It is something else, or not empty.
+        NotFound, DataLoss: A blob is gone from every cache.
+    """
+    _DirectoryWriter(tree, snapshot, fetcher, pool, fetched, meter).write(target)
+
+
+def stored_bytes(tree: DirectoryTree) -> int:
+    """What there is to write: all content without the holes."""
+    return tree.size_bytes - tree.hole_bytes
+
+
+class _DirectoryWriter:
+    """Writes one directory tree, on the threads of a pool."""
+
+    def __init__(
+        self,
+        tree: DirectoryTree,
+        snapshot: Snapshot,
+        fetcher: BlobFetcher,
+        pool: WorkerPool,
+        fetched: FetchCounter,
+        meter: ProgressMeter,
+    ) -> None:
+        self._tree = tree
+        self._allow_remote = snapshot.allow_remote
+        self._fetcher = fetcher
+        self._pool = pool
+        self._fetched = fetched
+        self._meter = meter
+        self._can_clone = True
+        self._files: dict[Digest, list[tuple[str, FileEntry]]] = defaultdict(list)
+        for path, entry in tree.items():
+            if isinstance(entry, FileEntry):
+                self._files[entry.digest].append((path, entry))
+
+    def write(self, target: Path) -> None:
+        """See `write_directory`."""
+        is_there = check_vacant(target)
+        with translate_os_errors(f"cannot write the directory {str(target)!r}"):
+            staging = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=target if is_there else target.parent))
+            moved: list[Path] = []
+            try:
+                self._fill(staging)
+                if is_there:
+                    self._move_in(staging, target, moved)
+                else:
+                    _finish_directories(self._tree, staging, self._tree)
+                    os.rename(staging, target)
+            except BaseException:
+                for path in (staging, *moved):
+                    remove_tree(path)
+                raise
+
+    def _fill(self, root: Path) -> None:
+        """Everything but the modes and times of directories."""
+        for path, entry in self._tree.items():
+            if isinstance(entry, DirectoryEntry) and path:
+                os.mkdir(root / path, _PRIVATE)
+        absent = self._fetcher.file_cache.find_missing(
+            [digest for digest in self._files if digest.size_bytes]
+        )
+        small = {digest for digest in absent if digest.size_bytes <= SMALL_BLOB_BYTES}
+        self._fetch(small, root)
+        at_hand = [digest for digest in self._files if digest not in small]
+        self._pool.for_each(lambda digest: self._copy(digest, root), at_hand)
+        for path, entry in self._tree.items():
+            if isinstance(entry, ChunkedEntry):
+                self._write_chunked(path, entry, root / path)
+        for path, entry in self._tree.items():
+            if isinstance(entry, SymlinkEntry):
+                os.symlink(entry.target, root / path)
+                os.utime(root / path, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
+
+    def _fetch(self, digests: set[Digest], root: Path) -> None:
+        """Fetch small blobs in bulk, and write the files of each as it comes."""
+        if not digests:
+            return
+        remote = self._fetcher.remote
+        if remote is None or not self._allow_remote:
+            raise NotFound(
+                f"{len(digests)} blobs of a directory are not in the file cache, such as {min(digests)}"
+            )
+
+        def keep(digest: Digest, data: bytes) -> None:
+            self._fetcher.keep(digest, data)
+            self._fetched.add(digest.size_bytes)
+            self._write_files(digest, data, root)
+
+        remote.read_many(digests, keep)
+
+    def _copy(self, digest: Digest, root: Path) -> None:
+        """Write the files of one blob, from the nearest tier that has it."""
+        if digest.size_bytes > SMALL_BLOB_BYTES:
+            self._copy_big(digest, root)
+            return
+        data = b""
+        if digest.size_bytes:
+            opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
+            with os.fdopen(opened.fd, "rb", buffering=0) as file:
+                data = file.read(digest.size_bytes)
+            if len(data) != digest.size_bytes:
+                raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
+            if opened.origin == REMOTE:
+                self._fetched.add(digest.size_bytes)
+        self._write_files(digest, data, root)
+
+    def _write_files(self, digest: Digest, data: bytes, root: Path) -> None:
+        for path, entry in self._files[digest]:
+            with translate_os_errors(f"cannot write {path!r}"), _new_file(root / path) as fd:
+                if data:
+                    os.ftruncate(fd, len(data))
+                    write_nonzero(fd, data, 0)
+                _finish_file(fd, entry)
+            self._meter.add(len(data))
+
+    def _copy_big(self, digest: Digest, root: Path) -> None:
+        (first, first_entry), *others = self._files[digest]
+        self._fetcher.place(
+            digest,
+            root / first,
+            writable=True,
+            mode=_PRIVATE,
+            allow_remote=self._allow_remote,
+            fetched=self._fetched.add,
+        )
+        with _opened(root / first) as source:
+            for path, entry in others:
+                with _new_file(root / path) as fd:
+                    self._clone(source, fd, digest.size_bytes)
+                    _finish_file(fd, entry)
+            _finish_file(source, first_entry)
+        self._meter.add(digest.size_bytes * (1 + len(others)))
+
+    def _clone(self, source: int, fd: int, size: int) -> None:
+        if self._can_clone and clone_range(source, 0, size, fd, 0):
+            return
+        self._can_clone = False
+        os.ftruncate(fd, size)
+        Copier().copy_sparse(source, 0, size, fd, 0, "a file that was just restored")
+
+    def _write_chunked(self, path: str, entry: ChunkedEntry, target: Path) -> None:
+        writer = ChunkedFileWriter(
+            path,
+            entry.table,
+            self._fetcher,
+            self._pool,
+            allow_remote=self._allow_remote,
+            fetched=self._fetched,
+            meter=self._meter,
+        )
+        writer.write(target)
+        with _opened(target) as fd:
+            _finish_file(fd, entry)
+
+    def _move_in(self, staging: Path, target: Path, moved: list[Path]) -> None:
+        """Move everything from `staging` into the directory that was there already.
+
+        A directory that may not be written cannot be moved elsewhere, so the top ones get their modes last.
+        """
+        top = [path for path in self._tree if path and "/" not in path]
+        _finish_directories(self._tree, staging, (path for path in self._tree if "/" in path))
+        for name in top:
+            if os.path.lexists(target / name):
+                raise FailedPrecondition(
+                    f"{str(target / name)!r} was made while {str(target)!r} was restored"
+                )
+            os.rename(staging / name, target / name)
+            moved.append(target / name)
+        os.rmdir(staging)
+        _finish_directories(self._tree, target, ["", *top])
+
+
+def check_vacant(target: Path) -> bool:
+    """Whether an empty directory is there; False when nothing is. FailedPrecondition for anything else."""
+    with translate_os_errors(f"cannot use {str(target)!r} for a directory", absent=FailedPrecondition):
+        try:
+            status = os.lstat(target)
+        except FileNotFoundError:
+            return False
+        if stat.S_ISDIR(status.st_mode) and not os.listdir(target):
+            return True
+    raise FailedPrecondition(
+        f"{str(target)!r} exists and is no empty directory: choose another place, or remove it"
+    )
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what was written, also from directories that may not be written; as far as it can be done."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            return
+    for folder, names, _ in os.walk(path):
+        for name in names:
+            below = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                if not os.path.islink(below):
+                    os.chmod(below, _PRIVATE)
+    with contextlib.suppress(OSError):
+        os.chmod(path, _PRIVATE)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
+    """Write a capture index of a directory as it was just restored; what went wrong, or an empty string.
+
+    Waits until no later write can go unnoticed, at most some milliseconds more than `GRANULARITY_NS`.
+    """
+    time.sleep(GRANULARITY_NS / 1e9 * 1.1)
+    looked_ns = time.time_ns()
+    files = []
+    for name, entry in tree.items():
+        if isinstance(entry, FileEntry | ChunkedEntry):
+            content = entry.digest if isinstance(entry, FileEntry) else entry.table
+            try:
+                identity = FileIdentity.of(os.lstat(root / name))
+            except OSError:
+                continue
+            if is_settled(identity, looked_ns):
+                files.append((name, identity, content))
+    return try_write_index(path, files, tree.function)
+
+
+def _finish_directories(tree: DirectoryTree, root: Path, paths: Iterable[str]) -> None:
+    """Give directories their modes and times, the deepest first."""
+    for path in reversed(list(paths)):
+        entry = tree[path]
+        if isinstance(entry, DirectoryEntry):
+            with _opened(root / path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+                os.fchmod(fd, entry.mode)
+                os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+
+
+def _finish_file(fd: int, entry: FileEntry | ChunkedEntry) -> None:
+    os.fchmod(fd, entry.mode)
+    os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    fd = os.open(path, _NEW_FILE, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, how: int = os.O_RDWR) -> Iterator[int]:
+    fd = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
