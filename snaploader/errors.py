@@ -29,7 +29,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SnaploaderError(Exception):
@@ -42,6 +42,9 @@ class SnaploaderError(Exception):
 
     transient: bool = False
     exit_code: ClassVar[int] = 1
+    uploaded: tuple[Any, ...] = ()
+    """Digests (`snaploader.digest.Digest`) that were on their way to the remote cache when deriving a
+    snapshot there failed. Those that arrived belong to none; the next attempt need not send them again."""
 
     def __init__(self, message: str, *, transient: bool | None = None) -> None:
         super().__init__(message)

@@ -1,6 +1,8 @@
 """The loader: from a task to its machine's state, and back. `SnapshotLoader` is the way in."""
 
 from snaploader.loader.capture import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
+from snaploader.loader.delete import DeleteResult
+from snaploader.loader.derive import DeriveResult
 from snaploader.loader.loader import SnapshotLoader
 from snaploader.loader.progress import Progress, ProgressCallback
 from snaploader.loader.restore import RestoreResult
@@ -16,6 +18,8 @@ from snaploader.loader.unpack import UnpackedSnapshot
 
 __all__ = [
     "DEFAULT_CHUNK_THRESHOLD_BYTES",
+    "DeleteResult",
+    "DeriveResult",
     "DirectorySource",
     "KeyFailure",
     "ManifestSource",

@@ -18,6 +18,7 @@ from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot
+from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
 from snaploader.manifest import Manifest, unpack_any
 from snaploader.policy import ReadPolicy, is_stale
 from snaploader.tree import decode_tree
@@ -85,8 +86,20 @@ class SnapshotFinder:
         """The snapshot of exactly this key."""
         return self.find(SnapshotKeySet(key, (), key), policy, allow_degraded=False)
 
+    def is_taken_remotely(self, id_key: SnapshotKey) -> bool:
+        """Whether the id of this key names a snapshot in the remote store, or ever did."""
+        try:
+            return self.remote_manifest(id_key) is not None
+        except Deleted:
+            return True
+
     def remote_manifest(self, key: SnapshotKey) -> Manifest | None:
-        """What the remote store holds under `key`, or None. DataLoss when it is no manifest."""
+        """What the remote store holds under `key`, or None.
+
+        Raises:
+            Deleted: It was deleted.
+            DataLoss: It is no manifest.
+        """
         if self._remote is None:
             return None
         function = self._remote.digest_function
@@ -94,6 +107,8 @@ class SnapshotFinder:
             result = self._remote.get_action_result(keys.remote_manifest_digest(key, function))
         except NotFound:
             return None
+        if is_tombstone(result):
+            raise Deleted("it was deleted")
         try:
             return Manifest.from_action_result(result, function)
         except InvalidArgument as error:
@@ -127,6 +142,10 @@ class SnapshotFinder:
         for attempt in attempts:
             try:
                 return attempt()
+            except Deleted as error:
+                # Whatever copies of it are kept: it is to be gone everywhere.
+                failures.append(KeyFailure(key, NotFound(error.message)))
+                return None
             except NotFound as error:
                 absent.append(error.message)
             except DataLoss as error:
@@ -168,6 +187,8 @@ class SnapshotFinder:
                 data = self._file_cache.get_ref(name)
             except NotFound:
                 raise NotFound("no local manifest") from None
+            if is_local_tombstone(data):
+                raise NotFound("it was deleted")
             try:
                 manifest = Manifest.parse_local(data)
             except InvalidArgument as error:
@@ -194,7 +215,8 @@ class SnapshotFinder:
             if keep and not self._readonly:
                 name = keys.local_manifest_key(self._file_cache.group_id, key)
                 try:
-                    self._file_cache.put_ref(name, manifest.serialize_local())
+                    # What an id names never changes, but for being deleted meanwhile, which must stay.
+                    self._file_cache.put_ref(name, manifest.serialize_local(), overwrite=not key.snapshot_id)
                 except SnaploaderError as error:
                     log.warning("a remote manifest is not kept locally: %s", error)
             return snapshot

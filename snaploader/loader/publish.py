@@ -13,12 +13,26 @@ from snaploader import keys
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound
+from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.manifest import Manifest
 
+SMALL_BLOB_BYTES = 4 << 20
+"""Blobs up to this size are uploaded from memory, bigger ones from their file."""
+
 BlobReader = Callable[[Digest], "Buffer | str"]
 """Bytes of a blob, or the path of a file that holds it."""
+
+
+def taken(id_key: SnapshotKey) -> str:
+    """What an error says where a snapshot is to get an id that names one, or did."""
+    return f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"
+
+
+def upload_source(file_cache: FileCache, digest: Digest) -> Buffer | str:
+    """A blob of the file cache, for `upload_blobs`. NotFound or DataLoss when it is gone or damaged."""
+    return file_cache.path(digest) if digest.size_bytes > SMALL_BLOB_BYTES else file_cache.read(digest)
 
 
 def upload_blobs(
@@ -26,8 +40,13 @@ def upload_blobs(
     digests: Collection[Digest],
     read: BlobReader,
     progress: ProgressCallback | None,
+    sent: list[Digest] | None = None,
 ) -> TransferStatistics:
-    """Upload those of `digests` that the store lacks."""
+    """Upload those of `digests` that the store lacks.
+
+    Args:
+        sent: Takes in what is handed to the store, for when that fails half-way.
+    """
     missing = remote.find_missing(digests)
     meter = ProgressMeter(progress, "upload", sum(digest.size_bytes for digest in missing))
 
@@ -40,6 +59,8 @@ def upload_blobs(
                     f"cannot complete the snapshot remotely: blob {digest} is missing there and here "
                     f"({error.message}). Save the whole state again from its files"
                 ) from error
+            if sent is not None:
+                sent.append(digest)
             yield Upload(digest, source)
             meter.add(digest.size_bytes)
 
@@ -62,7 +83,7 @@ def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) 
     remote.update_action_result(name, manifest.to_action_result())
     ours = (
         {name: file.digest.hash for name, file in manifest.files.items()},
-        {name: digest.hash for name, digest in manifest.chunked_files.items()},
+        {name: tree.hash for name, tree in {**manifest.chunked_files, **manifest.directories}.items()},
     )
     stands = _content(remote, name)
     if stands == ours:

@@ -34,15 +34,12 @@ from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder, artefacts, vm_metadata_of
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
-from snaploader.loader.publish import publish_manifest, upload_blobs
+from snaploader.loader.publish import publish_manifest, taken, upload_blobs, upload_source
 from snaploader.loader.results import SaveResult
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
 from snaploader.manifest import Manifest, check_name, pack_any
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
-
-SMALL_BLOB_BYTES = 4 << 20
-"""Blobs up to this size are uploaded from memory, bigger ones from their file."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ class SnapshotSaver:
         except SnaploaderError as error:
             return _Plan(function, failure=error if wanted else None)
         if is_taken:
-            raise FailedPrecondition(_taken(id_key))
+            raise FailedPrecondition(taken(id_key))
         return _Plan(function, self._remote)
 
     def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> str:
@@ -243,7 +240,7 @@ class SnapshotSaver:
             self._file_cache.get_ref(keys.local_manifest_key(self._file_cache.group_id, id_key))
         except NotFound:
             return
-        raise FailedPrecondition(_taken(id_key))
+        raise FailedPrecondition(taken(id_key))
 
     def _complete_locally(self, saver: LocalSaver, blobs: set[Digest], function: DigestFunction) -> list[str]:
         """Make sure that every blob is in a cache; what the stores alone have is put into the file cache."""
@@ -296,7 +293,7 @@ class SnapshotSaver:
             if self._file_cache.put_ref(keys.local_manifest_key(group, id_key), data, overwrite=False):
                 return []
             if not write_keys:
-                raise FailedPrecondition(_taken(id_key))
+                raise FailedPrecondition(taken(id_key))
             return [f"snapshot id {id_key.snapshot_id!r} was taken locally meanwhile and not overwritten"]
         except SnaploaderError as error:
             if not write_keys:
@@ -313,18 +310,13 @@ class SnapshotSaver:
     ) -> TransferStatistics:
         def source(digest: Digest) -> Buffer | str:
             try:
-                return self._upload_source(digest)
+                return upload_source(self._file_cache, digest)
             except (NotFound, DataLoss):
                 saver.rescue({digest})
-                return self._upload_source(digest)
+                return upload_source(self._file_cache, digest)
 
         content = upload_blobs(remote, blobs - manifest.trees, source, progress)
         return content + upload_blobs(remote, manifest.trees, source, None)
-
-    def _upload_source(self, digest: Digest) -> Buffer | str:
-        if digest.size_bytes > SMALL_BLOB_BYTES:
-            return self._file_cache.path(digest)
-        return self._file_cache.read(digest)
 
     def _publish_remotely(
         self, remote: RemoteStore, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
@@ -338,7 +330,7 @@ class SnapshotSaver:
             # Looked at once more: the upload may have taken minutes.
             is_taken = self._finder.is_taken_remotely(id_key)
             if is_taken or not publish_manifest(remote, id_key, manifest):
-                message = f"{_taken(id_key)} (it was taken remotely during this save)"
+                message = f"{taken(id_key)} (it was taken remotely during this save)"
                 if not write_keys:
                     raise FailedPrecondition(message)
                 warnings.append(message)
@@ -360,7 +352,3 @@ class SnapshotSaver:
         return SnapshotChunkSource(
             name, table, self._fetcher, allow_remote=allow_remote and self._remote is not None
         )
-
-
-def _taken(id_key: SnapshotKey) -> str:
-    return f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"

@@ -1,0 +1,166 @@
+"""Deleting a snapshot by its id: the remote reference, then the local one. Blobs age out by themselves.
+
+That is the reverse of the order of writing. Whatever fails or is killed in between, the next attempt does
+the rest. As long as the remote part fails nothing is deleted locally either, so a snapshot is not lost
+here that others still see.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from snaploader import keys
+from snaploader._proto.remote_execution_pb2 import ActionResult
+from snaploader.blobstore import RemoteStore
+from snaploader.digest import Digest
+from snaploader.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    Unimplemented,
+)
+from snaploader.filecache import FileCache
+from snaploader.keys import SnapshotKey
+from snaploader.loader.tombstone import is_local_tombstone, is_tombstone, local_tombstone, tombstone_result
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """What `delete_snapshot` found and did."""
+
+    snapshot_id: str
+    deleted_locally: bool
+    """A manifest stood in the file cache; it does no more."""
+    deleted_remotely: bool
+    """A manifest stood in the remote cache; it does no more, for any host."""
+    was_deleted: bool
+    """An earlier call had deleted it, at least in part."""
+
+    @property
+    def found(self) -> bool:
+        """Whether there was anything: the snapshot, or what is left of one that was deleted."""
+        return self.deleted_locally or self.deleted_remotely or self.was_deleted
+
+
+class _Stands(Enum):
+    """What is found under a snapshot's id."""
+
+    NOTHING = auto()
+    TOMBSTONE = auto()
+    SNAPSHOT = auto()
+    """Or whatever else: it is to go."""
+
+
+class SnapshotDeleter:
+    """Does the deleting for a loader. Thread-safe, stateless between calls.
+
+    Args:
+        readonly: Refuse to delete.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        file_cache: FileCache,
+        remote: RemoteStore | None,
+        *,
+        readonly: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._file_cache = file_cache
+        self._remote = remote
+        self._readonly = readonly
+        self._clock = clock
+
+    def delete(self, snapshot_id: str, instance_name: str, remote: bool | None) -> DeleteResult:
+        """See `SnapshotLoader.delete_snapshot`."""
+        if self._readonly:
+            raise FailedPrecondition("this loader is read-only: it cannot delete snapshots")
+        if remote and self._remote is None:
+            raise InvalidArgument("a remote delete was asked for and the loader has no remote cache")
+        key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
+        tombstone = tombstone_result(snapshot_id, self._clock())
+        here = self._local(key)
+        there = _Stands.NOTHING
+        if self._remote is not None and remote is not False:
+            there = _delete_remotely(self._remote, key, tombstone, is_known=here is not _Stands.NOTHING)
+        if self._remote is not None and remote is False:
+            # Others go on using it, and so may this host, which fetches it again then.
+            if here is _Stands.SNAPSHOT:
+                self._file_cache.delete_ref(self._name(key))
+        elif _Stands.SNAPSHOT in (here, there):
+            self._bury(key, tombstone)
+        return DeleteResult(
+            snapshot_id,
+            deleted_locally=here is _Stands.SNAPSHOT,
+            deleted_remotely=there is _Stands.SNAPSHOT,
+            was_deleted=_Stands.TOMBSTONE in (here, there),
+        )
+
+    def _local(self, key: SnapshotKey) -> _Stands:
+        try:
+            data = self._file_cache.get_ref(self._name(key))
+        except NotFound:
+            return _Stands.NOTHING
+        return _Stands.TOMBSTONE if is_local_tombstone(data) else _Stands.SNAPSHOT
+
+    def _bury(self, key: SnapshotKey, tombstone: ActionResult) -> None:
+        """Replace the local manifest. Also where there is none: a reader may be about to put it there."""
+        name = self._name(key)
+        try:
+            self._file_cache.put_ref(name, local_tombstone(tombstone))
+        except ResourceExhausted as error:
+            log.warning("no room to remember that snapshot %r was deleted: %s", key.snapshot_id, error)
+            self._file_cache.delete_ref(name)
+
+    def _name(self, key: SnapshotKey) -> str:
+        return keys.local_manifest_key(self._file_cache.group_id, key)
+
+
+def _delete_remotely(
+    remote: RemoteStore, key: SnapshotKey, tombstone: ActionResult, *, is_known: bool
+) -> _Stands:
+    """Replace the remote manifest; what stood there.
+
+    Args:
+        is_known: The snapshot is, or was, in the local cache. Then it is also deleted where the server shows
+            nothing: it may hide a manifest because a blob of it is gone, until that is uploaded again.
+    """
+    name = keys.remote_manifest_digest(key, remote.digest_function)
+    before = _remote_state(remote, name)
+    if before is _Stands.TOMBSTONE or (before is _Stands.NOTHING and not is_known):
+        return before
+    try:
+        remote.update_action_result(name, tombstone)
+    except (FailedPrecondition, PermissionDenied, Unimplemented) as error:
+        if before is _Stands.NOTHING:
+            # Nobody sees it, and nobody with these credentials can have saved it there.
+            log.info("snapshot %r is not marked as deleted remotely: %s", key.snapshot_id, error)
+            return before
+        error.add_note(
+            f"snapshot {key.snapshot_id!r} stands, remotely and locally: delete it with credentials that may "
+            "write to the action cache, or with remote=False only from this host"
+        )
+        raise
+    # Some servers accept an update from a caller who may not make one, and drop it.
+    if before is _Stands.SNAPSHOT and _remote_state(remote, name) is _Stands.SNAPSHOT:
+        raise FailedPrecondition(
+            f"the remote cache accepted the deletion of snapshot {key.snapshot_id!r} and still returns it: "
+            "it may be read-only for these credentials. Nothing was deleted locally"
+        )
+    return before
+
+
+def _remote_state(remote: RemoteStore, name: Digest) -> _Stands:
+    try:
+        result = remote.get_action_result(name)
+    except NotFound:
+        return _Stands.NOTHING
+    return _Stands.TOMBSTONE if is_tombstone(result) else _Stands.SNAPSHOT
