@@ -1,0 +1,143 @@
+"""Errors of databases, in the one place that makes them errors of this library.
+
+Messages hold what the database said, never a statement, its parameters or a password.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import exc
+
+from snaploader.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SnaploaderError,
+    Unauthenticated,
+    Unavailable,
+)
+
+_SQLITE: dict[int, type[SnaploaderError]] = {
+    sqlite3.SQLITE_BUSY: DeadlineExceeded,
+    sqlite3.SQLITE_LOCKED: DeadlineExceeded,
+    sqlite3.SQLITE_PROTOCOL: DeadlineExceeded,
+    sqlite3.SQLITE_FULL: ResourceExhausted,
+    sqlite3.SQLITE_NOMEM: ResourceExhausted,
+    sqlite3.SQLITE_TOOBIG: ResourceExhausted,
+    sqlite3.SQLITE_CORRUPT: DataLoss,
+    sqlite3.SQLITE_NOTADB: DataLoss,
+    sqlite3.SQLITE_IOERR: DataLoss,
+    sqlite3.SQLITE_READONLY: PermissionDenied,
+    sqlite3.SQLITE_PERM: PermissionDenied,
+    sqlite3.SQLITE_AUTH: PermissionDenied,
+    sqlite3.SQLITE_CANTOPEN: PermissionDenied,
+    sqlite3.SQLITE_CONSTRAINT: FailedPrecondition,
+    sqlite3.SQLITE_INTERRUPT: Cancelled,
+}
+"""By primary result code, the low byte of the extended one: https://sqlite.org/rescode.html"""
+
+_SQLSTATE: tuple[tuple[str, type[SnaploaderError]], ...] = (
+    ("25P03", Unavailable),  # idle_in_transaction_session_timeout
+    ("25006", PermissionDenied),  # read_only_sql_transaction
+    ("28", Unauthenticated),
+    ("3D000", NotFound),  # no such database
+    ("40", Unavailable),  # serialization_failure, deadlock_detected
+    ("42501", PermissionDenied),
+    ("53300", Unavailable),  # too_many_connections
+    ("53", ResourceExhausted),  # disk_full, out_of_memory
+    ("54", ResourceExhausted),
+    ("55P03", DeadlineExceeded),  # lock_not_available
+    ("57014", DeadlineExceeded),  # query_canceled: statement_timeout
+    ("57", Unavailable),  # admin_shutdown, crash_shutdown, cannot_connect_now
+    ("58", DataLoss),  # io_error
+    ("08", Unavailable),
+    ("22", InvalidArgument),
+    ("23", FailedPrecondition),
+    ("XX001", DataLoss),
+    ("XX002", DataLoss),
+)
+"""By prefix of the SQLSTATE, the first that fits: PostgreSQL's appendix of error codes."""
+
+_ADVICE: dict[type[SnaploaderError], str] = {
+    DeadlineExceeded: "something else holds it: try again",
+    ResourceExhausted: "nothing was written; make room and try again",
+    DataLoss: "restore it from a backup",
+    Unavailable: "try again",
+    PermissionDenied: "check who may read and write it",
+    Unauthenticated: "check the user and the password",
+}
+
+
+@contextmanager
+def translate_database_errors(where: str) -> Iterator[None]:
+    """Raise typed errors, chained, for every error of a database that leaves the block.
+
+    Args:
+        where: Which catalog, as in "catalog sqlite:////var/lib/catalog.db".
+    """
+    try:
+        yield
+    except exc.SQLAlchemyError as error:
+        mine = getattr(error, "orig", None)
+        if isinstance(mine, SnaploaderError | TypeError):  # a value that a column refused
+            raise mine from None
+        raise from_database_error(error, where) from error
+    except sqlite3.Error as error:  # raised while a connection is set up
+        raise _typed(_sqlite_kind(error), where, str(error)) from error
+
+
+def from_database_error(error: exc.SQLAlchemyError, where: str) -> SnaploaderError:
+    """The typed error for one of SQLAlchemy."""
+    if isinstance(error, exc.TimeoutError):
+        return ResourceExhausted(
+            f"{where}: all connections are in use: make fewer transactions at once", transient=True
+        )
+    if not isinstance(error, exc.DBAPIError) or error.orig is None:
+        return Internal(f"{where}: {type(error).__name__}: {error}")
+    reason = str(error.orig).strip().partition("\n")[0]
+    if isinstance(error.orig, sqlite3.Error):
+        return _typed(_sqlite_kind(error.orig), where, reason)
+    return _typed(_postgresql_kind(error), where, reason)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether SQLite refused because another connection holds the database."""
+    found = error.orig if isinstance(error, exc.DBAPIError) else error
+    return isinstance(found, sqlite3.Error) and _primary_code(found) in {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_PROTOCOL,
+    }
+
+
+def _typed(kind: type[SnaploaderError], where: str, reason: str) -> SnaploaderError:
+    advice = _ADVICE.get(kind)
+    return kind(f"{where}: {reason}" + (f" ({advice})" if advice else ""))
+
+
+def _sqlite_kind(error: BaseException) -> type[SnaploaderError]:
+    return _SQLITE.get(_primary_code(error), Internal)
+
+
+def _primary_code(error: BaseException) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def _postgresql_kind(error: exc.DBAPIError) -> type[SnaploaderError]:
+    state = getattr(error.orig, "sqlstate", None)
+    if state is None:  # libpq could not connect, or lost the connection
+        return Unavailable if error.connection_invalidated or _is_operational(error) else Internal
+    return next((kind for prefix, kind in _SQLSTATE if state.startswith(prefix)), Internal)
+
+
+def _is_operational(error: exc.DBAPIError) -> bool:
+    return isinstance(error, exc.OperationalError)

@@ -1,0 +1,242 @@
+"""Reading the catalog: every query there is, each with an index that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Executable, Row, Select, select
+
+from snaploader.errors import NotFound
+from snaploader.workspace.catalog import rows, tables
+from snaploader.workspace.catalog.faults import translate_database_errors
+from snaploader.workspace.model import (
+    Event,
+    OwnerStatus,
+    Run,
+    SnapshotRecord,
+    SnapshotStatus,
+    Version,
+    Workspace,
+    WorkspaceState,
+)
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+
+MAX_EVENTS = 1000
+"""Most events of one listing, unless told otherwise."""
+
+_VERSIONS = select(tables.versions, tables.snapshots.c.runtime_name, tables.snapshots.c.source).join(
+    tables.snapshots
+)
+"""All versions; those whose snapshot is on its way out are not shown."""
+_UNFINISHED = (SnapshotStatus.PENDING, SnapshotStatus.DELETING, SnapshotStatus.ORPHANED)
+
+
+class DueWorkspace(NamedTuple):
+    """A workspace that may need a transition."""
+
+    id: str
+    base: str
+
+
+class Reader:
+    """One consistent state of the catalog. Made by `Catalog.reading`; for one thread, inside its block.
+
+    Every method may raise what `Catalog.reading` names.
+    """
+
+    def __init__(self, connection: Connection, where: str) -> None:
+        self._connection = connection
+        self._where = where
+
+    # Workspaces
+
+    def workspace(self, workspace_id: str) -> Workspace:
+        """The workspace of that id, a deleted one too. NotFound when there never was one."""
+        row = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
+        if row is None:
+            raise NotFound(f"there is no workspace {workspace_id!r}")
+        return rows.workspace_of(row)
+
+    def workspaces(
+        self,
+        *,
+        host: str | None = None,
+        state: WorkspaceState | None = None,
+        owner: str | None = None,
+        include_deleted: bool = False,
+        after: str = "",
+        limit: int | None = None,
+    ) -> list[Workspace]:
+        """Workspaces by id.
+
+        Args:
+            host: Only those of this host.
+            state: Only those in this state; `DELETED` shows deleted ones.
+            owner: Only those of this owner.
+            include_deleted: Deleted ones too.
+            after: Only ids that sort behind this one, for listing page by page.
+            limit: At most so many.
+        """
+        table = tables.workspaces
+        query = select(table).where(table.c.id > after).order_by(table.c.id).limit(limit)
+        if host is not None:
+            query = query.where(table.c.host == host)
+        if state is not None:
+            query = query.where(table.c.state == state)
+        elif not include_deleted:
+            query = query.where(table.c.state != WorkspaceState.DELETED)
+        if owner is not None:
+            query = query.where(table.c.owner == owner if owner else table.c.owner.is_(None))
+        return [rows.workspace_of(row) for row in self._all(query)]
+
+    def workspaces_with_operation(self, host: str) -> list[Workspace]:
+        """Workspaces on which an operation of that host is under way, by id."""
+        table = tables.workspaces
+        query = select(table).where(table.c.operation_host == host).order_by(table.c.id)
+        return [rows.workspace_of(row) for row in self._all(query)]
+
+    def due(self, tick: datetime, *, host: str, limit: int | None = None) -> list[DueWorkspace]:
+        """Workspaces of `host` for which `decide` may say something at `tick`; the longest due first.
+
+        One query on an index: those that are not due cost nothing.
+        """
+        table = tables.workspaces
+        query = (
+            select(table.c.id, table.c.base)
+            .where(table.c.host == host, table.c.due_at <= tick)
+            .order_by(table.c.due_at)
+            .limit(limit)
+        )
+        return [DueWorkspace(row.id, row.base) for row in self._all(query)]
+
+    # Snapshots and versions
+
+    def snapshot(self, name: str) -> SnapshotRecord:
+        """The snapshot of that name, whatever its status. NotFound when there is none."""
+        return self._snapshot(tables.snapshots.c.name, name)
+
+    def snapshot_by_runtime_name(self, runtime_name: str) -> SnapshotRecord:
+        """The snapshot that the loader knows by that name. NotFound when there is none."""
+        return self._snapshot(tables.snapshots.c.runtime_name, runtime_name)
+
+    def _snapshot(self, column: Any, name: str) -> SnapshotRecord:
+        row = self._first(select(tables.snapshots).where(column == name))
+        if row is None:
+            raise NotFound(f"there is no snapshot {name!r} in the catalog")
+        return rows.snapshot_of(row)
+
+    def snapshots(
+        self, workspace_id: str, *, statuses: Collection[SnapshotStatus] = (SnapshotStatus.COMPLETE,)
+    ) -> list[SnapshotRecord]:
+        """Snapshots of a workspace, oldest first: the complete ones, unless told otherwise."""
+        table = tables.snapshots
+        query = (
+            select(table)
+            .where(table.c.workspace_id == workspace_id, table.c.status.in_(statuses))
+            .order_by(table.c.created_at, table.c.name)
+        )
+        return [rows.snapshot_of(row) for row in self._all(query)]
+
+    def unfinished_snapshots(self, host: str) -> list[SnapshotRecord]:
+        """Snapshots of a host's workspaces that are pending, orphaned or on their way out, oldest first."""
+        table = tables.snapshots
+        query = (
+            select(table)
+            .join(tables.workspaces)
+            .where(table.c.status.in_(_UNFINISHED), tables.workspaces.c.host == host)
+            .order_by(table.c.created_at, table.c.name)
+        )
+        return [rows.snapshot_of(row) for row in self._all(query)]
+
+    def version(self, workspace_id: str, number: int) -> Version:
+        """The version of that number. NotFound when the workspace has none of it."""
+        row = self._first(_versions_of(workspace_id).where(tables.versions.c.number == number))
+        if row is None:
+            raise NotFound(f"workspace {workspace_id!r} has no version {number}")
+        return rows.version_of(row)
+
+    def versions(self, workspace_id: str) -> list[Version]:
+        """Versions of a workspace, by number."""
+        query = _versions_of(workspace_id).order_by(tables.versions.c.number)
+        return [rows.version_of(row) for row in self._all(query)]
+
+    # Events and runs
+
+    def events(
+        self,
+        workspace_id: str = "",
+        *,
+        after: int = 0,
+        types: Collection[str] = (),
+        limit: int | None = MAX_EVENTS,
+    ) -> list[Event]:
+        """Events in the order in which they became visible.
+
+        Args:
+            workspace_id: Only those of this workspace; empty: of all.
+            after: Only events behind the one of this id. Who passes the last id seen misses none.
+            types: Only events of these types; empty: all.
+            limit: At most so many; None: all.
+        """
+        table = tables.events
+        query = select(table).where(table.c.id > after).order_by(table.c.id).limit(limit)
+        if workspace_id:
+            query = query.where(table.c.workspace_id == workspace_id)
+        if types:
+            query = query.where(table.c.type.in_(types))
+        return [rows.event_of(row) for row in self._all(query)]
+
+    def latest_run(self, workspace_id: str) -> Run | None:
+        """The run of a workspace that began last; None: it has none."""
+        row = self._first(_runs_of(workspace_id).order_by(tables.runs.c.id.desc()).limit(1))
+        return None if row is None else rows.run_of(row)
+
+    def runs(self, workspace_id: str) -> list[Run]:
+        """Runs of a workspace, oldest first."""
+        return [rows.run_of(row) for row in self._all(_runs_of(workspace_id).order_by(tables.runs.c.id))]
+
+    # Policies and owners
+
+    def policy(self, name: str = DEFAULT_POLICY) -> Policy:
+        """The policy of that name; the default one exists always. NotFound when there is none."""
+        row = self._first(select(tables.policies).where(tables.policies.c.name == name))
+        if row is None:
+            raise NotFound(f"there is no policy {name!r}")
+        return Policy.from_mapping(row.name, row.settings)
+
+    def policies(self) -> list[Policy]:
+        """All policies, by name."""
+        query = select(tables.policies).order_by(tables.policies.c.name)
+        return [Policy.from_mapping(row.name, row.settings) for row in self._all(query)]
+
+    def owner_status(self, owner: str) -> OwnerStatus:
+        """Whether that owner may use workspaces; one that nobody named yet is active."""
+        row = self._first(select(tables.owners).where(tables.owners.c.name == owner))
+        return OwnerStatus.ACTIVE if row is None else row.status
+
+    # Statements
+
+    def _all(self, query: Executable) -> Sequence[Row[Any]]:
+        with self._guarded():
+            return self._connection.execute(query).all()
+
+    def _first(self, query: Executable) -> Row[Any] | None:
+        with self._guarded():
+            return self._connection.execute(query).first()
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        return translate_database_errors(self._where)
+
+
+def _versions_of(workspace_id: str) -> Select[Any]:
+    return _VERSIONS.where(
+        tables.versions.c.workspace_id == workspace_id,
+        tables.snapshots.c.status == SnapshotStatus.COMPLETE,
+    )
+
+
+def _runs_of(workspace_id: str) -> Select[Any]:
+    return select(tables.runs).where(tables.runs.c.workspace_id == workspace_id)

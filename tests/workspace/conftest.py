@@ -1,0 +1,114 @@
+"""Fixtures: a catalog on every kind of database.
+
+`catalog` and `catalog_url` are for all tests that touch a catalog; each runs once on SQLite and once on
+PostgreSQL. The server is started by the first test that needs it, one for each worker of pytest-xdist.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from database import POSTGRESQL, SQLITE, PostgreSQLServer
+
+from snaploader.workspace.catalog import Catalog
+
+
+@pytest.fixture(scope="session")
+def _idle_postgresql() -> Iterator[PostgreSQLServer]:
+    server = PostgreSQLServer()
+    yield server
+    server.remove()
+
+
+def _started(server: PostgreSQLServer) -> PostgreSQLServer:
+    missing = server.missing()
+    if missing and os.environ.get("CI"):
+        pytest.fail(missing)
+    if missing:
+        pytest.skip(missing)
+    server.start()
+    return server
+
+
+@pytest.fixture(scope="session")
+def postgresql(_idle_postgresql: PostgreSQLServer) -> PostgreSQLServer:
+    """A PostgreSQL server that runs."""
+    return _started(_idle_postgresql)
+
+
+@pytest.fixture(scope="session", params=[SQLITE, POSTGRESQL])
+def database(request: pytest.FixtureRequest, _idle_postgresql: PostgreSQLServer) -> str:
+    """Which kind of database the test runs on: "sqlite" or "postgresql"."""
+    if request.param == POSTGRESQL:
+        _started(_idle_postgresql)
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture(scope="session")
+def _template(
+    database: str, _idle_postgresql: PostgreSQLServer, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """A database with the newest schema and nothing in it: its path, or its name in PostgreSQL."""
+    if database == POSTGRESQL:
+        name = _idle_postgresql.create_database()
+        Catalog.open(_idle_postgresql.url(name)).close()
+        return name
+    path = str(tmp_path_factory.mktemp("template") / "catalog.db")
+    Catalog.open(path).close()
+    return path
+
+
+@pytest.fixture
+def empty_catalog_url(
+    database: str, _idle_postgresql: PostgreSQLServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """URL of a database in which there is nothing yet, no schema either."""
+    if database == SQLITE:
+        yield f"sqlite:///{tmp_path_factory.mktemp('catalog')}/catalog.db"
+        return
+    name = _idle_postgresql.create_database()
+    yield _idle_postgresql.url(name)
+    _idle_postgresql.drop_database(name)
+
+
+@pytest.fixture
+def catalog_url(
+    database: str,
+    _template: str,
+    _idle_postgresql: PostgreSQLServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    """URL of an empty catalog."""
+    if database == SQLITE:
+        path = tmp_path_factory.mktemp("catalog") / "catalog.db"
+        shutil.copyfile(_template, path)
+        yield f"sqlite:///{path}"
+        return
+    name = _idle_postgresql.create_database(_template)
+    yield _idle_postgresql.url(name)
+    _idle_postgresql.drop_database(name)
+
+
+@pytest.fixture
+def catalog(catalog_url: str) -> Iterator[Catalog]:
+    """An empty catalog, closed after the test."""
+    with Catalog.open(catalog_url) as catalog:
+        yield catalog
+
+
+@pytest.fixture
+def open_catalog(catalog_url: str) -> Iterator[Callable[[], Catalog]]:
+    """Opens the test's catalog once more, as another process would; closed after the test."""
+    opened: list[Catalog] = []
+
+    def open_it() -> Catalog:
+        opened.append(Catalog.open(catalog_url))
+        return opened[-1]
+
+    yield open_it
+    for each in opened:
+        each.close()

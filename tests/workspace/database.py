@@ -1,0 +1,164 @@
+"""Databases for tests: files of SQLite, and a real PostgreSQL from Debian's package."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+
+import psycopg
+
+SQLITE = "sqlite"
+POSTGRESQL = "postgresql"
+START_TIMEOUT_S = 60.0
+_USER = "snaploader"
+_SETTINGS = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "synchronous_commit": "off",
+    "listen_addresses": "",
+    "max_connections": "200",
+    "shared_buffers": "16MB",
+    "logging_collector": "off",
+    "autovacuum": "off",
+}
+# Ends the server when its standard input is closed, so with the tests, however these end.
+_WATCH = '"$@" </dev/null & server=$!; read -r _; kill -QUIT $server; wait $server'
+
+
+class PostgreSQLServer:
+    """A server of its own folder, on a Unix socket in it. Starts when it is first asked for.
+
+    Nothing it holds survives a crash of the machine: it is fast, and for tests only.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = ""
+        self._numbers = itertools.count(1)
+
+    @staticmethod
+    def missing() -> str:
+        """Why there cannot be a server here; empty: there can."""
+        if _binary("postgres") and _binary("initdb"):
+            return ""
+        return "PostgreSQL is not installed (Debian: apt-get install postgresql)"
+
+    def start(self) -> None:
+        """Start the server, unless it runs."""
+        if self._process is not None:
+            return
+        if not self._folder:
+            self._make_folder()
+        with open(os.path.join(self._folder, "log"), "ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *("/bin/sh", "-c", _WATCH, "sh", _binary("postgres"), "-D", self._data),
+                    *itertools.chain(*(("-c", f"{name}={value}") for name, value in _SETTINGS.items())),
+                    *("-c", f"unix_socket_directories={self._folder}"),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                **_unprivileged(),
+            )
+        self._wait_until_it_answers()
+
+    def stop(self) -> None:
+        """Stop the server at once; `start` starts it again on the same data."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(START_TIMEOUT_S)
+        self._process = None
+
+    def remove(self) -> None:
+        """Stop the server and remove all its data."""
+        self.stop()
+        if self._folder:
+            shutil.rmtree(self._folder)
+            self._folder = ""
+
+    def url(self, database: str) -> str:
+        """URL of a database for a catalog."""
+        return f"postgresql://{_USER}@/{database}?host={self._folder}"
+
+    def create_database(self, template: str = "template0") -> str:
+        """Name of a new database that is a copy of `template`."""
+        name = f"test{next(self._numbers)}"
+        self._administrate(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database, whoever uses it."""
+        self._administrate(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def connect(self, database: str = "postgres") -> psycopg.Connection:
+        """A connection of the test's own, in autocommit mode."""
+        return psycopg.connect(host=self._folder, user=_USER, dbname=database, autocommit=True)
+
+    def _administrate(self, statement: str) -> None:
+        with contextlib.closing(self.connect()) as connection:
+            connection.execute(statement)
+
+    @property
+    def _data(self) -> str:
+        return os.path.join(self._folder, "data")
+
+    def _make_folder(self) -> None:
+        # Not in pytest's folder, which the user that the server runs as may not enter; short, for a socket.
+        self._folder = tempfile.mkdtemp(prefix="snaploader-pg-", dir="/tmp")
+        identity = _unprivileged()
+        if identity:
+            os.chown(self._folder, identity["user"], identity["group"])
+        subprocess.run(
+            [
+                *(_binary("initdb"), "-D", self._data, "--username", _USER, "--auth", "trust"),
+                *("--no-sync", "--encoding", "UTF8", "--no-locale", "--no-instructions"),
+            ],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            **identity,
+        )
+
+    def _wait_until_it_answers(self) -> None:
+        give_up_at = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.connect().close()
+                return
+            except psycopg.OperationalError:
+                assert self._process is not None
+                if self._process.poll() is not None or time.monotonic() > give_up_at:
+                    with open(os.path.join(self._folder, "log"), encoding="utf-8") as log:
+                        raise RuntimeError(f"PostgreSQL does not start: {log.read()}") from None
+                time.sleep(0.02)
+
+
+def _binary(name: str) -> str:
+    """Path of one of PostgreSQL's programs, of the newest version there is; empty: there is none."""
+    versions = sorted(
+        glob.glob(f"/usr/lib/postgresql/*/bin/{name}"),
+        key=lambda path: float(path.split("/")[4]),
+        reverse=True,
+    )
+    return next(iter(versions), "") or shutil.which(name) or ""
+
+
+def _unprivileged() -> dict[str, int | list[int]]:
+    """As whom to run the server: PostgreSQL refuses root."""
+    if os.geteuid() != 0:
+        return {}
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    raise RuntimeError("there is neither a user postgres nor nobody to run PostgreSQL as")
