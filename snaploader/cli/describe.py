@@ -106,30 +106,26 @@ def served_line(snapshot: Snapshot) -> str:
 
 
 def file_names(snapshot: Snapshot) -> list[str]:
-    """The names of all files, sorted."""
-    return sorted([*snapshot.manifest.files, *snapshot.manifest.chunked_files])
+    """The names of all files and directories, sorted."""
+    return sorted(snapshot.manifest.names)
 
 
 def file_size(snapshot: Snapshot, name: str) -> int:
-    """The size of one of its files, in bytes."""
+    """The size of one of its files or directories, in bytes."""
+    if name in snapshot.directories:
+        return snapshot.directories[name].size_bytes
     table = snapshot.tables.get(name)
     return table.size if table is not None else snapshot.manifest.files[name].digest.size_bytes
 
 
 def only(snapshot: Snapshot, names: tuple[str, ...]) -> Snapshot:
-    """The snapshot with no other files than `names`; NotFound when it lacks one."""
+    """The snapshot with no other files and directories than `names`; NotFound when it lacks one."""
     known = file_names(snapshot)
     for name in names:
         if name not in known:
             shown = ", ".join(repr(other) for other in known[:20]) + (", …" if len(known) > 20 else "")
             raise NotFound(f"the snapshot has no file {name!r}; it has {shown or 'none'}")
-    manifest = dataclasses.replace(
-        snapshot.manifest,
-        files={name: file for name, file in snapshot.manifest.files.items() if name in names},
-        chunked_files={name: tree for name, tree in snapshot.manifest.chunked_files.items() if name in names},
-    )
-    tables = {name: table for name, table in snapshot.tables.items() if name in names}
-    return dataclasses.replace(snapshot, manifest=manifest, tables=tables)
+    return snapshot.only(names)
 
 
 def checked_folder(path: Path, what: str) -> Path:

@@ -57,6 +57,10 @@ def read(
         raise FailedPrecondition("stdout is closed, and the bytes would be lost: send it to a file or a pipe")
     loader, snapshot = find(session, task_options, read_options)
     snapshot = only(snapshot, (name,))
+    if name in snapshot.directories:
+        raise InvalidArgument(
+            f"{name!r} is a directory, not a file: write it out with `restore --only {name}`"
+        )
     length = file_size(snapshot, name)
     if size is None:
         size = max(length - offset, 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from snaploader.cli.describe import checked_folder, only, served_line, snapshot_record
+from snaploader.cli.describe import checked_folder, file_size, only, served_line, snapshot_record
 from snaploader.cli.find import find
 from snaploader.cli.options import (
     Command,
@@ -25,7 +25,14 @@ from snaploader.cli.values import format_size, format_time
 @click.command(short_help="Write the files of the best snapshot to a folder.", cls=Command)
 @task_options
 @read_options
-@option("--only", "names", scope="restore", multiple=True, metavar="NAME", help="Only this file; repeatable.")
+@option(
+    "--only",
+    "names",
+    scope="restore",
+    multiple=True,
+    metavar="NAME",
+    help="Only this file or directory; repeatable.",
+)
 @click.argument("output_dir", type=click.Path(path_type=Path), metavar="OUTPUT_DIR")
 @common
 def restore(
@@ -35,7 +42,7 @@ def restore(
     names: tuple[str, ...],
     output_dir: Path,
 ) -> None:
-    """Write the files of the best snapshot to a folder, holes as holes.
+    """Write the files and directories of the best snapshot to a folder, holes as holes.
 
     Looks for a snapshot of --ref, then of --base-ref, then of --default-ref, and says which of them served.
     All files appear, or none; only when it is killed, some may be there, and temporary files .snaploader-….
@@ -49,13 +56,18 @@ def restore(
     with output.bars() as progress:
         result = loader.restore_snapshot(snapshot, output_dir, progress=progress)
     seconds = time.monotonic() - begin
+    placed = sorted((*result.files.items(), *result.directories.items()))
     output.json(
         {
             **snapshot_record(snapshot),
             "output_directory": str(output_dir),
             "files": [
-                {"name": name, "path": str(path), "size_bytes": path.stat().st_size}
+                {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
                 for name, path in sorted(result.files.items())
+            ],
+            "directories": [
+                {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
+                for name, path in sorted(result.directories.items())
             ],
             "written_bytes": result.written_bytes,
             "hole_bytes": result.hole_bytes,
@@ -67,7 +79,7 @@ def restore(
     output.text(f"restored  {served_line(snapshot)}")
     output.table(
         ["file", "size>", "path"],
-        [[name, format_size(path.stat().st_size), str(path)] for name, path in sorted(result.files.items())],
+        [[name, format_size(file_size(snapshot, name)), str(path)] for name, path in placed],
     )
     output.text(
         f"written   {format_size(result.written_bytes)}, holes {format_size(result.hole_bytes)}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -19,12 +20,10 @@ from snaploader.cli.session import Session
 from snaploader.cli.values import DURATION, KEY_VALUE, ChunkSize, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.keys import SnapshotKey
-from snaploader.loader.results import SaveResult
+from snaploader.loader import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
+from snaploader.loader.results import SavedDirectory, SavedFile, SaveResult
 from snaploader.manifest import check_name
 from snaploader.policy import SavePolicy
-
-DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
-"""Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
 
 
 class SaveCommand(Command):
@@ -38,7 +37,7 @@ class SaveCommand(Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(short_help="Save files as the snapshot of a branch.", cls=SaveCommand)
+@click.command(short_help="Save files and directories as the snapshot of a branch.", cls=SaveCommand)
 @task_options
 @option(
     "--chunked/--plain", "chunked", scope="save", default=None, help="Keep all files in chunks, or all whole."
@@ -82,7 +81,7 @@ class SaveCommand(Command):
     type=KEY_VALUE,
     help="Property kept with the snapshot.",
 )
-@click.argument("files", nargs=-1, required=True, metavar="FILE…")
+@click.argument("files", nargs=-1, required=True, metavar="FILE|DIR…")
 @common
 def save(
     session: Session,
@@ -96,13 +95,13 @@ def save(
     min_refresh_interval: float | None,
     properties: tuple[tuple[str, str], ...],
 ) -> None:
-    """Save files as the snapshot of a branch.
+    """Save files and directories as the snapshot of a branch.
 
-    A file is saved under its base name; NAME=PATH gives it another. The snapshot goes to the local cache,
-    then to the remote cache if there is one.
+    A file is saved under its base name; NAME=PATH gives it another. A directory is saved with all that is in
+    it. The snapshot goes to the local cache, then to the remote cache if there is one.
     """
     paths = named_files(files)
-    plain, in_chunks = _divide(paths, chunked, chunk_threshold)
+    plain, in_chunks, directories = _divide(paths, chunked, chunk_threshold)
     output = session.output
     loader = session.loader(share_snapshots=task_options.share, universal_ref=task_options.universal_fallback)
     begin = time.monotonic()
@@ -116,6 +115,7 @@ def save(
             key_set.write_key,
             files=plain,
             chunked_files=in_chunks,
+            directories=directories,
             vm_configuration=VMConfiguration(properties=dict(properties)),
             vm_metadata=_metadata(key_set.write_key, snapshot_id),
             snapshot_id=snapshot_id,
@@ -137,7 +137,7 @@ def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or "/" in name or os.path.lexists(argument):
-            name, path = os.path.basename(argument), argument
+            name, path = os.path.basename(argument.rstrip("/")), argument
         check_name(name)
         if name in named:
             raise InvalidArgument(
@@ -149,22 +149,30 @@ def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
 
 def _divide(
     paths: dict[str, Path], chunked: bool | None, threshold: int
-) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Which files are kept whole, and which in chunks."""
+) -> tuple[dict[str, Path], dict[str, Path], dict[str, DirectorySource]]:
+    """Which files are kept whole, which in chunks, and what is a directory."""
     plain: dict[str, Path] = {}
     in_chunks: dict[str, Path] = {}
+    directories: dict[str, DirectorySource] = {}
+    # In chunks means all but files without bytes, which have none; whole means none, however big.
+    from_size = threshold if chunked is None else 1 if chunked else sys.maxsize
     for name, path in paths.items():
         with translate_os_errors(f"cannot save {str(path)!r}"):
             try:
                 status = path.stat()
             except FileNotFoundError:
                 raise InvalidArgument(f"cannot save {str(path)!r}: there is no such file") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidArgument(f"cannot save {str(path)!r}: only regular files can be saved")
-        wanted = status.st_size >= threshold if chunked is None else chunked
-        # A file without bytes has no chunks.
-        (in_chunks if wanted and status.st_size else plain)[name] = path
-    return plain, in_chunks
+        if stat.S_ISDIR(status.st_mode):
+            directories[name] = DirectorySource(path, chunk_threshold_bytes=max(1, from_size))
+        elif not stat.S_ISREG(status.st_mode):
+            raise InvalidArgument(
+                f"cannot save {str(path)!r}: only regular files and directories can be saved"
+            )
+        elif status.st_size and status.st_size >= from_size:
+            in_chunks[name] = path
+        else:
+            plain[name] = path
+    return plain, in_chunks, directories
 
 
 def _metadata(key: SnapshotKey, snapshot_id: str) -> VMMetadata:
@@ -181,12 +189,16 @@ def _print(session: Session, result: SaveResult, seconds: float) -> None:
     output = session.output
     for warning in result.warnings:
         output.warn(warning)
+    for directory in result.directories:
+        for path in directory.skipped:
+            output.warn(f"{path!r} in {directory.name!r} is a socket, FIFO or device and was not saved")
     record: dict[str, Any] = {
         "snapshot_id": result.snapshot_id,
         "ref": result.key.ref,
         "key": key_record(result.key),
-        "files": [{**dataclasses.asdict(file), "digest": str(file.digest)} for file in result.files],
-        "size_bytes": sum(file.size_bytes for file in result.files),
+        "files": [_record(file) for file in result.files],
+        "directories": [_record(directory) for directory in result.directories],
+        "size_bytes": result.size_bytes,
         "hashed_bytes": result.hashed_bytes,
         "hole_bytes": result.hole_bytes,
         "stored_bytes": result.stored_bytes,
@@ -203,18 +215,19 @@ def _print(session: Session, result: SaveResult, seconds: float) -> None:
     output.json(record)
     output.text(f"snapshot  {result.snapshot_id}")
     output.text(f"ref       {result.key.ref or '(none)'}")
+    everything: list[SavedFile | SavedDirectory] = [*result.files, *result.directories]
     output.table(
         ["file", "kept", "size>", "holes>", "stored>", "deduplicated>"],
         [
             [
-                file.name,
-                f"{file.chunks} chunks" if file.chunked else "whole",
-                format_size(file.size_bytes),
-                format_size(file.hole_bytes),
-                format_size(file.stored_bytes),
-                format_size(file.deduplicated_bytes),
+                saved.name,
+                _kept(saved),
+                format_size(saved.size_bytes),
+                format_size(saved.hole_bytes),
+                format_size(saved.stored_bytes),
+                format_size(saved.deduplicated_bytes),
             ]
-            for file in result.files
+            for saved in everything
         ],
     )
     if result.saved_remotely:
@@ -222,3 +235,13 @@ def _print(session: Session, result: SaveResult, seconds: float) -> None:
     elif result.remote_skipped:
         output.text(f"uploaded  nothing: {result.remote_skipped}")
     output.detail(f"saved in {format_time(seconds)}")
+
+
+def _record(saved: SavedFile | SavedDirectory) -> dict[str, Any]:
+    return {**dataclasses.asdict(saved), "digest": str(saved.digest)}
+
+
+def _kept(saved: SavedFile | SavedDirectory) -> str:
+    if isinstance(saved, SavedDirectory):
+        return f"{saved.files} files"
+    return f"{saved.chunks} chunks" if saved.chunked else "whole"

@@ -67,9 +67,14 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class ShownFile:
-    """One file of a snapshot, and how much of it is where. Chunks of a plain file: the one blob it is."""
+    """One file or directory of a snapshot, and how much of it is where.
+
+    Chunks of a plain file: the one blob it is; of a directory: the blobs and chunks of all its files.
+    """
 
     name: str
+    kind: str
+    """"file", "chunked" or "directory"."""
     chunked: bool
     digest: Digest
     size_bytes: int
@@ -137,6 +142,8 @@ def _digests(snapshot: Snapshot, name: str) -> list[Digest]:
     """The blobs a file's content lies in; the same one twice when it occurs twice."""
     if name in snapshot.tables:
         return list(snapshot.tables[name].digests())
+    if name in snapshot.directories:
+        return list(dict.fromkeys(snapshot.directories[name].digests()))
     digest = snapshot.manifest.files[name].digest
     return [digest] if digest.size_bytes else []
 
@@ -162,14 +169,17 @@ def _shown(
 ) -> ShownFile:
     local = _present(digests, missing_locally)
     remote = (None, None) if missing_remotely is None else _present(digests, missing_remotely)
-    table = snapshot.tables.get(name)
-    plain = snapshot.manifest.files.get(name)
+    table, directory = snapshot.tables.get(name), snapshot.directories.get(name)
+    manifest = snapshot.manifest
+    trees = {**manifest.chunked_files, **manifest.directories}
+    holes = table if table is not None else directory
     return ShownFile(
         name=name,
+        kind="directory" if directory is not None else "file" if table is None else "chunked",
         chunked=table is not None,
-        digest=snapshot.manifest.chunked_files[name] if plain is None else plain.digest,
+        digest=trees[name] if name in trees else manifest.files[name].digest,
         size_bytes=file_size(snapshot, name),
-        hole_bytes=table.hole_bytes if table is not None else 0,
+        hole_bytes=holes.hole_bytes if holes is not None else 0,
         chunk_size=table.chunk_size if table is not None else None,
         chunk_count=table.chunk_count if table is not None else len(digests),
         hole_chunks=table.chunk_count - table.stored_count if table is not None else 0,
@@ -245,7 +255,7 @@ def _print_text(
                 file.name,
                 format_size(file.size_bytes),
                 format_size(file.hole_bytes),
-                format_size(file.chunk_size) if file.chunk_size is not None else "whole",
+                format_size(file.chunk_size) if file.chunk_size is not None else _WORDS[file.kind],
                 str(file.stored_chunks),
                 str(file.hole_chunks),
                 f"{file.local_chunks}/{file.stored_chunks}",
@@ -255,6 +265,9 @@ def _print_text(
             for file in files
         ],
     )
+
+
+_WORDS = {"file": "whole", "directory": "directory"}
 
 
 def _word(stands: bool | None) -> str:
