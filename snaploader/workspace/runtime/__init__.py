@@ -1,5 +1,16 @@
 """Runtimes: what runs a workspace. `Runtime` is the interface, `ProcessRuntime` needs no hypervisor."""
 
+from snaploader.workspace.runtime.probes import ProbedWorkspace, ReadinessProbe
+from snaploader.workspace.runtime.process import ProcessRuntime
 from snaploader.workspace.runtime.protocol import Attachment, Capture, Runtime, RuntimeStatus, StopOutcome
 
-__all__ = ["Attachment", "Capture", "Runtime", "RuntimeStatus", "StopOutcome"]
+__all__ = [
+    "Attachment",
+    "Capture",
+    "ProbedWorkspace",
+    "ProcessRuntime",
+    "ReadinessProbe",
+    "Runtime",
+    "RuntimeStatus",
+    "StopOutcome",
+]

@@ -5,7 +5,7 @@
                            state/attachments.json
                            state/index/      capture indexes
                            state/nothing/    empty, for a snapshot that has no volumes to hold
-                           state/run.json, log, log.1      of the latest run
+                           state/run.json, end.json, log, log.1      of the latest run
     <base>/workspaces/<id>.staging-<unique>  being built
                       <id>.trash-<unique>    being removed
                       <id>.replaced          the state before, between two renames of `place`
@@ -72,6 +72,11 @@ class Folder:
     def run(self) -> str:
         """The file about the latest run."""
         return f"{self.state}/run.json"
+
+    @property
+    def end(self) -> str:
+        """The file about the end of the latest run."""
+        return f"{self.state}/end.json"
 
     @property
     def log(self) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+import select
+import signal
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Self
 
-from snaploader.filecache.durability import read_boot_id
-
-_STATE, _START_TIME = 0, 19
-"""Fields of /proc/<pid>/stat behind the name, see proc_pid_stat(5)."""
-_ENDED = frozenset({"Z", "X", "x"})
+from snaploader.workspace.runtime.supervisor import descendants, read_boot_id, read_stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,10 @@ class ProcessIdentity:
     @classmethod
     def of(cls, pid: int) -> Self | None:
         """The process that has this pid now; None when there is none, or only what it leaves its parent."""
-        fields = _read_stat(pid)
-        if fields is None or fields[_STATE] in _ENDED:
+        stat = read_stat(pid)
+        if stat is None or stat.has_ended:
             return None
-        return cls(pid, int(fields[_START_TIME]), read_boot_id())
+        return cls(pid, stat.start_ticks, read_boot_id())
 
     @classmethod
     def current(cls) -> Self:
@@ -54,11 +56,87 @@ class ProcessIdentity:
         os.close(fd)
         return None
 
+    def send(self, number: int) -> None:
+        """Send it a signal, if it runs still."""
+        fd = self.open()
+        if fd is None:
+            return
+        try:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
 
-def _read_stat(pid: int) -> list[str] | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            data = file.read()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return data.rpartition(b")")[2].decode().split()
+
+def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
+    """Wait until all of them have ended; whether they have in this time."""
+    give_up_at = time.monotonic() + timeout_s
+    with ExitStack() as opened:
+        for fd in [fd for process in processes if (fd := process.open()) is not None]:
+            opened.callback(os.close, fd)
+            left_s = max(0.0, give_up_at - time.monotonic())
+            if not is_readable(fd, left_s):
+                return False
+    return True
+
+
+def is_readable(fd: int, timeout_s: float) -> bool:
+    """Wait until a descriptor is readable; whether it is in this time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(math.ceil(timeout_s * 1000)))
+
+
+def kill_trees(roots: Iterable[ProcessIdentity], timeout_s: float) -> bool:
+    """Kill processes and all below them; whether nothing is left in this time.
+
+    The roots come last: as long as they live, what others orphan stays below them.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    roots = list(roots)
+    while below := _below(roots):
+        if not _kill(below, give_up_at):
+            return False
+    return _kill(roots, give_up_at)
+
+
+def kill_marked(mark: bytes, timeout_s: float) -> tuple[bool, bool]:
+    """Kill all processes that have `mark`, a variable "NAME=value", in the environment they began with.
+
+    Returns whether there were any, and whether all ended in this time.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    found = False
+    while marked := _marked(mark):
+        found = True
+        if not _kill(marked, give_up_at):
+            return True, False
+    return found, True
+
+
+def _below(roots: list[ProcessIdentity]) -> list[ProcessIdentity]:
+    alive = [root for root in roots if root.is_alive]
+    pids = {pid for root in alive for pid in descendants(root.pid)} - {root.pid for root in alive}
+    return [process for pid in pids if (process := ProcessIdentity.of(pid)) is not None]
+
+
+def _kill(processes: list[ProcessIdentity], give_up_at: float) -> bool:
+    for process in processes:
+        process.send(signal.SIGKILL)
+    return wait_ended(processes, max(0.0, give_up_at - time.monotonic()))
+
+
+def _marked(mark: bytes) -> list[ProcessIdentity]:
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
+                has_mark = mark in file.read().split(b"\0")
+        except OSError:  # ended, or another user's
+            continue
+        process = ProcessIdentity.of(int(name)) if has_mark else None
+        if process is not None:
+            found.append(process)
+    return found

@@ -1,0 +1,120 @@
+"""Readiness checks: whether what was started can be used."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from snaploader.errors import InvalidArgument
+
+MAX_TRY_S = 5.0
+"""Longest one try."""
+
+_SHELL = "/bin/sh"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedWorkspace:
+    """What a readiness check is told of the workspace."""
+
+    workspace_id: str
+    target: str
+    """As the workspace's `Readiness` says."""
+    root: Path
+    environment: Mapping[str, str]
+    """That its command was started with."""
+
+
+class ReadinessProbe(Protocol):
+    """One try of a readiness check. Called on the waiting thread."""
+
+    def __call__(self, workspace: ProbedWorkspace, timeout_s: float) -> str:
+        """Why the workspace is not ready; empty when it is. InvalidArgument ends the wait.
+
+        Args:
+            timeout_s: How long the try may take, at most `MAX_TRY_S`.
+        """
+        ...
+
+
+def probe_none(workspace: ProbedWorkspace, timeout_s: float) -> str:  # noqa: ARG001
+    """Ready at once."""
+    return ""
+
+
+def probe_tcp(workspace: ProbedWorkspace, timeout_s: float) -> str:
+    """Ready when a connection to "host:port" is accepted."""
+    host, colon, port = workspace.target.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidArgument(f"{workspace.target!r} is no address to connect to: use host:port")
+    address = (host.removeprefix("[").removesuffix("]") or "localhost", int(port))
+    try:
+        socket.create_connection(address, timeout_s).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def probe_http(workspace: ProbedWorkspace, timeout_s: float) -> str:
+    """Ready when a GET of the URL is answered with a status of 200 to 399. Redirects are not followed."""
+    connection, path = _http_connection(workspace.target, timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+    return "" if 200 <= response.status <= 399 else f"HTTP status {response.status} {response.reason}"
+
+
+def probe_command(workspace: ProbedWorkspace, timeout_s: float) -> str:
+    """Ready when a shell command, run in the workspace's folder and environment, exits with 0."""
+    process = subprocess.Popen(
+        [_SHELL, "-c", workspace.target],
+        cwd=workspace.root,
+        env=workspace.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        status = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"it did not end within {timeout_s:g} s"
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return "" if status == 0 else f"exit status {status}"
+
+
+PROBES: Mapping[str, ReadinessProbe] = MappingProxyType(
+    {"none": probe_none, "tcp": probe_tcp, "http": probe_http, "command": probe_command}
+)
+"""The checks that are there without being given, by the kind in `Readiness`."""
+
+
+def _http_connection(url: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise InvalidArgument(f"{url!r} is no URL: {error}") from error
+    if parts.scheme not in {"http", "https"} or not host:
+        raise InvalidArgument(f"{url!r} is no URL to get: begin it with http:// or https:// and a host")
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    path = parts.path or "/"
+    return kind(host, port, timeout=timeout_s), f"{path}?{parts.query}" if parts.query else path

@@ -1,0 +1,169 @@
+"""A runtime that needs no hypervisor: a workspace is a folder with a supervised command in it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+
+from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.workspace.model import WorkspaceSpec
+from snaploader.workspace.runtime import runs
+from snaploader.workspace.runtime.ending import end_run, kill_leftovers
+from snaploader.workspace.runtime.folder import FolderRuntime
+from snaploader.workspace.runtime.launch import environment_of, launch
+from snaploader.workspace.runtime.layout import Folder
+from snaploader.workspace.runtime.locking import locked_now
+from snaploader.workspace.runtime.probes import PROBES, ProbedWorkspace, ReadinessProbe
+from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, RuntimeStatus, StopOutcome
+from snaploader.workspace.runtime.readiness import RunWatch, wait_ready
+
+
+class ProcessRuntime(FolderRuntime):
+    """Implements `Runtime` with folders and processes. Thread-safe; processes may share one root directory.
+
+    A workspace's command runs with its root folder as the working directory, a durable directory /a/b being
+    a/b in there; as the user who starts it, and free to do whatever that user may: this is no sandbox for
+    code that is not trusted. Its environment is PATH (`DEFAULT_PATH`), HOME (the root folder), LANG
+    (C.UTF-8), WORKSPACE_ID and WORKSPACE_RUN, then `environment`, then that of the workspace; nothing
+    is inherited. Its umask is 022, its standard input is empty. What it prints goes to a log of
+    at most 1 MiB, before which up to 1 MiB is kept.
+
+    A run ends with its command: what that leaves behind is asked to end, and killed after 5 s. Processes
+    cannot leave a run by becoming daemons.
+
+    Args:
+        root_directory: Where workspaces are kept; made if absent, for the user's eyes alone.
+        checks: Readiness checks by kind, beside tcp, http and command.
+        environment: For all commands.
+        durable: Whether what was placed survives a power failure from the moment that `place` returns.
+        interpreter: A Python 3.11 or later that runs the supervisors. Default: the one running.
+    """
+
+    def __init__(
+        self,
+        root_directory: str | os.PathLike[str],
+        *,
+        checks: Mapping[str, ReadinessProbe] = MappingProxyType({}),
+        environment: Mapping[str, str] = MappingProxyType({}),
+        durable: bool = True,
+        interpreter: str = "",
+    ) -> None:
+        taken = PROBES.keys() & checks.keys()
+        if taken:
+            raise InvalidArgument(f"a readiness check cannot be named {min(taken)!r}: there is one already")
+        super().__init__(root_directory, durable=durable)
+        self._probes = {**PROBES, **checks}
+        self._environment = dict(environment)
+        self._interpreter = interpreter or sys.executable
+
+    def start(self, spec: WorkspaceSpec) -> None:
+        """See `Runtime.start`. Durable directories that are gone are made again."""
+        workspace_id = spec.workspace_id
+        with self._changing(workspace_id, f"cannot start workspace {workspace_id!r}") as lock:
+            folder = self._existing(workspace_id)
+            run = runs.read_run(folder)
+            if run is not None and run.is_running:
+                return
+            if run is not None and run.was_cut_off:
+                kill_leftovers(workspace_id, folder, run)
+            token = secrets.token_hex(16)
+            if not spec.command:
+                runs.write_run_without_command(folder, token)
+                return
+            environment = environment_of(spec, folder, token, self._environment)
+            launch(spec, folder, token, environment, lock=lock, interpreter=self._interpreter)
+
+    def stop(
+        self, workspace_id: str, *, timeout_s: float = DEFAULT_STOP_TIMEOUT_S, force: bool = True
+    ) -> StopOutcome:
+        """See `Runtime.stop`. Asks with SIGTERM, sent to every process of the workspace."""
+        if self._find(workspace_id) is None:
+            return StopOutcome.NOT_RUNNING
+        with self._changing(workspace_id, f"cannot stop workspace {workspace_id!r}"):
+            folder = self._find(workspace_id)
+            run = None if folder is None else runs.read_run(folder)
+            if folder is None or run is None:
+                return StopOutcome.NOT_RUNNING
+            if not run.is_running:
+                if run.was_cut_off and kill_leftovers(workspace_id, folder, run):
+                    return StopOutcome.KILLED
+                return StopOutcome.NOT_RUNNING
+            if not run.processes:
+                runs.write_end(folder, run, None)
+                return StopOutcome.STOPPED
+            return end_run(workspace_id, folder, run, timeout_s, force=force)
+
+    def status(self, workspace_id: str) -> RuntimeStatus:
+        """See `Runtime.status`."""
+        folder = self._find(workspace_id)
+        if folder is None:
+            return RuntimeStatus(workspace_id)
+        with translate_os_errors(f"cannot look at workspace {workspace_id!r}"):
+            run = runs.read_run(folder)
+        if run is None:
+            return RuntimeStatus(workspace_id, exists=True, placed=self._placed(folder))
+        is_running = run.is_running
+        return RuntimeStatus(
+            workspace_id,
+            exists=True,
+            is_running=is_running,
+            pid=run.command.pid if is_running and run.command is not None else None,
+            exit_code=run.exit_code,
+            started_at=run.started_at,
+            placed=self._placed(folder),
+        )
+
+    def wait_ready(
+        self,
+        spec: WorkspaceSpec,
+        timeout_s: float | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> None:
+        """See `Runtime.wait_ready`. One try takes up to 5 s, and is not interrupted by `cancelled`."""
+        readiness = spec.readiness
+        probe = self._probes.get(readiness.kind)
+        if probe is None:
+            raise InvalidArgument(
+                f"there is no readiness check of kind {readiness.kind!r}: use {', '.join(self._probes)}, or "
+                "give the runtime one of that name"
+            )
+        timeout_s = readiness.timeout_s if timeout_s is None else timeout_s
+        folder = self._existing(spec.workspace_id)
+        with RunWatch(spec.workspace_id, folder) as watch:
+            environment = environment_of(spec, folder, watch.run.token, self._environment)
+            workspace = ProbedWorkspace(spec.workspace_id, readiness.target, Path(folder.root), environment)
+            wait_ready(watch, workspace, readiness, probe, timeout_s, cancelled)
+
+    def log_tail(self, workspace_id: str, max_bytes: int = 1 << 16) -> bytes:
+        """The last bytes that the workspace's command printed, in its latest runs. NotFound as `root`."""
+        with translate_os_errors(f"cannot read the log of workspace {workspace_id!r}"):
+            return runs.read_log(self._existing(workspace_id), max_bytes)
+
+    def sweep(self) -> list[str]:
+        """See `Runtime.sweep`. Also kills what is left of runs whose supervisor was killed."""
+        swept = super().sweep()
+        for workspace_id in self.workspaces():
+            folder = self._layout.folder(workspace_id)
+            with (
+                translate_os_errors(f"cannot clean up workspace {workspace_id!r}"),
+                locked_now(self._layout.lock(workspace_id)) as is_held,
+            ):
+                run = runs.read_run(folder) if is_held else None
+                if run is not None and run.was_cut_off and kill_leftovers(workspace_id, folder, run):
+                    swept.append(workspace_id)
+        return sorted(swept)
+
+    def _is_running(self, workspace_id: str) -> bool:
+        run = runs.read_run(self._layout.folder(workspace_id))
+        return run is not None and run.is_running
+
+    def _carry_over(self, old: Folder, new: Folder) -> None:
+        for path, kept in ((old.log, new.log), (f"{old.log}.1", f"{new.log}.1")):
+            with suppress(FileNotFoundError):
+                os.link(path, kept)

@@ -1,0 +1,391 @@
+"""The program that starts a workspace's command, stays beside it and sees that nothing of it is left.
+
+Run as `python -I -S supervisor.py HANDSHAKE_FD LOCK_FD`, with its orders on standard input: fields that end
+with a NUL byte, see `Orders`. It needs the standard library alone, and little of that, to start quickly.
+
+Two processes stay, each of which adopts what its descendants orphan (PR_SET_CHILD_SUBREAPER, prctl(2)), so
+a process cannot leave the tree by forking twice or by a session of its own:
+
+    guard           waits; if the supervisor is killed it kills all that is left
+    └─ supervisor   starts the command, writes down its end, copies its output to the log
+       └─ command   is killed by the kernel should the supervisor end (PR_SET_PDEATHSIG)
+
+Signals to the supervisor: SIGTERM asks everything to end, SIGQUIT kills everything. When the command has
+ended by itself, what it left is asked to end, and killed after `GRACE_S`.
+
+The handshake is "ok", or "<errno> <what>" when the command cannot be started. Until it was given the
+supervisor holds the descriptor of the workspace's lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import signal
+import sys
+import time
+
+GRACE_S = 5.0
+"""How long processes may take to end that outlive the command."""
+MAX_LOG_BYTES = 1 << 20
+"""A log of this size is renamed to "<log>.1", in place of the one before, and a new one begins."""
+
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_READ_BYTES = 1 << 16
+_NOT_STARTED = 127
+"""Exit code of a command that cannot be started, as in shells."""
+_ENDED = frozenset(b"ZXx")
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+class ProcessStat:
+    """The fields of /proc/<pid>/stat that are needed; see proc_pid_stat(5)."""
+
+    __slots__ = ("has_ended", "parent", "start_ticks")
+
+    def __init__(self, data: bytes) -> None:
+        # The name stands in parentheses and may hold some.
+        fields = data.rpartition(b")")[2].split()
+        self.has_ended = fields[0][0] in _ENDED
+        self.parent = int(fields[1])
+        self.start_ticks = int(fields[19])
+
+
+def read_stat(pid: int) -> ProcessStat | None:
+    """Of a process; None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return ProcessStat(file.read())
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, those left out that ended and wait for their parent."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and (stat := read_stat(int(name))) is not None:
+            children.setdefault(stat.parent, []).append(-int(name) if stat.has_ended else int(name))
+    found: list[int] = []
+    new = [pid]
+    while new:
+        below = children.get(abs(new.pop()), ())
+        new.extend(below)
+        found.extend(child for child in below if child > 0)
+    return found
+
+
+def send(pid: int, number: int) -> None:
+    """Send a signal, if the process is there."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def read_boot_id() -> str:
+    """An id that changes with every boot of the machine; see random(4)."""
+    with open(_BOOT_ID, encoding="ascii") as file:
+        return file.read().strip()
+
+
+def replace_file(path: str, text: str) -> None:
+    """Give a file new content, in one step."""
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "w", encoding="ascii") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def write_end(path: str, token: str, exit_code: int | None) -> None:
+    """Write down that a run ended, and how if that is known."""
+    code = "null" if exit_code is None else str(exit_code)
+    now_us = time.time_ns() // 1000
+    replace_file(path, f'{{"token": "{token}", "exit_code": {code}, "ended_at_us": {now_us}}}\n')
+
+
+class Orders:
+    """What to run: the fields of standard input.
+
+    run file, end file, log file, token, number of arguments, arguments, environment ("NAME=value").
+    """
+
+    def __init__(self, data: bytes) -> None:
+        run, end, log, token, count, *rest = data.split(b"\0")[:-1]
+        self.run, self.end, self.log = os.fsdecode(run), os.fsdecode(end), os.fsdecode(log)
+        self.token = token.decode()
+        self.arguments = rest[: int(count)]
+        self.environment = dict(entry.split(b"=", 1) for entry in rest[int(count) :])
+
+
+class Log:
+    """The bounded log of a command's output."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._fd = -1
+        self._open()
+
+    def _open(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._fd = os.open(self._path, flags, 0o600)
+        self._size = os.fstat(self._fd).st_size
+
+    def write(self, data: bytes) -> None:
+        """Append. What a full disk does not take is lost: the command is not held up by its log."""
+        try:
+            if self._size + len(data) > MAX_LOG_BYTES:
+                os.replace(self._path, f"{self._path}.1")
+                self._open()
+            self._size += os.write(self._fd, data)
+        except OSError:
+            pass
+
+
+class Supervisor:
+    """Runs one command to its end. For the main thread of a process of its own."""
+
+    def __init__(self, orders: Orders, guard: int) -> None:
+        self._orders = orders
+        self._guard = guard
+        self._wake, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
+            _handle(number)
+        self._output, self._output_writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._output, False)
+        self._log = Log(orders.log)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._output, select.POLLIN)
+        self._command = 0
+        self._exit_code: int | None = None
+        self._is_asked = self._is_killing = False
+        self._kill_at: float | None = None
+
+    def start(self) -> OSError | None:
+        """Start the command, which is written down before it begins; why it could not be."""
+        go_reader, go_writer = os.pipe2(os.O_CLOEXEC)
+        failure_reader, failure_writer = os.pipe2(os.O_CLOEXEC)
+        supervisor = os.getpid()
+        self._command = os.fork()
+        if not self._command:
+            os.close(go_writer)
+            self._become_command(supervisor, go_reader, failure_writer)
+        for fd in (go_reader, failure_writer, self._output_writer):
+            os.close(fd)
+        self._write_run(supervisor)
+        try:
+            os.write(go_writer, b"1")
+        except BrokenPipeError:
+            pass  # it was killed already
+        os.close(go_writer)
+        failure = os.read(failure_reader, 16)
+        os.close(failure_reader)
+        return OSError(int(failure), os.strerror(int(failure))) if failure else None
+
+    def run(self) -> int:
+        """Stay until nothing is left of the command; its exit code, negative for a signal."""
+        while self._reap():
+            if self._is_killing:
+                self._signal_all(signal.SIGKILL)
+            elif self._exit_code is not None and not self._is_asked:
+                self._ask(GRACE_S)
+            self._wait()
+        while self._copy_output():
+            pass
+        assert self._exit_code is not None
+        return self._exit_code
+
+    def _become_command(self, supervisor: int, go: int, failure: int) -> None:
+        try:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != supervisor or not os.read(go, 1):
+                os._exit(_NOT_STARTED)
+            # Of its own, so that a signal to its process group does not reach the supervisor.
+            os.setsid()
+            _reset_signals()
+            os.umask(0o022)
+            os.dup2(self._output_writer, 1)
+            os.dup2(self._output_writer, 2)
+            arguments = self._orders.arguments
+            os.execvpe(arguments[0], arguments, self._orders.environment)  # noqa: S606
+        except OSError as error:
+            os.write(failure, str(error.errno or errno.EINVAL).encode())
+        finally:
+            os._exit(_NOT_STARTED)
+
+    def _write_run(self, supervisor: int) -> None:
+        processes = ", ".join(
+            f'"{name}": [{pid}, {_start_ticks(pid)}]'
+            for name, pid in (
+                ("guard", self._guard),
+                ("supervisor", supervisor),
+                ("command", self._command),
+            )
+        )
+        replace_file(
+            self._orders.run,
+            f'{{"token": "{self._orders.token}", "boot_id": "{read_boot_id()}", '
+            f'"started_at_us": {time.time_ns() // 1000}, {processes}}}\n',
+        )
+
+    def _reap(self) -> bool:
+        """Take in what has ended; whether anything is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if not pid:
+                return True
+            if pid == self._command:
+                self._exit_code = os.waitstatus_to_exitcode(status)
+
+    def _wait(self) -> None:
+        timeout_ms = None
+        if self._kill_at is not None and not self._is_killing:
+            timeout_ms = max(0.0, self._kill_at - time.monotonic()) * 1000
+        ready = {fd for fd, _ in self._poll.poll(timeout_ms)}
+        if not ready and timeout_ms is not None:
+            self._is_killing = True
+        if self._output in ready and not self._copy_output():
+            self._poll.unregister(self._output)
+        if self._wake not in ready:
+            return
+        for number in os.read(self._wake, 4096):
+            if number == signal.SIGQUIT:
+                self._is_killing = True
+            elif number == signal.SIGTERM:
+                self._ask(None)
+
+    def _ask(self, grace_s: float | None) -> None:
+        """Ask everything to end; kill what has not within `grace_s`, unless who asked sees to that."""
+        self._is_asked = True
+        self._kill_at = None if grace_s is None else time.monotonic() + grace_s
+        self._signal_all(signal.SIGTERM)
+        self._signal_all(signal.SIGCONT)  # what is stopped takes no other signal
+
+    def _signal_all(self, number: int) -> None:
+        for pid in descendants(os.getpid()):
+            send(pid, number)
+
+    def _copy_output(self) -> bool:
+        """Move some output to the log; whether there may be more, now or later."""
+        try:
+            data = os.read(self._output, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        self._log.write(data)
+        return bool(data)
+
+
+def guard(supervisor: int, orders: Orders) -> None:
+    """Wait for the supervisor; if it did not end well, kill all that it left and write that down."""
+    is_killing = False
+    while True:
+        if is_killing:
+            for pid in descendants(os.getpid()):
+                send(pid, signal.SIGKILL)
+        try:
+            pid, status = os.waitpid(-1, 0)
+        except ChildProcessError:
+            break
+        is_killing = is_killing or (pid == supervisor and status != 0)
+    if is_killing:
+        write_end(orders.end, orders.token, None)
+
+
+def supervise(orders: Orders, guard_pid: int, handshake: int, lock: int) -> None:
+    """Run the command to its end, and write that down."""
+    # The guard's end means that nobody would see ours.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        supervisor = Supervisor(orders, guard_pid)
+        if os.getppid() != guard_pid:
+            os._exit(1)
+        failure = supervisor.start()
+    except OSError as error:
+        _answer(handshake, error, "cannot be supervised")
+        raise
+    if failure is not None:
+        write_end(orders.end, orders.token, _NOT_STARTED)
+        _answer(handshake, failure, "cannot be executed")
+        return
+    _answer(handshake, None, "")
+    os.close(lock)
+    write_end(orders.end, orders.token, supervisor.run())
+
+
+def main() -> None:
+    """See the module."""
+    handshake, lock = (int(number) for number in sys.argv[1:3])
+    for fd in (handshake, lock):
+        os.set_inheritable(fd, False)
+    orders = Orders(sys.stdin.buffer.read())
+    os.dup2(1, 0)  # which is /dev/null
+    if os.fork():
+        os._exit(0)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    guard_pid = os.getpid()
+    supervisor = os.fork()
+    if not supervisor:
+        supervise(orders, guard_pid, handshake, lock)
+        os._exit(0)
+    os.close(handshake)
+    os.close(lock)
+    guard(supervisor, orders)
+
+
+def _answer(handshake: int, failure: OSError | None, what: str) -> None:
+    answer = "ok" if failure is None else f"{failure.errno or errno.EIO} {what}"
+    try:
+        os.write(handshake, answer.encode())
+    except BrokenPipeError:
+        pass  # whoever asked is gone; the command runs all the same
+    os.close(handshake)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _start_ticks(pid: int) -> int:
+    stat = read_stat(pid)
+    return stat.start_ticks if stat is not None else 0
+
+
+def _handle(number: int) -> None:
+    """Let a signal write its number to the wake-up descriptor, and do nothing else."""
+    signal.signal(number, _ignore)  # noqa: TID251  (this is a program)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing; unlike SIG_IGN, this is not inherited."""
+
+
+def _reset_signals() -> None:
+    """What the starter or Python ignores is not for the command to ignore."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        try:
+            signal.signal(number, signal.SIG_DFL)  # noqa: TID251
+        except OSError:
+            pass  # the C library keeps it for itself
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+if __name__ == "__main__":
+    main()
