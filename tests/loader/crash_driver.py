@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def prepare(operation: str, folder: Path, url: str) -> None:
     with host(folder, url) as one:
         if operation == "remote-load":
             return
-        one.save(OLD, files={"plain": folder / "plain"}, snapshot_id="first" if not url else None)
+        options = {"snapshot_id": "first", "remote": False} if operation.endswith("derive") or not url else {}
+        one.save(OLD, files={"plain": folder / "plain"}, **options)
 
 
 def operate(operation: str, folder: Path, url: str, killer: Killer) -> None:
@@ -86,6 +88,15 @@ def operate(operation: str, folder: Path, url: str, killer: Killer) -> None:
                 disk = unpacked.chunked_files["disk"]
                 disk.write_at(0, b"again")
                 one.save(chunked_files={"disk": disk}, branch="topic")
+        elif operation.endswith("derive"):
+            # The server outlives this run, and an id is never used again.
+            derived = str(uuid.uuid4())
+            (folder / "derived").write_text(derived)
+            first = one.loader.get_snapshot_by_id("first")
+            one.loader.derive_snapshot(first, snapshot_id=derived, pin="kept")
+            one.loader.derive_snapshot(first, names=["plain"], pin="kept")
+            one.loader.delete_snapshot(derived)
+            one.cache.unpin("kept")
         else:
             with one.unpack(one.find(), writable_files=True) as unpacked:
                 disk = unpacked.chunked_files["disk"]
@@ -105,15 +116,40 @@ def verify(operation: str, folder: Path, url: str) -> None:
             with contextlib.suppress(NotFound):
                 assert one.load(branch) in contents
         # A loss is one of room, or of what was never whole; a save that was cut short loses nothing.
-        if operation in ("save", "unpack", "remote-save"):
+        if operation in ("save", "unpack", "remote-save") or operation.endswith("derive"):
             assert one.load("main") in (OLD, NEW)
         restored = folder / "restored" / "disk"
         if restored.exists():
             assert restored.read_bytes() in (OLD, NEW)
+        if operation.endswith("derive"):
+            verify_derived(one, folder, url)
         one.save(NEW, branch="after")
         assert one.load("after") == NEW
     leftovers = list((folder / "cache" / "v1" / "tmp").iterdir())
     assert not leftovers, leftovers
+
+
+def verify_derived(one: Host, folder: Path, url: str) -> None:
+    """What was derived is whole or not to be seen, on any host, and can be deleted for good."""
+    path = folder / "derived"
+    derived = path.read_text() if path.exists() else ""
+    if not derived:
+        return
+    report = one.cache.verify()
+    assert not report.bad_pins, report
+    with host(folder / "other-host", url) if url else contextlib.nullcontext(one) as other:
+        for reader, policy in ((one, "local-only"), (one, "newest"), (other, "local-first")):
+            with contextlib.suppress(NotFound):
+                assert reader.read(reader.loader.get_snapshot_by_id(derived, read_policy=policy)) == OLD
+        one.loader.delete_snapshot(derived)
+        for reader, policy in ((one, "local-first"), (one, "newest"), (other, "newest")):
+            try:
+                reader.loader.get_snapshot_by_id(derived, read_policy=policy)
+            except NotFound:
+                continue
+            raise AssertionError(f"{derived} was deleted and is found, {policy}")
+    one.cache.unpin("kept")
+    assert one.cache.pins() == []
 
 
 def in_child(work: Callable[[], None]) -> int:

@@ -1,4 +1,4 @@
-"""A process killed at any step of a save, an unpack or an eviction leaves a cache that is right or empty."""
+"""A process killed at any step of an operation leaves a cache that is right, or empty."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ def run(operation: str, folder: Path, url: str = "", stride: int = 1) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize(("operation", "stride"), [("save", 5), ("unpack", 2), ("evict", 5)])
+@pytest.mark.parametrize(("operation", "stride"), [("save", 5), ("unpack", 2), ("evict", 5), ("derive", 2)])
 def test_killed_at_many_steps(tmp_path: Path, operation: str, stride: int) -> None:
     assert run(operation, tmp_path, stride=stride) >= 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize("operation", ["remote-save", "remote-load"])
-def test_killed_at_many_steps_with_a_server(tmp_path: Path, operation: str) -> None:
+@pytest.mark.parametrize(
+    ("operation", "stride"), [("remote-save", 10), ("remote-load", 10), ("remote-derive", 4)]
+)
+def test_killed_at_many_steps_with_a_server(tmp_path: Path, operation: str, stride: int) -> None:
     with EmbeddedServer() as server:
         if operation == "remote-load":
             prepare_server(tmp_path, server.url)
-        assert run(operation, tmp_path, server.url, stride=10) >= 5
+        assert run(operation, tmp_path, server.url, stride=stride) >= 5
 
 
 def prepare_server(folder: Path, url: str) -> None:
