@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Self
@@ -18,6 +17,7 @@ from snaploader.workspace.catalog import engines
 from snaploader.workspace.catalog.address import POSTGRESQL, SQLITE, parse_address, shown
 from snaploader.workspace.catalog.advisory import advisory_lock
 from snaploader.workspace.catalog.faults import translate_database_errors
+from snaploader.workspace.catalog.forks import OpenBlocks, fork_gate
 from snaploader.workspace.catalog.migrate import upgrade
 from snaploader.workspace.catalog.reader import Reader
 from snaploader.workspace.catalog.transaction import Transaction
@@ -44,7 +44,7 @@ class Catalog:
         self._where = f"catalog {self.url}"
         self._is_closed = False
         self._connect_anew()
-        _catalogs.add(self)
+        fork_gate.add(self)
 
     @classmethod
     def open(cls, address: str | os.PathLike[str]) -> Self:
@@ -82,16 +82,22 @@ class Catalog:
             FailedPrecondition: the catalog is closed, or this thread has a transaction already; the database
                 refused what breaks one of its constraints.
             DeadlineExceeded: others held the database, or a row, for 30 s.
-            Unavailable: PostgreSQL cannot be reached, restarts or broke a deadlock: try the block again.
+            Unavailable: PostgreSQL cannot be reached, restarts or broke a deadlock: try the block again. When
+                the connection was lost at the very end, the changes may have been made.
             ResourceExhausted: the disk is full, or all connections are in use.
             PermissionDenied: the database may not be written.
             Unauthenticated: PostgreSQL does not accept the user.
             DataLoss: the database is damaged.
             InvalidArgument: a value cannot be kept.
         """
+        process = os.getpid()
         with self._counted(), self._alone(), self._connected(engines.writing) as connection:
             transaction = Transaction(connection, self._where)
             yield transaction
+            if os.getpid() != process:
+                raise FailedPrecondition(
+                    f"{self._where}: a child forked within a transaction cannot commit it"
+                )
             transaction.settle()
             with translate_database_errors(self._where):
                 connection.commit()
@@ -123,9 +129,8 @@ class Catalog:
 
     def close(self) -> None:
         """Close all connections, once the transactions of other threads have ended. Idempotent."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.wait_for(lambda: self._open_blocks == 0, _CLOSE_TIMEOUT_S)
+        self._is_closed = True
+        self._blocks.wait_for_none(_CLOSE_TIMEOUT_S)
         self._engine.dispose()
         if self._locks is not None:
             self._locks.dispose()
@@ -136,27 +141,31 @@ class Catalog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def close_idle_connections(self) -> None:
+        """Called before the process forks."""
+        if self.dialect == SQLITE:
+            self._engine.dispose()
+
+    def forget_connections(self) -> None:
+        """Called in the child of a fork."""
+        _abandoned.extend(engine for engine in (self._engine, self._locks) if engine is not None)
+        self._connect_anew()
+
     def _connect_anew(self) -> None:
         """Begin with no connection, no lock held and no block open: at first, and in the child of a fork."""
         self._engine = engines.make_engine(self._address)
         self._locks = engines.make_lock_engine(self._address) if self.dialect == POSTGRESQL else None
         self._writer = threading.Lock()
-        self._changed = threading.Condition()
-        self._open_blocks = 0
+        self._blocks = OpenBlocks()
         self._writing = threading.local()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        with self._changed:
+        """A block that forks and `close` wait for."""
+        with fork_gate.passed(), self._blocks.one():
             if self._is_closed:
                 raise FailedPrecondition(f"{self._where} is closed")
-            self._open_blocks += 1
-        try:
             yield
-        finally:
-            with self._changed:
-                self._open_blocks -= 1
-                self._changed.notify_all()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -201,14 +210,5 @@ def _give_back(connection: Connection) -> None:
         connection.close()
 
 
-def _forget_connections() -> None:
-    for catalog in list(_catalogs):
-        _abandoned.append((catalog._engine, catalog._locks))
-        catalog._connect_anew()
-
-
-_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
-_abandoned: list[tuple[Engine, Engine | None]] = []
+_abandoned: list[Engine] = []
 """Engines of the parent process, whose connections must be neither used nor closed here."""
-
-os.register_at_fork(after_in_child=_forget_connections)

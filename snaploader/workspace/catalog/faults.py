@@ -67,6 +67,15 @@ _SQLSTATE: tuple[tuple[str, type[SnaploaderError]], ...] = (
 )
 """By prefix of the SQLSTATE, the first that fits: PostgreSQL's appendix of error codes."""
 
+_CONNECTING: tuple[tuple[str, type[SnaploaderError]], ...] = (
+    ("authentication failed", Unauthenticated),
+    ("no password supplied", Unauthenticated),
+    ("no pg_hba.conf entry", Unauthenticated),
+    ('role "', Unauthenticated),
+    ('database "', NotFound),
+)
+"""By what the reason holds, where nothing else tells why a connection was refused."""
+
 _ADVICE: dict[type[SnaploaderError], str] = {
     DeadlineExceeded: "something else holds it: try again",
     ResourceExhausted: "nothing was written; make room and try again",
@@ -91,7 +100,9 @@ def translate_database_errors(where: str) -> Iterator[None]:
         if isinstance(mine, SnaploaderError | TypeError):  # a value that a column refused
             raise mine from None
         raise from_database_error(error, where) from error
-    except sqlite3.Error as error:  # raised while a connection is set up
+    except OverflowError as error:
+        raise InvalidArgument(f"{where}: a number is beyond what databases hold") from error
+    except sqlite3.Error as error:  # raised while the file is prepared
         raise _typed(_sqlite_kind(error), where, str(error)) from error
 
 
@@ -103,10 +114,13 @@ def from_database_error(error: exc.SQLAlchemyError, where: str) -> SnaploaderErr
         )
     if not isinstance(error, exc.DBAPIError) or error.orig is None:
         return Internal(f"{where}: {type(error).__name__}: {error}")
-    reason = str(error.orig).strip().partition("\n")[0]
+    # A database's further lines repeat whole rows; a driver's say why each of several hosts did not answer.
+    has_state = getattr(error.orig, "sqlstate", None) is not None
+    reason = str(error.orig).strip()
+    reason = reason.partition("\n")[0] if has_state else " ".join(reason.split())
     if isinstance(error.orig, sqlite3.Error):
         return _typed(_sqlite_kind(error.orig), where, reason)
-    return _typed(_postgresql_kind(error), where, reason)
+    return _typed(_postgresql_kind(error, reason), where, reason)
 
 
 def is_busy(error: BaseException) -> bool:
@@ -132,12 +146,11 @@ def _primary_code(error: BaseException) -> int:
     return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
-def _postgresql_kind(error: exc.DBAPIError) -> type[SnaploaderError]:
+def _postgresql_kind(error: exc.DBAPIError, reason: str) -> type[SnaploaderError]:
     state = getattr(error.orig, "sqlstate", None)
-    if state is None:  # libpq could not connect, or lost the connection
-        return Unavailable if error.connection_invalidated or _is_operational(error) else Internal
-    return next((kind for prefix, kind in _SQLSTATE if state.startswith(prefix)), Internal)
-
-
-def _is_operational(error: exc.DBAPIError) -> bool:
-    return isinstance(error, exc.OperationalError)
+    if state is not None:
+        return next((kind for prefix, kind in _SQLSTATE if state.startswith(prefix)), Internal)
+    if not error.connection_invalidated and not isinstance(error, exc.OperationalError):
+        return Internal
+    # libpq could not connect, or lost the connection; it tells what the server said, but not its SQLSTATE.
+    return next((kind for words, kind in _CONNECTING if words in reason), Unavailable)

@@ -1,0 +1,58 @@
+"""Changes of policies and of owners, which concern all workspaces that follow them."""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, select, update
+
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
+from snaploader.workspace.catalog import tables
+from snaploader.workspace.catalog.writer import Writer
+from snaploader.workspace.model import OwnerStatus, WorkspaceState
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+
+
+class PolicyWriter(Writer):
+    """The part of `Transaction` that changes policies and owners."""
+
+    def put_policy(self, policy: Policy) -> None:
+        """Add a policy, or replace the one of its name, for all workspaces that follow it.
+
+        Raises:
+            InvalidArgument: a duration is too long to be kept.
+        """
+        settings = policy.to_mapping()
+        if Policy.from_mapping(policy.name, settings) != policy:
+            raise InvalidArgument(f"a duration of policy {policy.name!r} cannot be kept to the microsecond")
+        self._upsert(tables.policies, {"name": policy.name, "settings": settings}, key="name")
+        self._touched_policies.add(policy.name)
+
+    def remove_policy(self, name: str) -> None:
+        """Forget a policy. Deleted workspaces that followed it follow the default one then.
+
+        Raises:
+            NotFound: there is no such policy.
+            FailedPrecondition: it is the default, or a workspace follows it.
+        """
+        if name == DEFAULT_POLICY:
+            raise FailedPrecondition(f"policy {name!r} exists always: change it instead")
+        if (
+            self._first(select(tables.policies).where(tables.policies.c.name == name).with_for_update())
+            is None
+        ):
+            raise NotFound(f"there is no policy {name!r}")
+        table = tables.workspaces
+        deleted = table.c.state == WorkspaceState.DELETED
+        follower = self._first(select(table.c.id).where(table.c.policy == name, ~deleted).limit(1))
+        if follower is not None:
+            raise FailedPrecondition(
+                f"policy {name!r} is followed by workspace {follower.id!r}: give its workspaces another first"
+            )
+        self._run(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
+        self._run(delete(tables.policies).where(tables.policies.c.name == name))
+
+    def set_owner_status(self, owner: str, status: OwnerStatus) -> None:
+        """Say whether an owner may use workspaces. InvalidArgument for one without a name."""
+        if not owner:
+            raise InvalidArgument("workspaces without an owner cannot be suspended: name the owner")
+        self._upsert(tables.owners, {"name": owner, "status": status}, key="name")
+        self._touched_owners.add(owner)

@@ -1,0 +1,96 @@
+"""What all changes to the catalog stand on: locks on rows, statements, and the end of a transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Executable, Row, Table, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
+from snaploader.workspace.catalog import rows, tables
+from snaploader.workspace.catalog.address import POSTGRESQL
+from snaploader.workspace.catalog.due import settle_due
+from snaploader.workspace.catalog.reader import Reader
+from snaploader.workspace.model import Workspace, WorkspaceState
+
+
+class Writer(Reader):
+    """A transaction without its changes: `Transaction` has them, and says what holds for all.
+
+    A change of a workspace adds its id to `_touched`, one of a policy or owner its name to theirs.
+    """
+
+    def __init__(self, connection: Connection, where: str) -> None:
+        super().__init__(connection, where)
+        self._is_postgresql = connection.dialect.name == POSTGRESQL
+        self._locked: set[str] = set()
+        self._touched: set[str] = set()
+        self._touched_policies: set[str] = set()
+        self._touched_owners: set[str] = set()
+        self._refusal: SnaploaderError | None = None
+
+    def lock_workspace(self, workspace_id: str) -> Workspace:
+        """The workspace, which nobody else changes until the end of the block. NotFound as `workspace`."""
+        table = tables.workspaces
+        row = self._first(select(table).where(table.c.id == workspace_id).with_for_update())
+        if row is None:
+            raise NotFound(f"there is no workspace {workspace_id!r}")
+        self._locked.add(workspace_id)
+        return rows.workspace_of(row)
+
+    def settle(self) -> None:
+        """Bring `due_at` of all that was touched up to date. Called by the catalog before it commits.
+
+        Raises:
+            FailedPrecondition: the database refused a change before, and the error was caught in the block.
+        """
+        if self._refusal is not None:
+            raise FailedPrecondition(
+                f"nothing was written, because of an earlier error: {self._refusal.message}"
+            ) from self._refusal
+        with self._guarded():
+            settle_due(self._connection, self._touched, self._touched_policies, self._touched_owners)
+
+    def _lock(self, workspace_id: str) -> None:
+        if workspace_id not in self._locked:
+            self.lock_workspace(workspace_id)
+
+    def _alive(self, workspace_id: str) -> Workspace:
+        workspace = self.lock_workspace(workspace_id)
+        if workspace.state is WorkspaceState.DELETED:
+            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+        return workspace
+
+    def _has(self, column: Any, value: str) -> bool:
+        return self._first(select(column).where(column == value)) is not None
+
+    def _insert(self, table: Table) -> Any:
+        return (postgresql if self._is_postgresql else sqlite).insert(table)
+
+    def _upsert(self, table: Table, values: Mapping[str, Any], *, key: str) -> None:
+        statement = self._insert(table)
+        changes = {name: statement.excluded[name] for name in values if name != key}
+        self._run(statement.on_conflict_do_update(index_elements=[key], set_=changes), values)
+
+    def _inserted(self, table: Table, values: Mapping[str, Any]) -> Row[Any]:
+        with self._guarded():
+            return self._connection.execute(insert(table).returning(table), values).one()
+
+    def _only(self, query: Executable) -> Row[Any]:
+        return self._all(query)[0]
+
+    def _run(self, statement: Executable, values: Mapping[str, Any] | None = None) -> None:
+        with self._guarded():
+            self._connection.execute(statement, values)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            with super()._guarded():
+                yield
+        except SnaploaderError as error:
+            self._refusal = error
+            raise
