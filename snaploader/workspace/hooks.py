@@ -67,6 +67,10 @@ class Hooks:
     audit: tuple[Callable[[AuditRecord], None], ...] = ()
 
 
+NO_HOOKS = Hooks()
+"""Nobody is told."""
+
+
 class HookDelivery:
     """Hands records to hooks from a thread that starts with the first record. Thread-safe.
 

@@ -1,0 +1,309 @@
+"""Stops, starts, parks and deletes workspaces as their policies say: one look at all that are due, each tick.
+
+A transition is made under the workspace's lock, by the same operations that users call. It is not one
+database transaction: stopping, pausing or deleting can take minutes, and a transaction held open for so long
+would keep everybody else from writing (SQLite has one writer). What keeps the decision true meanwhile is the
+lock, because nobody else changes the workspace while it is held; each operation writes its result in a
+transaction of its own. A policy or an owner's status that changes in these minutes counts from the next tick
+on.
+
+A transition that failed leaves a failed run: as the rules say, autostop and autostart then wait until a later
+run succeeds, and a delete for 24 hours. Dormancy is tried at each tick. A dormant workspace is no longer
+dormant once its user starts, resumes or touches it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from snaploader.errors import Cancelled, InvalidArgument
+from snaploader.workspace.decide import Transition
+from snaploader.workspace.hooks import (
+    CLOSE_TIMEOUT_S,
+    NO_HOOKS,
+    AuditRecord,
+    HookDelivery,
+    Hooks,
+    Notification,
+)
+from snaploader.workspace.ticker import Wait, ticks
+from snaploader.workspace.transitions import HeldWorkspace, Made, Standing, TransitionMaker
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Catalog
+    from snaploader.workspace.metrics import Metrics
+
+MAX_CONCURRENCY = 10
+"""How many workspaces are worked on at once, unless told otherwise."""
+
+logger = logging.getLogger(__name__)
+
+
+class Manager(Protocol):
+    """What the lifecycle needs of a `WorkspaceManager`."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """Where its workspaces are written down."""
+
+    @property
+    def host(self) -> str:
+        """Whose workspaces it manages."""
+
+    def try_hold(self, workspace_id: str) -> AbstractContextManager[HeldWorkspace | None]:
+        """The workspace under its lock, without waiting; None when somebody else has the lock."""
+
+
+class Skip(StrEnum):
+    """Why a workspace that was looked at was left alone."""
+
+    LOCKED = "locked"
+    """Somebody else works on it."""
+    INTERRUPTED = "interrupted"
+    """An operation on it did not end; recovery will see to it."""
+    CHANGED = "changed"
+    """Under its lock there was nothing to do any more."""
+    STOPPING = "stopping"
+    """The lifecycle, or the manager, is being stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What one `run_once` did. Each workspace that was due is in one of the three mappings."""
+
+    tick: datetime
+    """It was decided by this time, cut to the minute."""
+    transitions: Mapping[str, Transition]
+    """Made, by workspace id."""
+    errors: Mapping[str, str]
+    """What failed, by workspace id."""
+    skipped: Mapping[str, Skip]
+    """Left alone, by workspace id."""
+    elapsed_s: float
+
+
+class LifecycleExecutor:
+    """Makes the transitions that are due. Thread-safe; a context manager.
+
+    Several may run side by side, on one host or on many: each workspace is worked on by one of them.
+
+    Args:
+        manager: A `WorkspaceManager`, which must outlive this.
+        max_concurrency: How many workspaces are worked on at once.
+        hooks: Whom to tell.
+        metrics: Where to count.
+        clock: Tells the time, aware.
+        wait: How to wait between ticks.
+    """
+
+    def __init__(
+        self,
+        manager: Manager,
+        *,
+        max_concurrency: int = MAX_CONCURRENCY,
+        hooks: Hooks = NO_HOOKS,
+        metrics: Metrics | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        wait: Wait = threading.Event.wait,
+    ) -> None:
+        if max_concurrency < 1:
+            raise InvalidArgument(f"max_concurrency must be at least 1: it is {max_concurrency}")
+        self._manager = manager
+        self._max_concurrency = max_concurrency
+        self._maker = TransitionMaker(manager.catalog, clock)
+        self._metrics = metrics
+        self._clock = clock
+        self._wait = wait
+        self._delivery = HookDelivery(hooks, on_failure=metrics.hook_failed if metrics else lambda: None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
+        """Wait until the hooks took what is left, at most `timeout_s`; whether they did.
+
+        For when nothing runs any more.
+        """
+        return self._delivery.close(timeout_s)
+
+    @property
+    def hook_failures(self) -> int:
+        """How many deliveries to hooks failed or were dropped so far."""
+        return self._delivery.failures
+
+    def run_once(self, tick: datetime | None = None, *, stop: threading.Event | None = None) -> Stats:
+        """Look once at all workspaces of this host that are due.
+
+        Those of one base come after one another, so that they find its chunks at hand. A workspace that fails
+        is in `Stats.errors`, and changes nothing for the others.
+
+        Args:
+            tick: By what time to decide, aware; now when None. It is cut to the minute.
+            stop: When set, no further transition is begun; those under way are finished.
+
+        Raises:
+            Unavailable and the like: the catalog cannot be read.
+        """
+        started = time.monotonic()
+        tick = (self._clock() if tick is None else tick).astimezone(UTC).replace(second=0, microsecond=0)
+        with self._manager.catalog.reading() as reader:
+            due = reader.due(tick, host=self._manager.host)
+        ids = [workspace_id for _, workspace_id in sorted((each.base, each.id) for each in due)]
+        results = self._attend_all(ids, tick, stop or threading.Event())
+        stats = _stats(tick, results, time.monotonic() - started)
+        if self._metrics is not None:
+            self._metrics.observe(stats.transitions.values(), len(stats.errors), stats.elapsed_s)
+        return stats
+
+    def run(self, stop: threading.Event, interval_s: float = 60.0) -> None:
+        """Call `run_once` now and at each multiple of `interval_s` until `stop` is set.
+
+        It returns when the transitions under way are finished. Calls never overlap; ticks that are missed
+        because one took long are left out. A tick that fails as a whole, as when the database cannot be
+        reached, is logged and counted, and the next one tries again.
+
+        Raises:
+            InvalidArgument: the interval is not above zero.
+        """
+        for tick in ticks(stop, interval_s, clock=self._clock, wait=self._wait):
+            try:
+                self.run_once(tick, stop=stop)
+            except Exception:
+                logger.exception("the lifecycle's tick of %s failed; the next one tries again", tick)
+                if self._metrics is not None:
+                    self._metrics.tick_failed()
+
+    def _attend_all(self, ids: list[str], tick: datetime, stop: threading.Event) -> dict[str, _Result]:
+        if not ids:
+            return {}
+        workers = min(self._max_concurrency, len(ids))
+        with ThreadPoolExecutor(workers, thread_name_prefix="snaploader-lifecycle") as pool:
+            futures = {each: pool.submit(self._attend, each, tick, stop) for each in ids}
+            try:
+                return {each: future.result() for each, future in futures.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _attend(self, workspace_id: str, tick: datetime, stop: threading.Event) -> _Result:
+        """Deal with one workspace under its lock, and tell of it when that is released."""
+        if stop.is_set():
+            return Skip.STOPPING
+        outcome = None
+        try:
+            with self._manager.try_hold(workspace_id) as held:
+                if held is None:
+                    return Skip.LOCKED
+                outcome = self._attend_held(held, workspace_id, tick)
+        except Cancelled:
+            return Skip.STOPPING if outcome is None else outcome.result
+        except Exception as error:
+            logger.warning("lifecycle of workspace %r failed", workspace_id, exc_info=True)
+            if outcome is None:
+                return _Failure.of(error)
+        for record in outcome.records:
+            self._delivery.send(record)
+        return outcome.result
+
+    def _attend_held(self, held: HeldWorkspace, workspace_id: str, tick: datetime) -> _Outcome:
+        with self._manager.catalog.reading() as reader:
+            standing = Standing.read(reader, workspace_id)
+        transition = standing.decide(tick)
+        if transition is None:
+            return _Outcome(Skip.CHANGED)
+        if standing.workspace.operation is not None:
+            return _Outcome(Skip.INTERRUPTED)
+        try:
+            made = self._maker.make(held, standing, transition, tick)
+        except Cancelled:
+            raise
+        except Exception as error:
+            logger.warning("%s of workspace %r failed", transition, workspace_id, exc_info=True)
+            failure = _Failure.of(error)
+            self._note_failure(workspace_id, transition, standing, failure)
+            return _Outcome(failure, (self._audit(standing, transition, None, failure.text),))
+        if made is None:
+            return _Outcome(Skip.CHANGED)
+        return _Outcome(
+            transition, (self._notification(standing, made), self._audit(standing, transition, made))
+        )
+
+    def _note_failure(
+        self, workspace_id: str, transition: Transition, standing: Standing, failure: _Failure
+    ) -> None:
+        try:
+            self._maker.note_failure(workspace_id, transition, standing.run, failure.text)
+        except Exception:
+            logger.warning(
+                "the failed %s of %r could not be written down", transition, workspace_id, exc_info=True
+            )
+
+    def _notification(self, standing: Standing, made: Made) -> Notification:
+        workspace = standing.workspace
+        return Notification(
+            workspace.id, workspace.owner, made.transition, made.state, self._clock(), made.deleting_at
+        )
+
+    def _audit(
+        self, standing: Standing, transition: Transition, made: Made | None, error: str = ""
+    ) -> AuditRecord:
+        workspace = standing.workspace
+        return AuditRecord(
+            workspace.id,
+            workspace.owner,
+            transition,
+            workspace.host,
+            state_before=workspace.state,
+            state_after=None if made is None else made.state,
+            created_at=self._clock(),
+            error=error,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Failure:
+        return cls(f"{type(error).__name__}: {error}")
+
+
+_Result = Transition | Skip | _Failure
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of a workspace, and whom to tell when its lock is released."""
+
+    result: _Result
+    records: tuple[Notification | AuditRecord, ...] = ()
+
+
+def _stats(tick: datetime, results: Mapping[str, _Result], elapsed_s: float) -> Stats:
+    return Stats(
+        tick,
+        MappingProxyType(
+            {each: result for each, result in results.items() if isinstance(result, Transition)}
+        ),
+        MappingProxyType(
+            {each: result.text for each, result in results.items() if isinstance(result, _Failure)}
+        ),
+        MappingProxyType({each: result for each, result in results.items() if isinstance(result, Skip)}),
+        elapsed_s,
+    )

@@ -1,0 +1,171 @@
+"""Makes one transition of one workspace, whose lock is held.
+
+What takes long (stopping, pausing, starting, deleting) is the manager's operations, each with transactions of
+its own; what is only written down here happens in the transaction that reads and decides again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Protocol
+
+from snaploader.workspace.decide import Transition, decide
+from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
+from snaploader.workspace.policy import Policy, StopAction
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Catalog, Reader
+
+DORMANT_EVENT = "dormancy_mark"
+"""Type of the event of a workspace that was marked dormant; its payload says when it is to be deleted."""
+
+STOP_EVENT = "workspace_stop"
+
+RUN_OF = {
+    Transition.AUTOSTOP: RunTransition.STOP,
+    Transition.AUTOSTART: RunTransition.START,
+    Transition.FAILED_STOP: RunTransition.STOP,
+    Transition.DORMANCY: RunTransition.STOP,
+    Transition.DELETE: RunTransition.DELETE,
+}
+"""What run each transition is, or would have been when it failed."""
+
+
+class HeldWorkspace(Protocol):
+    """A workspace whose lock is held, and what can be done to it. `reason` is kept with the run."""
+
+    def start(self, *, reason: str) -> object:
+        """Start a stopped one."""
+
+    def resume(self, *, reason: str) -> object:
+        """Resume a paused one."""
+
+    def stop(self, *, reason: str) -> object:
+        """Stop a running one."""
+
+    def pause(self, *, reason: str) -> object:
+        """Pause a running one."""
+
+    def delete(self, *, reason: str) -> object:
+        """Delete one in any state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """All that the lifecycle decides by."""
+
+    workspace: Workspace
+    run: Run | None
+    policy: Policy
+    owner: OwnerStatus
+
+    @classmethod
+    def read(cls, reader: Reader, workspace_id: str) -> Standing:
+        """The standing of a workspace now. NotFound when there is none of that id."""
+        workspace = reader.workspace(workspace_id)
+        return cls(
+            workspace,
+            reader.latest_run(workspace_id),
+            reader.policy(workspace.policy),
+            reader.owner_status(workspace.owner),
+        )
+
+    def decide(self, tick: datetime) -> Transition | None:
+        """What is to be done at `tick`."""
+        return decide(self.workspace, self.run, self.policy, self.owner, tick)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A transition that was made, and what came of it."""
+
+    transition: Transition
+    state: WorkspaceState
+    deleting_at: datetime | None = None
+
+
+class TransitionMaker:
+    """Thread-safe."""
+
+    def __init__(self, catalog: Catalog, clock: Callable[[], datetime]) -> None:
+        self._catalog = catalog
+        self._clock = clock
+
+    def make(
+        self, held: HeldWorkspace, standing: Standing, transition: Transition, tick: datetime
+    ) -> Made | None:
+        """Make the transition that was decided. None: in the meantime it was no longer to be made.
+
+        Raises whatever the manager and the catalog do.
+        """
+        workspace_id, state = standing.workspace.id, standing.workspace.state
+        match transition:
+            case Transition.AUTOSTOP if standing.policy.autostop_action is StopAction.PAUSE:
+                held.pause(reason=transition)
+                return Made(transition, WorkspaceState.PAUSED)
+            case Transition.AUTOSTOP:
+                held.stop(reason=transition)
+                return Made(transition, WorkspaceState.STOPPED)
+            case Transition.AUTOSTART:
+                (held.resume if state is WorkspaceState.PAUSED else held.start)(reason=transition)
+                return Made(transition, WorkspaceState.RUNNING)
+            case Transition.FAILED_STOP if state is WorkspaceState.RUNNING:
+                held.stop(reason=transition)
+                return Made(transition, WorkspaceState.STOPPED)
+            case Transition.FAILED_STOP:
+                return self._note_stopped(workspace_id, tick)
+            case Transition.DORMANCY:
+                if state is WorkspaceState.RUNNING:
+                    held.stop(reason=transition)
+                return self._mark_dormant(workspace_id, tick)
+            case Transition.DELETE:
+                held.delete(reason=transition)
+                return Made(transition, WorkspaceState.DELETED)
+
+    def note_failure(self, workspace_id: str, transition: Transition, before: Run | None, error: str) -> None:
+        """Write down a failed run, unless the operation that failed has done so itself since `before`."""
+        with self._catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            latest = changes.latest_run(workspace_id)
+            if latest is not None and latest.status is RunStatus.FAILED and latest != before:
+                return
+            now = self._clock()
+            run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
+            changes.finish_run(run.id, RunStatus.FAILED, now, error)
+
+    def _note_stopped(self, workspace_id: str, tick: datetime) -> Made | None:
+        """A start failed and left nothing running: a run that succeeded ends the failure."""
+        with self._catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            standing = Standing.read(changes, workspace_id)
+            if standing.decide(tick) is not Transition.FAILED_STOP:
+                return None
+            now = self._clock()
+            run = changes.add_run(workspace_id, RunTransition.STOP, now, Transition.FAILED_STOP)
+            changes.finish_run(run.id, RunStatus.SUCCEEDED, now)
+            changes.add_event(workspace_id, STOP_EVENT, {"reason": Transition.FAILED_STOP.value}, now)
+            return Made(Transition.FAILED_STOP, standing.workspace.state)
+
+    def _mark_dormant(self, workspace_id: str, tick: datetime) -> Made | None:
+        with self._catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            standing = Standing.read(changes, workspace_id)
+            if standing.decide(tick) is not Transition.DORMANCY:
+                return None
+            deleting_at = _deleting_at(standing.policy, tick)
+            changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
+            shown = None if deleting_at is None else deleting_at.isoformat()
+            changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, self._clock())
+            return Made(Transition.DORMANCY, standing.workspace.state, deleting_at)
+
+
+def _deleting_at(policy: Policy, marked_at: datetime) -> datetime | None:
+    """When a workspace that is marked now is to be deleted; None: never, or beyond the calendar."""
+    if policy.delete_after_dormant is None:
+        return None
+    try:
+        return marked_at + policy.delete_after_dormant
+    except OverflowError:
+        return None
