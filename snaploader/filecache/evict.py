@@ -104,6 +104,8 @@ class Evictor:
         with translate_os_errors("cannot evict from the file cache"), self._lock.held():
             scanned = False
             fruitless = 0
+            # Reading pins may take a while, for which nobody should have to wait: sections find them read.
+            self._pins.refresh(self._env.ledger.pin_generation())
             while True:
                 candidates = self._candidates
                 with self._env.ledger.section() as section:
@@ -209,7 +211,7 @@ class Evictor:
         for group in os.listdir(layout.groups):
             directories.sweep_doomed(self._env, self._trash, layout, group)
         ledger = self._env.ledger
-        # The first time this reads all pins, for which nobody should have to wait.
+        # Here too, so that nobody waits; and again, as some hand may have moved files.
         self._pins.refresh(ledger.pin_generation(), again=True)
         with ledger.section() as section:
             section.begin_scan()

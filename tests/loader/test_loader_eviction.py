@@ -174,7 +174,7 @@ def test_manifests_and_versions_that_the_cache_fails_to_take_fail_no_load(
     make_host("a", server).save(image(1))
     host = make_host("b", server)
 
-    def fail(*_: object) -> Any:
+    def fail(*_: object, **__: object) -> Any:
         with translate_os_errors("cannot write the ref"):
             raise OSError(code, os.strerror(code))
 
