@@ -49,6 +49,8 @@ class BigFileReader:
         self._lock = threading.Lock()
         self._pending = 1  # the listing of chunks itself
         self._hashes: dict[int, bytes] = {}
+        self.read_bytes = 0
+        """What was read so far."""
 
     def chunks(self) -> Iterator[Callable[[], int]]:
         """A call for each chunk that may hold data, which reads it and returns how many bytes were read."""
@@ -78,11 +80,15 @@ class BigFileReader:
         data = thread_buffer(min(self._chunk_size, self._size - offset))
         count = read_ranges(self.fd, data, offset, ranges)
         # Looking for zeros is several times faster than hashing them.
+        hash_ = b""
         if not is_zero(data):
             digest = Digest.of(data, self._function)
             self._put(digest, data)
-            with self._lock:
-                self._hashes[index] = bytes.fromhex(digest.hash)
+            hash_ = bytes.fromhex(digest.hash)
+        with self._lock:
+            self.read_bytes += count
+            if hash_:
+                self._hashes[index] = hash_
         self._done()
         return count
 

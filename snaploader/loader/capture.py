@@ -141,16 +141,16 @@ class DirectoryCapture:
         assert self._digest is not None
         return self._digest
 
-    def tasks(self) -> Iterator[Callable[[ProgressMeter], None]]:
+    def tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
         """What has to be read: a call for each small file and for each chunk of a big one.
 
         A big file is opened when its first call is taken, so few are open at a time.
         """
         for file in self._pending:
             if self._is_chunked(file):
-                yield from self._chunk_tasks(file)
+                yield from self._chunk_tasks(file, meter)
             else:
-                yield partial(self._store_file, file)
+                yield partial(self._store_file, file, meter)
 
     def finish(self) -> None:
         """Make the tree, when all tasks are done, and keep it in the file cache.
@@ -280,7 +280,9 @@ class DirectoryCapture:
             self._count(size, added=added)
         meter.add(size)
 
-    def _chunk_tasks(self, file: FoundFile) -> Iterator[Callable[[ProgressMeter], None]]:
+    def _chunk_tasks(self, file: FoundFile, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
+        size = file.identity.size_bytes
+
         def put(digest: Digest, data: memoryview) -> None:
             added = self._file_cache.put_verified(digest, data)
             with self._lock:
@@ -292,21 +294,19 @@ class DirectoryCapture:
             with self._lock:
                 self._readers.discard(reader)
                 self._contents[file.path] = reader.table()
+                self._read_bytes += reader.read_bytes
+            meter.add(size - reader.read_bytes)
 
-        size = file.identity.size_bytes
         check_geometry(size, self._chunk_size)
         reader = BigFileReader(self._open(file), size, self._chunk_size, self._function, put, finished)
         with self._lock:
             self._readers.add(reader)
         for read_chunk in reader.chunks():
-            yield partial(self._store_chunk, file, read_chunk)
+            yield partial(self._store_chunk, file, read_chunk, meter)
 
     def _store_chunk(self, file: FoundFile, read_chunk: Callable[[], int], meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-            count = read_chunk()
-        with self._lock:
-            self._read_bytes += count
-        meter.add(count)
+            meter.add(read_chunk())
 
     def _count(self, size: int, *, added: bool) -> None:
         self._hashed_bytes += size

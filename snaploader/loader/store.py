@@ -114,7 +114,7 @@ class LocalSaver:
     def run(self) -> dict[str, SavedFile]:
         """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
         meter = ProgressMeter(self._progress, "store", self._total_bytes())
-        self._pool.for_each(lambda task: task(meter), self._tasks())
+        self._pool.for_each(lambda task: task(), self._tasks(meter))
         for save in self._chunked:
             save.unchanged()
             self._finish(save)
@@ -209,14 +209,14 @@ class LocalSaver:
         )
         return plain + chunked + sum(capture.pending_bytes for capture in self.directories.values())
 
-    def _tasks(self) -> Iterator[Callable[[ProgressMeter], None]]:
+    def _tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
         for name, path in self._files.items():
-            yield partial(self._store_plain, name, path)
+            yield partial(self._store_plain, name, path, meter)
         for save in self._chunked:
             for index in save.pending():
-                yield partial(self._store_chunk, save, index)
+                yield partial(self._store_chunk, save, index, meter)
         for capture in self.directories.values():
-            yield from capture.tasks()
+            yield from capture.tasks(meter)
 
     def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {name!r}"):
