@@ -176,3 +176,15 @@ def test_the_conformance_suite_refuses_credentials_it_does_not_know(
 ) -> None:
     outcome = cli("--remote-cache", server.url, "--tls-server-name", "x", "doctor", "--conformance")
     assert outcome.exit_code == 2
+
+
+def test_a_damaged_pin_is_found(cli: CommandLine, tmp_path: Path) -> None:
+    folder = tmp_path / "xdg-cache/snaploader"
+    with FileCache(folder) as cache:
+        cache.pin("version-1")
+    assert found(cli("doctor", "--json"), "pins")["status"] == "ok"
+    (pin,) = folder.rglob("pins/version-1")
+    pin.write_bytes(b"rot")
+    outcome = cli("doctor", "--json")
+    assert outcome.exit_code == 13
+    assert str(pin) in found(outcome, "pins")["detail"]

@@ -20,6 +20,7 @@ from snaploader.keys import (
     snapshot_key_set,
     version_key,
 )
+from snaploader.loader.tombstone import local_tombstone, tombstone_result
 from snaploader.manifest import Manifest, PlainFile, pack_any
 from snaploader.policy import POLICY_PROPERTIES
 from snaploader.task import SnapshotTask
@@ -81,3 +82,10 @@ def test_the_example_of_a_snapshot() -> None:
     )
     assert example("manifest.md", "12 57") == snapshot.serialize()
     assert snapshot.serialize_local() == bytes.fromhex("0801129902") + snapshot.serialize()
+
+
+def test_the_example_of_a_tombstone() -> None:
+    tombstone = tombstone_result("run-1", 1_700_000_000)
+    serialised = tombstone.SerializeToString(deterministic=True)
+    assert example("manifest.md", "4a 40") == serialised
+    assert local_tombstone(tombstone) == bytes.fromhex("1242") + serialised

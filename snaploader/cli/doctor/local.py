@@ -64,6 +64,11 @@ def local_checks(settings: Settings) -> list[Check]:
             "use a file system with sparse files, such as ext4 or xfs",
         ),
         Check("clock", lambda: _clock(folder), "set the clock of this host, or of the file server"),
+        Check(
+            "pins",
+            lambda: _pins(settings),
+            "pin again what they kept, or unpin them: until then nothing of their group is evicted",
+        ),
         Check("space", lambda: _space(settings), "free disk space, or lower --max-cache-size"),
     ]
 
@@ -202,6 +207,18 @@ def _clock(folder: Path) -> Finding:
             "the order of eviction will be wrong: use a local file system",
         )
     return Finding("the file system's agrees, access times are kept")
+
+
+def _pins(settings: Settings) -> Finding:
+    with FileCache(
+        settings.cache_folder, max_bytes=settings.max_cache_size, group_id=settings.group_id
+    ) as cache:
+        found = cache.statistics()
+    if found.damaged_pins:
+        raise DataLoss(
+            f"{len(found.damaged_pins)} of {found.pins} are damaged, such as {found.damaged_pins[0]!r}"
+        )
+    return Finding(f"{found.pins}, of {format_size(found.pinned_bytes)}")
 
 
 def _space(settings: Settings) -> Finding:
