@@ -102,6 +102,11 @@ class SnapshotLoader:
         )
         self._deleter = SnapshotDeleter(file_cache, remote_cache, readonly=readonly, clock=clock)
 
+    @property
+    def remote_cache(self) -> RemoteStore | None:
+        """Where snapshots are shared between hosts; None: on this host alone."""
+        return self._remote
+
     def snapshot_key_set(
         self,
         task: SnapshotTask,
