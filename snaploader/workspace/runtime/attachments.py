@@ -8,154 +8,154 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import stat
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.manifest import check_name
+from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX
 from snaploader.workspace.runtime.files import read_file, replace_file
-from snaploader.workspace.runtime.layout import NO_VOLUMES, ROOT, VOLUME_PREFIX, Folder, Layout
+from snaploader.workspace.runtime.layout import Folder, Layout
 from snaploader.workspace.runtime.processes import ProcessIdentity
 from snaploader.workspace.runtime.protocol import Attachment
 
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
-    """An attachment as all processes see it."""
+    """An attachment as all processes see it: a path, or a store."""
 
     path: str = ""
+    store: str = ""
+    """Token of the store, unique."""
     owner: ProcessIdentity | None = None
-    """Who has the store open; None for a path."""
+    """Who has the store open."""
 
 
-@dataclass(slots=True)
-class OpenedStores:
-    """Stores of one workspace that are open in this process."""
+@dataclass(frozen=True, slots=True)
+class _OpenStore:
+    """A store that is open in this process."""
 
-    stores: dict[str, COWStore] = field(default_factory=dict)
-    owned: dict[str, ExitStack] = field(default_factory=dict)
-    """What closes a store that is not the caller's."""
+    store: COWStore
+    closing: ExitStack | None = None
+    """What closes it; None when that is the caller's business."""
 
-    def drop(self, name: str) -> None:
-        """Forget a store, and close it if it is ours."""
-        self.stores.pop(name, None)
-        closing = self.owned.pop(name, None)
-        if closing is not None:
-            closing.close()
+    def drop(self) -> None:
+        """Close it, if it is ours."""
+        if self.closing is not None:
+            self.closing.close()
 
-    def close(self) -> None:
-        """Drop all of them."""
-        for name in list(self.stores):
-            self.drop(name)
+
+OpenStores: TypeAlias = dict[str, _OpenStore]
+"""Open stores by their tokens."""
 
 
 class Attachments:
-    """The attachments of all workspaces of a runtime. Thread-safe."""
+    """The attachments of all workspaces of a runtime. Thread-safe.
+
+    What changes a workspace's attachments is called under that workspace's lock.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._lock = threading.Lock()
-        self._opened: dict[str, OpenedStores] = {}
+        self._opened: dict[str, OpenStores] = {}
 
     def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
         """See `Runtime.attach`."""
         check_attachment_name(name)
         folder = self._layout.folder(workspace_id)
+        known = _read(folder)
+        if name in known:
+            raise FailedPrecondition(
+                f"workspace {workspace_id!r} has an attachment {name!r} already: detach it first"
+            )
         if isinstance(content, COWStore):
-            attached = _Attached(owner=ProcessIdentity.current())
+            attached = _Attached(store=_new_token(), owner=ProcessIdentity.current())
         else:
-            path = os.path.abspath(content)
-            _check_regular(name, path, InvalidArgument)
-            attached = _Attached(path=path)
-        with self._lock:
-            known = _read(folder)
-            if name in known:
-                raise FailedPrecondition(
-                    f"workspace {workspace_id!r} has an attachment {name!r} already: detach it first"
-                )
-            _write(folder, {**known, name: attached})
-            if isinstance(content, COWStore):
-                self._opened.setdefault(workspace_id, OpenedStores()).stores[name] = content
+            attached = _Attached(path=os.path.abspath(content))
+            _check_regular(name, attached.path, InvalidArgument)
+        _write(folder, {**known, name: attached})
+        if isinstance(content, COWStore):
+            with self._lock:
+                self._opened.setdefault(workspace_id, {})[attached.store] = _OpenStore(content)
 
     def detach(self, workspace_id: str, name: str) -> None:
         """See `Runtime.detach`."""
         folder = self._layout.folder(workspace_id)
+        known = _read(folder)
+        attached = known.pop(name, None)
+        if attached is None:
+            raise NotFound(f"workspace {workspace_id!r} has no attachment {name!r}")
+        _write(folder, known)
         with self._lock:
-            known = _read(folder)
-            if name not in known:
-                raise NotFound(f"workspace {workspace_id!r} has no attachment {name!r}")
-            _write(folder, {other: known[other] for other in known if other != name})
-            if workspace_id in self._opened:
-                self._opened[workspace_id].drop(name)
+            opened = self._opened.get(workspace_id, {}).pop(attached.store, None)
+        if opened is not None:
+            opened.drop()
 
     def usable(self, workspace_id: str) -> dict[str, Attachment]:
         """See `Runtime.attachments`."""
+        known = _read(self._layout.folder(workspace_id))
         with self._lock:
-            known = _read(self._layout.folder(workspace_id))
-            opened = self._opened.get(workspace_id, OpenedStores()).stores
-            return {
-                name: opened[name] if attached.owner else Path(attached.path)
-                for name, attached in known.items()
-                if attached.owner is None or name in opened
-            }
+            opened = dict(self._opened.get(workspace_id, {}))
+        usable: dict[str, Attachment] = {}
+        for name, attached in known.items():
+            if attached.path:
+                usable[name] = Path(attached.path)
+            elif attached.store in opened and not opened[attached.store].store.closed:
+                usable[name] = opened[attached.store].store
+        return usable
 
-    def captured(self, workspace_id: str) -> dict[str, COWStore | Path]:
+    def captured(self, workspace_id: str) -> dict[str, Attachment]:
         """All of them, for a capture. FailedPrecondition when one cannot be captured here."""
         usable = self.usable(workspace_id)
         for name, attached in _read(self._layout.folder(workspace_id)).items():
-            content = usable.get(name)
-            if content is None or (isinstance(content, COWStore) and content.closed):
+            if name not in usable:
                 raise FailedPrecondition(_not_here(workspace_id, name, attached))
-            if isinstance(content, Path):
-                _check_regular(name, str(content), FailedPrecondition)
+            if attached.path:
+                _check_regular(name, attached.path, FailedPrecondition)
         return usable
 
     def open_from(
         self, workspace_id: str, loader: SnapshotLoader, snapshot: Snapshot, folder: Folder
-    ) -> OpenedStores:
+    ) -> OpenStores:
         """Open the chunked files of a snapshot, and name them in a folder that is being built."""
         names = snapshot.manifest.chunked_files
         if not names:
-            return OpenedStores()
+            return {}
         for name in names:
             check_attachment_name(name)
         owner = ProcessIdentity.current()
-        # Only these: plain files and directories are placed otherwise.
-        manifest = replace(snapshot.manifest, files={}, directories={})
-        opened = OpenedStores()
         with ExitStack() as undo:
             scratch = self._layout.store_folder(workspace_id, owner.pid, owner.start_ticks)
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            unpacked = loader.unpack_snapshot(replace(snapshot, manifest=manifest), scratch)
-            undo.callback(unpacked.close)
-            _write(folder, {name: _Attached(owner=owner) for name in names})
-            last = _LastOf(len(names), undo.pop_all())
+            unpacked = undo.enter_context(loader.unpack_snapshot(snapshot.only(names), scratch))
+            tokens = {name: _new_token() for name in names}
+            _write(folder, {name: _Attached(store=token, owner=owner) for name, token in tokens.items()})
+            shared = _Shared(len(names), undo.pop_all())
+        opened = {}
         for name, store in unpacked.chunked_files.items():
-            opened.stores[name] = store
-            opened.owned[name] = ExitStack()
-            opened.owned[name].callback(last.one_less)
-            opened.owned[name].callback(store.close)
+            closing = ExitStack()
+            closing.callback(shared.release)
+            closing.enter_context(store)
+            opened[tokens[name]] = _OpenStore(store, closing)
         return opened
 
-    def replace(self, workspace_id: str, opened: OpenedStores) -> None:
+    def replace(self, workspace_id: str, opened: OpenStores) -> None:
         """Use these stores from now on; those before are closed if they are ours."""
         with self._lock:
-            before = self._opened.pop(workspace_id, OpenedStores())
-            if opened.stores:
+            before = self._opened.pop(workspace_id, {})
+            if opened:
                 self._opened[workspace_id] = opened
-        before.close()
-
-    def forget(self, workspace_id: str) -> None:
-        """Drop the stores of a workspace that is gone."""
-        self.replace(workspace_id, OpenedStores())
+        drop(before)
 
     def sweep(self) -> list[str]:
         """Remove the written chunks of processes that ended; their names."""
@@ -171,19 +171,29 @@ class Attachments:
         with self._lock:
             all_opened, self._opened = self._opened, {}
         for opened in all_opened.values():
-            opened.close()
+            drop(opened)
 
 
-class _LastOf:
-    """Closes what several stores share, with the last of them."""
+def drop(opened: OpenStores) -> None:
+    """Close those that are ours."""
+    for each in opened.values():
+        each.drop()
+
+
+class _Shared:
+    """What the stores of one snapshot share; closed when the last of them has released it. Thread-safe."""
 
     def __init__(self, count: int, shared: ExitStack) -> None:
+        self._lock = threading.Lock()
         self._count = count
         self._shared = shared
 
-    def one_less(self) -> None:
-        self._count -= 1
-        if not self._count:
+    def release(self) -> None:
+        """Need it no longer; once for each store."""
+        with self._lock:
+            self._count -= 1
+            is_last = not self._count
+        if is_last:
             self._shared.close()
 
 
@@ -233,21 +243,21 @@ def _read(folder: Folder) -> dict[str, _Attached]:
 def _parse(entry: dict[str, Any]) -> _Attached:
     if "path" in entry:
         return _Attached(path=entry["path"])
-    return _Attached(owner=ProcessIdentity(entry["pid"], entry["start_ticks"], entry["boot_id"]))
+    owner = ProcessIdentity(entry["pid"], entry["start_ticks"], entry["boot_id"])
+    return _Attached(store=entry["store"], owner=owner)
+
+
+def _encode(attached: _Attached) -> dict[str, Any]:
+    if attached.owner is None:
+        return {"path": attached.path}
+    return {"store": attached.store, **asdict(attached.owner)}
 
 
 def _write(folder: Folder, attached: Mapping[str, _Attached]) -> None:
-    entries = {
-        name: (
-            {"path": each.path}
-            if each.owner is None
-            else {
-                "pid": each.owner.pid,
-                "start_ticks": each.owner.start_ticks,
-                "boot_id": each.owner.boot_id,
-            }
-        )
-        for name, each in attached.items()
-    }
+    entries = {name: _encode(each) for name, each in attached.items()}
     with translate_os_errors(f"cannot note the attachments in {folder.path!r}"):
         replace_file(folder.attachments, json.dumps(entries).encode())
+
+
+def _new_token() -> str:
+    return secrets.token_hex(8)

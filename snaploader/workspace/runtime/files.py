@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -76,16 +75,16 @@ def make_beneath(root: str, path: str) -> None:
         OSError: NotADirectoryError when anything on the way is a symbolic link or a file: no link is
             followed, so nothing is made outside of `root`.
     """
-    _walk_beneath(root, path, _open_made)
-
-
-def check_beneath(root: str, path: str) -> None:
-    """Raise what says why `path` beneath `root` is not a folder reached without symbolic links.
-
-    Raises:
-        OSError: FileNotFoundError or NotADirectoryError.
-    """
-    _walk_beneath(root, path, _open_existing)
+    fd = os.open(root, _FOLDER)
+    try:
+        for part in path.split("/"):
+            with suppress(FileExistsError):
+                os.mkdir(part, 0o755, dir_fd=fd)
+            inner = os.open(part, _FOLDER, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    finally:
+        os.close(fd)
 
 
 def copy_tree(source: str, target: str) -> None:
@@ -121,24 +120,3 @@ def _copy_file(source: str, target: str) -> None:
     finally:
         os.close(reader)
     shutil.copystat(source, target, follow_symlinks=False)
-
-
-def _walk_beneath(root: str, path: str, step: Callable[[str, int], int]) -> None:
-    fd = os.open(root, _FOLDER)
-    try:
-        for part in path.split("/"):
-            inner = step(part, fd)
-            os.close(fd)
-            fd = inner
-    finally:
-        os.close(fd)
-
-
-def _open_existing(name: str, folder: int) -> int:
-    return os.open(name, _FOLDER, dir_fd=folder)
-
-
-def _open_made(name: str, folder: int) -> int:
-    with suppress(FileExistsError):
-        os.mkdir(name, 0o755, dir_fd=folder)
-    return os.open(name, _FOLDER, dir_fd=folder)

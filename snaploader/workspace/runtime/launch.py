@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from snaploader.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument
 from snaploader.workspace.model import WorkspaceSpec
@@ -45,6 +45,7 @@ def launch(
     *,
     lock: int,
     interpreter: str,
+    checkpoint: Callable[[str], None],
 ) -> None:
     """Start the command under a supervisor of its own; returns when it runs and that is written down.
 
@@ -61,7 +62,7 @@ def launch(
     handshake, answer = os.pipe2(os.O_CLOEXEC)
     try:
         try:
-            _spawn(orders, folder, answer, lock, interpreter)
+            _spawn(orders, folder, answer, lock, interpreter, checkpoint)
         finally:
             os.close(answer)
         if not is_readable(handshake, _HANDSHAKE_TIMEOUT_S):
@@ -70,6 +71,7 @@ def launch(
                 f"{_HANDSHAKE_TIMEOUT_S:g} s; see {folder.log!r}"
             )
         reply = os.read(handshake, _MAX_ANSWER_BYTES).decode()
+        checkpoint("start.answered")
     finally:
         os.close(handshake)
     if reply == "ok":
@@ -83,7 +85,9 @@ def launch(
     )
 
 
-def _spawn(orders: bytes, folder: Folder, answer: int, lock: int, interpreter: str) -> None:
+def _spawn(
+    orders: bytes, folder: Folder, answer: int, lock: int, interpreter: str, checkpoint: Callable[[str], None]
+) -> None:
     log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         # The process started here ends as soon as it has left the guard and the supervisor behind, who
@@ -101,7 +105,9 @@ def _spawn(orders: bytes, folder: Folder, answer: int, lock: int, interpreter: s
     finally:
         os.close(log)
     try:
+        checkpoint("start.spawned")
         first.communicate(orders)
+        checkpoint("start.ordered")
     except BaseException:
         first.kill()
         first.wait()
@@ -116,6 +122,7 @@ def _encode_orders(spec: WorkspaceSpec, folder: Folder, token: str, environment:
             )
     variables = [f"{name}={value}" for name, value in environment.items()]
     fields = [folder.run, folder.end, folder.log, token, str(len(spec.command)), *spec.command, *variables]
+    fields.insert(0, str(len(fields)))  # so that orders cut short by a starter's end are not followed
     for field in fields:
         if "\0" in field:
             raise InvalidArgument(

@@ -22,25 +22,6 @@ import os
 import secrets
 from dataclasses import dataclass
 
-from snaploader.workspace.model import Volume
-
-ROOT = "root"
-"""Name of the directory in a snapshot that holds all but the volumes."""
-VOLUME_PREFIX = "volume."
-"""Of the names of volumes in a snapshot."""
-NO_VOLUMES = "volumes"
-"""Name of the empty directory in a snapshot of a workspace without volumes: no snapshot holds nothing."""
-
-
-def volume_entry(volume: Volume) -> str:
-    """The name of a volume in a snapshot."""
-    return VOLUME_PREFIX + volume.name
-
-
-def beneath_root(volume: Volume) -> str:
-    """The path of a volume below the workspace's root; of one that `check_volumes` returned."""
-    return volume.durable_dir.removeprefix("/")
-
 
 @dataclass(frozen=True, slots=True)
 class Folder:

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import runs
+from snaploader.workspace.runtime.contents import make_durable_again, volumes_of
 from snaploader.workspace.runtime.ending import end_run, kill_leftovers
 from snaploader.workspace.runtime.folder import FolderRuntime
 from snaploader.workspace.runtime.launch import environment_of, launch
@@ -42,7 +43,10 @@ class ProcessRuntime(FolderRuntime):
         checks: Readiness checks by kind, beside tcp, http and command.
         environment: For all commands.
         durable: Whether what was placed survives a power failure from the moment that `place` returns.
+        index_placed: Whether the first capture after a `place` reads only what was changed since. Costs
+            `place` 55 ms.
         interpreter: A Python 3.11 or later that runs the supervisors. Default: the one running.
+        checkpoint: Called with the name of each step after it was done; crash tests end the process in it.
     """
 
     def __init__(
@@ -52,12 +56,14 @@ class ProcessRuntime(FolderRuntime):
         checks: Mapping[str, ReadinessProbe] = MappingProxyType({}),
         environment: Mapping[str, str] = MappingProxyType({}),
         durable: bool = True,
+        index_placed: bool = True,
         interpreter: str = "",
+        checkpoint: Callable[[str], None] = lambda _: None,
     ) -> None:
         taken = PROBES.keys() & checks.keys()
         if taken:
             raise InvalidArgument(f"a readiness check cannot be named {min(taken)!r}: there is one already")
-        super().__init__(root_directory, durable=durable)
+        super().__init__(root_directory, durable=durable, index_placed=index_placed, checkpoint=checkpoint)
         self._probes = {**PROBES, **checks}
         self._environment = dict(environment)
         self._interpreter = interpreter or sys.executable
@@ -72,12 +78,21 @@ class ProcessRuntime(FolderRuntime):
                 return
             if run is not None and run.was_cut_off:
                 kill_leftovers(workspace_id, folder, run)
+            make_durable_again(folder, volumes_of(spec))
             token = secrets.token_hex(16)
             if not spec.command:
                 runs.write_run_without_command(folder, token)
                 return
             environment = environment_of(spec, folder, token, self._environment)
-            launch(spec, folder, token, environment, lock=lock, interpreter=self._interpreter)
+            launch(
+                spec,
+                folder,
+                token,
+                environment,
+                lock=lock,
+                interpreter=self._interpreter,
+                checkpoint=self._checkpoint,
+            )
 
     def stop(
         self, workspace_id: str, *, timeout_s: float = DEFAULT_STOP_TIMEOUT_S, force: bool = True

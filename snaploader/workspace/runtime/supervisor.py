@@ -114,11 +114,15 @@ def write_end(path: str, token: str, exit_code: int | None) -> None:
 class Orders:
     """What to run: the fields of standard input.
 
-    run file, end file, log file, token, number of arguments, arguments, environment ("NAME=value").
+    Number of all that follow, run file, end file, log file, token, number of arguments, arguments,
+    environment ("NAME=value"). ValueError when they are not whole, because the starter was killed.
     """
 
     def __init__(self, data: bytes) -> None:
-        run, end, log, token, count, *rest = data.split(b"\0")[:-1]
+        total, *fields = data.split(b"\0")[:-1]
+        if len(fields) != int(total):
+            raise ValueError("the orders are cut short")
+        run, end, log, token, count, *rest = fields
         self.run, self.end, self.log = os.fsdecode(run), os.fsdecode(end), os.fsdecode(log)
         self.token = token.decode()
         self.arguments = rest[: int(count)]

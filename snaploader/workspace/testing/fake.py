@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -53,10 +53,19 @@ class FakeRuntime(FolderRuntime):
     Args:
         directory: A scratch folder.
         durable: As `ProcessRuntime`; off, for speed.
+        index_placed: As `ProcessRuntime`; off, for speed.
+        checkpoint: As `ProcessRuntime`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, durable: bool = False) -> None:
-        super().__init__(directory, durable=durable)
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        durable: bool = False,
+        index_placed: bool = False,
+        checkpoint: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        super().__init__(directory, durable=durable, index_placed=index_placed, checkpoint=checkpoint)
         self.calls: list[Call] = []
         """Every call received, in order of arrival; those of `status` are left out."""
         self._script = threading.Lock()
