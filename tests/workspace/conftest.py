@@ -49,14 +49,8 @@ def database(request: pytest.FixtureRequest, _idle_postgresql: PostgreSQLServer)
 
 
 @pytest.fixture(scope="session")
-def _template(
-    database: str, _idle_postgresql: PostgreSQLServer, tmp_path_factory: pytest.TempPathFactory
-) -> str:
-    """A database with the newest schema and nothing in it: its path, or its name in PostgreSQL."""
-    if database == POSTGRESQL:
-        name = _idle_postgresql.create_database()
-        Catalog.open(_idle_postgresql.url(name)).close()
-        return name
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with the newest schema and nothing in it, to be copied."""
     path = str(tmp_path_factory.mktemp("template") / "catalog.db")
     Catalog.open(path).close()
     return path
@@ -78,19 +72,19 @@ def empty_catalog_url(
 @pytest.fixture
 def catalog_url(
     database: str,
-    _template: str,
+    _sqlite_template: str,
     _idle_postgresql: PostgreSQLServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     """URL of an empty catalog."""
     if database == SQLITE:
         path = tmp_path_factory.mktemp("catalog") / "catalog.db"
-        shutil.copyfile(_template, path)
+        shutil.copyfile(_sqlite_template, path)
         yield f"sqlite:///{path}"
         return
-    name = _idle_postgresql.create_database(_template)
+    name = _idle_postgresql.lend_catalog()
     yield _idle_postgresql.url(name)
-    _idle_postgresql.drop_database(name)
+    _idle_postgresql.take_back(name)
 
 
 @pytest.fixture

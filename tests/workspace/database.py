@@ -14,6 +14,9 @@ import time
 
 import psycopg
 
+from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.catalog.tables import metadata
+
 SQLITE = "sqlite"
 POSTGRESQL = "postgresql"
 START_TIMEOUT_S = 60.0
@@ -42,6 +45,7 @@ class PostgreSQLServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = ""
         self._numbers = itertools.count(1)
+        self._free: list[str] = []
 
     @staticmethod
     def missing() -> str:
@@ -90,15 +94,46 @@ class PostgreSQLServer:
         """URL of a database for a catalog."""
         return f"postgresql://{_USER}@/{database}?host={self._folder}"
 
-    def create_database(self, template: str = "template0") -> str:
-        """Name of a new database that is a copy of `template`."""
+    def create_database(self) -> str:
+        """Name of a new database without any table."""
         name = f"test{next(self._numbers)}"
-        self._administrate(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self._administrate(f"CREATE DATABASE {name} TEMPLATE template0")
         return name
 
     def drop_database(self, name: str) -> None:
         """Drop a database, whoever uses it."""
         self._administrate(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def lend_catalog(self) -> str:
+        """Name of a database with the newest schema and nothing in it; `take_back` makes it one again.
+
+        Emptying one takes a tenth of the time that making one does.
+        """
+        return self._free.pop() if self._free else self._new_catalog()
+
+    def take_back(self, name: str) -> None:
+        """Empty a database, whoever uses it, for the next test."""
+        with contextlib.closing(self.connect(name)) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            tables = [table.name for table in reversed(metadata.sorted_tables)]
+            connection.execute(
+                "".join(f"DELETE FROM {table};" for table in tables)
+                + "".join(
+                    f"ALTER SEQUENCE {table}_id_seq RESTART;" for table in ("versions", "events", "runs")
+                )
+                + "INSERT INTO policies SELECT * FROM pristine_policies"
+            )
+        self._free.append(name)
+
+    def _new_catalog(self) -> str:
+        name = self.create_database()
+        Catalog.open(self.url(name)).close()
+        with contextlib.closing(self.connect(name)) as connection:
+            connection.execute("CREATE TABLE pristine_policies AS SELECT * FROM policies")
+        return name
 
     def connect(self, database: str = "postgres") -> psycopg.Connection:
         """A connection of the test's own, in autocommit mode."""
@@ -121,7 +156,9 @@ class PostgreSQLServer:
         subprocess.run(
             [
                 *(_binary("initdb"), "-D", self._data, "--username", _USER, "--auth", "trust"),
-                *("--no-sync", "--encoding", "UTF8", "--no-locale", "--no-instructions"),
+                *("--no-sync", "--no-instructions", "--encoding", "UTF8"),
+                # As people of a language sort, which is not as SQLite does: what depends on it is found.
+                *("--locale", "C.UTF-8", "--locale-provider", "icu", "--icu-locale", "en"),
             ],
             check=True,
             stdin=subprocess.DEVNULL,

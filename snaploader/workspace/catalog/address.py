@@ -45,7 +45,7 @@ def parse_address(address: str | os.PathLike[str]) -> URL:
             "password percent-encoded"
         ) from None
     if url.get_backend_name() == SQLITE:
-        _check_file(url.database)
+        _check_file("" if url.query.get("mode") == "memory" else url.database)
     return url
 
 
@@ -72,7 +72,7 @@ def _of_file(path: str | bytes) -> URL:
 
 
 def _check_file(path: str | None) -> None:
-    if not path or ":memory:" in path or "mode=memory" in path:
+    if not path or ":memory:" in path:
         raise InvalidArgument(
             "a catalog needs a file: name one, as in sqlite:////var/lib/snaploader/catalog.db"
         )

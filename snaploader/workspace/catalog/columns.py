@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import BigInteger, Dialect, Text, TypeDecorator
+from sqlalchemy.types import TypeEngine
 
 from snaploader.errors import InvalidArgument
 
@@ -55,10 +56,15 @@ class Prose(TypeDecorator[str]):
 
 
 class Word(TypeDecorator[str]):
-    """A name, id or key of at most 255 characters."""
+    """A name, id or key of at most 255 characters. Sorts by code points, whatever a database's language."""
 
     impl = Text
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Text; PostgreSQL sorts it as people of the database's language do, unless told otherwise."""
+        text = Text(collation="C") if dialect.name == "postgresql" else Text()
+        return dialect.type_descriptor(text)
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """The text. InvalidArgument as for `Prose`, and when it is too long."""

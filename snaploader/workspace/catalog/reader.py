@@ -13,6 +13,7 @@ from snaploader.errors import NotFound
 from snaploader.workspace.catalog import rows, tables
 from snaploader.workspace.catalog.faults import translate_database_errors
 from snaploader.workspace.model import (
+    MAX_VERSION,
     Event,
     OwnerStatus,
     Run,
@@ -153,7 +154,10 @@ class Reader:
 
     def version(self, workspace_id: str, number: int) -> Version:
         """The version of that number. NotFound when the workspace has none of it."""
-        row = self._first(_versions_of(workspace_id).where(tables.versions.c.number == number))
+        # Beyond these bounds a database may refuse to compare.
+        is_possible = 1 <= number <= MAX_VERSION
+        query = _versions_of(workspace_id).where(tables.versions.c.number == number)
+        row = self._first(query) if is_possible else None
         if row is None:
             raise NotFound(f"workspace {workspace_id!r} has no version {number}")
         return rows.version_of(row)

@@ -14,35 +14,37 @@ branch_labels = None
 depends_on = None
 
 _SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+_WORD = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
+"""Names sort by code points."""
 
 
 def upgrade() -> None:
     """Create all tables."""
     op.create_table(
         "policies",
-        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("name", _WORD, nullable=False),
         sa.Column("settings", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("name", name="policies_key"),
     )
     op.create_table(
         "owners",
-        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("name", _WORD, nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("name", name="owners_key"),
         sa.CheckConstraint("status IN ('active', 'suspended')", name="owners_status_is_known"),
     )
     op.create_table(
         "workspaces",
-        sa.Column("id", sa.Text(), nullable=False),
-        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("id", _WORD, nullable=False),
+        sa.Column("host", _WORD, nullable=False),
         sa.Column("state", sa.Text(), nullable=False),
-        sa.Column("owner", sa.Text()),
-        sa.Column("base", sa.Text(), nullable=False),
-        sa.Column("policy", sa.Text(), nullable=False),
+        sa.Column("owner", _WORD),
+        sa.Column("base", _WORD, nullable=False),
+        sa.Column("policy", _WORD, nullable=False),
         sa.Column("autostart_schedule", sa.Text(), nullable=False),
         sa.Column("slot", sa.BigInteger()),
-        sa.Column("current_snapshot", sa.Text(), nullable=False),
-        sa.Column("base_snapshot", sa.Text(), nullable=False),
+        sa.Column("current_snapshot", _WORD, nullable=False),
+        sa.Column("base_snapshot", _WORD, nullable=False),
         sa.Column("last_version", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.Column("last_used_at", sa.BigInteger(), nullable=False),
@@ -52,10 +54,10 @@ def upgrade() -> None:
         sa.Column("due_at", sa.BigInteger()),
         sa.Column("spec", sa.Text(), nullable=False),
         sa.Column("operation_kind", sa.Text()),
-        sa.Column("operation_token", sa.Text()),
-        sa.Column("operation_host", sa.Text()),
+        sa.Column("operation_token", _WORD),
+        sa.Column("operation_host", _WORD),
         sa.Column("operation_started_at", sa.BigInteger()),
-        sa.Column("operation_snapshot", sa.Text()),
+        sa.Column("operation_snapshot", _WORD),
         sa.Column("operation_version", sa.Integer()),
         sa.PrimaryKeyConstraint("id", name="workspaces_key"),
         sa.ForeignKeyConstraint(["owner"], ["owners.name"], name="workspaces_owner_is_known"),
@@ -78,16 +80,16 @@ def upgrade() -> None:
     op.create_index("workspaces_by_policy", "workspaces", ["policy"])
     op.create_table(
         "snapshots",
-        sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("workspace_id", sa.Text(), nullable=False),
-        sa.Column("runtime_name", sa.Text(), nullable=False),
+        sa.Column("name", _WORD, nullable=False),
+        sa.Column("workspace_id", _WORD, nullable=False),
+        sa.Column("runtime_name", _WORD, nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
         sa.Column("scope", sa.Text(), nullable=False),
         sa.Column("source", sa.Text(), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("display_name", sa.Text(), nullable=False),
-        sa.Column("parent", sa.Text(), nullable=False),
-        sa.Column("manifest_ref", sa.Text(), nullable=False),
+        sa.Column("parent", _WORD, nullable=False),
+        sa.Column("manifest_ref", _WORD, nullable=False),
         sa.Column("is_remote", sa.Boolean(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
@@ -107,9 +109,9 @@ def upgrade() -> None:
     op.create_table(
         "versions",
         sa.Column("id", _SERIAL, nullable=False),
-        sa.Column("workspace_id", sa.Text(), nullable=False),
+        sa.Column("workspace_id", _WORD, nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("snapshot_name", sa.Text(), nullable=False),
+        sa.Column("snapshot_name", _WORD, nullable=False),
         sa.Column("display_name", sa.Text(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="versions_key"),
@@ -128,8 +130,8 @@ def upgrade() -> None:
     op.create_table(
         "events",
         sa.Column("id", _SERIAL, nullable=False),
-        sa.Column("workspace_id", sa.Text(), nullable=False),
-        sa.Column("type", sa.Text(), nullable=False),
+        sa.Column("workspace_id", _WORD, nullable=False),
+        sa.Column("type", _WORD, nullable=False),
         sa.Column("payload", sa.Text(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="events_key"),
@@ -140,7 +142,7 @@ def upgrade() -> None:
     op.create_table(
         "runs",
         sa.Column("id", _SERIAL, nullable=False),
-        sa.Column("workspace_id", sa.Text(), nullable=False),
+        sa.Column("workspace_id", _WORD, nullable=False),
         sa.Column("transition", sa.Text(), nullable=False),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("created_at", sa.BigInteger(), nullable=False),
