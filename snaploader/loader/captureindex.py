@@ -77,7 +77,7 @@ def read_index(path: str, function: DigestFunction) -> CaptureIndex:
         return CaptureIndex()
     try:
         return CaptureIndex(_decode(data, function))
-    except (ValueError, struct.error, IndexError) as error:
+    except (ValueError, OverflowError, struct.error) as error:
         log.warning("the capture index %r is not used, so all files are read again: %s", path, error)
         return CaptureIndex()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,110 @@ def saved(result: SaveResult) -> SavedDirectory:
 
 def find(host: Host, result: SaveResult, policy: str = "local-first") -> Snapshot:
     return host.loader.get_snapshot_by_id(result.snapshot_id, read_policy=policy)
+
+
+class Changes:
+    """Changes a directory at random. Every file written gets a time of its own, as on a real clock."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._clock_ns = OLD_NS
+        self._chance = random.Random()
+
+    def make(self, name: str, seed: int) -> None:
+        """Make the change of this name, if there is anything to change."""
+        self._chance = random.Random(seed)
+        getattr(self, f"_{name}")()
+
+    def _write(self) -> None:
+        path = self._new()
+        if not path.is_symlink() and not path.is_dir():
+            path.write_bytes(self._chance.randbytes(self._chance.choice([0, 10, 3000, BIG, BIG + 5])))
+            self._stamp(path)
+
+    def _append(self) -> None:
+        for path in self._some_file():
+            with path.open("ab") as file:
+                file.write(self._chance.randbytes(5))
+            self._stamp(path)
+
+    def _overwrite(self) -> None:
+        for path in self._some_file():
+            with path.open("r+b") as file:
+                file.seek(CHUNK)
+                file.write(self._chance.randbytes(3))
+            self._stamp(path)
+
+    def _touch(self) -> None:
+        for path in self._some_file():
+            self._stamp(path)
+
+    def _remove(self) -> None:
+        for path in self._some_file():
+            path.unlink()
+
+    def _chmod(self) -> None:
+        for path in self._some_file():
+            path.chmod(self._chance.choice([0o600, 0o644, 0o755]))
+
+    def _rename(self) -> None:
+        for path in self._some_file():
+            path.rename(self._absent())
+
+    def _swap(self) -> None:
+        for one in self._some_file():
+            for other in self._some_file():
+                between = self._absent()
+                one.rename(between)
+                if other != one:
+                    other.rename(one)
+                between.rename(other)
+
+    def _mkdir(self) -> None:
+        self._absent().mkdir()
+
+    def _symlink(self) -> None:
+        self._absent().symlink_to(self._chance.choice(["x", "..", "/etc/passwd"]))
+
+    def _rmtree(self) -> None:
+        folders = self._folders()[1:]
+        if folders:
+            shutil.rmtree(self._chance.choice(folders))
+
+    def _new(self) -> Path:
+        return self._chance.choice(self._folders()) / f"new-{self._chance.randrange(7)}"
+
+    def _absent(self) -> Path:
+        path = self._new()
+        while os.path.lexists(path):
+            path = path.with_name(f"{path.name}+")
+        return path
+
+    def _folders(self) -> list[Path]:
+        below = sorted(path for path in self._root.rglob("*") if path.is_dir() and not path.is_symlink())
+        return [self._root, *below]
+
+    def _some_file(self) -> list[Path]:
+        """One regular file, or none where there is none."""
+        files = sorted(path for path in self._root.rglob("*") if path.is_file() and not path.is_symlink())
+        return [self._chance.choice(files)] if files else []
+
+    def _stamp(self, path: Path) -> None:
+        self._clock_ns += 1
+        set_time(path, self._clock_ns)
+
+
+CHANGES = (
+    "append",
+    "chmod",
+    "mkdir",
+    "overwrite",
+    "remove",
+    "rename",
+    "rmtree",
+    "swap",
+    "symlink",
+    "touch",
+    "write",
+)
+"""The names of changes."""
