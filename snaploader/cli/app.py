@@ -22,6 +22,7 @@ from snaploader.cli.commands.restore import restore
 from snaploader.cli.commands.save import save
 from snaploader.cli.commands.serve import serve
 from snaploader.cli.commands.show import show
+from snaploader.cli.commands.workspace import workspace
 from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
 from snaploader.cli.options import Group, Invocation, NoCommand, shared_options
 from snaploader.cli.output import Output
@@ -51,7 +52,7 @@ def app(**_shared: object) -> None:
     """
 
 
-for command in (save, restore, read, show, invalidate, cache, doctor, serve, demo):
+for command in (save, restore, read, show, invalidate, cache, workspace, doctor, serve, demo):
     app.add_command(command)
 
 

@@ -48,7 +48,8 @@ class Failure:
 def explain(error: BaseException) -> Failure:
     """What to tell the user about `error`."""
     if isinstance(error, errors.SnaploaderError):
-        kind = type(error).__name__
+        # Parts of the library have finer kinds of their own.
+        kind = next(each.__name__ for each in type(error).__mro__ if each.__module__ == errors.__name__)
         message = "\n".join([error.message, *getattr(error, "__notes__", ())])
         if isinstance(error, errors.ResourceExhausted):
             message = message.replace("its max_bytes", "--max-cache-size")

@@ -20,6 +20,7 @@ from snaploader.cli import config
 from snaploader.cli.output import Output
 from snaploader.cli.session import Session, Settings
 from snaploader.cli.values import DURATION, KEY_VALUE, Size
+from snaploader.cli.workspaces import Workspaces, WorkspaceSettings
 from snaploader.errors import InvalidArgument
 from snaploader.policy import PolicyOverrides, ReadPolicy
 from snaploader.task import SnapshotTask
@@ -30,6 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 OWN = "Options"
 WHICH = "Which snapshot"
+WORKSPACES = "Where workspaces are"
 SHARED = "Options of all commands"
 
 FILE = click.Path(path_type=Path)
@@ -55,7 +57,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all options to the help page."""
-        sections: dict[str, list[tuple[str, str]]] = {OWN: [], WHICH: [], SHARED: []}
+        sections: dict[str, list[tuple[str, str]]] = {OWN: [], WHICH: [], WORKSPACES: [], SHARED: []}
         for param in self.get_params(ctx):
             # Recent versions of click have records of arguments too; the usage line shows those.
             record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
@@ -132,6 +134,7 @@ def _source(ctx: click.Context, name: str) -> ParameterSource | None:
 
 _shared = functools.partial(option, section=SHARED)
 _which = functools.partial(option, section=WHICH)
+_where = functools.partial(option, section=WORKSPACES)
 
 _COMMON = (
     _shared(
@@ -375,3 +378,52 @@ def read_options(function: Callable[..., R]) -> Callable[..., R]:
     for decorate in reversed(_READ):
         with_read = decorate(with_read)
     return with_read
+
+
+_WORKSPACES = (
+    _where(
+        "--catalog",
+        default="",
+        metavar="URL",
+        help="Database of workspaces: a file (SQLite), or postgresql://user@host/database.  "
+        "[default: catalog.sqlite in --state-dir]",
+    ),
+    _where(
+        "--state-dir",
+        type=FILE,
+        metavar="DIR",
+        help="Folder of this host's workspaces.  [default: $XDG_STATE_HOME/snaploader]",
+    ),
+    _where(
+        "--host-name",
+        default="",
+        metavar="NAME",
+        help="What the catalog calls this host.  [default: hostname]",
+    ),
+)
+
+
+def workspace_options(function: F) -> F:
+    """Where workspaces are, for a function that reads it with `workspace_settings_of`."""
+    for decorate in reversed(_WORKSPACES):
+        function = decorate(function)
+    return function
+
+
+def workspace_settings_of(ctx: click.Context) -> WorkspaceSettings:
+    """Where workspaces are."""
+    names = (field.name for field in fields(WorkspaceSettings))
+    return WorkspaceSettings(**{name: _effective(ctx, name) for name in names})
+
+
+def with_workspaces(function: Callable[Concatenate[Workspaces, P], R]) -> Callable[P, R]:
+    """The options of all commands and where workspaces are; the function gets what is made from them."""
+
+    @functools.wraps(function)
+    def opened(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        for item in fields(WorkspaceSettings):
+            kwargs.pop(item.name, None)
+        settings = workspace_settings_of(click.get_current_context())
+        return function(Workspaces(session, settings), *args, **kwargs)
+
+    return workspace_options(common(opened))

@@ -7,11 +7,14 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
 from snaploader.cli.exits import Failure
 from snaploader.cli.streams import writing_to_stdout
@@ -54,6 +57,12 @@ class Output:
             with writing_to_stdout():
                 sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
+    def line(self, data: Mapping[str, Any]) -> None:
+        """One of many objects of data for programs, on a line of its own; nothing without --json."""
+        if self.as_json:
+            with writing_to_stdout():
+                sys.stdout.write(json.dumps(data) + "\n")
+
     def flush(self) -> None:
         """Hand the data out now; a program that reads it may be waiting."""
         with writing_to_stdout():
@@ -78,13 +87,12 @@ class Output:
             )
         for row in rows:
             table.add_row(*(printable(cell) for cell in row))
-        width = None if sys.stdout.isatty() else PIPE_WIDTH
-        console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-        with console.capture() as capture:
-            console.print(table)
-        # Written by ourselves, because rich ends the program when the reader has left.
-        with writing_to_stdout():
-            sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+        _draw(table)
+
+    def tree(self, root: Branch) -> None:
+        """A tree for people."""
+        if not self.as_json:
+            _draw(_tree(root))
 
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""
@@ -167,6 +175,34 @@ class Output:
                 logger.removeHandler(handler)
                 logger.setLevel(old_level)
                 logger.propagate = propagate
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A line of a tree, and what hangs from it."""
+
+    label: str
+    branches: Sequence[Branch] = ()
+
+
+def _tree(root: Branch) -> Tree:
+    tree = Tree(Text(printable(root.label)))
+    waiting = [(tree, root)]
+    while waiting:  # a history may be deeper than Python's stack
+        above, branch = waiting.pop()
+        waiting += [(above.add(Text(printable(below.label))), below) for below in branch.branches]
+    return tree
+
+
+def _draw(what: RenderableType) -> None:
+    """Print what rich draws."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        console.print(what)
+    # Written by ourselves, because rich ends the program when the reader has left.
+    with writing_to_stdout():
+        sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 
 class _CurrentStderr:

@@ -67,6 +67,14 @@ def check_file(option: str, path: Path) -> None:
         raise InvalidArgument(f"{option}: {str(path)!r} is a folder, not a file")
 
 
+def parse_address(text: str, option: str = "--listen") -> tuple[str, int]:
+    """Host and port, from HOST:PORT or [IPv6]:PORT, which `option` was given as."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidArgument(f"{option} {text[:80]!r} is not HOST:PORT, such as 127.0.0.1:8980")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""The text with `\x1b` and the like in place of characters that are no visible ones.
 

@@ -44,6 +44,7 @@ class CommandLine:
             monkeypatch.delenv(name)
         monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "xdg-cache"))
+        monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
         # The tests share this process with all others, whose allocator stays as it is.
         monkeypatch.setattr("snaploader.cli.app.tune_malloc", lambda: None)
         self._capture = capture

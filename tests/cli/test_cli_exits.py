@@ -33,7 +33,9 @@ def subclasses(base: type[BaseException]) -> list[type[BaseException]]:
 def test_every_error_ends_with_its_documented_code(kind: type[errors.SnaploaderError]) -> None:
     failure = exits.explain(kind("what happened"))
     assert failure.message == "what happened"
-    assert DOCUMENTED[failure.exit_code] == failure.kind == kind.__name__
+    assert DOCUMENTED[failure.exit_code] == failure.kind
+    assert issubclass(kind, getattr(errors, failure.kind))
+    assert kind.__module__ != errors.__name__ or failure.kind == kind.__name__
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from cli_runner import COMMAND, in_process_of_its_own
 
-from snaploader.cli.commands.serve import parse_address
+from snaploader.cli.values import parse_address
 from snaploader.errors import InvalidArgument
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
 

@@ -10,10 +10,12 @@ from snaploader.cli.doctor.check import Result, Status, run_checks
 from snaploader.cli.doctor.conformance import run_conformance
 from snaploader.cli.doctor.local import local_checks, local_remedy
 from snaploader.cli.doctor.remote import remote_checks, remote_remedy
+from snaploader.cli.doctor.workspaces import check_workspaces
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import Command, common, option
+from snaploader.cli.options import Command, option, with_workspaces
 from snaploader.cli.session import Session
 from snaploader.cli.values import format_time
+from snaploader.cli.workspaces import Workspaces
 
 
 @click.command(short_help="Exercise the caches and say what is wrong.", cls=Command)
@@ -23,12 +25,14 @@ from snaploader.cli.values import format_time
     is_flag=True,
     help="Also run the conformance suite against the server (leaves about 60 MiB of random blobs there).",
 )
-@common
-def doctor(session: Session, conformance: bool) -> None:
+@with_workspaces
+def doctor(workspaces: Workspaces, conformance: bool) -> None:
     """Exercise the cache folder and the remote cache; say what is wrong and what to do.
 
-    Ends with exit code 13 when something is wrong. Warnings are not.
+    Where there is a catalog of workspaces, it is compared with what is on this host. Ends with exit code 13
+    when something is wrong. Warnings are not.
     """
+    session = workspaces.session
     results = run_checks("cache", local_checks(session.settings), local_remedy)
     remote = session.remote_cache
     if remote is not None:
@@ -37,6 +41,8 @@ def doctor(session: Session, conformance: bool) -> None:
             results += run_conformance(session.settings)
     else:
         session.output.talk("no --remote-cache is configured, so none is checked")
+    if workspaces.settings.has_catalog:
+        results += check_workspaces(workspaces)
     _print(session, results)
     failed = [result for result in results if result.status is Status.FAILED]
     if failed:

@@ -1,0 +1,125 @@
+"""A workspace's history as a tree of its snapshots. Pure.
+
+What follows one after the other stands one below the other. Where a workspace went on twice from one
+snapshot, after a rollback, the line that leads to its present state goes on, and what a rollback left hangs
+from the snapshot it went on from. So a long history is not a deep one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from snaploader.cli.commands.workspace.records import time_words
+from snaploader.cli.output import Branch
+from snaploader.cli.values import format_size
+from snaploader.workspace.model import SnapshotInfo, SnapshotKind, SnapshotRecord, Workspace, WorkspaceState
+
+_NOW = ""
+"""Stands for the present state, which is no snapshot; all of those have names."""
+
+
+def history(
+    workspace: Workspace,
+    snapshots: Iterable[SnapshotInfo],
+    forks: Mapping[str, Collection[str]] | None = None,
+) -> list[Branch]:
+    """The snapshots by parent, oldest first, and where the workspace stands now.
+
+    A snapshot whose parent is not there any more begins a line of its own. Those that the catalog does not
+    manage have no place in it.
+
+    Args:
+        forks: Ids of workspaces that were forked from a snapshot, by its name.
+    """
+    return _History(workspace, snapshots, forks or {}).branches()
+
+
+class _History:
+    """The entries of one workspace, by name."""
+
+    def __init__(
+        self, workspace: Workspace, snapshots: Iterable[SnapshotInfo], forks: Mapping[str, Collection[str]]
+    ) -> None:
+        self._workspace = workspace
+        self._forks = forks
+        managed = [(info.record, info) for info in snapshots if info.record is not None]
+        managed.sort(key=lambda pair: (pair[0].created_at, pair[0].name))
+        self._infos = {record.name: info for record, info in managed}
+        parents = {record.name: record.parent for record, _ in managed}
+        if workspace.state is not WorkspaceState.DELETED:
+            parents[_NOW] = workspace.current_snapshot
+        self._parents = {name: parent for name, parent in parents.items() if parent in self._infos}
+        self._children: dict[str, list[str]] = {}
+        for name, parent in self._parents.items():
+            self._children.setdefault(parent, []).append(name)
+        self._roots = [name for name in parents if name not in self._parents]
+        self._trunk = self._path(_NOW) if _NOW in parents else set()
+
+    def branches(self) -> list[Branch]:
+        """The line to the present state, below the others that begin without a parent."""
+        if not self._roots:
+            return []
+        main = self._next(self._roots)
+        others = [self._line(name) for name in self._roots if name != main]
+        return [*(Branch(_heading(line), line) for line in others), *self._line(main)]
+
+    def _path(self, name: str) -> set[str]:
+        """An entry and all that it goes back to."""
+        path = {name}
+        while name in self._parents and self._parents[name] not in path:
+            name = self._parents[name]
+            path.add(name)
+        return path
+
+    def _next(self, names: list[str]) -> str:
+        """The one that leads to the present state, or else the newest."""
+        return next((name for name in names if name in self._trunk), names[-1])
+
+    def _line(self, name: str) -> list[Branch]:
+        """An entry and what follows it."""
+        line = []
+        while True:
+            children = self._children.get(name, [])
+            following = self._next(children) if children else None
+            beside = self._aside(child for child in children if child != following)
+            line.append(Branch(self._label(name), [*self._notes(name), *beside]))
+            if following is None:
+                return line
+            name = following
+
+    def _aside(self, names: Iterable[str]) -> list[Branch]:
+        """Lines that end elsewhere; one of several entries has a heading."""
+        lines = [self._line(name) for name in names]
+        return [line[0] if len(line) == 1 else Branch(_heading(line), line) for line in lines]
+
+    def _label(self, name: str) -> str:
+        if name == _NOW:
+            return f"now: {self._workspace.state}"
+        info = self._infos[name]
+        assert info.record is not None
+        return snapshot_label(info.record, info.version)
+
+    def _notes(self, name: str) -> list[Branch]:
+        if name == _NOW:
+            return []
+        record = self._infos[name].record
+        assert record is not None
+        notes = [record.name] if record.kind is SnapshotKind.COMMIT else []
+        notes += [f"fork {workspace_id}" for workspace_id in sorted(self._forks.get(name, ()))]
+        return [Branch(note) for note in notes]
+
+
+def _heading(line: list[Branch]) -> str:
+    return "1 snapshot on its own" if len(line) == 1 else f"{len(line)} snapshots, one after the other"
+
+
+def snapshot_label(record: SnapshotRecord, version: int | None) -> str:
+    """A snapshot in one line."""
+    what = str(record.kind) if version is None else f"{record.kind} {version}"
+    words = [str(record.scope), time_words(record.created_at), format_size(record.size_bytes)]
+    if record.kind is SnapshotKind.VERSION:
+        words.append(str(record.source))
+    if record.is_remote:
+        words.append("remote")
+    name = f' "{record.display_name}"' if record.display_name else ""
+    return f"{what}{name}  {', '.join(words)}"

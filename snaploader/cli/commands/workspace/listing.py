@@ -1,0 +1,175 @@
+"""`snaploader workspace ls` and `show`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+import click
+
+from snaploader.cli.commands.workspace.history import history
+from snaploader.cli.commands.workspace.records import (
+    run_record,
+    size_record,
+    snapshot_record,
+    time_words,
+    workspace_record,
+)
+from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.output import Branch
+from snaploader.cli.values import format_size
+from snaploader.cli.workspaces import Workspaces
+from snaploader.workspace.model import Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
+from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
+
+
+@click.command("ls", cls=Command, short_help="List workspaces, and what each costs.")
+@option(
+    "--state",
+    scope="workspace ls",
+    type=click.Choice([state.value for state in WorkspaceState]),
+    help="Only those in this state.",
+)
+@option("--owner", scope="workspace ls", help="Only those of this owner.")
+@option("--all-hosts", scope="workspace ls", is_flag=True, help="Those of other hosts too.")
+@option("--deleted", scope="workspace ls", is_flag=True, help="Deleted ones too.")
+@option("--tree", scope="workspace ls", is_flag=True, help="Show the history of each.")
+@with_workspaces
+def list_(
+    workspaces: Workspaces, state: str | None, owner: str | None, all_hosts: bool, deleted: bool, tree: bool
+) -> None:
+    """List the workspaces of this host, and what their snapshots take in its cache.
+
+    Exclusive bytes are in chunks that no other workspace of this host refers to; shared ones are in chunks
+    that others refer to as well.
+    """
+    wanted = None if state is None else WorkspaceState(state)
+    with workspaces.catalog.reading() as reader:
+        found = reader.workspaces(
+            host=None if all_hosts else workspaces.manager.host,
+            state=wanted,
+            owner=owner,
+            include_deleted=deleted or wanted is WorkspaceState.DELETED,
+        )
+    sizes = measure(workspaces.session.file_cache)
+    workspaces.output.json(
+        {
+            "workspaces": [
+                {**workspace_record(each), "size": size_record(_size(sizes, each))} for each in found
+            ],
+            "stored_bytes": sizes.stored_bytes,
+        }
+    )
+    if tree:
+        for each in found:
+            _print_tree(workspaces, each, workspaces.manager.list_snapshots(each.id))
+        return
+    workspaces.output.table(
+        ["workspace", "state", "version>", "exclusive>", "shared>", "used"],
+        [
+            [
+                each.id,
+                _state(each),
+                str(each.last_version or "-"),
+                format_size(_size(sizes, each).exclusive_bytes),
+                format_size(_size(sizes, each).shared_bytes),
+                time_words(each.last_used_at),
+            ]
+            for each in found
+        ],
+    )
+    workspaces.output.detail(
+        f"{len(found)} workspaces; the snapshots of all on this host take {format_size(sizes.stored_bytes)}"
+    )
+
+
+@click.command("show", cls=Command, short_help="Show a workspace and its history.")
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def show(workspaces: Workspaces, workspace_id: str) -> None:
+    """Show a workspace, what it costs, and its history as a tree of snapshots."""
+    with workspaces.catalog.reading() as reader:
+        found = reader.workspace(workspace_id)
+        run = reader.latest_run(workspace_id)
+    snapshots = (
+        [] if found.state is WorkspaceState.DELETED else workspaces.manager.list_snapshots(workspace_id)
+    )
+    size = _size(measure(workspaces.session.file_cache), found)
+    status = workspaces.runtime.status(workspace_id)
+    workspaces.output.json(
+        {
+            **workspace_record(found),
+            "pid": status.pid,
+            "exit_code": status.exit_code,
+            "latest_run": run_record(run),
+            "size": size_record(size),
+            "snapshots": [snapshot_record(info) for info in snapshots],
+        }
+    )
+    lines = _lines(found, run, size)
+    if status.pid is not None:
+        lines["pid"] = str(status.pid)
+    width = max(map(len, lines))
+    for name, text in lines.items():
+        workspaces.output.text(f"{name:<{width}}  {text}")
+    workspaces.output.text()
+    _print_tree(workspaces, found, snapshots)
+    for info in snapshots:
+        if not info.is_managed:
+            workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
+
+
+def _lines(workspace: Workspace, run: Run | None, size: WorkspaceSize) -> dict[str, str]:
+    """What there is to tell, by what it is called; what is not set is left out."""
+    spec = workspace.spec
+    lines = {
+        "workspace": workspace.id,
+        "state": _state(workspace),
+        "host": workspace.host,
+        "owner": workspace.owner,
+        "base": workspace.base,
+        "policy": workspace.policy,
+        "schedule": workspace.autostart_schedule,
+        "command": shlex.join(spec.command),
+        "volumes": ", ".join(f"{volume.name}={volume.durable_dir}" for volume in spec.volumes),
+        "ready": f"{spec.readiness.kind} {spec.readiness.target}" if spec.readiness.kind != "none" else "",
+        "slot": "" if workspace.slot is None else str(workspace.slot),
+        "created": time_words(workspace.created_at),
+        "used": time_words(workspace.last_used_at),
+        "deleting": "" if workspace.deleting_at is None else time_words(workspace.deleting_at),
+        "operation": "" if workspace.operation is None else f"{workspace.operation.kind} is under way",
+        "deadline": "" if run is None or run.deadline is None else time_words(run.deadline),
+        "failed": run.error if run is not None and run.status is RunStatus.FAILED else "",
+        "exclusive": format_size(size.exclusive_bytes),
+        "shared": format_size(size.shared_bytes),
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def _state(workspace: Workspace) -> str:
+    return f"{workspace.state}, dormant" if workspace.dormant_at is not None else str(workspace.state)
+
+
+def _size(sizes: HostSizes, workspace: Workspace) -> WorkspaceSize:
+    return sizes.workspaces.get(workspace.id, WorkspaceSize())
+
+
+def _print_tree(workspaces: Workspaces, workspace: Workspace, snapshots: Sequence[SnapshotInfo]) -> None:
+    if workspaces.output.as_json:
+        return
+    branches = history(workspace, snapshots, _forks(workspaces, snapshots))
+    workspaces.output.tree(Branch(workspace.id, branches))
+
+
+def _forks(workspaces: Workspaces, snapshots: Sequence[SnapshotInfo]) -> dict[str, list[str]]:
+    """The workspaces that were forked from snapshots, by the snapshot's name."""
+    names = {info.record.name for info in snapshots if info.record is not None}
+    forks: dict[str, list[str]] = {}
+    with workspaces.catalog.reading() as reader:
+        for each in reader.workspaces():
+            if not each.base_snapshot:
+                continue
+            origin = reader.snapshot(each.base_snapshot).parent
+            if origin in names:
+                forks.setdefault(origin, []).append(each.id)
+    return forks

@@ -1,0 +1,112 @@
+"""`snaploader workspace policy`: named policies."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from snaploader.cli.options import (
+    Command,
+    Group,
+    shared_options,
+    with_workspaces,
+    workspace_options,
+)
+from snaploader.cli.workspaces import Workspaces
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.policy import parse_duration_s
+from snaploader.workspace.policy import Policy
+
+
+@click.group(cls=Group, short_help="Named policies: what snapshots hold, when the lifecycle acts.")
+@workspace_options
+@shared_options
+def policy(**_shared: object) -> None:
+    """Named policies: what pausing and committing hold, when the lifecycle stops, parks and deletes."""
+
+
+@policy.command("set", cls=Command, short_help="Make or change a policy.")
+@click.argument("name", metavar="POLICY")
+@click.argument("values", metavar="FIELD=VALUE…", nargs=-1)
+@with_workspaces
+def set_(workspaces: Workspaces, name: str, values: tuple[str, ...]) -> None:
+    """Make a policy, or change the fields that are given: onPause=Full onCommit=Data autostopAfterSeconds=8h.
+
+    Durations are seconds, or a number and s, m, h or d. `FIELD=` goes back to the default.
+    """
+    changes = dict(parse_field(value) for value in values)
+    with workspaces.catalog.transaction() as transaction:
+        try:
+            before = transaction.policy(name).to_mapping()
+        except NotFound:
+            before = {}
+        merged = {field: value for field, value in {**before, **changes}.items() if value is not None}
+        changed = Policy.from_mapping(name, merged)
+        transaction.put_policy(changed)
+    _print(workspaces, changed)
+
+
+@policy.command("show", cls=Command, short_help="Show a policy.")
+@click.argument("name", metavar="POLICY")
+@with_workspaces
+def show(workspaces: Workspaces, name: str) -> None:
+    """Show the fields of a policy; rules that are off are left out."""
+    with workspaces.catalog.reading() as reader:
+        found = reader.policy(name)
+    _print(workspaces, found)
+
+
+@policy.command("ls", cls=Command, short_help="List the policies.")
+@with_workspaces
+def list_(workspaces: Workspaces) -> None:
+    """List the policies."""
+    with workspaces.catalog.reading() as reader:
+        found = reader.policies()
+    workspaces.output.json({"policies": [_record(each) for each in found]})
+    workspaces.output.table(["policy", "fields"], [[each.name, " ".join(_fields(each))] for each in found])
+
+
+@policy.command("rm", cls=Command, short_help="Remove a policy that nothing uses.")
+@click.argument("name", metavar="POLICY")
+@with_workspaces
+def remove(workspaces: Workspaces, name: str) -> None:
+    """Remove a policy that no workspace has."""
+    with workspaces.catalog.transaction() as transaction:
+        transaction.remove_policy(name)
+    workspaces.output.json({"removed": name})
+    workspaces.output.text(f"removed policy {name}")
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """A field and its value as `Policy.from_mapping` takes them; None where the value is empty."""
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise InvalidArgument(f"{text[:80]!r} is not FIELD=VALUE, such as onPause=Full")
+    if not value:
+        return field, None
+    if value in {"true", "false"}:
+        return field, value == "true"
+    if field.endswith("Seconds"):
+        try:
+            return field, parse_duration_s(value)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{field}: {error.message}") from error
+    return field, value
+
+
+def _record(policy: Policy) -> dict[str, Any]:
+    return {"name": policy.name, **policy.to_mapping()}
+
+
+def _fields(policy: Policy) -> list[str]:
+    """The fields as `set` takes them."""
+    values = policy.to_mapping().items()
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values]
+
+
+def _print(workspaces: Workspaces, policy: Policy) -> None:
+    workspaces.output.json(_record(policy))
+    for field in _fields(policy):
+        workspaces.output.text(field)

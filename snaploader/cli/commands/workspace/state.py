@@ -1,0 +1,75 @@
+"""Pausing, resuming, starting, stopping and removing workspaces."""
+
+from __future__ import annotations
+
+import click
+
+from snaploader.cli.commands.workspace.records import result_record, workspace_record
+from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.values import DURATION, format_size
+from snaploader.cli.workspaces import Workspaces
+
+
+@click.command("pause", cls=Command, short_help="Park a workspace: keep its state, free all else.")
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def pause(workspaces: Workspaces, workspace_id: str) -> None:
+    """Park a workspace: its state becomes a snapshot on this host, and its processes and files go.
+
+    What the snapshot holds is its policy's onPause. `resume` brings it back.
+    """
+    result = workspaces.manager.pause(workspace_id)
+    workspaces.output.json(result_record(result))
+    workspaces.output.text(
+        f"paused {workspace_id}: {result.scope}, {format_size(result.stored_bytes)} stored"
+    )
+
+
+@click.command("resume", cls=Command, short_help="Bring a paused workspace back.")
+@click.argument("workspace_id", metavar="WORKSPACE")
+@option(
+    "--ready-timeout",
+    scope="workspace resume",
+    type=DURATION,
+    help="How long it may take to be ready.  [default: as given to create]",
+)
+@with_workspaces
+def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
+    """Bring a paused workspace back. Returns when it is ready."""
+    workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"resumed {workspace_id}")
+
+
+@click.command("start", cls=Command, short_help="Start a stopped workspace.")
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def start(workspaces: Workspaces, workspace_id: str) -> None:
+    """Start a workspace that was stopped. A paused one is resumed instead."""
+    workspace = workspaces.manager.start(workspace_id)
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"started {workspace_id}")
+
+
+@click.command("stop", cls=Command, short_help="Stop a workspace; its files stay.")
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def stop(workspaces: Workspaces, workspace_id: str) -> None:
+    """Stop what runs in a workspace, by force what still runs after 10 seconds. Its files stay."""
+    workspace = workspaces.manager.stop(workspace_id)
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"stopped {workspace_id}")
+
+
+@click.command("rm", cls=Command, short_help="Delete workspaces with all their snapshots.")
+@click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
+@with_workspaces
+def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...]) -> None:
+    """Delete workspaces: what runs, their files, and their snapshots here and in the remote cache.
+
+    Their events stay, and their ids are not used again. Forks keep all they have.
+    """
+    for workspace_id in workspace_ids:
+        workspaces.manager.delete(workspace_id)
+        workspaces.output.text(f"deleted {workspace_id}")
+    workspaces.output.json({"deleted": list(workspace_ids)})

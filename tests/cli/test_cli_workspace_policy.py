@@ -1,0 +1,176 @@
+"""`workspace policy`, `owner`, `events`: what needs the catalog alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from cli_runner import CommandLine
+
+from snaploader.cli.commands.workspace.policy import parse_field
+from snaploader.errors import InvalidArgument
+from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.model import Workspace, WorkspaceSpec, WorkspaceState
+
+
+@pytest.fixture
+def catalog_path(tmp_path: Path) -> Path:
+    """Where the catalog is by default."""
+    folder = tmp_path / "state/snaploader"
+    folder.mkdir(parents=True)
+    return folder / "catalog.sqlite"
+
+
+def add_workspace(path: Path, workspace_id: str, **values: str) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    made = Workspace(
+        WorkspaceSpec(workspace_id), "here", WorkspaceState.STOPPED, created_at=now, last_used_at=now, **values
+    )
+    with Catalog.open(path) as catalog, catalog.transaction() as transaction:
+        transaction.add_workspace(made)
+        transaction.add_event(workspace_id, "workspace_create", {"by": values.get("owner", "")}, now)
+
+
+def test_the_default_policy_is_there_and_does_nothing(cli: CommandLine) -> None:
+    assert cli.json("workspace", "policy", "show", "default") == {
+        "name": "default",
+        "onPause": "Full",
+        "autostopAction": "stop",
+        "autostartAllowed": True,
+    }
+
+
+def test_a_policy_is_made_changed_listed_and_removed(cli: CommandLine) -> None:
+    made = cli.json("workspace", "policy", "set", "agents", "onPause=Data", "autostopAfterSeconds=8h")
+    assert made["onPause"] == "Data"
+    assert made["autostopAfterSeconds"] == 8 * 3600
+    changed = cli.json(
+        "workspace", "policy", "set", "agents", "autostartAllowed=false", "autostopAction=pause"
+    )
+    assert changed == {**made, "autostartAllowed": False, "autostopAction": "pause"}
+    assert cli.json("workspace", "policy", "show", "agents") == changed
+    listed = cli.json("workspace", "policy", "ls")["policies"]
+    assert [policy["name"] for policy in listed] == ["agents", "default"]
+    assert cli.json("workspace", "policy", "rm", "agents") == {"removed": "agents"}
+    assert cli("workspace", "policy", "show", "agents").exit_code == 3
+
+
+def test_a_field_without_a_value_goes_back_to_its_default(cli: CommandLine) -> None:
+    cli.ok("workspace", "policy", "set", "a", "timeUntilDormantSeconds=7d", "onCommit=Data")
+    changed = cli.json("workspace", "policy", "set", "a", "timeUntilDormantSeconds=", "onCommit=")
+    assert "timeUntilDormantSeconds" not in changed
+    assert "onCommit" not in changed
+
+
+def test_policies_are_shown_as_they_are_set(cli: CommandLine) -> None:
+    text = cli.ok("workspace", "policy", "set", "a", "failureTtlSeconds=1.5h").text
+    assert "failureTtlSeconds=5400.0\n" in text
+    assert "onPause=Full\n" in text
+    cli.ok("workspace", "policy", "set", "b", *text.split())
+    assert cli.ok("workspace", "policy", "show", "b").text == text
+    assert "failureTtlSeconds=5400.0" in cli.ok("workspace", "policy", "ls").text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["onPause=Data", "onCommit=Full"], "onCommit is Full and onPause is Data"),
+        (["onpause=Full"], "unknown field 'onpause'"),
+        (["onPause=Half"], "onPause: there is no scope 'Half'"),
+        (["autostopAfterSeconds=soon"], "autostopAfterSeconds: 'soon' is no duration"),
+        (["autostopAfterSeconds=0"], "autostopAfterSeconds: "),
+        (["autostopAction=sleep"], "autostopAction: 'sleep' is neither stop nor pause"),
+        (["autostartAllowed=yes"], "autostartAllowed: 'yes' is neither true nor false"),
+        (["onPause"], "'onPause' is not FIELD=VALUE"),
+        (["=Full"], "'=Full' is not FIELD=VALUE"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_the_name_it_was_given(
+    cli: CommandLine, fields: list[str], message: str
+) -> None:
+    outcome = cli("workspace", "policy", "set", "a", *fields)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+    assert cli("workspace", "policy", "show", "a").exit_code == 3
+
+
+def test_a_policy_in_use_and_the_default_one_stay(cli: CommandLine, catalog_path: Path) -> None:
+    cli.ok("workspace", "policy", "set", "a")
+    add_workspace(catalog_path, "web", policy="a")
+    outcome = cli("workspace", "policy", "rm", "a")
+    assert outcome.exit_code == 4
+    assert "'web'" in outcome.stderr
+    assert cli("workspace", "policy", "rm", "default").exit_code == 4
+    assert cli("workspace", "policy", "rm", "nothing").exit_code == 3
+
+
+def test_values_keep_their_types() -> None:
+    assert parse_field("a=true") == ("a", True)
+    assert parse_field("a=b=c") == ("a", "b=c")
+    assert parse_field("aSeconds=2m") == ("aSeconds", 120.0)
+    assert parse_field("a=") == ("a", None)
+    with pytest.raises(InvalidArgument):
+        parse_field("a")
+
+
+def test_an_owner_is_suspended_and_active_again(cli: CommandLine) -> None:
+    assert cli.json("workspace", "owner", "alice") == {"owner": "alice", "status": "active"}
+    assert cli.json("workspace", "owner", "alice", "suspended")["status"] == "suspended"
+    assert cli.ok("workspace", "owner", "alice").text == "alice: suspended\n"
+    assert cli.json("workspace", "owner", "alice", "active")["status"] == "active"
+    assert cli("workspace", "owner", "alice", "asleep").exit_code == 2
+
+
+def test_events_are_listed_in_order_by_workspace_type_and_place(cli: CommandLine, catalog_path: Path) -> None:
+    for workspace_id in ("one", "two"):
+        add_workspace(catalog_path, workspace_id, owner=f"owner of {workspace_id}")
+    everything = cli.json("workspace", "events")["events"]
+    assert [event["workspace_id"] for event in everything] == ["one", "two"]
+    assert everything[0]["payload"] == {"by": "owner of one"}
+    assert everything[0]["created_at"] == "2026-01-01T00:00:00+00:00"
+    assert cli.json("workspace", "events", "two")["events"] == everything[1:]
+    assert cli.json("workspace", "events", "--after", everything[0]["id"])["events"] == everything[1:]
+    assert cli.json("workspace", "events", "--limit", 1)["events"] == everything[:1]
+    assert cli.json("workspace", "events", "--type", "nothing", "one")["events"] == []
+    text = cli.ok("workspace", "events", "two").text
+    assert "workspace_create" in text
+    assert '{"by": "owner of two"}' in text
+
+
+def test_events_of_a_workspace_that_never_was_are_not_found(cli: CommandLine) -> None:
+    outcome = cli("workspace", "events", "nobody")
+    assert outcome.exit_code == 3
+    assert "'nobody'" in outcome.stderr
+
+
+def test_what_the_lifecycle_goes_by_can_be_changed(cli: CommandLine, catalog_path: Path) -> None:
+    add_workspace(catalog_path, "web")
+    cli.ok("workspace", "policy", "set", "agents")
+    schedule = "CRON_TZ=Europe/Berlin 30 9 * * 1-5"
+    changed = cli.json(
+        "workspace", "set", "web", "--policy", "agents", "--owner", "bob", "--schedule", schedule
+    )
+    assert (changed["policy"], changed["owner"], changed["autostart_schedule"]) == ("agents", "bob", schedule)
+    assert cli.json("workspace", "set", "web", "--schedule", "")["autostart_schedule"] == ""
+    assert [event["payload"] for event in cli.json("workspace", "events", "web")["events"][1:]] == [
+        {"policy": "agents", "owner": "bob", "autostart_schedule": schedule},
+        {"autostart_schedule": ""},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["web"], 2),
+        (["web", "--schedule", "at noon"], 2),
+        (["web", "--policy", "nothing"], 3),
+        (["nobody", "--owner", "bob"], 3),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(
+    cli: CommandLine, catalog_path: Path, arguments: list[str], code: int
+) -> None:
+    add_workspace(catalog_path, "web")
+    assert cli("workspace", "set", *arguments).exit_code == code
+    assert len(cli.json("workspace", "events")["events"]) == 1
