@@ -1,11 +1,11 @@
 """Stops, starts, parks and deletes workspaces as their policies say: one look at all that are due, each tick.
 
-A transition is made under the workspace's lock, by the same operations that users call. It is not one
-database transaction: stopping, pausing or deleting can take minutes, and a transaction held open for so long
-would keep everybody else from writing (SQLite has one writer). What keeps the decision true meanwhile is the
-lock, because nobody else changes the workspace while it is held; each operation writes its result in a
-transaction of its own. A policy or an owner's status that changes in these minutes counts from the next tick
-on.
+A transition is made under the workspace's lock, by the same operations that users call. It is two database
+transactions and not one: the first decides again and says what is under way, the last makes the result
+visible. Stopping, pausing or deleting can take minutes, and a transaction held open for so long would keep
+everybody else from writing (SQLite has one writer). What keeps the decision true in between is the lock,
+because nobody else changes the workspace while it is held. A policy or an owner's status that changes in these
+minutes counts from the next tick on.
 
 A transition that failed leaves a failed run: as the rules say, autostop and autostart then wait until a later
 run succeeds, and a delete for 24 hours. Dormancy is tried at each tick. A dormant workspace is no longer
@@ -69,8 +69,6 @@ class Skip(StrEnum):
 
     LOCKED = "locked"
     """Somebody else works on it."""
-    INTERRUPTED = "interrupted"
-    """An operation on it did not end; recovery will see to it."""
     CHANGED = "changed"
     """Under its lock there was nothing to do any more."""
     STOPPING = "stopping"
@@ -221,13 +219,13 @@ class LifecycleExecutor:
         return outcome.result
 
     def _attend_held(self, held: HeldWorkspace, workspace_id: str, tick: datetime) -> _Outcome:
-        with self._manager.catalog.reading() as reader:
-            standing = Standing.read(reader, workspace_id)
+        standing = self._standing(workspace_id)
+        if standing.workspace.operation is not None:
+            held.settle()  # the lock proves that whoever was at it is gone
+            standing = self._standing(workspace_id)
         transition = standing.decide(tick)
         if transition is None:
             return _Outcome(Skip.CHANGED)
-        if standing.workspace.operation is not None:
-            return _Outcome(Skip.INTERRUPTED)
         try:
             made = self._maker.make(held, standing, transition, tick)
         except Cancelled:
@@ -242,6 +240,10 @@ class LifecycleExecutor:
         return _Outcome(
             transition, (self._notification(standing, made), self._audit(standing, transition, made))
         )
+
+    def _standing(self, workspace_id: str) -> Standing:
+        with self._manager.catalog.reading() as reader:
+            return Standing.read(reader, workspace_id)
 
     def _note_failure(
         self, workspace_id: str, transition: Transition, standing: Standing, failure: _Failure

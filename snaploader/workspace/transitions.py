@@ -1,7 +1,8 @@
 """Makes one transition of one workspace, whose lock is held.
 
-What takes long (stopping, pausing, starting, deleting) is the manager's operations, each with transactions of
-its own; what is only written down here happens in the transaction that reads and decides again.
+What takes long (stopping, pausing, starting, deleting) is done by the manager's operations; the transaction
+in which one begins reads and decides again, and calls it off when something else is to be done now. What is
+only written down, such as that a workspace is dormant, is decided again in the transaction that writes it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ RUN_OF = {
 
 class HeldWorkspace(Protocol):
     """A workspace whose lock is held, and what can be done to it. `reason` is kept with the run."""
+
+    def settle(self) -> object:
+        """Finish or take back what a process that died left in the middle."""
+
+    def guarded(self, guard: Callable[[Reader], None]) -> HeldWorkspace:
+        """The same, whose operations `guard` calls off by raising in the transaction that begins them."""
 
     def start(self, *, reason: str) -> object:
         """Start a stopped one."""
@@ -96,10 +103,24 @@ class TransitionMaker:
     def make(
         self, held: HeldWorkspace, standing: Standing, transition: Transition, tick: datetime
     ) -> Made | None:
-        """Make the transition that was decided. None: in the meantime it was no longer to be made.
+        """Make the transition that was decided. None: it was no longer to be made when it was about to begin.
 
         Raises whatever the manager and the catalog do.
         """
+        workspace_id = standing.workspace.id
+
+        def guard(reader: Reader) -> None:
+            if Standing.read(reader, workspace_id).decide(tick) is not transition:
+                raise _OvertakenError
+
+        try:
+            return self._make(held.guarded(guard), standing, transition, tick)
+        except _OvertakenError:
+            return None
+
+    def _make(
+        self, held: HeldWorkspace, standing: Standing, transition: Transition, tick: datetime
+    ) -> Made | None:
         workspace_id, state = standing.workspace.id, standing.workspace.state
         match transition:
             case Transition.AUTOSTOP if standing.policy.autostop_action is StopAction.PAUSE:
@@ -159,6 +180,10 @@ class TransitionMaker:
             shown = None if deleting_at is None else deleting_at.isoformat()
             changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, self._clock())
             return Made(Transition.DORMANCY, standing.workspace.state, deleting_at)
+
+
+class _OvertakenError(Exception):
+    """Something else is to be done with the workspace now, or nothing."""
 
 
 def _deleting_at(policy: Policy, marked_at: datetime) -> datetime | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lifecycle_values import CREATED, NOW, workspace
 
-from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.catalog import Catalog, Reader
 from snaploader.workspace.model import Run, RunStatus, RunTransition, Workspace, WorkspaceState
 
 RUNNING, STOPPED, PAUSED, DELETED = (
@@ -76,9 +76,21 @@ class FakeManager:
 
 
 class FakeHeld:
-    def __init__(self, manager: FakeManager, workspace_id: str) -> None:
+    def __init__(
+        self, manager: FakeManager, workspace_id: str, guard: Callable[[Reader], None] = lambda reader: None
+    ) -> None:
         self._manager = manager
         self._id = workspace_id
+        self._guard = guard
+
+    def guarded(self, guard: Callable[[Reader], None]) -> FakeHeld:
+        return FakeHeld(self._manager, self._id, guard)
+
+    def settle(self) -> None:
+        with self._manager.operation("settle", self._id, ""), self._manager.catalog.transaction() as changes:
+            operation = changes.workspace(self._id).operation
+            assert operation is not None
+            changes.end_operation(self._id, operation.token)
 
     def start(self, *, reason: str) -> None:
         self._do("start", reason, RunTransition.START, STOPPED, RUNNING)
@@ -104,6 +116,8 @@ class FakeHeld:
         state: WorkspaceState,
     ) -> None:
         catalog = self._manager.catalog
+        with catalog.transaction() as changes:
+            self._guard(changes)
         with self._manager.operation(name, self._id, reason):
             error = self._manager.failures.get(self._id)
             if error is not None:

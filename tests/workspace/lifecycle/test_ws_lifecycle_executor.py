@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 from datetime import timedelta
 
 import pytest
-from lifecycle_fakes import DELETED, PAUSED, RUNNING, STOPPED, FakeManager, add, runs_of, state_of
+from lifecycle_fakes import DELETED, PAUSED, RUNNING, STOPPED, FakeHeld, FakeManager, add, runs_of, state_of
 from lifecycle_values import NOW, TICK_APART
 from prometheus_client import CollectorRegistry
 
@@ -277,12 +277,29 @@ def test_one_that_somebody_else_holds_is_skipped(catalog, manager, executor):
     assert executor.run_once().transitions == {"busy": Transition.AUTOSTOP}
 
 
-def test_one_whose_operation_did_not_end_is_left_to_recovery(catalog, manager, executor):
+def test_an_operation_whose_process_died_is_settled_before_deciding(catalog, manager, executor):
+    add(catalog, "ws", deadline=NOW)
+    add(catalog, "other", deadline=NOW)
+    with catalog.transaction() as changes:
+        changes.begin_operation("ws", Operation(OperationKind.SNAPSHOT, "token", "here", NOW))
+    assert executor.run_once().transitions == dict.fromkeys(("other", "ws"), Transition.AUTOSTOP)
+    assert [call for call in manager.calls if call[1] == "ws"] == [
+        ("settle", "ws", ""),
+        ("stop", "ws", "autostop"),
+    ]
+
+
+def test_what_settling_leaves_to_do_is_decided_by(catalog, manager, executor):
     add(catalog, "ws", deadline=NOW)
     with catalog.transaction() as changes:
         changes.begin_operation("ws", Operation(OperationKind.SNAPSHOT, "token", "here", NOW))
-    assert executor.run_once().skipped == {"ws": Skip.INTERRUPTED}
-    assert manager.calls == []
+
+    def stopped_by_settling(operation, workspace_id):
+        with catalog.transaction() as changes:
+            changes.update_workspace(workspace_id, state=STOPPED)
+
+    manager.during = stopped_by_settling
+    assert executor.run_once().skipped == {"ws": Skip.CHANGED}
 
 
 def test_the_decision_is_made_again_under_the_lock(catalog, manager, executor):
@@ -297,6 +314,23 @@ def test_the_decision_is_made_again_under_the_lock(catalog, manager, executor):
     manager.try_hold = stopped_by_the_user_meanwhile
     assert executor.run_once().skipped == {"ws": Skip.CHANGED}
     assert manager.calls == []
+
+
+def test_the_decision_is_made_again_in_the_transaction_that_begins_the_operation(
+    catalog, manager, executor, monkeypatch
+):
+    add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
+    guarded = FakeHeld.guarded
+
+    def used_after_the_decision(held, guard):
+        with catalog.transaction() as changes:
+            changes.update_workspace("ws", dormant_at=None, deleting_at=None)
+        return guarded(held, guard)
+
+    monkeypatch.setattr(FakeHeld, "guarded", used_after_the_decision)
+    assert executor.run_once().skipped == {"ws": Skip.CHANGED}
+    assert manager.calls == []
+    assert len(runs_of(catalog, "ws")) == 1
 
 
 def test_the_mark_itself_is_decided_again_in_its_transaction(catalog, manager, executor, monkeypatch):
