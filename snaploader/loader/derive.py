@@ -21,7 +21,7 @@ from snaploader.filecache import FileCache, Pin
 from snaploader.keys import SnapshotKey
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.progress import ProgressCallback
-from snaploader.loader.publish import publish_manifest, taken, upload_blobs, upload_source
+from snaploader.loader.publish import publish_manifest, retract_manifest, taken, upload_blobs, upload_source
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.tombstone import tombstone_result
 from snaploader.manifest import pack_any
@@ -191,20 +191,20 @@ class SnapshotDeriver:
         return uploaded
 
     def _publish_remotely(self, remote: RemoteStore, derived: Snapshot) -> None:
+        key, manifest = derived.key, derived.manifest
         try:
-            stands = publish_manifest(remote, derived.key, derived.manifest)
+            stands = publish_manifest(remote, key, manifest)
         except SnaploaderError as error:
-            # The server may have taken the manifest all the same, and only its answer was lost.
-            name = keys.remote_manifest_digest(derived.key, derived.manifest.digest_function)
+            tombstone = tombstone_result(key.snapshot_id, self._clock())
             try:
-                remote.update_action_result(name, tombstone_result(derived.key.snapshot_id, self._clock()))
+                retract_manifest(remote, key, manifest, tombstone)
             except SnaploaderError:
                 error.add_note(
                     "whether the snapshot is visible remotely cannot be told: delete it by its id later"
                 )
             raise
         if not stands:
-            raise FailedPrecondition(taken(derived.key))
+            raise FailedPrecondition(taken(key))
 
     def _publish_locally(self, derived: Snapshot) -> None:
         data = derived.manifest.serialize_local()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderErr
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot
+from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, artefacts
 from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
 from snaploader.manifest import Manifest, unpack_any
 from snaploader.policy import ReadPolicy, is_stale
@@ -302,17 +302,6 @@ def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
         return unpack_any(manifest.vm_metadata, VMMetadata)
     except InvalidArgument:
         return None
-
-
-def artefacts(
-    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
-) -> Iterator[Digest]:
-    """Every blob a snapshot needs: plain files, trees, chunks, what is in directories; not the empty blob."""
-    yield from manifest.digests()
-    for table in tables.values():
-        yield from table.digests()
-    for directory in directories.values():
-        yield from directory.digests()
 
 
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:

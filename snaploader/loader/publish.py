@@ -7,12 +7,15 @@ day be missing from a snapshot that was saved since.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
+from typing import TypeAlias
 
 from snaploader import keys
+from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
-from snaploader.errors import DataLoss, FailedPrecondition, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
@@ -20,6 +23,9 @@ from snaploader.manifest import Manifest
 
 SMALL_BLOB_BYTES = 4 << 20
 """Blobs up to this size are uploaded from memory, bigger ones from their file."""
+
+_Content: TypeAlias = "tuple[dict[str, str], dict[str, str]]"
+"""Hashes of plain files, and of trees, by name."""
 
 BlobReader = Callable[[Digest], "Buffer | str"]
 """Bytes of a blob, or the path of a file that holds it."""
@@ -81,12 +87,8 @@ def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) 
     name = keys.remote_manifest_digest(key, remote.digest_function)
     before = _content(remote, name)
     remote.update_action_result(name, manifest.to_action_result())
-    ours = (
-        {name: file.digest.hash for name, file in manifest.files.items()},
-        {name: tree.hash for name, tree in {**manifest.chunked_files, **manifest.directories}.items()},
-    )
     stands = _content(remote, name)
-    if stands == ours:
+    if stands == _content_of(manifest):
         return True
     if stands is None or stands == before:
         raise FailedPrecondition(
@@ -96,7 +98,31 @@ def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) 
     return False
 
 
-def _content(remote: RemoteStore, name: Digest) -> tuple[dict[str, str], dict[str, str]] | None:
+def retract_manifest(
+    remote: RemoteStore, id_key: SnapshotKey, manifest: Manifest, tombstone: ActionResult
+) -> None:
+    """Make sure that a manifest is not to be seen whose publication failed, but perhaps only its answer.
+
+    What another host has written under this id stays, if that can be told.
+    """
+    name = keys.remote_manifest_digest(id_key, remote.digest_function)
+    # Where nothing stands, an update that timed out may still be on its way.
+    stands = None
+    with contextlib.suppress(SnaploaderError):
+        stands = _content(remote, name)
+    if stands in (None, _content_of(manifest)):
+        remote.update_action_result(name, tombstone)
+
+
+def _content_of(manifest: Manifest) -> _Content:
+    trees = {**manifest.chunked_files, **manifest.directories}
+    return (
+        {name: file.digest.hash for name, file in manifest.files.items()},
+        {name: tree.hash for name, tree in trees.items()},
+    )
+
+
+def _content(remote: RemoteStore, name: Digest) -> _Content | None:
     """What the files and trees of a result hash to; a server may fill in other fields, or reorder these."""
     try:
         result = remote.get_action_result(name)

@@ -58,11 +58,7 @@ class Snapshot:
 
         One that stands in several places comes several times.
         """
-        yield from self.manifest.digests()
-        for table in self.tables.values():
-            yield from table.digests()
-        for directory in self.directories.values():
-            yield from directory.digests()
+        return artefacts(self.manifest, self.tables, self.directories)
 
     def only(self, names: Collection[str]) -> Snapshot:
         """The snapshot with no other files and directories than `names`."""
@@ -175,3 +171,14 @@ class SaveResult:
     @property
     def _everything(self) -> tuple[SavedFile | SavedDirectory, ...]:
         return (*self.files, *self.directories)
+
+
+def artefacts(
+    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
+) -> Iterator[Digest]:
+    """Every blob a snapshot needs: plain files, trees, chunks, what is in directories; not the empty blob."""
+    yield from manifest.digests()
+    for table in tables.values():
+        yield from table.digests()
+    for directory in directories.values():
+        yield from directory.digests()

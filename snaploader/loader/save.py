@@ -31,11 +31,11 @@ from snaploader.errors import (
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.find import SnapshotFinder, artefacts, vm_metadata_of
+from snaploader.loader.find import SnapshotFinder, vm_metadata_of
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import publish_manifest, taken, upload_blobs, upload_source
-from snaploader.loader.results import SaveResult
+from snaploader.loader.results import SaveResult, artefacts
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
 from snaploader.manifest import Manifest, check_name, pack_any

@@ -16,7 +16,6 @@ from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.find import artefacts
 from snaploader.loader.place import remove_tree, write_directory
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressMeter
@@ -143,15 +142,14 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
         return cache.lease(())
     if snapshot.absent:
-        blobs = artefacts(snapshot.manifest, tables, directories)
-        lease = cache.lease(digest for digest in blobs if digest not in snapshot.absent)
+        lease = cache.lease(digest for digest in snapshot.digests() if digest not in snapshot.absent)
     else:
         whole = (digest for directory in directories.values() for digest in directory.blobs())
         chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
         lease = cache.lease((*snapshot.manifest.digests(), *whole), hashes=[t.hashes for t in chunked])
     if snapshot.allow_remote:
         return lease
-    gone = cache.find_missing(list(artefacts(snapshot.manifest, tables, directories)))
+    gone = cache.find_missing(list(snapshot.digests()))
     if gone:
         lease.release()
         raise NotFound(

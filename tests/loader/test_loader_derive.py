@@ -399,3 +399,23 @@ def test_a_commit_is_whole_or_leaves_nothing(make_host: HostFactory, method: str
             assert result.saved_remotely
             other = make_host("b", server)
             assert_whole(other, found(other))
+
+
+def test_an_id_that_another_host_took_during_the_upload_stays_its_own(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    origin = save(a)
+    update = a.remote.update_action_result
+
+    def be_overtaken(*args: Any) -> None:
+        monkeypatch.undo()
+        update(*args)
+        server.delete_action_result(args[0])
+        b.save(image(5), key=SnapshotKey(), snapshot_id=ID)
+        raise Unavailable("lost")
+
+    monkeypatch.setattr(a.remote, "update_action_result", be_overtaken)
+    with pytest.raises(Unavailable):
+        a.loader.derive_snapshot(origin, snapshot_id=ID)
+    assert a.read(found(a)) == image(5)
