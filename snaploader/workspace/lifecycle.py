@@ -4,8 +4,8 @@ A transition is made under the workspace's lock, by the same operations that use
 transactions and not one: the first decides again and says what is under way, the last makes the result
 visible. Stopping, pausing or deleting can take minutes, and a transaction held open for so long would keep
 everybody else from writing (SQLite has one writer). What keeps the decision true in between is the lock,
-because nobody else changes the workspace while it is held. A policy or an owner's status that changes in these
-minutes counts from the next tick on.
+because nobody else changes the workspace while it is held. A policy or an owner's status that changes
+meanwhile counts from the next tick on.
 
 A transition that failed leaves a failed run: as the rules say, autostop and autostart then wait until a later
 run succeeds, and a delete for 24 hours. Dormancy is tried at each tick. A dormant workspace is no longer

@@ -333,20 +333,30 @@ def test_the_decision_is_made_again_in_the_transaction_that_begins_the_operation
     assert len(runs_of(catalog, "ws")) == 1
 
 
-def test_the_mark_itself_is_decided_again_in_its_transaction(catalog, manager, executor, monkeypatch):
-    put_policy(catalog, time_until_dormant=HOUR)
-    add(catalog, "ws", STOPPED, last_used_at=NOW - DAY)
+@pytest.mark.parametrize(
+    ("policy", "values"),
+    [
+        ({"time_until_dormant": HOUR}, {"last_used_at": NOW - DAY}),
+        ({"failure_ttl": HOUR}, {"status": RunStatus.FAILED}),
+    ],
+    ids=["dormancy", "failed stop"],
+)
+def test_what_is_only_written_down_is_decided_again_in_the_transaction_that_writes_it(
+    catalog, manager, executor, monkeypatch, policy, values
+):
+    put_policy(catalog, **policy)
+    add(catalog, "ws", STOPPED, **values)
     transaction = type(catalog).transaction
 
-    def used_just_before(self):
+    def rules_switched_off_just_before(self):
         monkeypatch.setattr(type(catalog), "transaction", transaction)
-        with self.transaction() as changes:
-            changes.update_workspace("ws", last_used_at=NOW)
+        put_policy(catalog)
         return self.transaction()
 
-    monkeypatch.setattr(type(catalog), "transaction", used_just_before)
+    monkeypatch.setattr(type(catalog), "transaction", rules_switched_off_just_before)
     assert executor.run_once().skipped == {"ws": Skip.CHANGED}
     assert state_of(catalog, "ws").dormant_at is None
+    assert len(runs_of(catalog, "ws")) == 1
 
 
 def test_only_this_hosts_workspaces_are_looked_at(catalog, manager, executor):

@@ -107,6 +107,19 @@ def test_what_is_sent_after_closing_is_dropped_and_closing_is_repeatable(caplog)
     assert delivery.failures == 1
 
 
+def test_a_system_without_threads_to_give_drops_records_and_raises_nothing(monkeypatch, caplog):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with HookDelivery(Hooks(notify=(print,))) as delivery:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            delivery.send(notification(1))
+        assert delivery.failures == 1
+        delivery.send(notification(2))
+    assert delivery.failures == 1
+
+
 @pytest.mark.parametrize("record", [notification(), audit_record()])
 def test_records_cannot_be_changed(record):
     with pytest.raises(AttributeError):
