@@ -12,6 +12,13 @@ import pytest
 from snaploader._proto import snaploader_pb2
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
+from snaploader.dirtree import (
+    DirectoryEntry,
+    DirectoryTree,
+    FileEntry,
+    SymlinkEntry,
+    encode_directory_tree,
+)
 from snaploader.keys import (
     SnapshotKey,
     local_manifest_key,
@@ -89,3 +96,17 @@ def test_the_example_of_a_tombstone() -> None:
     serialised = tombstone.SerializeToString(deterministic=True)
     assert example("manifest.md", "4a 40") == serialised
     assert local_tombstone(tombstone) == bytes.fromhex("1242") + serialised
+
+
+def test_the_example_of_a_directory() -> None:
+    written_ns = 1_700_000_000 * 10**9
+    tree = DirectoryTree(
+        {
+            "": DirectoryEntry(0o755, written_ns),
+            "bin": DirectoryEntry(0o755, written_ns),
+            "bin/hi": FileEntry(Digest.of(b"hello\n", SHA256), 0o755, written_ns + 500_000_000),
+            "sh": SymlinkEntry("bin/hi", written_ns),
+        },
+        SHA256,
+    )
+    assert example("directories.md", "0a 74") == encode_directory_tree(tree)
