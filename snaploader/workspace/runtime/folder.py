@@ -255,7 +255,9 @@ class FolderRuntime(abc.ABC):
             files.flush_file_system(staging.path)
         if not os.path.lexists(folder.path):
             os.rename(staging.path, folder.path)
-        elif not files.exchange(staging.path, folder.path):
+        elif files.exchange(staging.path, folder.path):
+            self._checkpoint("place.exchanged")
+        else:
             replaced = self._layout.replaced(os.path.basename(folder.path))
             os.rename(folder.path, replaced)
             self._checkpoint("place.moved-away")

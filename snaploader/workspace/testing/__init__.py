@@ -6,10 +6,12 @@
     runtime.fail_next("capture", Unavailable("no disk"))
     gate = runtime.hold_next("place")
 
-`FakeRuntime` is a runtime without processes, as quick as its folders.
+`FakeRuntime` is a runtime without processes, as quick as its folders. `RUNTIME_CHECKS` are what every runtime
+must do; `snaploader.workspace.testing.contract` shows how to run them from pytest.
 """
 
+from snaploader.workspace.testing.contract import RUNTIME_CHECKS, Harness, RuntimeCheck
 from snaploader.workspace.testing.fake import Call, FakeRuntime
 from snaploader.workspace.testing.gate import Gate
 
-__all__ = ["Call", "FakeRuntime", "Gate"]
+__all__ = ["RUNTIME_CHECKS", "Call", "FakeRuntime", "Gate", "Harness", "RuntimeCheck"]
