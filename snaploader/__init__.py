@@ -33,6 +33,8 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader import (
+    DeleteResult,
+    DeriveResult,
     DirectorySource,
     KeyFailure,
     ManifestSource,
@@ -56,6 +58,8 @@ __all__ = [
     "ChunkTable",
     "DataLoss",
     "DeadlineExceeded",
+    "DeleteResult",
+    "DeriveResult",
     "Digest",
     "DigestFunction",
     "DirectorySource",

@@ -134,3 +134,25 @@ def test_a_damaged_pin_is_named_and_stays(cli: CommandLine, saved: Path) -> None
     assert (outcome.json["pins"], outcome.json["bad_pins"]) == (1, ["version-1"])
     assert "pins of the cache are damaged" in outcome.stderr
     assert pin.exists()
+
+
+def test_pins_are_listed_and_let_go(cli: CommandLine, saved: Path) -> None:
+    with FileCache(saved) as cache:
+        digests = [entry.digest for entry in cache.entries() if entry.digest is not None]
+        cache.pin("version-1", digests[:2], refs=["a" * 64])
+        cache.pin("version-2")
+    (pin,) = saved.rglob("pins/version-2")
+    pin.write_bytes(b"rot")
+    assert cli.json("cache", "pins")["pins"] == [
+        {"name": "version-1", "blobs": 2, "content_bytes": 200_000, "refs": 1, "damaged": False},
+        {"name": "version-2", "blobs": 0, "content_bytes": 0, "refs": 0, "damaged": True},
+    ]
+    text = cli.ok("cache", "pins").text
+    assert "version-1  2 blobs" in text
+    assert "version-2  damaged" in text
+    outcome = cli("cache", "unpin", "version-1", "version-3")
+    assert outcome.exit_code == 3
+    assert "'version-3'" in outcome.stderr
+    assert cli.json("cache", "unpin", "version-2", "version-1")["unpinned"] == ["version-2", "version-1"]
+    assert cli.ok("cache", "pins").text == ""
+    assert cli.json("cache", "prune", "--target-size", "0")["disk_bytes"] == 0

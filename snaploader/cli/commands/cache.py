@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 
 import click
 
 from snaploader.cli.options import Command, Group, common, option, shared_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
-from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import CacheEntry, FileCache
 
 KINDS = ("blob", "ref", "directory")
@@ -19,7 +20,8 @@ SHORTEST_PREFIX = 6
 
 
 @click.group(
-    cls=Group, short_help="Look at the local cache (ls), remove from it (rm, prune), check it (verify)."
+    cls=Group,
+    short_help="Look at the local cache (ls, pins), remove from it (rm, prune, unpin), check it (verify).",
 )
 @shared_options
 def cache(**_shared: object) -> None:
@@ -151,8 +153,57 @@ def verify(session: Session) -> None:
         )
     if report.bad_pins:
         raise DataLoss(
-            f"{len(report.bad_pins)} pins of the cache are damaged: pin again what they kept, or unpin them"
+            f"{len(report.bad_pins)} pins of the cache are damaged: pin again what they kept, or give it up "
+            "with `snaploader cache unpin`"
         )
+
+
+@cache.command("pins", cls=Command)
+@common
+def pins(session: Session) -> None:
+    """List what is pinned in the group, by name: it is never evicted."""
+    file_cache, output = session.file_cache, session.output
+    rows = [_pin_row(file_cache, name) for name in file_cache.pins()]
+    output.json({"pins": rows})
+    for row in rows:
+        if row["damaged"]:
+            output.text(f"{row['name']}  damaged: nothing of the group is evicted")
+        else:
+            size = format_size(row["content_bytes"])
+            output.text(f"{row['name']}  {row['blobs']} blobs, {size}, {row['refs']} refs")
+
+
+@cache.command("unpin", cls=Command)
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@common
+def unpin(session: Session, names: tuple[str, ...]) -> None:
+    """Let go what is pinned under names, as `cache pins` lists them; also where a pin is damaged.
+
+    What they kept may be evicted from then on, and may exist nowhere else: a workspace may lose a version.
+    """
+    file_cache = session.file_cache
+    absent = set(names) - set(file_cache.pins())
+    if absent:
+        raise NotFound(f"nothing is pinned as {min(absent)!r}: see `snaploader cache pins`")
+    unpinned = [name for name in dict.fromkeys(names) if file_cache.unpin(name)]
+    session.output.json({"unpinned": unpinned})
+    for name in unpinned:
+        session.output.text(f"unpinned {name}")
+
+
+def _pin_row(file_cache: FileCache, name: str) -> dict[str, Any]:
+    """What one name keeps. Sizes that a pin does not tell count as nothing."""
+    try:
+        pin = file_cache.pinned(name)
+    except SnaploaderError:
+        return {"name": name, "blobs": 0, "content_bytes": 0, "refs": 0, "damaged": True}
+    return {
+        "name": name,
+        "blobs": len(pin.hashes),
+        "content_bytes": int(pin.sizes_bytes[pin.sizes_bytes > 0].sum()),
+        "refs": len(pin.refs),
+        "damaged": False,
+    }
 
 
 def _match(name: str, entries: Iterable[CacheEntry]) -> CacheEntry:
