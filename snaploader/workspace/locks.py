@@ -21,6 +21,8 @@ from snaploader.workspace.names import check_workspace_id
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = 0.05
 
+_SUFFIX = ".lock"
+
 
 class HostsLock(Protocol):
     """What the catalog offers: a lock between the hosts that share it."""
@@ -112,6 +114,12 @@ class WorkspaceLocks:
         except DeadlineExceeded:
             return None
 
+    def ids(self) -> list[str]:
+        """Of all workspaces that there are lock files of, sorted."""
+        with translate_os_errors(f"cannot list {self._folder!r}"):
+            names = os.listdir(self._folder)
+        return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
+
     def _wait(
         self, workspace_id: str, path: str, give_up_at: float | None, cancelled: threading.Event | None
     ) -> int:
@@ -134,7 +142,7 @@ class WorkspaceLocks:
             self._released.notify_all()
 
     def _path(self, workspace_id: str) -> str:
-        return f"{self._folder}/{check_workspace_id(workspace_id)}.lock"
+        return f"{self._folder}/{check_workspace_id(workspace_id)}{_SUFFIX}"
 
 
 def _try_lock(path: str) -> int | None:

@@ -11,6 +11,9 @@ from snaploader.errors import InvalidArgument
 MAX_ID_LENGTH = 64
 """Longest workspace id: with a suffix it must stay a file name, and a pin's name."""
 
+MAX_DISPLAY_NAME_LENGTH = 200
+"""Longest name that a snapshot is shown under."""
+
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 
 
@@ -32,6 +35,21 @@ def new_workspace_id() -> str:
 def new_snapshot_name(workspace_id: str, now: datetime) -> str:
     """A name for a snapshot: sorts by time, and is unique even within one tick of the clock."""
     return f"{workspace_id}.{now:%Y%m%dT%H%M%S}.{uuid.uuid4().hex[:16]}"
+
+
+def runtime_name(workspace_id: str, snapshot_name: str) -> str:
+    """What the loader calls a workspace's snapshot: its snapshot id."""
+    return f"workspaces/{workspace_id}/{snapshot_name}"
+
+
+def check_display_name(name: str) -> str:
+    """`name` if a snapshot can be shown under it, which an empty one leaves to others."""
+    if not isinstance(name, str) or len(name) > MAX_DISPLAY_NAME_LENGTH or not name.isprintable():
+        raise InvalidArgument(
+            f"{str(name)[:80]!r} is no name for a snapshot: use up to {MAX_DISPLAY_NAME_LENGTH} printable "
+            "characters"
+        )
+    return name
 
 
 def pin_name(snapshot_name: str) -> str:

@@ -76,6 +76,12 @@ class SlotPool:
             os.unlink(self._path(slot))
         return True
 
+    def release_all(self, owner: str) -> None:
+        """Free whatever slots `owner` has. To be called under the owner's lock."""
+        for slot, holder in self.owners().items():
+            if holder == owner:
+                self.release(slot, owner)
+
     def owner(self, slot: int) -> str | None:
         """Who has a slot; None when it is free."""
         if not self.is_slot(slot):

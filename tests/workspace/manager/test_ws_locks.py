@@ -1,4 +1,4 @@
-"""Locks of workspaces: exclusive between threads and processes, given up by the dead, waited for with limits."""
+"""Locks of workspaces: exclusive between threads and processes, given up by the dead, waited for in time."""
 
 from __future__ import annotations
 

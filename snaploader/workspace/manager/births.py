@@ -1,0 +1,162 @@
+"""New workspaces: created from nothing or a folder, or forked from a commit.
+
+From its first transaction on a new workspace has its row, with an operation on it; until that has ended it
+is not shown. A creation that fails, or whose process is killed, leaves nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from snaploader.errors import FailedPrecondition, NotFound
+from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.undo import undone_on_failure
+from snaploader.workspace.manager.work import Work, completed, new_operation, new_record
+from snaploader.workspace.model import (
+    OperationKind,
+    RunTransition,
+    Scope,
+    SnapshotKind,
+    SnapshotRecord,
+    SnapshotStatus,
+    Workspace,
+    WorkspaceSpec,
+    WorkspaceState,
+)
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
+
+CREATE = "workspace_create"
+FORK = "workspace_fork"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a new workspace is to be."""
+
+    spec: WorkspaceSpec
+    owner: str = ""
+    base: str = ""
+    policy: str = "default"
+    autostart_schedule: str = ""
+    start: bool = True
+
+
+def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None) -> Workspace:
+    """Reserve, make the files, keep what it began as, start, record. See `WorkspaceManager.create`."""
+    has_content = source is not None
+    work = _begin(services, plan, OperationKind.CREATE, Scope.FULL if has_content else None)
+    with undone_on_failure(work):
+        services.runtime.create(plan.spec, source)
+        work.reach("made")
+        base = work.capture().record if has_content else None
+        return _finish(work, plan, CREATE, base, template=plan.base)
+
+
+def fork(services: Services, origin: SnapshotRecord, plan: Plan) -> Workspace:
+    """Reserve, derive, place, start, record. See `WorkspaceManager.fork`."""
+    snapshot = services.content.find(origin)
+    work = _begin(services, plan, OperationKind.FORK, origin.scope)
+    assert work.pending is not None
+    with undone_on_failure(work):
+        derived = services.content.derive(work.pending, snapshot, remote=False).record
+        work.reach("derived")
+        work.place(services.content.find(derived), None)
+        derived = replace(derived, size_bytes=origin.size_bytes)
+        return _finish(work, plan, FORK, derived, origin=origin.name, origin_workspace=origin.workspace_id)
+
+
+def find_commit(reader: Reader, name: str) -> SnapshotRecord:
+    """The commit of that name, or the latest commit of the workspace of that id.
+
+    Raises:
+        NotFound: There is none.
+        FailedPrecondition: It is no commit, or not complete.
+    """
+    if "." not in name:
+        reader.workspace(name)
+        commits = [record for record in reader.snapshots(name) if record.kind is SnapshotKind.COMMIT]
+        if not commits:
+            raise NotFound(f"workspace {name!r} has no commit to fork from: commit it first")
+        return commits[-1]
+    record = reader.snapshot(name)
+    if record.kind is not SnapshotKind.COMMIT:
+        raise FailedPrecondition(
+            f"snapshot {name!r} is a {record.kind}, and only a commit can be forked: "
+            f"commit workspace {record.workspace_id!r} first"
+        )
+    if record.status is not SnapshotStatus.COMPLETE:
+        raise FailedPrecondition(f"commit {name!r} is {record.status}: it cannot be forked")
+    return record
+
+
+def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scope | None) -> Work:
+    """Take a slot and the id, and say what is under way.
+
+    Args:
+        base_scope: Of the snapshot that the workspace begins as; None: it begins with nothing.
+    """
+    workspace_id = plan.spec.workspace_id
+    slot = services.slots.acquire(workspace_id)
+    try:
+        with services.catalog.transaction() as tx:
+            now = services.clock()
+            workspace = Workspace(
+                plan.spec,
+                services.host,
+                WorkspaceState.STOPPED,
+                created_at=now,
+                last_used_at=now,
+                owner=plan.owner,
+                base=plan.base,
+                policy=plan.policy,
+                autostart_schedule=plan.autostart_schedule,
+                slot=slot,
+            )
+            tx.add_workspace(workspace)
+            pending = None
+            if base_scope is not None:
+                pending = new_record(tx, services, workspace, SnapshotKind.BASE, base_scope)
+            operation = new_operation(services, kind, "" if pending is None else pending.name)
+            tx.begin_operation(workspace_id, operation)
+            if pending is not None:
+                tx.put_snapshot(pending)
+    except BaseException:
+        services.slots.release(slot, workspace_id)
+        raise
+    work = Work(services, workspace, operation, pending=pending)
+    work.reach("begun")
+    return work
+
+
+def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **payload: str) -> Workspace:
+    """Start the new workspace, if it is to be, and show it."""
+    if plan.start:
+        work.services.runtime.start(plan.spec)
+        work.reach("started")
+    name = "" if base is None else base.name
+    with work.recording() as tx:
+        if base is not None:
+            tx.put_snapshot(completed(base))
+        tx.update_workspace(
+            work.workspace_id,
+            state=WorkspaceState.RUNNING if plan.start else WorkspaceState.STOPPED,
+            current_snapshot=name,
+            base_snapshot=name,
+        )
+        if plan.start:
+            work.run(tx, RunTransition.START)
+        work.event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
+        return tx.workspace(work.workspace_id)
+
+
+def forked_spec(
+    origin: WorkspaceSpec, workspace_id: str, environment: Mapping[str, str] | None
+) -> WorkspaceSpec:
+    """The spec of a workspace that runs what another one does."""
+    merged = {**origin.environment, **(environment or {})}
+    return replace(origin, workspace_id=workspace_id, environment=merged)

@@ -1,0 +1,135 @@
+"""Starting, stopping and deleting a workspace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from snaploader.errors import NotFound, SnaploaderError
+from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.undo import remove_unfinished, undone_on_failure
+from snaploader.workspace.manager.work import ALIVE, USER, Work, base_of, find_snapshot, with_slot
+from snaploader.workspace.model import (
+    OperationKind,
+    RunTransition,
+    SnapshotKind,
+    SnapshotStatus,
+    Workspace,
+    WorkspaceState,
+)
+
+log = logging.getLogger(__name__)
+
+START = "workspace_start"
+STOP = "workspace_stop"
+DELETE = "workspace_delete"
+
+
+def start(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
+    """Start, record. See `WorkspaceManager.start`."""
+    with_slot(services, workspace_id)
+    work = Work.begin(
+        services, workspace_id, OperationKind.START, allowed=[WorkspaceState.STOPPED], reason=reason
+    )
+    with undone_on_failure(work):
+        if not services.runtime.status(workspace_id).exists:
+            bring_back(services, work.workspace, work.operation.token)
+            work.reach("placed")
+        services.runtime.start(work.workspace.spec)
+        work.reach("started")
+        with work.recording() as tx:
+            tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
+            work.run(tx, RunTransition.START)
+            work.event(tx, START)
+            return tx.workspace(workspace_id)
+
+
+def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
+    """Stop, record. See `WorkspaceManager.stop`."""
+    work = Work.begin(
+        services, workspace_id, OperationKind.STOP, allowed=[WorkspaceState.RUNNING], reason=reason
+    )
+    with undone_on_failure(work):
+        work.stop()
+        with work.recording() as tx:
+            tx.update_workspace(workspace_id, state=WorkspaceState.STOPPED)
+            work.run(tx, RunTransition.STOP)
+            work.event(tx, STOP)
+            return tx.workspace(workspace_id)
+
+
+def delete(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
+    """Stop, record, remove everything. See `WorkspaceManager.delete`."""
+    work = Work.begin(services, workspace_id, OperationKind.DELETE, allowed=ALIVE, reason=reason)
+    with undone_on_failure(work):
+        with services.catalog.reading() as reader:
+            records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
+        for record in records:
+            if record.kind is SnapshotKind.COMMIT and record.is_remote:
+                services.content.check_remote(record)
+        work.stop()
+        with work.recording() as tx:
+            work.run(tx, RunTransition.DELETE)
+            work.event(tx, DELETE)
+            workspace = tx.update_workspace(
+                workspace_id,
+                state=WorkspaceState.DELETED,
+                slot=None,
+                current_snapshot="",
+                base_snapshot="",
+                paused_at=None,
+            )
+    for problem in finish_deletion(services, workspace_id):
+        log.warning("workspace %r is deleted; recovery removes what is left: %s", workspace_id, problem)
+    return workspace
+
+
+def bring_back(services: Services, workspace: Workspace, token: str) -> None:
+    """Place the snapshot that the workspace's state goes on from, because its files are gone from the host.
+
+    Raises:
+        NotFound: There is none, or it is not whole any more.
+    """
+    with services.catalog.reading() as reader:
+        record = find_snapshot(reader, workspace.current_snapshot)
+        base = None if record is None else base_of(reader, workspace, record)
+    if record is None:
+        raise NotFound(
+            f"the files of workspace {workspace.id!r} are gone from host {services.host!r}, and no snapshot "
+            "was ever taken of it: delete it"
+        )
+    log.warning("workspace %r has lost its files: snapshot %r takes their place", workspace.id, record.name)
+    find = services.content.find
+    services.runtime.place(
+        workspace.spec,
+        services.content.loader,
+        find(record),
+        base=None if base is None else find(base),
+        token=token,
+    )
+
+
+def finish_deletion(services: Services, workspace_id: str) -> list[SnaploaderError]:
+    """Remove all that is left of a deleted workspace; what went wrong. One failure does not stop the rest."""
+    problems: list[SnaploaderError] = []
+    for step in _removals(services, workspace_id):
+        try:
+            step()
+        except SnaploaderError as error:
+            problems.append(error)
+        services.checkpoint("delete.cleaned")
+    return problems
+
+
+def _removals(services: Services, workspace_id: str) -> Iterator[Callable[[], object]]:
+    content, runtime = services.content, services.runtime
+    yield lambda: runtime.stop(workspace_id, timeout_s=services.stop_timeout_s, force=True)
+    yield lambda: runtime.remove(workspace_id)
+    yield lambda: services.records.remove(workspace_id)
+    yield lambda: services.slots.release_all(workspace_id)
+    with services.catalog.reading() as reader:
+        records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
+    for record in records:
+        yield partial(remove_unfinished, services, record)
+    yield lambda: content.drop_unmanaged(content.pinned_names(workspace_id))

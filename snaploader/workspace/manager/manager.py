@@ -1,0 +1,470 @@
+"""The manager itself: one object that puts the parts together."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from snaploader.errors import Cancelled, FailedPrecondition
+from snaploader.filecache import FileCache
+from snaploader.loader import SnapshotLoader
+from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.manager import births
+from snaploader.workspace.manager.content import SnapshotContent
+from snaploader.workspace.manager.held import HeldWorkspace
+from snaploader.workspace.manager.queries import WorkspaceQueries
+from snaploader.workspace.manager.recovery import recover
+from snaploader.workspace.manager.sections import DEFAULT_WORKERS, CriticalSections
+from snaploader.workspace.manager.services import Services, no_checkpoint, utc_now
+from snaploader.workspace.manager.summary import RecoverySummary
+from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
+from snaploader.workspace.manager.work import ALIVE, check_state, count_as_used
+from snaploader.workspace.model import (
+    Readiness,
+    Scope,
+    SnapshotResult,
+    SnapshotSource,
+    Volume,
+    Workspace,
+    WorkspaceSpec,
+    WorkspaceState,
+)
+from snaploader.workspace.names import check_display_name, check_workspace_id, new_workspace_id
+from snaploader.workspace.policy import DEFAULT_POLICY
+from snaploader.workspace.records import PausedRecords
+from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtime
+from snaploader.workspace.schedule import parse_schedule
+from snaploader.workspace.slots import SlotPool
+from snaploader.workspace.volumes import check_volumes
+
+DEFAULT_LOCK_TIMEOUT_S = 600.0
+"""How long an operation waits for the workspace's lock."""
+
+
+class WorkspaceManager(WorkspaceQueries):
+    """Does things to workspaces. Thread-safe; several processes may manage one host's workspaces together.
+
+    Every operation on a workspace runs under its lock, which holds between threads, processes and, where the
+    catalog is on PostgreSQL, hosts. One that raises has changed nothing, unless its description says
+    otherwise; one that was begun runs to its end on a thread of the manager, also when its caller is
+    interrupted. If its process is killed, the next operation on the workspace, or `recover`, finishes it or
+    takes it back.
+
+    What is given here is the caller's to close, after the manager. Call `recover` once at start-up.
+
+    Args:
+        catalog: Where workspaces are written down.
+        loader: Saves and finds their snapshots. Without a remote cache nothing can be committed.
+        file_cache: The loader's.
+        runtime: Runs the workspaces of this host.
+        state_directory: Of locks, slots and records of paused workspaces; made if absent. One for all
+            processes of the host.
+        host: Name of this host in the catalog. Default: the machine's host name.
+        slots: Of which each workspace that is not deleted holds one. Default: as many as there are numbers of
+            network ports, in the state directory.
+        instance_name: Of the remote cache; part of every snapshot's key.
+        clock: Tells the time, aware, in UTC.
+        workers: Most operations at one time.
+        stop_timeout_s: How long a workspace may take to stop before it is forced to. Default: 10 s.
+        lock_timeout_s: How long an operation waits for the workspace's lock. Default: 10 min.
+        checkpoint: Called with the name of each step after it was done; for crash tests.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        loader: SnapshotLoader,
+        file_cache: FileCache,
+        runtime: Runtime,
+        state_directory: str | os.PathLike[str],
+        *,
+        host: str = "",
+        slots: SlotPool | None = None,
+        instance_name: str = "",
+        clock: Callable[[], datetime] = utc_now,
+        workers: int = DEFAULT_WORKERS,
+        stop_timeout_s: float = DEFAULT_STOP_TIMEOUT_S,
+        lock_timeout_s: float = DEFAULT_LOCK_TIMEOUT_S,
+        checkpoint: Callable[[str], None] = no_checkpoint,
+    ) -> None:
+        folder = os.fspath(state_directory)
+        self._lock_timeout_s = lock_timeout_s
+        self._closing = threading.Event()
+        services = Services(
+            catalog,
+            runtime,
+            SnapshotContent(loader, file_cache, instance_name),
+            PausedRecords(f"{folder}/paused"),
+            slots or SlotPool(f"{folder}/slots"),
+            host or os.uname().nodename,
+            clock,
+            checkpoint,
+            stop_timeout_s,
+            self._closing,
+        )
+        super().__init__(services, WorkspaceLocks(f"{folder}/locks", catalog))
+        self._sections = CriticalSections(workers)
+
+    # Making workspaces
+
+    def create(
+        self,
+        workspace_id: str = "",
+        *,
+        command: Iterable[str] = (),
+        environment: Mapping[str, str] | None = None,
+        volumes: Iterable[Volume] = (),
+        readiness: Readiness | None = None,
+        owner: str = "",
+        base: str = "",
+        policy: str = DEFAULT_POLICY,
+        autostart_schedule: str = "",
+        source: str | os.PathLike[str] | None = None,
+        start: bool = True,
+    ) -> Workspace:
+        """Make a new workspace on this host, and start it. If that fails, nothing is left of it.
+
+        Args:
+            workspace_id: 1 to 64 lower-case letters, digits and inner hyphens, never used before. Default: a
+                new one.
+            command: What runs in it; empty: nothing.
+            environment: Added to what the runtime sets.
+            volumes: Its durable directories.
+            readiness: How to tell that it is ready, for a resume from a Data snapshot. Default: it is at
+                once.
+            owner: Whose it is.
+            base: The template that it is made from; workspaces of one base share chunks.
+            policy: Name of its policy.
+            autostart_schedule: A cron expression with a time zone; empty: none.
+            source: A folder whose content it begins with. It is kept as a snapshot of the whole, on which
+                later Data snapshots are placed.
+            start: Whether to start it; otherwise it is stopped.
+
+        Raises:
+            InvalidArgument: the id, a volume or the schedule is malformed.
+            FailedPrecondition: the id was used before, or the command cannot be started.
+            NotFound: there is no such policy, or no such source.
+            ResourceExhausted: all slots of the host are taken, or the disk is full.
+        """
+        if autostart_schedule:
+            parse_schedule(autostart_schedule)
+        spec = WorkspaceSpec(
+            check_workspace_id(workspace_id) if workspace_id else new_workspace_id(),
+            tuple(command),
+            environment or {},
+            check_volumes(volumes),
+            readiness or Readiness(),
+        )
+        plan = births.Plan(spec, owner, base, policy, autostart_schedule, start)
+        return self._bear(spec, partial(births.create, self._services, plan, source))
+
+    def fork(
+        self,
+        origin: str,
+        workspace_id: str = "",
+        *,
+        environment: Mapping[str, str] | None = None,
+        owner: str | None = None,
+        policy: str | None = None,
+        autostart_schedule: str = "",
+        start: bool = True,
+    ) -> Workspace:
+        """Make a new workspace on this host from a commit of any host, sharing all chunks with it.
+
+        It runs the same command and lives on when its origin is deleted. What a Data commit does not hold is
+        empty in it. If the fork fails, or is killed, nothing is left of it.
+
+        Args:
+            origin: Name of the commit's snapshot, or id of a workspace, for its latest commit.
+            workspace_id: Default: a new one.
+            environment: Changes to that of the origin.
+            owner: Whose it is. Default: the origin's.
+            policy: Default: the origin's.
+            autostart_schedule: Default: none.
+            start: Whether to start it; otherwise it is stopped.
+
+        Raises:
+            NotFound: there is no such snapshot or workspace, it has no commit, or its content is gone.
+            FailedPrecondition: the snapshot is no commit: a pause cannot be forked. Or as for `create`.
+            InvalidArgument, ResourceExhausted: as for `create`.
+        """
+        if autostart_schedule:
+            parse_schedule(autostart_schedule)
+        with self.catalog.reading() as reader:
+            commit = births.find_commit(reader, origin)
+            parent = reader.workspace(commit.workspace_id)
+        new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
+        spec = births.forked_spec(parent.spec, new_id, environment)
+        plan = births.Plan(
+            spec,
+            parent.owner if owner is None else owner,
+            parent.base,
+            parent.policy if policy is None else policy,
+            autostart_schedule,
+            start,
+        )
+        return self._bear(spec, partial(births.fork, self._services, commit, plan))
+
+    def _bear(self, spec: WorkspaceSpec, make: Callable[[], Workspace]) -> Workspace:
+        with self._locked(spec.workspace_id) as lock:
+            return self._sections.run(lock, make)
+
+    # Versions
+
+    def create_snapshot(
+        self,
+        workspace_id: str,
+        name: str = "",
+        source: str = SnapshotSource.MANUAL,
+        *,
+        scope: Scope | str = Scope.FULL,
+    ) -> SnapshotResult:
+        """Capture the workspace as its next version: stop, capture, continue, start, record.
+
+        A stopped one stays stopped. The event is `snapshot_create`.
+
+        Args:
+            name: To show it under; empty: "Version N".
+            source: Why: "manual", "pre_exec" or "rollback"; empty means manual.
+            scope: What it holds.
+
+        Raises:
+            InvalidArgument: the id, the name, the source or the scope is none.
+            NotFound: there is no such workspace.
+            FailedPrecondition: it is paused or deleted, or lives on another host.
+            ResourceExhausted: the disk is full, or the file cache too small.
+            DeadlineExceeded: its lock was not had in time.
+            SnaploaderError: whatever the runtime raises. If the workspace could not be started again, a note
+                says so, and it is stopped.
+        """
+        request = VersionRequest(
+            SNAPSHOT_CREATE, SnapshotSource.parse(source), Scope.parse(scope), check_display_name(name)
+        )
+        with self.hold(workspace_id) as held:
+            return held.take_version(request)
+
+    def create_version(self, workspace_id: str) -> SnapshotResult:
+        """The same for what is about to be executed: source `pre_exec`, no name, event `version_create`."""
+        with self.hold(workspace_id) as held:
+            return held.take_version(VersionRequest())
+
+    def rollback(self, workspace_id: str, version: int, *, keep_current: bool = False) -> Workspace:
+        """Put a version's state in the place of the present one: stop, replace, start, record.
+
+        History is never rewritten: the next version's number is above all earlier ones. A stopped workspace
+        stays stopped. The event is `version_rollback`.
+
+        Args:
+            keep_current: Keep the present state as a version first, of source `rollback`.
+
+        Raises:
+            InvalidArgument: `version` is not a whole number from 1 to 2**31 - 1.
+            NotFound: there is no such workspace or version, or the version's content is not to be had.
+                Nothing was stopped then.
+            FailedPrecondition, DeadlineExceeded, SnaploaderError: as for `create_snapshot`. If the workspace
+                could not be started when its state was replaced, a note says that it is rolled back, and
+                stopped.
+        """
+        check_number(version)
+        with self.hold(workspace_id) as held:
+            return held.rollback(version, keep_current=keep_current)
+
+    # Pause, commit
+
+    def pause(self, workspace_id: str) -> SnapshotResult:
+        """Park a running or stopped workspace: only its snapshot, its record and its slot stay on the host.
+
+        Its policy's `onPause` says what is kept. All of it is local: the remote cache is not asked for
+        anything. The snapshot is temporary: the next capture after a resume takes its place.
+
+        Raises:
+            As `create_snapshot`.
+        """
+        with self.hold(workspace_id) as held:
+            return held.pause()
+
+    def resume(self, workspace_id: str, *, ready_timeout_s: float | None = None) -> Workspace:
+        """Bring a paused workspace back, and start it.
+
+        From a Data snapshot it begins with the durable directories, on what it was created or forked from,
+        and the call returns when its readiness check says that it is ready. If it is not in time, or anything
+        else fails, it is stopped and stays paused as it was.
+
+        Args:
+            ready_timeout_s: Instead of that of the readiness check.
+
+        Raises:
+            DeadlineExceeded: it was not ready in time, or its lock was not had.
+            NotFound: there is no such workspace, or content of its snapshot is gone.
+            FailedPrecondition: it is not paused, lives on another host, or ended before it was ready.
+            Cancelled: the manager was closed meanwhile.
+        """
+        with self.hold(workspace_id) as held:
+            return held.resume(ready_timeout_s=ready_timeout_s)
+
+    def commit(self, workspace_id: str, name: str = "") -> SnapshotResult:
+        """Capture the workspace and put that into the remote cache, for any host to fork.
+
+        Its policy's `onCommit` says what is kept. A running workspace is stopped while it is captured, and
+        runs again while that is uploaded. A paused one is committed from its snapshot. If the commit fails,
+        nothing is visible, here or remotely, and the next try sends only what is missing (see
+        `orphaned_uploads`).
+
+        Raises:
+            FailedPrecondition: there is no remote cache, and nothing was stopped; or as `create_snapshot`.
+            Unavailable and the like: the remote cache failed.
+            As `create_snapshot` besides.
+        """
+        check_display_name(name)
+        with self.hold(workspace_id) as held:
+            return held.commit(name)
+
+    # Life
+
+    def start(self, workspace_id: str) -> Workspace:
+        """Start a stopped workspace. If its files are gone, its latest snapshot takes their place.
+
+        Raises:
+            FailedPrecondition: it is not stopped, lives on another host, or its command cannot be started.
+            NotFound: there is no such workspace, or neither files nor snapshot of it.
+            DeadlineExceeded: its lock was not had in time.
+        """
+        with self.hold(workspace_id) as held:
+            return held.start()
+
+    def stop(self, workspace_id: str) -> Workspace:
+        """Stop a running workspace, by force when it takes too long; its files stay.
+
+        Raises:
+            NotFound, FailedPrecondition, DeadlineExceeded: as for `start`; it is not running.
+        """
+        with self.hold(workspace_id) as held:
+            return held.stop()
+
+    def delete(self, workspace_id: str) -> Workspace:
+        """Delete a workspace, its snapshots here and its commits in the remote cache. Its events stay.
+
+        It is deleted once that is recorded; what could not be removed then, `recover` removes. Workspaces
+        that were forked from it are not touched.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: it was deleted, lives on another host, or has commits and there is no remote
+                cache.
+            Unavailable and the like: the remote cache, which has commits of it, does not answer. Nothing
+                changed.
+        """
+        with self.hold(workspace_id) as held:
+            return held.delete()
+
+    def touch(self, workspace_id: str) -> Workspace:
+        """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: it was deleted.
+        """
+        with self.catalog.transaction() as tx:
+            workspace = tx.lock_workspace(workspace_id)
+            check_state(workspace, "use", ALIVE)
+            return count_as_used(tx, workspace, self._services)
+
+    # Locks
+
+    @contextmanager
+    def hold(
+        self,
+        workspace_id: str,
+        *,
+        timeout_s: float | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[HeldWorkspace]:
+        """The workspace under its lock, for several operations in a row with nothing in between.
+
+        An operation that is under way when the block is left goes on under the lock.
+
+        Args:
+            timeout_s: How long to wait for the lock, in seconds. Default: `lock_timeout_s`.
+            cancelled: Set from elsewhere to call the waiting off.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: it was deleted.
+            DeadlineExceeded: the lock was not had in time.
+            Cancelled: the waiting was called off, or the manager is closed.
+        """
+        self._check_alive(workspace_id)
+        with self._locked(workspace_id, timeout_s, cancelled) as lock:
+            yield HeldWorkspace(self._services, self._sections, lock)
+
+    @contextmanager
+    def try_hold(self, workspace_id: str) -> Iterator[HeldWorkspace | None]:
+        """The same without waiting; None when somebody else has the lock."""
+        self._check_open()
+        self._check_alive(workspace_id)
+        lock = self._locks.try_acquire(workspace_id)
+        if lock is None:
+            yield None
+            return
+        try:
+            yield HeldWorkspace(self._services, self._sections, lock)
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _locked(
+        self, workspace_id: str, timeout_s: float | None = None, cancelled: threading.Event | None = None
+    ) -> Iterator[HeldLock]:
+        self._check_open()
+        lock = self._locks.acquire(
+            workspace_id,
+            timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,
+            cancelled=cancelled or self._closing,
+        )
+        try:
+            yield lock
+        finally:
+            lock.release()
+
+    # Beginning and end
+
+    def recover(self) -> RecoverySummary:
+        """Put everything of this host in order after a crash or a restart. Never raises.
+
+        To be called once at start-up, before the first request is served. Workspaces that other processes are
+        working on are left alone.
+        """
+        self._check_open()
+        return recover(self._services, self._locks)
+
+    def close(self) -> None:
+        """Wait for the operations under way, and end the manager's threads. Idempotent.
+
+        Workspaces go on running. Whoever waits for a lock or for readiness gets Cancelled.
+        """
+        self._closing.set()
+        self._sections.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_alive(self, workspace_id: str) -> None:
+        """What does not exist, or not any more, gets no lock file."""
+        if self.workspace(check_workspace_id(workspace_id)).state is WorkspaceState.DELETED:
+            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise Cancelled("the manager of the workspaces was closed")

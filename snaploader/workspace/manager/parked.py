@@ -1,0 +1,214 @@
+"""Taking paused workspaces back from their records, at the start of a host."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from itertools import groupby
+
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
+from snaploader.policy import ReadPolicy
+from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.summary import Findings, Note
+from snaploader.workspace.model import SnapshotRecord, Workspace, WorkspaceState
+from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.recordformat import PausedRecord
+
+RESTORED = "workspace_restore"
+
+log = logging.getLogger(__name__)
+
+
+def take_back(services: Services, locks: WorkspaceLocks, findings: Findings) -> None:
+    """Register every paused workspace whose record is good, with its slot; move the other records aside."""
+    locked: dict[str, HeldLock] = {}
+    try:
+        found = [
+            record
+            for name in services.records.entries()
+            if (record := _read(services, locks, findings, locked, name)) is not None
+        ]
+        for record in _winners(services, findings, found):
+            with findings.guarding(record.workspace.id, log.warning):
+                _restore(services, findings, record)
+    finally:
+        for lock in locked.values():
+            lock.release()
+
+
+def _read(
+    services: Services, locks: WorkspaceLocks, findings: Findings, locked: dict[str, HeldLock], name: str
+) -> PausedRecord | None:
+    """The record of that name, under its workspace's lock; None when it is not to be taken back."""
+    try:
+        check_workspace_id(name)
+        lock = locks.try_acquire(name)
+        if lock is None:
+            findings.busy[name] = None
+            return None
+        locked[name] = lock
+        record = services.records.read(name)
+    except SnaploaderError as error:
+        _trash(services, findings, name, error.message)
+        return None
+    except RecursionError as error:
+        _trash(services, findings, name, repr(error))
+        return None
+    try:
+        return _checked(services, findings, record)
+    except SnaploaderError as error:
+        findings.problems.append(Note(name, error.message))
+        return None
+
+
+def _checked(services: Services, findings: Findings, record: PausedRecord) -> PausedRecord | None:
+    """The record, unless the catalog says that its workspace is not paused here any more."""
+    workspace_id = record.workspace.id
+    with services.catalog.reading() as reader:
+        try:
+            known = reader.workspace(workspace_id)
+        except NotFound:
+            return record
+    if known.host != services.host:
+        findings.problems.append(
+            Note(workspace_id, f"there is a record of it as paused, but it lives on host {known.host!r}")
+        )
+        return None
+    if known.state is WorkspaceState.PAUSED:
+        return record
+    if known.operation is None:
+        services.records.remove(workspace_id)
+        findings.pruned.append(Note(workspace_id, f"a record of it as paused, and it is {known.state}"))
+    return None
+
+
+def _winners(services: Services, findings: Findings, records: list[PausedRecord]) -> list[PausedRecord]:
+    """One record for each slot: the newest. The others are moved aside."""
+    winners = []
+    records = sorted(records, key=lambda each: each.workspace.created_at, reverse=True)
+    by_slot = sorted(records, key=lambda each: each.workspace.slot or 0)
+    for slot, group in groupby(by_slot, key=lambda each: each.workspace.slot):
+        winner, *losers = group
+        winners.append(winner)
+        for loser in losers:
+            reason = f"its slot {slot} is that of workspace {winner.workspace.id!r}, which is newer"
+            _give_up(services, findings, loser.workspace, reason)
+    return winners
+
+
+def _restore(services: Services, findings: Findings, record: PausedRecord) -> None:
+    """Reserve the slot, and let the catalog say that the workspace is paused. Nothing is started."""
+    workspace = record.workspace
+    assert workspace.slot is not None
+    if not _reserve(services, workspace.slot, workspace.id):
+        owner = services.slots.owner(workspace.slot)
+        reason = f"its slot {workspace.slot} cannot be reserved: "
+        reason += f"workspace {owner!r} holds it" if owner is not None else "there is no such slot"
+        _give_up(services, findings, workspace, reason)
+        return
+    try:
+        is_adopted = _register(services, record)
+    except (NotFound, DataLoss) as error:
+        services.slots.release(workspace.slot, workspace.id)
+        _trash(services, findings, workspace.id, error.message)
+        return
+    findings.restored.append(workspace.id)
+    if is_adopted:
+        findings.adopted.append(workspace.id)
+
+
+def _reserve(services: Services, slot: int, workspace_id: str) -> bool:
+    """Take the slot, also from a workspace that is gone or has another one by now."""
+    if services.slots.reserve(slot, workspace_id):
+        return True
+    owner = services.slots.owner(slot)
+    if owner is None or not _is_stale(services, slot, owner):
+        return False
+    services.slots.release(slot, owner)
+    return services.slots.reserve(slot, workspace_id)
+
+
+def _is_stale(services: Services, slot: int, owner: str) -> bool:
+    with services.catalog.reading() as reader:
+        try:
+            holder = reader.workspace(owner)
+        except NotFound:
+            return owner not in services.runtime.workspaces() and owner not in services.records.entries()
+    return holder.slot != slot or holder.host != services.host
+
+
+def _register(services: Services, record: PausedRecord) -> bool:
+    """Bring catalog and record together; whether the workspace was not in the catalog.
+
+    Raises:
+        NotFound, DataLoss: It was not, and its snapshot is not whole on this host.
+    """
+    with services.catalog.reading() as reader:
+        try:
+            known = reader.workspace(record.workspace.id)
+        except NotFound:
+            known = None
+    if known is None:
+        _adopt(services, record)
+        return True
+    if known.slot != record.workspace.slot:
+        with services.catalog.transaction() as tx:
+            tx.update_workspace(known.id, slot=record.workspace.slot)
+        if known.slot is not None:
+            services.slots.release(known.slot, known.id)
+    return False
+
+
+def _adopt(services: Services, record: PausedRecord) -> None:
+    """Give the catalog back what it lost: the workspace, its snapshots that are still here, its versions."""
+    present = [snapshot for snapshot in record.snapshots if _is_whole(services, snapshot)]
+    names = {snapshot.name for snapshot in present}
+    workspace = replace(record.workspace, host=services.host, operation=None)
+    if workspace.current_snapshot not in names:
+        raise NotFound(f"the snapshot {workspace.current_snapshot!r} that it is paused as is not whole here")
+    if workspace.base_snapshot not in names:
+        workspace = replace(workspace, base_snapshot="")
+    with services.catalog.transaction() as tx:
+        if record.policy.name not in {policy.name for policy in tx.policies()}:
+            tx.put_policy(record.policy)
+        tx.add_workspace(workspace)
+        for snapshot in present:
+            tx.put_snapshot(snapshot)
+        for version in record.versions:
+            if version.snapshot_name not in names:
+                break
+            created_at = tx.snapshot(version.snapshot_name).created_at
+            tx.add_version(workspace.id, version.snapshot_name, created_at, version.display_name)
+        payload = {"snapshot": workspace.current_snapshot}
+        tx.add_event(workspace.id, RESTORED, payload, services.clock())
+
+
+def _is_whole(services: Services, record: SnapshotRecord) -> bool:
+    policy = ReadPolicy.LOCAL_FIRST if record.is_remote else ReadPolicy.LOCAL_ONLY
+    try:
+        services.content.find(record, policy)
+    except (NotFound, DataLoss, InvalidArgument):
+        return False
+    return True
+
+
+def _give_up(services: Services, findings: Findings, workspace: Workspace, reason: str) -> None:
+    """Move a record aside that lost its slot; where the catalog knows it, it has no slot any more."""
+    with findings.guarding(workspace.id, log.warning):
+        with services.catalog.transaction() as tx:
+            try:
+                known = tx.lock_workspace(workspace.id)
+            except NotFound:
+                pass
+            else:
+                if known.slot == workspace.slot:
+                    tx.update_workspace(workspace.id, slot=None)
+        _trash(services, findings, workspace.id, reason)
+
+
+def _trash(services: Services, findings: Findings, name: str, reason: str) -> None:
+    with findings.guarding(name, log.warning):
+        services.records.trash(name)
+        log.warning("the record of paused workspace %r is moved aside: %s", name, reason)
+        findings.trashed.append(Note(name, reason))

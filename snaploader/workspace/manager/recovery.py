@@ -1,0 +1,190 @@
+"""Putting a host in order after a crash or a restart: what is on it and what the catalog says agree again.
+
+Each workspace is looked at under its lock, and passed over while somebody else holds that, so that a host on
+which other processes are at work already is not disturbed. What the catalog does not know is left alone: it
+may be the wrong catalog.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.workspace.locks import WorkspaceLocks
+from snaploader.workspace.manager import parked, reconcile, repair
+from snaploader.workspace.manager.lifetime import finish_deletion
+from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.summary import Findings, Note, RecoverySummary
+from snaploader.workspace.manager.undo import remove_unfinished
+from snaploader.workspace.model import SnapshotRecord, SnapshotStatus, WorkspaceState
+from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.records import owner_of
+
+log = logging.getLogger(__name__)
+
+
+def recover(services: Services, locks: WorkspaceLocks) -> RecoverySummary:
+    """See `WorkspaceManager.recover`."""
+    recovery = _Recovery(services, locks)
+    for step in recovery.steps():
+        with recovery.findings.guarding(step.__name__.strip("_"), log.warning):
+            step()
+    summary = recovery.findings.summary()
+    log.info("recovered host %r: %s", services.host, summary)
+    return summary
+
+
+class _Recovery:
+    def __init__(self, services: Services, locks: WorkspaceLocks) -> None:
+        self.services = services
+        self.locks = locks
+        self.findings = Findings()
+
+    def steps(self) -> Iterable[Callable[[], None]]:
+        """In this order."""
+        return (
+            self._sweep_records,
+            self._sweep_runtime,
+            self._settle_operations,
+            self._take_paused_back,
+            self._reconcile_workspaces,
+            self._finish_deletions,
+            self._finish_snapshots,
+            self._free_slots,
+            self._remove_locks,
+        )
+
+    def _sweep_records(self) -> None:
+        """Folders of records that were being written or removed, or were trashed by an earlier recovery."""
+        for name in self.services.records.leftovers():
+            with self.findings.guarding(name, log.warning):
+                if self._under_lock(owner_of(name), partial(self.services.records.sweep, name)):
+                    self.findings.pruned.append(Note(name, "a record that was being written or removed"))
+
+    def _sweep_runtime(self) -> None:
+        for name in self.services.runtime.sweep():
+            self.findings.pruned.append(Note(name, "left over by the runtime"))
+
+    def _settle_operations(self) -> None:
+        """What was under way is finished or taken back."""
+        with self.services.catalog.reading() as reader:
+            ids = [each.id for each in reader.workspaces_with_operation(self.services.host)]
+        for workspace_id in ids:
+            with self.findings.guarding(workspace_id, log.warning):
+                self._under_lock(workspace_id, partial(self._settle, workspace_id))
+
+    def _settle(self, workspace_id: str) -> None:
+        operation = repair.settle(self.services, workspace_id)
+        if operation is not None:
+            self.findings.repaired.append(Note(workspace_id, f"a {operation.kind} had been interrupted"))
+
+    def _take_paused_back(self) -> None:
+        parked.take_back(self.services, self.locks, self.findings)
+
+    def _reconcile_workspaces(self) -> None:
+        with self.services.catalog.reading() as reader:
+            ids = [each.id for each in reader.workspaces(host=self.services.host)]
+        for workspace_id in ids:
+            with self.findings.guarding(workspace_id, log.warning):
+                self._under_lock(
+                    workspace_id,
+                    partial(reconcile.reconcile, self.services, workspace_id, self.findings),
+                )
+
+    def _finish_deletions(self) -> None:
+        """Whatever is left of deleted workspaces."""
+        services = self.services
+        with services.catalog.reading() as reader:
+            deleted = {
+                each.id for each in reader.workspaces(host=services.host, state=WorkspaceState.DELETED)
+            }
+            unfinished = {record.workspace_id for record in reader.unfinished_snapshots(services.host)}
+        left = unfinished | set(services.runtime.workspaces()) | set(services.slots.owners().values())
+        left |= set(services.records.entries())
+        for workspace_id in sorted(deleted & left):
+            with self.findings.guarding(workspace_id, log.warning):
+                self._under_lock(workspace_id, partial(self._finish_deletion, workspace_id))
+
+    def _finish_deletion(self, workspace_id: str) -> None:
+        problems = finish_deletion(self.services, workspace_id)
+        self.findings.problems += [Note(workspace_id, problem.message) for problem in problems]
+        self.findings.pruned.append(Note(workspace_id, "what was left of a deleted workspace"))
+
+    def _finish_snapshots(self) -> None:
+        """Snapshots on their way out, and commits that failed and may be visible remotely."""
+        with self.services.catalog.reading() as reader:
+            records = reader.unfinished_snapshots(self.services.host)
+        for record in records:
+            with self.findings.guarding(record.name, log.warning):
+                self._under_lock(record.workspace_id, partial(self._finish_snapshot, record.name))
+
+    def _finish_snapshot(self, name: str) -> None:
+        try:
+            with self.services.catalog.reading() as reader:
+                record = reader.snapshot(name)
+                workspace = reader.workspace(record.workspace_id)
+        except NotFound:
+            return
+        if workspace.operation is None and _is_leftover(record):
+            remove_unfinished(self.services, record)
+            self.findings.pruned.append(Note(name, f"a snapshot that was {record.status}"))
+
+    def _free_slots(self) -> None:
+        """Slots of workspaces that are gone, or have another one. Those of unknown ones are left alone."""
+        for slot, owner in self.services.slots.owners().items():
+            with self.findings.guarding(f"slot {slot}", log.warning):
+                self._under_lock(owner, partial(self._free_slot, slot, owner))
+
+    def _free_slot(self, slot: int, owner: str) -> None:
+        try:
+            with self.services.catalog.reading() as reader:
+                workspace = reader.workspace(owner)
+        except NotFound:
+            reason = "its workspace is unknown"
+            if owner in self.services.runtime.workspaces() or owner in self.services.records.entries():
+                return
+        else:
+            if (workspace.host, workspace.slot) == (self.services.host, slot):
+                return
+            reason = f"workspace {owner!r} does not have it"
+        self.services.slots.release(slot, owner)
+        self.findings.pruned.append(Note(f"slot {slot}", reason))
+
+    def _remove_locks(self) -> None:
+        """Lock files of workspaces that are gone."""
+        for workspace_id in self.locks.ids():
+            with self.findings.guarding(workspace_id, log.warning), self.services.catalog.reading() as reader:
+                try:
+                    if reader.workspace(workspace_id).state is not WorkspaceState.DELETED:
+                        continue
+                except NotFound:
+                    pass
+                lock = self.locks.try_acquire(workspace_id)
+                if lock is not None:
+                    lock.remove_file()
+                    lock.release()
+
+    def _under_lock(self, workspace_id: str, action: Callable[[], object]) -> bool:
+        """Do something with one workspace, unless somebody else works on it; whether it was done."""
+        try:
+            check_workspace_id(workspace_id)
+        except InvalidArgument:
+            # No workspace can have this name, so nobody works on it.
+            action()
+            return True
+        lock = self.locks.try_acquire(workspace_id)
+        if lock is None:
+            self.findings.busy[workspace_id] = None
+            return False
+        try:
+            action()
+        finally:
+            lock.release()
+        return True
+
+
+def _is_leftover(record: SnapshotRecord) -> bool:
+    """Whether nobody will do more about a snapshot: an orphan that is hidden stays for the next commit."""
+    return record.status is not SnapshotStatus.ORPHANED or record.is_remote

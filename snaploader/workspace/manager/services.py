@@ -1,0 +1,44 @@
+"""What all operations of a manager work with, in one value."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from snaploader.workspace.manager.content import SnapshotContent
+from snaploader.workspace.records import PausedRecords
+from snaploader.workspace.runtime.protocol import Runtime
+from snaploader.workspace.slots import SlotPool
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Catalog
+
+
+def utc_now() -> datetime:
+    """The time, as the catalog keeps it."""
+    return datetime.now(UTC)
+
+
+def no_checkpoint(step: str) -> None:
+    """Crash tests pass something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Immutable, and made of what is thread-safe."""
+
+    catalog: Catalog
+    runtime: Runtime
+    content: SnapshotContent
+    records: PausedRecords
+    slots: SlotPool
+    host: str
+    clock: Callable[[], datetime]
+    checkpoint: Callable[[str], None]
+    """Called with the name of each step after it was done."""
+    stop_timeout_s: float
+    closing: threading.Event
+    """Set when the manager closes: nothing waits for readiness any more."""

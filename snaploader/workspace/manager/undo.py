@@ -1,0 +1,205 @@
+"""Taking an operation back that failed, or that a killed process left in the middle."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from snaploader.errors import NotFound, SnaploaderError
+from snaploader.workspace.manager.placed import carry_on, is_placed
+from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.work import USER, Work
+from snaploader.workspace.model import (
+    OperationKind,
+    RunTransition,
+    SnapshotKind,
+    SnapshotRecord,
+    SnapshotStatus,
+    WorkspaceState,
+)
+
+log = logging.getLogger(__name__)
+
+FAILED = "operation_failed"
+RECOVERED = "operation_recovered"
+
+_TRANSITIONS = {
+    OperationKind.START: RunTransition.START,
+    OperationKind.RESUME: RunTransition.START,
+    OperationKind.STOP: RunTransition.STOP,
+    OperationKind.PAUSE: RunTransition.STOP,
+    OperationKind.DELETE: RunTransition.DELETE,
+}
+
+
+@contextmanager
+def undone_on_failure(work: Work) -> Iterator[None]:
+    """Take the operation back when the block raises; the error goes on to the caller."""
+    try:
+        yield
+    except BaseException as error:
+        undo_failed(work, error)
+        raise
+
+
+def undo_failed(work: Work, error: BaseException) -> None:
+    """Take the operation back because of `error`, which gets a note for whatever could not be done.
+
+    Never raises: what cannot be taken back now, such as without the catalog, is left to recovery.
+    """
+    try:
+        undo(work, error)
+    except Exception as second:
+        log.exception("an operation on workspace %r is left to recovery", work.workspace_id)
+        error.add_note(f"the {work.operation.kind} could not be taken back either, recovery will: {second}")
+        _restart(work, error)
+
+
+def undo(work: Work, error: BaseException | None = None) -> None:
+    """Bring the workspace back to its state before the operation.
+
+    The runtime is put in order first, then the catalog says so, and then the content that was taken goes.
+
+    Args:
+        error: Why it failed; None: its process was killed.
+    """
+    if not _is_under_way(work):
+        if error is not None:
+            error.add_note(
+                f"whether the {work.operation.kind} was recorded is not known: see the workspace's events"
+            )
+        return
+    if is_placed(work):
+        if error is not None:
+            error.add_note(f"workspace {work.workspace_id!r} is rolled back nevertheless")
+        carry_on(work)
+        return
+    _UNDO.get(work.operation.kind, _nothing)(work)
+    if work.operation.kind in {OperationKind.CREATE, OperationKind.FORK}:
+        _forget(work)
+        return
+    restart_error = _restart(work, error)
+    for record in _record(work, error, restart_error):
+        remove_unfinished(work.services, record)
+
+
+def remove_unfinished(services: Services, record: SnapshotRecord) -> None:
+    """Finish what the catalog says of a snapshot that is on its way out, or of a commit that failed.
+
+    A commit that failed stays known, and its blobs stay pinned, for the next try to find. `is_remote` of it
+    says that it may be visible in the remote cache, and is to be taken back there.
+    """
+    if record.kind is SnapshotKind.COMMIT and record.is_remote:
+        services.content.need_remote(f"removing commit {record.name!r}")
+        services.content.withdraw(record)
+    if record.status is SnapshotStatus.ORPHANED:
+        services.content.hide(record)
+        with services.catalog.transaction() as tx:
+            tx.put_snapshot(replace(record, is_remote=False))
+        return
+    services.content.drop(record)
+    with services.catalog.transaction() as tx:
+        tx.remove_snapshot(record.name)
+
+
+def _is_under_way(work: Work) -> bool:
+    with work.services.catalog.reading() as reader:
+        try:
+            operation = reader.workspace(work.workspace_id).operation
+        except NotFound:
+            return False
+    return operation is not None and operation.token == work.operation.token
+
+
+def _restart(work: Work, error: BaseException | None) -> BaseException | None:
+    """Start the runtime again if it ran before the operation; why that failed, if it did."""
+    if not work.was_running:
+        return None
+    try:
+        work.services.runtime.start(work.workspace.spec)
+    except Exception as second:
+        log.warning("workspace %r could not be started again", work.workspace_id, exc_info=True)
+        if error is not None:
+            error.add_note(f"workspace {work.workspace_id!r} could not be started again: {second}")
+        return second
+    return None
+
+
+def _record(
+    work: Work, error: BaseException | None, restart_error: BaseException | None
+) -> list[SnapshotRecord]:
+    """End the operation in the catalog; the snapshots whose content is to go."""
+    services, kind = work.services, work.operation.kind
+    with services.catalog.transaction() as tx:
+        tx.end_operation(work.workspace_id, work.operation.token)
+        unfinished = []
+        for record in tx.snapshots(work.workspace_id, statuses=[SnapshotStatus.PENDING]):
+            is_commit = record.kind is SnapshotKind.COMMIT and services.content.is_pinned(record)
+            status = SnapshotStatus.ORPHANED if is_commit else SnapshotStatus.DELETING
+            unfinished.append(replace(record, status=status, is_remote=is_commit))
+            tx.put_snapshot(unfinished[-1])
+        if restart_error is not None:
+            tx.update_workspace(work.workspace_id, state=WorkspaceState.STOPPED)
+            work.run(tx, RunTransition.START, error=_text(restart_error))
+        elif error is not None and _is_failed_run(work):
+            work.run(tx, _TRANSITIONS[kind], error=_text(error))
+        if error is None:
+            work.event(tx, RECOVERED, operation=kind.value, outcome="undone")
+        else:
+            work.event(tx, FAILED, operation=kind.value, error=_text(error))
+    return unfinished
+
+
+def _is_failed_run(work: Work) -> bool:
+    """Whether the lifecycle is to hold back: after a start that failed, or what it tried itself."""
+    transition = _TRANSITIONS.get(work.operation.kind)
+    return transition is RunTransition.START or (transition is not None and work.reason != USER)
+
+
+def _forget(work: Work) -> None:
+    """Leave nothing of a workspace whose creation failed."""
+    services = work.services
+    with services.catalog.reading() as reader:
+        records = reader.snapshots(work.workspace_id, statuses=list(SnapshotStatus))
+    for record in records:
+        services.content.drop(record)
+    if work.workspace.slot is not None:
+        services.slots.release(work.workspace.slot, work.workspace_id)
+    with services.catalog.transaction() as tx:
+        tx.end_operation(work.workspace_id, work.operation.token)
+        tx.forget_workspace(work.workspace_id)
+
+
+def _nothing(work: Work) -> None:
+    """The state of the runtime is as it was, but for running."""
+
+
+def _remove_state(work: Work) -> None:
+    """Nothing of the workspace was in the runtime before."""
+    work.services.runtime.stop(work.workspace_id, timeout_s=work.services.stop_timeout_s, force=True)
+    work.services.runtime.remove(work.workspace_id)
+
+
+def _stop(work: Work) -> None:
+    """It did not run before."""
+    work.services.runtime.stop(work.workspace_id, timeout_s=work.services.stop_timeout_s, force=True)
+
+
+def _remove_record(work: Work) -> None:
+    """It was not paused before."""
+    work.services.records.remove(work.workspace_id)
+
+
+_UNDO: dict[OperationKind, Callable[[Work], None]] = {
+    OperationKind.CREATE: _remove_state,
+    OperationKind.FORK: _remove_state,
+    OperationKind.RESUME: _remove_state,
+    OperationKind.START: _stop,
+    OperationKind.PAUSE: _remove_record,
+}
+
+
+def _text(error: BaseException) -> str:
+    return getattr(error, "message", "") if isinstance(error, SnaploaderError) else repr(error)

@@ -1,0 +1,339 @@
+"""One operation on one workspace: how it begins in the catalog, and how it is recorded.
+
+An operation is a first transaction that says what is under way, work that may take long, and a last
+transaction that makes all of its outcome visible at once. In between the workspace's lock keeps others out,
+and no transaction is open: SQLite has one writer. When the work fails, `undo` takes it back; when its process
+is killed, `repair` finishes it or takes it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
+from snaploader.loader import Snapshot
+from snaploader.workspace.manager.content import Saved
+from snaploader.workspace.manager.services import Services
+from snaploader.workspace.model import (
+    Operation,
+    OperationKind,
+    Run,
+    RunStatus,
+    RunTransition,
+    Scope,
+    SnapshotKind,
+    SnapshotRecord,
+    SnapshotSource,
+    SnapshotStatus,
+    Workspace,
+    WorkspaceState,
+)
+from snaploader.workspace.names import new_snapshot_name, runtime_name
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader, Transaction
+
+log = logging.getLogger(__name__)
+
+USER = "user"
+"""The reason of what somebody asked for. Only that counts as a use of the workspace."""
+
+ON_HOST = (WorkspaceState.RUNNING, WorkspaceState.STOPPED)
+"""States in which a workspace's files are on its host."""
+
+ALIVE = (*ON_HOST, WorkspaceState.PAUSED)
+
+Prepare = Callable[["Transaction", Workspace], SnapshotRecord]
+"""Makes the record of the snapshot that an operation is about to take."""
+
+
+class Work:
+    """An operation that is under way. For one thread, under the workspace's lock."""
+
+    def __init__(
+        self,
+        services: Services,
+        workspace: Workspace,
+        operation: Operation,
+        *,
+        pending: SnapshotRecord | None = None,
+        reason: str = USER,
+    ) -> None:
+        self.services = services
+        self.workspace = workspace
+        """As it was when the operation began."""
+        self.operation = operation
+        self.pending = pending
+        """The snapshot that is being taken, if any."""
+        self.reason = reason
+        self._left_behind: list[SnapshotRecord] = []
+
+    @classmethod
+    def begin(
+        cls,
+        services: Services,
+        workspace_id: str,
+        kind: OperationKind,
+        *,
+        allowed: Collection[WorkspaceState],
+        reason: str = USER,
+        prepare: Prepare | None = None,
+        target: str = "",
+        version: int | None = None,
+    ) -> Work:
+        """Say in the catalog what is under way.
+
+        Args:
+            allowed: States in which the operation can be done.
+            prepare: Makes the record of the snapshot to be taken.
+            target: Name of the snapshot to go back to.
+            version: Its number.
+
+        Raises:
+            NotFound: There is no such workspace.
+            FailedPrecondition: It is another host's, or in another state.
+        """
+        with services.catalog.transaction() as tx:
+            workspace = tx.lock_workspace(workspace_id)
+            check_ours(workspace, services.host)
+            check_state(workspace, kind, allowed)
+            pending = None if prepare is None else prepare(tx, workspace)
+            operation = new_operation(
+                services, kind, pending.name if pending is not None and not target else target, version
+            )
+            tx.begin_operation(workspace_id, operation)
+            if pending is not None:
+                tx.put_snapshot(pending)
+        work = cls(services, workspace, operation, pending=pending, reason=reason)
+        work.reach("begun")
+        return work
+
+    @property
+    def workspace_id(self) -> str:
+        """Of the workspace worked on."""
+        return self.workspace.id
+
+    @property
+    def was_running(self) -> bool:
+        """Whether the workspace ran when the operation began."""
+        return self.workspace.state is WorkspaceState.RUNNING
+
+    def reach(self, step: str) -> None:
+        """Tell that a step was done."""
+        self.services.checkpoint(f"{self.operation.kind}.{step}")
+
+    # Steps
+
+    def stop(self) -> None:
+        """Stop the runtime, by force if need be; one that does not run is fine."""
+        self.services.runtime.stop(self.workspace_id, timeout_s=self.services.stop_timeout_s, force=True)
+        self.reach("stopped")
+
+    def capture(self) -> Saved:
+        """Save the workspace's state as the pending snapshot, in the local cache."""
+        assert self.pending is not None
+        with self.services.runtime.capture(self.workspace.spec, self.pending.scope) as captured:
+            saved = self.services.content.save(self.pending, captured)
+        self.reach("captured")
+        return saved
+
+    def continue_on(self, record: SnapshotRecord) -> None:
+        """Let the workspace go on, on top of what was captured."""
+        self.services.runtime.continue_on(self.workspace.spec, record.runtime_name)
+        self.reach("continued")
+
+    def start_again(self) -> None:
+        """Start the runtime if it ran before."""
+        if self.was_running:
+            self.services.runtime.start(self.workspace.spec)
+            self.reach("started")
+
+    def place(self, snapshot: Snapshot, base: Snapshot | None) -> None:
+        """Replace the workspace's state by a snapshot's; the token says afterwards that it was done."""
+        self.services.runtime.place(
+            self.workspace.spec,
+            self.services.content.loader,
+            snapshot,
+            base=base,
+            token=self.operation.token,
+        )
+        self.reach("placed")
+
+    @contextmanager
+    def recording(self) -> Iterator[Transaction]:
+        """The last transaction: everything in the block becomes visible at once, and the operation ends."""
+        with self.services.catalog.transaction() as tx:
+            tx.end_operation(self.workspace_id, self.operation.token)
+            if self.reason == USER:
+                count_as_used(tx, self.workspace, self.services)
+            yield tx
+        self.reach("recorded")
+
+    # What recordings are made of
+
+    def go_on_from(self, tx: Transaction, record: SnapshotRecord, **changes: Any) -> None:
+        """The workspace's state goes on from this snapshot now; what only the one before needed may go."""
+        tx.update_workspace(self.workspace_id, current_snapshot=record.name, **changes)
+        before = find_snapshot(tx, self.workspace.current_snapshot)
+        if before is None or before.name == record.name:
+            return
+        if before.kind is SnapshotKind.PAUSE:
+            tx.set_snapshot_status(before.name, SnapshotStatus.DELETING)
+        self._left_behind.append(before)
+
+    def event(self, tx: Transaction, event_type: str, **payload: Any) -> None:
+        """Record what happened, with why when nobody asked for it."""
+        if self.reason != USER:
+            payload["reason"] = self.reason
+        tx.add_event(self.workspace_id, event_type, payload, self.services.clock())
+
+    def run(self, tx: Transaction, transition: RunTransition, error: str = "") -> Run:
+        """Record a start, stop or delete that this operation was: it succeeded, unless there is an error."""
+        deadline = None
+        if transition is RunTransition.START and not error:
+            after = tx.policy(self.workspace.policy).autostop_after
+            deadline = None if after is None else self.services.clock() + after
+        run = tx.add_run(self.workspace_id, transition, self.operation.started_at, self.reason, deadline)
+        status = RunStatus.FAILED if error else RunStatus.SUCCEEDED
+        return tx.finish_run(run.id, status, self.services.clock(), error)
+
+    def afterwards(self, what: str, action: Callable[[], object]) -> None:
+        """Remove something that the recording made needless. If that fails, the next recovery does it."""
+        try:
+            action()
+        except SnaploaderError as error:
+            log.warning("%s of workspace %r: left to recovery: %s", what, self.workspace_id, error)
+        self.reach("cleaned")
+
+    def clean_up(self) -> None:
+        """Let go of the snapshots that the recording made needless."""
+        for record in self._left_behind:
+            self.afterwards(f"snapshot {record.name!r}", partial(let_go, self.services, record))
+
+
+def new_operation(
+    services: Services, kind: OperationKind, snapshot_name: str = "", version: int | None = None
+) -> Operation:
+    """What is under way from now on."""
+    return Operation(kind, uuid.uuid4().hex, services.host, services.clock(), snapshot_name, version)
+
+
+def new_record(
+    tx: Reader,
+    services: Services,
+    workspace: Workspace,
+    kind: SnapshotKind,
+    scope: Scope,
+    *,
+    source: SnapshotSource = SnapshotSource.MANUAL,
+    display_name: str = "",
+) -> SnapshotRecord:
+    """The record of a snapshot that is about to be taken.
+
+    Its parent is the snapshot that the workspace's state goes on from. A pause is temporary, so that its
+    own parent stands for it.
+    """
+    now = services.clock()
+    parent = find_snapshot(tx, workspace.current_snapshot)
+    if parent is not None and parent.kind is SnapshotKind.PAUSE:
+        parent = find_snapshot(tx, parent.parent)
+    name = new_snapshot_name(workspace.id, now)
+    return SnapshotRecord(
+        name,
+        workspace.id,
+        runtime_name(workspace.id, name),
+        kind,
+        scope,
+        source,
+        now,
+        SnapshotStatus.PENDING,
+        display_name,
+        "" if parent is None else parent.name,
+    )
+
+
+def completed(record: SnapshotRecord, **changes: Any) -> SnapshotRecord:
+    """The same record, complete."""
+    return replace(record, status=SnapshotStatus.COMPLETE, **changes)
+
+
+def base_of(tx: Reader, workspace: Workspace, record: SnapshotRecord) -> SnapshotRecord | None:
+    """Where all but the durable directories comes from under a Data snapshot; None: there is nothing else."""
+    if record.scope is Scope.FULL:
+        return None
+    base = find_snapshot(tx, workspace.base_snapshot)
+    return base if base is not None and base.scope is Scope.FULL else None
+
+
+def with_slot(services: Services, workspace_id: str) -> None:
+    """Give the workspace a slot if it lost its own: another workspace may have won it at a recovery."""
+    with services.catalog.reading() as reader:
+        workspace = reader.workspace(workspace_id)
+    if workspace.slot is not None or workspace.host != services.host or workspace.state not in ALIVE:
+        return
+    slot = services.slots.acquire(workspace_id)
+    try:
+        with services.catalog.transaction() as tx:
+            tx.update_workspace(workspace_id, slot=slot)
+    except BaseException:
+        services.slots.release(slot, workspace_id)
+        raise
+
+
+def find_snapshot(tx: Reader, name: str) -> SnapshotRecord | None:
+    """The snapshot of that name; None when the name is empty or there is none."""
+    if not name:
+        return None
+    try:
+        return tx.snapshot(name)
+    except NotFound:
+        return None
+
+
+def let_go(services: Services, record: SnapshotRecord) -> None:
+    """Give up what this host keeps of a snapshot that the workspace has gone on from.
+
+    A pause is removed. A commit is in the remote cache, and may be evicted here. Versions stay.
+    """
+    if record.kind is SnapshotKind.PAUSE:
+        services.content.drop(record)
+        with services.catalog.transaction() as tx:
+            tx.remove_snapshot(record.name)
+    elif record.kind is SnapshotKind.COMMIT and record.is_remote:
+        services.content.unpin(record)
+
+
+def count_as_used(tx: Transaction, workspace: Workspace, services: Services) -> Workspace:
+    """Note that the workspace was used now, which also ends its dormancy."""
+    return tx.update_workspace(workspace.id, last_used_at=services.clock(), dormant_at=None, deleting_at=None)
+
+
+def check_ours(workspace: Workspace, host: str) -> None:
+    """FailedPrecondition when the workspace lives on another host."""
+    if workspace.host != host:
+        raise FailedPrecondition(
+            f"workspace {workspace.id!r} lives on host {workspace.host!r}, and this is host {host!r}: "
+            "work on it there"
+        )
+
+
+_HINTS = {
+    WorkspaceState.RUNNING: "it is running: stop or pause it first",
+    WorkspaceState.STOPPED: "it is stopped: start it first",
+    WorkspaceState.PAUSED: "it is paused: resume it first",
+    WorkspaceState.DELETED: "it was deleted",
+}
+
+
+def check_state(workspace: Workspace, kind: str, allowed: Collection[WorkspaceState]) -> None:
+    """FailedPrecondition when an operation cannot be done in the workspace's state."""
+    if workspace.state not in allowed:
+        raise FailedPrecondition(
+            f"workspace {workspace.id!r}: no {kind} is possible, because {_HINTS[workspace.state]}"
+        )
