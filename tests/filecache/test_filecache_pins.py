@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
-from filecache_helpers import BLAKE3, blob, blob_file, child, key, leftovers, put
+from filecache_helpers import BLAKE3, blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
@@ -462,4 +463,56 @@ def test_killed_process_leaves_a_whole_pin_or_none(tmp_path, step, expected):
             assert cache.pinned("p").keeps(blob(expected, 100)[0].hash)
     with FileCache(tmp_path):
         pass
+    assert leftovers(tmp_path) == []
+
+
+PINNER = """
+import random, sys
+from filecache_helpers import blob, key, put
+from snaploader.errors import NotFound, ResourceExhausted
+from snaploader.filecache import FileCache
+
+root, seed = sys.argv[1], sys.argv[2]
+rng = random.Random(seed)
+with FileCache(root, max_bytes=60 * 4096) as cache:
+    kept = {}
+    for round_ in range(40):
+        name, numbers = f"{seed}-{rng.randrange(5)}", [rng.randrange(40) for _ in range(4)]
+        digests = [blob(number, 100)[0] for number in numbers]
+        ref = key(f"{seed} {round_}")
+        try:
+            cache.pin(f"{seed}-new", digests, refs=[ref])
+            for number in numbers:
+                put(cache, number, 100)
+            cache.put_ref(ref, b"x")
+            cache.pin(name, digests, refs=[ref])
+            kept[name] = numbers, ref
+            put(cache, f"{seed} {round_}", 100)
+        except ResourceExhausted:
+            pass
+        cache.unpin(f"{seed}-new")
+        if rng.randrange(3) == 0 and kept:
+            gone = rng.choice(sorted(kept))
+            assert cache.unpin(gone)
+            del kept[gone]
+        for numbers, ref in kept.values():
+            for number in numbers:
+                assert cache.read(blob(number, 100)[0]) == blob(number, 100)[1]
+            assert cache.get_ref(ref) == b"x"
+    assert cache.pins(f"{seed}-") == sorted(kept)
+    assert cache.statistics().evicted_entries > 0
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_pin_and_evict_all_keep_what_they_pinned(tmp_path):
+    with ExitStack() as stack:
+        workers = [stack.enter_context(child(PINNER, tmp_path, str(number))) for number in range(3)]
+        for worker in workers:
+            assert worker.stdout.readline() == "done\n"
+            assert worker.wait(60) == 0
+    with FileCache(tmp_path) as cache:
+        assert cache.verify().bad_pins == ()
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
     assert leftovers(tmp_path) == []
