@@ -7,7 +7,7 @@ docs/formats/directories.md describes the format.
 """
 
 from snaploader.dirtree.decode import decode_directory_tree
-from snaploader.dirtree.encode import encode_directory_tree
+from snaploader.dirtree.encode import child_directories, encode_directory_tree
 from snaploader.dirtree.entries import (
     MAX_DEPTH,
     MAX_ENTRIES,
@@ -32,6 +32,7 @@ __all__ = [
     "Entry",
     "FileEntry",
     "SymlinkEntry",
+    "child_directories",
     "decode_directory_tree",
     "encode_directory_tree",
 ]

@@ -23,7 +23,27 @@ def encode_directory_tree(tree: DirectoryTree) -> bytes:
     Raises:
         InvalidArgument: It is larger than `MAX_TREE_BYTES`.
     """
-    children: dict[str, bytes] = {}
+    root, children = _encoded(tree)
+    parts = [_ROOT, wire.varint(len(root)), root]
+    for child in children.values():
+        parts += [_CHILD, wire.varint(len(child)), child]
+    encoded = b"".join(parts)
+    if len(encoded) > MAX_TREE_BYTES:
+        raise InvalidArgument(
+            f"the tree of a directory of {len(tree)} entries has {len(encoded)} bytes, {MAX_TREE_BYTES} are "
+            "allowed: save its subdirectories one by one"
+        )
+    return encoded
+
+
+def child_directories(tree: DirectoryTree) -> dict[Digest, bytes]:
+    """Every Directory below the root, serialised: the children in the Tree, as blobs of their own."""
+    return _encoded(tree)[1]
+
+
+def _encoded(tree: DirectoryTree) -> tuple[bytes, dict[Digest, bytes]]:
+    """The root, and the children in their order."""
+    children: dict[Digest, bytes] = {}
     unfinished: dict[str, remote_execution_pb2.Directory] = {}
     # From the last path to the first: a directory is finished when everything in it was added.
     for path in reversed(list(tree)[1:]):
@@ -41,20 +61,10 @@ def encode_directory_tree(tree: DirectoryTree) -> bytes:
                 child = _finished(unfinished.pop(path, None), entry)
             digest = Digest.of(child, tree.function)
             _add_directory(directory, name, digest)
-            children.setdefault(digest.hash, child)
+            children.setdefault(digest, child)
     root = tree[""]
     assert isinstance(root, DirectoryEntry)
-    data = _finished(unfinished.pop("", None), root)
-    parts = [_ROOT, wire.varint(len(data)), data]
-    for child in reversed(children.values()):
-        parts += [_CHILD, wire.varint(len(child)), child]
-    encoded = b"".join(parts)
-    if len(encoded) > MAX_TREE_BYTES:
-        raise InvalidArgument(
-            f"the tree of a directory of {len(tree)} entries has {len(encoded)} bytes, {MAX_TREE_BYTES} are "
-            "allowed: save its subdirectories one by one"
-        )
-    return encoded
+    return _finished(unfinished.pop("", None), root), dict(reversed(children.items()))
 
 
 def _finished(directory: remote_execution_pb2.Directory | None, entry: DirectoryEntry) -> bytes:

@@ -21,7 +21,14 @@ from snaploader.filecache import FileCache, Pin
 from snaploader.keys import SnapshotKey
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.progress import ProgressCallback
-from snaploader.loader.publish import publish_manifest, retract_manifest, taken, upload_blobs, upload_source
+from snaploader.loader.publish import (
+    publish_manifest,
+    retract_manifest,
+    taken,
+    upload_blobs,
+    upload_child_directories,
+    upload_source,
+)
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.tombstone import tombstone_result
 from snaploader.manifest import pack_any
@@ -99,6 +106,7 @@ class SnapshotDeriver:
         id_ = options.snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
         derived = _part_of(origin, key, options)
+        before = self._pin_before(options.pin)
         self._check_unused(key, derived, remote)
         blobs = set(derived.digests())
         uploaded, warnings = TransferStatistics(), []
@@ -110,7 +118,7 @@ class SnapshotDeriver:
                 uploaded = self._save_remotely(remote, derived, blobs, options.progress)
             saved_locally = True
             try:
-                with self._pinned(options.pin, derived):
+                with self._pinned(options.pin, before, derived):
                     self._publish_locally(derived)
             except SnaploaderError as error:
                 if remote is None:
@@ -175,6 +183,7 @@ class SnapshotDeriver:
 
         try:
             uploaded = upload_blobs(remote, blobs - trees, source, progress, sent)
+            uploaded += upload_child_directories(remote, derived.directories.values(), sent)
             uploaded += upload_blobs(remote, trees, source, None, sent)
             # Looked at once more: the upload may have taken minutes.
             if self._finder.is_taken_remotely(derived.key):
@@ -211,15 +220,19 @@ class SnapshotDeriver:
         if not self._file_cache.put_ref(self._name(derived.key), data, overwrite=False):
             raise FailedPrecondition(taken(derived.key))
 
+    def _pin_before(self, name: str | None) -> Pin | None:
+        """What stands under the name of a pin that is to be made. Errors as `FileCache.pinned`."""
+        if name is not None:
+            with contextlib.suppress(NotFound):
+                return self._file_cache.pinned(name)
+        return None
+
     @contextlib.contextmanager
-    def _pinned(self, name: str | None, derived: Snapshot) -> Iterator[None]:
+    def _pinned(self, name: str | None, before: Pin | None, derived: Snapshot) -> Iterator[None]:
         """Pin the snapshot before it is there to be evicted. If the block fails, what was pinned is again."""
         if name is None:
             yield
             return
-        before = None
-        with contextlib.suppress(NotFound):
-            before = self._file_cache.pinned(name)
         self._file_cache.pin(name, derived.digests(), refs=[self._name(derived.key)])
         try:
             yield

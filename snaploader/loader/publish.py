@@ -1,20 +1,21 @@
 """Saving, the remote part: make a snapshot complete in the remote store, then visible.
 
-Order: chunks and plain files, then trees, then the manifest. Every blob is asked for, also those
-that did not change: a chunk that is served from local caches only grows old remotely, and would one
-day be missing from a snapshot that was saved since.
+Order: chunks and plain files, then directories, then trees, then the manifest. Every blob is asked
+for, also those that did not change: a chunk that is served from local caches only grows old remotely,
+and would one day be missing from a snapshot that was saved since.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TypeAlias
 
 from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
+from snaploader.dirtree import DirectoryTree, child_directories
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
@@ -71,6 +72,20 @@ def upload_blobs(
             meter.add(digest.size_bytes)
 
     return remote.write_many(uploads()) if missing else TransferStatistics()
+
+
+def upload_child_directories(
+    remote: RemoteStore, trees: Iterable[DirectoryTree], sent: list[Digest] | None = None
+) -> TransferStatistics:
+    """Upload the Directories in Trees as blobs of their own, those that the store lacks.
+
+    Nothing reads them. But some servers, such as buildbox-casd, call a result incomplete without them.
+    """
+    uploaded = TransferStatistics()
+    for tree in trees:
+        directories = child_directories(tree)
+        uploaded += upload_blobs(remote, directories, directories.__getitem__, None, sent)
+    return uploaded
 
 
 def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) -> bool:

@@ -34,7 +34,13 @@ from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder, vm_metadata_of
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
-from snaploader.loader.publish import publish_manifest, taken, upload_blobs, upload_source
+from snaploader.loader.publish import (
+    publish_manifest,
+    taken,
+    upload_blobs,
+    upload_child_directories,
+    upload_source,
+)
 from snaploader.loader.results import SaveResult, artefacts
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
@@ -315,8 +321,9 @@ class SnapshotSaver:
                 saver.rescue({digest})
                 return upload_source(self._file_cache, digest)
 
-        content = upload_blobs(remote, blobs - manifest.trees, source, progress)
-        return content + upload_blobs(remote, manifest.trees, source, None)
+        uploaded = upload_blobs(remote, blobs - manifest.trees, source, progress)
+        uploaded += upload_child_directories(remote, saver.trees.values())
+        return uploaded + upload_blobs(remote, manifest.trees, source, None)
 
     def _publish_remotely(
         self, remote: RemoteStore, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey

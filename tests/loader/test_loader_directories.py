@@ -12,7 +12,7 @@ from directory_states import BIG, OLD_NS, fill, find, save_directory, saved, set
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
 from snaploader import DirectorySource, SnapshotKey
-from snaploader.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry
+from snaploader.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry, child_directories
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from snaploader.loader import capture
 from snaploader.testing import EmbeddedServer
@@ -342,6 +342,23 @@ def test_the_server_checks_every_blob_of_a_directory(
         assert host.remote is not None
         host.remote.write(digest, data)
     find(other, result, "newest")
+
+
+def test_child_directories_are_blobs_of_the_server_too(
+    make_host: HostFactory, server: EmbeddedServer, home: Path
+) -> None:
+    """Some servers ask for them. Locally the tree is enough."""
+    host = make_host("a", server)
+    tree = find(host, save_directory(host, home)).directories["home"]
+    children = child_directories(tree)
+    assert len(children) == 6
+    assert host.remote is not None
+    assert host.remote.find_missing(children) == set()
+    assert host.cache.find_missing(children) == set(children)
+    lost = next(iter(children))
+    server.delete_blob(lost)
+    save_directory(host, home)
+    assert host.remote.read(lost) == children[lost]
 
 
 # Keys without a branch, and pins
