@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from snaploader.workspace.locks import HeldLock
 from snaploader.workspace.manager import commits, lifetime, pausing, repair, versions
@@ -12,6 +13,9 @@ from snaploader.workspace.manager.sections import CriticalSections
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.work import USER
 from snaploader.workspace.model import SnapshotResult, Workspace
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
 
 T = TypeVar("T")
 
@@ -34,6 +38,17 @@ class HeldWorkspace:
     def workspace_id(self) -> str:
         """Of the workspace."""
         return self._lock.workspace_id
+
+    def guarded(self, guard: Callable[[Reader], None]) -> HeldWorkspace:
+        """The same, under a condition: `guard` is called in the transaction that begins an operation.
+
+        What it raises calls the operation off, and goes on to the caller.
+        """
+        return HeldWorkspace(replace(self._services, guard=guard), self._sections, self._lock)
+
+    def settle(self) -> None:
+        """Finish or take back what a process that died left in the middle, as every operation does first."""
+        self._sections.run(self._lock, partial(repair.settle, self._services, self.workspace_id))
 
     def take_version(self, request: versions.VersionRequest) -> SnapshotResult:
         """Capture the workspace as its next version."""

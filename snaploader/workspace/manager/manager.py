@@ -27,6 +27,7 @@ from snaploader.workspace.manager.summary import RecoverySummary
 from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
 from snaploader.workspace.manager.work import ALIVE, check_state, count_as_used
 from snaploader.workspace.model import (
+    OperationKind,
     Readiness,
     Scope,
     SnapshotResult,
@@ -369,11 +370,13 @@ class WorkspaceManager(WorkspaceQueries):
 
         Raises:
             NotFound: there is no such workspace.
-            FailedPrecondition: it was deleted.
+            FailedPrecondition: it was deleted, or is being deleted.
         """
         with self.catalog.transaction() as tx:
             workspace = tx.lock_workspace(workspace_id)
             check_state(workspace, "use", ALIVE)
+            if workspace.operation is not None and workspace.operation.kind is OperationKind.DELETE:
+                raise FailedPrecondition(f"workspace {workspace_id!r} is being deleted: too late to use it")
             return count_as_used(tx, workspace, self._services)
 
     # Locks

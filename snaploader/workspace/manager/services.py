@@ -14,7 +14,7 @@ from snaploader.workspace.runtime.protocol import Runtime
 from snaploader.workspace.slots import SlotPool
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Catalog
+    from snaploader.workspace.catalog import Catalog, Reader
 
 
 def utc_now() -> datetime:
@@ -24,6 +24,10 @@ def utc_now() -> datetime:
 
 def no_checkpoint(step: str) -> None:
     """Crash tests pass something else."""
+
+
+def no_guard(reader: Reader) -> None:
+    """Operations begin without further conditions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +46,5 @@ class Services:
     stop_timeout_s: float
     closing: threading.Event
     """Set when the manager closes: nothing waits for readiness any more."""
+    guard: Callable[[Reader], None] = no_guard
+    """Called in the transaction that begins an operation; what it raises calls the operation off."""

@@ -101,6 +101,7 @@ class Work:
         """
         with services.catalog.transaction() as tx:
             workspace = tx.lock_workspace(workspace_id)
+            services.guard(tx)
             check_ours(workspace, services.host)
             check_state(workspace, kind, allowed)
             pending = None if prepare is None else prepare(tx, workspace)
