@@ -25,7 +25,12 @@ def catalog_path(tmp_path: Path) -> Path:
 def add_workspace(path: Path, workspace_id: str, **values: str) -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     made = Workspace(
-        WorkspaceSpec(workspace_id), "here", WorkspaceState.STOPPED, created_at=now, last_used_at=now, **values
+        WorkspaceSpec(workspace_id),
+        "here",
+        WorkspaceState.STOPPED,
+        created_at=now,
+        last_used_at=now,
+        **values,
     )
     with Catalog.open(path) as catalog, catalog.transaction() as transaction:
         transaction.add_workspace(made)

@@ -9,10 +9,12 @@ import click
 
 from snaploader.cli.commands.workspace.create import create, fork
 from snaploader.cli.commands.workspace.events import events
+from snaploader.cli.commands.workspace.lifecycle import lifecycle
 from snaploader.cli.commands.workspace.listing import list_, show
 from snaploader.cli.commands.workspace.log import log
 from snaploader.cli.commands.workspace.owner import owner
 from snaploader.cli.commands.workspace.policy import policy
+from snaploader.cli.commands.workspace.recover import recover
 from snaploader.cli.commands.workspace.settings import set_
 from snaploader.cli.commands.workspace.snapshots import commit, rollback, snapshot, version, versions
 from snaploader.cli.commands.workspace.state import pause, remove, resume, start, stop
@@ -51,5 +53,7 @@ for command in (
     set_,
     policy,
     owner,
+    recover,
+    lifecycle,
 ):
     workspace.add_command(command)

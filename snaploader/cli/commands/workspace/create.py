@@ -132,14 +132,40 @@ def create(
 @click.argument("origin", metavar="SNAPSHOT|WORKSPACE")
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
 @option("--owner", scope="workspace fork", help="Whose it is.  [default: that of the origin]")
+@option("--policy", scope="workspace fork", help="Its policy.  [default: that of the origin]")
+@option(
+    "--env",
+    scope="workspace fork",
+    multiple=True,
+    type=KEY_VALUE,
+    help="Changes to the origin's environment; repeatable.",
+)
+@option("--schedule", scope="workspace fork", default="", metavar="CRON", help="When to start it.")
 @option("--no-start", scope="workspace fork", is_flag=True, help="Leave it stopped.")
 @with_workspaces
-def fork(workspaces: Workspaces, origin: str, workspace_id: str, owner: str | None, no_start: bool) -> None:
+def fork(
+    workspaces: Workspaces,
+    origin: str,
+    workspace_id: str,
+    owner: str | None,
+    policy: str | None,
+    env: tuple[tuple[str, str], ...],
+    schedule: str,
+    no_start: bool,
+) -> None:
     """Make a workspace from a committed snapshot, or from the latest one of a workspace; its id is printed.
 
-    It shares all content with its origin, and does not depend on it.
+    It runs the same command and shares all content with its origin, but does not depend on it.
     """
-    workspace = workspaces.manager.fork(origin, workspace_id, owner=owner, start=not no_start)
+    workspace = workspaces.manager.fork(
+        origin,
+        workspace_id,
+        environment=dict(env),
+        owner=owner,
+        policy=policy,
+        autostart_schedule=schedule,
+        start=not no_start,
+    )
     _print(workspaces, workspace)
 
 

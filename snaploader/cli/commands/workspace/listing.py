@@ -19,8 +19,18 @@ from snaploader.cli.options import Command, option, with_workspaces
 from snaploader.cli.output import Branch
 from snaploader.cli.values import format_size
 from snaploader.cli.workspaces import Workspaces
-from snaploader.workspace.model import Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
+from snaploader.workspace.model import (
+    Run,
+    RunStatus,
+    SnapshotInfo,
+    SnapshotKind,
+    Workspace,
+    WorkspaceState,
+)
 from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
+
+FORK_EVENT = "workspace_fork"
+"""Tells which commit a workspace was forked from."""
 
 
 @click.command("ls", cls=Command, short_help="List workspaces, and what each costs.")
@@ -43,14 +53,13 @@ def list_(
     Exclusive bytes are in chunks that no other workspace of this host refers to; shared ones are in chunks
     that others refer to as well.
     """
-    wanted = None if state is None else WorkspaceState(state)
-    with workspaces.catalog.reading() as reader:
-        found = reader.workspaces(
-            host=None if all_hosts else workspaces.manager.host,
-            state=wanted,
-            owner=owner,
-            include_deleted=deleted or wanted is WorkspaceState.DELETED,
-        )
+    manager = workspaces.manager
+    found = manager.workspaces(
+        host=None if all_hosts else manager.host,
+        state=None if state is None else WorkspaceState(state),
+        owner=owner,
+        include_deleted=deleted,
+    )
     sizes = measure(workspaces.session.file_cache)
     workspaces.output.json(
         {
@@ -62,7 +71,7 @@ def list_(
     )
     if tree:
         for each in found:
-            _print_tree(workspaces, each, workspaces.manager.list_snapshots(each.id))
+            _print_tree(workspaces, each, manager.list_snapshots(each.id))
         return
     workspaces.output.table(
         ["workspace", "state", "version>", "exclusive>", "shared>", "used"],
@@ -163,13 +172,12 @@ def _print_tree(workspaces: Workspaces, workspace: Workspace, snapshots: Sequenc
 
 def _forks(workspaces: Workspaces, snapshots: Sequence[SnapshotInfo]) -> dict[str, list[str]]:
     """The workspaces that were forked from snapshots, by the snapshot's name."""
-    names = {info.record.name for info in snapshots if info.record is not None}
+    kinds = {info.record.name: info.record.kind for info in snapshots if info.record is not None}
     forks: dict[str, list[str]] = {}
-    with workspaces.catalog.reading() as reader:
-        for each in reader.workspaces():
-            if not each.base_snapshot:
-                continue
-            origin = reader.snapshot(each.base_snapshot).parent
-            if origin in names:
-                forks.setdefault(origin, []).append(each.id)
+    if SnapshotKind.COMMIT in kinds.values():
+        alive = {each.id for each in workspaces.manager.workspaces()}
+        for event in workspaces.manager.events(types=(FORK_EVENT,), limit=None):
+            origin = event.payload.get("origin", "")
+            if origin in kinds and event.workspace_id in alive:
+                forks.setdefault(origin, []).append(event.workspace_id)
     return forks

@@ -1,0 +1,53 @@
+"""`snaploader workspace recover`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snaploader.cli.exits import CheckFailed
+from snaploader.cli.options import Command, with_workspaces
+from snaploader.cli.workspaces import Workspaces
+
+if TYPE_CHECKING:
+    from snaploader.workspace.manager import RecoverySummary
+
+
+@click.command(
+    "recover", cls=Command, short_help="Repair what a crash left, and take paused workspaces back."
+)
+@with_workspaces
+def recover(workspaces: Workspaces) -> None:
+    """Bring the catalog and what is on this host together again, after a crash or a restart.
+
+    To be run before workspaces are used; `lifecycle` does it by itself. What somebody works on is left alone.
+    Ends with exit code 13 when something could not be put right.
+    """
+    summary = workspaces.manager.recover()
+    workspaces.output.json(summary_record(summary))
+    for line in summary_lines(summary):
+        workspaces.output.text(line)
+    if summary.problems:
+        raise CheckFailed(f"{len(summary.problems)} things could not be put right")
+
+
+def summary_record(summary: RecoverySummary) -> dict[str, Any]:
+    """What was found and done."""
+    return dataclasses.asdict(summary)
+
+
+def summary_lines(summary: RecoverySummary) -> list[str]:
+    """The same for people."""
+    lines = [f"paused    {workspace_id}: {_how(summary, workspace_id)}" for workspace_id in summary.restored]
+    lines += [f"repaired  {note.name}: {note.reason}" for note in summary.repaired]
+    lines += [f"removed   {note.name}: {note.reason}" for note in summary.pruned]
+    lines += [f"trashed   {note.name}: {note.reason}" for note in summary.trashed]
+    lines += [f"busy      {workspace_id}: somebody works on it" for workspace_id in summary.busy]
+    lines += [f"problem   {note.name}: {note.reason}" for note in summary.problems]
+    return lines or ["there was nothing to recover"]
+
+
+def _how(summary: RecoverySummary, workspace_id: str) -> str:
+    return "taken back, as the catalog had lost it" if workspace_id in summary.adopted else "whole"
