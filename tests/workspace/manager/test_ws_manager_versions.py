@@ -14,7 +14,6 @@ from snaploader.workspace.model import (
     RunStatus,
     RunTransition,
     Scope,
-    SnapshotKind,
     SnapshotSource,
     SnapshotStatus,
     WorkspaceState,
@@ -447,4 +446,3 @@ def test_a_version_is_recorded_with_its_snapshot_at_once(host: Host) -> None:
     assert seen[0] == (0, [SnapshotStatus.PENDING])
     assert seen[-1] == (1, [SnapshotStatus.COMPLETE])
     assert all((number == 1) == (statuses == [SnapshotStatus.COMPLETE]) for number, statuses in seen)
-    assert SnapshotKind.VERSION
