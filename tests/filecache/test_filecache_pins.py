@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +12,13 @@ import pytest
 from filecache_helpers import BLAKE3, blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
 from snaploader.digest import Digest
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from snaploader.filecache import FileCache, pinfile, pins
 
 BLOCK = 4096
@@ -516,3 +523,28 @@ def test_processes_that_pin_and_evict_all_keep_what_they_pinned(tmp_path):
         assert cache.verify().bad_pins == ()
         assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
     assert leftovers(tmp_path) == []
+
+
+def test_closed_cache_pins_nothing(tmp_path):
+    cache = FileCache(tmp_path)
+    cache.pin("p")
+    cache.close()
+    for call in (cache.pin, cache.unpin, cache.pinned):
+        with pytest.raises(FailedPrecondition, match="closed"):
+            call("p")
+    with pytest.raises(FailedPrecondition, match="closed"):
+        cache.pins()
+
+
+def test_threads_that_pin_under_one_name_leave_the_pin_of_one(tmp_path):
+    with FileCache(tmp_path) as cache:
+        digests = [small(cache, number) for number in range(8)]
+        threads = [threading.Thread(target=cache.pin, args=("p", [digest])) for digest in digests]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (row,) = cache.pinned("p").hashes
+        assert row.tobytes().hex() in {digest.hash for digest in digests}
+        assert cache.prune() == BLOCK
+        assert cache.statistics().pinned_blobs == 1

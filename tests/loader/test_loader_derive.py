@@ -121,6 +121,9 @@ def test_what_cannot_be_derived_is_refused(make_host: HostFactory, server: Embed
     for arguments in ({"names": []}, {"names": "disk"}, {"remote": True}, {"pin": ".x"}):
         with pytest.raises(InvalidArgument):
             derive(origin, snapshot_id=ID, **arguments)
+    with pytest.raises(InvalidArgument, match="pin name"):
+        make_host("a", server).loader.derive_snapshot(origin, pin="a/b")
+    assert server.action_results() == {}
     with pytest.raises(TypeError):
         derive(origin, snapshot_id=ID, vm_metadata="text")
     with pytest.raises(FailedPrecondition, match="read-only"):
@@ -195,8 +198,9 @@ def test_a_local_snapshot_is_committed_to_the_server(make_host: HostFactory, ser
     digests = set(origin.digests())
     assert result.saved_remotely
     assert result.saved_locally
-    assert result.uploaded_blobs == len(digests)
-    assert result.uploaded_bytes == sum(digest.size_bytes for digest in digests)
+    # And the directory in the directory, which some servers want to have by itself.
+    assert result.uploaded_blobs == len(digests) + 1
+    assert 0 < result.uploaded_bytes - sum(digest.size_bytes for digest in digests) < 1000
     assert told[-1].done_bytes == told[-1].total_bytes
     other = make_host("b", server)
     assert_whole(other, found(other))
@@ -266,7 +270,7 @@ def test_a_failed_upload_leaves_nothing_to_be_seen_and_tells_what_was_sent(make_
         faults.add(Fault("UpdateActionResult", status="UNAVAILABLE", times=None))
         with pytest.raises(Unavailable) as caught:
             host.loader.derive_snapshot(origin, snapshot_id=ID, pin="p")
-        assert set(caught.value.uploaded) == set(origin.digests())
+        assert set(caught.value.uploaded) >= set(origin.digests())
         assert any("not sent again" in note for note in caught.value.__notes__)
         assert any("delete it by its id later" in note for note in caught.value.__notes__)
         assert host.cache.pins() == []
