@@ -67,18 +67,20 @@ def read_stat(pid: int) -> ProcessStat | None:
         return None
 
 
-def descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> dict[int, ProcessStat]:
     """All processes below one, those left out that ended and wait for their parent."""
     children: dict[int, list[int]] = {}
+    stats: dict[int, ProcessStat] = {}
     for name in os.listdir("/proc"):
         if name.isdecimal() and (stat := read_stat(int(name))) is not None:
-            children.setdefault(stat.parent, []).append(-int(name) if stat.has_ended else int(name))
-    found: list[int] = []
+            stats[int(name)] = stat
+            children.setdefault(stat.parent, []).append(int(name))
+    found: dict[int, ProcessStat] = {}
     new = [pid]
     while new:
-        below = children.get(abs(new.pop()), ())
+        below = children.get(new.pop(), ())
         new.extend(below)
-        found.extend(child for child in below if child > 0)
+        found.update((child, stats[child]) for child in below if not stats[child].has_ended)
     return found
 
 
@@ -174,6 +176,7 @@ class Supervisor:
         self._command = 0
         self._exit_code: int | None = None
         self._is_asked = self._is_killing = False
+        self._asked: set[tuple[int, int]] = set()
         self._kill_at: float | None = None
 
     def start(self) -> OSError | None:
@@ -201,8 +204,11 @@ class Supervisor:
         """Stay until nothing is left of the command; its exit code, negative for a signal."""
         while self._reap():
             if self._is_killing:
-                self._signal_all(signal.SIGKILL)
-            elif self._exit_code is not None and not self._is_asked:
+                for pid in descendants(os.getpid()):
+                    send(pid, signal.SIGKILL)
+            elif self._is_asked:
+                self._ask_orphans()
+            elif self._exit_code is not None:
                 self._ask(GRACE_S)
             self._wait()
         while self._copy_output():
@@ -276,12 +282,22 @@ class Supervisor:
         """Ask everything to end; kill what has not within `grace_s`, unless who asked sees to that."""
         self._is_asked = True
         self._kill_at = None if grace_s is None else time.monotonic() + grace_s
-        self._signal_all(signal.SIGTERM)
-        self._signal_all(signal.SIGCONT)  # what is stopped takes no other signal
+        for pid, stat in descendants(os.getpid()).items():
+            self._ask_one(pid, stat)
 
-    def _signal_all(self, number: int) -> None:
-        for pid in descendants(os.getpid()):
-            send(pid, number)
+    def _ask_orphans(self) -> None:
+        """Ask those too whose parents ended while they were being started.
+
+        What a process starts to end in order, while that process lives, is left to it.
+        """
+        for pid, stat in descendants(os.getpid()).items():
+            if stat.parent == os.getpid() and (pid, stat.start_ticks) not in self._asked:
+                self._ask_one(pid, stat)
+
+    def _ask_one(self, pid: int, stat: ProcessStat) -> None:
+        self._asked.add((pid, stat.start_ticks))
+        send(pid, signal.SIGTERM)
+        send(pid, signal.SIGCONT)  # one that is stopped takes no other signal
 
     def _copy_output(self) -> bool:
         """Move some output to the log; whether there may be more, now or later."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from snaploader import SaveResult, Snapshot, SnapshotKey, SnapshotLoader, VMConfiguration
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime
+from snaploader.workspace.runtime.processes import ProcessIdentity, wait_ended
 from snaploader.workspace.testing import FakeRuntime
 
 KEY = SnapshotKey(instance_name="tests")
@@ -40,6 +41,24 @@ class FolderHarness:
 
     def _path(self, workspace_id: str, path: str) -> Path:
         return self.runtime.root(workspace_id) / path.removeprefix("/")
+
+
+class Fifo:
+    """Through which a workspace's command tells a test that it has come so far. Reading waits for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+
+    def read(self) -> str:
+        """What one writer wrote before it closed the pipe."""
+        return self.path.read_text()
+
+
+def wait_gone(pid: int, timeout_s: float = 10.0) -> bool:
+    """Wait until a process has ended; whether it has in this time."""
+    process = ProcessIdentity.of(pid)
+    return process is None or wait_ended([process], timeout_s)
 
 
 def save(
