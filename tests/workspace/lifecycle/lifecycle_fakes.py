@@ -28,6 +28,7 @@ class FakeManager:
         calls: (operation, workspace id, reason) in the order of their beginning.
         failures: Errors to raise, by workspace id.
         during: Called with (operation, workspace id) within each operation.
+        now: Of the runs it writes.
         notes_failures: Whether an operation that fails writes a failed run, as the real manager may.
     """
 
@@ -38,6 +39,7 @@ class FakeManager:
         self.calls: list[tuple[str, str, str]] = []
         self.failures: dict[str, BaseException] = {}
         self.during: Callable[[str, str], None] = lambda operation, workspace_id: None
+        self.now = NOW
         self.notes_failures = False
         self.most_at_once = 0
         self._at_once = 0
@@ -123,14 +125,14 @@ class FakeHeld:
             if error is not None:
                 if self._manager.notes_failures:
                     with catalog.transaction() as changes:
-                        run = changes.add_run(self._id, transition, NOW, reason)
-                        changes.finish_run(run.id, RunStatus.FAILED, NOW, f"manager: {error}")
+                        run = changes.add_run(self._id, transition, self._manager.now, reason)
+                        changes.finish_run(run.id, RunStatus.FAILED, self._manager.now, f"manager: {error}")
                 raise error
             with catalog.transaction() as changes:
                 assert expected is None or changes.lock_workspace(self._id).state is expected
                 changes.update_workspace(self._id, state=state)
-                run = changes.add_run(self._id, transition, NOW, reason)
-                changes.finish_run(run.id, RunStatus.SUCCEEDED, NOW)
+                run = changes.add_run(self._id, transition, self._manager.now, reason)
+                changes.finish_run(run.id, RunStatus.SUCCEEDED, self._manager.now)
 
 
 def add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
 
@@ -189,6 +190,19 @@ def test_a_failed_delete_is_one_failed_run_and_waits_24_hours(catalog, manager, 
     assert executor.run_once(NOW + DAY - MINUTE).errors == {}
     del manager.failures["ws"]
     assert executor.run_once(NOW + DAY).transitions == {"ws": Transition.DELETE}
+
+
+@pytest.mark.parametrize("notes_failures", [False, True], ids=["executor notes it", "manager notes it"])
+def test_a_delete_that_fails_again_waits_24_hours_again(catalog, manager, notes_failures):
+    add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
+    manager.failures["ws"] = Unavailable("remote cache is away")
+    manager.notes_failures = notes_failures
+    for later in (timedelta(0), DAY):
+        manager.now = NOW + later
+        with LifecycleExecutor(manager, clock=lambda: manager.now) as executor:
+            assert executor.run_once().errors.keys() == {"ws"}
+            assert executor.run_once(manager.now + DAY - MINUTE).errors == {}
+    assert [run.status for run in runs_of(catalog, "ws")[1:]] == [RunStatus.FAILED] * 2
 
 
 @pytest.mark.parametrize(
@@ -509,15 +523,29 @@ def test_a_manager_that_is_closed_meanwhile_is_no_failure(catalog, manager, exec
     assert len(runs_of(catalog, "ws")) == 1
 
 
-def test_an_interrupt_lets_those_under_way_finish_and_begins_no_other(catalog, manager):
+def test_an_interrupt_lets_those_under_way_finish_and_begins_no_other(catalog, manager, monkeypatch):
     for number in range(4):
         add(catalog, f"ws-{number}", deadline=NOW)
     manager.failures["ws-0"] = KeyboardInterrupt()
+    called_off, shutdown = threading.Event(), ThreadPoolExecutor.shutdown
+
+    def tell(pool, **options):
+        shutdown(pool, **options)
+        called_off.set()
+
+    def wait(operation, workspace_id):
+        if workspace_id == "ws-1":
+            assert called_off.wait(30)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", tell)
+    manager.during = wait
     with LifecycleExecutor(manager, max_concurrency=1) as executor, pytest.raises(KeyboardInterrupt):
         executor.run_once(NOW)
-    states = [state_of(catalog, f"ws-{number}").state for number in range(4)]
-    assert states[0] is RUNNING
-    assert len(manager.calls) == 4 - states.count(RUNNING) + 1  # each that was begun was finished
+    under_way = {each for _, each, _ in manager.calls} - {"ws-0"}
+    assert under_way <= {"ws-1"}
+    for number in range(4):
+        each = f"ws-{number}"
+        assert state_of(catalog, each).state is (STOPPED if each in under_way else RUNNING)
 
 
 # The catalog and metrics
