@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cow import clone_range, write_nonzero
+from cow import clone_range, write_all, write_nonzero
 from cow.sparse import Copier
 from snaploader.digest import Digest
 from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
@@ -33,6 +33,9 @@ from snaploader.loader.scan import FileIdentity
 
 SMALL_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""
+
+_HOLES_FROM_BYTES = 64 << 10
+"""Smaller files are not searched for holes, which would take longer than writing them."""
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PRIVATE = 0o700
@@ -161,9 +164,7 @@ class _DirectoryWriter:
     def _write_files(self, digest: Digest, data: bytes, root: Path) -> None:
         for path, entry in self._files[digest]:
             with translate_os_errors(f"cannot write {path!r}"), _new_file(root / path) as fd:
-                if data:
-                    os.ftruncate(fd, len(data))
-                    write_nonzero(fd, data, 0)
+                _write(fd, data)
                 _finish_file(fd, entry)
             self._meter.add(len(data))
 
@@ -273,6 +274,14 @@ def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
             if is_settled(identity, looked_ns):
                 files.append((name, identity, content))
     return try_write_index(path, files, tree.function)
+
+
+def _write(fd: int, data: bytes) -> None:
+    if len(data) < _HOLES_FROM_BYTES:
+        write_all(fd, [data], 0)
+        return
+    os.ftruncate(fd, len(data))
+    write_nonzero(fd, data, 0)
 
 
 def _finish_directories(tree: DirectoryTree, root: Path, paths: Iterable[str]) -> None:
