@@ -119,9 +119,12 @@ def _upload_paused(work: Work) -> Saved:
     assert work.pending is not None
     with work.services.catalog.reading() as reader:
         paused = reader.snapshot(work.workspace.current_snapshot)
-    uploaded = content.derive(work.pending, content.find(paused), remote=True)
+    uploaded = content.publish(work.pending, content.find(paused))
     work.reach("uploaded")
-    return uploaded
+    record = uploaded.record
+    is_all = paused.scope is record.scope
+    size_bytes = paused.size_bytes if is_all else content.as_saved(record).size_bytes
+    return replace(uploaded, record=replace(record, size_bytes=size_bytes))
 
 
 def _check_holds(paused: SnapshotRecord, scope: Scope) -> None:

@@ -98,24 +98,25 @@ class SnapshotContent:
     def publish(self, record: SnapshotRecord, origin: Snapshot | None = None) -> Saved:
         """Put a commit into the remote cache and show it under its name, there and here.
 
+        It is pinned before, so that a commit without a pin cannot have been seen anywhere.
+
         Args:
             origin: What to make it from; by default what `save_for_upload` saved.
         """
         if origin is None:
             origin = self._find(record.runtime_name + _CAPTURED, ReadPolicy.LOCAL_FIRST)
+        part = origin.only(_names(origin, record.scope))
+        self.file_cache.pin(pin_name(record.name), part.digests())
         saved = self.derive(record, origin, remote=True)
         self.file_cache.delete_ref(self.manifest_ref(record.runtime_name + _CAPTURED))
         return saved
 
     def derive(self, record: SnapshotRecord, origin: Snapshot, *, remote: bool) -> Saved:
         """Make the snapshot of this record from another one, as far as its scope reaches; pinned."""
-        names = None
-        if record.scope is Scope.DATA:
-            names = [name for name in origin.manifest.names if _is_durable(name)]
         result = self.loader.derive_snapshot(
             origin,
             snapshot_id=record.runtime_name,
-            names=names,
+            names=_names(origin, record.scope),
             vm_metadata=_metadata(record),
             pin=pin_name(record.name),
             remote=remote,
@@ -232,9 +233,12 @@ class SnapshotContent:
         return SnapshotKey(instance_name=self.instance_name, snapshot_id=runtime_name)
 
 
-def _is_durable(name: str) -> bool:
-    """Whether a directory of that name in a snapshot is part of its Data scope."""
-    return name.startswith(VOLUME_PREFIX) or name == NO_VOLUMES
+def _names(snapshot: Snapshot, scope: Scope) -> set[str]:
+    """What a snapshot of that scope takes of a larger one."""
+    names = set(snapshot.manifest.names)
+    if scope is Scope.DATA:
+        names = {name for name in names if name.startswith(VOLUME_PREFIX) or name == NO_VOLUMES}
+    return names
 
 
 def _metadata(record: SnapshotRecord) -> VMMetadata:

@@ -1,0 +1,310 @@
+"""Pausing and resuming: local, temporary, with the scope that the policy says."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from manager_hosts import DATA, Host, HostFactory
+
+from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from snaploader.testing import FakeCAS
+from snaploader.workspace.model import (
+    Readiness,
+    RunStatus,
+    RunTransition,
+    Scope,
+    SnapshotKind,
+    Volume,
+    WorkspaceState,
+)
+
+READY = Readiness("command", "true", timeout_s=7)
+
+
+def test_a_paused_workspace_keeps_its_snapshot_its_record_and_its_slot_and_nothing_else(host: Host) -> None:
+    host.create()
+    host.write("data/a", "content")
+    result = host.manager.pause("one")
+    workspace = host.manager.workspace("one")
+    assert (workspace.state, workspace.slot, workspace.paused_at) == (
+        WorkspaceState.PAUSED,
+        0,
+        host.clock.now,
+    )
+    assert workspace.current_snapshot == result.snapshot_name
+    assert result.version is None
+    assert host.runtime.workspaces() == []
+    assert host.manager.records.read("one").workspace.current_snapshot == result.snapshot_name
+    assert host.manager.slots.owners() == {0: "one"}
+    assert host.events() == ["workspace_create", "workspace_pause"]
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_a_full_pause_brings_everything_back(host: Host) -> None:
+    host.create()
+    host.write("data/a", "kept")
+    host.write("rest", "kept too")
+    assert host.manager.pause("one").scope is Scope.FULL
+    host.calls()
+    workspace = host.manager.resume("one")
+    assert (workspace.state, workspace.paused_at) == (WorkspaceState.RUNNING, None)
+    assert host.calls() == ["place", "start"]
+    assert (host.read("data/a"), host.read("rest")) == ("kept", "kept too")
+    assert host.manager.records.entries() == []
+    assert host.events()[-1] == "workspace_resume"
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_a_data_pause_brings_the_durable_directories_back_and_the_process_starts_fresh(host: Host) -> None:
+    host.follow(Scope.DATA)
+    host.create(volumes=[DATA, Volume("conf", "/etc/..config"), Volume("tab", "/a\tb c")])
+    host.write("data/a", "kept")
+    host.write("etc/..config/b", "kept too")
+    host.write("a\tb c/x..y", "kept as well")
+    host.write("rest", "not kept")
+    assert host.manager.pause("one").scope is Scope.DATA
+    host.manager.resume("one")
+    paths = ("data/a", "etc/..config/b", "a\tb c/x..y", "rest")
+    assert [host.read(path) for path in paths] == ["kept", "kept too", "kept as well", None]
+
+
+def test_a_data_pause_comes_back_on_what_the_workspace_was_created_from(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "template").mkdir()
+    (tmp_path / "template" / "tool").write_text("template")
+    host.follow(Scope.DATA)
+    host.create(source=tmp_path / "template")
+    host.write("tool", "changed")
+    host.write("data/a", "kept")
+    host.manager.pause("one")
+    host.manager.resume("one")
+    assert (host.read("tool"), host.read("data/a")) == ("template", "kept")
+
+
+def test_a_workspace_without_volumes_can_be_paused_as_data(host: Host) -> None:
+    host.follow(Scope.DATA)
+    host.create(volumes=())
+    host.write("rest", "not kept")
+    host.manager.pause("one")
+    host.manager.resume("one")
+    assert host.read("rest") is None
+
+
+def test_pausing_and_resuming_ask_the_remote_cache_for_nothing(host: Host, remote: FakeCAS) -> None:
+    host.create()
+    host.write("data/a", "x" * 3000)
+    remote.calls.clear()
+    host.manager.pause("one")
+    host.manager.resume("one")
+    assert dict(remote.calls) == {}
+
+
+def test_a_pause_works_without_any_remote_cache(make_host: HostFactory) -> None:
+    host = make_host(is_remote=False)
+    host.create()
+    host.write("data/a", "kept")
+    host.manager.pause("one")
+    host.manager.resume("one")
+    assert host.read("data/a") == "kept"
+
+
+def test_there_is_at_most_one_pause_snapshot_and_the_next_capture_takes_its_place(host: Host) -> None:
+    host.create()
+    first = host.manager.pause("one").snapshot_name
+    host.manager.resume("one")
+    assert [info.record and info.record.name for info in host.manager.list_snapshots("one")] == [first]
+    second = host.manager.pause("one").snapshot_name
+    host.manager.resume("one")
+    assert [info.record and info.record.name for info in host.manager.list_snapshots("one")] == [second]
+    host.manager.create_version("one")
+    [info] = host.manager.list_snapshots("one")
+    assert info.record is not None
+    assert info.record.kind is SnapshotKind.VERSION
+    assert len(host.cache.pins()) == 1
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_a_pause_is_no_version_and_its_own_parent_stands_for_it(host: Host) -> None:
+    host.create()
+    first = host.manager.create_version("one").snapshot_name
+    host.manager.pause("one")
+    host.manager.resume("one")
+    second = host.manager.create_version("one").snapshot_name
+    with host.catalog.reading() as reader:
+        assert reader.snapshot(second).parent == first
+    assert [version.number for version in host.manager.list_versions("one")] == [1, 2]
+
+
+def test_a_pause_that_a_rollback_left_behind_goes(host: Host) -> None:
+    host.create()
+    host.manager.create_version("one")
+    host.manager.pause("one")
+    host.manager.resume("one")
+    host.manager.rollback("one", 1)
+    assert len(host.manager.list_snapshots("one")) == 1
+    assert len(host.cache.pins()) == 1
+
+
+def test_a_stopped_workspace_can_be_paused(host: Host) -> None:
+    host.create(start=False)
+    host.manager.pause("one")
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    assert host.manager.resume("one").state is WorkspaceState.RUNNING
+
+
+@pytest.mark.parametrize("method", ["stop", "capture"])
+@pytest.mark.parametrize("after_effect", [False, True])
+def test_a_pause_that_fails_leaves_the_workspace_running(host: Host, method: str, after_effect: bool) -> None:
+    host.create()
+    host.write("data/a", "content")
+    host.runtime.fail_next(method, Unavailable("broken"), after_effect=after_effect)
+    with pytest.raises(Unavailable):
+        host.manager.pause("one")
+    assert host.is_running()
+    assert host.manager.workspace("one").state is WorkspaceState.RUNNING
+    assert host.manager.records.entries() == []
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_a_pause_whose_record_cannot_be_written_leaves_the_workspace_running(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.create()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("snaploader.workspace.records.write_new", fail)
+        with pytest.raises(Exception, match="No space"):
+            host.manager.pause("one")
+    assert host.is_running()
+    assert host.cache.pins() == []
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_files_that_a_pause_cannot_remove_are_left_to_recovery(host: Host) -> None:
+    host.create()
+    host.runtime.fail_next("remove", Unavailable("busy"))
+    host.manager.pause("one")
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    assert host.findings() == ["one: it is paused, but the runtime holds state of it"]
+    host.manager.recover()
+    assert host.findings() == []
+
+
+# Readiness
+
+
+def test_a_resume_from_data_waits_until_the_workspace_is_ready(host: Host) -> None:
+    host.follow(Scope.DATA)
+    host.create(readiness=READY)
+    host.manager.pause("one")
+    host.calls()
+    gate = host.runtime.hold_next("wait_ready")
+    states = []
+    caller = threading.Thread(target=lambda: states.append(host.manager.resume("one").state))
+    caller.start()
+    assert gate.wait_reached()
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    gate.open()
+    caller.join()
+    assert states == [WorkspaceState.RUNNING]
+    assert host.calls() == ["place", "start", "wait_ready"]
+
+
+def test_a_resume_from_full_does_not_wait_for_readiness(host: Host) -> None:
+    host.create(readiness=READY)
+    host.manager.pause("one")
+    host.runtime.set_ready("one", is_ready=False)
+    assert host.manager.resume("one").state is WorkspaceState.RUNNING
+
+
+def test_a_workspace_that_is_not_ready_in_time_is_stopped_and_stays_paused(host: Host) -> None:
+    host.follow(Scope.DATA)
+    host.create(readiness=READY)
+    host.write("data/a", "kept")
+    host.manager.pause("one")
+    host.runtime.set_ready("one", is_ready=False)
+    with pytest.raises(DeadlineExceeded, match=r"not ready within 0\.01 s"):
+        host.manager.resume("one", ready_timeout_s=0.01)
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    assert host.runtime.workspaces() == []
+    assert host.events()[-1] == "operation_failed"
+    with host.catalog.reading() as reader:
+        run = reader.latest_run("one")
+    assert run is not None
+    assert (run.transition, run.status) == (RunTransition.START, RunStatus.FAILED)
+    assert (host.findings(), host.leftovers()) == ([], [])
+    host.runtime.set_ready("one")
+    host.manager.resume("one")
+    assert host.read("data/a") == "kept"
+
+
+def test_waiting_for_readiness_ends_when_the_manager_closes(host: Host) -> None:
+    host.follow(Scope.DATA)
+    host.create(readiness=Readiness("command", "true", timeout_s=60))
+    host.manager.pause("one")
+    host.runtime.set_ready("one", is_ready=False)
+    gate = host.runtime.hold_next("wait_ready")
+    errors = []
+
+    def resume() -> None:
+        try:
+            host.manager.resume("one")
+        except Cancelled as error:
+            errors.append(error)
+
+    caller = threading.Thread(target=resume)
+    caller.start()
+    assert gate.wait_reached()
+    gate.open()
+    host.manager.close()
+    caller.join()
+    assert len(errors) == 1
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    assert host.findings() == []
+
+
+@pytest.mark.parametrize("method", ["place", "start"])
+@pytest.mark.parametrize("after_effect", [False, True])
+def test_a_resume_that_fails_leaves_the_workspace_paused(host: Host, method: str, after_effect: bool) -> None:
+    host.create()
+    host.write("data/a", "kept")
+    host.manager.pause("one")
+    host.runtime.fail_next(method, Unavailable("broken"), after_effect=after_effect)
+    with pytest.raises(Unavailable):
+        host.manager.resume("one")
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    assert (host.findings(), host.leftovers()) == ([], [])
+    host.manager.resume("one")
+    assert host.read("data/a") == "kept"
+
+
+def test_a_resume_whose_snapshot_is_gone_leaves_the_workspace_paused(host: Host) -> None:
+    host.create()
+    name = host.manager.pause("one").snapshot_name
+    host.cache.delete_ref(host.cache.pinned(f"workspace.{name}").refs[0])
+    with pytest.raises(NotFound):
+        host.manager.resume("one")
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+
+
+def test_a_pause_cannot_be_forked(host: Host) -> None:
+    host.create()
+    name = host.manager.pause("one").snapshot_name
+    with pytest.raises(FailedPrecondition, match="only a commit can be forked"):
+        host.manager.fork(name)
+    with pytest.raises(NotFound, match="has no commit"):
+        host.manager.fork("one")
+
+
+def test_pause_and_resume_by_the_lifecycle_are_runs_with_their_reason(host: Host) -> None:
+    host.create()
+    with host.manager.hold("one") as held:
+        held.pause(reason="autostop")
+        held.resume(reason="autostart")
+    with host.catalog.reading() as reader:
+        runs = [(run.transition, run.reason) for run in reader.runs("one")]
+    assert runs[1:] == [(RunTransition.STOP, "autostop"), (RunTransition.START, "autostart")]
