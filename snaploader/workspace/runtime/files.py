@@ -96,7 +96,7 @@ def copy_tree(source: str, target: str) -> None:
         NotFound, ResourceExhausted, …: as the operating system says.
     """
     with translate_os_errors(f"cannot copy {source!r}"):
-        if not os.path.isdir(source):
+        if not stat.S_ISDIR(os.stat(source).st_mode):
             raise InvalidArgument(f"{source!r} is no folder that a workspace could begin with")
         try:
             shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)

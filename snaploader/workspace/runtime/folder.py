@@ -77,7 +77,7 @@ class FolderRuntime(abc.ABC):
                 if source is None:
                     os.mkdir(staging.root, 0o755)
                 else:
-                    files.copy_tree(os.path.abspath(source), staging.root)
+                    files.copy_tree(self._outside(source), staging.root)
                 contents.make_durable(staging, volumes, InvalidArgument)
                 self._checkpoint("create.built")
                 self._install(staging, folder)
@@ -203,6 +203,13 @@ class FolderRuntime(abc.ABC):
     def close(self) -> None:
         """See `Runtime.close`."""
         self._attachments.close()
+
+    def _outside(self, source: str | os.PathLike[str]) -> str:
+        """A source's path. InvalidArgument when copying it would copy the copy."""
+        path = os.path.realpath(source)
+        if os.path.commonpath([path, os.path.realpath(self._layout.base)]) == path:
+            raise InvalidArgument(f"{path!r} cannot be copied: the workspaces are within it")
+        return path
 
     def _find(self, workspace_id: str) -> Folder | None:
         """The workspace's folder, if there is one."""

@@ -6,7 +6,13 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping
 
-from snaploader.errors import DeadlineExceeded, FailedPrecondition, Internal, InvalidArgument
+from snaploader.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    translate_os_errors,
+)
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import supervisor
 from snaploader.workspace.runtime.layout import Folder
@@ -56,7 +62,7 @@ def launch(
     Raises:
         FailedPrecondition: The command cannot be executed.
         DeadlineExceeded: The supervisor does not answer.
-        OSError: There can be no further process, or no log.
+        OSError: The run cannot be written down.
     """
     orders = _encode_orders(spec, folder, token, environment)
     handshake, answer = os.pipe2(os.O_CLOEXEC)
@@ -79,6 +85,8 @@ def launch(
     code, _, what = reply.partition(" ")
     if not code.isdecimal():
         raise Internal(f"the supervisor of workspace {spec.workspace_id!r} failed; see {folder.log!r}")
+    if what != supervisor.NOT_EXECUTED:
+        raise OSError(int(code), os.strerror(int(code)), folder.run)
     raise FailedPrecondition(
         f"command {spec.command[0]!r} of workspace {spec.workspace_id!r} {what}: {os.strerror(int(code))}. "
         f"A path is relative to {folder.root!r}; a name is looked for in {environment['PATH']!r}"
@@ -92,16 +100,17 @@ def _spawn(
     try:
         # The process started here ends as soon as it has left the guard and the supervisor behind, who
         # are thereby not this process's children.
-        first = subprocess.Popen(
-            [interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            cwd=folder.root,
-            env={},
-            pass_fds=(answer, lock),
-            start_new_session=True,
-        )
+        with translate_os_errors("cannot start a supervisor", absent=FailedPrecondition):
+            first = subprocess.Popen(
+                [interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd=folder.root,
+                env={},
+                pass_fds=(answer, lock),
+                start_new_session=True,
+            )
     finally:
         os.close(log)
     try:

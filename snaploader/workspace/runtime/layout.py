@@ -75,8 +75,8 @@ class Folder:
 
     def make(self) -> None:
         """Make the folders that all workspaces have. Raises OSError."""
-        for path in (f"{self.state}/index", self.nothing):
-            os.makedirs(path, mode=0o700)
+        for path in (self.path, self.state, f"{self.state}/index", self.nothing):
+            os.mkdir(path, mode=0o700)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class Layout:
 
     def make(self) -> None:
         """Make the folders. Raises OSError."""
-        for path in (self.workspaces, self.locks, self.stores):
+        for path in (self.base, self.workspaces, self.locks, self.stores):
             os.makedirs(path, mode=0o700, exist_ok=True)
 
 

@@ -31,6 +31,8 @@ GRACE_S = 5.0
 """How long processes may take to end that outlive the command."""
 MAX_LOG_BYTES = 1 << 20
 """A log of this size is renamed to "<log>.1", in place of the one before, and a new one begins."""
+NOT_EXECUTED = "cannot be executed"
+"""In the handshake: it is the command that is at fault."""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _PR_SET_PDEATHSIG = 1
@@ -336,11 +338,11 @@ def supervise(orders: Orders, guard_pid: int, handshake: int, lock: int) -> None
             os._exit(1)
         failure = supervisor.start()
     except OSError as error:
-        _answer(handshake, error, "cannot be supervised")
+        _answer(handshake, error, "cannot be written down")
         raise
     if failure is not None:
         write_end(orders.end, orders.token, _NOT_STARTED)
-        _answer(handshake, failure, "cannot be executed")
+        _answer(handshake, failure, NOT_EXECUTED)
         return
     _answer(handshake, None, "")
     os.close(lock)
