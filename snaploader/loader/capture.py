@@ -74,6 +74,7 @@ class DirectorySource:
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):
             raise InvalidArgument("exclude is a list of paths, not one path")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         for path in self.exclude:
             if any(name in {"", ".", ".."} for name in path.split("/")):
                 raise InvalidArgument(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,9 +17,10 @@ from snaploader import keys
 from snaploader.blobstore import RemoteStore, TransferStatistics
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
-from snaploader.filecache import FileCache, Pin
+from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader.find import SnapshotFinder
+from snaploader.loader.pinning import pin_before, pinned
 from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import (
     publish_manifest,
@@ -106,7 +107,7 @@ class SnapshotDeriver:
         id_ = options.snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
         derived = _part_of(origin, key, options)
-        before = self._pin_before(options.pin)
+        before = pin_before(self._file_cache, options.pin)
         self._check_unused(key, derived, remote)
         blobs = set(derived.digests())
         uploaded, warnings = TransferStatistics(), []
@@ -118,7 +119,8 @@ class SnapshotDeriver:
                 uploaded = self._save_remotely(remote, derived, blobs, options.progress)
             saved_locally = True
             try:
-                with self._pinned(options.pin, before, derived):
+                refs = [self._name(derived.key)]
+                with pinned(self._file_cache, options.pin, before, derived.digests(), refs):
                     self._publish_locally(derived)
             except SnaploaderError as error:
                 if remote is None:
@@ -220,29 +222,6 @@ class SnapshotDeriver:
         if not self._file_cache.put_ref(self._name(derived.key), data, overwrite=False):
             raise FailedPrecondition(taken(derived.key))
 
-    def _pin_before(self, name: str | None) -> Pin | None:
-        """What stands under the name of a pin that is to be made. Errors as `FileCache.pinned`."""
-        if name is not None:
-            with contextlib.suppress(NotFound):
-                return self._file_cache.pinned(name)
-        return None
-
-    @contextlib.contextmanager
-    def _pinned(self, name: str | None, before: Pin | None, derived: Snapshot) -> Iterator[None]:
-        """Pin the snapshot before it is there to be evicted. If the block fails, what was pinned is again."""
-        if name is None:
-            yield
-            return
-        self._file_cache.pin(name, derived.digests(), refs=[self._name(derived.key)])
-        try:
-            yield
-        except BaseException:
-            if before is None:
-                self._file_cache.unpin(name)
-            else:
-                _pin_again(self._file_cache, before)
-            raise
-
     def _name(self, key: SnapshotKey) -> str:
         return keys.local_manifest_key(self._file_cache.group_id, key)
 
@@ -269,14 +248,3 @@ def _names(origin: Snapshot, names: Collection[str] | None) -> set[str]:
     if unknown:
         raise NotFound(f"{min(unknown)!r} is not in the snapshot, which has {sorted(present)}")
     return set(names)
-
-
-def _pin_again(file_cache: FileCache, pin: Pin) -> None:
-    """Put a pin back as it was."""
-    known = pin.sizes_bytes >= 0
-    digests = [
-        # A pin does not keep the function, nor does it matter to one.
-        Digest(row.tobytes().hex(), size)
-        for row, size in zip(pin.hashes[known], pin.sizes_bytes[known].tolist(), strict=True)
-    ]
-    file_cache.pin(pin.name, digests, hashes=[pin.hashes[~known]], refs=pin.refs)

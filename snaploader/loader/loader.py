@@ -301,7 +301,8 @@ class SnapshotLoader:
             remote: Whether to save remotely. Default: if there is a remote cache.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
-                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go.
+                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
+                the save fails locally.
 
         Raises:
             InvalidArgument: names, keys or options are malformed, or nothing would be stored.
@@ -351,7 +352,8 @@ class SnapshotLoader:
             names: Of the files and directories to take. Default: all.
             vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
-                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go.
+                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
+                the save fails locally.
             remote: Whether to save it remotely. Default: if there is a remote cache.
 
         Raises:

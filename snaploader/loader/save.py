@@ -7,11 +7,10 @@ it names is stored.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +31,7 @@ from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder, vm_metadata_of
+from snaploader.loader.pinning import pin_before, pinned
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import (
@@ -126,6 +126,7 @@ class SnapshotSaver:
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
         plan = self._plan(key, id_key, options)
         self._check_unused_locally(id_key)
+        before = pin_before(self._file_cache, options.pin)
         with LocalSaver(
             self._file_cache,
             plan.function,
@@ -150,7 +151,9 @@ class SnapshotSaver:
             with self._file_cache.lease(blobs):
                 warnings = self._complete_locally(saver, blobs, plan.function)
                 write_keys = self._write_keys(key, options.key_set)
-                with self._pinned(options.pin, blobs, [*write_keys, id_key]):
+                group = self._file_cache.group_id
+                refs = [keys.local_manifest_key(group, written) for written in (*write_keys, id_key)]
+                with pinned(self._file_cache, options.pin, before, blobs, refs):
                     warnings += self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)
                 warnings += filter(None, (capture.remember() for capture in saver.directories.values()))
@@ -272,21 +275,6 @@ class SnapshotSaver:
                 "raise its size (max_bytes) above that of the snapshot"
             )
         return []
-
-    @contextlib.contextmanager
-    def _pinned(self, name: str | None, blobs: set[Digest], written: list[SnapshotKey]) -> Iterator[None]:
-        """Pin all that the block publishes, before it is there to be evicted; not when the block fails."""
-        if name is None:
-            yield
-            return
-        group = self._file_cache.group_id
-        refs = [keys.local_manifest_key(group, key) for key in written]
-        self._file_cache.pin(name, blobs, refs=refs)
-        try:
-            yield
-        except BaseException:
-            self._file_cache.unpin(name)
-            raise
 
     def _publish_locally(
         self, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey

@@ -420,6 +420,10 @@ def test_a_pin_stands_before_the_manifest_and_goes_when_publishing_fails(
         save_directory(host, home, pin="mine")
     assert seen == [["mine"]]
     assert host.cache.pins() == []
+    host.cache.pin("mine", refs=["a" * 64])
+    with pytest.raises(FailedPrecondition, match="no refs today"):
+        save_directory(host, home, pin="mine")
+    assert host.cache.pinned("mine").refs == ("a" * 64,)
 
 
 # What does not hold still, or may not be read
