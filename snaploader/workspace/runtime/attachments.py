@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cow import COWStore
-from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.manifest import check_name
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX
@@ -237,7 +237,13 @@ def _read(folder: Folder) -> dict[str, _Attached]:
         data = read_file(folder.attachments)
     if data is None:
         return {}
-    return {name: _parse(entry) for name, entry in json.loads(data).items()}
+    try:
+        return {name: _parse(entry) for name, entry in json.loads(data).items()}
+    except ValueError as error:
+        raise DataLoss(
+            f"{folder.attachments!r} is damaged, maybe by a power failure: remove it, and attach again what "
+            "the workspace needs"
+        ) from error
 
 
 def _parse(entry: dict[str, Any]) -> _Attached:

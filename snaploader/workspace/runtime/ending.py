@@ -30,8 +30,8 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
         outcome = StopOutcome.KILLED
         _kill(workspace_id, run)
     now = runs.read_run(folder)
-    if now is not None and not now.has_ended:
-        kill_leftovers(workspace_id, folder, now)
+    if now is not None and not now.has_ended and kill_leftovers(workspace_id, folder, now):
+        return StopOutcome.KILLED
     return outcome
 
 

@@ -80,7 +80,7 @@ class FolderRuntime(abc.ABC):
                     files.copy_tree(self._outside(source), staging.root)
                 contents.make_durable(staging, volumes, InvalidArgument)
                 self._checkpoint("create.built")
-                self._install(staging, folder)
+                self._install(staging, folder, has_content=source is not None)
                 self._checkpoint("create.installed")
 
     @contextmanager
@@ -256,9 +256,9 @@ class FolderRuntime(abc.ABC):
         finally:
             remove_tree(staging.path)
 
-    def _install(self, staging: Folder, folder: Folder) -> None:
+    def _install(self, staging: Folder, folder: Folder, *, has_content: bool = True) -> None:
         """Put a finished folder in its place, in one step. What was there is at `staging` then, or gone."""
-        if self._durable:
+        if self._durable and has_content:
             files.flush_file_system(staging.path)
         if not os.path.lexists(folder.path):
             os.rename(staging.path, folder.path)

@@ -50,6 +50,7 @@ def launch(
     environment: Mapping[str, str],
     *,
     lock: int,
+    grace_s: float,
     interpreter: str,
     checkpoint: Callable[[str], None],
 ) -> None:
@@ -57,6 +58,7 @@ def launch(
 
     Args:
         lock: Descriptor of the workspace's lock, which the supervisor holds too until then.
+        grace_s: How long processes may take to end that outlive the command.
         interpreter: Path of the Python that runs it.
 
     Raises:
@@ -64,7 +66,7 @@ def launch(
         DeadlineExceeded: The supervisor does not answer.
         OSError: The run cannot be written down.
     """
-    orders = _encode_orders(spec, folder, token, environment)
+    orders = _encode_orders(spec, folder, token, environment, grace_s)
     handshake, answer = os.pipe2(os.O_CLOEXEC)
     try:
         try:
@@ -123,14 +125,17 @@ def _spawn(
         raise
 
 
-def _encode_orders(spec: WorkspaceSpec, folder: Folder, token: str, environment: Mapping[str, str]) -> bytes:
+def _encode_orders(
+    spec: WorkspaceSpec, folder: Folder, token: str, environment: Mapping[str, str], grace_s: float
+) -> bytes:
     for name in environment:
         if not name or "=" in name:
             raise InvalidArgument(
                 f"{name!r} cannot be an environment variable of workspace {spec.workspace_id!r}"
             )
     variables = [f"{name}={value}" for name, value in environment.items()]
-    fields = [folder.run, folder.end, folder.log, token, str(len(spec.command)), *spec.command, *variables]
+    fields = [folder.run, folder.end, folder.log, token, str(grace_s)]
+    fields += [str(len(spec.command)), *spec.command, *variables]
     fields.insert(0, str(len(fields)))  # so that orders cut short by a starter's end are not followed
     for field in fields:
         if "\0" in field:

@@ -20,6 +20,9 @@ def locked(path: str) -> Iterator[int]:
     fd = _take(path, fcntl.LOCK_EX)
     try:
         yield fd
+        # At once, also where a process that was forked meanwhile has the descriptor too. Not after an
+        # error: a supervisor that is still starting goes on to hold the lock.
+        fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)
 

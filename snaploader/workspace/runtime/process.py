@@ -24,6 +24,8 @@ from snaploader.workspace.runtime.probes import PROBES, ProbedWorkspace, Readine
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, RuntimeStatus, StopOutcome
 from snaploader.workspace.runtime.readiness import RunWatch, wait_ready
 
+DEFAULT_GRACE_S = 5.0
+
 
 class ProcessRuntime(FolderRuntime):
     """Implements `Runtime` with folders and processes. Thread-safe; processes may share one root directory.
@@ -35,8 +37,8 @@ class ProcessRuntime(FolderRuntime):
     is inherited. Its umask is 022, its standard input is empty. What it prints goes to a log of
     at most 1 MiB, before which up to 1 MiB is kept.
 
-    A run ends with its command: what that leaves behind is asked to end, and killed after 5 s. Processes
-    cannot leave a run by becoming daemons.
+    A run ends with its command: what that leaves behind is asked to end, and killed after `grace_s`.
+    Processes cannot leave a run by becoming daemons.
 
     Args:
         root_directory: Where workspaces are kept; made if absent, for the user's eyes alone.
@@ -45,6 +47,7 @@ class ProcessRuntime(FolderRuntime):
         durable: Whether what was placed survives a power failure from the moment that `place` returns.
         index_placed: Whether the first capture after a `place` reads only what was changed since. Costs
             `place` 55 ms.
+        grace_s: How long what a command leaves behind may take to end.
         interpreter: A Python 3.11 or later that runs the supervisors. Default: the one running.
         checkpoint: Called with the name of each step after it was done; crash tests end the process in it.
     """
@@ -57,6 +60,7 @@ class ProcessRuntime(FolderRuntime):
         environment: Mapping[str, str] = MappingProxyType({}),
         durable: bool = True,
         index_placed: bool = True,
+        grace_s: float = DEFAULT_GRACE_S,
         interpreter: str = "",
         checkpoint: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -66,6 +70,7 @@ class ProcessRuntime(FolderRuntime):
         super().__init__(root_directory, durable=durable, index_placed=index_placed, checkpoint=checkpoint)
         self._probes = {**PROBES, **checks}
         self._environment = dict(environment)
+        self._grace_s = grace_s
         self._interpreter = interpreter or sys.executable
 
     def start(self, spec: WorkspaceSpec) -> None:
@@ -90,6 +95,7 @@ class ProcessRuntime(FolderRuntime):
                 token,
                 environment,
                 lock=lock,
+                grace_s=self._grace_s,
                 interpreter=self._interpreter,
                 checkpoint=self._checkpoint,
             )
@@ -150,7 +156,7 @@ class ProcessRuntime(FolderRuntime):
             )
         timeout_s = readiness.timeout_s if timeout_s is None else timeout_s
         folder = self._existing(spec.workspace_id)
-        with RunWatch(spec.workspace_id, folder) as watch:
+        with RunWatch(spec.workspace_id, folder, self._grace_s) as watch:
             environment = environment_of(spec, folder, watch.run.token, self._environment)
             workspace = ProbedWorkspace(spec.workspace_id, readiness.target, Path(folder.root), environment)
             wait_ready(watch, workspace, readiness, probe, timeout_s, cancelled)

@@ -26,14 +26,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from cow import COWStore
-from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
+from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec
-
-if TYPE_CHECKING:
-    from snaploader.loader import DirectorySource
 
 DEFAULT_STOP_TIMEOUT_S = 10.0
 """How long a workspace may take to stop before it is forced to."""

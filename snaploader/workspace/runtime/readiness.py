@@ -15,7 +15,6 @@ from snaploader.workspace.runtime.layout import Folder
 from snaploader.workspace.runtime.probes import MAX_TRY_S, ProbedWorkspace, ReadinessProbe
 from snaploader.workspace.runtime.processes import is_readable, wait_ended
 from snaploader.workspace.runtime.runs import Run
-from snaploader.workspace.runtime.supervisor import GRACE_S
 
 _SHOWN_LOG_BYTES = 1000
 _SHOWN_LOG_LINES = 10
@@ -24,11 +23,15 @@ _SHOWN_LOG_LINES = 10
 class RunWatch:
     """Notices the end of a workspace's run. A context manager.
 
+    Args:
+        grace_s: How long what the command leaves behind may take to end.
+
     Raises:
         FailedPrecondition: The workspace does not run.
     """
 
-    def __init__(self, workspace_id: str, folder: Folder) -> None:
+    def __init__(self, workspace_id: str, folder: Folder, grace_s: float) -> None:
+        self._grace_s = grace_s
         self._workspace_id = workspace_id
         self._folder = folder
         run = self._read()
@@ -73,7 +76,7 @@ class RunWatch:
 
     def _error(self) -> FailedPrecondition:
         # What the command left may still be on its way out; only then is the end written down.
-        wait_ended(self.run.processes, GRACE_S + 1)
+        wait_ended(self.run.processes, self._grace_s + 1)
         now = self._read()
         how = "ended"
         if now is not None and now.exit_code is not None:

@@ -11,7 +11,7 @@ a process cannot leave the tree by forking twice or by a session of its own:
        └─ command   is killed by the kernel should the supervisor end (PR_SET_PDEATHSIG)
 
 Signals to the supervisor: SIGTERM asks everything to end, SIGQUIT kills everything. When the command has
-ended by itself, what it left is asked to end, and killed after `GRACE_S`.
+ended by itself, what it left is asked to end, and killed after the grace that the orders give it.
 
 The handshake is "ok", or "<errno> <what>" when the command cannot be started. Until it was given the
 supervisor holds the descriptor of the workspace's lock.
@@ -27,8 +27,6 @@ import signal
 import sys
 import time
 
-GRACE_S = 5.0
-"""How long processes may take to end that outlive the command."""
 MAX_LOG_BYTES = 1 << 20
 """A log of this size is renamed to "<log>.1", in place of the one before, and a new one begins."""
 NOT_EXECUTED = "cannot be executed"
@@ -118,17 +116,18 @@ def write_end(path: str, token: str, exit_code: int | None) -> None:
 class Orders:
     """What to run: the fields of standard input.
 
-    Number of all that follow, run file, end file, log file, token, number of arguments, arguments,
-    environment ("NAME=value"). ValueError when they are not whole, because the starter was killed.
+    Number of all that follow, run file, end file, log file, token, grace in seconds, number of arguments,
+    arguments, environment ("NAME=value"). ValueError when they are not whole, because the starter was killed.
     """
 
     def __init__(self, data: bytes) -> None:
         total, *fields = data.split(b"\0")[:-1]
         if len(fields) != int(total):
             raise ValueError("the orders are cut short")
-        run, end, log, token, count, *rest = fields
+        run, end, log, token, grace, count, *rest = fields
         self.run, self.end, self.log = os.fsdecode(run), os.fsdecode(end), os.fsdecode(log)
         self.token = token.decode()
+        self.grace_s = float(grace)
         self.arguments = rest[: int(count)]
         self.environment = dict(entry.split(b"=", 1) for entry in rest[int(count) :])
 
@@ -211,7 +210,7 @@ class Supervisor:
             elif self._is_asked:
                 self._ask_orphans()
             elif self._exit_code is not None:
-                self._ask(GRACE_S)
+                self._ask(self._orders.grace_s)
             self._wait()
         while self._copy_output():
             pass

@@ -13,7 +13,7 @@ from runtime_harness import find, save
 
 from cow import COWStore
 from snaploader import SnapshotLoader
-from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.testing import FakeRuntime
 
@@ -217,3 +217,9 @@ def test_attachments_need_a_workspace(fake: FakeRuntime, store: COWStore) -> Non
         fake.attach(ID, "disk", store)
     with pytest.raises(NotFound):
         fake.attachments(ID)
+
+
+def test_a_damaged_list_of_attachments_is_data_loss(created: FakeRuntime) -> None:
+    (created.root(ID).parent / "state/attachments.json").write_bytes(b"{")
+    with pytest.raises(DataLoss, match="is damaged"):
+        created.attachments(ID)

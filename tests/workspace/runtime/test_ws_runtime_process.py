@@ -227,6 +227,17 @@ def test_daemons_go_when_the_command_ends(runtime: ProcessRuntime, tmp_path: Pat
     assert wait_gone(pid, 0)
 
 
+def test_daemons_that_ignore_the_request_are_killed_after_the_grace(tmp_path: Path) -> None:
+    runtime = ProcessRuntime(tmp_path / "runtime", durable=False, grace_s=0.05)
+    said, go = Fifo(tmp_path / "said"), Fifo(tmp_path / "go")
+    trap = 'trap "" TERM; '
+    start(runtime, shell(f"{daemon(said, trap)}; read line < {go.path}"))
+    pid = int(said.read())
+    go.path.write_text("go\n")
+    assert end_of(runtime) == 0
+    assert wait_gone(pid, 0)
+
+
 def test_signals_to_the_commands_group_do_not_reach_its_supervisor(runtime: ProcessRuntime) -> None:
     start_ended(runtime, "kill -9 0")
     assert end_of(runtime) == -9

@@ -70,13 +70,13 @@ def test_when_one_of_the_two_is_killed_the_other_kills_everything(
 
 def test_when_both_are_killed_the_command_dies(running: Running, runtime: ProcessRuntime) -> None:
     running.kill(running.guard, running.supervisor)
-    assert wait_ended([running.command], 10)
+    assert wait_ended([running.guard, running.supervisor, running.command], 10)
     assert not runtime.status(ID).is_running
 
 
 def test_stop_finds_what_both_left(running: Running, runtime: ProcessRuntime) -> None:
     running.kill(running.guard, running.supervisor)
-    assert wait_ended([running.command], 10)
+    assert wait_ended([running.guard, running.supervisor, running.command], 10)
     assert not wait_gone(running.daemon, 0)
     assert runtime.stop(ID) is StopOutcome.KILLED
     assert wait_gone(running.daemon, 0)
@@ -85,7 +85,7 @@ def test_stop_finds_what_both_left(running: Running, runtime: ProcessRuntime) ->
 
 def test_sweep_finds_what_both_left(running: Running, runtime: ProcessRuntime) -> None:
     running.kill(running.guard, running.supervisor)
-    assert wait_ended([running.command], 10)
+    assert wait_ended([running.guard, running.supervisor, running.command], 10)
     assert runtime.sweep() == [ID]
     assert wait_gone(running.daemon, 0)
     assert runtime.sweep() == []
@@ -93,7 +93,7 @@ def test_sweep_finds_what_both_left(running: Running, runtime: ProcessRuntime) -
 
 def test_start_finds_what_both_left(running: Running, runtime: ProcessRuntime) -> None:
     running.kill(running.guard, running.supervisor)
-    assert wait_ended([running.command], 10)
+    assert wait_ended([running.guard, running.supervisor, running.command], 10)
     runtime.start(WorkspaceSpec(ID, command=("sleep", "1000")))
     assert wait_gone(running.daemon, 0)
     assert runtime.status(ID).is_running
@@ -156,10 +156,11 @@ def test_an_interpreter_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_orders_that_were_cut_short_are_not_followed() -> None:
-    fields = ["run", "end", "log", "token", "1", "true", "A=1", "B=2"]
+    fields = ["run", "end", "log", "token", "2.5", "1", "true", "A=1", "B=2"]
     whole = b"".join(field.encode() + b"\0" for field in (str(len(fields)), *fields))
     orders = supervisor.Orders(whole)
     assert orders.arguments == [b"true"]
+    assert orders.grace_s == 2.5
     assert orders.environment == {b"A": b"1", b"B": b"2"}
     for length in range(len(whole)):
         with pytest.raises(ValueError):
