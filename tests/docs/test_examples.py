@@ -1,0 +1,66 @@
+"""The examples run, say what they promise, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+EXAMPLE = CHECKOUT / "examples/fifty_workspaces.py"
+
+
+@pytest.mark.slow
+def test_the_workspaces_of_one_base_are_parked_and_revived_and_cost_one_base(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", EXAMPLE, "--workspaces", "6", "--base-mib", "2"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [line.split(maxsplit=1)[0] for line in done.stdout.splitlines()] == [
+        "base",
+        "forked",
+        "parked",
+        "one",
+        "together",
+        "revived",
+        "checked",
+    ]
+    costs = re.search(r"^one fork +([0-9.]+) KiB exclusive, ([0-9.]+) MiB shared$", done.stdout, re.MULTILINE)
+    assert costs is not None
+    assert 16 <= float(costs[1]) < 32
+    assert 2 <= float(costs[2]) < 2.1
+    together = re.search(r"^together +([0-9.]+) MiB .* copies: ([0-9.]+) MiB", done.stdout, re.MULTILINE)
+    assert together is not None
+    assert float(together[1]) < 2.5
+    assert float(together[2]) > 12
+    assert list(tmp_path.iterdir()) == []
+    left = [
+        process.cmdline() for process in psutil.process_iter() if str(tmp_path) in " ".join(_command(process))
+    ]
+    assert left == []
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return [*process.cmdline(), process.cwd()]
+    except psutil.Error:
+        return []
+
+
+def test_the_readme_and_the_documentation_name_the_examples() -> None:
+    for example in (CHECKOUT / "examples").glob("*.py"):
+        name = f"examples/{example.name}"
+        assert name in (CHECKOUT / "README.md").read_text()
+        assert any(name in page.read_text() for page in (CHECKOUT / "docs").rglob("*.md"))
