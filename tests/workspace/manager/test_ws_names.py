@@ -1,0 +1,90 @@
+"""Ids and names: bounded, safe as file names, and unique within one tick of the clock."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snaploader import FileCache
+from snaploader.errors import InvalidArgument
+from snaploader.workspace.model import Readiness, WorkspaceSpec
+from snaploader.workspace.names import (
+    check_display_name,
+    check_workspace_id,
+    new_snapshot_name,
+    new_workspace_id,
+    pin_name,
+    runtime_name,
+)
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("text", ["a", "7", "a-b", "ws-0123", "x" * 64])
+def test_ids_of_lower_case_letters_digits_and_inner_hyphens_are_ids(text: str) -> None:
+    assert check_workspace_id(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A", "a_b", "a.b", "-a", "a-", "x" * 65, "a/b", "..", "a\n", "ä", "a b", None, 5]
+)
+def test_anything_else_is_no_id(text: Any) -> None:
+    with pytest.raises(InvalidArgument, match="no workspace id"):
+        check_workspace_id(text)
+
+
+def test_new_ids_are_ids_and_differ() -> None:
+    ids = {check_workspace_id(new_workspace_id()) for _ in range(100)}
+    assert len(ids) == 100
+
+
+def test_names_made_within_one_tick_differ() -> None:
+    assert len({new_snapshot_name("one", NOW) for _ in range(1000)}) == 1000
+
+
+def test_names_sort_by_time() -> None:
+    later = new_snapshot_name("one", NOW + timedelta(seconds=1))
+    assert new_snapshot_name("one", NOW) < later
+
+
+def test_the_longest_name_is_still_the_name_of_a_pin(tmp_path: Path) -> None:
+    name = new_snapshot_name("x" * 64, NOW)
+    with FileCache(tmp_path) as cache:
+        cache.pin(pin_name(name))
+        assert cache.pins() == [f"workspace.{name}"]
+    assert runtime_name("x" * 64, name).endswith(name)
+
+
+@pytest.mark.parametrize("name", ["", "before the update", "ü" * 200])
+def test_printable_names_can_be_shown(name: str) -> None:
+    assert check_display_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "x" * 201, None, 3])
+def test_other_names_cannot(name: Any) -> None:
+    with pytest.raises(InvalidArgument, match="no name for a snapshot"):
+        check_display_name(name)
+
+
+@pytest.mark.parametrize("kind", ["tcp", "http", "command"])
+def test_a_readiness_check_needs_a_target(kind: str) -> None:
+    with pytest.raises(InvalidArgument, match="needs a target"):
+        Readiness(kind)
+
+
+@pytest.mark.parametrize("times", [{"interval_s": 0}, {"timeout_s": 0}, {"interval_s": float("nan")}])
+def test_the_times_of_a_readiness_check_are_above_zero(times: dict[str, float]) -> None:
+    with pytest.raises(InvalidArgument, match="above 0 s"):
+        Readiness(**times)  # type: ignore[arg-type]
+
+
+def test_a_spec_keeps_its_own_environment() -> None:
+    environment = {"A": "1"}
+    spec = WorkspaceSpec("one", environment=environment)
+    environment["A"] = "2"
+    assert spec.environment["A"] == "1"
+    with pytest.raises(TypeError):
+        spec.environment["A"] = "3"  # type: ignore[index]
