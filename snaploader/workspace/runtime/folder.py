@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from cow import COWStore
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
@@ -203,6 +205,14 @@ class FolderRuntime(abc.ABC):
     def close(self) -> None:
         """See `Runtime.close`."""
         self._attachments.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _outside(self, source: str | os.PathLike[str]) -> str:
         """A source's path. InvalidArgument when copying it would copy the copy."""
