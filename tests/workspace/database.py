@@ -24,7 +24,6 @@ _USER = "snaploader"
 _SETTINGS = {
     "fsync": "off",
     "full_page_writes": "off",
-    "synchronous_commit": "off",
     "listen_addresses": "",
     "max_connections": "200",
     "shared_buffers": "16MB",
@@ -36,9 +35,9 @@ _WATCH = '"$@" </dev/null & server=$!; read -r _; kill -QUIT $server; wait $serv
 
 
 class PostgreSQLServer:
-    """A server of its own folder, on a Unix socket in it. Starts when it is first asked for.
+    """A server of its own folder, on a Unix socket in it.
 
-    Nothing it holds survives a crash of the machine: it is fast, and for tests only.
+    What it holds survives its own end, not a crash of the machine: it is fast, and for tests only.
     """
 
     def __init__(self) -> None:

@@ -63,8 +63,7 @@ class Word(TypeDecorator[str]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Text; PostgreSQL sorts it as people of the database's language do, unless told otherwise."""
-        text = Text(collation="C") if dialect.name == "postgresql" else Text()
-        return dialect.type_descriptor(text)
+        return Text(collation="C") if dialect.name == "postgresql" else Text()
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """The text. InvalidArgument as for `Prose`, and when it is too long."""
