@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import run, scale
+from benchmarks import lifecycle, run, scale
 
 if __name__ == "__main__":
     run.main()
-    sys.exit(scale.main())
+    sys.exit(max(scale.main(), lifecycle.main()))
