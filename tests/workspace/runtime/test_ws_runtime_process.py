@@ -296,7 +296,8 @@ def test_a_workspace_outlives_the_program_that_started_it(runtime: ProcessRuntim
 
 
 def test_concurrent_starts_start_one_command(runtime: ProcessRuntime, tmp_path: Path) -> None:
-    spec = shell(f"echo $$ >> {tmp_path}/pids; exec sleep 1000")
+    said = Fifo(tmp_path / "said")
+    spec = shell(f"echo $$ >> {tmp_path}/pids; echo > {said.path}; exec sleep 1000")
     runtime.create(spec)
     others = [ProcessRuntime(tmp_path / "runtime") for _ in range(4)]
     barrier = threading.Barrier(len(others))
@@ -310,6 +311,7 @@ def test_concurrent_starts_start_one_command(runtime: ProcessRuntime, tmp_path: 
         thread.start()
     for thread in threads:
         thread.join()
+    said.read()
     pid = runtime.status(ID).pid
     assert {other.status(ID).pid for other in others} == {pid}
     runtime.stop(ID)
