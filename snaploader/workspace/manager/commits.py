@@ -137,4 +137,5 @@ def _check_holds(paused: SnapshotRecord, scope: Scope) -> None:
 
 def _rewrite_record(services: Services, workspace_id: str) -> None:
     with services.catalog.reading() as reader:
-        services.records.write(record_of(reader, reader.workspace(workspace_id)))
+        record = record_of(reader, reader.workspace(workspace_id))
+    services.records.write(record)

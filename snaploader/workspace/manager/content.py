@@ -5,7 +5,9 @@ A snapshot is pinned before its manifest is there, and unpinned after its manife
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from snaploader import keys
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest
-from snaploader.errors import FailedPrecondition, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader import SaveResult, Snapshot, SnapshotLoader
@@ -23,6 +25,8 @@ from snaploader.workspace.model import Scope, SnapshotRecord
 from snaploader.workspace.names import pin_name
 from snaploader.workspace.runtime.contents import NO_VOLUMES, VOLUME_PREFIX
 from snaploader.workspace.runtime.protocol import Capture
+
+log = logging.getLogger(__name__)
 
 _PINS = pin_name("")
 _CAPTURED = ".captured"
@@ -174,7 +178,8 @@ class SnapshotContent:
         remote = self.need_remote("telling what was uploaded")
         try:
             pin = self.file_cache.pinned(pin_name(record.name))
-        except NotFound:
+        except (NotFound, DataLoss) as error:
+            log.warning("what a failed commit has uploaded is not known: %s", error)
             return frozenset()
         function = remote.digest_function
         digests = {
@@ -220,8 +225,9 @@ class SnapshotContent:
         """Let go of snapshots that the catalog does not know, by their names."""
         for name in names:
             pin = pin_name(name)
-            for ref in self.file_cache.pinned(pin).refs:
-                self.file_cache.delete_ref(ref)
+            with suppress(NotFound, DataLoss):
+                for ref in self.file_cache.pinned(pin).refs:
+                    self.file_cache.delete_ref(ref)
             self.file_cache.unpin(pin)
 
     def manifest_ref(self, runtime_name: str) -> str:

@@ -377,7 +377,7 @@ class WorkspaceManager(WorkspaceQueries):
             check_state(workspace, "use", ALIVE)
             if workspace.operation is not None and workspace.operation.kind is OperationKind.DELETE:
                 raise FailedPrecondition(f"workspace {workspace_id!r} is being deleted: too late to use it")
-            return count_as_used(tx, workspace, self._services)
+            return count_as_used(tx, workspace_id, self._services.clock())
 
     # Locks
 

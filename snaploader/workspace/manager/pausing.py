@@ -45,14 +45,16 @@ def pause(services: Services, workspace_id: str, reason: str = USER) -> Snapshot
         work.stop()
         saved = work.capture()
         record = completed(saved.record)
-        paused_at = services.clock()
+        paused = replace(
+            work.as_used, current_snapshot=record.name, state=WorkspaceState.PAUSED, paused_at=work.now
+        )
         with services.catalog.reading() as reader:
-            paused = replace(work.workspace, current_snapshot=record.name, paused_at=paused_at)
-            services.records.write(record_of(reader, paused, record))
+            kept = record_of(reader, paused, record)
+        services.records.write(kept)
         work.reach("kept")
         with work.recording() as tx:
             tx.put_snapshot(record)
-            work.go_on_from(tx, record, state=WorkspaceState.PAUSED, paused_at=paused_at)
+            work.go_on_from(tx, record, state=paused.state, paused_at=paused.paused_at)
             work.run(tx, RunTransition.STOP)
             work.event(tx, PAUSE, snapshot=record.name, scope=record.scope.value)
     work.afterwards("its files", lambda: services.runtime.remove(workspace_id))
@@ -89,14 +91,19 @@ def resume(
 
 def record_of(reader: Reader, workspace: Workspace, new: SnapshotRecord | None = None) -> PausedRecord:
     """The record of a paused workspace, with the snapshot that is about to be complete."""
-    snapshots = tuple(reader.snapshots(workspace.id))
+    snapshots = [
+        # Of pauses only the one that it is paused as counts: an earlier one is on its way out.
+        snapshot
+        for snapshot in reader.snapshots(workspace.id)
+        if snapshot.kind is not SnapshotKind.PAUSE or snapshot.name == workspace.current_snapshot
+    ]
     versions = tuple(
         KeptVersion(version.number, version.snapshot_name, version.display_name)
         for version in reader.versions(workspace.id)
     )
     return PausedRecord(
-        replace(workspace, state=WorkspaceState.PAUSED, operation=None, last_version=0),
+        replace(workspace, operation=None, last_version=0),
         reader.policy(workspace.policy),
-        snapshots if new is None else (*snapshots, new),
+        tuple(snapshots if new is None else [*snapshots, new]),
         versions,
     )

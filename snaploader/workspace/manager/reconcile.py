@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 
-from snaploader.errors import NotFound, SnaploaderError
+from snaploader.errors import DataLoss, NotFound, SnaploaderError
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back
 from snaploader.workspace.manager.pausing import record_of
@@ -64,9 +64,12 @@ def _settle_paused(services: Services, workspace: Workspace, findings: Findings)
         expected = record_of(reader, workspace)
         current = reader.snapshot(workspace.current_snapshot)
     try:
-        if workspace.slot is not None and services.records.read(workspace.id) == expected:
+        if workspace.slot is not None:
+            if services.records.read(workspace.id) != expected:
+                # Policies change, and touching a workspace does not write its record.
+                services.records.write(expected)
             return workspace
-    except SnaploaderError:
+    except (NotFound, DataLoss):
         log.info("workspace %r is paused without a record", workspace.id)
     if workspace.slot is None:
         return _give_up_pause(services, workspace, findings, NotFound("it has lost its slot"))

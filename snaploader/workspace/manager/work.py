@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,8 @@ class Work:
         self.pending = pending
         """The snapshot that is being taken, if any."""
         self.reason = reason
+        self.now = services.clock()
+        """When the workspace was used, if this counts as a use."""
         self._left_behind: list[SnapshotRecord] = []
 
     @classmethod
@@ -119,6 +122,13 @@ class Work:
     def workspace_id(self) -> str:
         """Of the workspace worked on."""
         return self.workspace.id
+
+    @property
+    def as_used(self) -> Workspace:
+        """The workspace as it is when the operation counts as a use of it, which also ends its dormancy."""
+        if self.reason != USER:
+            return self.workspace
+        return replace(self.workspace, last_used_at=self.now, dormant_at=None, deleting_at=None)
 
     @property
     def was_running(self) -> bool:
@@ -172,7 +182,7 @@ class Work:
         with self.services.catalog.transaction() as tx:
             tx.end_operation(self.workspace_id, self.operation.token)
             if self.reason == USER:
-                count_as_used(tx, self.workspace, self.services)
+                count_as_used(tx, self.workspace_id, self.now)
             yield tx
         self.reach("recorded")
 
@@ -310,9 +320,9 @@ def let_go(services: Services, record: SnapshotRecord) -> None:
         services.content.unpin(record)
 
 
-def count_as_used(tx: Transaction, workspace: Workspace, services: Services) -> Workspace:
-    """Note that the workspace was used now, which also ends its dormancy."""
-    return tx.update_workspace(workspace.id, last_used_at=services.clock(), dormant_at=None, deleting_at=None)
+def count_as_used(tx: Transaction, workspace_id: str, now: datetime) -> Workspace:
+    """Note that the workspace is used now, which also ends its dormancy."""
+    return tx.update_workspace(workspace_id, last_used_at=now, dormant_at=None, deleting_at=None)
 
 
 def check_ours(workspace: Workspace, host: str) -> None:

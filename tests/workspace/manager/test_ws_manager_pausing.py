@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from manager_hosts import DATA, Host, HostFactory
 
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
 from snaploader.testing import FakeCAS
+from snaploader.workspace.manager.services import utc_now
 from snaploader.workspace.model import (
     Readiness,
     RunStatus,
@@ -308,3 +310,27 @@ def test_pause_and_resume_by_the_lifecycle_are_runs_with_their_reason(host: Host
     with host.catalog.reading() as reader:
         runs = [(run.transition, run.reason) for run in reader.runs("one")]
     assert runs[1:] == [(RunTransition.STOP, "autostop"), (RunTransition.START, "autostart")]
+
+
+def test_the_record_says_what_the_catalog_says(make_host: HostFactory) -> None:
+    host = make_host(clock=utc_now)
+    host.create()
+    host.manager.create_version("one")
+    host.manager.pause("one")
+    host.manager.resume("one")
+    host.manager.pause("one")
+    record = host.manager.records.read("one")
+    assert record.workspace == replace(host.manager.workspace("one"), last_version=0)
+    with host.catalog.reading() as reader:
+        assert record.snapshots == tuple(reader.snapshots("one"))
+        assert record.policy == reader.policy("default")
+
+
+def test_a_pause_whose_record_is_behind_is_recorded_again_without_a_word(host: Host) -> None:
+    host.create()
+    host.manager.pause("one")
+    host.clock.advance(seconds=5)
+    host.manager.touch("one")
+    summary = host.manager.recover()
+    assert summary.repaired == ()
+    assert host.manager.records.read("one").workspace.last_used_at == host.clock.now
