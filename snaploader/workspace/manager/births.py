@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import completed, new_record
 from snaploader.workspace.manager.undo import undone_on_failure
-from snaploader.workspace.manager.work import Work, completed, new_operation, new_record
+from snaploader.workspace.manager.work import Work, new_operation
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,

@@ -11,9 +11,11 @@ from snaploader.errors import FailedPrecondition
 from snaploader.workspace.manager.content import Saved
 from snaploader.workspace.manager.pausing import record_of
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import completed, let_go, new_record
+from snaploader.workspace.manager.states import ALIVE
 from snaploader.workspace.manager.undo import remove_unfinished, undone_on_failure
 from snaploader.workspace.manager.versions import result_of
-from snaploader.workspace.manager.work import ALIVE, Work, completed, let_go, new_record
+from snaploader.workspace.manager.work import Work
 from snaploader.workspace.model import (
     OperationKind,
     Scope,

@@ -8,8 +8,10 @@ from functools import partial
 
 from snaploader.errors import NotFound, SnaploaderError
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import base_of, find_snapshot
+from snaploader.workspace.manager.states import ALIVE
 from snaploader.workspace.manager.undo import remove_unfinished, undone_on_failure
-from snaploader.workspace.manager.work import ALIVE, USER, Work, base_of, find_snapshot, with_slot
+from snaploader.workspace.manager.work import USER, Work, with_slot
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
-from types import TracebackType
-from typing import Self
 
-from snaploader.errors import Cancelled, FailedPrecondition
+from snaploader.errors import FailedPrecondition
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
 from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.manager import births
 from snaploader.workspace.manager.content import SnapshotContent
-from snaploader.workspace.manager.held import HeldWorkspace
-from snaploader.workspace.manager.queries import WorkspaceQueries
+from snaploader.workspace.manager.holding import WorkspaceHolder
 from snaploader.workspace.manager.recovery import recover
 from snaploader.workspace.manager.sections import DEFAULT_WORKERS, CriticalSections
 from snaploader.workspace.manager.services import Services, no_checkpoint, utc_now
+from snaploader.workspace.manager.states import ALIVE, check_state
 from snaploader.workspace.manager.summary import RecoverySummary
 from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
-from snaploader.workspace.manager.work import ALIVE, check_state, count_as_used
+from snaploader.workspace.manager.work import count_as_used
 from snaploader.workspace.model import (
     OperationKind,
     Readiness,
@@ -35,7 +32,6 @@ from snaploader.workspace.model import (
     Volume,
     Workspace,
     WorkspaceSpec,
-    WorkspaceState,
 )
 from snaploader.workspace.names import check_display_name, check_workspace_id, new_workspace_id
 from snaploader.workspace.policy import DEFAULT_POLICY
@@ -49,7 +45,7 @@ DEFAULT_LOCK_TIMEOUT_S = 600.0
 """How long an operation waits for the workspace's lock."""
 
 
-class WorkspaceManager(WorkspaceQueries):
+class WorkspaceManager(WorkspaceHolder):
     """Does things to workspaces. Thread-safe; several processes may manage one host's workspaces together.
 
     Every operation on a workspace runs under its lock, which holds between threads, processes and, where the
@@ -96,8 +92,6 @@ class WorkspaceManager(WorkspaceQueries):
         checkpoint: Callable[[str], None] = no_checkpoint,
     ) -> None:
         folder = os.fspath(state_directory)
-        self._lock_timeout_s = lock_timeout_s
-        self._closing = threading.Event()
         services = Services(
             catalog,
             runtime,
@@ -108,10 +102,10 @@ class WorkspaceManager(WorkspaceQueries):
             clock,
             checkpoint,
             stop_timeout_s,
-            self._closing,
+            threading.Event(),
         )
-        super().__init__(services, WorkspaceLocks(f"{folder}/locks", catalog))
-        self._sections = CriticalSections(workers)
+        locks = WorkspaceLocks(f"{folder}/locks", catalog)
+        super().__init__(services, locks, CriticalSections(workers), lock_timeout_s)
 
     # Making workspaces
 
@@ -379,64 +373,7 @@ class WorkspaceManager(WorkspaceQueries):
                 raise FailedPrecondition(f"workspace {workspace_id!r} is being deleted: too late to use it")
             return count_as_used(tx, workspace_id, self._services.clock())
 
-    # Locks
-
-    @contextmanager
-    def hold(
-        self,
-        workspace_id: str,
-        *,
-        timeout_s: float | None = None,
-        cancelled: threading.Event | None = None,
-    ) -> Iterator[HeldWorkspace]:
-        """The workspace under its lock, for several operations in a row with nothing in between.
-
-        An operation that is under way when the block is left goes on under the lock.
-
-        Args:
-            timeout_s: How long to wait for the lock, in seconds. Default: `lock_timeout_s`.
-            cancelled: Set from elsewhere to call the waiting off.
-
-        Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: it was deleted.
-            DeadlineExceeded: the lock was not had in time.
-            Cancelled: the waiting was called off, or the manager is closed.
-        """
-        self._check_alive(workspace_id)
-        with self._locked(workspace_id, timeout_s, cancelled) as lock:
-            yield HeldWorkspace(self._services, self._sections, lock)
-
-    @contextmanager
-    def try_hold(self, workspace_id: str) -> Iterator[HeldWorkspace | None]:
-        """The same without waiting; None when somebody else has the lock."""
-        self._check_open()
-        self._check_alive(workspace_id)
-        lock = self._locks.try_acquire(workspace_id)
-        if lock is None:
-            yield None
-            return
-        try:
-            yield HeldWorkspace(self._services, self._sections, lock)
-        finally:
-            lock.release()
-
-    @contextmanager
-    def _locked(
-        self, workspace_id: str, timeout_s: float | None = None, cancelled: threading.Event | None = None
-    ) -> Iterator[HeldLock]:
-        self._check_open()
-        lock = self._locks.acquire(
-            workspace_id,
-            timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,
-            cancelled=cancelled or self._closing,
-        )
-        try:
-            yield lock
-        finally:
-            lock.release()
-
-    # Beginning and end
+    # At start-up
 
     def recover(self) -> RecoverySummary:
         """Put everything of this host in order after a crash or a restart. Never raises.
@@ -446,28 +383,3 @@ class WorkspaceManager(WorkspaceQueries):
         """
         self._check_open()
         return recover(self._services, self._locks)
-
-    def close(self) -> None:
-        """Wait for the operations under way, and end the manager's threads. Idempotent.
-
-        Workspaces go on running. Whoever waits for a lock or for readiness gets Cancelled.
-        """
-        self._closing.set()
-        self._sections.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _check_alive(self, workspace_id: str) -> None:
-        """What does not exist, or not any more, gets no lock file."""
-        if self.workspace(check_workspace_id(workspace_id)).state is WorkspaceState.DELETED:
-            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
-
-    def _check_open(self) -> None:
-        if self._closing.is_set():
-            raise Cancelled("the manager of the workspaces was closed")

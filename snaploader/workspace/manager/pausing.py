@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import base_of, completed, new_record
+from snaploader.workspace.manager.states import ON_HOST
 from snaploader.workspace.manager.undo import undone_on_failure
 from snaploader.workspace.manager.versions import result_of
-from snaploader.workspace.manager.work import ON_HOST, USER, Work, base_of, completed, new_record, with_slot
+from snaploader.workspace.manager.work import USER, Work, with_slot
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from snaploader.workspace.manager.work import Work, completed
+from snaploader.workspace.manager.snapshots import completed
+from snaploader.workspace.manager.work import Work
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,

@@ -11,8 +11,8 @@ from snaploader.workspace.manager.lifetime import START, STOP, bring_back
 from snaploader.workspace.manager.pausing import record_of
 from snaploader.workspace.manager.repair import RECOVERY
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import let_go
 from snaploader.workspace.manager.summary import Findings, Note
-from snaploader.workspace.manager.work import let_go
 from snaploader.workspace.model import (
     RunStatus,
     RunTransition,

@@ -8,8 +8,10 @@ from snaploader.errors import InvalidArgument
 from snaploader.workspace.manager.content import Saved
 from snaploader.workspace.manager.placed import finish_rollback
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import base_of, completed, new_record
+from snaploader.workspace.manager.states import ON_HOST
 from snaploader.workspace.manager.undo import undone_on_failure
-from snaploader.workspace.manager.work import ON_HOST, Work, base_of, completed, new_record
+from snaploader.workspace.manager.work import Work
 from snaploader.workspace.model import (
     MAX_VERSION,
     OperationKind,

@@ -17,38 +17,32 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
+from snaploader.errors import SnaploaderError
 from snaploader.loader import Snapshot
 from snaploader.workspace.manager.content import Saved
 from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.snapshots import find_snapshot, let_go
+from snaploader.workspace.manager.states import ALIVE, check_ours, check_state
 from snaploader.workspace.model import (
     Operation,
     OperationKind,
     Run,
     RunStatus,
     RunTransition,
-    Scope,
     SnapshotKind,
     SnapshotRecord,
-    SnapshotSource,
     SnapshotStatus,
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.names import new_snapshot_name, runtime_name
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader, Transaction
+    from snaploader.workspace.catalog import Transaction
 
 log = logging.getLogger(__name__)
 
 USER = "user"
 """The reason of what somebody asked for. Only that counts as a use of the workspace."""
-
-ON_HOST = (WorkspaceState.RUNNING, WorkspaceState.STOPPED)
-"""States in which a workspace's files are on its host."""
-
-ALIVE = (*ON_HOST, WorkspaceState.PAUSED)
 
 Prepare = Callable[["Transaction", Workspace], SnapshotRecord]
 """Makes the record of the snapshot that an operation is about to take."""
@@ -235,53 +229,6 @@ def new_operation(
     return Operation(kind, uuid.uuid4().hex, services.host, services.clock(), snapshot_name, version)
 
 
-def new_record(
-    tx: Reader,
-    services: Services,
-    workspace: Workspace,
-    kind: SnapshotKind,
-    scope: Scope,
-    *,
-    source: SnapshotSource = SnapshotSource.MANUAL,
-    display_name: str = "",
-) -> SnapshotRecord:
-    """The record of a snapshot that is about to be taken.
-
-    Its parent is the snapshot that the workspace's state goes on from. A pause is temporary, so that its
-    own parent stands for it.
-    """
-    now = services.clock()
-    parent = find_snapshot(tx, workspace.current_snapshot)
-    if parent is not None and parent.kind is SnapshotKind.PAUSE:
-        parent = find_snapshot(tx, parent.parent)
-    name = new_snapshot_name(workspace.id, now)
-    return SnapshotRecord(
-        name,
-        workspace.id,
-        runtime_name(workspace.id, name),
-        kind,
-        scope,
-        source,
-        now,
-        SnapshotStatus.PENDING,
-        display_name,
-        "" if parent is None else parent.name,
-    )
-
-
-def completed(record: SnapshotRecord, **changes: Any) -> SnapshotRecord:
-    """The same record, complete."""
-    return replace(record, status=SnapshotStatus.COMPLETE, **changes)
-
-
-def base_of(tx: Reader, workspace: Workspace, record: SnapshotRecord) -> SnapshotRecord | None:
-    """Where all but the durable directories comes from under a Data snapshot; None: there is nothing else."""
-    if record.scope is Scope.FULL:
-        return None
-    base = find_snapshot(tx, workspace.base_snapshot)
-    return base if base is not None and base.scope is Scope.FULL else None
-
-
 def with_slot(services: Services, workspace_id: str) -> None:
     """Give the workspace a slot if it lost its own: another workspace may have won it at a recovery."""
     with services.catalog.reading() as reader:
@@ -297,54 +244,6 @@ def with_slot(services: Services, workspace_id: str) -> None:
         raise
 
 
-def find_snapshot(tx: Reader, name: str) -> SnapshotRecord | None:
-    """The snapshot of that name; None when the name is empty or there is none."""
-    if not name:
-        return None
-    try:
-        return tx.snapshot(name)
-    except NotFound:
-        return None
-
-
-def let_go(services: Services, record: SnapshotRecord) -> None:
-    """Give up what this host keeps of a snapshot that the workspace has gone on from.
-
-    A pause is removed. A commit is in the remote cache, and may be evicted here. Versions stay.
-    """
-    if record.kind is SnapshotKind.PAUSE:
-        services.content.drop(record)
-        with services.catalog.transaction() as tx:
-            tx.remove_snapshot(record.name)
-    elif record.kind is SnapshotKind.COMMIT and record.is_remote:
-        services.content.unpin(record)
-
-
 def count_as_used(tx: Transaction, workspace_id: str, now: datetime) -> Workspace:
     """Note that the workspace is used now, which also ends its dormancy."""
     return tx.update_workspace(workspace_id, last_used_at=now, dormant_at=None, deleting_at=None)
-
-
-def check_ours(workspace: Workspace, host: str) -> None:
-    """FailedPrecondition when the workspace lives on another host."""
-    if workspace.host != host:
-        raise FailedPrecondition(
-            f"workspace {workspace.id!r} lives on host {workspace.host!r}, and this is host {host!r}: "
-            "work on it there"
-        )
-
-
-_HINTS = {
-    WorkspaceState.RUNNING: "it is running: stop or pause it first",
-    WorkspaceState.STOPPED: "it is stopped: start it first",
-    WorkspaceState.PAUSED: "it is paused: resume it first",
-    WorkspaceState.DELETED: "it was deleted",
-}
-
-
-def check_state(workspace: Workspace, kind: str, allowed: Collection[WorkspaceState]) -> None:
-    """FailedPrecondition when an operation cannot be done in the workspace's state."""
-    if workspace.state not in allowed:
-        raise FailedPrecondition(
-            f"workspace {workspace.id!r}: no {kind} is possible, because {_HINTS[workspace.state]}"
-        )
