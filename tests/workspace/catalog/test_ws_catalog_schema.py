@@ -13,7 +13,7 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from catalog_data import NOON, add, workspace
-from sqlalchemy import MetaData, create_engine, inspect, text
+from sqlalchemy import MetaData, UniqueConstraint, create_engine, inspect, text
 
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace.catalog import Catalog, engines, migrate, tables
@@ -195,6 +195,15 @@ def test_every_foreign_key_has_an_index() -> None:
         indexed = {next(iter(each.columns)).name for each in (*table.indexes, *unique)}
         for key in table.foreign_keys:
             assert key.parent.name in indexed, f"{table.name}.{key.parent.name}"
+
+
+def test_the_page_on_the_format_names_every_column_and_the_newest_revision() -> None:
+    page = (Path(__file__).parents[3] / "docs/formats/catalog.md").read_text(encoding="utf-8")
+    for table in tables.metadata.sorted_tables:
+        described = page[page.index(f"**{table.name}") :].partition("\n**")[0].partition("\n## ")[0]
+        for column in table.columns:
+            assert f"`{column.name}`" in described, f"{table.name}.{column.name}"
+    assert f"revision `{migrate.HEAD}`" in page
 
 
 def _set_revision(catalog: Catalog, revision: str) -> None:
