@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from snaploader.errors import NotFound, SnaploaderError
+from snaploader.errors import Cancelled, NotFound, SnaploaderError
 from snaploader.workspace.manager.placed import carry_on, is_placed
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.work import USER, Work
@@ -143,7 +143,7 @@ def _record(
         if restart_error is not None:
             tx.update_workspace(work.workspace_id, state=WorkspaceState.STOPPED)
             work.run(tx, RunTransition.START, error=_text(restart_error))
-        elif error is not None and _is_failed_run(work):
+        elif error is not None and _is_failed_run(work, error):
             work.run(tx, _TRANSITIONS[kind], error=_text(error))
         if error is None:
             work.event(tx, RECOVERED, operation=kind.value, outcome="undone")
@@ -152,8 +152,10 @@ def _record(
     return unfinished
 
 
-def _is_failed_run(work: Work) -> bool:
+def _is_failed_run(work: Work, error: BaseException) -> bool:
     """Whether the lifecycle is to hold back: after a start that failed, or what it tried itself."""
+    if isinstance(error, Cancelled):
+        return False  # the manager closes, which says nothing of the workspace
     transition = _TRANSITIONS.get(work.operation.kind)
     return transition is RunTransition.START or (transition is not None and work.reason != USER)
 

@@ -403,6 +403,28 @@ def test_no_more_than_so_many_are_worked_on_at_once(catalog, manager, most):
     assert manager.most_at_once == most
 
 
+def test_of_several_executors_one_works_on_each_workspace(catalog, manager):
+    ids = [f"ws-{number}" for number in range(8)]
+    for each in ids:
+        add(catalog, each, deadline=NOW)
+    found, begin = [], threading.Barrier(3)
+
+    def look():
+        with LifecycleExecutor(manager, max_concurrency=3) as executor:
+            begin.wait(30)
+            found.append(executor.run_once(NOW))
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    made = [each for stats in found for each in stats.transitions]
+    assert sorted(made) == ids
+    assert len(manager.calls) == len(ids)
+    assert [stats.errors for stats in found] == [{}, {}, {}]
+
+
 def test_ten_are_worked_on_at_once_unless_told_otherwise(catalog, manager, executor):
     for number in range(12):
         add(catalog, f"ws-{number}", deadline=NOW)

@@ -19,11 +19,13 @@ from snaploader.workspace.model import (
     Operation,
     OperationKind,
     OwnerStatus,
+    Readiness,
     RunStatus,
     RunTransition,
+    Scope,
     WorkspaceState,
 )
-from snaploader.workspace.policy import Policy, StopAction
+from snaploader.workspace.policy import Policy, ScopePolicy, StopAction
 from snaploader.workspace.testing import FakeRuntime
 
 HOUR = timedelta(hours=1)
@@ -232,6 +234,29 @@ def test_an_operation_whose_process_died_is_taken_back_and_then_the_transition_m
         changes.begin_operation("ws", Operation(OperationKind.SNAPSHOT, "token", "here", NOW))
     assert host.look(HOUR).transitions == {"ws": Transition.AUTOSTOP}
     assert host.manager.workspace("ws").operation is None
+
+
+def test_a_resume_that_the_closing_manager_calls_off_is_no_failed_run(host):
+    host.policy(scopes=ScopePolicy(Scope.DATA))
+    host.manager.create("ws", readiness=Readiness("none"), autostart_schedule="30 12 * * *")
+    host.manager.pause("ws")
+    runs = host.runs()
+    host.runtime.set_ready("ws", False)
+    gate = host.runtime.hold_next("wait_ready")
+    found = []
+    looker = threading.Thread(target=lambda: found.append(host.look(HOUR / 2)))
+    looker.start()
+    try:
+        assert gate.wait_reached(30)
+        closer = threading.Thread(target=host.manager.close)
+        closer.start()
+    finally:
+        gate.open()
+        looker.join(30)
+    closer.join(30)
+    assert found[0].skipped == {"ws": Skip.STOPPING}
+    assert host.state() is PAUSED
+    assert host.runs() == runs
 
 
 def test_a_use_just_before_the_deletion_begins_prevents_it(host, monkeypatch):
