@@ -59,10 +59,9 @@ for command in (save, restore, read, show, invalidate, cache, workspace, doctor,
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     tune_malloc()
-    invocation = Invocation(
-        # Until the options are parsed; usage errors come before that.
-        Output(as_json="--json" in arguments, verbose=2 if "-vv" in arguments else 0)
-    )
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    # Until the options are parsed; usage errors come before that.
+    invocation = Invocation(Output(as_json="--json" in own, verbose=2 if "-vv" in own else 0))
     with _ending_on_sigterm():
         try:
             code = app.main(

@@ -156,7 +156,8 @@ class Output:
     def logging(self) -> Iterator[None]:
         """What the library logs goes to stderr while the block runs, as much of it as was asked for."""
         handler = logging.StreamHandler(_CurrentStderr())
-        handler.setFormatter(logging.Formatter("snaploader: %(levelname)s %(name)s: %(message)s"))
+        formatter = logging.Formatter if self.verbose > 1 else _Brief
+        handler.setFormatter(formatter("snaploader: %(levelname)s %(name)s: %(message)s"))
         loggers = [logging.getLogger("snaploader"), logging.getLogger("cow")]
         before = [(logger.level, logger.propagate) for logger in loggers]
         level = (
@@ -203,6 +204,14 @@ def _draw(what: RenderableType) -> None:
     # Written by ourselves, because rich ends the program when the reader has left.
     with writing_to_stdout():
         sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+class _Brief(logging.Formatter):
+    """Tells of an error what it is, and not where it came from."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  the name is logging's
+        """The error in a line."""
+        return f"  {ei[0].__name__}: {ei[1]}"
 
 
 class _CurrentStderr:

@@ -30,7 +30,8 @@ INTERRUPTIBLE = [sys.executable, "-c", f"{_HEED_SIGINT}; from snaploader.cli imp
 def environment(tmp_path: Path) -> dict[str, str]:
     """Of a process that knows nothing of this machine's configuration."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SNAPLOADER_")}
-    return {**kept, "XDG_CONFIG_HOME": str(tmp_path / "config"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    places = {f"XDG_{name.upper()}_HOME": str(tmp_path / name) for name in ("config", "cache", "state")}
+    return {**kept, **places}
 
 
 @contextlib.contextmanager

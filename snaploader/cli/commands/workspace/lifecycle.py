@@ -17,7 +17,7 @@ from snaploader.cli.options import Command, option, with_workspaces
 from snaploader.cli.signals import stop_signal
 from snaploader.cli.values import DURATION, parse_address
 from snaploader.cli.workspaces import Workspaces, needing_an_extra
-from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
     from snaploader.workspace.hooks import AuditRecord
@@ -148,8 +148,10 @@ def _metrics(workspaces: Workspaces, listen: str | None) -> Iterator[Metrics | N
         from prometheus_client import CollectorRegistry, start_http_server
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    with translate_os_errors(f"--metrics-listen: cannot listen on {listen}"):
+    try:
         server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise Unavailable(f"--metrics-listen: cannot listen on {listen}: {error.strerror}") from error
     try:
         workspaces.output.talk(f"metrics on http://{host}:{server.server_port}/metrics")
         yield metrics

@@ -35,7 +35,7 @@ def pause(workspaces: Workspaces, workspace_id: str) -> None:
 )
 @with_workspaces
 def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
-    """Bring a paused workspace back. Returns when it is ready."""
+    """Bring a paused workspace back. From a Data snapshot it returns when the workspace is ready."""
     workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
     workspaces.output.json(workspace_record(workspace))
     workspaces.output.text(f"resumed {workspace_id}")
