@@ -254,7 +254,8 @@ class WorkspaceManager(WorkspaceHolder):
         """Put a version's state in the place of the present one: stop, replace, start, record.
 
         History is never rewritten: the next version's number is above all earlier ones. A stopped workspace
-        stays stopped. The event is `version_rollback`.
+        stays stopped. A Data version brings the durable directories back, and all else is as it was created
+        or forked. The event is `version_rollback`.
 
         Args:
             keep_current: Keep the present state as a version first, of source `rollback`.
@@ -376,7 +377,7 @@ class WorkspaceManager(WorkspaceHolder):
     # At start-up
 
     def recover(self) -> RecoverySummary:
-        """Put everything of this host in order after a crash or a restart. Never raises.
+        """Put everything of this host in order after a crash or a restart. Never raises, unless closed.
 
         To be called once at start-up, before the first request is served. Workspaces that other processes are
         working on are left alone.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from snaploader.errors import Cancelled, NotFound, SnaploaderError
 from snaploader.workspace.manager.placed import carry_on, is_placed
@@ -19,6 +20,9 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     WorkspaceState,
 )
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Transaction
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +144,8 @@ def _record(
             status = SnapshotStatus.ORPHANED if is_commit else SnapshotStatus.DELETING
             unfinished.append(replace(record, status=status, is_remote=is_commit))
             tx.put_snapshot(unfinished[-1])
+        if any(record.status is SnapshotStatus.ORPHANED for record in unfinished):
+            unfinished += _superseded_orphans(tx, work.workspace_id, {record.name for record in unfinished})
         if restart_error is not None:
             tx.update_workspace(work.workspace_id, state=WorkspaceState.STOPPED)
             work.run(tx, RunTransition.START, error=_text(restart_error))
@@ -150,6 +156,17 @@ def _record(
         else:
             work.event(tx, FAILED, operation=kind.value, error=_text(error))
     return unfinished
+
+
+def _superseded_orphans(tx: Transaction, workspace_id: str, new: Collection[str]) -> list[SnapshotRecord]:
+    """Let earlier failed commits go: what keeps failing must not fill the disk with pins."""
+    orphans = tx.snapshots(workspace_id, statuses=[SnapshotStatus.ORPHANED])
+    superseded = [
+        replace(record, status=SnapshotStatus.DELETING) for record in orphans if record.name not in new
+    ]
+    for record in superseded:
+        tx.put_snapshot(record)
+    return superseded
 
 
 def _is_failed_run(work: Work, error: BaseException) -> bool:

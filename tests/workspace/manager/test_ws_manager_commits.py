@@ -412,3 +412,17 @@ def test_a_fork_with_a_used_or_malformed_id_is_refused(host: Host) -> None:
         host.manager.fork("one", "one")
     with pytest.raises(InvalidArgument):
         host.manager.fork("one", "Two")
+
+
+def test_commits_that_keep_failing_leave_one_orphan_and_not_a_pin_each(host: Host, remote: FakeCAS) -> None:
+    host.create()
+    with pytest.MonkeyPatch.context() as patch:
+        fail_after(remote, patch, 2)
+        for attempt in range(3):
+            fill(host, 3 + attempt)
+            with pytest.raises(Unavailable):
+                host.manager.commit("one")
+    with host.catalog.reading() as reader:
+        [orphan] = reader.snapshots("one", statuses=[SnapshotStatus.ORPHANED])
+    assert host.cache.pins() == [f"workspace.{orphan.name}"]
+    assert host.leftovers() == []
