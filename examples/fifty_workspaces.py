@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from snaploader import FileCache, RemoteCache, SnapshotLoader
@@ -63,7 +63,7 @@ def host(folder: Path) -> Iterator[tuple[WorkspaceManager, ProcessRuntime, FileC
         RemoteCache(server.url) as remote_cache,
         SnapshotLoader(file_cache, remote_cache) as loader,
         Catalog.open(folder / "catalog.sqlite") as catalog,
-        closing(ProcessRuntime(folder / "runtime")) as runtime,
+        ProcessRuntime(folder / "runtime") as runtime,
         WorkspaceManager(catalog, loader, file_cache, runtime, folder) as manager,
     ):
         try:
