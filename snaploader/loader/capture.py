@@ -67,7 +67,8 @@ class DirectorySource:
     nothing."""
     index: str | os.PathLike[str] | None = None
     """A file outside the directory that remembers what the last save found. With it, only files that
-    changed since are read again. Written anew by every save; None reads everything."""
+    changed since are read again. Written anew by every save; None reads everything. Not for files that a
+    process keeps mapped for writing (mmap(2)) from one save to the next: their times need not tell."""
     chunk_threshold_bytes: int = DEFAULT_CHUNK_THRESHOLD_BYTES
     """Files of this size or more are kept in chunks, their holes left out. Default: 4 MiB."""
 

@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 GRANULARITY_NS = 50_000_000
 """How long after a write a second one may not show in a file's times: the kernel's clock ticks every 1 to
-10 ms, and network file systems are no worse by much."""
+10 ms. That of a file server must not be behind by more than what is left of this."""
+
+WHOLE_SECONDS_NS = 2_000_000_000
+"""The same where times are whole seconds: of FAT, of HFS+, of ext4 with small inodes, of some file servers."""
 
 _MAGIC = b"snapidx\x01"
 _HEADER = struct.Struct("<IIQQQ")  # digest function, zero, files, bytes of paths, chunked files
@@ -62,7 +65,10 @@ def is_settled(identity: FileIdentity, looked_ns: int) -> bool:
     Args:
         looked_ns: When the file was looked at, or any time before.
     """
-    return max(identity.mtime_ns, identity.ctime_ns) < looked_ns - GRANULARITY_NS
+    # Whoever may set a time of last write cannot set that of the last status change.
+    is_coarse = identity.ctime_ns % 1_000_000_000 == 0
+    granularity_ns = WHOLE_SECONDS_NS if is_coarse else GRANULARITY_NS
+    return max(identity.mtime_ns, identity.ctime_ns) < looked_ns - granularity_ns
 
 
 def read_index(path: str, function: DigestFunction) -> CaptureIndex:

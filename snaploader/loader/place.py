@@ -245,21 +245,22 @@ def remove_tree(path: Path) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
             return
+    with contextlib.suppress(OSError):
+        os.chmod(path, _PRIVATE)
     for folder, names, _ in os.walk(path):
         for name in names:
             below = os.path.join(folder, name)
             with contextlib.suppress(OSError):
                 if not os.path.islink(below):
                     os.chmod(below, _PRIVATE)
-    with contextlib.suppress(OSError):
-        os.chmod(path, _PRIVATE)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
     """Write a capture index of a directory as it was just restored; what went wrong, or an empty string.
 
-    Waits until no later write can go unnoticed, at most some milliseconds more than `GRANULARITY_NS`.
+    Waits until no later write can go unnoticed, at most some milliseconds more than `GRANULARITY_NS`. What
+    was written to meanwhile, and so has another time or size than the tree says, is left out.
     """
     time.sleep(GRANULARITY_NS / 1e9 * 1.1)
     looked_ns = time.time_ns()
@@ -271,7 +272,8 @@ def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
                 identity = FileIdentity.of(os.lstat(root / name))
             except OSError:
                 continue
-            if is_settled(identity, looked_ns):
+            as_written = (identity.size_bytes, identity.mtime_ns) == (entry.size_bytes, entry.mtime_ns)
+            if as_written and is_settled(identity, looked_ns):
                 files.append((name, identity, content))
     return try_write_index(path, files, tree.function)
 

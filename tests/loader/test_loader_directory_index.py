@@ -139,6 +139,13 @@ def test_settled_means_older_than_the_granularity_on_both_counts() -> None:
     assert not is_settled(FileIdentity(1, edge - 1, 1, edge), now)
 
 
+def test_times_in_whole_seconds_settle_later() -> None:
+    now = 10**18
+    assert not is_settled(FileIdentity(1, now - 2 * 10**9, 1, now - 2 * 10**9), now)
+    assert is_settled(FileIdentity(1, now - 3 * 10**9, 1, now - 3 * 10**9), now)
+    assert is_settled(FileIdentity(1, now - 3 * 10**9, 1, now - 10**9 - 1), now)
+
+
 @pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("kind", ["cut", "flipped", "empty", "foreign", "directory"])
 def test_an_index_that_is_no_good_is_ignored_with_a_log_line(
@@ -367,6 +374,30 @@ def test_a_file_that_went_after_the_restore_is_not_in_its_index(
     monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     assert len(read_index(str(index), host.loader._saver._local_function)) == 6
+
+
+@pytest.mark.parametrize("name", ["plain", "disk"])
+def test_a_file_written_to_before_the_restore_returned_is_not_in_its_index(
+    make_host: HostFactory,
+    home: Path,
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    host = make_host("a")
+    snapshot = find(host, save_directory(host, home))
+    out = tmp_path / "out"
+
+    def write_meanwhile(_: float) -> None:
+        with (out / name).open("r+b") as file:
+            file.write(b"changed")
+
+    monkeypatch.setattr(place.time, "sleep", write_meanwhile)
+    monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
+    host.loader.restore_directory(snapshot, "home", out, index=index)
+    host.loader.restore_directory(find(host, save_directory(host, out, index=index)), "home", tmp_path / "2")
+    assert state_of(tmp_path / "2") == state_of(out)
 
 
 # Kill-safety: a child is killed at a step of writing the index
