@@ -33,7 +33,7 @@ GRANULARITY_NS = 50_000_000
 10 ms. That of a file server must not be behind by more than what is left of this."""
 
 WHOLE_SECONDS_NS = 2_000_000_000
-"""The same where times are whole seconds: of FAT, of HFS+, of ext4 with small inodes, of some file servers."""
+"""The same where times are whole seconds: of FAT, HFS+, ext4 with small inodes and some file servers."""
 
 _MAGIC = b"snapidx\x01"
 _HEADER = struct.Struct("<IIQQQ")  # digest function, zero, files, bytes of paths, chunked files
