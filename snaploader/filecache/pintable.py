@@ -38,6 +38,8 @@ _Name: TypeAlias = "tuple[str, str]"
 """Folder of the group, and name."""
 _Identity: TypeAlias = "tuple[int, int, int]"
 """Inode, time of last write and size: a pin is never written again, but replaced."""
+_UNREAD: _Identity = (-1, -1, -1)
+"""That of no file: the pin could not be read, and is tried again."""
 
 
 class CountedKeys:
@@ -185,6 +187,7 @@ class PinTable:
             raise
         except OSError:
             _logger.warning("pin %r cannot be read", self._path(name), exc_info=True)
+            identity = _UNREAD
         if pin is None:
             return _Known(identity, _NO_KEYS, _NO_KEYS, is_damaged=True), _NO_NUMBERS
         blobs = recency.keys(group, to_prefixes(pin.hashes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from contextlib import ExitStack
@@ -279,6 +280,23 @@ def test_what_cannot_be_read_as_a_pin_counts_as_a_damaged_one(tmp_path):
         assert cache.prune() == 2 * BLOCK
         pin_file(cache, "folder").rmdir()
         assert cache.prune() == BLOCK
+
+
+def test_pin_that_cannot_be_read_for_a_moment_is_not_damaged_for_ever(tmp_path, monkeypatch):
+    with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache:
+        cache.pin("p", [small(cache, "a")])
+        small(cache, "b")
+        load = pinfile.load
+
+        def too_many_open(path):
+            raise OSError(errno.EMFILE, "too many open files", path)
+
+        monkeypatch.setattr(pinfile, "load", too_many_open)
+        assert len(cache.statistics().damaged_pins) == 1
+        monkeypatch.setattr(pinfile, "load", load)
+        small(cache, "c")
+        assert present(cache, *"abc") == set("ac")
+        assert cache.statistics().damaged_pins == ()
 
 
 def test_file_with_another_name_is_no_pin(tmp_path):
