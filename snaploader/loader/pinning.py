@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 from snaploader.digest import Digest
-from snaploader.errors import NotFound
+from snaploader.errors import NotFound, SnaploaderError
 from snaploader.filecache import FileCache, Pin
 
 
@@ -26,7 +26,9 @@ def pinned(
     digests: Iterable[Digest],
     refs: Iterable[str],
 ) -> Iterator[None]:
-    """Pin a snapshot before it is there to be evicted. If the block fails, what was pinned is again.
+    """Pin a snapshot before it is there to be evicted. If that or the block fails, what was pinned is again.
+
+    Where that cannot be done, a note of the error says so.
 
     Args:
         name: None pins nothing.
@@ -35,14 +37,18 @@ def pinned(
     if name is None:
         yield
         return
-    file_cache.pin(name, digests, refs=refs)
     try:
+        # Also when this fails the new pin may stand, not flushed to disk.
+        file_cache.pin(name, digests, refs=refs)
         yield
-    except BaseException:
-        if before is None:
-            file_cache.unpin(name)
-        else:
-            _pin_again(file_cache, before)
+    except BaseException as error:
+        try:
+            if before is None:
+                file_cache.unpin(name)
+            else:
+                _pin_again(file_cache, before)
+        except SnaploaderError as failure:
+            error.add_note(f"what was pinned as {name!r} before may not be so any more: {failure.message}")
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -13,7 +14,8 @@ from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
 from snaploader import DirectorySource, SnapshotKey
 from snaploader.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry, child_directories
-from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from snaploader.filecache import pins
 from snaploader.loader import capture
 from snaploader.testing import EmbeddedServer
 
@@ -424,6 +426,47 @@ def test_a_pin_stands_before_the_manifest_and_goes_when_publishing_fails(
     with pytest.raises(FailedPrecondition, match="no refs today"):
         save_directory(host, home, pin="mine")
     assert host.cache.pinned("mine").refs == ("a" * 64,)
+
+
+@pytest.mark.parametrize("before", [(), ("a" * 64,)])
+def test_a_pin_that_cannot_be_flushed_leaves_what_was_pinned(
+    make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[str, ...]
+) -> None:
+    host = make_host("a")
+    if before:
+        host.cache.pin("mine", refs=before)
+    flush = pins.flush_folder
+    calls = []
+
+    def fail_once(path: str) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "flaky disk")
+        flush(path)
+
+    monkeypatch.setattr(pins, "flush_folder", fail_once)
+    with pytest.raises(DataLoss, match="cannot pin 'mine'"):
+        save_directory(host, home, pin="mine")
+    assert [host.cache.pinned(name).refs for name in host.cache.pins()] == ([before] if before else [])
+
+
+def test_a_pin_that_cannot_be_put_back_does_not_hide_why_the_save_failed(
+    make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("a")
+    host.cache.pin("mine", refs=["a" * 64])
+
+    def fail(*_: object, **__: object) -> bool:
+        monkeypatch.setattr(pins.pinfile, "encode", full_disk)
+        raise FailedPrecondition("no refs today")
+
+    def full_disk(*_: object) -> bytes:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(host.cache, "put_ref", fail)
+    with pytest.raises(FailedPrecondition, match="no refs today") as caught:
+        save_directory(host, home, pin="mine")
+    assert "'mine' before may not be so any more" in "".join(caught.value.__notes__)
 
 
 # What does not hold still, or may not be read
