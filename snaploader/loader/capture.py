@@ -303,8 +303,9 @@ class DirectoryCapture:
         reader = BigFileReader(self._open(file), size, self._chunk_size, self._function, put, finished)
         with self._lock:
             self._readers.add(reader)
-        for read_chunk in reader.chunks():
-            yield partial(self._store_chunk, file, read_chunk, meter)
+        with translate_os_errors(f"cannot find the holes of {shown_path(self._where, file.path)}"):
+            for read_chunk in reader.chunks():
+                yield partial(self._store_chunk, file, read_chunk, meter)
 
     def _store_chunk(self, file: FoundFile, read_chunk: Callable[[], int], meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):

@@ -223,6 +223,19 @@ def test_a_full_disk_while_saving_publishes_nothing(
     save_directory(host, home, index=tmp_path / "index")
 
 
+def test_a_disk_that_cannot_tell_its_holes_is_data_loss(
+    make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("a")
+
+    def fail(*_: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(cow.sparse.os, "lseek", fail)
+    with pytest.raises(DataLoss, match="home/disk"):
+        save_directory(host, home)
+
+
 def test_a_full_disk_under_the_index_is_a_warning(
     make_host: HostFactory, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
