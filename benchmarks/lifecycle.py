@@ -179,6 +179,7 @@ def measure(database: str, urls: list[str], folder: Path, count: int, due: int) 
             cost, baseline = all_of_them.look(transition), few.look(transition)
             transitions[transition.value] = {
                 "ms_per_due": _ms(cost.wall_s / due),
+                "cpu_ms_per_due": _ms(cost.cpu_s / due),
                 "ms_per_due_alone": _ms(baseline.wall_s / due),
                 "ratio": round(cost.wall_s / baseline.wall_s, 2),
                 "cpu_ratio": round(cost.cpu_s / baseline.cpu_s, 2),
