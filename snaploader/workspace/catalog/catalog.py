@@ -189,6 +189,7 @@ class Catalog:
     def _connected(self, connect: Callable[[Engine], Connection]) -> Iterator[Connection]:
         """A connection with a transaction, rolled back unless the block commits it."""
         process = os.getpid()
+        pool = self._engine.pool
         with translate_database_errors(self._where):
             connection = connect(self._engine)
         try:
@@ -198,11 +199,14 @@ class Catalog:
         finally:
             # A child that was forked within the block leaves it too; the connection is its parent's.
             if os.getpid() == process:
-                _give_back(connection)
+                _give_back(connection, is_wanted=self._engine.pool is pool)
 
 
-def _give_back(connection: Connection) -> None:
+def _give_back(connection: Connection, *, is_wanted: bool) -> None:
+    """Give a connection back to its pool, or close it if that was done away with meanwhile."""
     try:
+        if not is_wanted:
+            connection.invalidate()
         connection.close()
     except SQLAlchemyError:
         # Rolling back failed since the database is gone, and what was not committed with it.

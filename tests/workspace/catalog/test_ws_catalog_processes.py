@@ -308,6 +308,15 @@ class TestClose:
         writer.join()
         closer.join()
 
+    def test_within_a_transaction_it_waits_for_nothing_and_leaves_nothing_open(
+        self, catalog: Catalog
+    ) -> None:
+        with catalog.transaction() as transaction:
+            catalog.close()
+            transaction.add_workspace(workspace())
+        with pytest.raises(FailedPrecondition, match="is closed"), catalog.transaction():
+            pytest.fail("it is closed")
+
     def test_a_thread_has_one_transaction(self, catalog: Catalog) -> None:
         with catalog.transaction() as transaction:
             with pytest.raises(FailedPrecondition, match="a transaction already"), catalog.transaction():
