@@ -18,6 +18,7 @@ from snaploader.dirtree.entries import (
     Entry,
     FileEntry,
     SymlinkEntry,
+    check_entry_count,
 )
 from snaploader.dirtree.model import DirectoryTree
 
@@ -32,6 +33,7 @@ __all__ = [
     "Entry",
     "FileEntry",
     "SymlinkEntry",
+    "check_entry_count",
     "child_directories",
     "decode_directory_tree",
     "encode_directory_tree",

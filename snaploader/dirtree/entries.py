@@ -13,7 +13,7 @@ MODE_BITS = 0o1777
 """Permission and sticky bits. Set-id bits are never kept: what is restored may not lend anyone's rights."""
 
 MAX_ENTRIES = 1 << 20
-"""Most paths of a tree."""
+"""Most paths of a tree, and of all directories of a snapshot together."""
 
 MAX_DEPTH = 200
 """Most names in a path."""
@@ -82,6 +82,15 @@ class DirectoryEntry:
 
 
 Entry: TypeAlias = FileEntry | ChunkedEntry | SymlinkEntry | DirectoryEntry
+
+
+def check_entry_count(count: int) -> None:
+    """InvalidArgument when all directories of a snapshot together have more entries than may be."""
+    if count > MAX_ENTRIES:
+        raise InvalidArgument(
+            f"the directories of a snapshot have more than {MAX_ENTRIES} entries together: save them as "
+            "several snapshots, or exclude some"
+        )
 
 
 def check_name(name: str, path: str) -> None:

@@ -127,6 +127,11 @@ class DirectoryCapture:
         self._pending = self._changed_files()
 
     @property
+    def entry_count(self) -> int:
+        """All that the tree will hold."""
+        return self._found.entry_count
+
+    @property
     def pending_bytes(self) -> int:
         """Of the files that have to be read."""
         return sum(file.identity.size_bytes for file in self._pending)

@@ -12,7 +12,7 @@ from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import DirectoryTree, decode_directory_tree
+from snaploader.dirtree import DirectoryTree, check_entry_count, decode_directory_tree
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
@@ -259,8 +259,21 @@ class SnapshotFinder:
         return self._decode_all(manifest, trees, decode_tree, allow_remote=allow_remote)
 
     def _read_directories(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, DirectoryTree]:
-        trees = manifest.directories
-        return self._decode_all(manifest, trees, decode_directory_tree, allow_remote=allow_remote)
+        distinct = 0
+
+        def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
+            nonlocal distinct
+            tree = decode_directory_tree(data, function)
+            distinct += len(tree)
+            check_entry_count(distinct)
+            return tree
+
+        directories = self._decode_all(manifest, manifest.directories, decode, allow_remote=allow_remote)
+        try:
+            check_entry_count(sum(map(len, directories.values())))
+        except InvalidArgument as error:
+            raise DataLoss(f"the manifest is damaged: {error.message}") from error
+        return directories
 
     def _decode_all(
         self,
@@ -270,14 +283,17 @@ class SnapshotFinder:
         *,
         allow_remote: bool,
     ) -> dict[str, T]:
-        decoded = {}
+        """The trees by name. Equal ones are one object: a small manifest can name a big tree many times."""
+        decoded: dict[Digest, T] = {}
         for name, digest in trees.items():
+            if digest in decoded:
+                continue
             tree = self._read_tree(manifest, digest, allow_remote=allow_remote)
             try:
-                decoded[name] = decode(tree, manifest.digest_function)
+                decoded[digest] = decode(tree, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
-        return decoded
+        return {name: decoded[digest] for name, digest in trees.items()}
 
     def _read_tree(self, manifest: Manifest, digest: Digest, *, allow_remote: bool) -> bytes:
         try:

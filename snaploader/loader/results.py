@@ -178,7 +178,7 @@ def artefacts(
 ) -> Iterator[Digest]:
     """Every blob a snapshot needs: plain files, trees, chunks, what is in directories; not the empty blob."""
     yield from manifest.digests()
-    for table in tables.values():
-        yield from table.digests()
-    for directory in directories.values():
-        yield from directory.digests()
+    trees: list[ChunkTable | DirectoryTree] = [*tables.values(), *directories.values()]
+    # Equal ones, which are one object, count once.
+    for tree in {id(tree): tree for tree in trees}.values():
+        yield from tree.digests()

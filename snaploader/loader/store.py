@@ -15,7 +15,7 @@ from typing import Self
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import DirectoryTree
+from snaploader.dirtree import DirectoryTree, check_entry_count
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -109,6 +109,7 @@ class LocalSaver:
                 capture = DirectoryCapture(name, directory, file_cache, function, size)
                 self._open.callback(capture.close)
                 self.directories[name] = capture
+                check_entry_count(sum(one.entry_count for one in self.directories.values()))
             undo.pop_all()
 
     def run(self) -> dict[str, SavedFile]:

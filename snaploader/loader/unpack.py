@@ -146,7 +146,8 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     else:
         whole = (digest for directory in directories.values() for digest in directory.blobs())
         chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
-        lease = cache.lease((*snapshot.manifest.digests(), *whole), hashes=[t.hashes for t in chunked])
+        hashes = [table.hashes for table in {id(table): table for table in chunked}.values()]
+        lease = cache.lease((*snapshot.manifest.digests(), *whole), hashes=hashes)
     if snapshot.allow_remote:
         return lease
     gone = cache.find_missing(list(snapshot.digests()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from directory_states import fill, find, save_directory, saved, state_of
 from loader_hosts import CONFIGURATION, Host, HostFactory
 
 import cow.sparse
-from snaploader import DigestFunction, SnapshotKey
+from snaploader import DigestFunction, DirectorySource, SnapshotKey
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest
-from snaploader.dirtree import ChunkedEntry, FileEntry
+from snaploader.dirtree import ChunkedEntry, DirectoryTree, FileEntry, decode_directory_tree
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -271,11 +271,12 @@ def test_a_damaged_blob_is_fetched_again_or_is_data_loss(
     assert state_of(tmp_path / "out") == state_of(home)
 
 
-def publish(host: Host, tree: bytes) -> None:
-    """A snapshot called hostile, whose directory "home" has this tree, whatever is in it."""
+def publish(host: Host, tree: bytes, names: Iterable[str] = ("home",)) -> None:
+    """A snapshot called hostile, whose directories have this tree, whatever is in it."""
     digest = Digest.of(tree, DigestFunction.BLAKE3)
     host.cache.write(digest, tree)
-    manifest = Manifest(pack_any(CONFIGURATION), DigestFunction.BLAKE3, directories={"home": digest})
+    directories = dict.fromkeys(names, digest)
+    manifest = Manifest(pack_any(CONFIGURATION), DigestFunction.BLAKE3, directories=directories)
     key = snapshot_id_key(SnapshotKey(snapshot_id="hostile"))
     host.cache.put_ref(local_manifest_key("", key), manifest.serialize_local())
 
@@ -296,6 +297,43 @@ def test_a_tree_that_could_do_harm_is_never_restored(make_host: HostFactory) -> 
     publish(host, b"no tree")
     with pytest.raises(DataLoss, match="damaged"):
         host.loader.get_snapshot_by_id("hostile")
+
+
+def test_directories_with_too_much_in_them_together_are_refused(
+    make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("a")
+    directories = {name: DirectorySource(home) for name in "abc"}
+    result = host.loader.cache_snapshot(
+        SnapshotKey(), directories=directories, vm_configuration=CONFIGURATION
+    )
+    trees = find(host, result).directories
+    assert trees["a"] is trees["b"] is trees["c"]
+    monkeypatch.setattr("snaploader.dirtree.entries.MAX_ENTRIES", 2 * len(trees["a"]))
+    with pytest.raises(DataLoss, match=r"have more than .* together"):
+        find(host, result)
+    with pytest.raises(InvalidArgument, match=r"have more than .* together"):
+        host.loader.cache_snapshot(SnapshotKey(), directories=directories, vm_configuration=CONFIGURATION)
+
+
+def test_equal_directories_are_read_once(
+    make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest of some hundred kilobytes may name ten thousand, and one tree a million paths."""
+    host = make_host("a")
+    tree = host.cache.read(saved(save_directory(host, home)).digest)
+    publish(host, tree, names=[str(number) for number in range(10)])
+    sizes = []
+
+    def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
+        sizes.append(len(data))
+        return decode_directory_tree(data, function)
+
+    monkeypatch.setattr("snaploader.loader.find.decode_directory_tree", decode)
+    snapshot = host.loader.get_snapshot_by_id("hostile")
+    assert (len(snapshot.directories), sizes) == (10, [len(tree)])
+    distinct = [digest for digest in snapshot.digests() if digest.size_bytes == 100]
+    assert len(distinct) == 1
 
 
 def test_a_tree_that_is_gone_makes_the_snapshot_incomplete(make_host: HostFactory, home: Path) -> None:
