@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -49,6 +50,8 @@ _IN_MEMORY_BYTES = 4 << 20
 """Files that are kept whole are read in one piece up to this size; bigger ones are streamed."""
 
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""What opening a file says that was removed or has become a symbolic link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +342,10 @@ class DirectoryCapture:
         with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
             try:
                 fd = os.open(file.path, _FILE, dir_fd=self._root)
-            except (FileNotFoundError, NotADirectoryError):
-                raise changed(self._where, file.path) from None
+            except OSError as error:
+                if error.errno in _GONE:
+                    raise changed(self._where, file.path) from None
+                raise
         # Also tells when a directory on the way has become a link to elsewhere.
         try:
             self._check_unchanged(file, fd)

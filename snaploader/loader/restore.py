@@ -103,7 +103,7 @@ def restore_directory(
         known = ", ".join(map(repr, snapshot.directories)) or "none"
         raise NotFound(f"the snapshot has no directory {name!r}; it has {known}")
     target = Path(path).absolute()
-    if index is not None and Path(index).absolute().is_relative_to(target):
+    if index is not None and Path(index).absolute().parent.resolve().is_relative_to(target.resolve()):
         raise InvalidArgument(f"the capture index {str(index)!r} is in the directory: keep it elsewhere")
     check_vacant(target)
     fetched = FetchCounter()

@@ -273,9 +273,13 @@ def test_an_index_in_the_directory_is_refused(make_host: HostFactory, home: Path
             save_directory(host, home, index=path)
     save_directory(host, home, index=home / "etc/index", exclude=["etc"])
     snapshot = find(host, save_directory(host, home))
-    with pytest.raises(InvalidArgument, match="keep it elsewhere"):
-        host.loader.restore_directory(snapshot, "home", tmp_path / "out", index=tmp_path / "out/index")
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "beside").symlink_to(tmp_path)
+    for path in (tmp_path / "out/index", tmp_path / "home/../out/index", tmp_path / "beside/out/index"):
+        with pytest.raises(InvalidArgument, match="keep it elsewhere"):
+            host.loader.restore_directory(snapshot, "home", tmp_path / "out", index=path)
+        assert not (tmp_path / "out").exists()
+    host.loader.restore_directory(snapshot, "home", tmp_path / "out", index=tmp_path / "out/../index")
+    assert (tmp_path / "index").exists()
 
 
 # Blobs that are gone
