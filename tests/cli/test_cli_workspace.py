@@ -178,6 +178,12 @@ def test_lists_are_chosen_from_by_state_owner_and_host(shell: Shell, monkeypatch
     lines = shell.ok("ls").splitlines()
     assert lines[0].split() == ["workspace", "state", "version", "exclusive", "shared", "used"]
     assert [line.split()[:2] for line in lines[1:]] == [["a", "stopped"], ["b", "running"]]
+    header, *_, last = shell.ok("ls", "--all-hosts", "--no-sizes").splitlines()
+    assert header.split() == ["workspace", "host", "state", "version", "used"]
+    assert last.split()[:3] == ["c", "elsewhere", "running"]
+    everywhere = shell.json("ls", "--all-hosts")["workspaces"]
+    assert [each["size"] is None for each in everywhere] == [False, False, True]
+    assert shell.json("ls", "--no-sizes")["stored_bytes"] is None
     assert shell.ok("ls", "--tree").splitlines() == ["a", "└── now: stopped", "b", "└── now: running"]
     deleted = shell.ok("show", "d")
     assert deleted.splitlines()[-1] == "d"

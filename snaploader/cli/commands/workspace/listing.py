@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -23,11 +23,12 @@ from snaploader.workspace.model import (
     Run,
     RunStatus,
     SnapshotInfo,
-    SnapshotKind,
     Workspace,
     WorkspaceState,
 )
 from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
+
+_COLUMNS = ("workspace", "host", "state", "version>", "exclusive>", "shared>", "used")
 
 FORK_EVENT = "workspace_fork"
 """Tells which commit a workspace was forked from."""
@@ -44,9 +45,22 @@ FORK_EVENT = "workspace_fork"
 @option("--all-hosts", scope="workspace ls", is_flag=True, help="Those of other hosts too.")
 @option("--deleted", scope="workspace ls", is_flag=True, help="Deleted ones too.")
 @option("--tree", scope="workspace ls", is_flag=True, help="Show the history of each.")
+@option(
+    "--sizes/--no-sizes",
+    scope="workspace ls",
+    default=True,
+    show_default=True,
+    help="Tell what each costs, for which the chunks of all snapshots on this host are counted.",
+)
 @with_workspaces
 def list_(
-    workspaces: Workspaces, state: str | None, owner: str | None, all_hosts: bool, deleted: bool, tree: bool
+    workspaces: Workspaces,
+    state: str | None,
+    owner: str | None,
+    all_hosts: bool,
+    deleted: bool,
+    tree: bool,
+    sizes: bool,
 ) -> None:
     """List the workspaces of this host, and what their snapshots take in its cache.
 
@@ -60,36 +74,48 @@ def list_(
         owner=owner,
         include_deleted=deleted,
     )
-    sizes = measure(workspaces.session.file_cache)
+    measured = measure(workspaces.session.file_cache) if sizes else None
+    costs = {
+        each.id: _size(measured, each) for each in found if measured is not None and each.host == manager.host
+    }
     workspaces.output.json(
         {
             "workspaces": [
-                {**workspace_record(each), "size": size_record(_size(sizes, each))} for each in found
+                {
+                    **workspace_record(each),
+                    "size": size_record(costs[each.id]) if each.id in costs else None,
+                }
+                for each in found
             ],
-            "stored_bytes": sizes.stored_bytes,
+            "stored_bytes": None if measured is None else measured.stored_bytes,
         }
     )
     if tree:
+        forks = _forks(workspaces)
         for each in found:
-            _print_tree(workspaces, each, manager.list_snapshots(each.id))
+            _print_tree(workspaces, each, manager.list_snapshots(each.id), forks)
         return
-    workspaces.output.table(
-        ["workspace", "state", "version>", "exclusive>", "shared>", "used"],
-        [
-            [
-                each.id,
-                _state(each),
-                str(each.last_version or "-"),
-                format_size(_size(sizes, each).exclusive_bytes),
-                format_size(_size(sizes, each).shared_bytes),
-                time_words(each.last_used_at),
-            ]
-            for each in found
-        ],
-    )
-    workspaces.output.detail(
-        f"{len(found)} workspaces; the snapshots of all on this host take {format_size(sizes.stored_bytes)}"
-    )
+    rows = [
+        {
+            "workspace": each.id,
+            "host": each.host,
+            "state": _state(each),
+            "version>": str(each.last_version or "-"),
+            "exclusive>": format_size(costs[each.id].exclusive_bytes) if each.id in costs else "-",
+            "shared>": format_size(costs[each.id].shared_bytes) if each.id in costs else "-",
+            "used": time_words(each.last_used_at),
+        }
+        for each in found
+    ]
+    left_out = set() if all_hosts else {"host"}
+    left_out |= set() if sizes else {"exclusive>", "shared>"}
+    columns = [column for column in _COLUMNS if column not in left_out]
+    workspaces.output.table(columns, [[row[column] for column in columns] for row in rows])
+    if measured is not None:
+        together = format_size(measured.stored_bytes)
+        workspaces.output.detail(
+            f"{len(found)} workspaces; the snapshots of all on this host take {together}"
+        )
 
 
 @click.command("show", cls=Command, short_help="Show a workspace and its history.")
@@ -122,7 +148,8 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
     for name, text in lines.items():
         workspaces.output.text(f"{name:<{width}}  {text}")
     workspaces.output.text()
-    _print_tree(workspaces, found, snapshots)
+    if not workspaces.output.as_json:
+        _print_tree(workspaces, found, snapshots, _forks(workspaces))
     for info in snapshots:
         if not info.is_managed:
             workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
@@ -163,21 +190,20 @@ def _size(sizes: HostSizes, workspace: Workspace) -> WorkspaceSize:
     return sizes.workspaces.get(workspace.id, WorkspaceSize())
 
 
-def _print_tree(workspaces: Workspaces, workspace: Workspace, snapshots: Sequence[SnapshotInfo]) -> None:
-    if workspaces.output.as_json:
-        return
-    branches = history(workspace, snapshots, _forks(workspaces, snapshots))
-    workspaces.output.tree(Branch(workspace.id, branches))
+def _print_tree(
+    workspaces: Workspaces,
+    workspace: Workspace,
+    snapshots: Sequence[SnapshotInfo],
+    forks: Mapping[str, list[str]],
+) -> None:
+    workspaces.output.tree(Branch(workspace.id, history(workspace, snapshots, forks)))
 
 
-def _forks(workspaces: Workspaces, snapshots: Sequence[SnapshotInfo]) -> dict[str, list[str]]:
-    """The workspaces that were forked from snapshots, by the snapshot's name."""
-    kinds = {info.record.name: info.record.kind for info in snapshots if info.record is not None}
+def _forks(workspaces: Workspaces) -> dict[str, list[str]]:
+    """The workspaces that were forked from a commit and are not deleted, by its name."""
+    alive = {each.id for each in workspaces.manager.workspaces()}
     forks: dict[str, list[str]] = {}
-    if SnapshotKind.COMMIT in kinds.values():
-        alive = {each.id for each in workspaces.manager.workspaces()}
-        for event in workspaces.manager.events(types=(FORK_EVENT,), limit=None):
-            origin = event.payload.get("origin", "")
-            if origin in kinds and event.workspace_id in alive:
-                forks.setdefault(origin, []).append(event.workspace_id)
+    for event in workspaces.manager.events(types=(FORK_EVENT,), limit=None):
+        if event.workspace_id in alive:
+            forks.setdefault(event.payload.get("origin", ""), []).append(event.workspace_id)
     return forks
