@@ -15,7 +15,7 @@ from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.snapshots import completed, new_record
 from snaploader.workspace.manager.undo import undone_on_failure
-from snaploader.workspace.manager.work import Work, new_operation
+from snaploader.workspace.manager.work import Work, give_slot_back, new_operation
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -127,7 +127,7 @@ def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scop
             if pending is not None:
                 tx.put_snapshot(pending)
     except BaseException:
-        services.slots.release(slot, workspace_id)
+        give_slot_back(services, slot, workspace_id)
         raise
     work = Work(services, workspace, operation, pending=pending)
     work.reach("begun")

@@ -37,6 +37,9 @@ _TRANSITIONS = {
     OperationKind.DELETE: RunTransition.DELETE,
 }
 
+_ENDING = frozenset({OperationKind.STOP, OperationKind.PAUSE, OperationKind.DELETE})
+"""After which nothing runs: if they may have been recorded, nothing is started again before that is known."""
+
 
 @contextmanager
 def undone_on_failure(work: Work) -> Iterator[None]:
@@ -58,7 +61,8 @@ def undo_failed(work: Work, error: BaseException) -> None:
     except Exception as second:
         log.exception("an operation on workspace %r is left to recovery", work.workspace_id)
         error.add_note(f"the {work.operation.kind} could not be taken back either, recovery will: {second}")
-        _restart(work, error)
+        if not work.was_restarted and not (work.may_be_recorded and work.operation.kind in _ENDING):
+            _restart(work, error)
 
 
 def undo(work: Work, error: BaseException | None = None) -> None:
@@ -86,7 +90,12 @@ def undo(work: Work, error: BaseException | None = None) -> None:
         return
     restart_error = _restart(work, error)
     for record in _record(work, error, restart_error):
-        remove_unfinished(work.services, record)
+        try:
+            remove_unfinished(work.services, record)
+        except SnaploaderError as problem:
+            log.warning("snapshot %r is left to recovery", record.name, exc_info=True)
+            if error is not None:
+                error.add_note(f"snapshot {record.name!r} is not removed yet, recovery will: {problem}")
 
 
 def remove_unfinished(services: Services, record: SnapshotRecord) -> None:
@@ -119,6 +128,7 @@ def _is_under_way(work: Work) -> bool:
 
 def _restart(work: Work, error: BaseException | None) -> BaseException | None:
     """Start the runtime again if it ran before the operation; why that failed, if it did."""
+    work.was_restarted = True
     if not work.was_running:
         return None
     try:

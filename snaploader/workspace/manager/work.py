@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from snaploader.errors import SnaploaderError
+from snaploader.errors import NotFound, SnaploaderError
 from snaploader.loader import Snapshot
 from snaploader.workspace.manager.content import Saved
 from snaploader.workspace.manager.services import Services
@@ -69,6 +69,10 @@ class Work:
         self.reason = reason
         self.now = services.clock()
         """When the workspace was used, if this counts as a use."""
+        self.may_be_recorded = False
+        """Whether the last transaction was begun. One that failed may have been made all the same."""
+        self.was_restarted = False
+        """Whether it was tried to start the runtime again, because the operation failed."""
         self._left_behind: list[SnapshotRecord] = []
 
     @classmethod
@@ -173,6 +177,7 @@ class Work:
     @contextmanager
     def recording(self) -> Iterator[Transaction]:
         """The last transaction: everything in the block becomes visible at once, and the operation ends."""
+        self.may_be_recorded = True
         with self.services.catalog.transaction() as tx:
             tx.end_operation(self.workspace_id, self.operation.token)
             if self.reason == USER:
@@ -240,8 +245,28 @@ def with_slot(services: Services, workspace_id: str) -> None:
         with services.catalog.transaction() as tx:
             tx.update_workspace(workspace_id, slot=slot)
     except BaseException:
-        services.slots.release(slot, workspace_id)
+        give_slot_back(services, slot, workspace_id)
         raise
+
+
+def give_slot_back(services: Services, slot: int, workspace_id: str) -> None:
+    """Free a slot that could not be recorded as the workspace's.
+
+    It stays where the catalog says, or may say, that it was recorded all the same: recovery frees it then,
+    and until then nobody else must get it.
+    """
+    try:
+        with services.catalog.reading() as reader:
+            workspace = reader.workspace(workspace_id)
+    except NotFound:
+        pass
+    except SnaploaderError:
+        log.warning("slot %d of workspace %r is left to recovery", slot, workspace_id, exc_info=True)
+        return
+    else:
+        if (workspace.host, workspace.slot) == (services.host, slot):
+            return
+    services.slots.release(slot, workspace_id)
 
 
 def count_as_used(tx: Transaction, workspace_id: str, now: datetime) -> Workspace:
