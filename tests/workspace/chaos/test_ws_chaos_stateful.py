@@ -9,12 +9,13 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from chaos_faults import FaultyCatalog
 from chaos_model import (
     DATA,
     DELETED,
@@ -40,7 +41,6 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from snaploader.errors import FailedPrecondition, NotFound, ResourceExhausted, SnaploaderError, Unavailable
 from snaploader.testing import EmbeddedServer, Fault
-from snaploader.workspace.catalog import Catalog, Reader, Transaction
 from snaploader.workspace.model import Scope, WorkspaceState
 from snaploader.workspace.policy import Policy, ScopePolicy
 from snaploader.workspace.testing import FakeRuntime
@@ -50,50 +50,6 @@ POLICY = "policy"
 RUNTIME_METHODS = ("stop", "capture", "continue_on", "start", "place", "remove", "create", "wait_ready")
 ENDINGS = {"operation_failed", "operation_recovered"}
 """Events of operations that were taken back."""
-
-
-class FaultyCatalog:
-    """A catalog of which some blocks fail: before anything was done, or after all was."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self.failing = range(0)
-        self.is_after = False
-        self._blocks = 0
-
-    def arm(self, first: int, times: int, *, is_after: bool) -> None:
-        """Let some of the next blocks fail."""
-        self._blocks, self.failing, self.is_after = 0, range(first, first + times), is_after
-
-    def disarm(self) -> None:
-        """Let none fail."""
-        self.failing = range(0)
-
-    def _is_failing(self) -> bool:
-        self._blocks += 1
-        return self._blocks - 1 in self.failing
-
-    @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """A block of changes."""
-        is_failing = self._is_failing()
-        if is_failing and not self.is_after:
-            raise Unavailable("the catalog is set to fail")
-        with self._catalog.transaction() as tx:
-            yield tx
-        if is_failing:
-            raise Unavailable("the catalog is set to fail, after the block")
-
-    @contextmanager
-    def reading(self) -> Iterator[Reader]:
-        """A block that reads."""
-        if self._is_failing():
-            raise Unavailable("the catalog is set to fail")
-        with self._catalog.reading() as reader:
-            yield reader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._catalog, name)
 
 
 class Steps:
