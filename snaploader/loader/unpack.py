@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -89,19 +89,27 @@ def unpack(
 
 
 def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
-    """The folder, made if need be, in which none of `names` exists yet. `undo` removes what was made."""
+    """The folder, made if need be, in which none of `names` exists yet.
+
+    `undo` removes what was made, unless somebody else put something there.
+    """
     root = Path(path).absolute()
     with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
         made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
-    if made:
-        undo.callback(shutil.rmtree, made[-1], ignore_errors=True)
+    undo.callback(_remove_empty, made)
     for name in names:
         if os.path.lexists(root / name):
             raise FailedPrecondition(
                 f"{str(root / name)!r} exists already: choose an empty output folder, or remove it"
             )
     return root
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def place_files(

@@ -207,6 +207,25 @@ def test_what_appears_meanwhile_is_neither_overwritten_nor_removed(
     assert (out / "plain").read_bytes() == b"mine"
 
 
+def test_what_others_put_into_a_folder_that_was_made_stays(
+    make_host: HostFactory, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two directories are restored beside each other, and one of them fails."""
+    host = make_host("a")
+    snapshot = find(host, save_directory(host, home))
+
+    def fail_later(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        host.loader.restore_directory(snapshot, "home", tmp_path / "new/parent/other")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(place.os, "symlink", fail_later)
+    with pytest.raises(ResourceExhausted):
+        host.loader.restore_directory(snapshot, "home", tmp_path / "new/parent/out")
+    assert state_of(tmp_path / "new/parent/other") == state_of(home)
+    assert os.listdir(tmp_path / "new/parent") == ["other"]
+
+
 @pytest.mark.parametrize("call", [1, 3])
 def test_a_full_disk_while_saving_publishes_nothing(
     make_host: HostFactory, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
