@@ -4,9 +4,10 @@
     python chaos_kills.py OPERATION FOLDER CATALOG REMOTE once STEP
 
 Each time a forked child does the operation on a new workspace and kills itself (SIGKILL) at the nth step;
-another one recovers the host. The workspace must then be as it was before the operation or as one is after
-it that was not killed, in all that can be seen of it, and nothing else may be wrong. It must also be fit for
-use, and go without a trace. Ends when an operation comes to its end unkilled. Prints the number of kills.
+another one recovers the host, every other time after one that was killed while it did so. The workspace must
+then be as it was before the operation or as one is after it that was not killed, in all that can be seen of
+it, and nothing else may be wrong. It must also be fit for use, and go without a trace. Ends when an operation
+comes to its end unkilled. Prints the number of kills.
 The second form kills it once, at a named step, and leaves all as it is then, what runs too.
 
 A step is each one that the manager, the runtime and the file cache name and, unless the stride is 0, whatever
@@ -46,6 +47,8 @@ from snaploader.workspace.policy import Policy, ScopePolicy
 
 COMMAND = ("sleep", "10000")
 DATA_ONLY = "data-only"
+RECOVERY_STEPS = 60
+"""About as many as a recovery has."""
 READY = Readiness("command", "test -e data/file", interval_s=0.02, timeout_s=60)
 
 Act = Callable[[World, str], object]
@@ -196,6 +199,8 @@ class Kills:
         for kills, number in enumerate(itertools.count(1, self.stride or 1)):
             workspace_id = self._new_id(number)
             has_ended = in_child(partial(self._try, workspace_id, number))
+            if kills % 2:
+                in_child(partial(self._kill_recovery, 1 + kills * 7 % RECOVERY_STEPS))
             try:
                 in_child(partial(self._look, workspace_id, expected))
             except ChildFailedError as error:
@@ -203,6 +208,14 @@ class Kills:
             if has_ended:
                 return kills
         raise AssertionError("unreachable")
+
+    def _kill_recovery(self, step: int) -> None:
+        """Recover the host, to be killed at a step of that."""
+        killer = Killer(step, with_events=True)
+        with opened(self.place, killer.step) as world:
+            killer.is_armed = True
+            world.manager.recover()
+            killer.is_armed = False
 
     def kill_once(self, step: int) -> None:
         """Kill it at a named step, and leave it so."""

@@ -35,7 +35,7 @@ from chaos_model import (
 )
 from chaos_world import Place, World, fill, no_step, opened, tree_of
 from chaos_zygote import Zygote, operate
-from hypothesis import HealthCheck, note, settings
+from hypothesis import HealthCheck, event, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
@@ -85,10 +85,20 @@ class Mishap:
     times: int = 1
     is_after: bool = False
     method: str = ""
+    second: Mishap | None = None
+    """What goes wrong besides."""
+
+    @property
+    def all(self) -> tuple[Mishap, ...]:
+        """It, and what goes wrong besides."""
+        return (self,) if self.second is None else (self, self.second)
+
+    def has(self, kind: str, method: str = "") -> bool:
+        """Whether something of this kind is among them."""
+        return any(each.kind == kind and method in {"", each.method} for each in self.all)
 
 
-mishaps = st.one_of(
-    st.just(Mishap("")),
+faults = st.one_of(
     st.builds(
         Mishap,
         st.just("runtime"),
@@ -103,6 +113,11 @@ mishaps = st.one_of(
     st.builds(
         Mishap, st.just("remote"), at=st.integers(0, 8), times=st.integers(1, 4), is_after=st.booleans()
     ),
+)
+mishaps = st.one_of(
+    st.just(Mishap("")),
+    faults,
+    st.builds(lambda first, second: replace(first, second=second), faults, faults),
     st.builds(Mishap, st.just("kill"), at=st.integers(1, 60) | st.integers(1, 400)),
 )
 scopes = st.sampled_from([FULL, DATA])
@@ -164,6 +179,10 @@ class Machine(RuleBasedStateMachine):
             opened(self.place, self.steps, wrap=FaultyCatalog, manager_step=no_step)
         )
         self.world: World = world
+
+    @property
+    def runtime(self) -> FakeRuntime:
+        return cast(FakeRuntime, self.world.runtime)
 
     @property
     def catalog(self) -> FaultyCatalog:
@@ -334,7 +353,7 @@ class Machine(RuleBasedStateMachine):
                 assert isinstance(error, FailedPrecondition | NotFound), repr(error)
             self.settle(workspace_id, mishap, by_recovery=by_recovery)
             if model is not None:
-                self.adopt(workspace_id, model, model, mishap, is_settled=True)
+                self.adopt(workspace_id, model, model, mishap, call=call.method, is_settled=True)
             return
         error, was_killed = self.act(call, [workspace_id], mishap)
         if not mishap.kind:
@@ -344,7 +363,16 @@ class Machine(RuleBasedStateMachine):
             self.settle(workspace_id, mishap, by_recovery=by_recovery)
         elif mishap.kind:
             self.is_dirty = True
-        self.adopt(workspace_id, model, wanted, mishap, is_settled=is_left, must_be_done=not is_left)
+        self.adopt(
+            workspace_id,
+            model,
+            wanted,
+            mishap,
+            call=call.method,
+            is_settled=is_left,
+            has_raised=error is not None,
+            must_be_done=not is_left,
+        )
         self.check_clean()
 
     def act(self, call: Call, arguments: list[str], mishap: Mishap) -> tuple[SnaploaderError | None, bool]:
@@ -354,20 +382,8 @@ class Machine(RuleBasedStateMachine):
         if mishap.kind == "kill":
             self.environment.zygote.kill_at(mishap.at, self.place, call.method, arguments, options)
             return None, True
-        runtime = self.world.runtime
-        assert isinstance(runtime, FakeRuntime)
-        if mishap.kind == "runtime":
-            failure = Unavailable(f"{mishap.method} is set to fail")
-            runtime.fail_next(mishap.method, failure, times=mishap.times, after_effect=mishap.is_after)
-        elif mishap.kind == "catalog":
-            self.catalog.arm(mishap.at, mishap.times, is_after=mishap.is_after)
-        elif mishap.kind == "disk":
-            self.steps.left = mishap.at
-        elif mishap.kind == "remote":
-            fault = Fault(
-                status="UNAVAILABLE", after=mishap.at, times=mishap.times, lose_reply=mishap.is_after
-            )
-            self.environment.server.faults.add(fault)
+        for each in mishap.all:
+            self.arrange(each)
         try:
             operate(self.world, call.method, arguments, options)
         except SnaploaderError as error:
@@ -377,8 +393,21 @@ class Machine(RuleBasedStateMachine):
             self.environment.server.faults.clear()
             self.catalog.disarm()
             self.steps.left = 0
-            runtime._failures.clear()
+            self.runtime._failures.clear()
         return None, False
+
+    def arrange(self, mishap: Mishap) -> None:
+        """Let something go wrong."""
+        if mishap.kind == "runtime":
+            failure = Unavailable(f"{mishap.method} is set to fail")
+            self.runtime.fail_next(mishap.method, failure, times=mishap.times, after_effect=mishap.is_after)
+        elif mishap.kind == "catalog":
+            self.catalog.arm(mishap.at, mishap.times, is_after=mishap.is_after)
+        elif mishap.kind == "disk":
+            self.steps.left = mishap.at
+        elif mishap.kind == "remote":
+            fault = Fault(status="UNAVAILABLE", after=mishap.at, times=mishap.times)
+            self.environment.server.faults.add(replace(fault, lose_reply=mishap.is_after))
 
     def settle(self, workspace_id: str, mishap: Mishap, *, by_recovery: bool) -> None:
         """Finish what was left, by a recovery or as the next operation on the workspace does."""
@@ -403,7 +432,9 @@ class Machine(RuleBasedStateMachine):
         wanted: Model,
         mishap: Mishap,
         *,
+        call: str,
         is_settled: bool,
+        has_raised: bool = False,
         must_be_done: bool = False,
     ) -> None:
         """See which of the two the workspace is, and go on with that."""
@@ -412,18 +443,21 @@ class Machine(RuleBasedStateMachine):
         assert tuple(events[:known]) == before.events, "an event was lost"
         tail = events[known:]
         done = list(wanted.events[known:])
-        ends = [event for event in tail if event in ENDINGS]
-        is_start_hit = mishap.kind == "runtime" and mishap.method == "start"
+        ends = [each for each in tail if each in ENDINGS]
+        is_start_hit = mishap.has("runtime", "start")
         is_done = bool(done) and done[0] in tail
         if wanted is before:
             is_done = False
+        event(f"{call} {'/'.join(each.kind for each in mishap.all)}: {'done' if is_done else 'not done'}")
+        if is_done and has_raised:
+            assert call == "rollback" or mishap.has("catalog"), "it raised, and was done"
         if must_be_done and done:
             assert is_done, "it returned, and was not done"
-        allowed = [done] if is_done else [[], *([event] for event in ENDINGS)]
-        extra = [event for event in tail if event in {"workspace_start", "workspace_stop"}]
+        allowed = [done] if is_done else [[], *([ending] for ending in ENDINGS)]
+        extra = [each for each in tail if each in {"workspace_start", "workspace_stop"}]
         if is_start_hit and is_settled and tail not in allowed:
             # The workspace could not be started again, until the recovery.
-            tail = [event for event in tail if event not in extra or [event] == done]
+            tail = [each for each in tail if each not in extra or [each] == done]
         assert tail in allowed, (tail, allowed)
         assert len(ends) <= (0 if is_done else 1)
         model = wanted if is_done or not done else before
