@@ -65,6 +65,8 @@ class Finding:
     workspace_id: str
     """Empty where it belongs to none."""
     detail: str
+    is_known: bool = True
+    """Whether the catalog knows the workspace. What it does not know, recovery leaves alone."""
 
     def __str__(self) -> str:
         return f"{self.workspace_id}: {self.detail}" if self.workspace_id else self.detail
@@ -103,7 +105,7 @@ def check(manager: Checked) -> list[Finding]:
         SnaploaderError: the catalog, the caches or the runtime cannot be asked.
     """
     here = _Here(manager)
-    findings = [Finding(kind, "", detail) for kind, detail in _nameless(here)]
+    findings = [Finding(kind, "", detail, is_known=False) for kind, detail in _nameless(here)]
     for workspace_id in _workspace_ids(manager, here):
         if list(_wrong(manager, here, workspace_id)):
             findings += _look_again(manager, workspace_id)
@@ -160,9 +162,19 @@ def _look_again(manager: Checked, workspace_id: str) -> list[Finding]:
         return []
     try:
         wrong = list(_wrong(manager, _Here(manager), workspace_id))
-        return [Finding(kind, workspace_id, detail) for kind, detail in wrong]
+        is_known = _is_known(manager, workspace_id)
+        return [Finding(kind, workspace_id, detail, is_known) for kind, detail in wrong]
     finally:
         held.release()
+
+
+def _is_known(manager: Checked, workspace_id: str) -> bool:
+    with manager.catalog.reading() as reader:
+        try:
+            reader.workspace(workspace_id)
+        except NotFound:
+            return False
+    return True
 
 
 def _wrong(manager: Checked, here: _Here, workspace_id: str) -> _Wrong:

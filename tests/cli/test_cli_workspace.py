@@ -12,6 +12,7 @@ import pytest
 from cli_runner import CommandLine, Outcome
 
 from snaploader.testing import EmbeddedServer
+from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime
 
 ON_ONE_WORKSPACE = [
@@ -386,6 +387,17 @@ def test_the_doctor_names_what_is_wrong_and_recovery_mends_it(shell: Shell) -> N
     assert {note["name"] for note in summary["repaired"]} == {"web", "parked"}
     assert shell.json("show", "web")["pid"] > 0
     assert checks()["agreement"]["status"] == "ok"
+
+
+def test_the_doctor_says_that_recovery_leaves_alone_what_the_catalog_does_not_know(shell: Shell) -> None:
+    shell.ok("policy", "ls")
+    with closing(ProcessRuntime(shell.runtime_directory)) as runtime:
+        runtime.create(WorkspaceSpec("stray"))
+    outcome = shell.cli("doctor")
+    assert outcome.exit_code == 13
+    assert "workspaces: folder of stray (failed)" in outcome.text
+    assert "see whether --catalog is the right one" in outcome.text
+    assert shell.ok("recover") == "there was nothing to recover\n"
 
 
 @pytest.mark.slow

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 AREA = "workspaces"
 
 _RECOVER = "`snaploader workspace recover` repairs it, on this host"
+_UNKNOWN = (
+    "recovery leaves alone what the catalog does not know: see whether --catalog is the right one. If so, "
+    "remove it from --state-dir; `snaploader cache unpin` lets go of a pin"
+)
 _REMEDIES = {
+    "unmanaged": _UNKNOWN,
     "incomplete": (
         "`snaploader cache verify` tells what is damaged; a snapshot in the remote cache is fetched from "
         "there; roll back to another version, or delete the workspace"
@@ -51,11 +56,15 @@ def check_workspaces(workspaces: Workspaces) -> list[Result]:
             f"{finding.kind} of {finding.workspace_id}" if finding.workspace_id else str(finding.kind),
             Status.FAILED,
             finding.detail,
-            _REMEDIES.get(finding.kind, _RECOVER),
+            _remedy(finding),
             0.0,
         )
         for finding in found
     ]
+
+
+def _remedy(finding: check.Finding) -> str:
+    return _REMEDIES.get(finding.kind, _RECOVER) if finding.is_known else _UNKNOWN
 
 
 def _catalog(workspaces: Workspaces) -> Finding:

@@ -146,6 +146,7 @@ def test_a_pin_without_a_snapshot_in_the_catalog_is_found(host: Host, workspace_
     host.manager.file_cache.pin(pin_name(f"{workspace_id}.x"))
     (finding,) = check(host.manager)
     assert (finding.kind, finding.workspace_id) == (FindingKind.UNMANAGED, workspace_id)
+    assert finding.is_known == (workspace_id != "unknown")
     assert f"'workspace.{workspace_id}.x'" in finding.detail
 
 
@@ -153,7 +154,7 @@ def test_a_pin_that_is_of_no_workspace_is_found(host: Host) -> None:
     host.manager.file_cache.pin(pin_name("Not-an-id.x"))
     host.manager.file_cache.pin("somebody-elses")
     assert check(host.manager) == [
-        Finding(FindingKind.UNMANAGED, "", "pin 'workspace.Not-an-id.x' is of no workspace")
+        Finding(FindingKind.UNMANAGED, "", "pin 'workspace.Not-an-id.x' is of no workspace", is_known=False)
     ]
 
 
