@@ -23,6 +23,8 @@ TRASH = ".trash-"
 
 _FILE = "record.json"
 _MAX_BYTES = 64 << 20
+_MAX_KEPT_BYTES = 200
+"""Of the name of what is set aside, so that a file system takes the new one too."""
 
 
 class PausedRecords:
@@ -71,13 +73,13 @@ class PausedRecords:
         with translate_os_errors(f"cannot read {what}"):
             if not os.path.lexists(self._path(workspace_id)):
                 raise NotFound(f"there is no record of a paused workspace {workspace_id!r}")
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=_open_without_waiting) as file:
                 data = file.read(_MAX_BYTES + 1)
         if len(data) > _MAX_BYTES:
             raise DataLoss(f"{what} is larger than {_MAX_BYTES} bytes: {path!r}")
         try:
             record = decode(json.loads(data))
-        except (ValueError, TypeError, KeyError, AttributeError, LookupError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
             raise DataLoss(f"{what} is damaged ({error!r}): {path!r}") from error
         if record.workspace.id != workspace_id:
             raise DataLoss(f"{what} is that of workspace {record.workspace.id!r}: {path!r}")
@@ -121,11 +123,17 @@ class PausedRecords:
             return sorted(os.listdir(self._folder))
 
     def _aside(self, name: str, kind: str) -> str:
-        # A name may be as long as names can be; what it was called before matters little then.
-        return f"{self._folder}/{name[:64]}{kind}{uuid.uuid4().hex}"
+        # A name may be as long as names can be, in bytes; its end matters little then.
+        kept = os.fsdecode(os.fsencode(name)[:_MAX_KEPT_BYTES])
+        return f"{self._folder}/{kept}{kind}{uuid.uuid4().hex}"
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """As open(2): what lies there may be a pipe that nobody writes to."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_leftover(name: str) -> bool:

@@ -24,11 +24,12 @@ def take_back(services: Services, locks: WorkspaceLocks, findings: Findings) -> 
     """Register every paused workspace whose record is good, with its slot; move the other records aside."""
     locked: dict[str, HeldLock] = {}
     try:
-        found = [
-            record
-            for name in services.records.entries()
-            if (record := _read(services, locks, findings, locked, name)) is not None
-        ]
+        found = []
+        for name in services.records.entries():
+            with findings.guarding(name, log.warning):
+                record = _read(services, locks, findings, locked, name)
+                if record is not None:
+                    found.append(record)
         for record in _winners(services, findings, found):
             with findings.guarding(record.workspace.id, log.warning):
                 _restore(services, findings, record)
@@ -43,23 +44,20 @@ def _read(
     """The record of that name, under its workspace's lock; None when it is not to be taken back."""
     try:
         check_workspace_id(name)
-        lock = locks.try_acquire(name)
-        if lock is None:
-            findings.busy[name] = None
-            return None
-        locked[name] = lock
+    except InvalidArgument as error:
+        _trash(services, findings, name, error.message)
+        return None
+    lock = locks.try_acquire(name)
+    if lock is None:
+        findings.busy[name] = None
+        return None
+    locked[name] = lock
+    try:
         record = services.records.read(name)
     except SnaploaderError as error:
         _trash(services, findings, name, error.message)
         return None
-    except RecursionError as error:
-        _trash(services, findings, name, repr(error))
-        return None
-    try:
-        return _checked(services, findings, record)
-    except SnaploaderError as error:
-        findings.problems.append(Note(name, error.message))
-        return None
+    return _checked(services, findings, record)
 
 
 def _checked(services: Services, findings: Findings, record: PausedRecord) -> PausedRecord | None:
