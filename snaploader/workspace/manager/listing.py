@@ -10,6 +10,9 @@ from snaploader.workspace.names import runtime_name
 def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:
     """All snapshots of a workspace, unmanaged ones last. See `WorkspaceManager.list_snapshots`."""
     content = services.content
+    # Names of pins are made once: one that is there before and after the catalog was read, and is not in it,
+    # is no snapshot that is being taken or removed meanwhile.
+    pinned = set(content.pinned_names(workspace_id))
     with services.catalog.reading() as reader:
         reader.workspace(workspace_id)
         records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
@@ -35,7 +38,7 @@ def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:
         )
     known = {record.name for record in records}
     for name in content.pinned_names(workspace_id):
-        if name not in known:
+        if name in pinned and name not in known:
             found = runtime_name(workspace_id, name)
             infos.append(SnapshotInfo(found, is_managed=False, is_local=content.is_local(found)))
     return infos
