@@ -302,7 +302,8 @@ class SnapshotLoader:
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
                 ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
-                the save fails locally.
+                the save fails locally. All content of directories is in the file cache then; chunks
+                of stores that did not change since they were loaded may still be in the remote cache alone.
 
         Raises:
             InvalidArgument: names, keys or options are malformed, or nothing would be stored.

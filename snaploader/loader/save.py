@@ -149,7 +149,9 @@ class SnapshotSaver:
             blobs = set(artefacts(manifest, saver.tables, saver.trees))
             uploaded = TransferStatistics()
             with self._file_cache.lease(blobs):
-                warnings = self._complete_locally(saver, blobs, plan.function)
+                warnings = self._complete_locally(
+                    saver, blobs, plan.function, is_pinned=options.pin is not None
+                )
                 write_keys = self._write_keys(key, options.key_set)
                 group = self._file_cache.group_id
                 refs = [keys.local_manifest_key(group, written) for written in (*write_keys, id_key)]
@@ -251,9 +253,18 @@ class SnapshotSaver:
             return
         raise FailedPrecondition(taken(id_key))
 
-    def _complete_locally(self, saver: LocalSaver, blobs: set[Digest], function: DigestFunction) -> list[str]:
-        """Make sure that every blob is in a cache; what the stores alone have is put into the file cache."""
+    def _complete_locally(
+        self, saver: LocalSaver, blobs: set[Digest], function: DigestFunction, *, is_pinned: bool
+    ) -> list[str]:
+        """Make sure that every blob is in a cache; what the stores alone have is put into the file cache.
+
+        Args:
+            is_pinned: Put all content of directories there, also what the remote cache has: a pin keeps only
+                what is here, and the files may be removed next.
+        """
         missing = self._file_cache.find_missing(blobs)
+        if is_pinned:
+            saver.rescue_from_directories(missing)
         if not missing:
             return []
         if self._remote is not None:
@@ -261,6 +272,9 @@ class SnapshotSaver:
                 if self._remote.digest_function is function:
                     missing = self._remote.find_missing(missing)
             except SnaploaderError as error:
+                saver.rescue_from_directories(missing)
+                if not missing:
+                    return []
                 # Readers check that a snapshot is whole, so at worst this one is a miss until it is.
                 warning = (
                     f"{len(missing)} blobs that did not change since they were loaded are not in the local "

@@ -145,8 +145,7 @@ class LocalSaver:
         NotFound, DataLoss or FailedPrecondition when something does not hold any more what it did.
         """
         wanted = set(digests)
-        for capture in self.directories.values():
-            capture.rescue(wanted)
+        self.rescue_from_directories(wanted)
         for digest, name, index in self._places(wanted):
             try:
                 self._file_cache.write(digest, self._read_chunk(name, index))
@@ -155,6 +154,11 @@ class LocalSaver:
                     f"chunk {index} of {name!r} ({digest}), which did not change since it was loaded, is "
                     f"in no cache any more: {error.message}"
                 ) from error
+
+    def rescue_from_directories(self, wanted: set[Digest]) -> None:
+        """The same for what is in directories, which is taken out of `wanted`."""
+        for capture in self.directories.values():
+            capture.rescue(wanted)
 
     def __enter__(self) -> Self:
         return self

@@ -316,6 +316,46 @@ def test_blobs_that_the_remote_cache_has_are_not_read_again(
 
 
 @pytest.mark.usefixtures("trusting")
+def test_a_pinned_save_is_whole_in_the_local_cache_whatever_the_remote_cache_has(
+    make_host: HostFactory, server: EmbeddedServer, home: Path, index: Path, tmp_path: Path
+) -> None:
+    host = make_host("a", server)
+    first = save_directory(host, home, index=index)
+    for digest in set(find(host, first).directories["home"].digests()):
+        host.cache.remove(digest)
+    second = save_directory(host, home, index=index, pin="mine", remote=False)
+    host.cache.prune(0)
+    host.loader.restore_directory(find(host, second, "local-only"), "home", tmp_path / "out")
+    assert state_of(tmp_path / "out") == state_of(home)
+
+
+@pytest.mark.usefixtures("trusting")
+def test_blobs_that_are_gone_are_read_from_their_files_when_the_remote_cache_cannot_tell(
+    make_host: HostFactory,
+    server: EmbeddedServer,
+    home: Path,
+    index: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = make_host("a", server)
+    assert host.remote is not None
+    first = save_directory(host, home, index=index, remote=False)
+    for digest in set(find(host, first).directories["home"].digests()):
+        host.cache.remove(digest)
+
+    def fail(*_: object) -> None:
+        raise Unavailable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.remote, "find_missing", fail)
+        second = save_directory(host, home, index=index, remote=False)
+    assert second.warnings == ()
+    host.loader.restore_directory(find(host, second, "local-only"), "home", tmp_path / "out")
+    assert state_of(tmp_path / "out") == state_of(home)
+
+
+@pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize("name", ["plain", "disk"])
 def test_a_file_that_lies_about_being_unchanged_is_an_error(
     make_host: HostFactory, home: Path, index: Path, monkeypatch: pytest.MonkeyPatch, name: str
