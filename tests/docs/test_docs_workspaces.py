@@ -1,0 +1,117 @@
+"""The page on workspaces says what there is: states, events, policies, rules of the lifecycle and of recovery."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from snaploader.workspace.decide import Transition
+from snaploader.workspace.manager import RecoverySummary, WorkspaceManager
+from snaploader.workspace.metrics import Metrics
+from snaploader.workspace.model import OperationKind, Scope, SnapshotSource, WorkspaceState
+from snaploader.workspace.policy import Policy
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PAGE = (CHECKOUT / "docs/workspaces.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """What stands under a heading, with the sections in it."""
+    level = re.search(rf"^(#+) {title}$", PAGE, re.MULTILINE)
+    assert level is not None, title
+    rest = PAGE[level.end() :]
+    return re.split(rf"^#{{1,{len(level[1])}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def first_cells(text: str) -> list[str]:
+    """The first words of each row of the tables, without code marks."""
+    rows = re.findall(r"^\| *([^|]+?) *\|", text, re.MULTILINE)
+    return [row.replace("`", "") for row in rows]
+
+
+def test_the_diagram_and_the_table_of_states_name_every_state() -> None:
+    text = section("States")
+    diagram = text.split("```")[1]
+    for state in WorkspaceState:
+        assert state.name in diagram
+        assert state.value in first_cells(text)
+    for operation in ("create", "fork", "start", "stop", "pause", "resume", "delete"):
+        assert operation in diagram
+
+
+def test_every_operation_of_the_manager_has_its_row() -> None:
+    text = section("Operations")
+    for name in (
+        *OperationKind,
+        "create_version",
+        "list_snapshots",
+        "list_versions",
+        "version_snapshot_name",
+    ):
+        assert (
+            name.replace("snapshot", "create_snapshot") in text
+            if name is OperationKind.SNAPSHOT
+            else name in text
+        )
+        attribute = "create_snapshot" if name is OperationKind.SNAPSHOT else str(name)
+        assert hasattr(WorkspaceManager, attribute), attribute
+    assert SnapshotSource.PRE_EXEC in text
+    assert SnapshotSource.ROLLBACK in text
+
+
+def test_every_type_of_event_is_named_and_no_other() -> None:
+    source = "".join(path.read_text() for path in (CHECKOUT / "snaploader").rglob("*.py"))
+    named = re.search(r"untrue:\n(.*?)\. An event has", section("Events"), re.DOTALL)
+    assert named is not None
+    types = set(re.findall(r"`([a-z]+_[a-z]+)`", named[1]))
+    assert len(types) >= 15
+    assert all(f'"{each}"' in source for each in types)
+    written = set(
+        re.findall(r'^[A-Z_]+ = "((?:workspace|snapshot|version|dormancy|operation)_[a-z]+)"$', source, re.M)
+    )
+    assert written <= types
+
+
+def test_the_table_of_policies_has_every_field_as_users_spell_it() -> None:
+    fields = [each for each in first_cells(section("Policies")) if re.fullmatch("[a-z]+[A-Z][A-Za-z]+", each)]
+    with pytest.raises(Exception, match="the fields are") as refused:
+        Policy.from_mapping("p", {"nothing": 1})
+    known = str(refused.value).split("the fields are ")[1].split(", ")
+    assert fields == known
+    assert Scope.FULL.value in section("Policies")
+
+
+def test_the_table_of_the_lifecycle_has_every_transition_in_order() -> None:
+    rows = first_cells(section("Lifecycle"))[-len(Transition) :]
+    assert rows == [f"{n}. {each.value.replace('_', ' ')}" for n, each in enumerate(Transition, start=1)]
+
+
+def test_every_metric_is_named() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    text = section("Lifecycle")
+    for metric in registry.collect():
+        assert f"`{metric.name}" in text
+
+
+def test_the_rules_of_recovery_name_what_is_set_aside_and_what_a_crash_leaves() -> None:
+    text = section("Recovery")
+    for word in (
+        ".staging-",
+        ".trash-",
+        "newest",
+        "slot",
+        "unreadable|cannot be read",
+        "bad id",
+        "never raises",
+    ):
+        assert re.search(word, text), word
+    killed = first_cells(section("What a crash leaves"))
+    for kind in OperationKind:
+        assert any(str(kind) in row for row in killed), kind
+    for field in ("restored", "repaired", "pruned", "trashed"):
+        assert field in RecoverySummary.__dataclass_fields__
+        assert field in text
