@@ -37,7 +37,13 @@ from chaos_world import Place, World, fill, no_step, opened, tree_of
 from chaos_zygote import Zygote, operate
 from hypothesis import HealthCheck, event, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from snaploader.errors import FailedPrecondition, NotFound, ResourceExhausted, SnaploaderError, Unavailable
 from snaploader.testing import EmbeddedServer, Fault
@@ -47,6 +53,14 @@ from snaploader.workspace.testing import FakeRuntime
 
 IDS = ("one", "two", "three")
 POLICY = "policy"
+NEEDED = {
+    "resume": ON_HOST,
+    "commit": (RUNNING, STOPPED, PAUSED),
+    "touch": (RUNNING, STOPPED, PAUSED),
+    "start": (STOPPED,),
+    "stop": (RUNNING,),
+}
+"""States in which a call is possible; `resume` after a pause."""
 RUNTIME_METHODS = ("stop", "capture", "continue_on", "start", "place", "remove", "create", "wait_ready")
 ENDINGS = {"operation_failed", "operation_recovered"}
 """Events of operations that were taken back."""
@@ -121,6 +135,7 @@ mishaps = st.one_of(
     st.builds(Mishap, st.just("kill"), at=st.integers(1, 60) | st.integers(1, 400)),
 )
 scopes = st.sampled_from([FULL, DATA])
+which = st.integers(0, len(IDS) - 1)
 calls = st.one_of(
     st.builds(lambda scope: Call("create_snapshot", {"scope": scope}), scopes),
     st.just(Call("create_version")),
@@ -215,6 +230,13 @@ class Machine(RuleBasedStateMachine):
 
     # Rules
 
+    @initialize(has_source=st.booleans())
+    def begin(self, has_source: bool) -> None:
+        """There is a workspace with content and a version."""
+        self.create(IDS[0], True, has_source, Mishap(""))
+        self.write(0, [("write", "data/a", 1), ("write", "rest", 2), ("folder", "data/b", 0)])
+        self.attempt(self.prefix + IDS[0], Call("create_version"), Mishap(""), by_recovery=False)
+
     @rule(name=st.sampled_from(IDS), start=st.booleans(), has_source=st.booleans(), mishap=mishaps)
     def create(self, name: str, start: bool, has_source: bool, mishap: Mishap) -> None:
         """Make a workspace, also where there is one already."""
@@ -241,36 +263,45 @@ class Machine(RuleBasedStateMachine):
             model = Model(state, content, base, events=(EVENTS["fork"],))
         self.bear(workspace_id, model, Call("fork", {"start": start}), [origin_id, workspace_id], mishap)
 
-    @precondition(lambda self: self.models)
-    @rule(name=st.sampled_from(IDS), changes=changes)
-    def write(self, name: str, changes: list[tuple[str, str, int]]) -> None:
+    @rule(which=which, changes=changes)
+    def write(self, which: int, changes: list[tuple[str, str, int]]) -> None:
         """Change files as what runs in the workspace does."""
-        workspace_id = self.prefix + name
-        model = self.models.get(workspace_id)
-        if model is None or model.state not in ON_HOST:
+        workspace_id = self.pick(which)
+        model = self.models[workspace_id]
+        if model.state not in ON_HOST:
             return
         root = self.world.root(workspace_id)
         for kind, path, number in changes:
             change(root, kind, path, number)
         self.models[workspace_id] = replace(model, content=self.content(workspace_id))
 
-    @precondition(lambda self: self.models)
-    @rule(name=st.sampled_from(IDS), call=calls, mishap=mishaps, by_recovery=st.booleans())
-    def operate(self, name: str, call: Call, mishap: Mishap, by_recovery: bool) -> None:
+    @rule(which=which, call=calls, mishap=mishaps, by_recovery=st.booleans())
+    def operate(self, which: int, call: Call, mishap: Mishap, by_recovery: bool) -> None:
         """Do something to a workspace, whatever its state."""
-        self.attempt(self.prefix + name, call, mishap, by_recovery=by_recovery)
+        self.attempt(self.pick(which), call, mishap, by_recovery=by_recovery)
 
-    @precondition(lambda self: self.models)
+    @rule(which=which, call=calls, mishap=mishaps, by_recovery=st.booleans())
+    def operate_when_possible(self, which: int, call: Call, mishap: Mishap, by_recovery: bool) -> None:
+        """The same, after what makes it possible."""
+        workspace_id = self.pick(which)
+        state, needed = self.models[workspace_id].state, NEEDED.get(call.method, ON_HOST)
+        first = {PAUSED: "resume", STOPPED: "start"}.get(state, "stop")
+        if state != DELETED and state not in needed:
+            self.attempt(workspace_id, Call(first), Mishap(""), by_recovery=False)
+        if call.method == "resume":
+            self.attempt(workspace_id, Call("pause"), Mishap(""), by_recovery=False)
+        self.attempt(workspace_id, call, mishap, by_recovery=by_recovery)
+
     @rule(name=st.sampled_from(IDS), call=calls)
     def operate_undisturbed(self, name: str, call: Call) -> None:
-        """The same, with nothing going wrong."""
+        """Do something with nothing going wrong; the workspace need not be there, or not any more."""
         self.attempt(self.prefix + name, call, Mishap(""), by_recovery=False)
 
-    @precondition(lambda self: self.models)
-    @rule(name=st.sampled_from(IDS), mishap=mishaps, by_recovery=st.booleans())
-    def delete(self, name: str, mishap: Mishap, by_recovery: bool) -> None:
+    @precondition(lambda self: len(self.alive()) > 1)
+    @rule(which=which, mishap=mishaps, by_recovery=st.booleans())
+    def delete(self, which: int, mishap: Mishap, by_recovery: bool) -> None:
         """Delete a workspace."""
-        self.attempt(self.prefix + name, Call("delete"), mishap, by_recovery=by_recovery)
+        self.attempt(self.pick(which), Call("delete"), mishap, by_recovery=by_recovery)
 
     @rule(on_pause=scopes, on_commit=scopes)
     def follow_policy(self, on_pause: str, on_commit: str) -> None:
@@ -299,6 +330,14 @@ class Machine(RuleBasedStateMachine):
         assert (again.repaired, again.problems, again.adopted) == ((), (), ())
 
     # How
+
+    def alive(self) -> list[str]:
+        return [each for each, model in sorted(self.models.items()) if model.state != DELETED]
+
+    def pick(self, which: int) -> str:
+        """One of the workspaces that live."""
+        alive = self.alive()
+        return alive[which % len(alive)]
 
     def follow(self, scopes: Scopes) -> None:
         policy = Policy(self.policy, ScopePolicy(Scope(scopes.on_pause), Scope(scopes.on_commit)))
