@@ -1,0 +1,90 @@
+"""`workspace`: JSON from every command, what is not managed, and what recovery finds under odd names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from cli_runner import CommandLine
+
+from snaploader.cli.commands.workspace import workspace
+from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.runtime import ProcessRuntime
+
+REQUIRED = (
+    "create ls show snapshot version versions rollback pause resume commit fork rm events recover lifecycle"
+)
+
+
+@pytest.fixture
+def state(cli: CommandLine, tmp_path: Path) -> Iterator[Path]:
+    """The state directory; what runs in it is stopped at the end."""
+    folder = tmp_path / "state/snaploader"
+    yield folder
+    with closing(ProcessRuntime(folder / "runtime")) as runtime:
+        for workspace_id in runtime.workspaces():
+            runtime.stop(workspace_id, timeout_s=0)
+
+
+def commands(group: click.Group) -> Iterator[click.Command]:
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from commands(command)
+        else:
+            yield command
+
+
+def test_every_command_there_must_be_is_there_and_all_take_json() -> None:
+    assert set(REQUIRED.split()) <= set(workspace.commands)
+    for command in commands(workspace):
+        options = {name for param in command.params for name in param.opts}
+        assert "--json" in options, command.name
+
+
+@pytest.mark.slow
+def test_taking_a_version_and_resuming_print_what_they_did(cli: CommandLine, state: Path) -> None:
+    cli.ok("workspace", "create", "web")
+    taken = cli.json("workspace", "version", "web")
+    assert (taken["workspace_id"], taken["version"], taken["display_name"]) == ("web", 1, "Version 1")
+    assert taken["runtime_name"] == f"workspaces/web/{taken['snapshot_name']}"
+    [version] = cli.json("workspace", "versions", "web")["versions"]
+    assert (version["runtime_name"], version["source"]) == (taken["runtime_name"], "pre_exec")
+    assert version["created_at"] == taken["created_at"]
+    assert version["id"] > 0
+    paused = cli.json("workspace", "pause", "web")
+    assert (paused["workspace_id"], paused["version"]) == ("web", None)
+    resumed = cli.json("workspace", "resume", "web")
+    assert (resumed["id"], resumed["state"], resumed["paused_at"]) == ("web", "running", None)
+
+
+def test_a_snapshot_that_the_catalog_does_not_manage_is_shown_as_such(cli: CommandLine, state: Path) -> None:
+    cli.ok("workspace", "create", "web", "--no-start")
+    taken = cli.json("workspace", "snapshot", "web")
+    with Catalog.open(state / "catalog.sqlite") as catalog, catalog.transaction() as transaction:
+        transaction.update_workspace("web", current_snapshot="")
+        transaction.remove_snapshot(taken["snapshot_name"])
+    [shown] = cli.json("workspace", "show", "web")["snapshots"]
+    assert (shown["is_managed"], shown["is_local"], shown["version"]) == (False, True, None)
+    told = cli.ok("workspace", "show", "web").text
+    assert f"not managed by the catalog: {taken['runtime_name']}" in told
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_recovery_tells_of_a_folder_whose_name_is_no_text(
+    cli: CommandLine, state: Path, options: list[str]
+) -> None:
+    cli.ok("workspace", "recover")
+    (state / "paused").mkdir(exist_ok=True)
+    os.mkdir(os.fsencode(state / "paused") + b"/\xff")
+    outcome = cli.ok("workspace", "recover", *options)
+    if options:
+        trashed: list[dict[str, Any]] = json.loads(outcome.stdout)["trashed"]
+        assert "is no workspace id" in trashed[0]["reason"]
+    else:
+        assert outcome.text.startswith("trashed ")
