@@ -147,7 +147,8 @@ class PinTable:
     def _update(self) -> None:
         gone = dict(self._known)
         came: dict[_Name, tuple[_Known, npt.NDArray[np.int64]]] = {}
-        for name, identity in self._listed():
+        # A folder that changes meanwhile may be listed with a name twice.
+        for name, identity in dict(self._listed()).items():
             known = gone.get(name)
             if known is not None and known.identity == identity:
                 del gone[name]

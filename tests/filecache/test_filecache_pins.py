@@ -20,7 +20,7 @@ from snaploader.errors import (
     NotFound,
     ResourceExhausted,
 )
-from snaploader.filecache import FileCache, pinfile, pins
+from snaploader.filecache import FileCache, pinfile, pins, pintable
 
 BLOCK = 4096
 
@@ -297,6 +297,18 @@ def test_pin_that_cannot_be_read_for_a_moment_is_not_damaged_for_ever(tmp_path, 
         small(cache, "c")
         assert present(cache, *"abc") == set("ac")
         assert cache.statistics().damaged_pins == ()
+
+
+def test_pin_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
+    listed = pintable.PinTable._listed
+    monkeypatch.setattr(pintable.PinTable, "_listed", lambda self: [*listed(self), *listed(self)])
+    with FileCache(tmp_path) as cache:
+        cache.pin("p", [small(cache, "a")])
+        assert cache.prune() == BLOCK
+        cache.pin("q")
+        assert cache.prune() == BLOCK
+        cache.unpin("p")
+        assert cache.prune() == 0
 
 
 def test_file_with_another_name_is_no_pin(tmp_path):
