@@ -95,7 +95,7 @@ class DirectoryCapture:
 
     Raises:
         SnaploaderError: As `scan`; NotFound when there is no such directory.
-        InvalidArgument: The index is inside the directory.
+        InvalidArgument: The index or the file cache is inside the directory.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class DirectoryCapture:
         self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
         self._tree: DirectoryTree | None = None
         self._digest: Digest | None = None
-        self._check_index_path(source.exclude)
+        self._check_places(source.exclude)
         self._started_ns = time.time_ns()
         self._root = open_directory(self._where)
         try:
@@ -238,16 +238,23 @@ class DirectoryCapture:
         self._readers.clear()
         os.close(self._root)
 
-    def _check_index_path(self, exclude: Collection[str]) -> None:
-        if self._index_path is None:
-            return
-        folder = os.path.realpath(os.path.dirname(self._index_path))
-        inside = os.path.relpath(folder, os.path.realpath(self._where))
-        excluded = any(inside == path or inside.startswith(f"{path}/") for path in exclude)
-        if inside.split("/")[0] != ".." and not excluded:
+    def _check_places(self, exclude: Collection[str]) -> None:
+        """InvalidArgument when the directory holds what this save writes to."""
+        if self._index_path is not None and self._would_save(os.path.dirname(self._index_path), exclude):
             raise InvalidArgument(
                 f"the capture index {self._index_path!r} is in the directory to be saved: keep it elsewhere"
             )
+        if self._would_save(self._file_cache.root, exclude):
+            raise InvalidArgument(
+                f"the file cache {self._file_cache.root!r} is in the directory to be saved, {self._where!r}: "
+                "keep it elsewhere, or exclude it"
+            )
+
+    def _would_save(self, folder: str, exclude: Collection[str]) -> bool:
+        """Whether a folder is the directory, or in it and not excluded."""
+        inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(self._where))
+        excluded = any(inside == path or inside.startswith(f"{path}/") for path in exclude)
+        return inside.split("/")[0] != ".." and not excluded
 
     def _changed_files(self) -> list[FoundFile]:
         """The files to read; the contents of the others are taken from the index."""

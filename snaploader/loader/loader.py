@@ -287,7 +287,7 @@ class SnapshotLoader:
             chunked_files: Kept in chunks, by name. Stores, or paths of regular files, which must not change
                 during the call.
             directories: Kept whole, by name, with all that is in them; see `DirectorySource`. They must not
-                change during the call.
+                change during the call, nor hold the file cache.
             vm_configuration: What the machine is made of: any protobuf message, such as
                 `snaploader.VMConfiguration`, or an Any.
             vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of

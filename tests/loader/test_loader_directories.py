@@ -271,6 +271,18 @@ def test_sources_that_make_no_sense_are_refused(make_host: HostFactory, tmp_path
         host.save(files={"x": tmp_path / "file"}, directories={"x": tmp_path})
 
 
+def test_a_directory_that_holds_the_file_cache_is_refused_unless_that_is_excluded(
+    make_host: HostFactory, tmp_path: Path
+) -> None:
+    host = make_host("a")
+    (tmp_path / "a/plain").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "a", tmp_path / "a/cache"):
+        with pytest.raises(InvalidArgument, match=r"the file cache .* or exclude it"):
+            save_directory(host, path)
+    result = save_directory(host, tmp_path, exclude=["a/cache"])
+    assert set(find(host, result).directories["home"]) == {"", "a", "a/cache", "a/plain"}
+
+
 def test_files_from_the_threshold_on_are_kept_in_chunks(make_host: HostFactory, tmp_path: Path) -> None:
     host = make_host("a")
     home = tmp_path / "home"
