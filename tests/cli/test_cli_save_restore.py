@@ -155,6 +155,19 @@ def test_two_files_of_one_name_are_refused(cli: CommandLine, disk: Path) -> None
     assert "NAME=PATH" in outcome.stderr
 
 
+def test_a_folder_without_a_name_of_its_own_is_given_one(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    outcome = cli("save", "--ref", "main", ".")
+    assert outcome.exit_code == 2
+    assert "NAME=." in outcome.stderr
+    saved = cli.json("save", "--ref", "main", "home=.")
+    assert [directory["name"] for directory in saved["directories"]] == ["home"]
+
+
 def test_a_merge_queue_saves_for_its_base(cli: CommandLine, disk: Path, tmp_path: Path) -> None:
     saved = cli.json("save", "--ref", "gh-readonly-queue/release/1.0/pr-7", disk)
     assert saved["ref"] == "release/1.0"

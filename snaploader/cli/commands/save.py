@@ -138,6 +138,8 @@ def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
         name, equals, path = argument.partition("=")
         if not equals or "/" in name or os.path.lexists(argument):
             name, path = os.path.basename(argument.rstrip("/")), argument
+        if name in {"", ".", ".."}:
+            raise InvalidArgument(f"{argument!r} has no name of its own: give it one, as in NAME={argument}")
         check_name(name)
         if name in named:
             raise InvalidArgument(
