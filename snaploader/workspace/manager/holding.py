@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
-from snaploader.errors import Cancelled, FailedPrecondition
+from snaploader.errors import Cancelled, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.workspace.locks import HeldLock, WorkspaceLocks
 from snaploader.workspace.manager.held import HeldWorkspace
 from snaploader.workspace.manager.queries import WorkspaceQueries
@@ -64,10 +64,8 @@ class WorkspaceHolder(WorkspaceQueries):
         if lock is None:
             yield None
             return
-        try:
+        with self._releasing(lock):
             yield HeldWorkspace(self._services, self._sections, lock)
-        finally:
-            lock.release()
 
     @contextmanager
     def _locked(
@@ -79,8 +77,19 @@ class WorkspaceHolder(WorkspaceQueries):
             timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,
             cancelled=cancelled or self._closing,
         )
-        try:
+        with self._releasing(lock):
             yield lock
+
+    @contextmanager
+    def _releasing(self, lock: HeldLock) -> Iterator[None]:
+        """Release a lock at the end. A workspace that turned out to be gone leaves no lock file."""
+        try:
+            yield
+        except SnaploaderError:
+            with suppress(SnaploaderError):
+                if not self._is_alive(lock.workspace_id):
+                    lock.remove_file()
+            raise
         finally:
             lock.release()
 
@@ -104,6 +113,12 @@ class WorkspaceHolder(WorkspaceQueries):
         """What does not exist, or not any more, gets no lock file."""
         if self.workspace(check_workspace_id(workspace_id)).state is WorkspaceState.DELETED:
             raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+
+    def _is_alive(self, workspace_id: str) -> bool:
+        try:
+            return self.workspace(workspace_id).state is not WorkspaceState.DELETED
+        except NotFound:
+            return False
 
     def _check_open(self) -> None:
         if self._closing.is_set():

@@ -262,6 +262,7 @@ class Kills:
             expect(not summary.problems, f"recovery had problems: {summary.problems}")
             expect(not summary.busy, f"recovery found locks held: {summary.busy}")
             self._compare(world, workspace_id, expected)
+            world.cache.prune()
             findings = world.findings()
             expect(not findings, f"after recovery: {findings}")
             again = world.manager.recover()

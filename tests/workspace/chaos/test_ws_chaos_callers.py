@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from chaos_world import BUSY_S, DATA, Place, World, fill, opened
 
-from snaploader.errors import Cancelled
+from snaploader.errors import Cancelled, FailedPrecondition, Unavailable
 from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.manager.held import HeldWorkspace
 from snaploader.workspace.manager.versions import VersionRequest
@@ -199,4 +200,28 @@ def test_an_interrupted_creation_is_made_to_the_end(world: World) -> None:
     world.manager.locks.acquire("two", timeout_s=BUSY_S).release()
     assert world.manager.workspace("two").state == "running"
     assert world.events("two") == ["workspace_create"]
+    assert world.findings() == []
+
+
+def test_who_waited_for_a_workspace_that_was_deleted_meanwhile_leaves_no_lock(world: World) -> None:
+    gate = hold(world, "stop")
+    with ThreadPoolExecutor(4) as pool:
+        deletion = pool.submit(world.manager.delete, "one")
+        assert gate.wait_reached()
+        waiting = [pool.submit(world.manager.create_version, "one") for _ in range(3)]
+        gate.open()
+        assert deletion.result(BUSY_S).state == "deleted"
+        for each in waiting:
+            with pytest.raises(FailedPrecondition):
+                each.result(BUSY_S)
+    assert world.manager.locks.ids() == []
+    assert world.findings() == []
+
+
+def test_a_creation_that_failed_leaves_no_lock(world: World) -> None:
+    assert isinstance(world.runtime, FakeRuntime)
+    world.runtime.fail_next("start", Unavailable("no process"))
+    with pytest.raises(Unavailable):
+        world.manager.create("two")
+    assert world.manager.locks.ids() == ["one"]
     assert world.findings() == []

@@ -317,6 +317,12 @@ class Machine(RuleBasedStateMachine):
         self.open()
 
     @rule()
+    def evict(self) -> None:
+        """Let go of everything in the file cache that is not pinned."""
+        self.world.cache.prune()
+        self.check_clean()
+
+    @rule()
     def recover(self) -> None:
         """Put the host in order; nothing is wrong then, and a second recovery finds nothing to do."""
         summary = self.world.manager.recover()
@@ -599,7 +605,7 @@ def bounded() -> settings:
     """Few examples in each run of the tests, and as many as the profile says when it is to explore."""
     is_repeatable = settings.default is not None and settings.default.derandomize
     return settings(
-        max_examples=15 if is_repeatable else settings().max_examples,
+        max_examples=10 if is_repeatable else settings().max_examples,
         stateful_step_count=20 if is_repeatable else 40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
