@@ -11,7 +11,10 @@ import pytest
 from manager_hosts import Host, HostFactory
 
 from snaploader.errors import DeadlineExceeded, NotFound
-from snaploader.workspace.model import Scope, SnapshotSource, Workspace
+from snaploader.testing import FakeCAS
+from snaploader.workspace.decide import Transition
+from snaploader.workspace.lifecycle import LifecycleExecutor
+from snaploader.workspace.model import Scope, SnapshotSource, Workspace, WorkspaceState
 
 
 @pytest.fixture
@@ -218,3 +221,33 @@ def test_an_operation_waits_for_a_host_that_has_the_lock_in_the_database(
             assert held_too is None
         assert host.manager.recover().busy == ("one",)
     assert host.manager.create_version("one").version == 1
+
+
+# Deleting
+
+
+def test_what_the_lifecycle_deletes_is_gone_here_and_from_the_remote_cache(
+    ready: Host, remote: FakeCAS
+) -> None:
+    first, second = (
+        ready.manager.commit("one").runtime_name,
+        ready.manager.commit("one").runtime_name,
+    )
+    ready.manager.create_version("one")  # both commits may be evicted here from now on
+    for runtime_name in (first, second):
+        ready.loader.get_snapshot_by_id(runtime_name, read_policy="newest")
+    ready.follow(time_until_dormant=timedelta(hours=1), delete_after_dormant=timedelta(hours=1))
+    ready.manager.delete("parked")
+    with LifecycleExecutor(ready.manager, clock=ready.clock) as lifecycle:
+        for expected in (Transition.DORMANCY, Transition.DELETE):
+            ready.clock.advance(hours=1, minutes=1)
+            stats = lifecycle.run_once()
+            assert (dict(stats.transitions), dict(stats.errors)) == ({"one": expected}, {})
+    assert ready.manager.workspace("one").state is WorkspaceState.DELETED
+    assert ready.cache.pins() == []
+    assert ready.cache.refs() == []
+    for runtime_name in (first, second):
+        with pytest.raises(NotFound):
+            ready.loader.get_snapshot_by_id(runtime_name, read_policy="newest")
+    assert all("Tombstone" in str(result) for result in remote.action_results.values())
+    assert ready.findings() == []
