@@ -107,7 +107,7 @@ def _restore(services: Services, findings: Findings, record: PausedRecord) -> No
         return
     try:
         is_adopted = _register(services, record)
-    except (NotFound, DataLoss) as error:
+    except (NotFound, DataLoss, InvalidArgument) as error:
         services.slots.release(workspace.slot, workspace.id)
         _trash(services, findings, workspace.id, error.message)
         return
@@ -141,6 +141,7 @@ def _register(services: Services, record: PausedRecord) -> bool:
 
     Raises:
         NotFound, DataLoss: It was not, and its snapshot is not whole on this host.
+        InvalidArgument: It was not, and the record says of it what no catalog can hold.
     """
     with services.catalog.reading() as reader:
         try:

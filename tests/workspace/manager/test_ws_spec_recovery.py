@@ -54,6 +54,9 @@ def change(host: Host, workspace_id: str, name: str, value: object) -> None:
         ("slot", -1),
         ("slot", True),
         ("slot", 1 << 70),
+        ("owner", "a\0b"),
+        ("owner", "\ud800"),
+        ("base", "x" * 100_000),
         ("created_at", REMOVED),
         ("created_at", "0001-01-01T00:00:00+14:00"),
         ("last_used_at", "9999-12-31T23:59:59-14:00"),
@@ -68,6 +71,7 @@ def test_a_record_with_an_impossible_value_is_trashed_and_the_others_come_back(
     assert summary.restored == ("one", "three")
     assert [note.name for note in summary.trashed] == ["two"]
     assert summary.problems == ()
+    assert "two" not in parked.manager.slots.owners().values()
 
 
 @pytest.mark.parametrize(
