@@ -86,4 +86,4 @@ def test_a_directory_is_not_read_as_a_file(cli: CommandLine, home: Path) -> None
 def test_the_working_directory_needs_a_name(cli: CommandLine) -> None:
     failed = cli("save", "--ref", "main", ".")
     assert failed.exit_code == 2
-    assert "base name" in failed.stderr
+    assert "NAME=." in failed.stderr
