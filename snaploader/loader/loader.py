@@ -242,7 +242,8 @@ class SnapshotLoader:
 
         Args:
             name: Of the directory in the snapshot.
-            path: Where it is to be: an empty directory, or nothing yet.
+            path: Where it is to be: an empty directory, or nothing yet. Nobody who is not trusted with the
+                caller's rights may own it or the folder it is in, or write to them, but for a sticky one.
             index: A file outside of `path` to write a capture index to, so that a save of `path` with it
                 (`DirectorySource.index`) reads only what was changed since. Costs 55 ms. That it cannot be
                 written is logged, and no error.

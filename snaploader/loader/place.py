@@ -3,7 +3,8 @@
 What a tree says comes from outside. Its paths are plain names below directories that are directories
 (`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and symbolic links
 come last: so nothing is ever written through one. Modes come after that, and times at the very end, as
-both would be in the way, or changed, before.
+both would be in the way, or changed, before. That folder is found by its path, so whoever may rename it, by
+owning the folder it is made in, can lead the writing elsewhere.
 """
 
 from __future__ import annotations
