@@ -23,11 +23,7 @@ from pathlib import Path
 
 from snaploader import FileCache, RemoteCache, SnapshotLoader
 from snaploader.testing import EmbeddedServer
-from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.manager import WorkspaceManager
-from snaploader.workspace.model import Readiness, Volume
-from snaploader.workspace.policy import Policy
-from snaploader.workspace.runtime import ProcessRuntime
+from snaploader.workspace import Catalog, Policy, ProcessRuntime, Readiness, Volume, WorkspaceManager
 from snaploader.workspace.sizes import measure
 
 MIB = 1 << 20
