@@ -115,6 +115,10 @@ class SnapshotContent:
         self.file_cache.delete_ref(self.manifest_ref(record.runtime_name + _CAPTURED))
         return saved
 
+    def flush(self) -> None:
+        """Have everything saved so far on disk: from now on it survives a power failure. May take seconds."""
+        self.file_cache.sync()
+
     def derive(self, record: SnapshotRecord, origin: Snapshot, *, remote: bool) -> Saved:
         """Make the snapshot of this record from another one, as far as its scope reaches; pinned."""
         result = self.loader.derive_snapshot(

@@ -46,6 +46,7 @@ def pause(services: Services, workspace_id: str, reason: str = USER) -> Snapshot
     with undone_on_failure(work):
         work.stop()
         saved = work.capture()
+        services.content.flush()  # its files, the only other copy, are removed
         record = completed(saved.record)
         paused = replace(
             work.as_used, current_snapshot=record.name, state=WorkspaceState.PAUSED, paused_at=work.now

@@ -103,6 +103,8 @@ def rollback(services: Services, workspace_id: str, number: int, *, keep_current
     with undone_on_failure(work):
         work.stop()
         kept = work.capture().record if keep_current else None
+        if kept is not None:
+            services.content.flush()  # what it was taken of is replaced
         work.place(snapshot, base_snapshot)
     return finish_rollback(work, target, kept)
 

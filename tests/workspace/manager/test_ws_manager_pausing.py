@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from manager_hosts import DATA, Host, HostFactory
 
-from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition, NotFound, Unavailable
+from snaploader.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from snaploader.testing import FakeCAS
 from snaploader.workspace.manager.services import utc_now
 from snaploader.workspace.model import (
@@ -41,6 +48,39 @@ def test_a_paused_workspace_keeps_its_snapshot_its_record_and_its_slot_and_nothi
     assert host.manager.records.read("one").workspace.current_snapshot == result.snapshot_name
     assert host.manager.slots.owners() == {0: "one"}
     assert host.events() == ["workspace_create", "workspace_pause"]
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_what_is_paused_is_on_disk_before_its_files_are_removed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_sync: list[tuple[list[str], int]] = []
+    sync = host.cache.sync
+
+    def seen_sync() -> None:
+        at_sync.append((host.runtime.workspaces(), len(host.cache.pins("workspace.one."))))
+        sync()
+
+    monkeypatch.setattr(host.cache, "sync", seen_sync)
+    host.create()
+    host.manager.pause("one")
+    assert at_sync == [(["one"], 1)]
+
+
+def test_a_pause_that_cannot_be_flushed_to_disk_leaves_the_workspace_as_it_was(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.create()
+    host.write("data/a", "kept")
+
+    def fail() -> None:
+        raise ResourceExhausted("no room")
+
+    monkeypatch.setattr(host.cache, "sync", fail)
+    with pytest.raises(ResourceExhausted, match="no room"):
+        host.manager.pause("one")
+    assert host.is_running()
+    assert host.read("data/a") == "kept"
     assert (host.findings(), host.leftovers()) == ([], [])
 
 

@@ -212,6 +212,23 @@ def test_a_rollback_can_keep_the_present_state_as_a_version(host: Host) -> None:
     assert host.read("data/a") == "new"
 
 
+def test_the_state_that_a_rollback_keeps_is_on_disk_before_it_is_replaced(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.create()
+    host.write("data/a", "old")
+    host.manager.create_version("one")
+    host.write("data/a", "new")
+    at_sync: list[tuple[str | None, int]] = []
+    monkeypatch.setattr(
+        host.cache,
+        "sync",
+        lambda: at_sync.append((host.read("data/a"), len(host.cache.pins("workspace.one.")))),
+    )
+    host.manager.rollback("one", 1, keep_current=True)
+    assert at_sync == [("new", 2)]
+
+
 def test_a_rolled_back_workspace_that_was_stopped_stays_stopped(host: Host) -> None:
     host.create(start=False)
     host.manager.create_version("one")
