@@ -43,6 +43,8 @@ class HeldLock:
         self._let_go = let_go
         self._mutex = threading.Lock()
         self._holders = 1
+        self.turn = threading.Lock()
+        """Held by whoever of those who share it works on the workspace: one after the other."""
 
     def share(self) -> HeldLock:
         """Hold it once more: it is let go when everyone has released it."""
@@ -98,7 +100,7 @@ class WorkspaceLocks:
         path = self._path(workspace_id)
         with ExitStack() as undo, translate_os_errors(f"cannot lock workspace {workspace_id!r}"):
             undo.callback(self._wake)
-            undo.callback(os.close, self._wait(workspace_id, path, give_up_at, cancelled))
+            undo.callback(_unlock, self._wait(workspace_id, path, give_up_at, cancelled), os.getpid())
             if self._hosts is not None:
                 wait_s = None if give_up_at is None else max(0.0, give_up_at - time.monotonic())
                 got = undo.enter_context(self._hosts.lock(workspace_id, wait_s=wait_s, cancelled=cancelled))
@@ -160,6 +162,18 @@ def _try_lock(path: str) -> int | None:
             os.close(fd)
             raise
         # Its holder removed the file between the two calls: this one locks nothing any more.
+        os.close(fd)
+
+
+def _unlock(fd: int, pid: int) -> None:
+    """Let the lock go at once, also where a child that was forked meanwhile has the descriptor too.
+
+    In such a child the lock is left to its parent, the process of this `pid`.
+    """
+    try:
+        if os.getpid() == pid:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
         os.close(fd)
 
 

@@ -37,6 +37,7 @@ def locked_now(path: str) -> Iterator[bool]:
         return
     try:
         yield True
+        fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -161,3 +161,41 @@ def test_a_lock_that_another_host_holds_is_not_had_and_leaves_the_host_s_own_fre
     with pytest.raises(DeadlineExceeded, match="another host"):
         WorkspaceLocks(tmp_path, Hosts(is_free=False)).acquire("one", timeout_s=0)
     WorkspaceLocks(tmp_path).acquire("one", timeout_s=0).release()
+
+
+def fork_that_waits(in_child: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """A child that has all descriptors of this process, as long as the block is open."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.close(writer)
+            in_child()
+            os.read(reader, 1)
+        finally:
+            os._exit(0)
+    os.close(reader)
+    try:
+        yield
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)
+
+
+def test_a_child_that_was_forked_under_the_lock_does_not_keep_it(locks: WorkspaceLocks) -> None:
+    held = locks.acquire("one")
+    with contextlib.contextmanager(fork_that_waits)():
+        held.release()
+        again = locks.try_acquire("one")
+        assert again is not None
+        again.release()
+
+
+def test_a_child_that_leaves_the_block_in_which_it_was_forked_takes_nobody_the_lock(
+    locks: WorkspaceLocks,
+) -> None:
+    held = locks.acquire("one")
+    with contextlib.contextmanager(fork_that_waits)(held.release):
+        pass
+    assert locks.try_acquire("one") is None
+    held.release()
