@@ -25,8 +25,8 @@ class HeldWorkspace:
 
     Each runs to its end, also when waiting for it is interrupted: the lock is held until then. `reason` is
     kept with the run and the event; only what has the reason "user" counts as a use of the workspace. What
-    each does and raises is described by the method of that name of `WorkspaceManager`. Thread-safe; one at a
-    time.
+    each does and raises is described by the method of that name of `WorkspaceManager`, whose own operations
+    would wait for this lock in vain. Thread-safe; one operation waits for the other.
     """
 
     def __init__(self, services: Services, sections: CriticalSections, lock: HeldLock) -> None:

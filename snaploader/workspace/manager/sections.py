@@ -2,7 +2,7 @@
 
 An operation stops a workspace, works and starts it again: it must not be left in the middle because its
 caller was interrupted. So it runs on a thread of the manager, which shares the workspace's lock, while the
-caller only waits for the result.
+caller only waits for the result. Under one lock they follow one another.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class _Section(Generic[T]):
         if not self._unclaimed.acquire(blocking=False):
             raise Cancelled("the operation was called off before it began")
         try:
-            return self._work()
+            # Whoever gave up waiting for one operation may ask for the next under the same lock.
+            with self._hold.turn:
+                return self._work()
         finally:
             self._hold.release()
 

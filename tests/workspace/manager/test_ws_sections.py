@@ -117,3 +117,28 @@ def test_work_that_was_given_up_before_it_began_never_runs(
     with pytest.raises(Cancelled, match="before it began"):
         late[0]()  # type: ignore[operator]
     sections.close()
+
+
+def test_what_is_asked_for_next_under_one_lock_waits_for_work_whose_caller_gave_up(hold: HeldLock) -> None:
+    sections = CriticalSections()
+    began, go_on = threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def first() -> None:
+        began.set()
+        assert go_on.wait(30)
+        done.append("first")
+
+    abandoned = threading.Thread(target=sections.run, args=(hold, first))
+    abandoned.start()
+    assert began.wait(30)
+    following = threading.Thread(target=sections.run, args=(hold, lambda: done.append("second")))
+    following.start()
+    following.join(0.05)
+    assert done == []
+    go_on.set()
+    abandoned.join()
+    following.join()
+    assert done == ["first", "second"]
+    hold.release()
+    sections.close()
