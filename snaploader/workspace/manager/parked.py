@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
+from snaploader.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SnaploaderError,
+    Unavailable,
+)
 from snaploader.policy import ReadPolicy
-from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.summary import Findings, Note
 from snaploader.workspace.model import SnapshotRecord, Workspace, WorkspaceState
@@ -22,38 +32,65 @@ log = logging.getLogger(__name__)
 
 def take_back(services: Services, locks: WorkspaceLocks, findings: Findings) -> None:
     """Register every paused workspace whose record is good, with its slot; move the other records aside."""
-    locked: dict[str, HeldLock] = {}
-    try:
-        found = []
-        for name in services.records.entries():
-            with findings.guarding(name, log.warning):
-                record = _read(services, locks, findings, locked, name)
-                if record is not None:
-                    found.append(record)
-        for record in _winners(services, findings, found):
-            with findings.guarding(record.workspace.id, log.warning):
-                _restore(services, findings, record)
-    finally:
-        for lock in locked.values():
-            lock.release()
+    found = []
+    for name in services.records.entries():
+        with findings.guarding(name, log.warning), _held(services, locks, findings, name) as record:
+            if record is not None:
+                found.append(record)
+    winners, losers = _by_slot(found)
+    for record, reason in losers:
+        give_up = partial(_give_up, services, findings, record.workspace, reason)
+        _if_same(services, locks, findings, record, give_up)
+    for record in winners:
+        _if_same(services, locks, findings, record, partial(_restore, services, findings, record))
 
 
-def _read(
-    services: Services, locks: WorkspaceLocks, findings: Findings, locked: dict[str, HeldLock], name: str
-) -> PausedRecord | None:
-    """The record of that name, under its workspace's lock; None when it is not to be taken back."""
+@contextmanager
+def _held(
+    services: Services, locks: WorkspaceLocks, findings: Findings, name: str
+) -> Iterator[PausedRecord | None]:
+    """The record of that name, under its workspace's lock; None when it is not to be taken back.
+
+    One lock at a time: each takes a descriptor, and with PostgreSQL a connection.
+    """
     try:
         check_workspace_id(name)
     except InvalidArgument as error:
         _trash(services, findings, name, error.message)
-        return None
+        yield None
+        return
     lock = locks.try_acquire(name)
     if lock is None:
         findings.busy[name] = None
-        return None
-    locked[name] = lock
+        yield None
+        return
+    try:
+        yield _read(services, findings, name)
+    finally:
+        lock.release()
+
+
+def _if_same(
+    services: Services,
+    locks: WorkspaceLocks,
+    findings: Findings,
+    record: PausedRecord,
+    action: Callable[[], None],
+) -> None:
+    """Do something about a record, under its workspace's lock, unless somebody changed it since."""
+    name = record.workspace.id
+    with findings.guarding(name, log.warning), _held(services, locks, findings, name) as now:
+        if now == record:
+            action()
+        else:
+            findings.busy[name] = None
+
+
+def _read(services: Services, findings: Findings, name: str) -> PausedRecord | None:
     try:
         record = services.records.read(name)
+    except (ResourceExhausted, Unavailable):
+        raise  # which says nothing of the record
     except SnaploaderError as error:
         _trash(services, findings, name, error.message)
         return None
@@ -81,18 +118,17 @@ def _checked(services: Services, findings: Findings, record: PausedRecord) -> Pa
     return None
 
 
-def _winners(services: Services, findings: Findings, records: list[PausedRecord]) -> list[PausedRecord]:
-    """One record for each slot: the newest. The others are moved aside."""
-    winners = []
+def _by_slot(records: list[PausedRecord]) -> tuple[list[PausedRecord], list[tuple[PausedRecord, str]]]:
+    """One record for each slot, the newest, and the others with why they lose."""
+    winners, losers = [], []
     records = sorted(records, key=lambda each: each.workspace.created_at, reverse=True)
     by_slot = sorted(records, key=lambda each: each.workspace.slot or 0)
     for slot, group in groupby(by_slot, key=lambda each: each.workspace.slot):
-        winner, *losers = group
+        winner, *others = group
         winners.append(winner)
-        for loser in losers:
-            reason = f"its slot {slot} is that of workspace {winner.workspace.id!r}, which is newer"
-            _give_up(services, findings, loser.workspace, reason)
-    return winners
+        reason = f"its slot {slot} is that of workspace {winner.workspace.id!r}, which is newer"
+        losers += [(other, reason) for other in others]
+    return winners, losers
 
 
 def _restore(services: Services, findings: Findings, record: PausedRecord) -> None:
@@ -208,6 +244,6 @@ def _give_up(services: Services, findings: Findings, workspace: Workspace, reaso
 
 def _trash(services: Services, findings: Findings, name: str, reason: str) -> None:
     with findings.guarding(name, log.warning):
-        services.records.trash(name)
-        log.warning("the record of paused workspace %r is moved aside: %s", name, reason)
-        findings.trashed.append(Note(name, reason))
+        if services.records.trash(name):  # else somebody has removed it meanwhile
+            log.warning("the record of paused workspace %r is moved aside: %s", name, reason)
+            findings.trashed.append(Note(name, reason))

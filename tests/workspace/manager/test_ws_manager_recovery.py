@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from manager_hosts import Host, HostFactory
 
-from snaploader.errors import FailedPrecondition, Unavailable
+from snaploader.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.locks import HeldLock, WorkspaceLocks
 from snaploader.workspace.manager import RecoverySummary
 from snaploader.workspace.model import (
     OperationKind,
@@ -26,6 +27,7 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     WorkspaceState,
 )
+from snaploader.workspace.recordformat import PausedRecord
 from snaploader.workspace.slots import SlotPool
 
 
@@ -114,6 +116,21 @@ def test_an_unreadable_record_is_renamed_aside_and_swept_by_the_next_start(
     assert os.listdir(paused_folder(host)) == ["two"]
 
 
+def test_a_record_that_cannot_be_read_for_lack_of_descriptors_stays(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_paused(host, "one")
+
+    def fail(workspace_id: str) -> PausedRecord:
+        raise ResourceExhausted(f"too many open files to read that of {workspace_id}")
+
+    monkeypatch.setattr(host.manager.records, "read", fail)
+    summary = host.manager.recover()
+    assert summary.trashed == ()
+    assert any("too many open files" in problem.reason for problem in summary.problems)
+    assert host.manager.records.entries() == ["one"]
+
+
 def test_a_record_that_lacks_its_slot_is_trashed(host: Host) -> None:
     create_paused(host, "one")
     forget(host, "one")
@@ -173,6 +190,46 @@ def test_a_slot_that_the_pool_does_not_have_cannot_be_reserved(
     change_record(host, "one", slot=3)
     [note] = smaller.manager.recover().trashed
     assert "there is no such slot" in note.reason
+
+
+def test_paused_workspaces_are_locked_one_at_a_time(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_paused(host, "one", "three", "two")
+    acquire, held, most = WorkspaceLocks.acquire, [0], [0]
+
+    def counted(*args: Any, **kwargs: Any) -> HeldLock:
+        lock = acquire(*args, **kwargs)
+        held[0] += 1
+        most[0] = max(most[0], held[0])
+        return lock
+
+    release = HeldLock.release
+
+    def counted_release(lock: HeldLock) -> None:
+        held[0] -= 1
+        release(lock)
+
+    monkeypatch.setattr(WorkspaceLocks, "acquire", counted)
+    monkeypatch.setattr(HeldLock, "release", counted_release)
+    assert host.manager.recover().restored == ("one", "three", "two")
+    assert (held, most) == ([0], [1])
+
+
+def test_a_paused_workspace_that_is_resumed_while_records_are_read_is_left_alone(
+    host: Host, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_paused(host, "one", "two")
+    other = make_host(runtime=host.runtime)
+    read = host.manager.records.read
+
+    def resumed_meanwhile(workspace_id: str) -> PausedRecord:
+        if workspace_id == "two" and other.manager.workspace("one").state is WorkspaceState.PAUSED:
+            other.manager.resume("one")
+        return read(workspace_id)
+
+    monkeypatch.setattr(host.manager.records, "read", resumed_meanwhile)
+    summary = host.manager.recover()
+    assert (summary.restored, summary.trashed, summary.problems) == (("two",), (), ())
+    assert host.is_running("one")
 
 
 def test_a_slot_of_a_workspace_that_is_gone_is_free_again(host: Host) -> None:
