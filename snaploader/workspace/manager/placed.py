@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snaploader.workspace.manager.snapshots import completed
-from snaploader.workspace.manager.work import Work
+from snaploader.workspace.manager.work import Work, runs_nevertheless
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -29,7 +29,8 @@ def finish_rollback(work: Work, target: SnapshotRecord, kept: SnapshotRecord | N
     try:
         work.start_again()
     except Exception as error:  # noqa: BLE001 - whatever it is, the rollback is recorded first
-        problem = error
+        if not runs_nevertheless(work.services, work.workspace_id):
+            problem = error
     with work.recording() as tx:
         payload: dict[str, Any] = {"version": work.operation.version, "snapshot": target.name}
         if kept is not None:

@@ -13,6 +13,7 @@ from snaploader.workspace.manager.repair import RECOVERY
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.snapshots import let_go
 from snaploader.workspace.manager.summary import Findings, Note
+from snaploader.workspace.manager.work import runs_nevertheless
 from snaploader.workspace.model import (
     RunStatus,
     RunTransition,
@@ -100,10 +101,12 @@ def _settle_running(services: Services, workspace: Workspace, findings: Findings
             bring_back(services, workspace, uuid.uuid4().hex)
         services.runtime.start(workspace.spec)
     except SnaploaderError as error:
-        log.warning("workspace %r cannot be started", workspace.id, exc_info=True)
-        findings.repaired.append(Note(workspace.id, f"it did not run and is now stopped: {error.message}"))
-        _mark_stopped(services, workspace, error)
-        return
+        if not runs_nevertheless(services, workspace.id):
+            log.warning("workspace %r cannot be started", workspace.id, exc_info=True)
+            reason = f"it did not run and is now stopped: {error.message}"
+            findings.repaired.append(Note(workspace.id, reason))
+            _mark_stopped(services, workspace, error)
+            return
     with services.catalog.transaction() as tx:
         tx.add_event(workspace.id, START, {"reason": RECOVERY}, services.clock())
     findings.repaired.append(Note(workspace.id, "it did not run, and was started"))

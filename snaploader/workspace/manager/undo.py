@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from snaploader.errors import Cancelled, NotFound, SnaploaderError
 from snaploader.workspace.manager.placed import carry_on, is_placed
 from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.work import USER, Work
+from snaploader.workspace.manager.work import USER, Work, runs_nevertheless
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -134,6 +134,8 @@ def _restart(work: Work, error: BaseException | None) -> BaseException | None:
     try:
         work.services.runtime.start(work.workspace.spec)
     except Exception as second:
+        if runs_nevertheless(work.services, work.workspace_id):
+            return None
         log.warning("workspace %r could not be started again", work.workspace_id, exc_info=True)
         if error is not None:
             error.add_note(f"workspace {work.workspace_id!r} could not be started again: {second}")

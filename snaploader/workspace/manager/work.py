@@ -227,6 +227,17 @@ class Work:
             self.afterwards(f"snapshot {record.name!r}", partial(let_go, self.services, record))
 
 
+def runs_nevertheless(services: Services, workspace_id: str) -> bool:
+    """Whether a workspace runs although starting it failed: the failure may have come after the effect."""
+    try:
+        is_running = services.runtime.status(workspace_id).is_running
+    except SnaploaderError:
+        return False
+    if is_running:
+        log.warning("workspace %r runs, although starting it failed", workspace_id)
+    return is_running
+
+
 def new_operation(
     services: Services, kind: OperationKind, snapshot_name: str = "", version: int | None = None
 ) -> Operation:
