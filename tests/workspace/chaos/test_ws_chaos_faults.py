@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from chaos_faults import FaultyCatalog
@@ -58,6 +59,30 @@ def test_a_commit_that_cannot_start_again_nor_be_withdrawn_leaves_the_workspace_
     assert is_running(world) == (False, False)
     server.faults.clear()
     world.manager.recover()
+    assert world.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("create_version", ["one"]), ("commit", ["one"]), ("stop", ["one"]), ("rollback", ["one", 1])],
+)
+def test_what_runs_although_starting_it_failed_is_recorded_as_running(
+    world: World, method: str, arguments: list[Any]
+) -> None:
+    fake(world).fail_next("start", Unavailable("no answer"), times=9, after_effect=True)
+    if method == "stop":
+        fake(world).fail_next("stop", Unavailable("no answer"), after_effect=True)
+    with suppress(Unavailable):
+        getattr(world.manager, method)(*arguments)
+    assert is_running(world) == (True, True)
+    assert world.findings() == []
+
+
+def test_what_a_recovery_started_although_that_failed_is_recorded_as_running(world: World) -> None:
+    fake(world).end("one")
+    fake(world).fail_next("start", Unavailable("no answer"), after_effect=True)
+    world.manager.recover()
+    assert is_running(world) == (True, True)
     assert world.findings() == []
 
 
