@@ -60,15 +60,20 @@ class TrashCan:
             remove_tree(path)
 
 
-def remove_tree(path: str) -> None:
-    """Remove a file or folder, also when others remove it at the same time or it is write-protected."""
+def remove_tree(path: str | os.PathLike[str]) -> None:
+    """Remove a file or folder, also when others do so too or its modes forbid it; as far as that can be."""
     if not os.path.isdir(path) or os.path.islink(path):
         # Gone already, or another user's.
         with suppress(FileNotFoundError, PermissionError):
             os.unlink(path)
         return
-    # Entries cannot be unlinked from a folder without write permission.
-    for folder, _, _ in os.walk(path):
-        with suppress(OSError):
-            os.chmod(folder, stat.S_IRWXU)
+    # Entries can be neither found in a folder nor unlinked from it without permission.
+    with suppress(OSError):
+        os.chmod(path, stat.S_IRWXU)
+    for folder, inner, _ in os.walk(path):
+        for name in inner:
+            below = os.path.join(folder, name)
+            with suppress(OSError):
+                if not os.path.islink(below):
+                    os.chmod(below, stat.S_IRWXU)
     shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import tempfile
 import time
@@ -24,6 +23,7 @@ from cow.sparse import Copier
 from snaploader.digest import Digest
 from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
+from snaploader.filecache.trash import remove_tree
 from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import REMOTE, BlobFetcher
@@ -238,23 +238,6 @@ def check_vacant(target: Path) -> bool:
     raise FailedPrecondition(
         f"{str(target)!r} exists and is no empty directory: choose another place, or remove it"
     )
-
-
-def remove_tree(path: Path) -> None:
-    """Remove what was written, also from directories that may not be written; as far as it can be done."""
-    with contextlib.suppress(OSError):
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            os.unlink(path)
-            return
-    with contextlib.suppress(OSError):
-        os.chmod(path, _PRIVATE)
-    for folder, names, _ in os.walk(path):
-        for name in names:
-            below = os.path.join(folder, name)
-            with contextlib.suppress(OSError):
-                if not os.path.islink(below):
-                    os.chmod(below, _PRIVATE)
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
+from snaploader.filecache.trash import remove_tree
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import (
     check_vacant,
-    remove_tree,
     stored_bytes,
     write_directory,
     write_restored_index,

@@ -14,9 +14,10 @@ from typing import Self
 from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
+from snaploader.filecache.trash import remove_tree
 from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.place import remove_tree, write_directory
+from snaploader.loader.place import write_directory
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import ManifestSource, Snapshot

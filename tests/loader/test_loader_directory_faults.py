@@ -26,6 +26,7 @@ from snaploader.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from snaploader.filecache.trash import remove_tree
 from snaploader.keys import local_manifest_key, snapshot_id_key
 from snaploader.loader import captureindex, place
 from snaploader.manifest import Manifest, pack_any
@@ -381,6 +382,6 @@ def test_directories_that_may_not_be_written_are_removed_too(tmp_path: Path) -> 
     root = fill(tmp_path / "home")
     (root / "to-outside").symlink_to(tmp_path)
     (root / "no-entry").chmod(0o000)
-    place.remove_tree(root)
+    remove_tree(root)
     assert os.listdir(tmp_path) == []
-    place.remove_tree(root)
+    remove_tree(root)
