@@ -37,7 +37,11 @@ FORK = "workspace_fork"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a new workspace is to be."""
+    """What a new workspace is to be.
+
+    Raises:
+        TypeError: its command or environment holds something else than text.
+    """
 
     spec: WorkspaceSpec
     owner: str = ""
@@ -45,6 +49,16 @@ class Plan:
     policy: str = "default"
     autostart_schedule: str = ""
     start: bool = True
+
+    def __post_init__(self) -> None:
+        environment = self.spec.environment
+        for what, texts in (
+            ("command", self.spec.command),
+            ("environment", [*environment, *environment.values()]),
+        ):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
 
 
 def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None) -> Workspace:

@@ -129,7 +129,7 @@ class WorkspaceManager(WorkspaceHolder):
         Args:
             workspace_id: 1 to 64 lower-case letters, digits and inner hyphens, never used before. Default: a
                 new one.
-            command: What runs in it; empty: nothing.
+            command: What runs in it and its arguments; empty: nothing.
             environment: Added to what the runtime sets.
             volumes: Its durable directories.
             readiness: How to tell that it is ready, for a resume from a Data snapshot. Default: it is at
@@ -150,6 +150,10 @@ class WorkspaceManager(WorkspaceHolder):
         """
         if autostart_schedule:
             parse_schedule(autostart_schedule)
+        if isinstance(command, str):
+            raise TypeError(
+                f"the command must be a sequence such as ['sleep', '5'], and not one str: {command!r}"
+            )
         spec = WorkspaceSpec(
             check_workspace_id(workspace_id) if workspace_id else new_workspace_id(),
             tuple(command),

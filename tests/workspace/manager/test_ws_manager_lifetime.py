@@ -32,6 +32,26 @@ from snaploader.workspace.model import (
 from snaploader.workspace.slots import SlotPool
 
 
+def test_a_command_that_is_one_str_is_refused_and_shown_as_a_sequence(host: Host) -> None:
+    with pytest.raises(TypeError, match="sequence such as .* and not one str: 'sleep 5'"):
+        host.manager.create("one", command="sleep 5")
+    assert host.manager.workspaces() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"command": ["sleep", 5]}, "command .* holds 5"),
+        ({"environment": {"PORT": 8000}}, "environment .* holds 8000"),
+        ({"environment": {8000: "PORT"}}, "environment .* holds 8000"),
+    ],
+)
+def test_a_command_and_an_environment_are_text(host: Host, values: dict[str, Any], shown: str) -> None:
+    with pytest.raises(TypeError, match=shown):
+        host.manager.create("one", **values)
+    assert host.manager.slots.owners() == {}
+
+
 def test_a_created_workspace_runs_and_is_as_it_was_asked_for(host: Host) -> None:
     workspace = host.manager.create(
         "one",
