@@ -62,6 +62,8 @@ def probe_tcp(workspace: ProbedWorkspace, timeout_s: float) -> str:
         socket.create_connection(address, timeout_s).close()
     except OSError as error:
         return str(error)
+    except UnicodeError as error:
+        raise InvalidArgument(f"{workspace.target!r} is no address to connect to: {error}") from error
     return ""
 
 
@@ -73,6 +75,8 @@ def probe_http(workspace: ProbedWorkspace, timeout_s: float) -> str:
         response = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
+    except UnicodeError as error:
+        raise InvalidArgument(f"{workspace.target!r} is no URL to get: {error}") from error
     finally:
         connection.close()
     return "" if 200 <= response.status <= 399 else f"HTTP status {response.status} {response.reason}"
@@ -80,15 +84,18 @@ def probe_http(workspace: ProbedWorkspace, timeout_s: float) -> str:
 
 def probe_command(workspace: ProbedWorkspace, timeout_s: float) -> str:
     """Ready when a shell command, run in the workspace's folder and environment, exits with 0."""
-    process = subprocess.Popen(
-        [_SHELL, "-c", workspace.target],
-        cwd=workspace.root,
-        env=workspace.environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    try:
+        process = subprocess.Popen(
+            [_SHELL, "-c", workspace.target],
+            cwd=workspace.root,
+            env=workspace.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return str(error)  # such as a workspace that has removed its folder
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ import pytest
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument
 from snaploader.workspace.model import Readiness, WorkspaceSpec
 from snaploader.workspace.runtime import ProbedWorkspace, ProcessRuntime
-from snaploader.workspace.runtime.probes import probe_command, probe_http, probe_tcp
+from snaploader.workspace.runtime.probes import ReadinessProbe, probe_command, probe_http, probe_tcp
 
 ID = "ws"
 SLEEP = ("sleep", "1000")
@@ -255,3 +255,18 @@ def test_a_server_that_speaks_something_else_is_not_ready(tmp_path: Path) -> Non
 def test_a_probe_that_hangs_is_killed(tmp_path: Path) -> None:
     reason = probe_command(probed(f"echo $$ > {tmp_path}/pid; sleep 1000 & wait", tmp_path), 0.1)
     assert reason == "it did not end within 0.1 s"
+
+
+@pytest.mark.parametrize(
+    ("probe", "target"), [(probe_tcp, f"{'x' * 70}.example:1"), (probe_http, "http://127.0.0.1:1/\u00fc")]
+)
+def test_a_target_that_cannot_be_sent_as_it_is_is_refused(
+    probe: ReadinessProbe, target: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgument, match="is no"):
+        probe(ProbedWorkspace(ID, target, tmp_path, {}), 1)
+
+
+def test_a_command_check_of_a_workspace_without_a_folder_says_so(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert "No such file" in probe_command(ProbedWorkspace(ID, "true", gone, {}), 1)
