@@ -183,7 +183,7 @@ def test_views_die_in_any_thread(tmp_path):
     wrong: list[int] = []
 
     def work(seed):
-        barrier.wait(10)
+        barrier.wait(60)
         generator = np.random.default_rng(seed)
         for _ in range(300):
             index = int(generator.integers(8))

@@ -555,7 +555,7 @@ def test_close_calls_off_what_runs(make_server: MakeServer, make_remote: MakeRem
     assert gate.wait_reached(10, calls=5)
     remote.close()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert [type(error) for error in errors] == [Cancelled] * 4
     remote.close()
     with pytest.raises(FailedPrecondition, match="closed"):

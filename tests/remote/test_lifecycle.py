@@ -80,7 +80,7 @@ def test_threads_share_one_cache(make_server: MakeServer, make_remote: MakeRemot
 
     def work(number: int) -> None:
         try:
-            start.wait(10)
+            start.wait(60)
             blobs = named(*(noise(2000, number * 100 + n) for n in range(20)))
             remote.upload_missing(uploads(blobs))
             got = {}

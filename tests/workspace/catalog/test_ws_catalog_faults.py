@@ -139,7 +139,7 @@ class TestSQLite:
             thread.start()
             assert not done.wait(0.05)
             other.execute("COMMIT")
-            assert done.wait(10)
+            assert done.wait(60)
         thread.join()
 
     def test_what_is_committed_is_on_the_disk(self, catalog: Catalog) -> None:
@@ -249,7 +249,7 @@ class TestPostgreSQL:
             try:
                 with catalog.transaction() as transaction:
                     transaction.lock_workspace(first)
-                    both.wait(10)
+                    both.wait(60)
                     transaction.lock_workspace(second)
                 outcomes.append("done")
             except Unavailable as error:

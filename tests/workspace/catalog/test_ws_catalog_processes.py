@@ -59,7 +59,7 @@ def test_8_threads_of_one_catalog_get_consecutive_numbers(catalog: Catalog) -> N
     barrier = threading.Barrier(8)
 
     def work(name: str) -> None:
-        barrier.wait(10)
+        barrier.wait(60)
         for number in range(5):
             add_version(catalog, f"{name}.{number}")
 
@@ -235,7 +235,7 @@ class TestForks:
             with catalog.transaction() as transaction:
                 transaction.update_workspace("ws", base="x")
                 begun.set()
-                end.wait(10)
+                end.wait(60)
 
         def fork() -> None:
             process = FORK.Process(target=add_version, args=(catalog, "of-child"))
@@ -245,7 +245,7 @@ class TestForks:
 
         writer, forker = threading.Thread(target=write), threading.Thread(target=fork)
         writer.start()
-        begun.wait(10)
+        begun.wait(60)
         forker.start()
         assert not forked.wait(0.05)
         end.set()
@@ -291,7 +291,7 @@ class TestClose:
         def write() -> None:
             with catalog.transaction() as transaction:
                 begun.set()
-                end.wait(10)
+                end.wait(60)
                 transaction.add_workspace(workspace())
 
         def close() -> None:
@@ -300,11 +300,11 @@ class TestClose:
 
         writer, closer = threading.Thread(target=write), threading.Thread(target=close)
         writer.start()
-        begun.wait(10)
+        begun.wait(60)
         closer.start()
         assert not closed.wait(0.05)
         end.set()
-        assert closed.wait(10)
+        assert closed.wait(60)
         writer.join()
         closer.join()
 

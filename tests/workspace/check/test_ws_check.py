@@ -316,7 +316,7 @@ def test_what_somebody_works_on_is_left_out(host: Host) -> None:
     thread = threading.Thread(target=host.manager.create_version, args=("running",))
     thread.start()
     try:
-        gate.wait_reached(timeout_s=10)
+        gate.wait_reached(timeout_s=60)
         assert host.manager.workspace("running").operation is not None
         assert check(host.manager) == []
     finally:

@@ -93,7 +93,9 @@ def test_ignored_signals_of_the_starter_are_not_inherited(runtime: ProcessRuntim
     start(runtime, shell(f"grep -E 'SigIgn|SigBlk' /proc/self/status > {said.path}; sleep 1000"))
     text = said.read()
     runtime.stop(ID)
-    assert {line.split()[1] for line in text.splitlines()} == {"0" * 16}
+    # Signals 32 and 33 are the C library's own: it may have them blocked just then.
+    own_of_libc = 0b11 << 31
+    assert [int(line.split()[1], 16) & ~own_of_libc for line in text.splitlines()] == [0, 0]
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", -9)])
