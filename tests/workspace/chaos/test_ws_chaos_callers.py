@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,27 +165,28 @@ def test_a_closed_generator_leaves_its_operation_the_lock(world: World) -> None:
 
 
 @needs_main_thread
-def test_who_is_interrupted_while_waiting_for_the_lock_has_done_nothing(world: World) -> None:
+def test_who_is_interrupted_while_waiting_for_the_lock_has_done_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events = world.events("one")
-    waiting = threading.Event()
-    main = threading.get_ident()
-
-    def interrupt() -> None:
-        assert waiting.wait(BUSY_S)
-        signal.pthread_kill(main, signal.SIGINT)
-
+    released = InterruptedCondition()
     lock = world.manager.locks.acquire("one")
-    with ExitStack() as stack:
-        stack.callback(lock.release)
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        waiting.set()
+    with monkeypatch.context() as patch:
+        patch.setattr(world.manager.locks, "_released", released)
         with pytest.raises(KeyboardInterrupt):
             world.manager.create_version("one")
-        thread.join()
+    lock.release()
     world.manager.locks.acquire("one", timeout_s=0).release()
     assert world.events("one") == events
     assert world.findings() == []
+
+
+class InterruptedCondition(threading.Condition):
+    """Whoever waits for it is interrupted meanwhile."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        return super().wait(timeout)
 
 
 @needs_main_thread
