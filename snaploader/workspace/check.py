@@ -137,7 +137,9 @@ class _Here:
 def _workspace_ids(manager: Checked, here: _Here) -> list[str]:
     """Ids of all workspaces of which anything is known or left, sorted."""
     with manager.catalog.reading() as reader:
-        ids = {each.id for each in reader.workspaces(host=manager.host, include_deleted=True)}
+        # Deleted ones only ever become more: those that anything is left of are found by that.
+        ids = {each.id for each in reader.workspaces(host=manager.host)}
+        ids.update(record.workspace_id for record in reader.unfinished_snapshots(manager.host))
     ids.update(here.pins, here.slots, here.records, here.leftovers, manager.runtime.workspaces())
     return sorted(filter(_is_id, ids))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.workspace.locks import WorkspaceLocks
@@ -21,6 +22,9 @@ from snaploader.workspace.manager.undo import remove_unfinished
 from snaploader.workspace.model import SnapshotRecord, SnapshotStatus, WorkspaceState
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.records import owner_of
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
 
 log = logging.getLogger(__name__)
 
@@ -96,16 +100,28 @@ class _Recovery:
     def _finish_deletions(self) -> None:
         """Whatever is left of deleted workspaces."""
         services = self.services
+        left = {
+            *services.runtime.workspaces(),
+            *services.slots.owners().values(),
+            *services.records.entries(),
+        }
         with services.catalog.reading() as reader:
-            deleted = {
-                each.id for each in reader.workspaces(host=services.host, state=WorkspaceState.DELETED)
-            }
-            unfinished = {record.workspace_id for record in reader.unfinished_snapshots(services.host)}
-        left = unfinished | set(services.runtime.workspaces()) | set(services.slots.owners().values())
-        left |= set(services.records.entries())
-        for workspace_id in sorted(deleted & left):
+            left |= {record.workspace_id for record in reader.unfinished_snapshots(services.host)}
+            # Not by listing the deleted ones: they only ever become more.
+            left -= {each.id for each in reader.workspaces(host=services.host)}
+            deleted = [
+                workspace_id for workspace_id in sorted(left) if self._was_deleted(reader, workspace_id)
+            ]
+        for workspace_id in deleted:
             with self.findings.guarding(workspace_id, log.warning):
                 self._under_lock(workspace_id, partial(self._finish_deletion, workspace_id))
+
+    def _was_deleted(self, reader: Reader, workspace_id: str) -> bool:
+        try:
+            workspace = reader.workspace(workspace_id)
+        except NotFound:
+            return False
+        return (workspace.host, workspace.state) == (self.services.host, WorkspaceState.DELETED)
 
     def _finish_deletion(self, workspace_id: str) -> None:
         problems = finish_deletion(self.services, workspace_id)
