@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -181,3 +182,20 @@ def test_descendants_are_found_at_every_depth(running: Running) -> None:
     assert {running.supervisor.pid, running.command.pid, running.daemon} <= below.keys()
     assert running.guard.pid not in below
     assert supervisor.descendants(2**22 + 1) == {}
+
+
+def test_a_log_goes_on_after_a_new_one_could_not_be_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> int:
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 4)
+    log = supervisor.Log(str(tmp_path / "log"))
+    log.write(b"full")
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor.os, "open", fail)
+        log.write(b"lost")
+    log.write(b"more")
+    os.close(log._fd)
+    assert [(tmp_path / name).read_bytes() for name in ("log.1", "log")] == [b"full", b"more"]
