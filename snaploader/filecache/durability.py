@@ -11,7 +11,6 @@ outside the window. A lost or damaged state makes everything written so far a su
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from snaploader.filecache.flushing import flush_file_system
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.locks import FileLock
 from snaploader.filecache.session import Session
@@ -87,7 +87,7 @@ class Durability:
     def sync(self) -> None:
         """Flush everything written so far to disk: it survives a power failure from now on."""
         now_ns = time.time_ns()
-        _syncfs(self._base)
+        flush_file_system(self._base)
         with self._lock.held():
             boot, flushed_ns, windows = self._load()
             if boot == self._boot_id:
@@ -130,14 +130,3 @@ class Durability:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, self._path)
-
-
-def _syncfs(path: str) -> None:
-    """syncfs(2) of the file system that holds a folder."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), path)
-    finally:
-        os.close(fd)

@@ -18,6 +18,7 @@ from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import pinfile
 from snaploader.filecache.environment import Environment
+from snaploader.filecache.flushing import flush_folder
 from snaploader.filecache.hashes import Words, to_hex, to_words
 from snaploader.filecache.pinfile import MAX_PIN_ENTRIES, UNKNOWN_SIZE, Pin
 
@@ -128,15 +129,6 @@ class PinSpace:
             for folder in (layout.group_path(), layout.groups, layout.base, layout.root):
                 flush_folder(folder)
             self._parents_flushed = True
-
-
-def flush_folder(path: str) -> None:
-    """fsync(2) of a folder: the names in it are on disk afterwards."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _sorted_hashes(

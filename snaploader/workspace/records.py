@@ -14,7 +14,7 @@ import uuid
 from contextlib import suppress
 
 from snaploader.errors import DataLoss, NotFound, translate_os_errors
-from snaploader.workspace.durable import flush_folder, write_new
+from snaploader.filecache.flushing import flush_folder
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.recordformat import PausedRecord, decode, encode
 
@@ -129,6 +129,14 @@ class PausedRecords:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
+
+
+def write_new(path: str, data: bytes) -> None:
+    """Write a new file and flush it. Raises OSError, FileExistsError when there is one."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -11,7 +11,7 @@ import os
 from contextlib import suppress
 
 from snaploader.errors import InvalidArgument, ResourceExhausted, translate_os_errors
-from snaploader.workspace.durable import flush_folder
+from snaploader.filecache.flushing import flush_folder
 from snaploader.workspace.names import check_workspace_id
 
 DEFAULT_SLOTS = 1 << 16

@@ -35,17 +35,6 @@ def exchange(first: str, second: str) -> bool:
     raise OSError(code, os.strerror(code), first)
 
 
-def flush_file_system(path: str) -> None:
-    """syncfs(2): what was written to the file system of a folder is on disk afterwards. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), path)
-    finally:
-        os.close(fd)
-
-
 def replace_file(path: str, data: bytes) -> None:
     """Give a file new content, in one step. Not flushed. Raises OSError."""
     fd, temporary = tempfile.mkstemp(prefix=".new-", dir=os.path.dirname(path))

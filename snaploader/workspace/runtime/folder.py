@@ -17,9 +17,9 @@ from typing import Self
 
 from cow import COWStore
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.filecache.flushing import flush_file_system, flush_folder
 from snaploader.filecache.trash import remove_tree
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
-from snaploader.workspace.durable import flush_folder
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.runtime import contents, files
@@ -269,7 +269,7 @@ class FolderRuntime(abc.ABC):
     def _install(self, staging: Folder, folder: Folder, *, has_content: bool = True) -> None:
         """Put a finished folder in its place, in one step. What was there is at `staging` then, or gone."""
         if self._durable and has_content:
-            files.flush_file_system(staging.path)
+            flush_file_system(staging.path)
         if not os.path.lexists(folder.path):
             os.rename(staging.path, folder.path)
         elif files.exchange(staging.path, folder.path):

@@ -15,6 +15,7 @@ from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
 from snaploader.loader import DirectorySource
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime, files
+from snaploader.workspace.runtime import folder as folders
 from snaploader.workspace.runtime.layout import Layout
 from snaploader.workspace.runtime.locking import locked, locked_now
 from snaploader.workspace.testing import FakeRuntime
@@ -384,8 +385,8 @@ def test_what_is_placed_is_flushed_when_durable(
     tmp_path: Path, loader: SnapshotLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    flush = files.flush_file_system
-    monkeypatch.setattr(files, "flush_file_system", lambda path: (flushed.append(path), flush(path)))
+    flush = folders.flush_file_system
+    monkeypatch.setattr(folders, "flush_file_system", lambda path: (flushed.append(path), flush(path)))
     runtime = ProcessRuntime(tmp_path / "runtime", index_placed=False)
     runtime.create(SPEC)
     flushed.clear()
