@@ -119,7 +119,7 @@ class _Recovery:
     def _was_deleted(self, reader: Reader, workspace_id: str) -> bool:
         try:
             workspace = reader.workspace(workspace_id)
-        except NotFound:
+        except (NotFound, InvalidArgument):  # a name on disk may be anything
             return False
         return (workspace.host, workspace.state) == (self.services.host, WorkspaceState.DELETED)
 
