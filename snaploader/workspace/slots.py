@@ -7,6 +7,7 @@ until it is released, over restarts and crashes; recovery releases those whose o
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 
@@ -83,7 +84,7 @@ class SlotPool:
                 self.release(slot, owner)
 
     def owner(self, slot: int) -> str | None:
-        """Who has a slot; None when it is free."""
+        """Who has a slot; None when it is free, or something else lies in its place."""
         if not self.is_slot(slot):
             return None
         with translate_os_errors(f"cannot read slot {slot}"):
@@ -91,6 +92,10 @@ class SlotPool:
                 return os.readlink(self._path(slot))
             except FileNotFoundError:
                 return None
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                return None  # it is no link: nobody's, and not to be had
 
     def owners(self) -> dict[int, str]:
         """All slots that are taken, in order, and by whom."""

@@ -239,7 +239,7 @@ def _read(folder: Folder) -> dict[str, _Attached]:
         return {}
     try:
         return {name: _parse(entry) for name, entry in json.loads(data).items()}
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataLoss(
             f"{folder.attachments!r} is damaged, maybe by a power failure: remove it, and attach again what "
             "the workspace needs"

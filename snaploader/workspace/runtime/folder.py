@@ -240,7 +240,7 @@ class FolderRuntime(abc.ABC):
     def _placed(self, folder: Folder) -> str:
         """The token of the last `place`."""
         with translate_os_errors(f"cannot look at {folder.path!r}"):
-            return (files.read_file(folder.placed) or b"").decode()
+            return (files.read_file(folder.placed) or b"").decode(errors="replace")
 
     def _check_stopped(self, workspace_id: str, what: str) -> None:
         if os.path.lexists(self._layout.folder(workspace_id).path) and self._is_running(workspace_id):

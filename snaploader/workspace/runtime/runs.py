@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from snaploader.errors import DataLoss
 from snaploader.workspace.runtime import supervisor
 from snaploader.workspace.runtime.files import read_file, replace_file
 from snaploader.workspace.runtime.layout import Folder
@@ -52,11 +53,19 @@ class Run:
 
 
 def read_run(folder: Folder) -> Run | None:
-    """The latest run; None before the first. Raises OSError."""
-    run = _read(folder.run)
+    """The latest run; None before the first. Raises OSError, and DataLoss when what is there is no run."""
+    try:
+        return _run_of(_read(folder.run), _read(folder.end))
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise DataLoss(
+            f"{folder.run!r} or {folder.end!r} is damaged ({error!r}): end what still runs of the "
+            "workspace, and remove both"
+        ) from error
+
+
+def _run_of(run: dict[str, Any] | None, end: dict[str, Any] | None) -> Run | None:
     if run is None:
         return None
-    end = _read(folder.end)
     has_ended = end is not None and end["token"] == run["token"]
     return Run(
         token=run["token"],
@@ -106,9 +115,10 @@ def _tail(path: str, max_bytes: int) -> bytes:
 def _read(path: str) -> dict[str, Any] | None:
     data = read_file(path)
     try:
-        return None if data is None else dict(json.loads(data))
+        value = None if data is None else json.loads(data)
     except ValueError:
         return None  # cut by a power failure, which has ended the run too
+    return None if value is None else dict(value)
 
 
 def _identity(run: dict[str, Any], name: str) -> ProcessIdentity | None:

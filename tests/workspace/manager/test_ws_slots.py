@@ -72,3 +72,11 @@ def test_owners_that_ask_at_once_get_different_slots(tmp_path: Path) -> None:
 def test_an_empty_pool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument):
         SlotPool(tmp_path, 0)
+
+
+def test_what_is_no_slot_but_lies_in_the_place_of_one_is_nobody_s_and_not_to_be_had(tmp_path: Path) -> None:
+    pool = SlotPool(tmp_path, 2)
+    (tmp_path / "0").write_text("x")
+    assert (pool.owner(0), pool.owners()) == (None, {})
+    assert not pool.reserve(0, "one")
+    assert pool.acquire("one") == 1

@@ -11,7 +11,7 @@ import pytest
 from runtime_harness import find, save, tree_of
 
 from snaploader import Progress, SnapshotKey, SnapshotLoader, VMConfiguration
-from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from snaploader.loader import DirectorySource
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime, files
@@ -394,3 +394,21 @@ def test_what_is_placed_is_flushed_when_durable(
     runtime.place(SPEC, loader, snapshot, token="t")
     assert len(flushed) == 1
     assert ".staging-" in flushed[0]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", '{"token": "t"}', '{"token": "t", "boot_id": "b"}'])
+def test_what_is_written_down_of_a_run_and_is_none_is_said_to_be_damaged(tmp_path: Path, text: str) -> None:
+    runtime = ProcessRuntime(tmp_path / "runtime")
+    runtime.create(SPEC)
+    (runtime.root(ID).parent / "state" / "run.json").write_text(text)
+    with pytest.raises(DataLoss, match=r"run\.json.*is damaged"):
+        runtime.status(ID)
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"disk": 7}', '{"disk": {}}', "{"])
+def test_attachments_that_are_none_are_said_to_be_damaged(tmp_path: Path, text: str) -> None:
+    runtime = ProcessRuntime(tmp_path / "runtime")
+    runtime.create(SPEC)
+    (runtime.root(ID).parent / "state" / "attachments.json").write_text(text)
+    with pytest.raises(DataLoss, match=r"attachments\.json.*is damaged"):
+        runtime.attachments(ID)
