@@ -169,7 +169,9 @@ def _is_stale(services: Services, slot: int, owner: str) -> bool:
             holder = reader.workspace(owner)
         except NotFound:
             return owner not in services.runtime.workspaces() and owner not in services.records.entries()
-    return holder.slot != slot or holder.host != services.host
+    if holder.state is WorkspaceState.DELETED:
+        return True
+    return holder.slot != slot and holder.host == services.host
 
 
 def _register(services: Services, record: PausedRecord) -> bool:

@@ -162,7 +162,12 @@ class _Recovery:
             if owner in self.services.runtime.workspaces() or owner in self.services.records.entries():
                 return
         else:
-            if (workspace.host, workspace.slot) == (self.services.host, slot):
+            if workspace.host != self.services.host and workspace.state is not WorkspaceState.DELETED:
+                reason = f"it is that of workspace {owner!r}, which lives on host {workspace.host!r}: "
+                reason += "if that was the name of this host, give it that name again"
+                self.findings.problems.append(Note(f"slot {slot}", reason))
+                return
+            if workspace.slot == slot:
                 return
             reason = f"workspace {owner!r} does not have it"
         self.services.slots.release(slot, owner)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manager_hosts import Host, HostFactory
+from manager_hosts import Host, HostFactory, open_host
 
 from snaploader.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from snaploader.workspace.catalog import Catalog
@@ -545,6 +545,16 @@ def test_snapshots_on_their_way_out_are_removed(host: Host) -> None:
     summary = host.manager.recover()
     assert [note.name for note in summary.pruned] == [first]
     assert host.leftovers() == []
+
+
+def test_a_host_under_another_name_frees_no_slot_and_says_why(host: Host) -> None:
+    host.create()
+    with open_host(host.folder, host.catalog, None, host="renamed", runtime=host.runtime) as renamed:
+        [problem] = renamed.manager.recover().problems
+        assert renamed.manager.create("two").slot == 1
+    assert problem.name == "slot 0"
+    assert "lives on host 'host-a'" in problem.reason
+    assert host.manager.slots.owners() == {0: "one", 1: "two"}
 
 
 def test_lock_files_of_workspaces_that_are_gone_are_removed(host: Host) -> None:
