@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from snaploader.errors import FailedPrecondition, NotFound
+from snaploader.workspace.manager.commits import COMMIT
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.snapshots import completed, new_record
 from snaploader.workspace.manager.undo import undone_on_failure
@@ -97,7 +98,10 @@ def find_commit(reader: Reader, name: str) -> SnapshotRecord:
         commits = [record for record in reader.snapshots(name) if record.kind is SnapshotKind.COMMIT]
         if not commits:
             raise NotFound(f"workspace {name!r} has no commit to fork from: commit it first")
-        return commits[-1]
+        # Not by their times alone: clocks may be set back.
+        events = reader.events(name, types=[COMMIT], limit=None)
+        order = {event.payload["snapshot"]: event.id for event in events}
+        return max(commits, key=lambda commit: (order.get(commit.name, 0), commit.created_at))
     record = reader.snapshot(name)
     if record.kind is not SnapshotKind.COMMIT:
         raise FailedPrecondition(

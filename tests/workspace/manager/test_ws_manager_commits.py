@@ -426,3 +426,14 @@ def test_commits_that_keep_failing_leave_one_orphan_and_not_a_pin_each(host: Hos
         [orphan] = reader.snapshots("one", statuses=[SnapshotStatus.ORPHANED])
     assert host.cache.pins() == [f"workspace.{orphan.name}"]
     assert host.leftovers() == []
+
+
+def test_the_latest_commit_is_the_one_that_was_made_last_also_when_the_clock_was_set_back(host: Host) -> None:
+    host.create()
+    host.write("data/a", "first")
+    host.manager.commit("one")
+    host.clock.advance(hours=-2)
+    host.write("data/a", "second")
+    host.manager.commit("one")
+    host.manager.fork("one", "two")
+    assert host.read("data/a", "two") == "second"
