@@ -260,7 +260,7 @@ class SnapshotRecord:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A numbered snapshot. Numbers begin at 1 and have no gaps."""
+    """A numbered snapshot. Numbers begin at 1 and have no gaps, unless the content of versions was lost."""
 
     id: int
     workspace_id: str

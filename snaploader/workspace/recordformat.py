@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from snaploader.workspace.model import (
+    MAX_VERSION,
     Readiness,
     Scope,
     SnapshotKind,
@@ -84,8 +86,9 @@ def decode(values: Any) -> PausedRecord:
         KeptVersion(_number(each["number"]), _text(each["snapshot_name"]), _text(each["display_name"]))
         for each in values["versions"]
     )
-    if [version.number for version in versions] != list(range(1, len(versions) + 1)):
-        raise ValueError("the numbers of the versions have gaps")
+    numbers = [0, *(version.number for version in versions)]
+    if any(number >= following for number, following in pairwise(numbers)) or numbers[-1] > MAX_VERSION:
+        raise ValueError("the numbers of the versions do not rise")
     if not names.issuperset(version.snapshot_name for version in versions):
         raise ValueError("a version names a snapshot that is not there")
     policy = Policy.from_mapping(_text(values["policy"]["name"]), values["policy"]["values"])

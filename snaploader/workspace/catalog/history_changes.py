@@ -93,6 +93,16 @@ class HistoryWriter(Writer):
         )
         return self.version(workspace_id, number)
 
+    def reserve_versions(self, workspace_id: str, last: int) -> None:
+        """Never give the numbers up to `last`: they were given before this catalog knew of the workspace.
+
+        Raises:
+            NotFound: there is no such workspace.
+        """
+        if last > self._alive(workspace_id).last_version:
+            table = tables.workspaces
+            self._run(update(table).where(table.c.id == workspace_id), {"last_version": last})
+
     def add_event(
         self, workspace_id: str, event_type: str, payload: Mapping[str, Any], created_at: datetime
     ) -> Event:

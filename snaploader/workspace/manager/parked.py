@@ -213,8 +213,11 @@ def _adopt(services: Services, record: PausedRecord) -> None:
         for snapshot in present:
             tx.put_snapshot(snapshot)
         for version in record.versions:
+            # One whose content is lost leaves a gap: its number meant that content, and never means another.
             if version.snapshot_name not in names:
-                break
+                tx.reserve_versions(workspace.id, version.number)
+                continue
+            tx.reserve_versions(workspace.id, version.number - 1)
             created_at = tx.snapshot(version.snapshot_name).created_at
             tx.add_version(workspace.id, version.snapshot_name, created_at, version.display_name)
         payload = {"snapshot": workspace.current_snapshot}

@@ -327,6 +327,26 @@ def test_a_record_whose_snapshot_is_not_whole_is_trashed(host: Host) -> None:
         host.manager.workspace("one")
 
 
+@pytest.mark.parametrize("lost", [{1}, {2}, {3}, {1, 3}, {2, 3}, {1, 2, 3}])
+def test_numbers_of_versions_that_were_lost_are_not_given_again(host: Host, lost: set[int]) -> None:
+    host.create("one")
+    versions = [host.manager.create_version("one") for _ in range(3)]
+    host.manager.pause("one")
+    for version in versions:
+        if version.version in lost:
+            host.cache.delete_ref(host.cache.pinned(f"workspace.{version.snapshot_name}").refs[0])
+    forget(host, "one")
+    assert host.manager.recover().adopted == ("one",)
+    kept = [version.number for version in host.manager.list_versions("one")]
+    assert kept == [number for number in (1, 2, 3) if number not in lost]
+    host.manager.resume("one")
+    assert host.manager.create_version("one").version == 4
+    host.manager.pause("one")
+    forget(host, "one")
+    assert host.manager.recover().adopted == ("one",)
+    assert [version.number for version in host.manager.list_versions("one")] == [*kept, 4]
+
+
 def test_a_record_of_a_workspace_that_is_not_paused_any_more_is_removed(host: Host) -> None:
     create_paused(host, "one")
     record = host.manager.records.read("one")

@@ -165,7 +165,8 @@ def change(records: PausedRecords, *path: str | int, to: Any) -> None:
         (("snapshots",), []),
         (("snapshots", 0, "kind"), "best"),
         (("snapshots", 0, "size_bytes"), -1),
-        (("versions", 0, "number"), 2),
+        (("versions", 0, "number"), 0),
+        (("versions", 0, "number"), 2**31),
         (("versions", 0, "snapshot_name"), "other"),
     ],
 )
