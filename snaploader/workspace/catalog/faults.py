@@ -35,7 +35,6 @@ _SQLITE: dict[int, type[SnaploaderError]] = {
     sqlite3.SQLITE_TOOBIG: ResourceExhausted,
     sqlite3.SQLITE_CORRUPT: DataLoss,
     sqlite3.SQLITE_NOTADB: DataLoss,
-    sqlite3.SQLITE_IOERR: DataLoss,
     sqlite3.SQLITE_READONLY: PermissionDenied,
     sqlite3.SQLITE_PERM: PermissionDenied,
     sqlite3.SQLITE_AUTH: PermissionDenied,
@@ -44,6 +43,32 @@ _SQLITE: dict[int, type[SnaploaderError]] = {
     sqlite3.SQLITE_INTERRUPT: Cancelled,
 }
 """By primary result code, the low byte of the extended one: https://sqlite.org/rescode.html"""
+
+_SQLITE_CANNOT_WRITE = frozenset(
+    {
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_IOERR_FSYNC,
+        sqlite3.SQLITE_IOERR_DIR_FSYNC,
+        sqlite3.SQLITE_IOERR_TRUNCATE,
+        sqlite3.SQLITE_IOERR_NOMEM,
+        sqlite3.SQLITE_IOERR_SHMOPEN,
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+        sqlite3.SQLITE_IOERR_SHMMAP,
+        sqlite3.SQLITE_IOERR_MMAP,
+        sqlite3.SQLITE_IOERR_GETTEMPPATH,
+    }
+)
+"""Extended codes of SQLITE_IOERR that a full disk has, also for those who only read: the -shm file grows."""
+
+_SQLITE_READ_WRONG = frozenset(
+    {
+        sqlite3.SQLITE_IOERR_READ,
+        sqlite3.SQLITE_IOERR_SHORT_READ,
+        sqlite3.SQLITE_IOERR | 32 << 8,  # SQLITE_IOERR_DATA, which sqlite3 may be too old to name
+        sqlite3.SQLITE_IOERR | 33 << 8,  # SQLITE_IOERR_CORRUPTFS
+    }
+)
+"""Extended codes of SQLITE_IOERR by which what was written cannot be read."""
 
 _SQLSTATE: tuple[tuple[str, type[SnaploaderError]], ...] = (
     ("25P03", Unavailable),  # idle_in_transaction_session_timeout
@@ -103,7 +128,7 @@ def translate_database_errors(where: str) -> Iterator[None]:
     except OverflowError as error:
         raise InvalidArgument(f"{where}: a number is beyond what databases hold") from error
     except sqlite3.Error as error:  # raised while the file is prepared
-        raise _typed(_sqlite_kind(error), where, str(error)) from error
+        raise _from_sqlite(error, where, str(error)) from error
 
 
 def from_database_error(error: exc.SQLAlchemyError, where: str) -> SnaploaderError:
@@ -119,7 +144,7 @@ def from_database_error(error: exc.SQLAlchemyError, where: str) -> SnaploaderErr
     reason = str(error.orig).strip()
     reason = reason.partition("\n")[0] if has_state else " ".join(reason.split())
     if isinstance(error.orig, sqlite3.Error):
-        return _typed(_sqlite_kind(error.orig), where, reason)
+        return _from_sqlite(error.orig, where, reason)
     return _typed(_postgresql_kind(error, reason), where, reason)
 
 
@@ -133,17 +158,31 @@ def is_busy(error: BaseException) -> bool:
     }
 
 
-def _typed(kind: type[SnaploaderError], where: str, reason: str) -> SnaploaderError:
-    advice = _ADVICE.get(kind)
+def _typed(
+    kind: type[SnaploaderError], where: str, reason: str, advice: str | None = None
+) -> SnaploaderError:
+    advice = advice or _ADVICE.get(kind)
     return kind(f"{where}: {reason}" + (f" ({advice})" if advice else ""))
 
 
-def _sqlite_kind(error: BaseException) -> type[SnaploaderError]:
-    return _SQLITE.get(_primary_code(error), Internal)
+def _from_sqlite(error: sqlite3.Error, where: str, reason: str) -> SnaploaderError:
+    if _primary_code(error) != sqlite3.SQLITE_IOERR:
+        return _typed(_SQLITE.get(_primary_code(error), Internal), where, reason)
+    if _code(error) in _SQLITE_CANNOT_WRITE:
+        advice = "the catalog could not be written: make room on its disk, or look at the disk"
+        return _typed(ResourceExhausted, where, reason, advice)
+    if _code(error) in _SQLITE_READ_WRONG:
+        return _typed(DataLoss, where, reason)
+    return _typed(Unavailable, where, reason, "look at its disk, and try again")
 
 
 def _primary_code(error: BaseException) -> int:
-    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
+    return _code(error) & 0xFF
+
+
+def _code(error: BaseException) -> int:
+    """The extended result code; 0 where SQLite was not asked."""
+    return int(getattr(error, "sqlite_errorcode", 0))
 
 
 def _postgresql_kind(error: exc.DBAPIError, reason: str) -> type[SnaploaderError]:

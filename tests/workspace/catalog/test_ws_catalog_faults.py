@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -99,6 +101,28 @@ class TestSQLite:
                 assert reader.snapshots("ws") == []
         with catalog.transaction() as transaction:
             transaction.put_snapshot(snapshot("s", display_name="x" * 100_000))
+
+    @pytest.mark.slow
+    def test_a_file_beside_it_that_cannot_grow_is_a_full_disk_and_no_damage(self, path: Path) -> None:
+        with Catalog.open(path) as catalog:
+            add(catalog, workspace())
+        program = f"""
+import resource
+from snaploader.workspace.catalog import Catalog
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with Catalog.open({str(path)!r}) as catalog, catalog.reading() as reader:
+        reader.workspaces()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert re.match(r"ResourceExhausted .*disk I/O error .*make room on its disk", done.stdout), done
+        assert "backup" not in done.stdout
+        with Catalog.open(path) as catalog, catalog.reading() as reader:
+            assert [each.id for each in reader.workspaces()] == ["ws"]
 
     def test_a_writer_waits_for_another_process_and_then_gives_up(
         self, catalog: Catalog, path: Path, monkeypatch: pytest.MonkeyPatch
@@ -281,7 +305,20 @@ def _end_sessions(server: PostgreSQLServer, catalog: Catalog) -> None:
     [
         (sqlite3.SQLITE_BUSY_SNAPSHOT, DeadlineExceeded),
         (sqlite3.SQLITE_FULL, ResourceExhausted),
-        (sqlite3.SQLITE_IOERR_FSYNC, DataLoss),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_SHMMAP, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_SHMOPEN, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_WRITE, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_FSYNC, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_DIR_FSYNC, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_TRUNCATE, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_NOMEM, ResourceExhausted),
+        (sqlite3.SQLITE_IOERR_READ, DataLoss),
+        (sqlite3.SQLITE_IOERR_SHORT_READ, DataLoss),
+        (8202, DataLoss),  # SQLITE_IOERR_DATA
+        (8458, DataLoss),  # SQLITE_IOERR_CORRUPTFS
+        (sqlite3.SQLITE_IOERR, Unavailable),
+        (sqlite3.SQLITE_IOERR_LOCK, Unavailable),
         (sqlite3.SQLITE_CORRUPT_INDEX, DataLoss),
         (sqlite3.SQLITE_READONLY_DBMOVED, PermissionDenied),
         (sqlite3.SQLITE_CANTOPEN_ISDIR, PermissionDenied),
@@ -292,7 +329,9 @@ def _end_sessions(server: PostgreSQLServer, catalog: Catalog) -> None:
 def test_codes_of_sqlite_have_a_kind(code: int, expected: type[SnaploaderError]) -> None:
     error = sqlite3.OperationalError("as SQLite says")
     error.sqlite_errorcode = code
-    assert type(_translated(error)) is expected
+    translated = _translated(error)
+    assert type(translated) is expected
+    assert ("backup" in translated.message) == (expected is DataLoss)
 
 
 @pytest.mark.parametrize(
