@@ -90,9 +90,9 @@ class Output:
         _draw(table)
 
     def tree(self, root: Branch) -> None:
-        """A tree for people."""
+        """A tree for people, folded to the width of the terminal; 80 columns where there is none."""
         if not self.as_json:
-            _draw(_tree(root))
+            _draw(_tree(root), folded=True)
 
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""
@@ -195,9 +195,13 @@ def _tree(root: Branch) -> Tree:
     return tree
 
 
-def _draw(what: RenderableType) -> None:
-    """Print what rich draws."""
-    width = None if sys.stdout.isatty() else PIPE_WIDTH
+def _draw(what: RenderableType, *, folded: bool = False) -> None:
+    """Print what rich draws.
+
+    Args:
+        folded: Not to be wider than a terminal, also where it goes to a pager or a file.
+    """
+    width = None if folded or sys.stdout.isatty() else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(what)

@@ -219,3 +219,20 @@ def test_what_is_shown_on_a_terminal_can_be_read_at_80_columns(environment: dict
     assert max(map(len, tree)) <= 80
     assert tree[0] == name
     assert tree[-1] == "└── now: stopped"
+
+
+@pytest.mark.slow
+def test_a_tree_is_folded_to_80_columns_on_a_terminal_and_in_a_pipe(environment: dict[str, str]) -> None:
+    name = "x" * 200
+    shown(environment, "create", "web", "--no-start")
+    shown(environment, "snapshot", "web", "--name", name)
+    piped = in_process_of_its_own(
+        "workspace", "show", "web", env={**environment, "COLUMNS": "80"}, stdin=subprocess.DEVNULL
+    )
+    for lines in (
+        piped.stdout.decode().splitlines(),
+        on_a_terminal(environment, "workspace", "ls", "--tree"),
+    ):
+        tree = lines[lines.index("web") :]
+        assert max(map(len, tree)) <= 80
+        assert "".join(tree).count("x") == len(name)
