@@ -50,6 +50,35 @@ class PolicyWriter(Writer):
         self._run(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
         self._run(delete(tables.policies).where(tables.policies.c.name == name))
 
+    def claim_host(self, host: str, state_id: str, state_directory: str, *, replace: bool = False) -> None:
+        """Say which state directory a host works with.
+
+        Args:
+            state_id: The directory's.
+            state_directory: Its path, for people.
+            replace: Also when the host has another one.
+
+        Raises:
+            FailedPrecondition: the host has another one, or this one is another host's.
+        """
+        table = tables.hosts
+        shown = state_directory.encode(errors="backslashreplace").decode().replace("\0", "")
+        owner = self._first(select(table).where(table.c.state_id == state_id, table.c.name != host))
+        if owner is not None:
+            raise FailedPrecondition(
+                f"state directory {state_directory!r} is that of host {owner.name!r}, and this is host "
+                f"{host!r}: use that name for this host"
+            )
+        known = self._first(select(table).where(table.c.name == host).with_for_update())
+        if known is not None and known.state_id != state_id and not replace:
+            raise FailedPrecondition(
+                f"host {host!r} has its workspaces in state directory {known.state_directory!r}, and not in "
+                f"{state_directory!r}: use that one, or another name for this host. If it is lost for good, "
+                "recover with --rebind-state (or recover(rebind_state=True)) to go on without it"
+            )
+        row = {"name": host, "state_id": state_id, "state_directory": shown}
+        self._upsert(table, row, key="name")
+
     def set_owner_status(self, owner: str, status: OwnerStatus) -> None:
         """Say whether an owner may use workspaces. InvalidArgument for one without a name."""
         if not owner:

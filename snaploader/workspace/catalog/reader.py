@@ -42,6 +42,14 @@ class DueWorkspace(NamedTuple):
     base: str
 
 
+class HostState(NamedTuple):
+    """The state directory that a host works with."""
+
+    host: str
+    state_id: str
+    state_directory: str
+
+
 class Reader:
     """One consistent state of the catalog. Made by `Catalog.reading`; for one thread, inside its block.
 
@@ -220,6 +228,11 @@ class Reader:
         """Whether that owner may use workspaces; one that nobody named yet is active."""
         row = self._first(select(tables.owners).where(tables.owners.c.name == owner))
         return OwnerStatus.ACTIVE if row is None else row.status
+
+    def host_state(self, host: str) -> HostState | None:
+        """The state directory that a host works with; None: it has not done anything yet."""
+        row = self._first(select(tables.hosts).where(tables.hosts.c.name == host))
+        return None if row is None else HostState(row.name, row.state_id, row.state_directory)
 
     # Statements
 

@@ -64,6 +64,14 @@ owners = Table(
     _one_of("status", OwnerStatus),
 )
 
+hosts = Table(
+    "hosts",
+    metadata,
+    Column("name", Word, primary_key=True),
+    Column("state_id", Word, nullable=False, unique=True),
+    Column("state_directory", Prose, nullable=False),
+)
+
 workspaces = Table(
     "workspaces",
     metadata,

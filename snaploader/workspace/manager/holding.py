@@ -11,6 +11,7 @@ from typing import Self
 from snaploader.errors import Cancelled, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.workspace.locks import HeldLock, WorkspaceLocks
 from snaploader.workspace.manager.held import HeldWorkspace
+from snaploader.workspace.manager.home import HostHome
 from snaploader.workspace.manager.queries import WorkspaceQueries
 from snaploader.workspace.manager.sections import CriticalSections
 from snaploader.workspace.manager.services import Services
@@ -22,9 +23,15 @@ class WorkspaceHolder(WorkspaceQueries):
     """The part of `WorkspaceManager` that is about locks and closing. Thread-safe; a context manager."""
 
     def __init__(
-        self, services: Services, locks: WorkspaceLocks, sections: CriticalSections, lock_timeout_s: float
+        self,
+        services: Services,
+        locks: WorkspaceLocks,
+        sections: CriticalSections,
+        home: HostHome,
+        lock_timeout_s: float,
     ) -> None:
         super().__init__(services, locks)
+        self._home = home
         self._sections = sections
         self._lock_timeout_s = lock_timeout_s
         self._closing = services.closing
@@ -60,6 +67,7 @@ class WorkspaceHolder(WorkspaceQueries):
         """The same without waiting; None when somebody else has the lock."""
         self._check_open()
         self._check_alive(workspace_id)
+        self._home.claim()
         lock = self._locks.try_acquire(workspace_id)
         if lock is None:
             yield None
@@ -72,6 +80,7 @@ class WorkspaceHolder(WorkspaceQueries):
         self, workspace_id: str, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> Iterator[HeldLock]:
         self._check_open()
+        self._home.claim()
         lock = self._locks.acquire(
             workspace_id,
             timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 
-from snaploader.errors import FailedPrecondition
+from snaploader.errors import FailedPrecondition, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
 from snaploader.workspace.catalog import Catalog
@@ -16,11 +16,12 @@ from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.manager import births
 from snaploader.workspace.manager.content import SnapshotContent
 from snaploader.workspace.manager.holding import WorkspaceHolder
+from snaploader.workspace.manager.home import HostHome
 from snaploader.workspace.manager.recovery import recover
 from snaploader.workspace.manager.sections import DEFAULT_WORKERS, CriticalSections
 from snaploader.workspace.manager.services import Services, no_checkpoint, utc_now
 from snaploader.workspace.manager.states import ALIVE, check_state
-from snaploader.workspace.manager.summary import RecoverySummary
+from snaploader.workspace.manager.summary import Note, RecoverySummary
 from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
 from snaploader.workspace.manager.work import count_as_used
 from snaploader.workspace.model import (
@@ -62,7 +63,7 @@ class WorkspaceManager(WorkspaceHolder):
         file_cache: The loader's.
         runtime: Runs the workspaces of this host.
         state_directory: Of locks, slots and records of paused workspaces; made if absent. One for all
-            processes of the host.
+            processes of the host: operations with another one are refused.
         host: Name of this host in the catalog. Default: the machine's host name.
         slots: Of which each workspace that is not deleted holds one. Default: as many as there are numbers of
             network ports, in the state directory.
@@ -105,7 +106,8 @@ class WorkspaceManager(WorkspaceHolder):
             threading.Event(),
         )
         locks = WorkspaceLocks(f"{folder}/locks", catalog)
-        super().__init__(services, locks, CriticalSections(workers), lock_timeout_s)
+        home = HostHome(folder, catalog, services.host)
+        super().__init__(services, locks, CriticalSections(workers), home, lock_timeout_s)
 
     # Making workspaces
 
@@ -380,11 +382,20 @@ class WorkspaceManager(WorkspaceHolder):
 
     # At start-up
 
-    def recover(self) -> RecoverySummary:
+    def recover(self, *, rebind_state: bool = False) -> RecoverySummary:
         """Put everything of this host in order after a crash or a restart. Never raises, unless closed.
 
         To be called once at start-up, before the first request is served. Workspaces that other processes are
-        working on are left alone.
+        working on are left alone. Nothing is done, and the summary says so, when the catalog knows the host
+        with another state directory.
+
+        Args:
+            rebind_state: Go on with this state directory; the one the catalog knows is lost for good, and
+                what was in it comes back from snapshots.
         """
         self._check_open()
+        try:
+            self._home.claim(replace=rebind_state)
+        except SnaploaderError as error:
+            return RecoverySummary(problems=(Note(f"host {self.host}", error.message),))
         return recover(self._services, self._locks)

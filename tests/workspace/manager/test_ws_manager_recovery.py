@@ -571,10 +571,12 @@ def test_a_host_under_another_name_frees_no_slot_and_says_why(host: Host) -> Non
     host.create()
     with open_host(host.folder, host.catalog, None, host="renamed", runtime=host.runtime) as renamed:
         [problem] = renamed.manager.recover().problems
-        assert renamed.manager.create("two").slot == 1
-    assert problem.name == "slot 0"
-    assert "lives on host 'host-a'" in problem.reason
-    assert host.manager.slots.owners() == {0: "one", 1: "two"}
+        assert "is that of host 'host-a', and this is host 'renamed'" in problem.reason
+        with pytest.raises(FailedPrecondition, match="use that name for this host"):
+            renamed.manager.create("two")
+    assert host.manager.slots.owners() == {0: "one"}
+    assert host.is_running()
+    assert host.findings() == []
 
 
 def test_lock_files_of_workspaces_that_are_gone_are_removed(host: Host) -> None:

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 @click.command(
     "recover", cls=Command, short_help="Repair what a crash left, and take paused workspaces back."
 )
+@click.option(
+    "--rebind-state",
+    is_flag=True,
+    help="Go on with this state directory: the one that the catalog knows for this host is lost for good.",
+)
 @with_workspaces
-def recover(workspaces: Workspaces) -> None:
+def recover(workspaces: Workspaces, *, rebind_state: bool) -> None:
     """Bring the catalog and what is on this host together again, after a crash or a restart.
 
     To be run before workspaces are used; `lifecycle` does it by itself. What somebody works on is left alone.
     Ends with exit code 13 when something could not be put right.
     """
-    summary = workspaces.manager.recover()
+    summary = workspaces.manager.recover(rebind_state=rebind_state)
     workspaces.output.json(summary_record(summary))
     for line in summary_lines(summary):
         workspaces.output.text(line)

@@ -34,6 +34,14 @@ def upgrade() -> None:
         sa.CheckConstraint("status IN ('active', 'suspended')", name="owners_status_is_known"),
     )
     op.create_table(
+        "hosts",
+        sa.Column("name", _WORD, nullable=False),
+        sa.Column("state_id", _WORD, nullable=False),
+        sa.Column("state_directory", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="hosts_key"),
+        sa.UniqueConstraint("state_id", name="hosts_have_one_state_id"),
+    )
+    op.create_table(
         "workspaces",
         sa.Column("id", _WORD, nullable=False),
         sa.Column("host", _WORD, nullable=False),
