@@ -61,7 +61,10 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, CheckFailed):
         return Failure("CheckFailed", str(error), CHECK_FAILED)
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return Failure("Interrupted", "interrupted", INTERRUPTED)
+        interrupt = error.__cause__ or error  # click raises Abort from it
+        return Failure(
+            "Interrupted", "\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]), INTERRUPTED
+        )
     if isinstance(error, BrokenPipeError | ReaderLeft):
         return Failure("BrokenPipe", "", BROKEN_PIPE)
     if isinstance(error, cow.COWError):

@@ -424,6 +424,15 @@ def with_workspaces(function: Callable[Concatenate[Workspaces, P], R]) -> Callab
         for item in fields(WorkspaceSettings):
             kwargs.pop(item.name, None)
         settings = workspace_settings_of(click.get_current_context())
-        return function(Workspaces(session, settings), *args, **kwargs)
+        try:
+            return function(Workspaces(session, settings), *args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            workspace_id = kwargs.get("workspace_id")
+            look = f"show {workspace_id}" if workspace_id else "ls"
+            interrupt.add_note(
+                "an operation that had begun was finished, or taken back: look with "
+                f"`snaploader workspace {look}`"
+            )
+            raise
 
     return workspace_options(common(opened))

@@ -12,6 +12,7 @@ import pytest
 from cli_runner import CommandLine, Outcome
 
 from snaploader.testing import EmbeddedServer
+from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime
 
@@ -411,6 +412,28 @@ def test_what_recovery_cannot_put_right_has_a_code_of_its_own(shell: Shell) -> N
     assert outcome.exit_code == 13
     assert "problem   web: " in outcome.text
     assert "1 things could not be put right" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "look"),
+    [(["stop", "web"], "show web"), (["create", "--no-start"], "ls"), (["rm", "web"], "ls")],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_who_interrupts_an_operation_is_told_how_to_look_what_became_of_it(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, arguments: list[str], look: str
+) -> None:
+    def interrupted(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    for operation in ("stop", "create", "delete"):
+        monkeypatch.setattr(WorkspaceManager, operation, interrupted)
+    outcome = shell(*arguments)
+    assert outcome.exit_code == 130
+    told = " ".join(outcome.stderr.split())
+    assert told.startswith(
+        "snaploader: error: interrupted an operation that had begun was finished, or taken"
+    )
+    assert told.endswith(f"look with `snaploader workspace {look}`")
 
 
 def test_nothing_to_recover_is_said(shell: Shell) -> None:
