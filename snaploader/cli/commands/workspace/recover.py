@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import Command, with_workspaces
+from snaploader.cli.options import Command, option, with_workspaces
 from snaploader.cli.workspaces import Workspaces
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 @click.command(
     "recover", cls=Command, short_help="Repair what a crash left, and take paused workspaces back."
 )
-@click.option(
+@option(
     "--rebind-state",
+    scope="workspace recover",
     is_flag=True,
     help="Go on with this state directory: the one that the catalog knows for this host is lost for good.",
 )
@@ -28,6 +29,7 @@ def recover(workspaces: Workspaces, *, rebind_state: bool) -> None:
     """Bring the catalog and what is on this host together again, after a crash or a restart.
 
     To be run before workspaces are used; `lifecycle` does it by itself. What somebody works on is left alone.
+    What the catalog says is running is started again, also a command that had ended by itself.
     Ends with exit code 13 when something could not be put right.
     """
     summary = workspaces.manager.recover(rebind_state=rebind_state)
@@ -35,7 +37,9 @@ def recover(workspaces: Workspaces, *, rebind_state: bool) -> None:
     for line in summary_lines(summary):
         workspaces.output.text(line)
     if summary.problems:
-        raise CheckFailed(f"{len(summary.problems)} things could not be put right")
+        count = len(summary.problems)
+        things = "1 thing" if count == 1 else f"{count} things"
+        raise CheckFailed(f"{things} could not be put right")
 
 
 def summary_record(summary: RecoverySummary) -> dict[str, Any]:
