@@ -266,7 +266,7 @@ def _problem(manager: Checked, record: SnapshotRecord) -> str:
 def _runtime(workspace: Workspace, status: RuntimeStatus) -> _Wrong:
     should_run = workspace.state is WorkspaceState.RUNNING
     if should_run and not status.is_running:
-        ended = "" if status.exit_code is None else f": it ended with code {status.exit_code}"
+        ended = "" if status.exit_code is None else f": its command has ended, {_how(status.exit_code)}"
         yield FindingKind.PROCESS, f"it is running, but no process is{ended}"
     if status.is_running and not should_run:
         yield FindingKind.PROCESS, f"it is {workspace.state}, but process {status.pid} runs"
@@ -275,6 +275,10 @@ def _runtime(workspace: Workspace, status: RuntimeStatus) -> _Wrong:
         yield FindingKind.FOLDER, f"it is {workspace.state}, but the runtime holds no state of it"
     if status.exists and not should_exist:
         yield FindingKind.FOLDER, "it is paused, but the runtime holds state of it"
+
+
+def _how(exit_code: int) -> str:
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
 def _record(manager: Checked, here: _Here, workspace: Workspace) -> _Wrong:

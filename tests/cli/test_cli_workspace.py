@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -36,6 +37,7 @@ class Shell:
 
     def __init__(self, cli: CommandLine, folder: Path) -> None:
         self.cli = cli
+        self.folder = folder
         self.runtime_directory = folder / "state/snaploader/runtime"
 
     def __call__(self, *arguments: object) -> Outcome:
@@ -47,6 +49,11 @@ class Shell:
     def json(self, command: str, *arguments: object) -> Any:
         """What a command prints with --json, which may not follow what a workspace is to run."""
         return self.cli.ok("workspace", command, "--json", *arguments).json
+
+    def on_host(self, name: str) -> tuple[str, ...]:
+        """Options of a command on another host with the same catalog."""
+        catalog = self.folder / "state/snaploader/catalog.sqlite"
+        return ("--host-name", name, "--state-dir", f"{self.folder}/{name}", "--catalog", str(catalog))
 
     def root(self, workspace_id: str) -> Path:
         """What the command of a workspace sees."""
@@ -167,7 +174,7 @@ def test_lists_are_chosen_from_by_state_owner_and_host(shell: Shell, monkeypatch
 
     shell.ok("create", "a", "--owner", "alice", "--no-start")
     shell.ok("create", "b")
-    shell.ok("create", "c", "--host-name", "elsewhere")
+    shell.ok("create", "c", *shell.on_host("elsewhere"))
     shell.ok("create", "d")
     shell.ok("rm", "d")
     assert ids() == ["a", "b"]
@@ -279,7 +286,7 @@ def test_what_is_not_possible_now_says_why(shell: Shell) -> None:
         ("rollback", "web", str(1 << 31)): (2, "is no version"),
         ("rollback", "web", "1"): (3, "no version 1"),
         ("rollback", "web", "one"): (2, "'one'"),
-        ("stop", "web", "--host-name", "elsewhere"): (4, "lives on host"),
+        ("stop", "web", *shell.on_host("elsewhere")): (4, "lives on host"),
         ("snapshot", "web", "--source", "other"): (2, "'other'"),
         ("lifecycle", "--tick", "2026-01-01"): (2, "--once"),
         ("lifecycle", "--once", "--tick", "noon"): (2, "'noon'"),
@@ -411,7 +418,37 @@ def test_what_recovery_cannot_put_right_has_a_code_of_its_own(shell: Shell) -> N
     outcome = shell("recover")
     assert outcome.exit_code == 13
     assert "problem   web: " in outcome.text
-    assert "1 things could not be put right" in outcome.stderr
+    assert "1 thing could not be put right" in outcome.stderr
+
+
+@pytest.mark.slow
+def test_a_command_that_has_ended_by_itself_is_told_until_it_is_stopped_or_started_again(
+    shell: Shell,
+) -> None:
+    def wait_for_the_end() -> None:
+        deadline = time.monotonic() + 60
+        with closing(ProcessRuntime(shell.runtime_directory)) as runtime:
+            while runtime.status("web").exit_code is None:  # written down after the end
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+    shell.ok("create", "web", "--", "sh", "-c", "exit 3")
+    wait_for_the_end()
+    told = "running; its command has ended, exit code 3"
+    assert told in shell.ok("ls")
+    assert f"state      {told}\n" in shell.ok("show", "web")
+    outcome = shell.cli("doctor")
+    assert outcome.exit_code == 13
+    words = " ".join(outcome.text.split())
+    assert "1 thing is wrong, listed below" in words
+    assert "no process is: its command has ended, exit code 3" in words
+    assert "to leave one ended, `snaploader workspace stop` it" in words
+    assert "was started" in shell.ok("recover")
+    wait_for_the_end()
+    assert shell.ok("stop", "web") == "stopped web\n"
+    assert told not in shell.ok("ls")
+    assert "state      stopped\n" in shell.ok("show", "web")
+    assert shell.cli("doctor").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,11 @@ _REMEDIES = {
         "`snaploader cache verify` tells what is damaged; a snapshot in the remote cache is fetched from "
         "there; roll back to another version, or delete the workspace"
     ),
+    "process": (
+        "`snaploader workspace recover` starts again, on this host, what the catalog says is running, also a "
+        "command that has ended by itself, and stops the rest; to leave one ended, "
+        "`snaploader workspace stop` it"
+    ),
     "unpinned": "`snaploader workspace recover`; take a new version, and delete the workspace if that fails",
 }
 
@@ -37,7 +42,8 @@ def check_workspaces(workspaces: Workspaces) -> list[Result]:
 
         found.extend(check(workspaces.manager))
         if found:
-            return Finding(f"{len(found)} things are wrong, listed below", Status.FAILED)
+            things = "1 thing is" if len(found) == 1 else f"{len(found)} things are"
+            return Finding(f"{things} wrong, listed below", Status.FAILED)
         return Finding("catalog, snapshots, slots and what runs agree")
 
     checks = [

@@ -216,7 +216,7 @@ def test_a_workspace_that_goes_on_from_nothing_is_found(host: Host) -> None:
 def test_a_workspace_that_ended_by_itself_is_found(host: Host) -> None:
     host.runtime.end("running", 3)
     assert [str(finding) for finding in check(host.manager)] == [
-        "running: it is running, but no process is: it ended with code 3"
+        "running: it is running, but no process is: its command has ended, exit code 3"
     ]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from snaploader.cli.commands.workspace.history import history
 from snaploader.cli.commands.workspace.records import (
+    exit_words,
     run_record,
     size_record,
     snapshot_record,
@@ -27,6 +29,9 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
+
+if TYPE_CHECKING:
+    from snaploader.workspace.runtime import RuntimeStatus
 
 _COLUMNS = ("workspace", "host", "state", "version>", "exclusive>", "shared>", "used")
 
@@ -99,7 +104,7 @@ def list_(
         {
             "workspace": each.id,
             "host": each.host,
-            "state": _state(each),
+            "state": _state(each, _status(workspaces, each)),
             "version>": str(each.last_version or "-"),
             "exclusive>": format_size(costs[each.id].exclusive_bytes) if each.id in costs else "-",
             "shared>": format_size(costs[each.id].shared_bytes) if each.id in costs else "-",
@@ -141,7 +146,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
-    lines = _lines(found, run, size)
+    lines = _lines(found, run, size, status if found.host == workspaces.manager.host else None)
     if status.pid is not None:
         lines["pid"] = str(status.pid)
     width = max(map(len, lines))
@@ -155,12 +160,14 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
 
 
-def _lines(workspace: Workspace, run: Run | None, size: WorkspaceSize) -> dict[str, str]:
+def _lines(
+    workspace: Workspace, run: Run | None, size: WorkspaceSize, status: RuntimeStatus | None
+) -> dict[str, str]:
     """What there is to tell, by what it is called; what is not set is left out."""
     spec = workspace.spec
     lines = {
         "workspace": workspace.id,
-        "state": _state(workspace),
+        "state": _state(workspace, status),
         "host": workspace.host,
         "owner": workspace.owner,
         "base": workspace.base,
@@ -182,8 +189,26 @@ def _lines(workspace: Workspace, run: Run | None, size: WorkspaceSize) -> dict[s
     return {name: text for name, text in lines.items() if text}
 
 
-def _state(workspace: Workspace) -> str:
-    return f"{workspace.state}, dormant" if workspace.dormant_at is not None else str(workspace.state)
+def _status(workspaces: Workspaces, workspace: Workspace) -> RuntimeStatus | None:
+    """What runs of a workspace that is to run on this host."""
+    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.manager.host:
+        return None
+    return workspaces.runtime.status(workspace.id)
+
+
+def _state(workspace: Workspace, status: RuntimeStatus | None) -> str:
+    """What the catalog says, and what does not agree with it.
+
+    Args:
+        status: What the runtime says; None of a workspace of another host.
+    """
+    state = f"{workspace.state}, dormant" if workspace.dormant_at is not None else str(workspace.state)
+    is_at_rest = workspace.operation is None  # an operation stops what runs, and starts it again
+    if status is None or status.is_running or workspace.state is not WorkspaceState.RUNNING or not is_at_rest:
+        return state
+    if status.exit_code is None:
+        return f"{state}; no process is"
+    return f"{state}; its command has ended, {exit_words(status.exit_code)}"
 
 
 def _size(sizes: HostSizes, workspace: Workspace) -> WorkspaceSize:

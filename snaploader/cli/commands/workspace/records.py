@@ -28,6 +28,11 @@ def time_words(time: datetime | None) -> str:
     return "-" if time is None else f"{time:%Y-%m-%d %H:%M}"
 
 
+def exit_words(exit_code: int) -> str:
+    """How a command ended: its exit status, or the negative number of the signal."""
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+
+
 def workspace_record(workspace: Workspace) -> dict[str, Any]:
     """All that the catalog knows of a workspace itself."""
     spec = workspace.spec
