@@ -69,12 +69,16 @@ def test_a_field_without_a_value_goes_back_to_its_default(cli: CommandLine) -> N
 
 
 def test_policies_are_shown_as_they_are_set(cli: CommandLine) -> None:
-    text = cli.ok("workspace", "policy", "set", "a", "failureTtlSeconds=1.5h").text
-    assert "failureTtlSeconds=5400.0\n" in text
+    text = cli.ok(
+        "workspace", "policy", "set", "a", "failureTtlSeconds=1.5h", "autostopAfterSeconds=0.5"
+    ).text
+    assert "failureTtlSeconds=5400\n" in text
+    assert "autostopAfterSeconds=0.5\n" in text
     assert "onPause=Full\n" in text
     cli.ok("workspace", "policy", "set", "b", *text.split())
     assert cli.ok("workspace", "policy", "show", "b").text == text
-    assert "failureTtlSeconds=5400.0" in cli.ok("workspace", "policy", "ls").text
+    assert "failureTtlSeconds=5400\n" in cli.ok("workspace", "policy", "ls").text
+    assert isinstance(cli.json("workspace", "policy", "show", "a")["failureTtlSeconds"], int)
 
 
 @pytest.mark.parametrize(

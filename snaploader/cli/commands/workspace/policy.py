@@ -97,12 +97,21 @@ def parse_field(text: str) -> tuple[str, Any]:
 
 
 def _record(policy: Policy) -> dict[str, Any]:
-    return {"name": policy.name, **policy.to_mapping()}
+    return {"name": policy.name, **_values(policy)}
+
+
+def _values(policy: Policy) -> dict[str, Any]:
+    """The fields that are set; whole seconds as integers."""
+    values = policy.to_mapping()
+    return {
+        field: int(value) if isinstance(value, float) and value.is_integer() else value
+        for field, value in values.items()
+    }
 
 
 def _fields(policy: Policy) -> list[str]:
     """The fields as `set` takes them."""
-    values = policy.to_mapping().items()
+    values = _values(policy).items()
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values]
 
 
