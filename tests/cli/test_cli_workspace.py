@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from cli_runner import CommandLine, Outcome
 
-from snaploader.testing import EmbeddedServer
+from snaploader.testing import EmbeddedServer, Fault, FaultScript
 from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime
@@ -168,6 +168,31 @@ def test_forks_share_what_they_began_with(
 
 
 @pytest.mark.slow
+def test_what_a_failed_commit_left_is_listed_until_the_next_one(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SNAPLOADER_REMOTE_RETRIES", "0")
+    faults = FaultScript(Fault("UpdateActionResult", status="UNAVAILABLE", times=1))
+    with EmbeddedServer(faults=faults) as server:
+        monkeypatch.setenv("SNAPLOADER_REMOTE_CACHE", server.url)
+        shell.ok("create", "web", "--no-start")
+        (shell.root("web") / "file").write_bytes(b"content")
+        assert shell.json("orphans") == {"orphans": []}
+        assert shell("commit", "web").exit_code == 6
+        [left] = shell.json("orphans")["orphans"]
+        assert left["workspace_id"] == "web"
+        assert left["snapshot_name"].startswith("web.")
+        assert left["blobs"] > 0
+        assert left["size_bytes"] >= len(b"content")
+        header, row = shell.ok("orphans", "web").splitlines()
+        assert header.split() == ["workspace", "snapshot", "blobs", "size"]
+        assert row.split()[:3] == ["web", left["snapshot_name"], str(left["blobs"])]
+        shell.ok("commit", "web")
+        assert shell.json("orphans", "web") == {"orphans": []}
+        assert shell("orphans", "nobody").exit_code == 3
+
+
+@pytest.mark.slow
 def test_lists_are_chosen_from_by_state_owner_and_host(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def ids(*arguments: str) -> list[str]:
         return [each["id"] for each in shell.json("ls", *arguments)["workspaces"]]
@@ -245,6 +270,8 @@ def test_all_that_a_workspace_is_made_of_can_be_said(shell: Shell) -> None:
             "--ready-tcp and --ready-http exclude",
         ),
         (["web", "--ready-command", ""], 2, "needs a target"),
+        (["web", "--ready-tcp", "foo"], 2, "'foo' is no address"),
+        (["web", "--ready-http", "localhost:80"], 2, "'localhost:80' is no URL"),
         (["web", "--ready-timeout", "0"], 2, "above 0 s"),
         (["web", "--from", "/nowhere"], 2, "--from: there is no folder '/nowhere'"),
         (["web", "--schedule", "noon"], 2, "is no schedule"),

@@ -12,6 +12,7 @@ from snaploader.cli.commands.workspace.events import events
 from snaploader.cli.commands.workspace.lifecycle import lifecycle
 from snaploader.cli.commands.workspace.listing import list_, show
 from snaploader.cli.commands.workspace.log import log
+from snaploader.cli.commands.workspace.orphans import orphans
 from snaploader.cli.commands.workspace.owner import owner
 from snaploader.cli.commands.workspace.policy import policy
 from snaploader.cli.commands.workspace.recover import recover
@@ -50,6 +51,7 @@ for command in (
     remove,
     events,
     log,
+    orphans,
     set_,
     policy,
     owner,
