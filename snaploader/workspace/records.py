@@ -44,6 +44,10 @@ class PausedRecords:
         """Where the records are."""
         return self._folder
 
+    def path(self, name: str) -> str:
+        """Where an entry is, or would be."""
+        return f"{self._folder}/{name}"
+
     def write(self, record: PausedRecord) -> None:
         """Keep a record, in the place of an earlier one. It is on disk when the call returns."""
         workspace_id = check_workspace_id(record.workspace.id)
@@ -55,7 +59,7 @@ class PausedRecords:
                 write_new(f"{staging}/{_FILE}", data)
                 flush_folder(staging)
                 self.remove(workspace_id)
-                os.rename(staging, self._path(workspace_id))
+                os.rename(staging, self.path(workspace_id))
                 flush_folder(self._folder)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -68,10 +72,10 @@ class PausedRecords:
             NotFound: There is none.
             DataLoss: It cannot be read, or is of another workspace.
         """
-        path = f"{self._path(check_workspace_id(workspace_id))}/{_FILE}"
+        path = f"{self.path(check_workspace_id(workspace_id))}/{_FILE}"
         what = f"the record of paused workspace {workspace_id!r}"
         with translate_os_errors(f"cannot read {what}"):
-            if not os.path.lexists(self._path(workspace_id)):
+            if not os.path.lexists(self.path(workspace_id)):
                 raise NotFound(f"there is no record of a paused workspace {workspace_id!r}")
             with open(path, "rb", opener=_open_without_waiting) as file:
                 data = file.read(_MAX_BYTES + 1)
@@ -97,11 +101,16 @@ class PausedRecords:
         aside = self._aside(name, TRASH)
         with translate_os_errors(f"cannot move {name!r} aside in {self._folder!r}"):
             try:
-                os.rename(self._path(name), aside)
+                os.rename(self.path(name), aside)
             except FileNotFoundError:
                 return ""
             flush_folder(self._folder)
         return aside
+
+    def exists(self, workspace_id: str) -> bool:
+        """Whether there is a record of a workspace, or something else in its place."""
+        with translate_os_errors(f"cannot look for a record of workspace {workspace_id!r}"):
+            return os.path.lexists(self.path(workspace_id))
 
     def entries(self) -> list[str]:
         """The names in the folder, but for what was left over by writing and removing; sorted."""
@@ -113,7 +122,7 @@ class PausedRecords:
 
     def sweep(self, name: str) -> None:
         """Remove a leftover. What cannot be removed stays for the next time."""
-        path = self._path(name)
+        path = self.path(name)
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):
             os.unlink(path)
@@ -126,9 +135,6 @@ class PausedRecords:
         # A name may be as long as names can be, in bytes; its end matters little then.
         kept = os.fsdecode(os.fsencode(name)[:_MAX_KEPT_BYTES])
         return f"{self._folder}/{kept}{kind}{uuid.uuid4().hex}"
-
-    def _path(self, name: str) -> str:
-        return f"{self._folder}/{name}"
 
 
 def write_new(path: str, data: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,7 @@ class Plan:
 
 def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None) -> Workspace:
     """Reserve, make the files, keep what it began as, start, record. See `WorkspaceManager.create`."""
+    _check_nothing_is_here(services, plan.spec.workspace_id)
     has_content = source is not None
     work = _begin(services, plan, OperationKind.CREATE, Scope.FULL if has_content else None)
     with undone_on_failure(work):
@@ -75,6 +77,7 @@ def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None
 
 def fork(services: Services, origin: SnapshotRecord, plan: Plan) -> Workspace:
     """Reserve, derive, place, start, record. See `WorkspaceManager.fork`."""
+    _check_nothing_is_here(services, plan.spec.workspace_id)
     snapshot = services.content.find(origin)
     work = _begin(services, plan, OperationKind.FORK, origin.scope)
     assert work.pending is not None
@@ -111,6 +114,32 @@ def find_commit(reader: Reader, name: str) -> SnapshotRecord:
     if record.status is not SnapshotStatus.COMPLETE:
         raise FailedPrecondition(f"commit {name!r} is {record.status}: it cannot be forked")
     return record
+
+
+def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
+    """Refuse an id of which this host has something that the catalog does not know: it may be the wrong one.
+
+    To be called before the operation begins. From then on, what is here of that id is what the operation
+    made, and goes when it is taken back.
+
+    Raises:
+        FailedPrecondition: There are files of it, or a record of it as paused, whole or not.
+    """
+    if not services.has_traces_of(workspace_id):
+        return
+    with services.catalog.reading() as reader, suppress(NotFound):
+        reader.workspace(workspace_id)
+        return  # the catalog knows it, and refuses the id itself
+    if services.records.exists(workspace_id):
+        what = f"a record of it as paused, {services.records.path(workspace_id)!r},"
+        remedy = "if that one is lost, let `recover` take the workspace back; "
+    else:
+        what = "files of it"
+        remedy = ""
+    raise FailedPrecondition(
+        f"workspace {workspace_id!r} cannot be made: this host has {what} which this catalog does not know. "
+        f"Use the catalog that does; {remedy}or stop it and remove what is here of it by hand"
+    )
 
 
 def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scope | None) -> Work:

@@ -91,12 +91,16 @@ class WorkspaceHolder(WorkspaceQueries):
 
     @contextmanager
     def _releasing(self, lock: HeldLock) -> Iterator[None]:
-        """Release a lock at the end. A workspace that turned out to be gone leaves no lock file."""
+        """Release a lock at the end. A workspace that turned out to be gone leaves no lock file.
+
+        That of one which only this catalog does not know is left alone, as all else of it.
+        """
         try:
             yield
         except SnaploaderError:
             with suppress(SnaploaderError):
-                if not self._is_alive(lock.workspace_id):
+                workspace_id = lock.workspace_id
+                if not self._is_alive(workspace_id) and not self._services.has_traces_of(workspace_id):
                     lock.remove_file()
             raise
         finally:

@@ -146,7 +146,8 @@ class WorkspaceManager(WorkspaceHolder):
 
         Raises:
             InvalidArgument: the id, a volume or the schedule is malformed.
-            FailedPrecondition: the id was used before, or the command cannot be started.
+            FailedPrecondition: the id was used before; this host has files or a record of it that the catalog
+                does not know, which are left alone; or the command cannot be started.
             NotFound: there is no such policy, or no such source.
             ResourceExhausted: all slots of the host are taken, or the disk is full.
         """

@@ -48,3 +48,7 @@ class Services:
     """Set when the manager closes: nothing waits for readiness any more."""
     guard: Callable[[Reader], None] = no_guard
     """Called in the transaction that begins an operation; what it raises calls the operation off."""
+
+    def has_traces_of(self, workspace_id: str) -> bool:
+        """Whether this host has files of a workspace, or a record of it as paused, whole or not."""
+        return self.records.exists(workspace_id) or self.runtime.status(workspace_id).exists

@@ -208,7 +208,7 @@ def _nothing(work: Work) -> None:
 
 
 def _remove_state(work: Work) -> None:
-    """Nothing of the workspace was in the runtime before."""
+    """Nothing of the workspace was in the runtime before, which was seen before the operation began."""
     work.services.runtime.stop(work.workspace_id, timeout_s=work.services.stop_timeout_s, force=True)
     work.services.runtime.remove(work.workspace_id)
 
