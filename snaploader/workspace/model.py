@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from snaploader.errors import InvalidArgument
+from snaploader.workspace.targets import parse_address, parse_url
 
 MAX_VERSION = 2**31 - 1
 """Largest version number."""
@@ -148,14 +149,15 @@ class Readiness:
     """How to tell that a started workspace is ready.
 
     Raises:
-        InvalidArgument: the kind is unknown, or the target does not fit it.
+        InvalidArgument: the target does not fit the kind, or a time is not above 0 s. Whether there is a
+            check of that kind is for the runtime to say.
     """
 
     kind: str = "none"
     """`none`, `tcp`, `http` or `command`, or the name of a check that the runtime was given."""
     target: str = ""
-    """tcp: "host:port"; http: a URL, ready at a status of 200 to 399; command: a shell command that runs
-    in the workspace, ready when it exits with 0."""
+    """tcp: "host:port", with a port of 1 to 65535; http: a URL, ready at a status of 200 to 399; command: a
+    shell command that runs in the workspace, ready when it exits with 0."""
     interval_s: float = 0.1
     """Pause between two tries."""
     timeout_s: float = 60.0
@@ -164,6 +166,10 @@ class Readiness:
     def __post_init__(self) -> None:
         if self.kind != "none" and not self.target and self.kind in {"tcp", "http", "command"}:
             raise InvalidArgument(f"a readiness check of kind {self.kind!r} needs a target")
+        if self.kind == "tcp":
+            parse_address(self.target)
+        if self.kind == "http":
+            parse_url(self.target)
         if not self.interval_s > 0 or not self.timeout_s > 0:
             raise InvalidArgument("the interval and the timeout of a readiness check must be above 0 s")
 

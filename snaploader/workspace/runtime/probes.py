@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from snaploader.errors import InvalidArgument
+from snaploader.workspace.targets import parse_address, parse_url
 
 MAX_TRY_S = 5.0
 """Longest one try."""
@@ -54,10 +54,7 @@ def probe_none(workspace: ProbedWorkspace, timeout_s: float) -> str:  # noqa: AR
 
 def probe_tcp(workspace: ProbedWorkspace, timeout_s: float) -> str:
     """Ready when a connection to "host:port" is accepted."""
-    host, colon, port = workspace.target.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InvalidArgument(f"{workspace.target!r} is no address to connect to: use host:port")
-    address = (host.removeprefix("[").removesuffix("]") or "localhost", int(port))
+    address = parse_address(workspace.target)
     try:
         socket.create_connection(address, timeout_s).close()
     except OSError as error:
@@ -69,9 +66,11 @@ def probe_tcp(workspace: ProbedWorkspace, timeout_s: float) -> str:
 
 def probe_http(workspace: ProbedWorkspace, timeout_s: float) -> str:
     """Ready when a GET of the URL is answered with a status of 200 to 399. Redirects are not followed."""
-    connection, path = _http_connection(workspace.target, timeout_s)
+    target = parse_url(workspace.target)
+    kind = http.client.HTTPSConnection if target.is_encrypted else http.client.HTTPConnection
+    connection = kind(target.host, target.port, timeout=timeout_s)
     try:
-        connection.request("GET", path)
+        connection.request("GET", target.path)
         response = connection.getresponse()
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
@@ -112,16 +111,3 @@ PROBES: Mapping[str, ReadinessProbe] = MappingProxyType(
     {"none": probe_none, "tcp": probe_tcp, "http": probe_http, "command": probe_command}
 )
 """The checks that are there without being given, by the kind in `Readiness`."""
-
-
-def _http_connection(url: str, timeout_s: float) -> tuple[http.client.HTTPConnection, str]:
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise InvalidArgument(f"{url!r} is no URL: {error}") from error
-    if parts.scheme not in {"http", "https"} or not host:
-        raise InvalidArgument(f"{url!r} is no URL to get: begin it with http:// or https:// and a host")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    path = parts.path or "/"
-    return kind(host, port, timeout=timeout_s), f"{path}?{parts.query}" if parts.query else path

@@ -19,6 +19,7 @@ from snaploader.workspace.names import (
     pin_name,
     runtime_name,
 )
+from snaploader.workspace.targets import HTTPTarget, parse_address, parse_url
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -73,6 +74,55 @@ def test_other_names_cannot(name: Any) -> None:
 def test_a_readiness_check_needs_a_target(kind: str) -> None:
     with pytest.raises(InvalidArgument, match="needs a target"):
         Readiness(kind)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["80", "host", "host:", "host:port", "host:0", "host:65536", "host:-1", "host:\u0663", "h:" + "9" * 5000],
+)
+def test_what_is_no_address_cannot_be_connected_to(target: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"is no address.*host:port") as caught:
+        Readiness("tcp", target)
+    assert repr(target) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "target", ["localhost", "host:80", "ftp://host/", "http://", "http://host:99999/", "http://[::"]
+)
+def test_what_is_no_url_cannot_be_got(target: str) -> None:
+    with pytest.raises(InvalidArgument, match="is no URL") as caught:
+        Readiness("http", target)
+    assert repr(target) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("target", "address"),
+    [
+        ("127.0.0.1:1", ("127.0.0.1", 1)),
+        ("host:65535", ("host", 65535)),
+        ("[::1]:80", ("::1", 80)),
+        (":80", ("localhost", 80)),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(target: str, address: tuple[str, int]) -> None:
+    assert Readiness("tcp", target).target == target
+    assert parse_address(target) == address
+
+
+@pytest.mark.parametrize(
+    ("target", "parts"),
+    [
+        ("http://host", HTTPTarget(False, "host", None, "/")),
+        ("https://[::1]:8443/health?full=1", HTTPTarget(True, "::1", 8443, "/health?full=1")),
+    ],
+)
+def test_a_url_is_taken_apart(target: str, parts: HTTPTarget) -> None:
+    assert Readiness("http", target).target == target
+    assert parse_url(target) == parts
+
+
+def test_a_check_of_ones_own_may_have_any_target() -> None:
+    assert Readiness("mine", "anything").target == "anything"
 
 
 @pytest.mark.parametrize("times", [{"interval_s": 0}, {"timeout_s": 0}, {"interval_s": float("nan")}])

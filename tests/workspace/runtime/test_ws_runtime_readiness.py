@@ -214,20 +214,6 @@ def test_an_unknown_kind_is_refused(runtime: ProcessRuntime) -> None:
         runtime.wait_ready(spec)
 
 
-@pytest.mark.parametrize("target", ["80", "host", "host:port", "host:0", "host:65536"])
-def test_what_is_no_address_is_refused(target: str, runtime: ProcessRuntime) -> None:
-    with pytest.raises(InvalidArgument, match="host:port"):
-        runtime.wait_ready(started(runtime, spec_of("tcp", target)))
-
-
-@pytest.mark.parametrize(
-    "target", ["localhost", "ftp://host/", "http://", "http://host:99999/", "http://[::"]
-)
-def test_what_is_no_url_is_refused(target: str, runtime: ProcessRuntime) -> None:
-    with pytest.raises(InvalidArgument, match="URL"):
-        runtime.wait_ready(started(runtime, spec_of("http", target)))
-
-
 def probed(target: str, root: Path) -> ProbedWorkspace:
     return ProbedWorkspace(ID, target, root, {"PATH": "/bin:/usr/bin"})
 
