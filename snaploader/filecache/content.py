@@ -87,18 +87,23 @@ def copy_content(source: int, target: int, size: int) -> None:
     with suppress(OSError):
         fcntl.ioctl(target, _FICLONE, source)
         return
-    done = 0
+    copy_range(source, target, 0, size)
+
+
+def copy_range(source: int, target: int, start: int, end: int) -> None:
+    """Copy the bytes from `start` up to `end` to the same place. OSError when `source` ends before."""
+    done = start
     with suppress_errnos(_NO_COPY_RANGE):
-        while done < size:
-            count = os.copy_file_range(source, target, size - done, done, done)
+        while done < end:
+            count = os.copy_file_range(source, target, end - done, done, done)
             if not count:
                 break
             done += count
     view = buffer()
-    while done < size:
-        count = os.preadv(source, [view], done)
+    while done < end:
+        count = os.preadv(source, [view[: end - done]], done)
         if not count:
-            raise OSError(errno.EIO, f"the file ended at byte {done} of {size} while it was copied")
+            raise OSError(errno.EIO, f"the file ended at byte {done} of {end} while it was copied")
         os.lseek(target, done, os.SEEK_SET)
         write_all(target, view[:count])
         done += count

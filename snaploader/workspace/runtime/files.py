@@ -10,8 +10,9 @@ import stat
 import tempfile
 from contextlib import suppress
 
+from cow import clone_range, data_extents
 from snaploader.errors import InvalidArgument, translate_os_errors
-from snaploader.filecache.content import copy_content
+from snaploader.filecache.content import copy_range
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_FDCWD = -100
@@ -78,20 +79,35 @@ def make_beneath(root: str, path: str) -> None:
 
 def copy_tree(source: str, target: str) -> None:
     """Copy the content of a folder to a new one: modes, times and symbolic links too; blocks are shared
-    where the disk can.
+    where the disk can, and holes stay holes.
 
     Raises:
-        InvalidArgument: there is something else than files, folders and symbolic links.
+        InvalidArgument: there is something else than files, folders and symbolic links, or a name that is
+            not UTF-8, which no snapshot can hold.
         NotFound, ResourceExhausted, …: as the operating system says.
     """
     with translate_os_errors(f"cannot copy {source!r}"):
         if not stat.S_ISDIR(os.stat(source).st_mode):
             raise InvalidArgument(f"{source!r} is no folder that a workspace could begin with")
+        _check_names(source)
         try:
             shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
         except shutil.Error as error:
             _, _, reason = error.args[0][0]
             raise InvalidArgument(f"cannot copy {source!r}: {reason}") from error
+
+
+def _check_names(source: str) -> None:
+    """Find a name that no snapshot can hold before there is anything to be removed again."""
+    for folder, folders, others in os.walk(source):
+        for name in (*folders, *others):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                path = os.path.join(folder, name)
+                raise InvalidArgument(
+                    f"cannot copy {path!r}: its name is not valid UTF-8. Rename it"
+                ) from None
 
 
 def _copy_file(source: str, target: str) -> None:
@@ -103,9 +119,18 @@ def _copy_file(source: str, target: str) -> None:
     try:
         writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            copy_content(reader, writer, status.st_size)
+            _copy_content(reader, writer, os.fstat(reader).st_size)
         finally:
             os.close(writer)
     finally:
         os.close(reader)
     shutil.copystat(source, target, follow_symlinks=False)
+
+
+def _copy_content(source: int, target: int, size: int) -> None:
+    """Make the empty file `target` hold the bytes of `source`, with holes where it has some."""
+    whole = 0  # as a length: up to the end
+    if not clone_range(source, 0, whole, target, 0):
+        for start, end in data_extents(source, size):
+            copy_range(source, target, start, end)
+    os.ftruncate(target, size)

@@ -260,6 +260,49 @@ def test_a_workspace_begins_with_a_copy_of_its_source(fake: FakeRuntime, tmp_pat
     assert (source / "code/main").read_bytes() == b"main"
 
 
+@pytest.mark.parametrize("can_clone", [False, True])
+def test_holes_of_a_source_stay_holes(
+    fake: FakeRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_clone: bool
+) -> None:
+    def clone(source: int, _: int, length: int, target: int, __: int) -> bool:
+        """As a disk that shares blocks; the rest of a copy must not spoil it."""
+        assert length == 0
+        os.ftruncate(target, os.fstat(source).st_size)
+        os.pwrite(target, b"cloned", 0)
+        return True
+
+    monkeypatch.setattr(files, "clone_range", clone if can_clone else lambda *_: False)
+    source = tmp_path / "source"
+    source.mkdir()
+    with open(source / "sparse", "wb") as sparse:
+        sparse.write(b"begin")
+        sparse.seek(64 << 20)
+        sparse.write(b"middle")
+        sparse.truncate(128 << 20)
+    fake.create(WorkspaceSpec(ID), source)
+    copy = fake.root(ID) / "sparse"
+    assert copy.stat().st_size == 128 << 20
+    assert copy.stat().st_blocks <= (source / "sparse").stat().st_blocks
+    with open(copy, "rb") as copied:
+        assert copied.read(6) == (b"cloned" if can_clone else b"begin\0")
+        copied.seek(64 << 20)
+        assert copied.read(7) == (bytes(7) if can_clone else b"middle\0")
+
+
+def test_a_name_that_no_snapshot_can_hold_is_refused_before_anything_is_copied(
+    fake: FakeRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / os.fsdecode(b"b\xff")).touch()
+    monkeypatch.setattr(files, "_copy_file", lambda *_: pytest.fail("something was copied"))
+    (source / "a").touch()
+    with pytest.raises(InvalidArgument, match=r"inner/b\\udcff' *: its name is not valid UTF-8"):
+        fake.create(WorkspaceSpec(ID), source)
+    assert not fake.status(ID).exists
+    assert fake.leftovers() == []
+
+
 def test_a_source_with_a_link_in_place_of_a_durable_directory_is_refused(
     fake: FakeRuntime, tmp_path: Path
 ) -> None:
