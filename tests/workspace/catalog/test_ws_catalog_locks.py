@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,6 @@ import pytest
 from database import PostgreSQLServer
 
 from snaploader.workspace.catalog import Catalog
-
-FORK = multiprocessing.get_context("fork")
 
 
 def test_sqlite_holds_it_at_once(tmp_path: Any) -> None:
@@ -124,22 +123,23 @@ def test_a_connection_that_is_lost_lets_go_of_it(
     assert "let go of the lock of ws before its time" in caplog.text
 
 
-def _hold(url: str, ready: Any) -> None:
-    with Catalog.open(url) as catalog, catalog.lock("ws", wait_s=0) as held:
-        ready.send(held)
-        threading.Event().wait()
+HOLDER = """
+import sys
+from snaploader.workspace.catalog import Catalog
+
+with Catalog.open(sys.argv[1]) as catalog, catalog.lock("ws", wait_s=0) as held:
+    print(held, flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_holder_that_is_killed_lets_go_of_it(hosts: Hosts, url: str) -> None:
-    ready, report = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=_hold, args=(url, report))
-    process.start()
-    assert ready.recv()
-    with hosts[0].lock("ws", wait_s=0) as held:
-        assert not held
-    process.kill()
-    process.join()
-    ready.close()
-    report.close()
+    command = [sys.executable, "-c", HOLDER, url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        with hosts[0].lock("ws", wait_s=0) as held:
+            assert not held
+        process.kill()
     with hosts[0].lock("ws", wait_s=30) as held:
         assert held
