@@ -340,3 +340,27 @@ class TestClose:
         connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         assert connection.execute("SELECT id FROM workspaces").fetchall() == [("ws",)]
         connection.close()
+
+
+def _open(url: str, barrier: Any, opened: Any) -> None:
+    barrier.wait(30)
+    with Catalog.open(url) as catalog, catalog.transaction() as transaction:
+        transaction.add_workspace(workspace(f"w{multiprocessing.current_process().name}"))
+    opened.put(True)
+
+
+@pytest.mark.slow
+def test_8_processes_open_a_new_catalog_at_once(empty_catalog_url: str) -> None:
+    barrier, opened = FORK.Barrier(8), FORK.SimpleQueue()
+    processes = [
+        FORK.Process(target=_open, args=(empty_catalog_url, barrier, opened), name=str(number))
+        for number in range(8)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 8
+    opened.close()
+    with Catalog.open(empty_catalog_url) as catalog, catalog.reading() as reader:
+        assert [each.id for each in reader.workspaces()] == [f"w{number}" for number in range(8)]

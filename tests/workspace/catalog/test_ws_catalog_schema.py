@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sqlite3
 import subprocess
 import sys
@@ -209,31 +208,6 @@ def test_the_page_on_the_format_names_every_column_and_the_newest_revision() -> 
 def _set_revision(catalog: Catalog, revision: str) -> None:
     with catalog._engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = :it"), {"it": revision})
-
-
-def _open(url: str, barrier: Any, opened: Any) -> None:
-    barrier.wait(30)
-    with Catalog.open(url) as catalog, catalog.transaction() as transaction:
-        transaction.add_workspace(workspace(f"w{multiprocessing.current_process().name}"))
-    opened.put(True)
-
-
-@pytest.mark.slow
-def test_8_processes_open_a_new_catalog_at_once(empty_catalog_url: str) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, opened = context.Barrier(8), context.SimpleQueue()
-    processes = [
-        context.Process(target=_open, args=(empty_catalog_url, barrier, opened), name=str(number))
-        for number in range(8)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * 8
-    opened.close()
-    with Catalog.open(empty_catalog_url) as catalog, catalog.reading() as reader:
-        assert [each.id for each in reader.workspaces()] == [f"w{number}" for number in range(8)]
 
 
 def test_an_sqlite_catalog_is_for_its_owner_only_and_in_wal_mode(tmp_path: Path) -> None:
