@@ -13,11 +13,10 @@ from cow import is_zero
 from cow.sparse import chunk_extents
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
+from snaploader.loader.pool import ThreadBuffers
 
 PutChunk = Callable[[Digest, memoryview], object]
 """Takes a chunk that was hashed."""
-
-_buffers = threading.local()
 
 
 class BigFileReader:
@@ -26,6 +25,7 @@ class BigFileReader:
     Args:
         fd: Of the file; closed by the reader.
         chunk_size: In bytes, as a ChunkTable has it.
+        buffers: What chunks are read into.
         put: Called with every chunk that is not zeros.
         finished: Called with the reader when all chunks that `chunks` gave were read, on the thread
             that read the last one.
@@ -37,6 +37,7 @@ class BigFileReader:
         size: int,
         chunk_size: int,
         function: DigestFunction,
+        buffers: ThreadBuffers,
         put: PutChunk,
         finished: Callable[[BigFileReader], None],
     ) -> None:
@@ -44,6 +45,7 @@ class BigFileReader:
         self._size = size
         self._chunk_size = chunk_size
         self._function = function
+        self._buffers = buffers
         self._put = put
         self._finished = finished
         self._lock = threading.Lock()
@@ -77,7 +79,7 @@ class BigFileReader:
 
     def _read(self, index: int, ranges: list[tuple[int, int]]) -> int:
         offset = index * self._chunk_size
-        data = thread_buffer(min(self._chunk_size, self._size - offset))
+        data = self._buffers.get(min(self._chunk_size, self._size - offset))
         count = read_ranges(self.fd, data, offset, ranges)
         # Looking for zeros is several times faster than hashing them.
         hash_ = b""
@@ -117,11 +119,3 @@ def read_ranges(fd: int, data: memoryview, offset: int, ranges: list[tuple[int, 
             count += done
     data[position:] = bytes(len(data) - position)
     return count
-
-
-def thread_buffer(size: int) -> memoryview:
-    """This thread's buffer: a fresh one per chunk would cost its page faults each time."""
-    buffer: memoryview | None = getattr(_buffers, "view", None)
-    if buffer is None or len(buffer) < size:
-        buffer = _buffers.view = memoryview(bytearray(size))
-    return buffer[:size]

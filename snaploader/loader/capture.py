@@ -31,6 +31,7 @@ from snaploader.loader.captureindex import (
     read_index,
     try_write_index,
 )
+from snaploader.loader.pool import ThreadBuffers
 from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import SavedDirectory
 from snaploader.loader.scan import (
@@ -114,6 +115,7 @@ class DirectoryCapture:
         self._chunk_size = chunk_size
         self._index_path = None if source.index is None else os.path.abspath(os.fspath(source.index))
         self._lock = threading.Lock()
+        self._buffers = ThreadBuffers()
         self._contents: dict[str, Content] = {}
         self._readers: set[BigFileReader] = set()
         self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
@@ -315,7 +317,9 @@ class DirectoryCapture:
             meter.add(size - reader.read_bytes)
 
         check_geometry(size, self._chunk_size)
-        reader = BigFileReader(self._open(file), size, self._chunk_size, self._function, put, finished)
+        reader = BigFileReader(
+            self._open(file), size, self._chunk_size, self._function, self._buffers, put, finished
+        )
         with self._lock:
             self._readers.add(reader)
         with translate_os_errors(f"cannot find the holes of {shown_path(self._where, file.path)}"):

@@ -14,7 +14,7 @@ from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, NotFound, translate_os_errors
 from snaploader.loader.fetch import REMOTE, BlobFetcher
-from snaploader.loader.pool import WorkerPool
+from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressMeter
 
 
@@ -55,7 +55,7 @@ class ChunkedFileWriter:
         self._fetched = fetched
         self._meter = meter
         self._can_clone = True
-        self._buffers = threading.local()
+        self._buffers = ThreadBuffers()
 
     def write(self, target: Path) -> None:
         """Make `target` appear, whole, or raise and leave nothing."""
@@ -106,10 +106,7 @@ class ChunkedFileWriter:
         if self._can_clone and clone_range(source, 0, digest.size_bytes, fd, offset):
             return
         self._can_clone = False
-        buffer: memoryview | None = getattr(self._buffers, "view", None)
-        if buffer is None:
-            buffer = self._buffers.view = memoryview(bytearray(self._table.chunk_size))
-        content = buffer[: digest.size_bytes]
+        content = self._buffers.get(self._table.chunk_size)[: digest.size_bytes]
         read_all(source, content, 0, f"the cached blob {digest}")
         write_nonzero(fd, content, offset)
 

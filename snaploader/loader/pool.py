@@ -118,3 +118,20 @@ class _SharedWork(Generic[T]):
         with self._lock:
             if self.error is None:
                 self.error = error
+
+
+class ThreadBuffers:
+    """A buffer for each thread that asks for one: a fresh one per chunk would cost its page faults each time.
+
+    They live as long as this object does.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def get(self, size: int) -> memoryview:
+        """This thread's buffer, cut to `size` bytes. What it was given before is overwritten."""
+        buffer: memoryview | None = getattr(self._local, "view", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.view = memoryview(bytearray(size))
+        return buffer[:size]

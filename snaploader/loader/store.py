@@ -26,7 +26,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache
 from snaploader.loader.capture import DirectoryCapture, DirectorySource
-from snaploader.loader.pool import WorkerPool
+from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
 from snaploader.loader.source import SnapshotChunkSource
@@ -89,7 +89,7 @@ class LocalSaver:
         self._files = {name: os.fspath(path) for name, path in files.items()}
         self._progress = progress
         self._lock = threading.Lock()
-        self._buffers = threading.local()
+        self._buffers = ThreadBuffers()
         self._saved: dict[str, SavedFile] = {}
         self._open = contextlib.ExitStack()
         self.plain_files: dict[str, PlainFile] = {}
@@ -245,7 +245,7 @@ class LocalSaver:
         meter.add(size)
 
     def _store_chunk(self, save: ChunkedSave, index: int, meter: ProgressMeter) -> None:
-        buffer = self._buffer(save.checkpoint.chunk_size)
+        buffer = self._buffers.get(save.checkpoint.chunk_size)
         with _translate_cow_errors(save.name):
             count = save.checkpoint.readinto(index, buffer)
         data = buffer[:count]
@@ -269,13 +269,6 @@ class LocalSaver:
                 else:
                     save.deduplicated_bytes += count
         meter.add(count)
-
-    def _buffer(self, size: int) -> memoryview:
-        """This thread's buffer: a fresh one per chunk would cost its page faults each time."""
-        buffer: memoryview | None = getattr(self._buffers, "view", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers.view = memoryview(bytearray(size))
-        return buffer[:size]
 
     def _finish(self, save: ChunkedSave) -> None:
         table = save.table(self._function)
