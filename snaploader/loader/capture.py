@@ -340,7 +340,9 @@ class DirectoryCapture:
     def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
         data = bytearray(size)
         with self._opened(file) as fd:
-            self._read_bytes += read_ranges(fd, memoryview(data), offset, [(offset, offset + size)])
+            count = read_ranges(fd, memoryview(data), offset, [(offset, offset + size)])
+        with self._lock:
+            self._read_bytes += count
         try:
             self._file_cache.write(digest, data)
         except DataLoss as error:
