@@ -73,18 +73,22 @@ class FileLock:
                 self.fd = -1
 
 
-def lock_new(path: str) -> int:
-    """Make and lock a file that `remove_if_dead` may remove at any time; the descriptor that holds it."""
+def lock_new(path: str, *, wait: bool = True, mode: int = 0o666) -> int:
+    """The descriptor of a lock file, locked, which is made if absent, and which others may remove.
+
+    Raises:
+        BlockingIOError: Another holds it, and there is to be no waiting.
+    """
     while True:
-        fd = os.open(path, _FLAGS, 0o666)
+        fd = os.open(path, _FLAGS, mode)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_nlink:
                 return fd
         except BaseException:
             os.close(fd)
             raise
-        # A sweeper took it for a dead one between the two calls.
+        # Whoever held it, or took it for a dead one, removed it between the two calls.
         os.close(fd)
 
 

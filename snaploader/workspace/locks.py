@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Protocol
 
 from snaploader.errors import Cancelled, DeadlineExceeded, translate_os_errors
+from snaploader.filecache.locks import lock_new
 from snaploader.workspace.names import check_workspace_id
 
 FIRST_PAUSE_S = 0.001
@@ -149,20 +150,10 @@ class WorkspaceLocks:
 
 def _try_lock(path: str) -> int | None:
     """The descriptor that holds the lock; None when someone else does."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        # Its holder removed the file between the two calls: this one locks nothing any more.
-        os.close(fd)
+    try:
+        return lock_new(path, wait=False)
+    except BlockingIOError:
+        return None
 
 
 def _unlock(fd: int, pid: int) -> None:

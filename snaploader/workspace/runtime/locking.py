@@ -11,13 +11,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+from snaploader.filecache.locks import lock_new
+
+_MODE = 0o600
 
 
 @contextmanager
 def locked(path: str) -> Iterator[int]:
     """Hold the lock, waiting for it first; gives its descriptor. Raises OSError."""
-    fd = _take(path, fcntl.LOCK_EX)
+    fd = lock_new(path, mode=_MODE)
     try:
         yield fd
         # At once, also where a process that was forked meanwhile has the descriptor too. Not after an
@@ -31,7 +33,7 @@ def locked(path: str) -> Iterator[int]:
 def locked_now(path: str) -> Iterator[bool]:
     """Hold the lock if that needs no waiting; whether it is held. Raises OSError."""
     try:
-        fd = _take(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = lock_new(path, wait=False, mode=_MODE)
     except BlockingIOError:
         yield False
         return
@@ -39,18 +41,4 @@ def locked_now(path: str) -> Iterator[bool]:
         yield True
         fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
-        os.close(fd)
-
-
-def _take(path: str, kind: int) -> int:
-    while True:
-        fd = os.open(path, _FLAGS, 0o600)
-        try:
-            fcntl.flock(fd, kind)
-            if os.fstat(fd).st_nlink:
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        # Its holder removed the file, with the workspace, between the two calls.
         os.close(fd)
