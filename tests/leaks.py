@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
-GRACE_S = 3.0
-"""How long something that ends by itself (a closed channel's socket, a thread on its way out) may take."""
+GRACE_S = 60.0
+"""How long something that ends by itself (a closed channel's socket, a thread on its way out) may take on a
+busy machine."""
 ALWAYS_OPEN = ("anon_inode:", "/dev/", "/proc/", "/sys/")
 """gRPC keeps event descriptors, the interpreter its random source; neither belongs to a test."""
 

@@ -71,7 +71,7 @@ class CommandLine:
 def in_process_of_its_own(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run the command line as a program."""
     command = [*COMMAND, *(str(argument) for argument in arguments)]
-    return subprocess.run(command, capture_output=True, timeout=60, check=False, **options)
+    return subprocess.run(command, capture_output=True, timeout=300, check=False, **options)
 
 
 def chunked_content(*chunks: int, chunk_size: int = 4096) -> bytes:

@@ -19,7 +19,7 @@ from snaploader.cli.values import parse_address
 from snaploader.errors import InvalidArgument
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
 
-TIMEOUT_S = 30
+TIMEOUT_S = 300
 
 _HEED_SIGINT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 INTERRUPTIBLE = [sys.executable, "-c", f"{_HEED_SIGINT}; from snaploader.cli import main; main()"]

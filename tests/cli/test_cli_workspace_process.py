@@ -21,7 +21,7 @@ from cli_runner import COMMAND, in_process_of_its_own
 
 from snaploader.workspace.runtime import ProcessRuntime
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 WORKSPACE_PARTS = ["alembic", "cronsim", "prometheus_client", "psycopg", "sqlalchemy"]
 
 

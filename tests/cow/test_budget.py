@@ -183,7 +183,7 @@ def test_views_die_in_any_thread(tmp_path):
     wrong: list[int] = []
 
     def work(seed):
-        barrier.wait(60)
+        barrier.wait(300)
         generator = np.random.default_rng(seed)
         for _ in range(300):
             index = int(generator.integers(8))
@@ -195,7 +195,7 @@ def test_views_die_in_any_thread(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     store.close()
     gc.collect()
     assert not wrong

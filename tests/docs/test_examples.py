@@ -23,7 +23,7 @@ def test_the_workspaces_of_one_base_are_parked_and_revived_and_cost_one_base(tmp
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

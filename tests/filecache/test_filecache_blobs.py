@@ -462,7 +462,7 @@ def test_threads_adding_one_blob_add_it_once(cache):
     results = []
 
     def work():
-        barrier.wait(60)
+        barrier.wait(300)
         results.append(cache.put_verified(digest, data))
 
     threads = [threading.Thread(target=work) for _ in range(8)]

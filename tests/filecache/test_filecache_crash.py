@@ -225,7 +225,7 @@ def test_several_processes_share_a_folder(tmp_path):
         ]
         for worker in workers:
             assert worker.stdout.readline() == "done\n"
-            assert worker.wait(60) == 0
+            assert worker.wait(300) == 0
     with FileCache(tmp_path, max_bytes=120_000) as cache:
         assert cache.verify().bad_blobs == ()
         # Nobody was killed, so the count is exact without a scan.

@@ -490,7 +490,7 @@ def test_killed_process_leaves_a_whole_pin_or_none(tmp_path, step, expected):
         small(cache, "c")
         assert present(cache, *"xab") == set("ab")
         with child(KILLED, tmp_path, step.partition(".")[0], step) as process:
-            assert process.wait(60) == -9
+            assert process.wait(300) == -9
         for seed in "defg":
             small(cache, seed)
         assert present(cache, *"ab") == set(expected)
@@ -548,7 +548,7 @@ def test_processes_that_pin_and_evict_all_keep_what_they_pinned(tmp_path):
         workers = [stack.enter_context(child(PINNER, tmp_path, str(number))) for number in range(3)]
         for worker in workers:
             assert worker.stdout.readline() == "done\n"
-            assert worker.wait(60) == 0
+            assert worker.wait(300) == 0
     with FileCache(tmp_path) as cache:
         assert cache.verify().bad_pins == ()
         assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)

@@ -46,7 +46,7 @@ def test_one_of_many_threads_sets_a_ref_that_is_not_overwritten(tmp_path):
     with FileCache(tmp_path) as cache:
 
         def work(number):
-            barrier.wait(60)
+            barrier.wait(300)
             results[number] = cache.put_ref(key("a"), str(number).encode(), overwrite=False)
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]

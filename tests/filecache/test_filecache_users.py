@@ -65,7 +65,7 @@ class OtherUser:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.stdin = None
-        self._process.wait(60)
+        self._process.wait(300)
 
 
 @contextmanager

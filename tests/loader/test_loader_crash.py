@@ -22,14 +22,12 @@ def run(operation: str, folder: Path, url: str = "", stride: int = 1) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(320)
 @pytest.mark.parametrize(("operation", "stride"), [("save", 5), ("unpack", 2), ("evict", 5), ("derive", 2)])
 def test_killed_at_many_steps(tmp_path: Path, operation: str, stride: int) -> None:
     assert run(operation, tmp_path, stride=stride) >= 10
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(320)
 @pytest.mark.parametrize(
     ("operation", "stride"), [("remote-save", 10), ("remote-load", 10), ("remote-derive", 4)]
 )
@@ -47,4 +45,4 @@ def prepare_server(folder: Path, url: str) -> None:
         "d.prepare('remote-save', folder, sys.argv[2])"
     )
     command = [sys.executable, "-c", code, str(folder / "other-host"), url]
-    subprocess.run(command, check=True, cwd=DRIVER.parent, timeout=60)
+    subprocess.run(command, check=True, cwd=DRIVER.parent, timeout=300)

@@ -477,7 +477,7 @@ def test_a_kill_leaves_the_old_index_or_the_new(tmp_path: Path, home: Path, inde
         set_time(home / "plain", OLD_NS + 7)
         before = index.read_bytes()
         killed = subprocess.run(
-            [sys.executable, "-c", CHILD, *arguments], capture_output=True, timeout=60, check=False
+            [sys.executable, "-c", CHILD, *arguments], capture_output=True, timeout=300, check=False
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert (index.read_bytes() == before) == (step == "before")

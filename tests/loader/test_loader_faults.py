@@ -211,7 +211,7 @@ def test_many_readers_share_one_fetch(make_host: HostFactory) -> None:
             assert gate.wait_reached(10)
             gate.open()
             for thread in threads:
-                thread.join(60)
+                thread.join(300)
         assert results == [image(6)[:9]] * 16
         after = server.calls("BatchReadBlobs") + server.calls("Read")
         assert after - before == 1

@@ -25,7 +25,7 @@ def test_the_second_to_ask_waits_for_the_first() -> None:
     thread.start()
     assert not woken.is_set()
     flights.land(owner.flight)
-    thread.join(60)
+    thread.join(300)
     assert woken.is_set()
     assert waiter.flight.error is None
 
@@ -53,7 +53,7 @@ def test_after_landing_the_next_to_ask_owns_a_new_flight() -> None:
 
 def test_of_many_threads_one_owns_the_flight() -> None:
     flights = SingleFlight()
-    together = threading.Barrier(16, timeout=60)
+    together = threading.Barrier(16, timeout=300)
     owners = []
 
     def ask() -> None:
@@ -65,5 +65,5 @@ def test_of_many_threads_one_owns_the_flight() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert len(owners) == 1

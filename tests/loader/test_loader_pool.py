@@ -24,7 +24,7 @@ def test_every_item_is_worked_on_once(pool: WorkerPool) -> None:
 
 
 def test_items_are_worked_on_in_parallel(pool: WorkerPool) -> None:
-    together = threading.Barrier(4, timeout=60)
+    together = threading.Barrier(4, timeout=300)
     pool.for_each(lambda _: together.wait(), range(4))
 
 
@@ -52,10 +52,10 @@ def test_an_error_waits_for_what_is_under_way(pool: WorkerPool) -> None:
     def work(number: int) -> None:
         if number == 0:
             under_way.set()
-            assert may_end.wait(60)
+            assert may_end.wait(300)
             ended.append(number)
         else:
-            assert under_way.wait(60)
+            assert under_way.wait(300)
             may_end.set()
             raise RuntimeError("second")
 

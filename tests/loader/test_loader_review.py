@@ -19,7 +19,7 @@ from snaploader.loader.flight import Flight, flights_into
 from snaploader.loader.pool import WorkerPool
 from snaploader.testing import EmbeddedServer, FakeCAS
 
-TIMEOUT_S = 20
+TIMEOUT_S = 300
 
 
 class GatedCAS(FakeCAS):

@@ -366,7 +366,7 @@ def test_saves_from_many_threads_at_once(make_host: HostFactory, server: Embedde
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert not errors
     for number in range(8):
         assert make_host("b", server).load(f"branch-{number}") == image(number)

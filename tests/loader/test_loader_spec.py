@@ -19,7 +19,7 @@ from snaploader.digest import Buffer, Digest
 from snaploader.errors import NotFound, ResourceExhausted
 from snaploader.testing import EmbeddedServer, ServerOptions
 
-TIMEOUT_S = 20
+TIMEOUT_S = 300
 UPLOADS = ("BatchUpdateBlobs", "Write")
 
 

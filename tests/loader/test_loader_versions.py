@@ -64,8 +64,8 @@ def test_two_loaders_that_mint_at_once_converge(make_host: HostFactory, server: 
     a, b = make_host("a", server), make_host("b", server)
     assert a.remote is not None
     assert b.remote is not None
-    both_missed = threading.Barrier(2, timeout=60)
-    both_wrote = threading.Barrier(2, timeout=60)
+    both_missed = threading.Barrier(2, timeout=300)
+    both_wrote = threading.Barrier(2, timeout=300)
 
     def interleave(host: Any) -> None:
         remote = host.remote
@@ -97,7 +97,7 @@ def test_two_loaders_that_mint_at_once_converge(make_host: HostFactory, server: 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert versions["a"] == versions["b"]
     assert make_host("c", server).keys().branch_key.version_id == versions["a"]
 

@@ -524,7 +524,7 @@ def test_demand_read_does_not_wait_for_bulk_work(make_server: MakeServer, make_r
         assert remote.read(digest) == b"wanted"
     finally:
         gate.open()
-        thread.join(30)
+        thread.join(300)
     assert not thread.is_alive()
 
 
@@ -555,7 +555,7 @@ def test_close_calls_off_what_runs(make_server: MakeServer, make_remote: MakeRem
     assert gate.wait_reached(10, calls=5)
     remote.close()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
     assert [type(error) for error in errors] == [Cancelled] * 4
     remote.close()
     with pytest.raises(FailedPrecondition, match="closed"):

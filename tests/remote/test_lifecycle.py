@@ -80,7 +80,7 @@ def test_threads_share_one_cache(make_server: MakeServer, make_remote: MakeRemot
 
     def work(number: int) -> None:
         try:
-            start.wait(60)
+            start.wait(300)
             blobs = named(*(noise(2000, number * 100 + n) for n in range(20)))
             remote.upload_missing(uploads(blobs))
             got = {}
@@ -93,7 +93,7 @@ def test_threads_share_one_cache(make_server: MakeServer, make_remote: MakeRemot
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(300)
     assert errors == []
     assert server.calls("GetCapabilities") == 1
 
@@ -137,7 +137,7 @@ assert codes == [0, 0, 0], codes
 def test_children_of_a_fork_make_their_own_connection(when: str) -> None:
     with EmbeddedServer() as server:
         done = subprocess.run(
-            [sys.executable, "-c", FORKING, server.url, when], timeout=60, capture_output=True, text=True
+            [sys.executable, "-c", FORKING, server.url, when], timeout=300, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         assert server.calls("GetCapabilities") == 4

@@ -236,7 +236,7 @@ def test_a_gate_holds_a_call_until_it_is_opened(serve: Serve) -> None:
         assert served.endpoint.missing([DIGEST]) == set()
         assert not held.done()
         gate.open()
-        assert held.result(60) == BLOB
+        assert held.result(300) == BLOB
     assert not gate.wait_reached(0, calls=2)
 
 
@@ -264,7 +264,7 @@ def test_stopping_ends_calls_that_hang(serve: Serve, fault: Fault) -> None:
         assert reached.wait_reached(10)
         assert not ended.is_set()
         served.server.stop()
-        assert hanging.result(60) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert hanging.result(300) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     reached.open()
 
 

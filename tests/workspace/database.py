@@ -19,7 +19,7 @@ from snaploader.workspace.catalog.tables import metadata
 
 SQLITE = "sqlite"
 POSTGRESQL = "postgresql"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 300
 _USER = "snaploader"
 _SETTINGS = {
     "fsync": "off",

@@ -29,7 +29,7 @@ def _joined(processes: list[Any], timeout_s: float = 100) -> list[int | None]:
 
 def _add_50_versions(url: str, name: str, barrier: Any) -> None:
     with Catalog.open(url) as catalog:
-        barrier.wait(30)
+        barrier.wait(300)
         for number in range(50):
             add_version(catalog, f"{name}.{number}")
 
@@ -59,7 +59,7 @@ def test_8_threads_of_one_catalog_get_consecutive_numbers(catalog: Catalog) -> N
     barrier = threading.Barrier(8)
 
     def work(name: str) -> None:
-        barrier.wait(60)
+        barrier.wait(300)
         for number in range(5):
             add_version(catalog, f"{name}.{number}")
 
@@ -235,7 +235,7 @@ class TestForks:
             with catalog.transaction() as transaction:
                 transaction.update_workspace("ws", base="x")
                 begun.set()
-                end.wait(60)
+                end.wait(300)
 
         def fork() -> None:
             process = FORK.Process(target=add_version, args=(catalog, "of-child"))
@@ -245,7 +245,7 @@ class TestForks:
 
         writer, forker = threading.Thread(target=write), threading.Thread(target=fork)
         writer.start()
-        begun.wait(60)
+        begun.wait(300)
         forker.start()
         assert not forked.wait(0.05)
         end.set()
@@ -291,7 +291,7 @@ class TestClose:
         def write() -> None:
             with catalog.transaction() as transaction:
                 begun.set()
-                end.wait(60)
+                end.wait(300)
                 transaction.add_workspace(workspace())
 
         def close() -> None:
@@ -300,11 +300,11 @@ class TestClose:
 
         writer, closer = threading.Thread(target=write), threading.Thread(target=close)
         writer.start()
-        begun.wait(60)
+        begun.wait(300)
         closer.start()
         assert not closed.wait(0.05)
         end.set()
-        assert closed.wait(60)
+        assert closed.wait(300)
         writer.join()
         closer.join()
 
@@ -343,7 +343,7 @@ class TestClose:
 
 
 def _open(url: str, barrier: Any, opened: Any) -> None:
-    barrier.wait(30)
+    barrier.wait(300)
     with Catalog.open(url) as catalog, catalog.transaction() as transaction:
         transaction.add_workspace(workspace(f"w{multiprocessing.current_process().name}"))
     opened.put(True)
@@ -359,7 +359,7 @@ def test_8_processes_open_a_new_catalog_at_once(empty_catalog_url: str) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     assert [process.exitcode for process in processes] == [0] * 8
     opened.close()
     with Catalog.open(empty_catalog_url) as catalog, catalog.reading() as reader:

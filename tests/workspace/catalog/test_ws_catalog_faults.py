@@ -117,7 +117,7 @@ except Exception as error:
     print(type(error).__name__, error)
 """
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
         )
         assert re.match(r"ResourceExhausted .*disk I/O error .*make room on its disk", done.stdout), done
         assert "backup" not in done.stdout
@@ -163,7 +163,7 @@ except Exception as error:
             thread.start()
             assert not done.wait(0.05)
             other.execute("COMMIT")
-            assert done.wait(60)
+            assert done.wait(300)
         thread.join()
 
     def test_what_is_committed_is_on_the_disk(self, catalog: Catalog) -> None:
@@ -273,7 +273,7 @@ class TestPostgreSQL:
             try:
                 with catalog.transaction() as transaction:
                     transaction.lock_workspace(first)
-                    both.wait(60)
+                    both.wait(300)
                     transaction.lock_workspace(second)
                 outcomes.append("done")
             except Unavailable as error:

@@ -32,7 +32,6 @@ def drive(operation: str, folder: Path, catalog_url: str, remote_url: str, *how:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(320)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_some_steps(operation: str, tmp_path: Path) -> None:
     with EmbeddedServer() as server:
@@ -42,7 +41,6 @@ def test_killed_at_some_steps(operation: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(320)
 @pytest.mark.parametrize("operation", ["version", "rollback-keeping", "pause", "resume", "commit", "delete"])
 def test_killed_at_some_steps_on_postgresql(
     operation: str, tmp_path: Path, postgresql: PostgreSQLServer
@@ -57,7 +55,6 @@ def test_killed_at_some_steps_on_postgresql(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(320)
 @pytest.mark.parametrize("operation", KINDS)
 def test_the_doctor_finds_nothing_once_a_killed_operation_was_recovered(
     operation: str, tmp_path: Path
@@ -84,4 +81,4 @@ def test_the_doctor_finds_nothing_once_a_killed_operation_was_recovered(
 def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     command = [sys.executable, "-c", "from snaploader.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

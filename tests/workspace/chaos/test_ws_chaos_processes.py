@@ -71,7 +71,6 @@ def check_versions(place: Place, workspace_id: str, numbers: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_400_versions_taken_by_8_processes_have_400_consecutive_numbers(
     tmp_path: Path, catalog_url: str
 ) -> None:
@@ -86,7 +85,6 @@ def test_400_versions_taken_by_8_processes_have_400_consecutive_numbers(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_versions_of_a_real_process_taken_by_4_processes_have_consecutive_numbers(
     tmp_path: Path, catalog_url: str
 ) -> None:
@@ -106,7 +104,6 @@ def test_versions_of_a_real_process_taken_by_4_processes_have_consecutive_number
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_users_and_a_lifecycle_in_several_processes_leave_all_in_order(
     tmp_path: Path, catalog_url: str
 ) -> None:

@@ -395,7 +395,7 @@ def test_no_more_than_so_many_are_worked_on_at_once(catalog, manager, most):
 
     def meet(operation, workspace_id):
         if begun.acquire(blocking=False):
-            together.wait(30)  # as many as that are there at one time
+            together.wait(300)  # as many as that are there at one time
 
     manager.during = meet
     with LifecycleExecutor(manager, max_concurrency=most) as executor:
@@ -411,14 +411,14 @@ def test_of_several_executors_one_works_on_each_workspace(catalog, manager):
 
     def look():
         with LifecycleExecutor(manager, max_concurrency=3) as executor:
-            begin.wait(30)
+            begin.wait(300)
             found.append(executor.run_once(NOW))
 
     threads = [threading.Thread(target=look) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     made = [each for stats in found for each in stats.transitions]
     assert sorted(made) == ids
     assert len(manager.calls) == len(ids)
@@ -432,7 +432,7 @@ def test_ten_are_worked_on_at_once_unless_told_otherwise(catalog, manager, execu
 
     def meet(operation, workspace_id):
         if begun.acquire(blocking=False):
-            together.wait(30)
+            together.wait(300)
 
     manager.during = meet
     assert len(executor.run_once().transitions) == 12
@@ -507,7 +507,7 @@ def test_hooks_that_raise_or_hang_neither_undo_nor_fail_nor_delay_a_transition(c
     def broken(record):
         raise RuntimeError("mail server is gone")
 
-    hooks = Hooks(notify=(broken,), audit=(lambda record: release.wait(30),))
+    hooks = Hooks(notify=(broken,), audit=(lambda record: release.wait(300),))
     executor = LifecycleExecutor(manager, hooks=hooks)
     try:
         stats = executor.run_once(NOW)  # returns although the hook hangs
@@ -557,7 +557,7 @@ def test_an_interrupt_lets_those_under_way_finish_and_begins_no_other(catalog, m
 
     def wait(operation, workspace_id):
         if workspace_id == "ws-1":
-            assert called_off.wait(30)
+            assert called_off.wait(300)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", tell)
     manager.during = wait

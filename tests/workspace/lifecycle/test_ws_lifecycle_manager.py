@@ -223,7 +223,7 @@ def test_one_on_which_somebody_works_is_skipped(host):
         assert host.look(HOUR).skipped == {"ws": Skip.LOCKED}
     finally:
         gate.open()
-        worker.join(30)
+        worker.join(300)
     assert host.look().transitions == {"ws": Transition.AUTOSTOP}
 
 
@@ -252,8 +252,8 @@ def test_a_resume_that_the_closing_manager_calls_off_is_no_failed_run(host):
         closer.start()
     finally:
         gate.open()
-        looker.join(30)
-    closer.join(30)
+        looker.join(300)
+    closer.join(300)
     assert found[0].skipped == {"ws": Skip.STOPPING}
     assert host.state() is PAUSED
     assert host.runs() == runs
@@ -289,5 +289,5 @@ def test_a_use_while_it_is_being_deleted_is_refused(host):
             host.manager.touch("ws")
     finally:
         gate.open()
-        looker.join(30)
+        looker.join(300)
     assert host.state() is DELETED

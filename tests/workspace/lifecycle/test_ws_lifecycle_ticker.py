@@ -145,17 +145,17 @@ def test_stopping_in_the_middle_of_a_tick_finishes_what_is_under_way_and_returns
 
     def work(operation, workspace_id):
         under_way.set()
-        assert go_on.wait(30)
+        assert go_on.wait(300)
 
     manager.during = work
     with LifecycleExecutor(manager, max_concurrency=1, clock=lambda: NOW) as executor:
         thread = threading.Thread(target=executor.run, args=(stop,))
         thread.start()
-        assert under_way.wait(30)
+        assert under_way.wait(300)
         stop.set()
         assert thread.is_alive()
         go_on.set()
-        thread.join(30)
+        thread.join(300)
         assert not thread.is_alive()
     assert [each for _, each, _ in manager.calls] == ["ws-0"]
     assert state_of(catalog, "ws-0").state is STOPPED
@@ -171,7 +171,7 @@ def test_stopping_between_ticks_ends_the_waiting(catalog, manager):
     with LifecycleExecutor(manager, wait=wait) as executor:
         thread = threading.Thread(target=executor.run, args=(stop, 3600.0))
         thread.start()
-        assert waits.wait(30)
+        assert waits.wait(300)
         stop.set()
-        thread.join(30)
+        thread.join(300)
         assert not thread.is_alive()

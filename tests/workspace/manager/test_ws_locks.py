@@ -63,7 +63,7 @@ def test_waiting_can_be_called_off(locks: WorkspaceLocks) -> None:
     waiter = threading.Thread(target=wait)
     waiter.start()
     cancelled.set()
-    waiter.join(60)
+    waiter.join(300)
     held.release()
     assert len(failures) == 1
 

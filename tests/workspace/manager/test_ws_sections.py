@@ -55,11 +55,11 @@ def test_work_holds_the_lock_after_its_caller_released_it(locks: WorkspaceLocks,
 
     def work() -> None:
         began.set()
-        assert go_on.wait(30)
+        assert go_on.wait(300)
 
     caller = threading.Thread(target=sections.run, args=(hold, work))
     caller.start()
-    assert began.wait(30)
+    assert began.wait(300)
     hold.release()
     assert not is_free(locks)
     go_on.set()
@@ -126,12 +126,12 @@ def test_what_is_asked_for_next_under_one_lock_waits_for_work_whose_caller_gave_
 
     def first() -> None:
         began.set()
-        assert go_on.wait(30)
+        assert go_on.wait(300)
         done.append("first")
 
     abandoned = threading.Thread(target=sections.run, args=(hold, first))
     abandoned.start()
-    assert began.wait(30)
+    assert began.wait(300)
     following = threading.Thread(target=sections.run, args=(hold, lambda: done.append("second")))
     following.start()
     following.join(0.05)

@@ -197,7 +197,7 @@ runtime.attach("ws", "disk", COWStore(folder + "/lost", size=65536))
 def test_a_store_that_went_with_its_process_is_told(
     created: FakeRuntime, loader: SnapshotLoader, tmp_path: Path
 ) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], check=True, timeout=300)
     with pytest.raises(FailedPrecondition, match="went with the process that had it"):
         save(created, loader, SPEC)
     created.detach(ID, "disk")

@@ -35,7 +35,7 @@ def test_killed_calls_leave_the_state_before_or_after(
         [sys.executable, DRIVER, operation, tmp_path, str(stride)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert driver.returncode == 0, driver.stderr

@@ -286,7 +286,7 @@ runtime.start(WorkspaceSpec("ws", command=("sleep", "1000")))
 @pytest.mark.slow
 def test_a_workspace_outlives_the_program_that_started_it(runtime: ProcessRuntime, tmp_path: Path) -> None:
     runtime.create(WorkspaceSpec(ID))
-    starter = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "runtime"], check=True, timeout=60)
+    starter = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "runtime"], check=True, timeout=300)
     assert starter.returncode == 0
     status = runtime.status(ID)
     assert status.is_running

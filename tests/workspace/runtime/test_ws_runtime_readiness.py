@@ -94,9 +94,9 @@ def test_tcp_waits_until_the_port_accepts(runtime: ProcessRuntime, tmp_path: Pat
         spec = started(custom, spec_of("my-tcp", f"127.0.0.1:{server.getsockname()[1]}"))
         waiting = threading.Thread(target=custom.wait_ready, args=(spec,))
         waiting.start()
-        assert tried.wait(60)
+        assert tried.wait(300)
         server.listen()
-        waiting.join(60)
+        waiting.join(300)
         assert not waiting.is_alive()
 
 
