@@ -26,21 +26,30 @@ help: ## List the targets
 demo: $(VENV)/.installed-cli ## Save, load lazily, change, save and verify a real disk image
 	@$(BIN)/snaploader demo
 
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# What a change needs to be trusted day by day; the rest has the same tests of properties with more examples.
+QUICK := -m "not interop and not slow" --hypothesis-profile=quick
+REST := -m "interop or slow or hypothesis"
+
 .PHONY: test
-test: $(VENV)/.installed-dev ## Run the tests that need nothing but this machine
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not interop" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev ## Run the tests of every day: 3 minutes on 2 cores
+	@$(PYTEST) $(QUICK) $(PYTEST_ARGS)
+
+.PHONY: test-rest
+test-rest: $(VENV)/.installed-dev ## Run what test-all has beyond test: kills, chaos, scale, third-party servers
+	@$(PYTEST) $(REST) $(PYTEST_ARGS)
 
 .PHONY: test-interop
 test-interop: $(VENV)/.installed-dev ## Run against buildbox-casd and BuildGrid (fetched once, 240 MB)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m interop $(PYTEST_ARGS)
+	@$(PYTEST) -m interop $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(VENV)/.installed-dev ## Run all tests and report their coverage
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term $(PYTEST_ARGS)
+	@$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 .PHONY: test-oldest
-test-oldest: $(OLDEST_VENV)/.installed ## Run the tests on the oldest dependencies allowed
-	@$(OLDEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -p no:cacheprovider -m "not interop" $(PYTEST_ARGS)
+test-oldest: $(OLDEST_VENV)/.installed ## Run the tests of every day on the oldest dependencies allowed
+	@$(PYTEST:$(BIN)%=$(OLDEST_VENV)/bin%) -p no:cacheprovider $(QUICK) $(PYTEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed-dev ## Lint, format, types, import walls, generated code
@@ -61,7 +70,7 @@ bench: $(VENV)/.installed-dev ## Run the benchmarks; results go to benchmarks/re
 
 .PHONY: clean
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(OLDEST_VENV) build-output dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) $(OLDEST_VENV) .venv-3.13 build-output dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache \
 		.import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 from leaks import Resources, wait_for_none
 
-# A run tells the same each time, on a busy machine too; `--hypothesis-profile=explore` looks for more.
+# A run tells the same each time, on a busy machine too. `make test` has few examples of what is tested with
+# many by `make test-all`; `--hypothesis-profile=explore` looks for more.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+settings.register_profile("quick", settings.get_profile("repeatable"), max_examples=25)
 settings.register_profile("explore", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """Let interrupts arrive: what a shell starts in the background ignores them, and so do its children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
 """Fixtures: a catalog on every kind of database.
 
 `catalog` and `catalog_url` are for all tests that touch a catalog; each runs once on SQLite and once on
-PostgreSQL. The server is started by the first test that needs it, one for each worker of pytest-xdist.
+PostgreSQL. Only the tests of the catalog itself do both in `make test`: what is above it does not know which
+database there is, and its runs on PostgreSQL count as slow. The server is started by the first test that
+needs it, one for each worker of pytest-xdist.
 """
 
 from __future__ import annotations
@@ -9,11 +11,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from database import POSTGRESQL, SQLITE, PostgreSQLServer
 
 from snaploader.workspace.catalog import Catalog
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the runs on PostgreSQL of what is above the catalog, before items are selected by their marks."""
+    catalog, here = Path(__file__).with_name("catalog"), Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and catalog not in item.path.parents:
+            callspec = getattr(item, "callspec", None)
+            if callspec is not None and callspec.params.get("database") == POSTGRESQL:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
