@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import lifecycle, run, scale
+from benchmarks import lifecycle, paths, run, scale
 
 if __name__ == "__main__":
     run.main()
+    paths.main(["--output", "benchmarks/results/paths.json"])
     sys.exit(max(scale.main(), lifecycle.main()))
