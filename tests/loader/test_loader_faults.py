@@ -15,7 +15,11 @@ from snaploader.remote import RetryPolicy, Timeouts
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate, ServerOptions
 
 RETRY = RetryPolicy(attempts=3, initial_delay_s=0.001, max_delay_s=0.01, budget_s=5)
-TIMEOUTS = Timeouts(call_s=0.3, idle_s=0.3, connect_s=2)
+TIMEOUTS = {
+    "hang": Timeouts(call_s=0.3, idle_s=0.3),
+    "hang once": Timeouts(call_s=1, idle_s=1),
+}
+"""Short for calls that hang; others may take as long as a busy machine makes them."""
 LOAD_METHODS = ("GetCapabilities", "GetActionResult", "FindMissingBlobs", "BatchReadBlobs", "Read")
 SAVE_METHODS = ("FindMissingBlobs", "BatchUpdateBlobs", "Write", "UpdateActionResult", "GetActionResult")
 
@@ -101,7 +105,7 @@ def test_a_load_is_right_or_a_typed_error(make_host: HostFactory, method: str, f
     with EmbeddedServer(faults=faults) as server:
         save_with_plain_file(make_host("a", server), content)
         faults.add(Fault(method, **FAULTS[fault]))
-        host = make_host("b", server, retry=RETRY, timeouts=TIMEOUTS)
+        host = make_host("b", server, retry=RETRY, timeouts=TIMEOUTS.get(fault, Timeouts()))
         start = time.monotonic()
         try:
             loaded = load_all(host)
@@ -109,8 +113,8 @@ def test_a_load_is_right_or_a_typed_error(make_host: HostFactory, method: str, f
             assert not must_work(fault, method)
         else:
             assert loaded == (content, BIG)
-        # The budgets of the few operations of a load, with room for a busy machine.
-        assert time.monotonic() - start < 40
+        # Without deadlines it would last for ever; with them, seconds, on a busy machine a minute.
+        assert time.monotonic() - start < 300
         faults.clear()
         # A server that has no capabilities to tell is taken for one that speaks SHA-256 only.
         if fault != "blob dropped" and (method, fault) != ("GetCapabilities", "unimplemented"):
@@ -122,7 +126,7 @@ def test_a_save_is_whole_or_a_typed_error(make_host: HostFactory, method: str, f
     faults = FaultScript()
     content = image(2)
     with EmbeddedServer(faults=faults) as server:
-        host = make_host("a", server, retry=RETRY, timeouts=TIMEOUTS)
+        host = make_host("a", server, retry=RETRY, timeouts=TIMEOUTS.get(fault, Timeouts()))
         host.keys()
         faults.add(Fault(method, **FAULTS[fault]))
         try:
@@ -253,7 +257,7 @@ def test_a_restore_from_a_broken_server_leaves_nothing(make_host: HostFactory) -
     faults = FaultScript()
     with EmbeddedServer(faults=faults) as server:
         make_host("a", server).save(image(10))
-        host = make_host("b", server, retry=RETRY, timeouts=TIMEOUTS)
+        host = make_host("b", server, retry=RETRY)
         snapshot = host.find()
         faults.add(Fault("*", status="UNAVAILABLE", times=None))
         with pytest.raises(SnaploaderError):
