@@ -178,7 +178,9 @@ class ChunkTable:
         if len(new) != len(new_hashes):
             raise InvalidArgument(f"{len(new)} chunks were given with {len(new_hashes)} hashes")
         changed = np.concatenate((new, gone))
-        if len(np.unique(changed)) != len(changed):
+        # np.unique would import numpy.ma first, which takes some 15 ms.
+        ordered = np.sort(changed)
+        if (ordered[1:] == ordered[:-1]).any():
             raise InvalidArgument("a chunk is among the changes of a table twice")
         self._check_growth(size, changed)
         if len(gone) and not 0 <= gone.min() <= gone.max() < -(-size // self.chunk_size):

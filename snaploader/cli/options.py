@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from snaploader.cli import config
 from snaploader.cli.output import Output
 from snaploader.cli.session import Session, Settings
-from snaploader.cli.values import DURATION, KEY_VALUE, Size
+from snaploader.cli.values import DURATION, KEY_VALUE, MODE, Size
 from snaploader.cli.workspaces import Workspaces, WorkspaceSettings
 from snaploader.errors import InvalidArgument
 from snaploader.policy import PolicyOverrides, ReadPolicy
@@ -155,6 +155,13 @@ _COMMON = (
         default="10GiB",
         show_default=True,
         help="Bound on the local cache's size.",
+    ),
+    _shared(
+        "--cache-mode",
+        type=MODE,
+        default="0700",
+        show_default=True,
+        help="Who may use the local cache, as the mode of its folders: 2770 for a group.",
     ),
     _shared("--group-id", default="", help="Partition of the local cache; groups do not see each other."),
     _shared(

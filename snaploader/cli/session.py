@@ -32,6 +32,7 @@ class Settings:
 
     cache_dir: Path | None
     max_cache_size: int
+    cache_mode: int
     group_id: str
     remote_cache: str
     remote_instance_name: str
@@ -91,7 +92,12 @@ class Session:
         """The local cache."""
         settings = self.settings
         return self._open.enter_context(
-            FileCache(settings.cache_folder, max_bytes=settings.max_cache_size, group_id=settings.group_id)
+            FileCache(
+                settings.cache_folder,
+                max_bytes=settings.max_cache_size,
+                cache_mode=settings.cache_mode,
+                group_id=settings.group_id,
+            )
         )
 
     @cached_property

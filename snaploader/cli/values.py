@@ -137,6 +137,21 @@ class Duration(_Float):
             self.fail(error.message, param, ctx)
 
 
+class Mode(_Integer):
+    """Permission bits, octal as for chmod(1)."""
+
+    name = "mode"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        if isinstance(value, int):
+            return value
+        text = str(value)
+        if not re.fullmatch(r"[0-7]{3,4}", text):
+            self.fail(f"{text[:20]!r} is not an octal mode such as 0700 or 2770", param, ctx)
+        return int(text, 8)
+
+
 class KeyValue(_Pair):
     """A pair written as k=v. In an environment variable there is one pair on each line."""
 
@@ -160,6 +175,7 @@ class KeyValue(_Pair):
 
 SIZE = Size()
 DURATION = Duration()
+MODE = Mode()
 KEY_VALUE = KeyValue()
 
 

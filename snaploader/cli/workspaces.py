@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from snaploader.cli.output import Output
 from snaploader.cli.session import Session
 from snaploader.errors import FailedPrecondition, translate_os_errors
+from snaploader.folders import open_private
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Catalog
@@ -115,7 +116,7 @@ class Workspaces:
     def _folder(self) -> Path:
         folder = self.settings.state_folder
         with translate_os_errors(f"cannot use the state directory {str(folder)!r}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            open_private(str(folder), "the state directory")
         return folder
 
     def _ending(self, opened: Any) -> Any:

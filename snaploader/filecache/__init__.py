@@ -9,7 +9,7 @@
 The file system is the only truth; there is no database beside it that could disagree. The layout:
 
     <root>/v1/
-      groups/<group>/blobs/<sha256|blake3>/<2 hex>/<62 hex>   immutable, mode 0444, named by hash
+      groups/<group>/blobs/<sha256|blake3>/<2 hex>/<62 hex>   immutable, mode 0400, named by hash
       groups/<group>/refs/<2 hex>/<62 hex>                    mutable, replaced in one step
       groups/<group>/trees/<2 hex>/<62 hex>/                  a tracked directory and its lock
       tmp/<token>/, tmp/<token>.lock                          staging files of an open cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import itemgetter
@@ -21,14 +22,12 @@ from snaploader.filecache.ledger import Section
 from snaploader.filecache.listing import ShardListings
 from snaploader.filecache.memo import VerifiedMemo
 from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import disk_bytes, entry_name
+from snaploader.filecache.scan import disk_bytes, entry_name, set_aside_odd
 from snaploader.filecache.staging import StagedFile
+from snaploader.folders import OddEntry, open_regular
 
 BULK_DIGESTS = 1024
 """From this many digests on, folders are listed instead of each file being looked at."""
-MAX_QUARANTINED = 16
-"""Bad files that are kept for inspection."""
-BLOB_MODE = 0o444
 PRESENT_TRIES = 2
 """Looks at a blob that is to be added and is there: one that finds it unverified, one afterwards."""
 
@@ -54,6 +53,11 @@ class BlobSpace:
         self._make_room = make_room
         self._memo = VerifiedMemo()
         self._listings = ShardListings(environment.layout, durability)
+
+    @property
+    def mode(self) -> int:
+        """Permission bits of the files."""
+        return self._env.session.access.readonly_mode
 
     def path(self, digest: Digest) -> str:
         """Where the file of a blob is, or would be."""
@@ -98,11 +102,15 @@ class BlobSpace:
         path = self._env.layout.blob(digest)
         try:
             status = os.stat(path, follow_symlinks=False)
-            if status.st_size == digest.size_bytes and not self._durability.is_suspect(status):
+            if (
+                stat.S_ISREG(status.st_mode)
+                and status.st_size == digest.size_bytes
+                and not self._durability.is_suspect(status)
+            ):
                 recency.touch(path, status, self._env.now_ns())
             else:
                 os.close(self._open(digest))
-        except (FileNotFoundError, NotFound, DataLoss):
+        except (FileNotFoundError, NotADirectoryError, NotFound, DataLoss):
             return False
         return True
 
@@ -122,13 +130,15 @@ class BlobSpace:
         path = self._env.layout.blob(digest)
         with translate_os_errors(f"cannot open blob {digest}"):
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
+                fd, status = open_regular(path)
+            except (FileNotFoundError, NotADirectoryError):
                 if _is_empty_blob(digest):
                     return self._open_new_empty(digest)
                 raise NotFound(f"blob {digest} is not in the file cache") from None
+            except OddEntry as error:
+                set_aside_odd(self._env, path)
+                raise NotFound(f"blob {digest} is not in the file cache: {error}") from error
             try:
-                status = os.fstat(fd)
                 if not self._memo.knows(digest, status):
                     status = self._verify(digest, fd, status)
                 recency.touch(fd, status, self._env.now_ns())
@@ -164,7 +174,7 @@ class BlobSpace:
                 status = os.fstat(fd)
             self._memo.add(digest, status)
             return status
-        if not found and self._is_other_size(digest, fd, status):
+        if not found and not self._is_hollow(status) and self._is_other_size(digest, fd, status):
             raise DataLoss(
                 f"blob {digest}: the cache has this hash with a size of {status.st_size} bytes, "
                 "so the digest is wrong"
@@ -173,6 +183,10 @@ class BlobSpace:
         raise DataLoss(
             f"blob {digest} in the file cache had wrong bytes and is in quarantine now: fetch it again"
         )
+
+    def _is_hollow(self, status: os.stat_result) -> bool:
+        """Whether a file is larger than all the cache may hold, and mostly a hole: reading it takes hours."""
+        return status.st_size > max(self._env.max_bytes, disk_bytes(status))
 
     def _is_other_size(self, digest: Digest, fd: int, status: os.stat_result) -> bool:
         """Whether the file is right and the size in the digest is wrong."""
@@ -219,7 +233,7 @@ class BlobSpace:
             with self._env.ledger.section():
                 try:
                     status = os.stat(path, follow_symlinks=False)
-                except FileNotFoundError:
+                except (FileNotFoundError, NotADirectoryError):
                     return False
                 is_known = self._memo.knows(digest, status)
                 if is_known:
@@ -244,7 +258,7 @@ class BlobSpace:
             fd: Of the file.
             link: Gives the file a name.
         """
-        os.fchmod(fd, BLOB_MODE)
+        os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
         recency.touch(fd, status, self._env.now_ns())
@@ -266,16 +280,19 @@ class BlobSpace:
     def _link(self, section: Section, digest: Digest, size: int, link: Callable[[str], None]) -> bool:
         target = self._env.layout.blob(digest)
         name = self._name(digest)
-        with suppress(FileNotFoundError):
-            recency.touch(target, os.stat(target, follow_symlinks=False), self._env.now_ns())
-            return False
+        with suppress(FileNotFoundError, NotADirectoryError):
+            status = os.stat(target, follow_symlinks=False)
+            if stat.S_ISREG(status.st_mode):
+                recency.touch(target, status, self._env.now_ns())
+                return False
+            self._env.session.set_aside(target)
         section.change(name, 0, size)
         try:
             self._env.checkpoint("blob.counted")
             try:
                 link(target)
-            except FileNotFoundError:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError):
+                self._env.session.make_folder(os.path.dirname(target))
                 link(target)
         except BaseException:
             section.change(name, size, 0)
@@ -288,12 +305,14 @@ class BlobSpace:
         path = self._env.layout.entry(space_of(function), hash_)
         with translate_os_errors(f"cannot verify blob {hash_}"):
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
+                fd, status = open_regular(path)
+            except (FileNotFoundError, OddEntry):
                 return None
             try:
-                status = os.fstat(fd)
                 digest = Digest(hash_, status.st_size, function)
+                if self._is_hollow(status):
+                    self.quarantine(digest, status)
+                    return digest, False
                 self._verify(digest, fd, status)
                 # Reading may have set the time of last access, and this was no use.
                 recency.touch(fd, os.fstat(fd), status.st_atime_ns)
@@ -310,29 +329,26 @@ class BlobSpace:
         path = self._env.layout.blob(digest)
         with translate_os_errors(f"cannot remove blob {digest}"), self._env.ledger.section() as section:
             try:
-                size = disk_bytes(os.stat(path, follow_symlinks=False))
+                status = os.stat(path, follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
+                    self._env.session.set_aside(path)
+                    return True
                 os.unlink(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return False
-            section.change(self._name(digest), size, 0)
+            section.change(self._name(digest), disk_bytes(status), 0)
         return True
 
     def quarantine(self, digest: Digest, status: os.stat_result) -> None:
         """Take a bad file out of use, unless another stands in its place by now."""
         path = self._env.layout.blob(digest)
-        folder = self._env.layout.quarantine
         with self._env.ledger.section() as section:
-            try:
-                now = os.stat(path, follow_symlinks=False)
-                if now.st_ino != status.st_ino:
-                    return
-                os.rename(path, f"{folder}/{digest.hash}.{self._env.session.unique_name()}")
-            except FileNotFoundError:
+            now = self._env.session.set_aside(path, known=status)
+            if now is None:
                 return
             section.change(self._name(digest), disk_bytes(now), 0)
         self._env.counters.add(quarantined_blobs=1)
-        _logger.warning("blob %s had wrong bytes and was moved to %s", digest, folder)
-        _keep_newest(folder, MAX_QUARANTINED)
+        _logger.warning("blob %s had wrong bytes and was moved to %s", digest, self._env.layout.quarantine)
 
     def _name(self, digest: Digest) -> str:
         return entry_name(self._env.layout.group, space_of(digest.function), digest.hash)
@@ -340,13 +356,3 @@ class BlobSpace:
 
 def _is_empty_blob(digest: Digest) -> bool:
     return digest.size_bytes == 0 and digest.hash == digest.function.hash(b"")
-
-
-def _keep_newest(folder: str, count: int) -> None:
-    found = []
-    for name in os.listdir(folder):
-        with suppress(FileNotFoundError):
-            found.append((os.stat(f"{folder}/{name}").st_ctime_ns, name))
-    for _, name in sorted(found)[:-count]:
-        with suppress(FileNotFoundError):
-            os.unlink(f"{folder}/{name}")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import exchange, recency, scan, session
+from snaploader.filecache import exchange, recency, scan
 from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.directories import DirectoryHandle, DirectoryStore
 from snaploader.filecache.durability import Durability, read_boot_id
@@ -34,6 +34,7 @@ from snaploader.filecache.session import Session
 from snaploader.filecache.statistics import CacheEntry, CacheStatistics, VerifyReport, kind_name
 from snaploader.filecache.trash import TrashCan
 from snaploader.filecache.writer import BlobWriter
+from snaploader.folders import PRIVATE, Access
 
 DEFAULT_MAX_BYTES = 10 << 30
 
@@ -52,14 +53,20 @@ class FileCache:
         root: The folder; made if absent. All on one file system that knows hard links.
         max_bytes: Bound of what all entries of all groups take, in bytes of disk blocks. Each process goes by
             its own; default 10 GiB.
+        cache_mode: Permission bits of the folders, whatever the umask says; files get those of them that
+            files have. Default 0o700: this user alone. 0o2770 lets a group of users share the cache, 0o777
+            all of them: each must trust the others, and give the same mode. See docs/operating.md.
         group_id: The partition to work in: nothing of one group is visible to another. Up to 128 letters,
             digits and . _ @ + - or empty, which is a partition too.
         checkpoint: Called with the name of each step on disk after it was done; for crash tests.
         boot_id: An id of this boot of the machine, the kernel's by default; for tests.
 
     Raises:
-        InvalidArgument: The group id is malformed, or `max_bytes` is not positive.
-        PermissionDenied, ResourceExhausted: The folder cannot be made or written.
+        InvalidArgument: The group id or the mode is malformed, or `max_bytes` is not positive.
+        FailedPrecondition: The folder, or one in it, is a symbolic link.
+        PermissionDenied: It cannot be made or written, belongs to somebody unexpected, or others may write
+            to it.
+        ResourceExhausted: The disk is full.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class FileCache:
         root: str | os.PathLike[str],
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
+        cache_mode: int = PRIVATE,
         group_id: str = "",
         checkpoint: Callable[[str], None] = _no_checkpoint,
         boot_id: str | None = None,
@@ -80,13 +88,14 @@ class FileCache:
         self._closed = False
         self._pid = os.getpid()
         used_before = os.path.isdir(layout.groups)
-        layout.create()
+        access = Access(cache_mode, "cache_mode")
+        base = layout.create(access)
         with translate_os_errors(f"cannot open the file cache {layout.root!r}"), ExitStack() as undo:
-            own = Session(layout)
+            own = Session(layout, access, base)
             undo.callback(own.close)
-            ledger = Ledger(layout.usage)
+            ledger = Ledger(own, layout.usage)
             undo.callback(ledger.close)
-            use_lock = FileLock(f"{layout.usage}/uses.lock")
+            use_lock = FileLock(own.open_written(f"{layout.usage}/uses.lock"))
             undo.callback(use_lock.close)
 
             def rebooted() -> None:
@@ -100,7 +109,7 @@ class FileCache:
             self._env = Environment(layout, own, ledger, max_bytes, checkpoint)
             self._trash = TrashCan(layout.trash, own)
             undo.callback(self._trash.close)
-            uses = UseLog(layout.uses, use_lock)
+            uses = UseLog(layout.uses, use_lock, own)
             self._pin_table = PinTable(layout)
             self._evictor = Evictor(self._env, self._durability, self._trash, uses, self._pin_table)
             undo.callback(self._evictor.close)
@@ -109,7 +118,7 @@ class FileCache:
             self._refs = RefSpace(self._env, make_room)
             self._pins = PinSpace(self._env)
             self._directories = DirectoryStore(self._env, self._trash, make_room)
-            session.sweep(layout)
+            own.sweep()
             self._trash.sweep()
             self._close = undo.pop_all().close
 
@@ -216,7 +225,8 @@ class FileCache:
         Args:
             move: Take the file away from its old place, without copying where that can be done.
             link: Share the file instead of copying it, where that can be done. The caller promises that its
-                bytes never change again; it is made read-only (mode 0444) and its time of last write is now.
+                bytes never change again; it gets the mode of cached blobs (0400, unless `cache_mode` says
+                otherwise) and its time of last write is now.
             verify: Hash the file. False when the caller has hashed these very bytes.
 
         Raises:
@@ -239,18 +249,27 @@ class FileCache:
         return BlobWriter(self._blobs, digest)
 
     def materialize(
-        self, digest: Digest, destination: str | os.PathLike[str], *, writable: bool = False
+        self,
+        digest: Digest,
+        destination: str | os.PathLike[str],
+        *,
+        writable: bool = False,
+        mode: int | None = None,
     ) -> None:
         """Make a blob appear as a file, whole or not at all. Errors as `open`.
 
-        Not writable: a hard link where that can be done, mode 0444, which the consumer must not change.
-        Writable: a copy of its own, mode 0644, which shares disk blocks where the file system can.
+        Not writable: a hard link where that can be done, which the consumer must not change. It has the mode
+        of cached blobs, 0400 unless `cache_mode` says otherwise. Writable, or of another mode: a copy of its
+        own, which shares disk blocks where the file system can.
+
+        Args:
+            mode: Permission bits of the file. By default those of cached blobs, or 0600 if it is writable.
 
         Raises:
             FailedPrecondition: The destination exists; nothing is overwritten.
         """
         self._check()
-        exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable)
+        exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable, mode=mode)
 
     def remove(self, digest: Digest) -> bool:
         """Remove a blob, leased, pinned or neither; whether it was here.
@@ -409,7 +428,8 @@ class FileCache:
         blobs = size = refs = 0
         bad: list[Digest] = []
         bad_refs: list[str] = []
-        for found in scan.entries(self._env.layout, self._env.layout.group):
+        odd: list[str] = []
+        for found in scan.entries(self._env.layout, self._env.layout.group, odd.append):
             if found.space is Space.REFS:
                 refs += 1
                 try:
@@ -423,6 +443,9 @@ class FileCache:
                     blobs, size = blobs + 1, size + digest.size_bytes
                     if not right:
                         bad.append(digest)
+        with translate_os_errors("cannot set aside what is no entry of the file cache"):
+            for path in odd:
+                scan.set_aside_odd(self._env, path)
         pins, bad_pins = self._pins.verify()
         return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs), pins, tuple(bad_pins))
 

@@ -12,8 +12,10 @@ An entry is a folder with
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +26,8 @@ from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import locks, recency
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Layout, Space, check_hash
-from snaploader.filecache.trash import TrashCan
+from snaploader.filecache.trash import TrashCan, remove_tree
+from snaploader.folders import OddEntry, open_new, open_regular
 
 _BLOCK_BYTES = 512
 BUSY_S = 0.001
@@ -91,8 +94,8 @@ class DirectoryStore:
             try:
                 if os.path.exists(f"{entry}/data"):
                     continue
-                with open(f"{entry}/size", "w", encoding="ascii") as file:
-                    file.write(str(size))
+                with self._env.session.staged(str(size).encode()) as temporary:
+                    os.rename(temporary, f"{entry}/size")
                 recency.touch(fd, os.fstat(fd), self._env.now_ns())
                 with self._env.ledger.section() as section:
                     room = section.total_bytes is not None and (
@@ -108,16 +111,23 @@ class DirectoryStore:
                             raise
                         self._env.checkpoint("directory.renamed")
                         return True
-            finally:
+            except BaseException:
+                # Nobody else can have seen the entry: it has no directory yet.
                 os.close(fd)
+                fd = -1
+                discard_unfinished(self._trash, entry)
+                raise
+            finally:
+                if fd >= 0:
+                    os.close(fd)
             self._make_room(size)
 
     def _lock_for_adding(self, entry: str) -> int | None:
         """The entry's lock, made if need be; None while another adds, reads or removes it."""
-        os.makedirs(entry, exist_ok=True)
+        self._env.session.make_folder(entry)
         # Another process may sweep the unfinished entry at any time before it is locked.
         with suppress(FileNotFoundError):
-            os.close(os.open(f"{entry}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+            os.close(self._env.session.open_written(f"{entry}/lock"))
         return locks.try_lock(f"{entry}/lock")
 
     def _revive(self, entry: str) -> bool:
@@ -133,12 +143,11 @@ class DirectoryStore:
         try:
             # Waits for who adds or removes it, which takes microseconds.
             fd = locks.lock_existing(f"{entry}/lock", shared=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, OddEntry):
             return None
         try:
-            if os.path.isdir(f"{entry}/data"):
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{entry}/doomed")
+            if is_folder(f"{entry}/data"):
+                remove_tree(f"{entry}/doomed")
                 recency.touch(fd, os.fstat(fd), self._env.now_ns())
                 return fd
         except BaseException:
@@ -160,10 +169,10 @@ class DirectoryStore:
         """See `FileCache.remove_directory`."""
         entry = self._entry(key)
         with translate_os_errors(f"cannot remove directory {key}"):
-            if not os.path.isdir(f"{entry}/data"):
+            if not is_folder(f"{entry}/data"):
                 return False
-            with suppress(FileNotFoundError), open(f"{entry}/doomed", "wb"):
-                pass
+            with suppress(FileNotFoundError, FileExistsError):
+                os.close(open_new(f"{entry}/doomed", self._env.session.access.file_mode))
             self._left(entry)
             return True
 
@@ -190,7 +199,7 @@ def discard_entry(
     try:
         if only_doomed and not os.path.exists(f"{entry}/doomed"):
             return None
-        size = _recorded_size(entry) if os.path.isdir(f"{entry}/data") else 0
+        size = _recorded_size(entry) if is_folder(f"{entry}/data") else 0
         target = trash.new_path()
         with environment.ledger.section() as section:
             os.rename(entry, target)
@@ -206,9 +215,26 @@ def discard_entry(
 
 
 def measure_entry(entry: str) -> tuple[int, int]:
-    """Size and last use of an entry, for a scan. FileNotFoundError unless it is whole."""
-    os.stat(f"{entry}/data")
-    return _recorded_size(entry), os.stat(f"{entry}/lock").st_atime_ns
+    """Size and last use of an entry, for a scan.
+
+    Raises:
+        FileNotFoundError: It is not whole.
+        NotADirectoryError, OddEntry: It is no entry at all.
+    """
+    if not stat.S_ISDIR(os.lstat(f"{entry}/data").st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), entry)
+    lock = os.lstat(f"{entry}/lock")
+    if not stat.S_ISREG(lock.st_mode):
+        raise OddEntry(f"{entry!r} has no lock file: move it away")
+    return _recorded_size(entry), lock.st_atime_ns
+
+
+def is_folder(path: str) -> bool:
+    """Whether a folder is there, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def measure_tree(path: str) -> int:
@@ -225,7 +251,7 @@ def measure_tree(path: str) -> int:
 
 
 def _recorded_size(entry: str) -> int:
-    with open(f"{entry}/size", "rb") as file:
+    with os.fdopen(open_regular(f"{entry}/size")[0], "rb") as file:
         text = file.read(32)
     # A power failure may have emptied it.
     return int(text) if text.isdigit() else measure_tree(f"{entry}/data")
@@ -234,14 +260,21 @@ def _recorded_size(entry: str) -> int:
 def sweep_doomed(environment: Environment, trash: TrashCan, layout: Layout, group: str) -> None:
     """Remove what was doomed or never finished and whose users died."""
     folder = f"{layout.group_path(group)}/{Space.TREES.folder}"
-    with suppress(FileNotFoundError):
-        for shard in os.listdir(folder):
-            for name in os.listdir(f"{folder}/{shard}"):
-                entry = f"{folder}/{shard}/{name}"
+    for shard in _folders(folder):
+        for entry in _folders(shard):
+            # What is odd in an entry is set aside by the scan that follows.
+            with suppress(FileNotFoundError, NotADirectoryError, OddEntry):
                 if os.path.exists(f"{entry}/doomed"):
                     discard_entry(environment, trash, entry, only_doomed=True)
                 elif not os.path.exists(f"{entry}/data"):
                     discard_unfinished(trash, entry)
+
+
+def _folders(path: str) -> list[str]:
+    """The paths of the folders in a folder; none when it is not there."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as found:
+        return [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+    return []
 
 
 def discard_unfinished(trash: TrashCan, entry: str) -> None:

@@ -20,13 +20,15 @@ from contextlib import suppress
 
 from snaploader.filecache.flushing import flush_file_system
 from snaploader.filecache.layout import Layout
-from snaploader.filecache.locks import FileLock
+from snaploader.filecache.locks import FileLock, is_odd
 from snaploader.filecache.session import Session
+from snaploader.folders import OddEntry, open_regular
 
 BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 CLOCK_SLACK_NS = 1_000_000_000
 """File times come from a clock that lags by up to one tick; a second is plenty."""
 MAX_WINDOWS = 16
+_MAX_STATE_BYTES = 64 << 10
 Window = tuple[int, int]
 
 
@@ -58,7 +60,7 @@ class Durability:
         self._base = layout.base
         self._session = session
         self._boot_id = boot_id
-        self._lock = FileLock(f"{layout.usage}/state.lock")
+        self._lock = FileLock(session.open_written(f"{layout.usage}/state.lock"))
         try:
             with self._lock.held():
                 boot, flushed_ns, self._windows = self._load()
@@ -108,8 +110,11 @@ class Durability:
         self._lock.close()
 
     def _load(self) -> tuple[str, int, list[Window]]:
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            with open(self._path, encoding="utf-8") as file:
+        with suppress(FileNotFoundError, OddEntry, ValueError, KeyError, TypeError):
+            fd, status = open_regular(self._path)
+            with os.fdopen(fd, encoding="utf-8") as file:
+                if status.st_size > _MAX_STATE_BYTES:
+                    return "", 0, []
                 checksum, _, text = file.read().partition("\n")
             if hashlib.sha256(text.encode()).hexdigest() == checksum:
                 state = json.loads(text)
@@ -124,9 +129,8 @@ class Durability:
             "suspect_windows_ns": self._windows,
         }
         text = json.dumps(state, sort_keys=True)
-        temporary = self._session.temp_path()
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, self._path)
+        data = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode()
+        with self._session.staged(data, flush=True) as temporary:
+            if is_odd(self._path):
+                self._session.set_aside(self._path)
+            os.rename(temporary, self._path)

@@ -9,6 +9,7 @@ When only entries that were used since are left, the next scan makes a new list.
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
@@ -16,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from snaploader.errors import ResourceExhausted, translate_os_errors
-from snaploader.filecache import directories, session
+from snaploader.filecache import directories
 from snaploader.filecache.candidates import Candidates
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
@@ -26,8 +27,9 @@ from snaploader.filecache.locks import FileLock
 from snaploader.filecache.pintable import PinTable
 from snaploader.filecache.protection import Protection
 from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import Scan, disk_bytes, entry_name
+from snaploader.filecache.scan import Scan, disk_bytes, entry_name, group_names, set_aside_odd
 from snaploader.filecache.trash import TrashCan
+from snaploader.folders import OddEntry
 
 MAX_FRUITLESS_SCANS = 3
 """Scans in a row that others changed the cache during, after which it is believed that nothing can go."""
@@ -65,7 +67,7 @@ class Evictor:
         self._protection = Protection(environment.layout, pins)
         self._candidates: Candidates | None = None
         self._exhausted: _Exhausted | None = None
-        self._lock = FileLock(f"{environment.layout.usage}/evict.lock")
+        self._lock = FileLock(environment.session.open_written(f"{environment.layout.usage}/evict.lock"))
         with self._lock.held_now() as held:
             if held:
                 # Nobody scans; if the ledger says so, that process was killed.
@@ -180,11 +182,14 @@ class Evictor:
         path = self._env.layout.entry(space, hash_, group)
         try:
             status = os.stat(path, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode):
+                self._env.session.set_aside(path)
+                return None
             if status.st_atime_ns > candidates.scan.used_ns[row]:
                 candidates.put_back(row, status.st_atime_ns)
                 return None
             os.unlink(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         self._env.checkpoint("evict.unlinked")
         size = disk_bytes(status)
@@ -193,7 +198,7 @@ class Evictor:
 
     def _evict_directory(self, group: str, hash_: str, candidates: Candidates, row: int) -> int | None:
         entry = self._env.layout.entry(Space.TREES, hash_, group)
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError, OddEntry):
             _, used_ns = directories.measure_entry(entry)
             if used_ns <= candidates.scan.used_ns[row]:
                 return directories.discard_entry(self._env, self._trash, entry)
@@ -207,8 +212,8 @@ class Evictor:
     def _rescan(self) -> None:
         """Scan, set the ledger right, and order what was found. The caller holds the eviction lock."""
         layout = self._env.layout
-        session.sweep(layout)
-        for group in os.listdir(layout.groups):
+        self._env.session.sweep()
+        for group in group_names(layout):
             directories.sweep_doomed(self._env, self._trash, layout, group)
         ledger = self._env.ledger
         # Here too, so that nobody waits; and again, as some hand may have moved files.
@@ -233,6 +238,8 @@ class Evictor:
             section.set_total(total)
             self._protection.refresh(section, again=True)
         self._env.counters.add(scans=1)
+        for path in scan.odd:
+            set_aside_odd(self._env, path)
         if not scan.suspects and self._durability.any_suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)

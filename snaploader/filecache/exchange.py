@@ -10,7 +10,7 @@ import stat
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import content
-from snaploader.filecache.blobs import BLOB_MODE, BlobSpace
+from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.content import suppress_errnos
 from snaploader.filecache.staging import NO_TMPFILE, link_nameless
 
@@ -18,7 +18,7 @@ _NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, 
 """Why a link may be refused where a copy works; see link(2)."""
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 """Not to wait for the writer of a FIFO, which is refused then."""
-WRITABLE_MODE = 0o644
+WRITABLE_MODE = 0o600
 
 
 def put_bytes(blobs: BlobSpace, digest: Digest, data: Buffer) -> bool:
@@ -98,14 +98,19 @@ def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Dig
             os.close(source)
 
 
-def materialize(blobs: BlobSpace, digest: Digest, destination: str, *, writable: bool) -> None:
+def materialize(
+    blobs: BlobSpace, digest: Digest, destination: str, *, writable: bool, mode: int | None
+) -> None:
     """See `FileCache.materialize`."""
     fd = blobs.open(digest)
     try:
         with translate_os_errors(f"cannot put blob {digest} at {destination!r}"):
             try:
-                if writable or not _link_out(blobs, digest, fd, destination):
-                    _copy_out(fd, digest.size_bytes, destination, WRITABLE_MODE if writable else BLOB_MODE)
+                if mode is None:
+                    mode = WRITABLE_MODE if writable else blobs.mode
+                # A link shows the mode of the blob, which the cache and other links share.
+                if writable or mode != blobs.mode or not _link_out(blobs, digest, fd, destination):
+                    _copy_out(fd, digest.size_bytes, destination, mode)
             except FileExistsError:
                 raise FailedPrecondition(
                     f"{destination!r} exists and is not overwritten: remove it or choose another place"
@@ -131,7 +136,7 @@ def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
     """Copy to a new file that gets its name in one step when it is whole, and never before."""
     folder = os.path.dirname(destination) or "."
     with suppress_errnos(NO_TMPFILE):
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             content.copy_content(source, fd, size)
             os.fchmod(fd, mode)
@@ -140,7 +145,7 @@ def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
             os.close(fd)
         return
     temporary = f"{folder}/.{os.path.basename(destination)[:100]}.{secrets.token_hex(8)}"
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
             content.copy_content(source, fd, size)

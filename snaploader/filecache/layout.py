@@ -5,10 +5,12 @@ from __future__ import annotations
 import enum
 import os
 import re
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.folders import Access, check_inner, open_inner, open_root
 
 FORMAT = "v1"
 """The version of the layout. Another layout gets another name, beside this one."""
@@ -130,16 +132,31 @@ class Layout:
         """The file of a blob of this group. InvalidArgument when the digest is malformed."""
         return self.entry(_SPACES[digest.function], check_hash(digest.hash))
 
-    def create(self) -> None:
-        """Make the folders that always exist. The group's own are made when something is stored."""
-        with translate_os_errors(f"cannot make the cache folder {self.root!r}", absent=FailedPrecondition):
-            for path in (
-                self.groups,
-                self.sessions,
-                self.trash,
-                self.quarantine,
-                self.leases,
-                self.usage,
-                self.group_path(),
-            ):
-                os.makedirs(path, mode=0o777, exist_ok=True)
+    def create(self, access: Access) -> int:
+        """Make the folders that always exist, and look at those that are there; a descriptor of `base`.
+
+        Those of the group's entries are made when something is stored. Errors as `open_root`.
+        """
+        with (
+            translate_os_errors(f"cannot make the cache folder {self.root!r}", absent=FailedPrecondition),
+            ExitStack() as opened,
+        ):
+
+            def inner(name: str, parent: int, path: str) -> int:
+                fd = open_inner(name, parent, access, path)
+                opened.callback(os.close, fd)
+                return fd
+
+            root = open_root(self.root, access, "the cache folder")
+            opened.callback(os.close, root)
+            base = open_inner(FORMAT, root, access, self.base)
+            with ExitStack() as undo:
+                undo.callback(os.close, base)
+                for path in (self.sessions, self.trash, self.quarantine, self.leases, self.usage):
+                    inner(os.path.basename(path), base, path)
+                group = inner(self.group, inner("groups", base, self.groups), self.group_path())
+                for name in ("blobs", "refs", "trees", "pins"):
+                    with suppress(FileNotFoundError):
+                        check_inner(name, group, access, f"{self.group_path()}/{name}")
+                undo.pop_all()
+        return base

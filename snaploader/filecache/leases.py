@@ -16,10 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache import session as sessions
-from snaploader.filecache.hashes import Prefixes, are_among
+from snaploader.filecache.content import read_file
+from snaploader.filecache.hashes import Prefixes, are_among, distinct
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.ledger import Ledger
 from snaploader.filecache.session import Session
+from snaploader.folders import OddEntry, open_regular
+
+_MAX_LEASE_BYTES = 8 << 24
+"""Of hashes as many as a pin may keep; what is larger is no lease."""
 
 
 class Lease:
@@ -34,15 +39,17 @@ class Lease:
         self._path: str | None = None
         if not len(prefixes):
             return
-        temporary = session.temp_path()
-        with open(temporary, "wb") as file:
-            file.write(np.unique(prefixes).astype("<u8").tobytes())
         path = f"{layout.leases}/{session.unique_name()}"
         # Evictions happen in sections too, so none is under way that has not seen this lease.
-        with ledger.section() as section:
+        data = distinct(prefixes).astype("<u8").tobytes()
+        with session.staged(data) as temporary, ledger.section() as section:
             os.rename(temporary, path)
             # Killed here, the lease ends with its session.
-            section.leases_changed()
+            try:
+                section.leases_changed()
+            except BaseException:
+                os.unlink(path)
+                raise
         self._path = path
 
     def release(self) -> None:
@@ -88,12 +95,24 @@ class LeaseTable:
             if token not in alive:
                 alive[token] = sessions.is_alive(self._layout, token)
             if alive[token]:
-                with suppress(FileNotFoundError):
-                    held.append(np.fromfile(f"{self._layout.leases}/{name}", dtype="<u8").astype(np.uint64))
-        self._prefixes = np.unique(np.concatenate(held))
+                with suppress(FileNotFoundError, OddEntry):
+                    held.append(_load(f"{self._layout.leases}/{name}"))
+        self._prefixes = distinct(np.concatenate(held))
         self._generation = generation
         return True
 
     def protected(self, prefixes: Prefixes) -> npt.NDArray[np.bool_]:
         """For each whether it is leased."""
         return are_among(prefixes, self._prefixes)
+
+
+def _load(path: str) -> Prefixes:
+    """What a lease keeps; nothing if no cache wrote such a file."""
+    fd, status = open_regular(path)
+    try:
+        if status.st_size > _MAX_LEASE_BYTES:
+            return np.empty(0, dtype=np.uint64)
+        data = read_file(fd, status.st_size)
+    finally:
+        os.close(fd)
+    return np.frombuffer(data, dtype="<u8", count=len(data) // 8).astype(np.uint64)

@@ -16,13 +16,18 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from snaploader.filecache.locks import FileLock
+from snaploader.filecache.session import Session
+from snaploader.filecache.trash import remove_tree
+from snaploader.folders import OddEntry, open_regular
 
 _FORMAT = struct.Struct("<8sqqqqq")
 _MAGIC = b"snapled1"
 _UNKNOWN = -1
+_MAX_JOURNAL_CHARACTERS = 256 << 20
+"""A scan during which more than a million entries change is put right by the next one."""
 
 
 class Section:
@@ -109,9 +114,10 @@ class Section:
 class Ledger:
     """The shared count of a cache folder. Thread-safe, process-safe."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, session: Session, folder: str) -> None:
+        self._session = session
         self._journal = f"{folder}/journal"
-        self.lock = FileLock(f"{folder}/ledger")
+        self.lock = FileLock(session.open_written(f"{folder}/ledger"))
 
     @contextmanager
     def section(self) -> Iterator[Section]:
@@ -141,7 +147,7 @@ class Ledger:
     # For sections only
 
     def note(self, entry: str, new_bytes: int) -> None:
-        fd = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = self._session.open_written(self._journal, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(fd, f"{new_bytes} {entry}\n".encode())
         finally:
@@ -149,9 +155,9 @@ class Ledger:
 
     def read_journal(self) -> dict[str, int]:
         try:
-            with open(self._journal, encoding="utf-8") as file:
-                lines = file.read().splitlines()
-        except FileNotFoundError:
+            with os.fdopen(open_regular(self._journal)[0], encoding="utf-8", errors="replace") as file:
+                lines = file.read(_MAX_JOURNAL_CHARACTERS).splitlines()
+        except (FileNotFoundError, OddEntry):
             return {}
         changed = {}
         for line in lines:
@@ -162,5 +168,4 @@ class Ledger:
         return changed
 
     def clear_journal(self) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(self._journal)
+        remove_tree(self._journal)

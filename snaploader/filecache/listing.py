@@ -65,19 +65,20 @@ class ShardListings:
     def _hashes(self, space: Space, shard: str) -> HashSet:
         path = f"{self._layout.group_path()}/{space.folder}/{shard}"
         try:
-            modified_ns = os.stat(path).st_mtime_ns
-        except FileNotFoundError:
+            modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
             return _EMPTY
         known = self._listings.get(path)
         if known is not None and known.trusted and known.modified_ns == modified_ns:
             return known.hashes
         trusted = abs(time.time_ns() - modified_ns) > RACY_NS
         try:
-            names = os.listdir(path)
+            with os.scandir(path) as found:
+                names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
             if self._durability.any_suspects:
                 names = self._without_suspects(path, names)
             hashes = HashSet(_to_words(shard, names))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return _EMPTY
         with self._lock:
             self._listings[path] = _Listing(modified_ns, trusted, hashes)

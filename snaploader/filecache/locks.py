@@ -9,27 +9,27 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from snaploader.errors import Cancelled
+from snaploader.folders import OddEntry, open_regular
 
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-_EXISTING_FLAGS = os.O_RDONLY | os.O_CLOEXEC
-"""Enough to lock, and all that another user's file may allow."""
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class FileLock:
     """Mutual exclusion among threads and processes. Not reentrant.
 
     Args:
-        path: The lock file, made if absent and never removed.
+        fd: Of the lock file, which is never removed. It is closed with the lock.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, fd: int) -> None:
         self._threads = threading.Lock()
-        self.fd = os.open(path, _FLAGS, 0o666)
+        self.fd = fd
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -73,8 +73,11 @@ class FileLock:
                 self.fd = -1
 
 
-def lock_new(path: str, *, wait: bool = True, mode: int = 0o666) -> int:
+def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:
     """The descriptor of a lock file, locked, which is made if absent, and which others may remove.
+
+    Args:
+        mode: Its permissions if it is this user's, whatever the umask says.
 
     Raises:
         BlockingIOError: Another holds it, and there is to be no waiting.
@@ -83,7 +86,10 @@ def lock_new(path: str, *, wait: bool = True, mode: int = 0o666) -> int:
         fd = os.open(path, _FLAGS, mode)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
+            status = os.fstat(fd)
+            if status.st_nlink:
+                if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
+                    os.fchmod(fd, mode)
                 return fd
         except BaseException:
             os.close(fd)
@@ -92,23 +98,42 @@ def lock_new(path: str, *, wait: bool = True, mode: int = 0o666) -> int:
         os.close(fd)
 
 
-def is_dead(path: str) -> bool:
+def exists(path: str, *, dir_fd: int | None = None) -> bool:
+    """Whether anything is there, be it a link that leads nowhere."""
+    return _lstat(path, dir_fd) is not None
+
+
+def is_odd(path: str, *, dir_fd: int | None = None) -> bool:
+    """Whether something is there that is no regular file, so that it is nobody's lock."""
+    status = _lstat(path, dir_fd)
+    return status is not None and not stat.S_ISREG(status.st_mode)
+
+
+def _lstat(path: str, dir_fd: int | None) -> os.stat_result | None:
+    try:
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def is_dead(path: str, *, dir_fd: int | None = None) -> bool:
     """Whether nobody holds the lock file: its owner ended, or it is gone. An unreadable one is held."""
-    fd = try_lock(path)
+    fd = try_lock(path, dir_fd=dir_fd)
     if fd is None:
-        return not os.path.exists(path)
+        status = _lstat(path, dir_fd)
+        return status is None or not stat.S_ISREG(status.st_mode)
     os.close(fd)
     return True
 
 
-def try_lock(path: str, *, shared: bool = False) -> int | None:
+def try_lock(path: str, *, shared: bool = False, dir_fd: int | None = None) -> int | None:
     """The descriptor of an existing lock file, locked; None when another holds it or it is gone.
 
-    Nor when it may not be read: another user made it, who may hold it.
+    Nor when it may not be read: another user made it, who may hold it; nor when it is no regular file.
     """
     try:
-        fd = os.open(path, _EXISTING_FLAGS)
-    except (FileNotFoundError, PermissionError):
+        fd = open_regular(path, dir_fd=dir_fd)[0]
+    except (FileNotFoundError, PermissionError, NotADirectoryError, OddEntry):
         return None
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -125,7 +150,7 @@ def try_lock(path: str, *, shared: bool = False) -> int | None:
 
 def lock_existing(path: str, *, shared: bool = False) -> int:
     """The descriptor of an existing lock file, after waiting for the lock. FileNotFoundError when it goes."""
-    fd = os.open(path, _EXISTING_FLAGS)
+    fd = open_regular(path)[0]
     try:
         fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:

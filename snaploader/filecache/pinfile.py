@@ -23,6 +23,7 @@ from snaploader.errors import InvalidArgument
 from snaploader.filecache.content import read_file
 from snaploader.filecache.hashes import Words
 from snaploader.filecache.layout import check_hash
+from snaploader.folders import OddEntry, open_regular
 
 UNKNOWN_SIZE = -1
 MAX_PIN_ENTRIES = 1 << 24
@@ -105,12 +106,21 @@ def decode(name: str, data: bytes) -> Pin | None:
     )
 
 
+def _has_size(header: bytes, size: int) -> bool:
+    hashes, refs = _COUNTS.unpack_from(header, _CHECKED_FROM)
+    return bool(size == _HEADER_BYTES + hashes * _HASH_AND_SIZE_BYTES + refs * HASH_BYTES)
+
+
 def load(path: str) -> tuple[os.stat_result, Pin | None]:
     """What stands in a pin's file, and the file's status; None for a damaged one. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        status = os.fstat(fd)
+        fd, status = open_regular(path)
+    except OddEntry:
+        return os.lstat(path), None
+    try:
         is_sane = _HEADER_BYTES <= status.st_size <= _MAX_FILE_BYTES
+        # Not even its beginning is read into memory with all the rest unless that fits its size.
+        is_sane = is_sane and _has_size(os.pread(fd, _HEADER_BYTES, 0), status.st_size)
         data = read_file(fd, status.st_size) if is_sane else b""
         return status, decode(os.path.basename(path), data)
     finally:

@@ -20,6 +20,7 @@ from snaploader.filecache import pinfile
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.flushing import flush_folder
 from snaploader.filecache.hashes import Words, to_hex, to_words
+from snaploader.filecache.locks import is_odd
 from snaploader.filecache.pinfile import MAX_PIN_ENTRIES, UNKNOWN_SIZE, Pin
 
 
@@ -47,25 +48,20 @@ class PinSpace:
                 f"pin {name!r} of {len(words)} blobs and {len(keys)} refs: {MAX_PIN_ENTRIES} of each at most"
             )
         with translate_os_errors(f"cannot pin {name!r}"):
-            temporary = self._env.session.temp_path()
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(pinfile.encode(words, sizes_bytes, keys))
-                    file.flush()
-                    os.fsync(file.fileno())
+            session = self._env.session
+            with session.staged(pinfile.encode(words, sizes_bytes, keys), flush=True) as temporary:
                 self._env.checkpoint("pin.written")
-                os.makedirs(self._folder, exist_ok=True)
+                session.make_folder(self._folder)
                 # Evictions happen in sections too, so none is under way that has not seen this pin.
                 with self._env.ledger.section() as section:
                     # First, so that a pin whose process is killed here is seen as well.
                     section.pins_changed()
                     self._env.checkpoint("pin.announced")
+                    if is_odd(path):
+                        session.set_aside(path)
                     os.rename(temporary, path)
                 self._env.checkpoint("pin.renamed")
                 self._flush_folder()
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
 
     def unpin(self, name: str) -> bool:
         """See `FileCache.unpin`."""
@@ -76,7 +72,10 @@ class PinSpace:
                     return False
                 section.pins_changed()
                 self._env.checkpoint("unpin.announced")
-                os.unlink(path)
+                if is_odd(path):
+                    self._env.session.set_aside(path)
+                else:
+                    os.unlink(path)
             self._env.checkpoint("unpin.unlinked")
             self._flush_folder()
         return True

@@ -20,18 +20,24 @@ import numpy.typing as npt
 
 from snaploader.filecache.hashes import Prefixes
 from snaploader.filecache.locks import FileLock
+from snaploader.filecache.session import Session
+from snaploader.folders import OddEntry, open_regular
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
 Records = npt.NDArray[np.void]
 COMPACT_BYTES = 32 << 20
 """Size from which the log is rewritten with one record per key."""
+_MAX_READ_BYTES = 1 << 30
 
 
 def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
     """Record a use in the file itself. Its time of last write stays, for it is part of its identity."""
     # A cache shared with another user can be read without owning its files.
     with suppress(PermissionError):
-        os.utime(path, ns=(now_ns, status.st_mtime_ns))
+        if isinstance(path, int):
+            os.utime(path, ns=(now_ns, status.st_mtime_ns))
+        else:
+            os.utime(path, ns=(now_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
 class Position(NamedTuple):
@@ -44,9 +50,10 @@ class Position(NamedTuple):
 class UseLog:
     """Uses in bulk. Thread-safe, process-safe."""
 
-    def __init__(self, path: str, lock: FileLock) -> None:
+    def __init__(self, path: str, lock: FileLock, session: Session) -> None:
         self._path = path
         self._lock = lock
+        self._session = session
 
     def append(self, group: str, prefixes: Prefixes, now_ns: int) -> None:
         """Record that all of these entries of a group were used now."""
@@ -54,12 +61,13 @@ class UseLog:
         records["key"] = keys(group, prefixes)
         records["time_ns"] = now_ns
         with self._lock.held():
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = self._session.open_written(self._path)
             try:
                 size = os.fstat(fd).st_size
                 if size > COMPACT_BYTES:
+                    new_fd, size = self._compacted()
                     os.close(fd)
-                    fd, size = self._compacted()
+                    fd = new_fd
                 # What a writer that was killed or met a full disk left of a record is overwritten.
                 position = size - size % _RECORD.itemsize
                 view = memoryview(records.tobytes())
@@ -72,12 +80,14 @@ class UseLog:
     def read(self, since: Position = Position()) -> tuple[Records, Position]:  # noqa: B008
         """The records after `since`, or all when the log was rewritten; and how far they go."""
         try:
-            file = open(self._path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
+            fd, status = open_regular(self._path)
+        except (FileNotFoundError, OddEntry):
             return np.empty(0, dtype=_RECORD), since
-        with file:
-            status = os.fstat(file.fileno())
+        with os.fdopen(fd, "rb") as file:
             offset = since.offset if since.inode == status.st_ino else 0
+            if status.st_size - offset > _MAX_READ_BYTES:
+                # Nobody's log grows so far: it is compacted long before.
+                return np.empty(0, dtype=_RECORD), Position(status.st_ino, status.st_size)
             file.seek(offset)
             data = file.read(max(0, status.st_size - offset))
         whole = len(data) - len(data) % _RECORD.itemsize
@@ -97,17 +107,9 @@ class UseLog:
         if latest.nbytes > COMPACT_BYTES // 2:
             # More than any cache holds blobs: the ones unused for longest do not matter any more.
             latest = latest[np.argsort(latest["time_ns"])][-(COMPACT_BYTES // 2 // _RECORD.itemsize) :]
-        temporary = f"{self._path}.new"
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            view = memoryview(latest.tobytes())
-            while view:
-                view = view[os.write(fd, view) :]
+        with self._session.staged(latest.tobytes()) as temporary:
             os.rename(temporary, self._path)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd, latest.nbytes
+        return self._session.open_written(self._path), latest.nbytes
 
 
 def keys(group: str, prefixes: Prefixes) -> Prefixes:

@@ -13,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import content, recency
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Space, check_hash
 from snaploader.filecache.ledger import Section
-from snaploader.filecache.scan import disk_bytes, entries, entry_name
+from snaploader.filecache.scan import disk_bytes, entries, entry_name, set_aside_odd
+from snaploader.folders import OddEntry, open_regular
 
 _MAGIC = b"snapref1"
 _HEADER_BYTES = len(_MAGIC) + 32
@@ -55,11 +56,13 @@ class RefSpace:
         absent = f"ref {key} is not in the file cache"
         with translate_os_errors(f"cannot read ref {key}"):
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
+                fd, status = open_regular(path)
+            except (FileNotFoundError, NotADirectoryError):
                 raise NotFound(absent) from None
+            except OddEntry as error:
+                set_aside_odd(self._env, path)
+                raise NotFound(f"{absent}: {error}") from error
             try:
-                status = os.fstat(fd)
                 value = decode(content.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
                 if value is not None:
                     recency.touch(fd, status, self._env.now_ns() if use else status.st_atime_ns)
@@ -78,35 +81,33 @@ class RefSpace:
             raise InvalidArgument(f"ref {key} of {len(value)} bytes is bigger than {MAX_REF_BYTES}")
         if not overwrite and self._stands(key):
             return False
-        with translate_os_errors(f"cannot write ref {key}"):
-            temporary = self._env.session.temp_path()
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(encode(value))
-                    file.flush()
-                    status = os.fstat(file.fileno())
-                recency.touch(temporary, status, self._env.now_ns())
-                self._env.checkpoint("ref.written")
-                while True:
-                    with self._env.ledger.section() as section:
-                        total = section.total_bytes
-                        if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
-                            return self._publish(section, key, temporary, path, disk_bytes(status), overwrite)
-                    self._make_room(disk_bytes(status))
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
+        with (
+            translate_os_errors(f"cannot write ref {key}"),
+            self._env.session.staged(encode(value)) as temporary,
+        ):
+            status = os.stat(temporary)
+            recency.touch(temporary, status, self._env.now_ns())
+            self._env.checkpoint("ref.written")
+            while True:
+                with self._env.ledger.section() as section:
+                    total = section.total_bytes
+                    if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
+                        return self._publish(section, key, temporary, path, disk_bytes(status), overwrite)
+                self._make_room(disk_bytes(status))
 
     def _publish(
         self, section: Section, key: str, temporary: str, path: str, size: int, overwrite: bool
     ) -> bool:
         try:
-            old = disk_bytes(os.stat(path, follow_symlinks=False))
-            if not overwrite:
+            found = os.stat(path, follow_symlinks=False)
+            old = disk_bytes(found)
+            if not stat.S_ISREG(found.st_mode):
+                self._env.session.set_aside(path)
+            elif not overwrite:
                 return False
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             old = 0
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            self._env.session.make_folder(os.path.dirname(path))
         section.change(self._name(key), old, size)
         self._env.checkpoint("ref.counted")
         os.rename(temporary, path)
@@ -138,8 +139,11 @@ class RefSpace:
                 status = os.stat(path, follow_symlinks=False)
                 if inode is not None and status.st_ino != inode:
                     return False
-                os.unlink(path)
-            except FileNotFoundError:
+                if not stat.S_ISREG(status.st_mode):
+                    self._env.session.set_aside(path)
+                else:
+                    os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError):
                 return False
             section.change(self._name(key), disk_bytes(status), 0)
         return True

@@ -8,29 +8,46 @@ age plays no part.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
-import shutil
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-from snaploader.filecache import locks
+from snaploader.digest import Buffer
+from snaploader.filecache import content, locks
 from snaploader.filecache.layout import Layout
+from snaploader.filecache.trash import remove_tree
+from snaploader.folders import Access, OddEntry, kind_of, make_inside, open_inner, open_new, open_written
 
 _LOCK = ".lock"
+MAX_QUARANTINED = 16
+"""Bad files that are kept for inspection."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Session:
-    """The session of one open cache. Thread-safe."""
+    """The session of one open cache. Thread-safe.
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        base: A descriptor of the layout's base, which the session closes.
+    """
+
+    def __init__(self, layout: Layout, access: Access, base: int) -> None:
         self._layout = layout
+        self.access = access
+        self._base = base
         self.pid = os.getpid()
         self.token = f"{self.pid}-{secrets.token_hex(8)}"
         self._numbers = itertools.count()
         self.staging = f"{layout.sessions}/{self.token}"
-        self._fd = locks.lock_new(self.staging + _LOCK)
+        self._fd = -1
         try:
-            os.mkdir(self.staging, 0o777)
+            self._fd = locks.lock_new(self.staging + _LOCK, mode=access.file_mode)
+            with self.folder(layout.sessions) as sessions:
+                os.close(open_inner(self.token, sessions, access, self.staging))
         except BaseException:
             self.close()
             raise
@@ -43,17 +60,95 @@ class Session:
         """A new path in the staging folder."""
         return f"{self.staging}/{next(self._numbers)}"
 
+    @contextmanager
+    def staged(self, data: Buffer, *, flush: bool = False) -> Iterator[str]:
+        """The path of a new file in the staging folder, which is removed at the end unless it was renamed.
+
+        Args:
+            flush: Have the bytes on disk first.
+        """
+        path = self.temp_path()
+        try:
+            fd = open_new(path, self.access.file_mode, os.O_WRONLY)
+            try:
+                content.write_all(fd, data)
+                if flush:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    @contextmanager
+    def folder(self, path: str) -> Iterator[int]:
+        """A descriptor of a folder in the layout's base, looked at again: others may have replaced it."""
+        name = os.path.basename(path)
+        fd = open_inner(name, self._base, self.access, path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def open_written(self, path: str, flags: int = os.O_RDWR) -> int:
+        """A descriptor of a file that is written in place, made if absent. What is no file is set aside."""
+        with suppress(OddEntry):
+            return open_written(path, flags, self.access)
+        self.set_aside(path)
+        return open_written(path, flags, self.access)
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder of the layout and those above it. What is in the way, and no folder, is set aside."""
+        while True:
+            try:
+                make_inside(self._layout.base, path, self.access)
+                break
+            except NotADirectoryError as error:
+                self.set_aside(os.fsdecode(error.filename))
+
+    def set_aside(self, path: str, *, known: os.stat_result | None = None) -> os.stat_result | None:
+        """Move what should not be where it is to the quarantine; its status, None when it is gone.
+
+        Args:
+            known: Only if it is still that very file.
+        """
+        try:
+            status = os.lstat(path)
+            if known is not None and (known.st_dev, known.st_ino) != (status.st_dev, status.st_ino):
+                return None
+            target = f"{self._layout.quarantine}/{_kept_name(path)}.{self.unique_name()}"
+            os.rename(path, target)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            _logger.warning("%r was %s and was moved to %r", path, kind_of(status), target)
+        with self.folder(self._layout.quarantine) as folder:
+            _keep_newest(folder, MAX_QUARANTINED)
+        return status
+
     def close(self) -> None:
-        """End the session and remove its files. In a forked child it only drops the descriptor."""
-        if self._fd < 0:
+        """End the session and remove its files. In a forked child it only drops the descriptors."""
+        if self._base < 0:
             return
         try:
             # The whole folder may have been removed while it was in use.
-            if os.getpid() == self.pid and os.path.isdir(self._layout.leases):
-                _remove_session(self._layout, self.token)
+            if self._fd >= 0 and os.getpid() == self.pid and os.path.isdir(self._layout.leases):
+                with (
+                    self.folder(self._layout.sessions) as sessions,
+                    self.folder(self._layout.leases) as leases,
+                ):
+                    _remove_session(sessions, leases, self.token)
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            if self._fd >= 0:
+                os.close(self._fd)
+            os.close(self._base)
+            self._fd = self._base = -1
+
+    def sweep(self) -> int:
+        """Remove what dead sessions left; how many there were. Any number of processes may do so."""
+        with self.folder(self._layout.sessions) as sessions, self.folder(self._layout.leases) as leases:
+            return _sweep(sessions, leases)
 
 
 def is_alive(layout: Layout, token: str) -> bool:
@@ -61,39 +156,51 @@ def is_alive(layout: Layout, token: str) -> bool:
     return not locks.is_dead(f"{layout.sessions}/{token}{_LOCK}")
 
 
-def sweep(layout: Layout) -> int:
-    """Remove what dead sessions left; how many there were. Safe at any time, by any number of processes."""
+def _sweep(sessions: int, leases: int) -> int:
     swept = 0
-    names = set(os.listdir(layout.sessions))
+    names = set(os.listdir(sessions))
     for name in names:
         if name.endswith(_LOCK):
-            fd = locks.try_lock(f"{layout.sessions}/{name}")
+            token = name.removesuffix(_LOCK)
+            fd = locks.try_lock(name, dir_fd=sessions)
             if fd is not None:
                 try:
-                    _remove_session(layout, name.removesuffix(_LOCK))
+                    _remove_session(sessions, leases, token)
                 finally:
                     os.close(fd)
                 swept += 1
-    for name in os.listdir(layout.leases):
+            elif locks.is_odd(name, dir_fd=sessions):
+                _remove_session(sessions, leases, token)
+    for name in os.listdir(leases):
         token = name.partition(".")[0]
-        if f"{token}{_LOCK}" not in names and not is_alive(layout, token):
-            with suppress(FileNotFoundError, PermissionError):
-                os.unlink(f"{layout.leases}/{name}")
+        if f"{token}{_LOCK}" not in names and locks.is_dead(f"{token}{_LOCK}", dir_fd=sessions):
+            remove_tree(name, dir_fd=leases)
     return swept
 
 
-def _remove_session(layout: Layout, token: str) -> None:
+def _remove_session(sessions: int, leases: int, token: str) -> None:
     """Remove a session's files, its lock last so that they stay findable. The caller holds the lock.
 
     What only the user who made it may remove is left, with the lock, to a cache opened by that user.
     """
-    staging = f"{layout.sessions}/{token}"
-    shutil.rmtree(staging, ignore_errors=True)
-    with suppress(PermissionError):
-        for name in os.listdir(layout.leases):
-            if name.partition(".")[0] == token:
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{layout.leases}/{name}")
-        if not os.path.exists(staging):
-            with suppress(FileNotFoundError):
-                os.unlink(staging + _LOCK)
+    remove_tree(token, dir_fd=sessions)
+    for name in os.listdir(leases):
+        if name.partition(".")[0] == token:
+            remove_tree(name, dir_fd=leases)
+    if not locks.exists(token, dir_fd=sessions):
+        remove_tree(token + _LOCK, dir_fd=sessions)
+
+
+def _kept_name(path: str) -> str:
+    """How a path below the base is called in the quarantine."""
+    folder, name = os.path.split(path)
+    return (os.path.basename(folder) + name)[-120:]
+
+
+def _keep_newest(folder: int, count: int) -> None:
+    found = []
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):
+            found.append((os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime_ns, name))
+    for _, name in sorted(found)[:-count]:
+        remove_tree(name, dir_fd=folder)

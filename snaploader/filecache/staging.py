@@ -16,6 +16,7 @@ from typing import Self
 
 from snaploader.filecache.content import suppress_errnos
 from snaploader.filecache.session import Session
+from snaploader.folders import open_new
 
 NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 """What open(2) says where the file system knows no O_TMPFILE."""
@@ -36,12 +37,12 @@ class StagedFile:
         with suppress_errnos(NO_TMPFILE):
             try:
                 self.fd = os.open(folder, _FLAGS | os.O_TMPFILE, 0o600)
-            except FileNotFoundError:
-                os.makedirs(folder, exist_ok=True)
+            except (FileNotFoundError, NotADirectoryError):
+                session.make_folder(folder)
                 self.fd = os.open(folder, _FLAGS | os.O_TMPFILE, 0o600)
             return
         path = session.temp_path()
-        self.fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+        self.fd = open_new(path, 0o600)
         self._path = path
 
     def link(self, target: str) -> None:

@@ -12,8 +12,12 @@ import shutil
 import stat
 import threading
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from snaploader.filecache.session import Session
+from snaploader.errors import SnaploaderError
+
+if TYPE_CHECKING:
+    from snaploader.filecache.session import Session
 
 
 class TrashCan:
@@ -43,7 +47,9 @@ class TrashCan:
 
     def sweep(self) -> None:
         """Remove everything that lies in the trash, from whatever time."""
-        for name in os.listdir(self._folder):
+        with self._session.folder(self._folder) as folder:
+            names = os.listdir(folder)
+        for name in names:
             self.empty(f"{self._folder}/{name}")
 
     def close(self) -> None:
@@ -57,23 +63,43 @@ class TrashCan:
 
     def _work(self) -> None:
         while (path := self._queue.get()) is not None:
-            remove_tree(path)
+            # Unseen by anybody: what cannot be removed is left to the next start.
+            with suppress(SnaploaderError, OSError), self._session.folder(self._folder) as folder:
+                remove_tree(os.path.basename(path), dir_fd=folder)
 
 
-def remove_tree(path: str | os.PathLike[str]) -> None:
-    """Remove a file or folder, also when others do so too or its modes forbid it; as far as that can be."""
-    if not os.path.isdir(path) or os.path.islink(path):
-        # Gone already, or another user's.
-        with suppress(FileNotFoundError, PermissionError):
-            os.unlink(path)
+def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
+    """Remove a file or folder, also when others do so too or its modes forbid it; as far as that can be.
+
+    No symbolic link is followed, also if somebody puts one in the place of a folder meanwhile.
+
+    Args:
+        dir_fd: Of the folder that a relative path is in.
+    """
+    try:
+        os.unlink(path, dir_fd=dir_fd)
         return
-    # Entries can be neither found in a folder nor unlinked from it without permission.
+    except IsADirectoryError:
+        pass
+    except OSError:
+        # Gone already, or another user's.
+        return
+    shutil.rmtree(path, ignore_errors=True, dir_fd=dir_fd)
     with suppress(OSError):
-        os.chmod(path, stat.S_IRWXU)
-    for folder, inner, _ in os.walk(path):
-        for name in inner:
-            below = os.path.join(folder, name)
-            with suppress(OSError):
-                if not os.path.islink(below):
-                    os.chmod(below, stat.S_IRWXU)
-    shutil.rmtree(path, ignore_errors=True)
+        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        # Entries can be neither found in a folder nor unlinked from it without permission.
+        _permit(path, dir_fd)
+        for _, names, _, folder in os.fwalk(path, dir_fd=dir_fd):
+            for name in names:
+                with suppress(OSError):
+                    _permit(name, folder)
+        shutil.rmtree(path, ignore_errors=True, dir_fd=dir_fd)
+
+
+def _permit(path: str | os.PathLike[str], dir_fd: int | None) -> None:
+    """Give a folder's owner all permissions. OSError when it is no folder, or another user's."""
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", stat.S_IRWXU)
+    finally:
+        os.close(fd)

@@ -87,7 +87,6 @@ class BlobFetcher:
             fetched: Called with the size when the blob came from the remote store.
         """
         mode = mode | 0o200 if writable else mode & 0o555
-        share = mode == 0o444
         while True:
             try:
                 came = self._bring(digest, allow_remote=allow_remote)
@@ -95,18 +94,15 @@ class BlobFetcher:
                 log.warning(
                     "the file cache cannot take blob %s, so it is not kept there: %s", digest, error.__cause__
                 )
-                self._place_uncached(digest, target)
-                came, share = True, False
+                self._place_uncached(digest, target, mode)
+                came = True
             else:
                 try:
-                    self.file_cache.materialize(digest, target, writable=not share)
+                    self.file_cache.materialize(digest, target, writable=writable, mode=mode)
                 except NotFound:
                     # Evicted since. The next round fetches it, or says that it is gone.
                     continue
             break
-        if not share:
-            with translate_os_errors(f"cannot set the mode of {str(target)!r}"):
-                target.chmod(mode)
         if came and fetched is not None:
             fetched(digest.size_bytes)
 
@@ -211,7 +207,7 @@ class BlobFetcher:
 
         _twice(attempt)
 
-    def _place_uncached(self, digest: Digest, target: Path) -> None:
+    def _place_uncached(self, digest: Digest, target: Path, mode: int) -> None:
         remote = self.remote
         assert remote is not None
 
@@ -222,6 +218,7 @@ class BlobFetcher:
                     with os.fdopen(fd, "wb") as file:
                         write: Callable[[Buffer], object] = file.write
                         remote.read_to(digest, write)
+                        os.fchmod(file.fileno(), mode)
                     os.rename(temporary, target)
                 except BaseException:
                     os.unlink(temporary)

@@ -17,15 +17,29 @@ import fcntl
 import hashlib
 import itertools
 import os
-import shutil
+import stat
 import urllib.parse
-from pathlib import Path
 
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.filecache.trash import remove_tree
+from snaploader.folders import (
+    Access,
+    OddEntry,
+    make_inside,
+    open_inner,
+    open_new,
+    open_private,
+    open_regular,
+    open_root,
+    open_written,
+)
 from snaploader.testing.storage import BlobReader, CheckedBytes, StagedBlob, checked
 
+_BLOB_MODE = 0o400
 _CHECKSUM_BYTES = 32
+_MAX_RESULT_BYTES = 256 << 20
+"""A cut result fails its checksum and so counts as absent."""
 
 
 class _FileReader:
@@ -50,7 +64,7 @@ class _StagedFile:
         self._digest = digest
         self._path = path
         self._check = CheckedBytes(digest)
-        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._file: int | None = open_new(path, 0o600, os.O_WRONLY)
 
     def write(self, data: Buffer) -> None:
         if self._file is None:
@@ -62,9 +76,9 @@ class _StagedFile:
         if self._file is None:
             raise FailedPrecondition(f"the upload of {self._digest} is over")
         self._check.check()
-        os.fchmod(self._file, 0o444)
+        os.fchmod(self._file, _BLOB_MODE)
         self._close()
-        _publish(self._path, self._partition.blob_path(self._digest))
+        self._partition.publish(self._path, self._partition.blob_path(self._digest))
 
     def discard(self) -> None:
         self._close()
@@ -83,12 +97,12 @@ def _write_all(descriptor: int, data: Buffer) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _publish(staged: str, path: str) -> None:
-    """Move a file to its place, making its folder when it is the first there."""
+def _publish(staged: str, path: str, base: str) -> None:
+    """Move a file to its place, making its folder below `base` when it is the first there."""
     try:
         os.rename(staged, path)
     except FileNotFoundError:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        make_inside(base, os.path.dirname(path), Access())
         os.rename(staged, path)
 
 
@@ -99,6 +113,10 @@ class DiskPartition:
         self._folder = folder
         self._staging = staging
         self._numbers = numbers
+
+    def publish(self, staged: str, path: str) -> None:
+        """Move a staged file to its place."""
+        _publish(staged, path, os.path.dirname(self._staging))
 
     def blob_path(self, digest: Digest) -> str:
         """Where a blob lies."""
@@ -113,16 +131,17 @@ class DiskPartition:
 
     def contains(self, digest: Digest) -> bool:
         try:
-            return os.stat(self.blob_path(digest)).st_size == digest.size_bytes
+            status = os.stat(self.blob_path(digest), follow_symlinks=False)
+            return stat.S_ISREG(status.st_mode) and status.st_size == digest.size_bytes
         except FileNotFoundError:
             return False
 
     def open(self, digest: Digest) -> BlobReader | None:
         try:
-            descriptor = os.open(self.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+            descriptor, status = open_regular(self.blob_path(digest))
+        except (FileNotFoundError, OddEntry):
             return None
-        size = os.fstat(descriptor).st_size
+        size = status.st_size
         if size != digest.size_bytes:
             os.close(descriptor)
             return None
@@ -134,7 +153,7 @@ class DiskPartition:
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
         if verify:
             checked(digest, data)
-        self._write_file(self.blob_path(digest), data, 0o444)
+        self._write_file(self.blob_path(digest), data, _BLOB_MODE)
 
     def delete(self, digest: Digest) -> bool:
         try:
@@ -154,14 +173,16 @@ class DiskPartition:
 
     def get_result(self, key: str) -> bytes | None:
         try:
-            content = Path(self._result_path(key)).read_bytes()
-        except FileNotFoundError:
+            descriptor, _ = open_regular(self._result_path(key))
+        except (FileNotFoundError, OddEntry):
             return None
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(_MAX_RESULT_BYTES)
         data = content[_CHECKSUM_BYTES:]
         return data if hashlib.sha256(data).digest() == content[:_CHECKSUM_BYTES] else None
 
     def put_result(self, key: str, data: bytes) -> None:
-        self._write_file(self._result_path(key), hashlib.sha256(data).digest() + data, 0o644)
+        self._write_file(self._result_path(key), hashlib.sha256(data).digest() + data, 0o600)
 
     def delete_result(self, key: str) -> bool:
         try:
@@ -177,13 +198,13 @@ class DiskPartition:
 
     def _write_file(self, path: str, data: Buffer, mode: int) -> None:
         staged = self._staged_path()
-        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        descriptor = open_new(staged, mode, os.O_WRONLY)
         try:
             try:
                 _write_all(descriptor, data)
             finally:
                 os.close(descriptor)
-            _publish(staged, path)
+            self.publish(staged, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(staged)
@@ -206,11 +227,16 @@ class DiskStorage:
         self._staging = os.path.join(self._base, "tmp")
         self._numbers = itertools.count()
         with translate_os_errors("cannot use the server's folder"):
-            os.makedirs(self._base, exist_ok=True)
+            open_private(os.path.dirname(self._base), "the server's folder", "v1")
             self._lock: int | None = _lock(os.path.join(self._base, "lock"))
             try:
-                shutil.rmtree(self._staging, ignore_errors=True)
-                os.makedirs(self._staging, exist_ok=True)
+                base = open_root(self._base, Access(), "the server's folder")
+                try:
+                    remove_tree("tmp", dir_fd=base)
+                    for name in ("tmp", "instances"):
+                        os.close(open_inner(name, base, Access(), os.path.join(self._base, name)))
+                finally:
+                    os.close(base)
             except BaseException:
                 self.close()
                 raise
@@ -231,7 +257,7 @@ class DiskStorage:
 
 
 def _lock(path: str) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_written(path, os.O_RDWR, Access())
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from snaploader.errors import Cancelled, DeadlineExceeded, translate_os_errors
 from snaploader.filecache.locks import lock_new
+from snaploader.folders import open_private
 from snaploader.workspace.names import check_workspace_id
 
 FIRST_PAUSE_S = 0.001
@@ -82,7 +83,8 @@ class WorkspaceLocks:
         self._hosts = between_hosts
         self._released = threading.Condition()
         with translate_os_errors(f"cannot make {self._folder!r}"):
-            os.makedirs(self._folder, exist_ok=True)
+            parent, name = os.path.split(os.path.abspath(self._folder))
+            open_private(parent, "the state directory", name)
 
     def acquire(
         self, workspace_id: str, *, timeout_s: float | None = None, cancelled: threading.Event | None = None

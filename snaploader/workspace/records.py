@@ -15,6 +15,7 @@ from contextlib import suppress
 
 from snaploader.errors import DataLoss, NotFound, translate_os_errors
 from snaploader.filecache.flushing import flush_folder
+from snaploader.folders import PRIVATE, open_new, open_private
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.recordformat import PausedRecord, decode, encode
 
@@ -37,7 +38,8 @@ class PausedRecords:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = os.fspath(folder)
         with translate_os_errors(f"cannot make {self._folder!r}"):
-            os.makedirs(self._folder, exist_ok=True)
+            parent, name = os.path.split(os.path.abspath(self._folder))
+            open_private(parent, "the state directory", name)
 
     @property
     def folder(self) -> str:
@@ -55,7 +57,7 @@ class PausedRecords:
         staging = self._aside(workspace_id, STAGING)
         with translate_os_errors(f"cannot write the record of paused workspace {workspace_id!r}"):
             try:
-                os.mkdir(staging)
+                os.mkdir(staging, PRIVATE)
                 write_new(f"{staging}/{_FILE}", data)
                 flush_folder(staging)
                 self.remove(workspace_id)
@@ -139,7 +141,7 @@ class PausedRecords:
 
 def write_new(path: str, data: bytes) -> None:
     """Write a new file and flush it. Raises OSError, FileExistsError when there is one."""
-    with open(path, "xb") as file:
+    with os.fdopen(open_new(path, 0o600, os.O_WRONLY), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

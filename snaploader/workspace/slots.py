@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from snaploader.errors import InvalidArgument, ResourceExhausted, translate_os_errors
 from snaploader.filecache.flushing import flush_folder
+from snaploader.folders import open_private
 from snaploader.workspace.names import check_workspace_id
 
 DEFAULT_SLOTS = 1 << 16
@@ -35,7 +36,8 @@ class SlotPool:
         self._folder = os.fspath(folder)
         self._count = count
         with translate_os_errors(f"cannot make {self._folder!r}"):
-            os.makedirs(self._folder, exist_ok=True)
+            parent, name = os.path.split(os.path.abspath(self._folder))
+            open_private(parent, "the state directory", name)
 
     @property
     def count(self) -> int:

@@ -48,9 +48,9 @@ def blob_file(cache: FileCache, digest: Digest) -> Path:
 
 def damage(path: Path, content: bytes) -> None:
     """Overwrite a read-only file in place."""
-    os.chmod(path, 0o644)
+    os.chmod(path, 0o600)
     path.write_bytes(content)
-    os.chmod(path, 0o444)
+    os.chmod(path, 0o400)
 
 
 def disk_bytes_below(root: str | os.PathLike[str], *folders: str) -> int:

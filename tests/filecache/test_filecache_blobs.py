@@ -89,7 +89,7 @@ def test_malformed_digest_among_many_is_refused(cache):
 def test_blob_file_is_read_only_and_lies_where_documented(cache):
     digest = put(cache, 1)
     path = blob_file(cache, digest)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o444
+    assert stat.S_IMODE(path.stat().st_mode) == 0o400
     assert cache.path(digest) == str(path)
 
 
@@ -217,8 +217,8 @@ def test_file_is_copied_moved_or_linked(cache, tmp_path):
         shared = blob_file(cache, digest).stat().st_ino == inodes[how]
         assert shared == (how != "copy")
         assert path.exists() == (how != "move")
-    assert stat.S_IMODE((tmp_path / "link").stat().st_mode) == 0o444
-    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "link").stat().st_mode) == 0o400
+    assert stat.S_IMODE((tmp_path / "copy").stat().st_mode) != 0o400
 
 
 def test_moved_file_goes_also_when_the_blob_was_there(cache, tmp_path):
@@ -302,7 +302,7 @@ def test_materialized_file_is_a_link_unless_writable(cache, tmp_path):
     cache.materialize(digest, tmp_path / "shared")
     cache.materialize(digest, tmp_path / "own", writable=True)
     assert (tmp_path / "shared").stat().st_ino == blob_file(cache, digest).stat().st_ino
-    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o600
     (tmp_path / "own").write_bytes(b"changed")
     assert cache.read(digest) == data
     assert (tmp_path / "shared").read_bytes() == data

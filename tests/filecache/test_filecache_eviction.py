@@ -435,3 +435,17 @@ def test_statistics_and_entries_tell_what_is_there(tmp_path):
         ]
         assert [entry.digest for entry in entries] == [second, None, first]
         assert sum(entry.disk_bytes for entry in entries) == cache.statistics().total_bytes
+
+
+def test_lease_does_not_pay_for_imports(tmp_path):
+    program = """
+import sys
+from filecache_helpers import blob
+from snaploader.filecache import FileCache
+
+with FileCache(sys.argv[1]) as cache, cache.lease([blob(1)[0], blob(2)[0], blob(1)[0]]):
+    cache.prune()
+print("numpy.ma" in sys.modules)
+"""
+    with child(program, tmp_path / "cache") as process:
+        assert process.stdout.readline() == "False\n"

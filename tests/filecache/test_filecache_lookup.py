@@ -17,9 +17,12 @@ from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument
 from snaploader.filecache import FileCache, blobs, listing, recency
 from snaploader.filecache.hashes import HashSet, to_hex, to_words
+from snaploader.filecache.layout import Layout
 from snaploader.filecache.locks import FileLock
 from snaploader.filecache.memo import VerifiedMemo
 from snaploader.filecache.recency import Position, UseLog
+from snaploader.filecache.session import Session
+from snaploader.folders import Access
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
 
@@ -140,9 +143,12 @@ def test_strange_names_in_a_blob_folder_are_passed_over(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
-    lock = FileLock(str(tmp_path / "lock"))
-    yield UseLog(str(tmp_path / "uses"), lock)
+    layout = Layout(str(tmp_path), "_default")
+    session = Session(layout, Access(), layout.create(Access()))
+    lock = FileLock(session.open_written(str(tmp_path / "lock")))
+    yield UseLog(str(tmp_path / "uses"), lock, session)
     lock.close()
+    session.close()
 
 
 def prefixes(*numbers: int):
@@ -228,7 +234,7 @@ def test_memo_knows_a_file_by_all_that_identifies_it(tmp_path):
 
 
 def test_closed_lock_says_so(tmp_path):
-    lock = FileLock(str(tmp_path / "lock"))
+    lock = FileLock(os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT))
     lock.close()
     with pytest.raises(Cancelled), lock.held():
         pass

@@ -32,12 +32,12 @@ with tempfile.TemporaryDirectory() as folder, FileCache(folder) as cache:
     cache.lease([put(cache, "b", 100)]).release()
     cache.prune()
 
-root, user, umask = sys.argv[1], int(sys.argv[2]), int(sys.argv[3], 8)
-os.umask(umask)
+root, user, mode = sys.argv[1], int(sys.argv[2]), int(sys.argv[3], 8)
+os.umask(0o077)
 os.setgroups([])
 os.setgid(user)
 os.setuid(user)
-with FileCache(root) as cache:
+with FileCache(root, cache_mode=mode) as cache:
     print("open", flush=True)
     for line in sys.stdin:
         print(eval(line), flush=True)
@@ -69,8 +69,8 @@ class OtherUser:
 
 
 @contextmanager
-def opened(root: Path, user: int, umask: str = "022") -> Iterator[OtherUser]:
-    with child(PROGRAM, root, str(user), umask) as process:
+def opened(root: Path, user: int, mode: str = "0777") -> Iterator[OtherUser]:
+    with child(PROGRAM, root, str(user), mode) as process:
         other = OtherUser(process)
         yield other
         other.close()
@@ -81,7 +81,7 @@ def root() -> Iterator[Path]:
     """A cache folder where all may write, with one blob. Not below tmp_path, which is only for its owner."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
-        with opened(Path(folder, "cache"), FIRST, "000") as first:
+        with opened(Path(folder, "cache"), FIRST) as first:
             first.does("put(cache, 'a', 100)")
         yield Path(folder, "cache")
 
@@ -102,9 +102,9 @@ def test_open_cache_of_one_user_hinders_no_other_and_its_leases_hold(root):
 
 
 def test_session_whose_lock_may_not_be_opened_counts_as_alive(root):
-    with opened(root, FIRST, "077") as first:
+    with opened(root, FIRST) as first:
         staging, lock = session_files(root, first)
-        assert lock.stat().st_mode & 0o777 == 0o600
+        lock.chmod(0o600)
         first.kill()
         with opened(root, SECOND):
             assert staging.exists()
@@ -119,6 +119,7 @@ def test_what_another_user_may_not_remove_stays_findable_for_the_owner(root):
     with opened(root, FIRST) as first:
         staging, lock = session_files(root, first)
         Path(staging, "staged").write_bytes(b"half")
+        staging.chmod(0o755)
         first.kill()
         with opened(root, SECOND):
             assert Path(staging, "staged").exists()
@@ -136,7 +137,7 @@ def test_lease_of_a_dead_session_in_a_folder_with_the_sticky_bit_hinders_nobody(
         first.kill()
         with opened(root, SECOND) as second:
             assert second.does("cache.prune()") == "0"
-    with FileCache(root):
+    with FileCache(root, cache_mode=0o777):
         pass
     assert leftovers(root) == []
 
@@ -144,6 +145,6 @@ def test_lease_of_a_dead_session_in_a_folder_with_the_sticky_bit_hinders_nobody(
 def test_directory_that_one_user_added_is_read_by_another(root):
     folder = root.parent / "folder"
     with opened(root, FIRST) as first, opened(root, SECOND) as second:
-        first.does(f"os.mkdir({str(folder)!r})")
+        first.does(f"(os.mkdir({str(folder)!r}), os.chmod({str(folder)!r}, 0o755))")
         assert first.does(f"cache.add_directory(key('d'), {str(folder)!r})") == "True"
         assert second.does("os.listdir(cache.acquire_directory(key('d')).path)") == "[]"

@@ -243,7 +243,7 @@ def test_file_modes_come_back(make_host: HostFactory, server: EmbeddedServer, mo
         restored = host.loader.restore_snapshot(host.find(), host.folder / "full").files["file"]
         assert mode_of(restored) == mode | 0o200
         # What is shared with the cache was not touched by any of it.
-        assert {mode_of(path) for path in host.blobs()} == {0o444}
+        assert {mode_of(path) for path in host.blobs()} == {0o400}
 
 
 def mode_of(path: Path) -> int:

@@ -10,7 +10,6 @@ from snaploader.cli.options import Command, common, option
 from snaploader.cli.session import Session
 from snaploader.cli.signals import stop_signal
 from snaploader.cli.values import parse_address
-from snaploader.errors import translate_os_errors
 from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
 
 
@@ -44,9 +43,6 @@ def serve(session: Session, listen: str, root: Path | None, like: str | None) ->
     when it is ready.
     """
     host, port = parse_address(listen)
-    if root is not None:
-        with translate_os_errors(f"cannot use the folder {str(root)!r}"):
-            root.mkdir(parents=True, exist_ok=True)
     options = PRESETS[like]() if like is not None else ServerOptions()
     with stop_signal() as stopped, EmbeddedServer(root, options=options, host=host, port=port) as server:
         session.output.text(server.url)

@@ -28,6 +28,7 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
+from snaploader.folders import PRIVATE
 
 SAMPLE_BYTES = 1 << 20
 MAX_CLOCK_SKEW_S = 5.0
@@ -100,7 +101,7 @@ def _errno(error: BaseException | None) -> int | None:
 
 def _folder(folder: Path) -> Finding:
     with translate_os_errors(f"cannot create the cache folder {str(folder)!r}"):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
     with (
         translate_os_errors(f"cannot write to the cache folder {str(folder)!r}"),
         tempfile.TemporaryFile(dir=folder),
@@ -211,7 +212,10 @@ def _clock(folder: Path) -> Finding:
 
 def _pins(settings: Settings) -> Finding:
     with FileCache(
-        settings.cache_folder, max_bytes=settings.max_cache_size, group_id=settings.group_id
+        settings.cache_folder,
+        max_bytes=settings.max_cache_size,
+        cache_mode=settings.cache_mode,
+        group_id=settings.group_id,
     ) as cache:
         found = cache.statistics()
     if found.damaged_pins:
@@ -223,7 +227,10 @@ def _pins(settings: Settings) -> Finding:
 
 def _space(settings: Settings) -> Finding:
     with FileCache(
-        settings.cache_folder, max_bytes=settings.max_cache_size, group_id=settings.group_id
+        settings.cache_folder,
+        max_bytes=settings.max_cache_size,
+        cache_mode=settings.cache_mode,
+        group_id=settings.group_id,
     ) as cache:
         used = sum(entry.disk_bytes for entry in cache.entries())
     disk = os.statvfs(settings.cache_folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_host_that_lost_its_state_directory_goes_on_with_another_when_told_to(
     host.runtime.stop("one")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "cache").symlink_to(host.folder / "cache")
+    shutil.copytree(host.folder / "cache", elsewhere / "cache")
     with open_host(elsewhere, host.catalog, None) as after:
         assert after.manager.recover(rebind_state=True).problems == ()
         assert after.manager.workspace("one").state is WorkspaceState.RUNNING
