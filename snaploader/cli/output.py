@@ -19,6 +19,7 @@ from rich.tree import Tree
 from snaploader.cli.exits import Failure
 from snaploader.cli.streams import writing_to_stdout
 from snaploader.cli.values import printable
+from snaploader.errors import Cancelled, FailedPrecondition
 from snaploader.loader.progress import Progress as Step
 from snaploader.loader.progress import ProgressCallback
 
@@ -112,6 +113,26 @@ class Output:
         """Why nothing happens: told to those who watch a terminal, and with -v."""
         if self.verbose or sys.stderr.isatty():
             self.talk(message)
+
+    def must_ask(self, *, yes: bool) -> bool:
+        """Whether a command that removes things has to ask first: at a terminal, without --yes.
+
+        A script is not asked: its stdin is no terminal, and it would wait for ever.
+        """
+        if yes or sys.stdin is None or not sys.stdin.isatty():
+            return False
+        if not sys.stderr.isatty():
+            raise FailedPrecondition(
+                "stderr is no terminal, so nobody can be asked: give --yes, or --dry-run"
+            )
+        return True
+
+    def confirm(self, question: str) -> None:
+        """Ask on the terminal, also with --quiet. Cancelled unless the answer is yes."""
+        sys.stderr.write(f"{printable(question, keep=_LINES)} [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+            raise Cancelled("nothing was removed")
 
     def fail(self, failure: Failure) -> None:
         """The message of an error, which --quiet does not silence."""
