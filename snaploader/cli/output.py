@@ -224,10 +224,11 @@ def _draw(what: RenderableType, *, folded: bool = False) -> None:
     """
     width = None if folded or sys.stdout.isatty() else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(what)
-    # Written by ourselves, because rich ends the program when the reader has left.
+    # Written by ourselves, because rich ends the program when the reader has left. The end of the capture
+    # flushes stdout, and with it what was printed before.
     with writing_to_stdout():
+        with console.capture() as capture:
+            console.print(what)
         sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 

@@ -182,7 +182,10 @@ def test_streams_may_be_closed(environment: dict[str, str], tmp_path: Path, stre
 
 
 @pytest.mark.slow
-def test_bytes_that_cannot_be_written_are_an_error(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_bytes_that_cannot_be_written_are_an_error(
+    environment: dict[str, str], tmp_path: Path, unbuffered: bool
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"content")
     assert in_process_of_its_own("save", "--ref", "main", path, env=environment).returncode == 0
@@ -191,6 +194,10 @@ def test_bytes_that_cannot_be_written_are_an_error(environment: dict[str, str], 
     done = without(">&-", "read", "--ref", "main", "file", environment=environment)
     assert done.returncode == 4
     assert b"stdout is closed" in done.stderr
+    # Buffered or not, it is told the same way.
+    environment.pop("PYTHONUNBUFFERED", None)
+    if unbuffered:
+        environment["PYTHONUNBUFFERED"] = "1"
     read = ["read", "--ref", "main", "file"]
     for streams, code, command in (
         (">/dev/full", 5, read),
