@@ -338,6 +338,24 @@ def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], 
 
 
 @pytest.mark.slow
+def test_an_interrupt_while_it_is_imported_is_one_line(environment: dict[str, str]) -> None:
+    program = """
+import sys
+
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == "snaploader.cli.options":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+import snaploader.cli
+snaploader.cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (130, b"snaploader: error: interrupted\n")
+
+
+@pytest.mark.slow
 def test_a_traceback_is_shown_on_demand(environment: dict[str, str]) -> None:
     done = in_process_of_its_own("restore", "--ref", "main", "out", "-vv", env=environment)
     assert done.returncode == 3
