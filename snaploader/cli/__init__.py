@@ -13,6 +13,8 @@ from snaploader.cli.streams import complete_standard_streams
 
 MISSING_EXTRA_EXIT_CODE = 4
 """That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
+INTERRUPTED_EXIT_CODE = 130
+"""`exits.INTERRUPTED`, for the same reason."""
 
 
 def main() -> None:
@@ -29,4 +31,7 @@ def main() -> None:
             "Install it with: pip install 'snaploader[cli]'\n"
         )
         sys.exit(MISSING_EXTRA_EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.stderr.write("snaploader: error: interrupted\n")
+        sys.exit(INTERRUPTED_EXIT_CODE)
     sys.exit(run(sys.argv[1:]))

@@ -24,7 +24,7 @@ from snaploader.cli.commands.serve import serve
 from snaploader.cli.commands.show import show
 from snaploader.cli.commands.workspace import workspace
 from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
-from snaploader.cli.options import Group, Invocation, NoCommand, shared_options
+from snaploader.cli.options import Group, Invocation, NoCommand, shared_options, workspace_options
 from snaploader.cli.output import Output
 from snaploader.cli.streams import let_go, writing_to_stdout
 from snaploader.remote import tune_malloc
@@ -43,6 +43,7 @@ class Root(Group):
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="snaploader")
+@workspace_options
 @shared_options
 def app(**_shared: object) -> None:
     """Bring a machine's state back in milliseconds: lazy snapshots over the Remote Execution API.

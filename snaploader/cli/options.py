@@ -95,6 +95,17 @@ def option(*names: str, scope: str = "", section: str = OWN, **attributes: Any) 
     return click.option(*names, cls=Option, section=section, envvar=variable, show_envvar=True, **attributes)
 
 
+def destructive(scope: str) -> Callable[[F], F]:
+    """`--yes` and `--dry-run`, of a command that removes things and asks first; see `Output.must_ask`."""
+
+    def decorate(function: F) -> F:
+        yes = option("--yes", "-y", scope=scope, is_flag=True, help="Do not ask, on a terminal either.")
+        dry_run = option("--dry-run", scope=scope, is_flag=True, help="Only say what would go.")
+        return yes(dry_run(function))
+
+    return decorate
+
+
 @dataclass
 class Invocation:
     """One run of the program, as `ctx.obj`."""

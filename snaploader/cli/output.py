@@ -19,6 +19,7 @@ from rich.tree import Tree
 from snaploader.cli.exits import Failure
 from snaploader.cli.streams import writing_to_stdout
 from snaploader.cli.values import printable
+from snaploader.errors import Cancelled, FailedPrecondition
 from snaploader.loader.progress import Progress as Step
 from snaploader.loader.progress import ProgressCallback
 
@@ -113,6 +114,26 @@ class Output:
         if self.verbose or sys.stderr.isatty():
             self.talk(message)
 
+    def must_ask(self, *, yes: bool) -> bool:
+        """Whether a command that removes things has to ask first: at a terminal, without --yes.
+
+        A script is not asked: its stdin is no terminal, and it would wait for ever.
+        """
+        if yes or sys.stdin is None or not sys.stdin.isatty():
+            return False
+        if not sys.stderr.isatty():
+            raise FailedPrecondition(
+                "stderr is no terminal, so nobody can be asked: give --yes, or --dry-run"
+            )
+        return True
+
+    def confirm(self, question: str) -> None:
+        """Ask on the terminal, also with --quiet. Cancelled unless the answer is yes."""
+        sys.stderr.write(f"{printable(question, keep=_LINES)} [y/N] ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+            raise Cancelled("nothing was removed")
+
     def fail(self, failure: Failure) -> None:
         """The message of an error, which --quiet does not silence."""
         if self.as_json:
@@ -203,10 +224,11 @@ def _draw(what: RenderableType, *, folded: bool = False) -> None:
     """
     width = None if folded or sys.stdout.isatty() else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        console.print(what)
-    # Written by ourselves, because rich ends the program when the reader has left.
+    # Written by ourselves, because rich ends the program when the reader has left. The end of the capture
+    # flushes stdout, and with it what was printed before.
     with writing_to_stdout():
+        with console.capture() as capture:
+            console.print(what)
         sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 

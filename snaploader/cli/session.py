@@ -14,8 +14,8 @@ from typing import Any, Self
 
 from snaploader.cli.output import Output
 from snaploader.cli.values import check_file, format_time
-from snaploader.digest import DigestFunction
-from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import InvalidArgument, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.loader.loader import DEFAULT_DIGEST_FUNCTION, SnapshotLoader
 from snaploader.remote import RemoteCache, RetryEvent, RetryPolicy, Timeouts, TLSConfig
@@ -141,6 +141,19 @@ class Session:
     def enter(self, context: contextlib.AbstractContextManager[Any]) -> Any:
         """Enter a context manager that is to end with the session, before the caches do."""
         return self._open.enter_context(context)
+
+    def missing_remotely(self, digests: Collection[Digest]) -> set[Digest] | None:
+        """Which blobs the remote cache lacks; None without one, or with a warning when it cannot be asked."""
+        remote = self.remote_cache
+        if remote is None:
+            return None
+        try:
+            known = remote.digest_function
+            foreign = {digest for digest in digests if digest.function is not known}
+            return foreign | remote.find_missing([digest for digest in digests if digest not in foreign])
+        except SnaploaderError as error:
+            self.output.warn(f"cannot ask the remote cache for blobs: {error.message}")
+            return None
 
     def _tls(self) -> TLSConfig | None:
         settings = self.settings

@@ -419,6 +419,13 @@ class FileCache:
         self._check()
         return self._evictor.prune(target_bytes)
 
+    def prune_plan(self, target_bytes: int = 0) -> list[CacheEntry]:
+        """What `prune` would evict now, of all groups, in that order. Evicts nothing."""
+        self._check()
+        return [
+            self._entry(found, pinned=False, group=group) for group, found in self._evictor.plan(target_bytes)
+        ]
+
     def verify(self) -> VerifyReport:
         """Hash every blob and read every ref and pin of this group.
 
@@ -499,10 +506,10 @@ class FileCache:
             pinned |= self._pin_table.pinned(space, keys) & (spaces == space)
         return pinned.tolist()
 
-    def _entry(self, found: scan.Found, pinned: bool) -> CacheEntry:
+    def _entry(self, found: scan.Found, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None
         if found.space.function is not None:
-            path = self._env.layout.entry(found.space, found.hash)
+            path = self._env.layout.entry(found.space, found.hash, group)
             try:
                 digest = Digest(found.hash, os.stat(path).st_size, found.space.function)
             except FileNotFoundError:

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from snaploader.errors import ResourceExhausted, translate_os_errors
-from snaploader.filecache import directories
+from snaploader.filecache import directories, locks
 from snaploader.filecache.candidates import Candidates
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
@@ -27,7 +27,7 @@ from snaploader.filecache.locks import FileLock
 from snaploader.filecache.pintable import PinTable
 from snaploader.filecache.protection import Protection
 from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import Scan, disk_bytes, entry_name, group_names, set_aside_odd
+from snaploader.filecache.scan import Found, Scan, disk_bytes, entry_name, group_names, set_aside_odd
 from snaploader.filecache.trash import TrashCan
 from snaploader.folders import OddEntry
 
@@ -96,6 +96,28 @@ class Evictor:
             self._rescan()
         self._reduce(target_bytes)
         return self._env.ledger.total_bytes() or 0
+
+    def plan(self, target_bytes: int) -> list[tuple[str, Found]]:
+        """What `prune` would evict now, in that order: the group's folder and the entry. Evicts nothing."""
+        planned = []
+        with translate_os_errors("cannot look through the file cache"), self._lock.held():
+            self._rescan()
+            candidates, self._candidates = self._candidates, None  # used up below
+            assert candidates is not None
+            candidates.read_uses(self._uses, self._env.now_ns())
+            scan = candidates.scan
+            left = self._env.ledger.total_bytes() or 0
+            while left > target_bytes and (row := candidates.next_row(is_fresh=True)) is not None:
+                group, space, hash_ = scan.name(row)
+                if space is Space.TREES:
+                    lock = locks.try_lock(f"{self._env.layout.entry(space, hash_, group)}/lock")
+                    if lock is None:
+                        continue  # in use
+                    os.close(lock)
+                size = int(scan.disk_bytes[row])
+                planned.append((group, Found(space, hash_, size, int(scan.used_ns[row]), None)))
+                left -= size
+        return planned
 
     def close(self) -> None:
         """Give up the descriptor."""

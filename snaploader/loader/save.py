@@ -155,6 +155,9 @@ class SnapshotSaver:
                 write_keys = self._write_keys(key, options.key_set)
                 group = self._file_cache.group_id
                 refs = [keys.local_manifest_key(group, written) for written in (*write_keys, id_key)]
+                if key.version_id:
+                    # Only this host may know it, and without it the snapshot is not found.
+                    refs.append(keys.version_key(key))
                 with pinned(self._file_cache, options.pin, before, blobs, refs):
                     warnings += self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)

@@ -9,6 +9,7 @@ import pytest
 from cli_runner import CommandLine
 
 from snaploader.filecache import FileCache
+from snaploader.testing import EmbeddedServer
 
 
 @pytest.fixture
@@ -156,3 +157,51 @@ def test_pins_are_listed_and_let_go(cli: CommandLine, saved: Path) -> None:
     assert cli.json("cache", "unpin", "version-2", "version-1")["unpinned"] == ["version-2", "version-1"]
     assert cli.ok("cache", "pins").text == ""
     assert cli.json("cache", "prune", "--target-size", "0")["disk_bytes"] == 0
+
+
+def test_a_dry_run_says_what_would_go_and_whether_the_server_has_it(
+    cli: CommandLine, saved: Path, tmp_path: Path, server: EmbeddedServer
+) -> None:
+    shared = tmp_path / "shared"
+    shared.write_bytes(os.urandom(100_000))
+    remote = ["--remote-cache", server.url]
+    cli.ok(*remote, "save", "--ref", "other", shared)
+    before = cli.json("cache", "ls")["entries"]
+    blobs = [entry["key"] for entry in before if entry["kind"] == "blob"]
+    removing = cli.json(*remote, "cache", "rm", "--dry-run", *blobs)
+    assert sorted(entry["remote"] for entry in removing["would_remove"]) == [False, False, False, True]
+    assert removing["would_free_bytes"] >= 400_000
+    pruning = cli.json(*remote, "cache", "prune", "--target-size", "0", "--dry-run")
+    assert {entry["key"] for entry in pruning["would_remove"]} == {entry["key"] for entry in before}
+    text = cli.ok("cache", "prune", "--target-size", "0", "--dry-run").text
+    assert f"would remove {len(before)} entries" in text
+    assert "no server was asked" in text
+    assert cli.json("cache", "ls")["entries"] == before
+
+
+def test_a_server_that_cannot_be_asked_is_told_in_a_dry_run(cli: CommandLine, saved: Path) -> None:
+    outcome = cli(
+        "--remote-cache", "grpc://127.0.0.1:1", "--remote-retries", "0",
+        "cache", "prune", "--target-size", "0", "--dry-run", "--json",
+    )  # fmt: skip
+    assert outcome.exit_code == 0
+    assert "cannot ask the remote cache" in outcome.stderr
+    assert {entry["remote"] for entry in outcome.json["would_remove"]} == {None}
+
+
+def test_a_snapshot_with_no_server_is_told_to_be_the_only_copy_and_can_be_pinned(
+    cli: CommandLine, saved: Path, tmp_path: Path
+) -> None:
+    assert "only copy" in cli.ok("save", "--ref", "main", tmp_path / "a").text
+    pinned = cli.ok("save", "--ref", "main", "--pin", "base", tmp_path / "a").text
+    assert "only copy" not in pinned
+    assert "cache unpin base" in pinned
+    cli.ok("cache", "prune", "--target-size", "0")
+    cli.ok("restore", "--ref", "main", tmp_path / "out")
+    assert cli.json("cache", "unpin", "base")["unpinned"] == ["base"]
+
+
+def test_pins_of_workspaces_cannot_be_taken_by_a_save(cli: CommandLine, saved: Path, tmp_path: Path) -> None:
+    outcome = cli("save", "--ref", "main", "--pin", "workspace.web.1", tmp_path / "a")
+    assert outcome.exit_code == 2
+    assert "belong to workspaces" in outcome.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 from pathlib import Path
@@ -171,7 +172,20 @@ def test_the_conformance_suite_runs_on_demand(cli: CommandLine, server: Embedded
     assert sum(check["area"] == "conformance" for check in outcome.json["checks"]) > 10
 
 
-def test_the_conformance_suite_refuses_credentials_it_does_not_know(
+@pytest.mark.slow
+def test_the_conformance_suite_takes_a_login_from_a_netrc_file(cli: CommandLine, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password secret\n")
+    basic = base64.b64encode(b"me:secret").decode()
+    with EmbeddedServer(
+        options=ServerOptions(required_headers={"authorization": f"Basic {basic}"})
+    ) as server:
+        outcome = cli("--remote-cache", server.url, "--netrc", netrc, "doctor", "--conformance", "--json")
+    assert outcome.exit_code == 0, outcome
+    assert sum(check["area"] == "conformance" for check in outcome.json["checks"]) > 10
+
+
+def test_the_conformance_suite_refuses_a_server_name_of_its_own(
     cli: CommandLine, server: EmbeddedServer
 ) -> None:
     outcome = cli("--remote-cache", server.url, "--tls-server-name", "x", "doctor", "--conformance")

@@ -182,7 +182,10 @@ def test_streams_may_be_closed(environment: dict[str, str], tmp_path: Path, stre
 
 
 @pytest.mark.slow
-def test_bytes_that_cannot_be_written_are_an_error(environment: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_bytes_that_cannot_be_written_are_an_error(
+    environment: dict[str, str], tmp_path: Path, unbuffered: bool
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"content")
     assert in_process_of_its_own("save", "--ref", "main", path, env=environment).returncode == 0
@@ -191,6 +194,10 @@ def test_bytes_that_cannot_be_written_are_an_error(environment: dict[str, str], 
     done = without(">&-", "read", "--ref", "main", "file", environment=environment)
     assert done.returncode == 4
     assert b"stdout is closed" in done.stderr
+    # Buffered or not, it is told the same way.
+    environment.pop("PYTHONUNBUFFERED", None)
+    if unbuffered:
+        environment["PYTHONUNBUFFERED"] = "1"
     read = ["read", "--ref", "main", "file"]
     for streams, code, command in (
         (">/dev/full", 5, read),
@@ -240,6 +247,86 @@ def test_bars_are_drawn_on_a_terminal_only(environment: dict[str, str], tmp_path
     assert b"\x1b[" not in done.stdout
 
 
+def answering(
+    answer: bytes, *arguments: object, environment: dict[str, str]
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a command on a terminal at which somebody types; what is shown there is the result's stderr."""
+    terminal, end = pty.openpty()
+    try:
+        os.write(terminal, answer)
+        command = [*COMMAND, *(str(argument) for argument in arguments)]
+        done = subprocess.run(
+            command,
+            stdin=end,
+            stdout=subprocess.PIPE,
+            stderr=end,
+            env=environment,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        os.close(end)
+        end = -1
+        done.stderr = b""
+        with contextlib.suppress(OSError):  # a terminal without its other end
+            while piece := os.read(terminal, 65536):
+                done.stderr += piece
+        return done
+    finally:
+        os.close(terminal)
+        if end >= 0:
+            os.close(end)
+
+
+@pytest.mark.slow
+def test_on_a_terminal_nothing_is_removed_unasked(environment: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    assert in_process_of_its_own("save", "--ref", "main", path, env=environment).returncode == 0
+
+    def listed() -> list[dict[str, object]]:
+        done = in_process_of_its_own("cache", "ls", "--json", env=environment)
+        return json.loads(done.stdout)["entries"]
+
+    entries = listed()
+    blob = next(str(entry["key"]) for entry in entries if entry["kind"] == "blob")
+    prune = ["cache", "prune", "--target-size", "0"]
+    for command, question in (
+        (prune, b"Evict 4 entries"),
+        (["cache", "rm", blob], b"Remove 1 entries"),
+        (["invalidate"], b"Invalidate the snapshots of all branches"),
+    ):
+        done = answering(b"\n", *command, environment=environment)
+        assert (done.returncode, done.stdout) == (12, b""), done
+        assert question in done.stderr
+        assert b"nothing was removed" in done.stderr
+    assert {entry["key"] for entry in listed()} == {entry["key"] for entry in entries}
+    done = answering(b"y\n", "cache", "rm", blob, environment=environment)
+    assert done.returncode == 0, done
+    done = answering(b"", *prune, "--yes", environment=environment)
+    assert done.returncode == 0, done
+    assert b"[y/N]" not in done.stderr
+    assert listed() == []
+
+
+@pytest.mark.slow
+def test_nobody_can_be_asked_where_the_question_is_not_seen(environment: dict[str, str]) -> None:
+    terminal, end = pty.openpty()
+    try:
+        done = subprocess.run(
+            [*COMMAND, "invalidate"],
+            stdin=end,
+            capture_output=True,
+            env=environment,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    finally:
+        os.close(terminal)
+        os.close(end)
+    assert done.returncode == 4
+    assert b"give --yes" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", ["click", "rich"])
 def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], missing: str) -> None:
@@ -248,6 +335,24 @@ def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], 
     assert done.returncode == 4
     assert "pip install 'snaploader[cli]'" in done.stderr.decode()
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_it_is_imported_is_one_line(environment: dict[str, str]) -> None:
+    program = """
+import sys
+
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == "snaploader.cli.options":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupting())
+import snaploader.cli
+snaploader.cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (130, b"snaploader: error: interrupted\n")
 
 
 @pytest.mark.slow

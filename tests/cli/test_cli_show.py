@@ -138,6 +138,10 @@ def test_invalidation_drops_all_branches_of_one_configuration(
     cli.ok(*SAVE, "--ref", "main", "--configuration-hash", "other", *files)
     kept = cli.json(*SAVE, "--ref", "main", *files)
 
+    dry = cli.json("invalidate", "--dry-run")
+    assert (dry["local"], dry["remote"]) == (True, None)
+    assert "would invalidate" in cli.ok("invalidate", "--dry-run").text
+    cli.ok("show", "--ref", "main")
     invalidated = cli.json("invalidate")
     assert invalidated["version_id"] == invalidated["key"]["version_id"] != kept["key"]["version_id"]
     assert cli("restore", "--ref", "topic", "--base-ref", "main", tmp_path / "o").exit_code == 3

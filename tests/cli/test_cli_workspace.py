@@ -113,6 +113,10 @@ def test_a_workspace_lives_its_life(shell: Shell, tmp_path: Path) -> None:
         (2, "Version 2", "pre_exec"),
     ]
     assert "before it broke" in shell.ok("versions", "web")
+    (dry,) = shell.json("rm", "--dry-run", "web")["would_delete"]
+    assert dry["id"] == "web"
+    assert len(dry["snapshots"]) == len(shell.json("show", "web")["snapshots"]) > 0
+    assert "would delete web" in shell.ok("rm", "--dry-run", "web")
     assert shell.json("rm", "web") == {"deleted": ["web"]}
     assert not root.exists()
     assert [event["type"] for event in shell.json("events", "web")["events"]] == [

@@ -7,6 +7,15 @@ from pathlib import Path
 from cli_runner import CommandLine
 
 
+def test_the_state_directory_may_stand_before_the_command(cli: CommandLine, tmp_path: Path) -> None:
+    before = ("--state-dir", tmp_path / "here", "--host-name", "h")
+    cli.ok(*before, "workspace", "create", "web", "--no-start")
+    (listed,) = cli.json(*before, "workspace", "ls")["workspaces"]
+    assert (listed["id"], listed["host"]) == ("web", "h")
+    assert (tmp_path / "here/catalog.sqlite").exists()
+    assert not (tmp_path / "state").exists()
+
+
 def test_another_state_directory_is_refused_until_recovery_is_told_to_go_on_with_it(
     cli: CommandLine, tmp_path: Path
 ) -> None:

@@ -449,3 +449,21 @@ print("numpy.ma" in sys.modules)
 """
     with child(program, tmp_path / "cache") as process:
         assert process.stdout.readline() == "False\n"
+
+
+def test_the_plan_of_a_prune_names_what_it_evicts_and_evicts_nothing(tmp_path):
+    with FileCache(tmp_path, max_bytes=100 * BLOCK) as cache, FileCache(tmp_path, group_id="g") as other:
+        for seed in "abcd":
+            small(cache, seed)
+        foreign = small(other, "foreign")
+        other.read(foreign)
+        leased = blob("a", 100)[0]
+        cache.read(blob("b", 100)[0])
+        with cache.lease([leased]):
+            planned = cache.prune_plan(3 * BLOCK)
+            assert [entry.digest for entry in planned] == [blob("c", 100)[0], blob("d", 100)[0]]
+            assert [entry.disk_bytes for entry in planned] == [BLOCK] * 2
+            assert present(cache, *"abcd") == set("abcd")
+            assert cache.prune(3 * BLOCK) == 3 * BLOCK
+            assert present(cache, *"abcd") == set("ab")
+        assert foreign in {entry.digest for entry in cache.prune_plan(0)}

@@ -82,6 +82,22 @@ assert "snaploader.cli" not in sys.modules
     assert run("-c", script) == ""
 
 
+def test_importing_the_library_imports_no_part_of_it_that_is_not_asked_for() -> None:
+    script = """
+import sys
+import snaploader
+assert not {"numpy", "grpc", "google.protobuf", "snaploader.loader"} & set(sys.modules)
+from snaploader import NotFound
+assert "grpc" not in sys.modules
+assert snaploader.errors.NotFound is snaploader.NotFound is NotFound
+assert set(snaploader.__all__) == set(dir(snaploader))
+assert not hasattr(snaploader, "Nothing")
+from snaploader import *
+assert SnapshotLoader is snaploader.loader.SnapshotLoader
+"""
+    assert run("-c", script) == ""
+
+
 def test_cow_needs_nothing_but_numpy() -> None:
     blocked = ["snaploader", "blake3", "google", "grpc", "tenacity", "zstandard"]
     run("-c", f"import sys; sys.modules.update(dict.fromkeys({blocked})); import cow; cow.COWStore")
@@ -90,6 +106,8 @@ def test_cow_needs_nothing_but_numpy() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_a_package_imports_for_its_users_is_what_it_says_it_exports(package: str) -> None:
     module = importlib.import_module(package)
+    for name in module.__all__:
+        getattr(module, name)  # some packages import it only now
     public = {
         name
         for name, value in vars(module).items()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from snaploader.cli.options import Command, Group, common, option, shared_options
+from snaploader.cli.options import Command, Group, common, destructive, option, shared_options
 from snaploader.cli.session import Session
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
@@ -69,8 +69,9 @@ def list_(session: Session, kind: str | None) -> None:
 @cache.command("rm", cls=Command)
 @click.argument("names", nargs=-1, required=True, metavar="KEY…")
 @option("--force", scope="cache rm", is_flag=True, help="Also what is pinned, which may exist nowhere else.")
+@destructive("cache rm")
 @common
-def remove(session: Session, names: tuple[str, ...], force: bool) -> None:
+def remove(session: Session, names: tuple[str, ...], force: bool, yes: bool, dry_run: bool) -> None:
     """Remove entries by what `cache ls` calls them; a unique beginning is enough.
 
     What still needs them finds them missing, and fetches them again or starts cold. What is pinned is
@@ -85,6 +86,12 @@ def remove(session: Session, names: tuple[str, ...], force: bool) -> None:
             f"{pinned[0].kind} {pinned[0].key} is pinned by {_pins_of(file_cache, pinned[0])}: it may exist "
             "nowhere else. Nothing was removed; --force removes it all the same"
         )
+    if dry_run or session.output.must_ask(yes=yes):
+        going = _Going(session, list(chosen.values()))
+        if dry_run:
+            going.print()
+            return
+        session.output.confirm(f"Remove {going.summary()}?")
     for entry in chosen.values():
         if entry.digest is not None:
             file_cache.remove(entry.digest)
@@ -102,14 +109,23 @@ def remove(session: Session, names: tuple[str, ...], force: bool) -> None:
 @option(
     "--target-size", scope="cache prune", type=SIZE, help="Size to come down to.  [default: --max-cache-size]"
 )
+@destructive("cache prune")
 @common
-def prune(session: Session, target_size: int | None) -> None:
+def prune(session: Session, target_size: int | None, yes: bool, dry_run: bool) -> None:
     """Remove what was used least recently, of all groups, until the cache is no larger than a size.
 
     What a running program needs stays, and so does what is pinned. A size of 0 removes all else.
     """
     file_cache = session.file_cache
-    file_cache.prune(session.settings.max_cache_size if target_size is None else target_size)
+    target = session.settings.max_cache_size if target_size is None else target_size
+    if dry_run or session.output.must_ask(yes=yes):
+        going = _Going(session, file_cache.prune_plan(target))
+        if dry_run:
+            going.print()
+            return
+        if going.entries:
+            session.output.confirm(f"Evict {going.summary()}?")
+    file_cache.prune(target)
     statistics = file_cache.statistics()
     freed, total = statistics.evicted_bytes, statistics.total_bytes
     session.output.json({"freed_bytes": freed, "disk_bytes": total})
@@ -189,6 +205,55 @@ def unpin(session: Session, names: tuple[str, ...]) -> None:
     session.output.json({"unpinned": unpinned})
     for name in unpinned:
         session.output.text(f"unpinned {name}")
+
+
+class _Going:
+    """Entries that are to go, and whether the remote cache has them."""
+
+    def __init__(self, session: Session, entries: Sequence[CacheEntry]) -> None:
+        self._output = session.output
+        self.entries = entries
+        self._missing = session.missing_remotely(
+            {entry.digest for entry in entries if entry.digest is not None}
+        )
+
+    def _is_remote(self, entry: CacheEntry) -> bool | None:
+        """None where it was not asked: refs and directories have other names there."""
+        if entry.digest is None or self._missing is None:
+            return None
+        return entry.digest not in self._missing
+
+    def summary(self) -> str:
+        """How much it is, for people."""
+        size = format_size(sum(entry.disk_bytes for entry in self.entries))
+        blobs = sum(entry.digest is not None for entry in self.entries)
+        remote = sum(bool(self._is_remote(entry)) for entry in self.entries)
+        known = "no server was asked" if self._missing is None else f"the server has {remote}"
+        return f"{len(self.entries)} entries ({size}), {blobs} of them blobs, of which {known}"
+
+    def print(self) -> None:
+        """The list, for --dry-run."""
+        self._output.json(
+            {
+                "would_remove": [
+                    {
+                        "kind": entry.kind,
+                        "key": entry.key,
+                        "disk_bytes": entry.disk_bytes,
+                        "remote": self._is_remote(entry),
+                    }
+                    for entry in self.entries
+                ],
+                "would_free_bytes": sum(entry.disk_bytes for entry in self.entries),
+            }
+        )
+        words = {None: "", True: "  on the server", False: "  not on the server"}
+        for entry in self.entries:
+            self._output.text(
+                f"would remove {entry.kind} {entry.key}  {format_size(entry.disk_bytes)}"
+                f"{words[self._is_remote(entry)]}"
+            )
+        self._output.text(f"would remove {self.summary()}")
 
 
 def _pin_row(file_cache: FileCache, name: str) -> dict[str, Any]:

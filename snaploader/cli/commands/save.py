@@ -24,6 +24,10 @@ from snaploader.loader import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
 from snaploader.loader.results import SavedDirectory, SavedFile, SaveResult
 from snaploader.manifest import check_name
 from snaploader.policy import SavePolicy
+from snaploader.workspace.names import pin_name
+
+WORKSPACE_PINS = pin_name("")
+"""How the pins of workspaces begin. A save that took such a name would let go what the workspace needs."""
 
 
 class SaveCommand(Command):
@@ -81,6 +85,12 @@ class SaveCommand(Command):
     type=KEY_VALUE,
     help="Property kept with the snapshot.",
 )
+@option(
+    "--pin",
+    scope="save",
+    metavar="NAME",
+    help="Keep the snapshot from eviction on this host until `cache unpin NAME`.",
+)
 @click.argument("files", nargs=-1, required=True, metavar="FILE|DIR…")
 @common
 def save(
@@ -94,12 +104,15 @@ def save(
     save_policy: str | None,
     min_refresh_interval: float | None,
     properties: tuple[tuple[str, str], ...],
+    pin: str | None,
 ) -> None:
     """Save files and directories as the snapshot of a branch.
 
     A file is saved under its base name; NAME=PATH gives it another. A directory is saved with all that is in
     it. The snapshot goes to the local cache, then to the remote cache if there is one.
     """
+    if pin is not None and pin.startswith(WORKSPACE_PINS):
+        raise InvalidArgument(f"--pin {pin!r}: names that begin with {WORKSPACE_PINS!r} belong to workspaces")
     paths = named_files(files)
     plain, in_chunks, directories = _divide(paths, chunked, chunk_threshold)
     output = session.output
@@ -126,9 +139,10 @@ def save(
                 min_refresh_interval, task_options.wishes.refresh_interval_s, 0.0
             ),
             chunk_size=chunk_size,
+            pin=pin,
             progress=progress,
         )
-    _print(session, result, time.monotonic() - begin)
+    _print(session, result, time.monotonic() - begin, pin)
 
 
 def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
@@ -187,7 +201,7 @@ def _metadata(key: SnapshotKey, snapshot_id: str) -> VMMetadata:
     return metadata
 
 
-def _print(session: Session, result: SaveResult, seconds: float) -> None:
+def _print(session: Session, result: SaveResult, seconds: float, pin: str | None) -> None:
     output = session.output
     for warning in result.warnings:
         output.warn(warning)
@@ -211,6 +225,7 @@ def _print(session: Session, result: SaveResult, seconds: float) -> None:
         "saved_locally": result.saved_locally,
         "saved_remotely": result.saved_remotely,
         "remote_skipped": result.remote_skipped,
+        "pin": pin,
         "warnings": list(result.warnings),
         "seconds": round(seconds, 6),
     }
@@ -236,6 +251,13 @@ def _print(session: Session, result: SaveResult, seconds: float) -> None:
         output.text(f"uploaded  {format_size(result.uploaded_bytes)} in {result.uploaded_blobs} blobs")
     elif result.remote_skipped:
         output.text(f"uploaded  nothing: {result.remote_skipped}")
+    if pin is not None:
+        output.text(f"pinned    as {pin}: never evicted here, until `snaploader cache unpin {pin}`")
+    elif not result.saved_remotely and not result.remote_skipped:
+        output.text(
+            "uploaded  nothing: without --remote-cache this is the only copy, and it is evicted once it is "
+            "unused for long. Save with --pin NAME to keep it on this host"
+        )
     output.detail(f"saved in {format_time(seconds)}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ def _files(session: Session, snapshot: Snapshot) -> list[ShownFile]:
     digests = {name: _digests(snapshot, name) for name in names}
     everything = {digest for of_file in digests.values() for digest in of_file}
     missing_locally = session.file_cache.find_missing(everything)
-    missing_remotely = _missing_remotely(session, snapshot, everything)
+    missing_remotely = session.missing_remotely(everything) if snapshot.allow_remote else None
     return [_shown(snapshot, name, digests[name], missing_locally, missing_remotely) for name in names]
 
 
@@ -146,18 +146,6 @@ def _digests(snapshot: Snapshot, name: str) -> list[Digest]:
         return list(dict.fromkeys(snapshot.directories[name].digests()))
     digest = snapshot.manifest.files[name].digest
     return [digest] if digest.size_bytes else []
-
-
-def _missing_remotely(
-    session: Session, snapshot: Snapshot, digests: Collection[Digest]
-) -> set[Digest] | None:
-    if session.remote_cache is None or not snapshot.allow_remote:
-        return None
-    try:
-        return session.remote_cache.find_missing(digests)
-    except SnaploaderError as error:
-        session.output.warn(f"cannot ask the remote cache for the chunks: {error.message}")
-        return None
 
 
 def _shown(

@@ -9,6 +9,8 @@ from pathlib import Path
 from snaploader.cli.doctor.check import Result, Status
 from snaploader.cli.session import Settings, read_secret
 from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.remote.credentials import make_credentials
+from snaploader.remote.endpoint import parse_endpoint
 from snaploader.testing import conformance
 
 _STATUS = {
@@ -34,15 +36,22 @@ def _result(result: conformance.CheckResult) -> Result:
 
 @contextlib.contextmanager
 def _endpoint(settings: Settings) -> Iterator[conformance.Endpoint]:
-    if settings.credential_helper or settings.netrc or settings.tls_server_name:
+    if settings.tls_server_name:
         raise InvalidArgument(
-            "--conformance works without --credential-helper, --netrc and --tls-server-name: "
-            "give credentials with --remote-header or --bearer-token-file"
+            "--conformance works without --tls-server-name: name the server in --remote-cache as its "
+            "certificate does"
         )
-    headers = [(name.lower(), value) for name, value in settings.remote_header]
-    token = read_secret(settings.bearer_token_file)
-    if token is not None:
-        headers.append(("authorization", f"Bearer {token}"))
+    server = parse_endpoint(settings.remote_cache)
+    credentials = make_credentials(
+        bearer_token=read_secret(settings.bearer_token_file),
+        credential_helper=settings.credential_helper,
+        netrc_file=settings.netrc,
+        host=server.host,
+        uri=server.uri,
+        helper_timeout_s=settings.remote_timeout,
+    )
+    headers: list[tuple[str, str | bytes]] = [(name.lower(), value) for name, value in settings.remote_header]
+    headers += credentials.headers()  # once: the suite is over before they expire
     with conformance.Endpoint(
         settings.remote_cache,
         instance_name=settings.remote_instance_name,

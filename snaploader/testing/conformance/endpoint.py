@@ -42,7 +42,7 @@ class Endpoint:
         url: str,
         *,
         instance_name: str = "",
-        headers: Iterable[tuple[str, str]] = (),
+        headers: Iterable[tuple[str, str | bytes]] = (),
         root_certificates: bytes | None = None,
         client_certificate: bytes | None = None,
         client_key: bytes | None = None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from snaploader.cli.commands.workspace.records import result_record, workspace_record
-from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.commands.workspace.records import result_record, snapshot_record, workspace_record
+from snaploader.cli.options import Command, destructive, option, with_workspaces
 from snaploader.cli.values import DURATION, format_size
 from snaploader.cli.workspaces import Workspaces
 
@@ -63,12 +63,35 @@ def stop(workspaces: Workspaces, workspace_id: str) -> None:
 
 @click.command("rm", cls=Command, short_help="Delete workspaces with all their snapshots.")
 @click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
+@destructive("workspace rm")
 @with_workspaces
-def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...]) -> None:
+def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...], yes: bool, dry_run: bool) -> None:
     """Delete workspaces: what runs, their files, and their snapshots here and in the remote cache.
 
     Their events stay, and their ids are not used again. Forks keep all they have.
     """
+    output = workspaces.output
+    if dry_run or output.must_ask(yes=yes):
+        snapshots = {each: workspaces.manager.list_snapshots(each) for each in workspace_ids}
+        lines = []
+        for workspace_id, infos in snapshots.items():
+            remote = sum(info.record is not None and info.record.is_remote for info in infos)
+            lines.append(
+                f"{workspace_id}: its files and {len(infos)} snapshots, {remote} of them on the server"
+            )
+        if dry_run:
+            output.json(
+                {
+                    "would_delete": [
+                        {"id": each, "snapshots": [snapshot_record(info) for info in infos]}
+                        for each, infos in snapshots.items()
+                    ]
+                }
+            )
+            for line in lines:
+                output.text(f"would delete {line}")
+            return
+        output.confirm("\n".join([*lines, "Delete this, also on the server?"]))
     for workspace_id in workspace_ids:
         workspaces.manager.delete(workspace_id)
         workspaces.output.text(f"deleted {workspace_id}")

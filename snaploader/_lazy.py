@@ -1,0 +1,59 @@
+"""Packages whose public names are imported when they are first asked for.
+
+The names stand once, as imports in the stub `__init__.pyi` beside the package: type checkers read it, and so
+does `attach`. Importing everything takes some 150 ms, which a program that needs one part should not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+
+def attach(
+    package: str, namespace: dict[str, Any], extra: str = ""
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` (PEP 562) for a package with a stub.
+
+    Args:
+        namespace: The package's `globals()`; what was imported is kept there.
+        extra: The optional dependency that the error names when a third-party module is missing.
+    """
+
+    @cache
+    def homes() -> dict[str, str]:
+        import ast  # 10 ms with the next, which who asks for a submodule only need not wait for
+        import pkgutil
+
+        source = pkgutil.get_data(package, "__init__.pyi")
+        assert source is not None
+        return {
+            alias.name: statement.module
+            for statement in ast.parse(source).body
+            if isinstance(statement, ast.ImportFrom) and statement.module
+            for alias in statement.names
+        }
+
+    def get(name: str) -> Any:
+        if name == "__all__":
+            return sorted(homes())
+        if name.startswith("__") and name != "__version__":
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        if f"{package}.{name}" in homes().values():
+            return import_module(f"{package}.{name}")  # so that `import snaploader` is enough for its parts
+        if name not in homes():
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        try:
+            value = getattr(import_module(homes()[name]), name)
+        except ModuleNotFoundError as error:
+            if not extra or (error.name or "").partition(".")[0] in {"", package.partition(".")[0]}:
+                raise
+            raise ModuleNotFoundError(
+                f"{package}.{name} needs {error.name}: install snaploader[{extra}]", name=error.name
+            ) from error
+        namespace[name] = value
+        return value
+
+    return get, lambda: sorted(homes())
