@@ -35,6 +35,11 @@ class Session:
             self.close()
             raise
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this is the process that began the session, not a forked child of it."""
+        return os.getpid() == self.pid
+
     def unique_name(self) -> str:
         """A name that nothing else has, also not after a crash."""
         return f"{self.token}.{next(self._numbers)}"
@@ -49,7 +54,7 @@ class Session:
             return
         try:
             # The whole folder may have been removed while it was in use.
-            if os.getpid() == self.pid and os.path.isdir(self._layout.leases):
+            if self.is_own and os.path.isdir(self._layout.leases):
                 _remove_session(self._layout, self.token)
         finally:
             os.close(self._fd)

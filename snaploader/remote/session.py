@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -65,7 +64,6 @@ class Session:
     """
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
-        self.pid = os.getpid()
         self.cancellation = Cancellation()
         self.executor = ThreadPoolExecutor(settings.limits.workers, thread_name_prefix="snaploader-remote")
         self.budget = ByteBudget(settings.limits.in_flight_bytes)

@@ -51,8 +51,9 @@ class CriticalSections:
         return future.result()
 
     def close(self) -> None:
-        """Wait for all operations under way, and end the threads. Idempotent."""
-        self._pool.shutdown(wait=True)
+        """Wait for all operations under way, and end the threads. Idempotent; nothing in a forked child."""
+        if os.getpid() == self._pid:
+            self._pool.shutdown(wait=True)
 
 
 class _Section(Generic[T]):
