@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from snaploader.errors import Cancelled
+from snaploader.errors import Cancelled, translate_thread_errors
 
 T = TypeVar("T")
 
@@ -83,10 +83,8 @@ class WorkerPool:
 
 
 def _submit(executor: ThreadPoolExecutor, function: Callable[[], T]) -> Future[T]:
-    try:
+    with translate_thread_errors("the loader was closed"):
         return executor.submit(function)
-    except RuntimeError as error:
-        raise Cancelled("the loader was closed") from error
 
 
 class _SharedWork(Generic[T]):
