@@ -159,9 +159,12 @@ class Checkpoint:
                 core.source = source
 
     def release(self) -> None:
-        """End the checkpoint: nothing counts as saved. Idempotent, also after a commit."""
+        """End the checkpoint: nothing counts as saved. Idempotent, also after a commit.
+
+        In a forked child it does nothing: what it keeps is its parent's.
+        """
         core = self._core
-        if core.checkpoint is not self:
+        if core.checkpoint is not self or core.files.inherited:
             return
         try:
             with self._ending():

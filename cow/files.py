@@ -28,6 +28,7 @@ class PrivateFiles:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Take possession of `folder`, made if absent. StoreInUse when it is, or was, another store's."""
         self._fd = -1
+        self._pid = os.getpid()
         self.folder = os.path.abspath(os.fspath(folder))
         try:
             os.makedirs(self.folder, mode=0o700)
@@ -79,8 +80,15 @@ class PrivateFiles:
         """Open an existing file; returns its descriptor."""
         return os.open(name, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC, dir_fd=self._fd)
 
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child: the files are its parent's, who goes on to use them."""
+        return os.getpid() != self._pid
+
     def remove(self, names: Iterable[str]) -> None:
-        """Remove files; those already gone are fine."""
+        """Remove files; those already gone are fine. In a forked child it does nothing."""
+        if self.inherited:
+            return
         for name in names:
             try:
                 os.unlink(name, dir_fd=self._fd)
@@ -93,14 +101,15 @@ class PrivateFiles:
 
     def close(self) -> None:
         """Give the folder up; it is removed if this object made it and it is empty."""
-        if self._made:
+        if self._made and not self.inherited:
             try:
                 os.rmdir(self.folder)
             except OSError:
                 pass
         try:
-            # A child forked meanwhile shares the lock; it must not keep it.
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            # A child forked meanwhile shares the lock: it must neither keep it nor take it from its parent.
+            if not self.inherited:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
             self._close_folder()
 

@@ -96,7 +96,6 @@ class COWStore:
         self._reader = ChunkReader(core, readahead)
         self._writer = ChunkWriter(core, self._reader)
         self._released = False
-        self._pid = os.getpid()
 
     @classmethod
     def from_file(
@@ -355,7 +354,7 @@ class COWStore:
         StoreClosed from now on. In a forked child it does nothing: the files are the parent's.
         """
         core = self._core
-        if os.getpid() != self._pid:
+        if core.files.inherited:
             return
         core.gate.close()
         with core.resize_lock:

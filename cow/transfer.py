@@ -69,7 +69,8 @@ def export(core: StoreCore, path: str | os.PathLike[str], *, durable: bool) -> N
             os.close(fd)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        if not core.files.inherited:
+            os.unlink(temporary)
         raise
     if durable:
         folder = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -168,6 +168,24 @@ def from_os_error(error: OSError, what: str, *, absent: type[SnaploaderError] = 
 
 
 @contextmanager
+def translate_thread_errors(closed: str) -> Iterator[None]:
+    """Raise what keeps work from getting a thread as a typed error, chained.
+
+    ResourceExhausted where the system has no more threads, and Cancelled, with `closed` as its message,
+    where the pool of threads was shut down. Python has a RuntimeError for either.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise Cancelled(closed) from error
+        raise ResourceExhausted(
+            "no more threads can be started: raise the limit of processes and threads, of the user "
+            "(ulimit -u) or of the control group (pids.max)"
+        ) from error
+
+
+@contextmanager
 def translate_os_errors(what: str, *, absent: type[SnaploaderError] = NotFound) -> Iterator[None]:
     """Raise typed errors, chained, for every OSError that leaves the block; arguments as `from_os_error`.
 

@@ -55,7 +55,7 @@ class Lease:
     def release(self) -> None:
         """End the lease. Again is fine."""
         path, self._path = self._path, None
-        # Closing the cache ends its leases.
+        # Closing the cache ends its leases; a forked child has none.
         if path is None or self._ledger.closed:
             return
         with self._ledger.section() as section:

@@ -1,7 +1,8 @@
-"""Locks between processes that end with their owner: flock(2) on a small file.
+"""What ends with its process: locks between processes, by flock(2) on a small file, and blocks that clean up.
 
 A lock belongs to an open file description, so it goes when the process does, however it does, and two
-caches in one process exclude each other like two processes. See flock(2).
+caches in one process exclude each other like two processes. See flock(2). A forked child shares the file
+description, so whatever unlocks or removes something asks first whose it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 
 from snaploader.errors import Cancelled
 from snaploader.folders import OddEntry, open_regular
@@ -20,8 +22,28 @@ from snaploader.folders import OddEntry, open_regular
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
+class ProcessExitStack(ExitStack):
+    """An ExitStack that cleans up in the process that made it, and in no other.
+
+    A forked child that leaves the block, by sys.exit say, forgets the callbacks: the files, locks and leases
+    that they would remove are its parent's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pid = os.getpid()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool:
+        if os.getpid() != self._pid:
+            self.pop_all()
+            return False
+        return bool(super().__exit__(kind, error, trace))
+
+
 class FileLock:
-    """Mutual exclusion among threads and processes. Not reentrant.
+    """Mutual exclusion among threads and processes. Not reentrant. In a forked child it counts as closed.
 
     Args:
         fd: Of the lock file, which is never removed. It is closed with the lock.
@@ -29,19 +51,22 @@ class FileLock:
 
     def __init__(self, fd: int) -> None:
         self._threads = threading.Lock()
+        self._pid = os.getpid()
         self.fd = fd
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock, waiting for it first. Cancelled after `close`."""
+        if self.closed:
+            raise Cancelled("the file cache was closed while it was used")
         with self._threads:
-            if self.fd < 0:
+            if self.closed:
                 raise Cancelled("the file cache was closed while it was used")
             fcntl.flock(self.fd, fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
+                self._unlock()
 
     @contextmanager
     def held_now(self) -> Iterator[bool]:
@@ -57,20 +82,27 @@ class FileLock:
             yield held
         finally:
             if held:
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
+                self._unlock()
                 self._threads.release()
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self.fd < 0
+        """Whether `close` was called, or this is a child of the process that made it."""
+        return self.fd < 0 or os.getpid() != self._pid
 
     def close(self) -> None:
-        """Give up the descriptor. Waits for the thread that holds the lock."""
+        """Give up the descriptor. Waits for the thread that holds the lock, which a forked child lacks."""
+        if os.getpid() != self._pid:
+            self._threads = threading.Lock()
         with self._threads:
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
+
+    def _unlock(self) -> None:
+        # A child that was forked within the block leaves it too; the lock is its parent's.
+        if os.getpid() == self._pid:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
 
 
 def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:

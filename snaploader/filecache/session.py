@@ -52,6 +52,11 @@ class Session:
             self.close()
             raise
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this is the process that began the session, not a forked child of it."""
+        return os.getpid() == self.pid
+
     def unique_name(self) -> str:
         """A name that nothing else has, also not after a crash."""
         return f"{self.token}.{next(self._numbers)}"
@@ -133,7 +138,7 @@ class Session:
             return
         try:
             # The whole folder may have been removed while it was in use.
-            if self._fd >= 0 and os.getpid() == self.pid and os.path.isdir(self._layout.leases):
+            if self._fd >= 0 and self.is_own and os.path.isdir(self._layout.leases):
                 with (
                     self.folder(self._layout.sessions) as sessions,
                     self.folder(self._layout.leases) as leases,

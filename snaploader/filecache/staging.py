@@ -33,6 +33,7 @@ class StagedFile:
 
     def __init__(self, session: Session, folder: str) -> None:
         self._path: str | None = None
+        self._session = session
         self.fd = -1
         with suppress_errnos(NO_TMPFILE):
             try:
@@ -57,7 +58,7 @@ class StagedFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-            if self._path is not None:
+            if self._path is not None and self._session.is_own:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path)
 

@@ -53,7 +53,12 @@ class TrashCan:
             self.empty(f"{self._folder}/{name}")
 
     def close(self) -> None:
-        """Wait until all is removed: a short-lived process would else never get to it. Idempotent."""
+        """Wait until all is removed: a short-lived process would else never get to it. Idempotent.
+
+        A forked child waits for nothing: the thread is its parent's.
+        """
+        if not self._session.is_own:
+            return
         with self._lock:
             self._closed = True
             thread, self._thread = self._thread, None

@@ -13,6 +13,7 @@ from cow import TruncatedFile, clone_range, read_all, write_nonzero
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, NotFound, translate_os_errors
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.loader.fetch import REMOTE, BlobFetcher
 from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressMeter
@@ -61,7 +62,8 @@ class ChunkedFileWriter:
         """Make `target` appear, whole, or raise and leave nothing."""
         with translate_os_errors(f"cannot write {str(target)!r}"):
             fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
-            try:
+            with ProcessExitStack() as undo:
+                undo.callback(os.unlink, temporary)
                 try:
                     os.ftruncate(fd, self._table.size)
                     self._fill(fd)
@@ -69,9 +71,7 @@ class ChunkedFileWriter:
                     os.close(fd)
                 os.chmod(temporary, 0o644)
                 os.rename(temporary, target)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+                undo.pop_all()
 
     def _fill(self, fd: int) -> None:
         table = self._table

@@ -14,6 +14,7 @@ from snaploader.blobstore import RemoteStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.loader.flight import Flight, flights_into
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.prefetch import Prefetcher
@@ -214,15 +215,14 @@ class BlobFetcher:
         def attempt() -> None:
             with translate_os_errors(f"cannot write {str(target)!r}"):
                 fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
-                try:
+                with ProcessExitStack() as undo:
+                    undo.callback(os.unlink, temporary)
                     with os.fdopen(fd, "wb") as file:
                         write: Callable[[Buffer], object] = file.write
                         remote.read_to(digest, write)
                         os.fchmod(file.fileno(), mode)
                     os.rename(temporary, target)
-                except BaseException:
-                    os.unlink(temporary)
-                    raise
+                    undo.pop_all()
 
         _twice(attempt)
 

@@ -14,6 +14,7 @@ from snaploader.blobstore import RemoteStore
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
 from snaploader.loader.delete import DeleteResult, SnapshotDeleter
@@ -76,8 +77,10 @@ class SnapshotLoader:
         self._share = share_snapshots
         self._universal = universal_ref
         self._budget = mapping_budget
-        self._pool = WorkerPool(workers)
+        self._open = ProcessExitStack()
+        self._pool = self._open.enter_context(WorkerPool(workers))
         self._fetcher = BlobFetcher(file_cache, remote_cache, self._pool)
+        self._open.callback(self._fetcher.close)
         self._versions = VersionStore(file_cache, remote_cache, readonly=readonly)
         self._finder = SnapshotFinder(
             self._fetcher,
@@ -408,10 +411,9 @@ class SnapshotLoader:
         """Stop prefetching and end the loader's threads. Idempotent.
 
         Waits for what is under way; a fetch that hangs ends by its deadline, or at once when the remote
-        cache is closed first. Not to be called from a progress callback.
+        cache is closed first. Not to be called from a progress callback. In a forked child it does nothing.
         """
-        self._fetcher.close()
-        self._pool.close()
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self

@@ -23,6 +23,7 @@ from cow.sparse import Copier
 from snaploader.digest import Digest
 from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.filecache.trash import remove_tree
 from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
@@ -96,18 +97,15 @@ class _DirectoryWriter:
         is_there = check_vacant(target)
         with translate_os_errors(f"cannot write the directory {str(target)!r}"):
             staging = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=target if is_there else target.parent))
-            moved: list[Path] = []
-            try:
+            with ProcessExitStack() as undo:
+                undo.callback(remove_tree, staging)
                 self._fill(staging)
                 if is_there:
-                    self._move_in(staging, target, moved)
+                    self._move_in(staging, target, undo)
                 else:
                     _finish_directories(self._tree, staging, self._tree)
                     os.rename(staging, target)
-            except BaseException:
-                for path in (staging, *moved):
-                    remove_tree(path)
-                raise
+                undo.pop_all()
 
     def _fill(self, root: Path) -> None:
         """Everything but the modes and times of directories."""
@@ -208,7 +206,7 @@ class _DirectoryWriter:
         with _opened(target) as fd:
             _finish_file(fd, entry)
 
-    def _move_in(self, staging: Path, target: Path, moved: list[Path]) -> None:
+    def _move_in(self, staging: Path, target: Path, undo: contextlib.ExitStack) -> None:
         """Move everything from `staging` into the directory that was there already.
 
         A directory that may not be written cannot be moved elsewhere, so the top ones get their modes last.
@@ -221,7 +219,7 @@ class _DirectoryWriter:
                     f"{str(target / name)!r} was made while {str(target)!r} was restored"
                 )
             os.rename(staging / name, target / name)
-            moved.append(target / name)
+            undo.callback(remove_tree, target / name)
         os.rmdir(staging)
         _finish_directories(self._tree, target, ["", *top])
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-from snaploader.errors import Cancelled
+from snaploader.errors import Cancelled, translate_thread_errors
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ class WorkerPool:
         once everything that was under way has ended.
         """
         self._check_open()
+        pid = os.getpid()
         work = _SharedWork(function, items)
         helpers: list[Future[None]] = []
         try:
@@ -46,9 +47,11 @@ class WorkerPool:
         except BaseException as error:  # noqa: BLE001 - an interrupt; raised below, after the others ended
             work.fail(error)
         finally:
-            for helper in helpers:
-                if not helper.cancel():
-                    helper.result()
+            # A child that was forked by what runs here has none of the threads to wait for.
+            if os.getpid() == pid:
+                for helper in helpers:
+                    if not helper.cancel():
+                        helper.result()
         if work.error is not None:
             raise work.error
 
@@ -80,10 +83,8 @@ class WorkerPool:
 
 
 def _submit(executor: ThreadPoolExecutor, function: Callable[[], T]) -> Future[T]:
-    try:
+    with translate_thread_errors("the loader was closed"):
         return executor.submit(function)
-    except RuntimeError as error:
-        raise Cancelled("the loader was closed") from error
 
 
 class _SharedWork(Generic[T]):

@@ -100,7 +100,7 @@ class Prefetcher:
             return
         try:
             future = self._pool.submit(lambda: self._run(batch))
-        except Cancelled as error:
+        except SnaploaderError as error:
             self._give_up(batch, error)
             return
         # A pool that closes drops what has not begun; whoever waits for these blobs must hear of it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.filecache.trash import remove_tree
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import BlobFetcher
@@ -59,7 +59,7 @@ def restore(
         map(stored_bytes, directories.values())
     )
     meter = ProgressMeter(progress, "write", plain_bytes + stored)
-    with contextlib.ExitStack() as undo:
+    with ProcessExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
         held = hold(snapshot, fetcher)
         undo.callback(held.release)
@@ -109,7 +109,7 @@ def restore_directory(
     fetched = FetchCounter()
     written = stored_bytes(tree)
     meter = ProgressMeter(progress, "write", written)
-    with contextlib.ExitStack() as undo:
+    with ProcessExitStack() as undo:
         output_folder(target.parent, [], undo)
         with hold(snapshot.only([name]), fetcher):
             write_directory(tree, target, snapshot, fetcher, pool, fetched, meter)

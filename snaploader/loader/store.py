@@ -25,6 +25,8 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
+from snaploader.filecache.locks import ProcessExitStack
+from snaploader.filecache.trash import remove_tree
 from snaploader.loader.capture import DirectoryCapture, DirectorySource
 from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
@@ -91,7 +93,7 @@ class LocalSaver:
         self._lock = threading.Lock()
         self._buffers = ThreadBuffers()
         self._saved: dict[str, SavedFile] = {}
-        self._open = contextlib.ExitStack()
+        self._open = ProcessExitStack()
         self.plain_files: dict[str, PlainFile] = {}
         """What the manifest says of every plain file; filled by `run`."""
         self.tables: dict[str, ChunkTable] = {}
@@ -194,7 +196,8 @@ class LocalSaver:
             path = os.fspath(source)
             unchanged = _change_detector(path, name)
             # Nothing is written to the store, so its folder stays empty.
-            scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="snaploader-"))
+            scratch = tempfile.mkdtemp(prefix="snaploader-")
+            self._open.callback(remove_tree, scratch)
             size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
             store = COWStore.from_file(path, scratch, size, copy=False)
             self._open.enter_context(store)

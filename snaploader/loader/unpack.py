@@ -14,6 +14,7 @@ from typing import Self
 from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.filecache.trash import remove_tree
 from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
@@ -54,7 +55,7 @@ class UnpackedSnapshot:
         return {name: store.statistics() for name, store in self.chunked_files.items()}
 
     def close(self) -> None:
-        """Close the stores and drop what was not saved. Idempotent."""
+        """Close the stores and drop what was not saved. Idempotent. In a forked child it does nothing."""
         self._cleanup.close()
 
     def __enter__(self) -> Self:
@@ -77,9 +78,9 @@ def unpack(
 ) -> UnpackedSnapshot:
     """See `SnapshotLoader.unpack_snapshot`."""
     manifest = snapshot.manifest
-    with contextlib.ExitStack() as undo:
+    with ProcessExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
-        cleanup = contextlib.ExitStack()
+        cleanup = ProcessExitStack()
         undo.callback(cleanup.close)
         cleanup.enter_context(hold(snapshot, fetcher))
         files = place_files(manifest, root, fetcher, snapshot, undo, writable=writable_files)

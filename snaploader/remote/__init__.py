@@ -3,7 +3,7 @@
 From the top down, each module about one thing:
 
     cache            RemoteCache, the public face
-    transfer, bulk   which way each blob goes; many at once, bounded by `limiter`
+    transfer, bulk   which way each blob goes; many at once, within bounds
     session          one process's connection; where the stack is put together
     cas, stream_read, stream_write, action_cache   the services
     client           what they share: `retry`, `transport`, what was negotiated (`capabilities`)

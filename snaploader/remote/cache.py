@@ -106,6 +106,7 @@ class RemoteCache:
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._closed = False
+        self._pid = os.getpid()
 
     def capabilities(self) -> RemoteCapabilities:
         """What the server offers. Asked for once; a failure is not remembered."""
@@ -217,14 +218,12 @@ class RemoteCache:
 
         Not to be called from a sink: it waits for the thread the sink is on.
         """
+        self._leave_inherited()
         with self._lock:
             self._closed = True
             session, self._session = self._session, None
         if session is not None:
-            if session.pid == os.getpid():
-                session.close()
-            else:
-                _inherited.append(session)
+            session.close()
 
     def __enter__(self) -> Self:
         return self
@@ -238,20 +237,22 @@ class RemoteCache:
         return f"RemoteCache({self.url!r}, instance_name={self.instance_name!r})"
 
     def _open(self) -> Session:
-        session = self._session
-        if session is not None and session.pid == os.getpid():
-            return session
-        if session is not None and session.pid != os.getpid():
-            # In a child: what the parent had is left alone, its lock too, which may be held for ever.
-            _inherited.append(session)
-            self._lock = threading.Lock()
-            self._session = None
+        self._leave_inherited()
         with self._lock:
             if self._closed:
                 raise FailedPrecondition(f"the remote cache {self.url} is closed")
             if self._session is None:
                 self._session = Session(self._settings, self._recorder)
             return self._session
+
+    def _leave_inherited(self) -> None:
+        """In a child of a fork: leave alone what the parent had, its lock too, which may be held for ever."""
+        if self._pid != os.getpid():
+            if self._session is not None:
+                _inherited.append(self._session)
+            self._session = None
+            self._lock = threading.Lock()
+            self._pid = os.getpid()
 
 
 @contextmanager

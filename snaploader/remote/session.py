@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import Unimplemented
 from snaploader.remote.action_cache import ActionCacheClient
 from snaploader.remote.batching import BatchLimit
+from snaploader.remote.bulk import ByteBudget
 from snaploader.remote.cancel import Cancellation
 from snaploader.remote.capabilities import RemoteCapabilities, negotiate, without_capabilities
 from snaploader.remote.cas import CASClient
@@ -20,7 +20,6 @@ from snaploader.remote.client import Connection
 from snaploader.remote.config import Limits, RetryCallback, RetryEvent, RetryPolicy, Timeouts, TLSConfig
 from snaploader.remote.credentials import Credentials
 from snaploader.remote.endpoint import Endpoint
-from snaploader.remote.limiter import ByteBudget
 from snaploader.remote.metadata import Headers
 from snaploader.remote.once import Once
 from snaploader.remote.retry import Attempts, Retrier
@@ -65,7 +64,6 @@ class Session:
     """
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
-        self.pid = os.getpid()
         self.cancellation = Cancellation()
         self.executor = ThreadPoolExecutor(settings.limits.workers, thread_name_prefix="snaploader-remote")
         self.budget = ByteBudget(settings.limits.in_flight_bytes)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from snaploader.errors import translate_thread_errors
+
 
 class Cancellable(Protocol):
     """A call that can be ended from another thread."""
@@ -53,10 +55,10 @@ class Watchdog:
         guard = Guard(call)
         with self._condition:
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(
-                    target=self._run, name="snaploader-remote-watchdog", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="snaploader-remote-watchdog", daemon=True)
+                with translate_thread_errors("the remote cache was closed"):
+                    thread.start()
+                self._thread = thread
             self._guards.add(guard)
             if len(self._guards) == 1:  # with others, it wakes before this one's time anyway
                 self._condition.notify()

@@ -226,6 +226,7 @@ class DiskStorage:
         self._base = os.path.join(os.path.abspath(root), "v1")
         self._staging = os.path.join(self._base, "tmp")
         self._numbers = itertools.count()
+        self._pid = os.getpid()
         with translate_os_errors("cannot use the server's folder"):
             open_private(os.path.dirname(self._base), "the server's folder", "v1")
             self._lock: int | None = _lock(os.path.join(self._base, "lock"))
@@ -250,8 +251,10 @@ class DiskStorage:
     def close(self) -> None:
         """Leave the folder to others. Content stays. Idempotent."""
         if self._lock is not None:
-            # Unlocked, not only closed: a forked child may hold a copy of the descriptor.
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            # Unlocked, not only closed: a forked child may hold a copy of the descriptor, whose own
+            # closing leaves the lock to its parent.
+            if os.getpid() == self._pid:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 

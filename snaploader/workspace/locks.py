@@ -44,6 +44,7 @@ class HeldLock:
         self._path = path
         self._let_go = let_go
         self._mutex = threading.Lock()
+        self._pid = os.getpid()
         self._holders = 1
         self.turn = threading.Lock()
         """Held by whoever of those who share it works on the workspace: one after the other."""
@@ -65,7 +66,12 @@ class HeldLock:
             self._let_go()
 
     def remove_file(self) -> None:
-        """Remove the lock's file, for a workspace that is gone. Others that wait for it notice."""
+        """Remove the lock's file, for a workspace that is gone. Others that wait for it notice.
+
+        In a forked child it does nothing: its parent holds the lock.
+        """
+        if os.getpid() != self._pid:
+            return
         with suppress(FileNotFoundError), translate_os_errors(f"cannot remove {self._path!r}"):
             os.unlink(self._path)
 

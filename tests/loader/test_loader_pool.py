@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from snaploader.errors import Cancelled
+from snaploader.errors import Cancelled, ResourceExhausted
 from snaploader.loader.pool import WorkerPool
 
 
@@ -95,3 +95,15 @@ def test_closing_leaves_no_thread() -> None:
     with WorkerPool(4) as pool:
         pool.for_each(lambda _: None, range(100))
     assert threading.active_count() == before
+
+
+def test_a_pool_that_gets_no_thread_says_which_limit_was_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with WorkerPool(2) as pool:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        for work in (lambda: pool.for_each(print, []), lambda: pool.submit(lambda: None)):
+            with pytest.raises(ResourceExhausted, match=r"ulimit -u.*pids\.max"):
+                work()
+        monkeypatch.undo()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ _LOOK_EVERY_S = 0.25
 _LOCK_NOT_AVAILABLE = "55P03"
 
 _log = logging.getLogger(__name__)
+
+_inherited: list[Connection] = []
+"""Connections of a parent process that hold its locks."""
 
 
 @contextmanager
@@ -44,16 +48,21 @@ def advisory_lock(
         cancelled: Ends the waiting when set.
     """
     key = _key(name)
+    process = os.getpid()
     with translate_database_errors(where):
         connection = engine.connect()
     try:
         with translate_database_errors(where):
             held = _acquire(connection, key, wait_s, cancelled)
         yield held
-        if held:
+        if held and os.getpid() == process:
             _release(connection, key, name)
     finally:
-        connection.close()
+        if os.getpid() == process:
+            connection.close()
+        else:
+            # A forked child speaks on its parent's connection neither now nor by its destructor.
+            _inherited.append(connection)
 
 
 def _key(name: str) -> int:

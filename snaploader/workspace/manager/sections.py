@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from snaploader.errors import Cancelled, FailedPrecondition
+from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
 from snaploader.workspace.locks import HeldLock
 
 DEFAULT_WORKERS = 16
@@ -42,17 +42,17 @@ class CriticalSections:
             raise FailedPrecondition("this manager was made before a fork: make another one in the child")
         section = _Section(hold.share(), work)
         try:
-            future = self._pool.submit(section.run)
-        except BaseException as error:
+            with translate_thread_errors("the manager of the workspaces was closed"):
+                future = self._pool.submit(section.run)
+        except BaseException:
             section.give_up()
-            if isinstance(error, RuntimeError):
-                raise Cancelled("the manager of the workspaces was closed") from error
             raise
         return future.result()
 
     def close(self) -> None:
-        """Wait for all operations under way, and end the threads. Idempotent."""
-        self._pool.shutdown(wait=True)
+        """Wait for all operations under way, and end the threads. Idempotent; nothing in a forked child."""
+        if os.getpid() == self._pid:
+            self._pool.shutdown(wait=True)
 
 
 class _Section(Generic[T]):

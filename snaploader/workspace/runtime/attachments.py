@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.manifest import check_name
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX
@@ -134,7 +135,7 @@ class Attachments:
         for name in names:
             check_attachment_name(name)
         owner = ProcessIdentity.current()
-        with ExitStack() as undo:
+        with ProcessExitStack() as undo:
             scratch = self._layout.store_folder(workspace_id, owner.pid, owner.start_ticks)
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             unpacked = undo.enter_context(loader.unpack_snapshot(snapshot.only(names), scratch))
@@ -143,7 +144,7 @@ class Attachments:
             shared = _Shared(len(names), undo.pop_all())
         opened = {}
         for name, store in unpacked.chunked_files.items():
-            closing = ExitStack()
+            closing = ProcessExitStack()
             closing.callback(shared.release)
             closing.enter_context(store)
             opened[tokens[name]] = _OpenStore(store, closing)

@@ -18,6 +18,7 @@ from typing import Self
 from cow import COWStore
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache.flushing import flush_file_system, flush_folder
+from snaploader.filecache.locks import ProcessExitStack
 from snaploader.filecache.trash import remove_tree
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec
@@ -260,11 +261,10 @@ class FolderRuntime(abc.ABC):
     def _building(self, workspace_id: str) -> Iterator[Folder]:
         """A folder to build in; what was not installed is removed."""
         staging = self._layout.staging(workspace_id)
-        try:
+        with ProcessExitStack() as undo:
+            undo.callback(remove_tree, staging.path)
             staging.make()
             yield staging
-        finally:
-            remove_tree(staging.path)
 
     def _install(self, staging: Folder, folder: Folder, *, has_content: bool = True) -> None:
         """Put a finished folder in its place, in one step. What was there is at `staging` then, or gone."""

@@ -20,11 +20,13 @@ _MODE = 0o600
 def locked(path: str) -> Iterator[int]:
     """Hold the lock, waiting for it first; gives its descriptor. Raises OSError."""
     fd = lock_new(path, mode=_MODE)
+    pid = os.getpid()
     try:
         yield fd
-        # At once, also where a process that was forked meanwhile has the descriptor too. Not after an
-        # error: a supervisor that is still starting goes on to hold the lock.
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        # At once, also where a process that was forked meanwhile has the descriptor too, which leaves the
+        # lock to its parent. Not after an error: a supervisor that is still starting goes on to hold it.
+        if os.getpid() == pid:
+            fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)
 
@@ -37,8 +39,10 @@ def locked_now(path: str) -> Iterator[bool]:
     except BlockingIOError:
         yield False
         return
+    pid = os.getpid()
     try:
         yield True
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        if os.getpid() == pid:
+            fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)
