@@ -9,11 +9,14 @@ import grpc
 
 from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.testing import zstd
+from snaploader.remote.compression import compress_frames
 from snaploader.testing.backend import Backend, Failure, is_present, logger
 from snaploader.testing.names import ResourceName, parse_resource_name
 from snaploader.testing.storage import BlobReader, Partition
 from snaploader.testing.uploads import Upload, Uploads
+
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little") + bytes(8)
+"""A zstd frame that decoders pass over: its magic number, the size of what follows, and that."""
 
 
 class ByteStream:
@@ -38,9 +41,7 @@ class ByteStream:
         reader = await self._backend.run(self._open, partition, name)
         try:
             if name.is_compressed:
-                if not self._backend.options.zstd_read_offset:
-                    offset = 0
-                pieces = zstd.compressed_pieces(reader, offset, self._backend.options.read_chunk_bytes)
+                pieces = self._compressed_pieces(reader, offset, limit)
             else:
                 pieces = self._plain_pieces(reader, offset, limit)
             if self._backend.options.verify_reads:
@@ -55,17 +56,18 @@ class ByteStream:
         offset, size = request.read_offset, name.digest.size_bytes
         if not 0 <= offset <= size:
             raise Failure(
-                grpc.StatusCode.OUT_OF_RANGE, f"read_offset {offset} is outside of the blob {name.digest}"
+                self._backend.options.beyond_end_status,
+                f"read_offset {offset} is outside of the blob {name.digest}",
             )
         if request.read_limit < 0:
             raise InvalidArgument(f"read_limit {request.read_limit} is negative")
         if not request.read_limit:
             return offset, size
-        if self._backend.options.read_limit_status is not None:
-            raise Failure(self._backend.options.read_limit_status, "read_limit is not supported here")
         if name.is_compressed:
             # REAPI, ContentAddressableStorage: servers refuse a limit on a compressed read.
             raise InvalidArgument("read_limit cannot be given for a compressed read")
+        if self._backend.options.read_limit_status is not None:
+            raise Failure(self._backend.options.read_limit_status, "read_limit is not supported here")
         return offset, min(size, offset + request.read_limit)
 
     def _open(self, partition: Partition, name: ResourceName) -> BlobReader:
@@ -81,6 +83,13 @@ class ByteStream:
         while offset < end and (data := reader.read(offset, min(step, end - offset))):
             yield data
             offset += len(data)
+
+    def _compressed_pieces(self, reader: BlobReader, offset: int, end: int) -> Iterator[bytes]:
+        options = self._backend.options
+        if options.zstd_skippable_frame:
+            yield SKIPPABLE_FRAME
+        plain = self._plain_pieces(reader, offset if options.zstd_read_offset else 0, end)
+        yield from compress_frames(plain, options.read_chunk_bytes)
 
     async def write(
         self, first: bytestream.WriteRequest, rest: AsyncIterator[bytestream.WriteRequest]

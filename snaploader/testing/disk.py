@@ -23,7 +23,7 @@ from pathlib import Path
 
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.testing.storage import BlobReader, CheckedBytes, StagedBlob, checked
+from snaploader.testing.storage import BlobReader, CheckedBytes, StagedBlob, check_bytes
 
 _CHECKSUM_BYTES = 32
 
@@ -45,11 +45,11 @@ class _FileReader:
 
 
 class _StagedFile:
-    def __init__(self, partition: DiskPartition, digest: Digest, path: str) -> None:
+    def __init__(self, partition: DiskPartition, digest: Digest, path: str, *, verify: bool) -> None:
         self._partition = partition
         self._digest = digest
         self._path = path
-        self._check = CheckedBytes(digest)
+        self._check = CheckedBytes(digest, verify=verify)
         self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def write(self, data: Buffer) -> None:
@@ -128,12 +128,11 @@ class DiskPartition:
             return None
         return _FileReader(descriptor, size)
 
-    def stage(self, digest: Digest) -> StagedBlob:
-        return _StagedFile(self, digest, self._staged_path())
+    def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
+        return _StagedFile(self, digest, self._staged_path(), verify=verify)
 
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        if verify:
-            checked(digest, data)
+        check_bytes(digest, data, verify=verify)
         self._write_file(self.blob_path(digest), data, 0o444)
 
     def delete(self, digest: Digest) -> bool:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import IO, cast
 
-from snaploader.digest import Digest
-from snaploader.testing import zstd
+import zstandard
+
+from snaploader.digest import Buffer, Digest
+from snaploader.errors import InvalidArgument
 from snaploader.testing.backend import Backend
 from snaploader.testing.storage import Partition, StagedBlob
 
 BUFFER_BYTES = 1024 * 1024
 """What an upload holds in memory before a worker thread stages it."""
+
+_MAX_WINDOW_BYTES = 128 * 1024 * 1024
 
 MAX_PARTIAL_UPLOADS = 64
 """Broken uploads kept; the oldest goes first."""
@@ -27,7 +32,7 @@ class Upload:
         self._digest = digest
         self._is_compressed = is_compressed
         self._staged: StagedBlob | None = None
-        self._inflater: zstd.Inflater | None = None
+        self._inflater: _Inflater | None = None
         self._buffer: list[bytes] = []
         self._buffered = 0
         self.received = 0
@@ -55,22 +60,50 @@ class Upload:
 
     def _commit(self) -> None:
         if self._staged is None and not self._is_compressed:
-            self._partition.put(
-                self._digest, self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
-            )
+            data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+            self._partition.put(self._digest, data, verify=self._backend.options.verify_writes)
             return
         self._stage().commit()
 
     def _stage(self) -> StagedBlob:
         pieces, self._buffer, self._buffered = self._buffer, [], 0
         if self._staged is None:
-            self._staged = self._partition.stage(self._digest)
+            self._staged = self._partition.stage(self._digest, verify=self._backend.options.verify_writes)
             if self._is_compressed:
-                self._inflater = zstd.Inflater(self._staged)
+                self._inflater = _Inflater(self._staged)
         target = self._inflater or self._staged
         for piece in pieces:
             target.write(piece)
         return self._staged
+
+
+class _Inflater:
+    """Decompresses frames into a staged blob. Memory is bounded; too much output is the blob's error."""
+
+    def __init__(self, staged: StagedBlob) -> None:
+        self._writer = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_writer(
+            cast("IO[bytes]", self._Out(staged)), write_size=BUFFER_BYTES, closefd=False
+        )
+
+    def write(self, data: Buffer) -> None:
+        """Add compressed bytes. InvalidArgument when they are not zstd."""
+        try:
+            self._writer.write(data)
+        except zstandard.ZstdError as error:
+            raise InvalidArgument(f"the data is not zstd: {error}") from error
+
+    class _Out:
+        """A staged blob as a file to write to."""
+
+        def __init__(self, staged: StagedBlob) -> None:
+            self._staged = staged
+
+        def write(self, data: bytes) -> int:
+            self._staged.write(data)
+            return len(data)
+
+        def flush(self) -> None:
+            pass
 
 
 class Uploads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import threading
 from pathlib import Path
@@ -229,3 +230,35 @@ def test_cancelled_work_ends_before_its_caller_goes_on(fails: bool) -> None:
 
     asyncio.run(cancel())
     assert order == ["work", "caller"]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_wrong_bytes_are_taken_where_nothing_is_verified_and_a_wrong_size_is_not(
+    serve: Serve, batch: bool
+) -> None:
+    digest = Digest.of(b"other", SHA256)
+    for data, expected in ((b"wrong", grpc.StatusCode.OK), (b"longer", grpc.StatusCode.INVALID_ARGUMENT)):
+        served = serve(verify_writes=False)
+        if batch:
+            assert served.endpoint.batch_update([(digest, data)]) == {digest.hash: expected}
+        else:
+            assert code_of(served.endpoint.write, digest, data) == expected
+        assert served.server.blobs() == ([digest] if expected is grpc.StatusCode.OK else [])
+
+
+def test_a_peculiar_server_answers_as_the_real_one(serve: Serve) -> None:
+    buildbarn = serve(beyond_end_status=grpc.StatusCode.INVALID_ARGUMENT, get_tree=False)
+    buildbarn.server.put_blob(BLOB)
+    assert code_of(buildbarn.endpoint.read, DIGEST, offset=len(BLOB) + 1) == grpc.StatusCode.INVALID_ARGUMENT
+    tree = reapi.GetTreeRequest(root_digest=reapi.Digest(hash=DIGEST.hash, size_bytes=DIGEST.size_bytes))
+    call = functools.partial(buildbarn.endpoint.call, services.CAS, "GetTree", tree)
+    assert code_of(lambda: list(call())) == grpc.StatusCode.UNIMPLEMENTED
+
+    bazel_remote = serve(zstd_skippable_frame=True, read_limit_status=grpc.StatusCode.OUT_OF_RANGE)
+    bazel_remote.server.put_blob(BLOB)
+    assert bazel_remote.endpoint.read(DIGEST, zstd=True)[:4] == b"\x50\x2a\x4d\x18"
+    assert bazel_remote.endpoint.batch_read([DIGEST], accept_zstd=True)[DIGEST.hash].data[:2] == b"\x50\x2a"
+    name = f"compressed-blobs/zstd/{DIGEST}"
+    limited = bytestream_pb2.ReadRequest(resource_name=name, read_limit=5)
+    call = functools.partial(bazel_remote.endpoint.call, services.BYTE_STREAM, "Read", limited)
+    assert code_of(lambda: list(call())) == grpc.StatusCode.INVALID_ARGUMENT
