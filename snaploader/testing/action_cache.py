@@ -120,7 +120,7 @@ class Capabilities:
                 ),
                 max_batch_total_size_bytes=options.max_batch_total_size_bytes,
                 max_cas_blob_size_bytes=options.max_cas_blob_size_bytes,
-                symlink_absolute_path_strategy=reapi.SymlinkAbsolutePathStrategy.DISALLOWED,
+                symlink_absolute_path_strategy=reapi.SymlinkAbsolutePathStrategy.ALLOWED,
                 supported_compressors=zstd if options.zstd_streams else [],
                 supported_batch_update_compressors=zstd if options.zstd_batches else [],
             ),

@@ -24,14 +24,14 @@ class ByteStream:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._uploads = Uploads()
+        self._uploads = Uploads(backend.options.max_upload_memory_bytes)
 
     async def close(self) -> None:
         """Discard the writes that never ended."""
         await self._uploads.close()
 
-    async def read(self, request: bytestream.ReadRequest) -> AsyncIterator[bytes]:
-        """The data of Read, piece by piece."""
+    async def read(self, request: bytestream.ReadRequest) -> AsyncIterator[bytestream.ReadResponse]:
+        """The messages of Read."""
         name, partition = self._resolve(request.resource_name)
         if name.is_upload:
             raise InvalidArgument(f"{request.resource_name!r} names an upload, which cannot be read")
@@ -46,8 +46,10 @@ class ByteStream:
                 pieces = self._plain_pieces(reader, offset, limit)
             if self._backend.options.verify_reads:
                 await self._backend.run_to_end(_verify, reader, name, partition)
-            while data := await self._backend.run_to_end(next, pieces, b""):
-                yield data
+            # Each piece is taken out of a list, so that nothing here holds it while it waits to be sent.
+            boxes = map(_boxed, pieces)
+            while box := await self._backend.run_to_end(next, boxes, None):
+                yield bytestream.ReadResponse(data=box.pop())
         finally:
             reader.close()
 
@@ -80,9 +82,8 @@ class ByteStream:
 
     def _plain_pieces(self, reader: BlobReader, offset: int, end: int) -> Iterator[bytes]:
         step = self._backend.options.read_chunk_bytes
-        while offset < end and (data := reader.read(offset, min(step, end - offset))):
-            yield data
-            offset += len(data)
+        for start in range(offset, end, step):
+            yield reader.read(start, min(step, end - start))
 
     def _compressed_pieces(self, reader: BlobReader, offset: int, end: int) -> Iterator[bytes]:
         options = self._backend.options
@@ -109,11 +110,13 @@ class ByteStream:
             )
         key = (name.instance_name, first.resource_name)
         upload = self._resumed(key, first.write_offset)
+        is_new = upload is None
         if upload is None:
             upload = Upload(self._backend, partition, name.digest, is_compressed=name.is_compressed)
-            await self._uploads.keep(key, upload)
         is_kept = False
         try:
+            if is_new:
+                await self._uploads.admit(key, upload)
             is_finished = await self._receive(upload, first, rest, name)
             if is_finished:
                 await upload.commit()
@@ -122,7 +125,7 @@ class ByteStream:
             return bytestream.WriteResponse(committed_size=upload.received)
         except (asyncio.CancelledError, Failure):
             # The client went away, or a scripted fault cut the stream: it may come back.
-            is_kept = options.resumable_writes
+            is_kept = options.resumable_writes and upload.received > 0
             raise
         finally:
             upload.is_active = False
@@ -207,6 +210,10 @@ class ByteStream:
         if name.is_compressed and not options.zstd_streams:
             raise InvalidArgument("compressed-blobs are not supported here")
         return name, partition
+
+
+def _boxed(piece: bytes) -> list[bytes]:
+    return [piece]
 
 
 class _Empty:

@@ -131,13 +131,15 @@ class Flow:
             raise failure_of(self._fault)
 
 
-async def shaped_pieces(fault: Fault, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of Read, with the fault in it."""
+async def shaped_responses(
+    fault: Fault, responses: AsyncIterator[bytestream.ReadResponse]
+) -> AsyncIterator[bytestream.ReadResponse]:
+    """The messages of Read, with the fault in them."""
     flow = Flow(fault)
-    async for piece in pieces:
-        data, ends = await flow.shape(piece)
+    async for response in responses:
+        data, ends = await flow.shape(response.data)
         if data:
-            yield data
+            yield bytestream.ReadResponse(data=data)
         if ends:
             flow.end()
             return

@@ -74,8 +74,18 @@ class ServerOptions:
     """Whether GetTree is implemented."""
     compressed_committed_size: Literal["compressed", "uncompressed", "minus-one"] = "compressed"
     """What `committed_size` says after a compressed write."""
-    read_chunk_bytes: int = 1024 * 1024
-    """Content in one ReadResponse."""
+    read_chunk_bytes: int = 256 * 1024
+    """Content in one ReadResponse. A client that does not read costs three to four times as much memory."""
+    stream_idle_s: float = 60.0
+    """How long Read, GetTree and Write wait for a client that reads or sends nothing. Then the call ends with
+    DEADLINE_EXCEEDED and its upload counts as broken. gRPC itself keeps the one piece that it could not send
+    (`read_chunk_bytes`) until the client reads on or goes."""
+    max_streams: int = 256
+    """Read and Write calls at once; more are refused with RESOURCE_EXHAUSTED and told when to come back."""
+    max_upload_memory_bytes: int = 1024 * 1024 * 1024
+    """Memory for the content of open uploads, broken ones included: up to 5 MiB each, or all of it where
+    content is kept in memory. Broken ones give way; then further ones are refused with RESOURCE_EXHAUSTED and
+    told when to come back. One upload is taken at any size."""
     verify_writes: bool = True
     """Refuse bytes whose hash is not that of the digest; False compares sizes only."""
     batch_hash_function: DigestFunction | None = None
@@ -106,6 +116,8 @@ class ServerOptions:
             raise InvalidArgument("max_message_bytes is below 64 KiB, where not even a request fits")
         if not 0 < self.read_chunk_bytes <= self.max_message_bytes - 1024:
             raise InvalidArgument("read_chunk_bytes does not fit in max_message_bytes")
+        if self.stream_idle_s <= 0 or self.max_streams < 1 or self.max_upload_memory_bytes < 1:
+            raise InvalidArgument("stream_idle_s, max_streams and max_upload_memory_bytes must be above 0")
         if any(name != name.lower() for name in self.required_headers):
             raise InvalidArgument("required_headers: gRPC header names are lower-case")
 

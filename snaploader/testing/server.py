@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from types import TracebackType
 from typing import Self
 
@@ -20,6 +21,8 @@ from snaploader.testing.faults import FaultScript
 from snaploader.testing.loop import LOOP
 from snaploader.testing.options import ServerOptions, ServerTLS
 from snaploader.testing.storage import MemoryStorage, Partition, Storage, parse_result_key, result_key
+
+_KEEPALIVE_MS = 60_000
 
 _IDLE_GRACE_S = 1.0
 """Bound of an orderly goodbye to clients without calls under way; takes a few milliseconds."""
@@ -86,6 +89,8 @@ class EmbeddedServer:
         """
         if self._running is not None:
             raise FailedPrecondition("the server runs already")
+        if self._socket is None:
+            _check_address(self._host, self._port)
         storage = DiskStorage(self._folder) if self._folder is not None else self._storage
         assert storage is not None
         try:
@@ -234,6 +239,29 @@ class EmbeddedServer:
         return self._log
 
 
+def _check_address(host: str, port: int) -> None:
+    """Unavailable, with the system's reason, when no socket can be bound there.
+
+    gRPC would print that reason on stderr and raise an error without it.
+    """
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise Unavailable(f"cannot listen on {host}: {error.strerror}", transient=False) from error
+    refusals: list[OSError] = []
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                return
+        except OSError as error:
+            refusals.append(error)
+    raise Unavailable(
+        f"cannot listen on {host} port {port}: {os.strerror(refusals[0].errno or 0)}", transient=False
+    ) from refusals[0]
+
+
 class _Running:
     """A server between start and stop."""
 
@@ -257,6 +285,8 @@ class _Running:
                 ("grpc.max_send_message_length", limit),
                 # A second server on the port must fail, not share its calls.
                 ("grpc.so_reuseport", 0),
+                # A host that vanished is noticed after this time, not after two hours.
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
             ]
         )
         self._server.add_generic_rpc_handlers(tuple(self._dispatcher.handlers()))
@@ -267,7 +297,7 @@ class _Running:
             else:
                 port = self._server.add_secure_port(server.address, credentials)
         except RuntimeError as error:
-            raise Unavailable(f"cannot listen on {server.address}: {error}", transient=False) from error
+            raise Unavailable(f"cannot listen on {server.address}", transient=False) from error
         await self._server.start()
         return port or server.port
 

@@ -9,8 +9,8 @@ import zstandard
 
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import InvalidArgument
-from snaploader.testing.backend import Backend
-from snaploader.testing.storage import Partition, StagedBlob
+from snaploader.testing.backend import Backend, overloaded
+from snaploader.testing.storage import MemoryPartition, Partition, StagedBlob
 
 BUFFER_BYTES = 1024 * 1024
 """What an upload holds in memory before a worker thread stages it."""
@@ -35,6 +35,12 @@ class Upload:
         self._inflater: _Inflater | None = None
         self._buffer: list[bytes] = []
         self._buffered = 0
+        in_memory = isinstance(partition, MemoryPartition)
+        buffered = BUFFER_BYTES + backend.options.max_message_bytes
+        self.needed_bytes = digest.size_bytes if in_memory else min(digest.size_bytes, buffered)
+        """Memory that it may take."""
+        self.granted_bytes = 0
+        """Memory that it was given; the business of `Uploads`."""
         self.received = 0
         """Bytes on the wire so far."""
         self.is_active = True
@@ -107,14 +113,31 @@ class _Inflater:
 
 
 class Uploads:
-    """The writes of a server by instance and resource name. Used on the server's loop."""
+    """The writes of a server by instance and resource name. Used on the server's loop.
 
-    def __init__(self) -> None:
+    Args:
+        max_memory_bytes: Bound of what they hold in memory together.
+    """
+
+    def __init__(self, max_memory_bytes: int) -> None:
         self._uploads: OrderedDict[tuple[str, str], Upload] = OrderedDict()
+        self._max_memory_bytes = max_memory_bytes
+        self._granted_bytes = 0
 
     def get(self, key: tuple[str, str]) -> Upload | None:
         """The upload of that name, active or broken."""
         return self._uploads.get(key)
+
+    async def admit(self, key: tuple[str, str], upload: Upload) -> None:
+        """Remember a new upload. Failure (RESOURCE_EXHAUSTED) when there is no memory for it."""
+        while self._granted_bytes and self._granted_bytes + upload.needed_bytes > self._max_memory_bytes:
+            broken = next((name for name, kept in self._uploads.items() if not kept.is_active), None)
+            if broken is None:
+                raise overloaded("the open uploads take all the memory there is for them")
+            await self._discard(self._uploads.pop(broken))
+        upload.granted_bytes = upload.needed_bytes
+        self._granted_bytes += upload.granted_bytes
+        await self.keep(key, upload)
 
     async def keep(self, key: tuple[str, str], upload: Upload) -> None:
         """Remember an upload; one of the same name that is broken goes, and the oldest broken ones."""
@@ -125,15 +148,20 @@ class Uploads:
         if known is not None and known is not upload and not known.is_active:
             surplus.append(known)
         for gone in surplus:
-            await gone.discard()
+            await self._discard(gone)
 
     async def drop(self, key: tuple[str, str], upload: Upload) -> None:
         """Discard an upload, and its name if it still stands for it."""
         if self._uploads.get(key) is upload:
             del self._uploads[key]
-        await upload.discard()
+        await self._discard(upload)
 
     async def close(self) -> None:
         """Discard all."""
         while self._uploads:
-            await self._uploads.popitem()[1].discard()
+            await self._discard(self._uploads.popitem()[1])
+
+    async def _discard(self, upload: Upload) -> None:
+        self._granted_bytes -= upload.granted_bytes
+        upload.granted_bytes = 0
+        await upload.discard()

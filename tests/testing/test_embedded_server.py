@@ -548,6 +548,9 @@ def test_nothing_is_left_running() -> None:
         {"read_chunk_bytes": 0},
         {"read_chunk_bytes": 8 * 1024 * 1024},
         {"required_headers": {"X-Key": "1"}},
+        {"stream_idle_s": 0},
+        {"max_streams": 0},
+        {"max_upload_memory_bytes": 0},
     ],
 )
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
