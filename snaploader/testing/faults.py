@@ -88,8 +88,8 @@ class Fault:
     """How many matching calls pass unharmed first."""
     digest: Digest | str | None = None
     """Only calls that name this blob or action (a digest, or a hash). Also what `drop_blob`, `flip_bit`,
-    `wrong_digest`, `stale_index` and `item_status` act on in a batch; without it, all blobs of the call (`flip_bit` and
-    `wrong_digest`: the first)."""
+    `wrong_digest`, `stale_index` and `item_status` act on in a batch; without it, all blobs of the call
+    (`flip_bit` and `wrong_digest`: the first)."""
     resource: str | None = None
     """Only ByteStream calls whose resource name holds this."""
     matches: Callable[[Call], bool] | None = None
