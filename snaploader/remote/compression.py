@@ -56,12 +56,13 @@ def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator
     """The content of a compressed stream, piece by piece, as it comes.
 
     Args:
-        compressed: The stream in pieces of any size; may hold several zstd frames.
+        compressed: The stream in pieces of any size; may hold several zstd frames, also skippable ones.
         size_bytes: The size the whole content must have.
 
-    DataLoss as soon as there is more than that, at the end when there is less, or when it is no zstd.
+    DataLoss as soon as there is more than that, at the end when there is less, or when it is no zstd; also
+    when the stream is far longer than any compressor makes it, as a row of empty frames could go on for ever.
     """
-    source = _Pieces(compressed)
+    source = _Pieces(compressed, 2 * size_bytes + _OUTPUT_BYTES)
     decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
     produced = 0
     try:
@@ -80,10 +81,11 @@ def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator
 
 
 class _Pieces:
-    """Pieces as a file to read from."""
+    """Pieces as a file to read from. DataLoss when they have more than `limit_bytes` in all."""
 
-    def __init__(self, pieces: Iterable[Buffer]) -> None:
+    def __init__(self, pieces: Iterable[Buffer], limit_bytes: int) -> None:
         self._pieces = iter(pieces)
+        self._limit_bytes = self._left_bytes = limit_bytes
         self._rest = memoryview(b"")
 
     def read(self, size: int = -1) -> memoryview:
@@ -92,6 +94,9 @@ class _Pieces:
             if piece is None:
                 return memoryview(b"")
             self._rest = memoryview(piece).cast("B")
+            self._left_bytes -= len(self._rest)
+            if self._left_bytes < 0:
+                raise DataLoss(f"compressed data has more than {self._limit_bytes} bytes")
         size = len(self._rest) if size < 0 else size
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken

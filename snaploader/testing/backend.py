@@ -25,6 +25,7 @@ logger = logging.getLogger("snaploader.testing")
 T = TypeVar("T")
 
 _WORKERS = 4
+_RETRY_AFTER_S = 1.0
 
 
 class Failure(Exception):
@@ -35,6 +36,11 @@ class Failure(Exception):
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+
+
+def overloaded(message: str) -> Failure:
+    """The refusal of a call that would be taken a little later."""
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_RETRY_AFTER_S)
 
 
 _CODES: dict[type[errors.SnaploaderError], grpc.StatusCode] = {

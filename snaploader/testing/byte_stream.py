@@ -9,11 +9,14 @@ import grpc
 
 from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.testing import zstd
+from snaploader.remote.compression import compress_frames
 from snaploader.testing.backend import Backend, Failure, is_present, logger
 from snaploader.testing.names import ResourceName, parse_resource_name
 from snaploader.testing.storage import BlobReader, Partition
 from snaploader.testing.uploads import Upload, Uploads
+
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little") + bytes(8)
+"""A zstd frame that decoders pass over: its magic number, the size of what follows, and that."""
 
 
 class ByteStream:
@@ -21,14 +24,14 @@ class ByteStream:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._uploads = Uploads()
+        self._uploads = Uploads(backend.options.max_upload_memory_bytes)
 
     async def close(self) -> None:
         """Discard the writes that never ended."""
         await self._uploads.close()
 
-    async def read(self, request: bytestream.ReadRequest) -> AsyncIterator[bytes]:
-        """The data of Read, piece by piece."""
+    async def read(self, request: bytestream.ReadRequest) -> AsyncIterator[bytestream.ReadResponse]:
+        """The messages of Read."""
         name, partition = self._resolve(request.resource_name)
         if name.is_upload:
             raise InvalidArgument(f"{request.resource_name!r} names an upload, which cannot be read")
@@ -38,15 +41,15 @@ class ByteStream:
         reader = await self._backend.run(self._open, partition, name)
         try:
             if name.is_compressed:
-                if not self._backend.options.zstd_read_offset:
-                    offset = 0
-                pieces = zstd.compressed_pieces(reader, offset, self._backend.options.read_chunk_bytes)
+                pieces = self._compressed_pieces(reader, offset, limit)
             else:
                 pieces = self._plain_pieces(reader, offset, limit)
             if self._backend.options.verify_reads:
                 await self._backend.run_to_end(_verify, reader, name, partition)
-            while data := await self._backend.run_to_end(next, pieces, b""):
-                yield data
+            # Each piece is taken out of a list, so that nothing here holds it while it waits to be sent.
+            boxes = map(_boxed, pieces)
+            while box := await self._backend.run_to_end(next, boxes, None):
+                yield bytestream.ReadResponse(data=box.pop())
         finally:
             reader.close()
 
@@ -55,17 +58,18 @@ class ByteStream:
         offset, size = request.read_offset, name.digest.size_bytes
         if not 0 <= offset <= size:
             raise Failure(
-                grpc.StatusCode.OUT_OF_RANGE, f"read_offset {offset} is outside of the blob {name.digest}"
+                self._backend.options.beyond_end_status,
+                f"read_offset {offset} is outside of the blob {name.digest}",
             )
         if request.read_limit < 0:
             raise InvalidArgument(f"read_limit {request.read_limit} is negative")
         if not request.read_limit:
             return offset, size
-        if self._backend.options.read_limit_status is not None:
-            raise Failure(self._backend.options.read_limit_status, "read_limit is not supported here")
         if name.is_compressed:
             # REAPI, ContentAddressableStorage: servers refuse a limit on a compressed read.
             raise InvalidArgument("read_limit cannot be given for a compressed read")
+        if self._backend.options.read_limit_status is not None:
+            raise Failure(self._backend.options.read_limit_status, "read_limit is not supported here")
         return offset, min(size, offset + request.read_limit)
 
     def _open(self, partition: Partition, name: ResourceName) -> BlobReader:
@@ -78,9 +82,15 @@ class ByteStream:
 
     def _plain_pieces(self, reader: BlobReader, offset: int, end: int) -> Iterator[bytes]:
         step = self._backend.options.read_chunk_bytes
-        while offset < end and (data := reader.read(offset, min(step, end - offset))):
-            yield data
-            offset += len(data)
+        for start in range(offset, end, step):
+            yield reader.read(start, min(step, end - start))
+
+    def _compressed_pieces(self, reader: BlobReader, offset: int, end: int) -> Iterator[bytes]:
+        options = self._backend.options
+        if options.zstd_skippable_frame:
+            yield SKIPPABLE_FRAME
+        plain = self._plain_pieces(reader, offset if options.zstd_read_offset else 0, end)
+        yield from compress_frames(plain, options.read_chunk_bytes)
 
     async def write(
         self, first: bytestream.WriteRequest, rest: AsyncIterator[bytestream.WriteRequest]
@@ -100,11 +110,13 @@ class ByteStream:
             )
         key = (name.instance_name, first.resource_name)
         upload = self._resumed(key, first.write_offset)
+        is_new = upload is None
         if upload is None:
             upload = Upload(self._backend, partition, name.digest, is_compressed=name.is_compressed)
-            await self._uploads.keep(key, upload)
         is_kept = False
         try:
+            if is_new:
+                await self._uploads.admit(key, upload)
             is_finished = await self._receive(upload, first, rest, name)
             if is_finished:
                 await upload.commit()
@@ -113,7 +125,7 @@ class ByteStream:
             return bytestream.WriteResponse(committed_size=upload.received)
         except (asyncio.CancelledError, Failure):
             # The client went away, or a scripted fault cut the stream: it may come back.
-            is_kept = options.resumable_writes
+            is_kept = options.resumable_writes and upload.received > 0
             raise
         finally:
             upload.is_active = False
@@ -198,6 +210,10 @@ class ByteStream:
         if name.is_compressed and not options.zstd_streams:
             raise InvalidArgument("compressed-blobs are not supported here")
         return name, partition
+
+
+def _boxed(piece: bytes) -> list[bytes]:
+    return [piece]
 
 
 class _Empty:

@@ -9,16 +9,18 @@ import grpc
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto import status_pb2
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import InvalidArgument, NotFound
-from snaploader.testing import zstd
+from snaploader.errors import DataLoss, InvalidArgument, NotFound
+from snaploader.remote.compression import compress, decompress
 from snaploader.testing.backend import (
     Backend,
+    Failure,
     as_failure,
     blob_bytes,
     digest_of,
     is_present,
     logger,
 )
+from snaploader.testing.byte_stream import SKIPPABLE_FRAME
 from snaploader.testing.storage import Partition
 
 _IDENTITY = reapi.Compressor.IDENTITY
@@ -73,11 +75,17 @@ class ContentAddressableStorage:
         digest = digest_of(item.digest, function)
         self._backend.check_size(digest)
         data = item.data
-        if item.compressor == _ZSTD and self._backend.options.zstd_batches:
-            data = zstd.decompress(data, digest.size_bytes)
+        options = self._backend.options
+        if item.compressor == _ZSTD and options.zstd_batches:
+            data = decompress(data, digest.size_bytes)
         elif item.compressor != _IDENTITY:
             raise InvalidArgument(f"the compressor {item.compressor} is not supported in batches")
-        partition.put(digest, data)
+        verify = options.verify_writes
+        if verify and options.batch_hash_function is not None:
+            if options.batch_hash_function.hash(data) != digest.hash:
+                raise DataLoss(f"the bytes that came do not have the digest {digest}")
+            verify = False
+        partition.put(digest, data, verify=verify)
 
     def batch_read_blobs(self, request: reapi.BatchReadBlobsRequest) -> reapi.BatchReadBlobsResponse:
         """BatchReadBlobs: each blob has a status of its own."""
@@ -89,7 +97,7 @@ class ContentAddressableStorage:
         self._check_total(total)
         if total + len(digests) * _ITEM_OVERHEAD_BYTES > options.max_message_bytes:
             raise InvalidArgument(f"{total} bytes in {len(digests)} blobs do not fit in one response")
-        compress = options.zstd_batches and _ZSTD in request.acceptable_compressors
+        may_compress = options.zstd_batches and _ZSTD in request.acceptable_compressors
         response = reapi.BatchReadBlobsResponse()
         for message, digest in zip(request.digests, digests, strict=True):
             data = self._load(partition, digest)
@@ -98,12 +106,13 @@ class ContentAddressableStorage:
                     digest=message, status=status_of(grpc.StatusCode.NOT_FOUND, f"no blob {digest}")
                 )
                 continue
-            packed = zstd.compress(data) if compress else data
-            is_packed = len(packed) < len(data)
+            packed = compress(data) if may_compress else None
+            if packed is not None and options.zstd_skippable_frame:
+                packed = SKIPPABLE_FRAME + packed
             response.responses.add(
                 digest=message,
-                data=packed if is_packed else data,
-                compressor=_ZSTD if is_packed else _IDENTITY,
+                data=data if packed is None else packed,
+                compressor=_IDENTITY if packed is None else _ZSTD,
                 status=status_of(grpc.StatusCode.OK),
             )
         return response
@@ -126,6 +135,8 @@ class ContentAddressableStorage:
 
         A page token is the number of directories already given. `page_size` is honoured up to 1,000.
         """
+        if not self._backend.options.get_tree:
+            raise Failure(grpc.StatusCode.UNIMPLEMENTED, "GetTree is not implemented here")
         function = self._backend.function(request.digest_function)
         partition = self._backend.partition(request.instance_name)
         skip = _page_token(request.page_token)

@@ -34,7 +34,7 @@ from snaploader.folders import (
     open_root,
     open_written,
 )
-from snaploader.testing.storage import BlobReader, CheckedBytes, StagedBlob, checked
+from snaploader.testing.storage import BlobReader, CheckedBytes, StagedBlob, check_bytes
 
 _BLOB_MODE = 0o400
 _CHECKSUM_BYTES = 32
@@ -59,11 +59,11 @@ class _FileReader:
 
 
 class _StagedFile:
-    def __init__(self, partition: DiskPartition, digest: Digest, path: str) -> None:
+    def __init__(self, partition: DiskPartition, digest: Digest, path: str, *, verify: bool) -> None:
         self._partition = partition
         self._digest = digest
         self._path = path
-        self._check = CheckedBytes(digest)
+        self._check = CheckedBytes(digest, verify=verify)
         self._file: int | None = open_new(path, 0o600, os.O_WRONLY)
 
     def write(self, data: Buffer) -> None:
@@ -147,12 +147,11 @@ class DiskPartition:
             return None
         return _FileReader(descriptor, size)
 
-    def stage(self, digest: Digest) -> StagedBlob:
-        return _StagedFile(self, digest, self._staged_path())
+    def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
+        return _StagedFile(self, digest, self._staged_path(), verify=verify)
 
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        if verify:
-            checked(digest, data)
+        check_bytes(digest, data, verify=verify)
         self._write_file(self.blob_path(digest), data, _BLOB_MODE)
 
     def delete(self, digest: Digest) -> bool:

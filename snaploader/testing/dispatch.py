@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
@@ -20,7 +20,7 @@ from snaploader._proto import bytestream_pb2, services
 from snaploader.errors import InvalidArgument
 from snaploader.testing import injection
 from snaploader.testing.action_cache import ActionCache, Capabilities
-from snaploader.testing.backend import Backend, Failure, as_failure
+from snaploader.testing.backend import Backend, Failure, as_failure, overloaded
 from snaploader.testing.byte_stream import ByteStream
 from snaploader.testing.calls import Call, CallLog
 from snaploader.testing.cas import ContentAddressableStorage
@@ -29,6 +29,8 @@ from snaploader.testing.faults import Fault, FaultScript
 
 Context = Any
 Unary = Callable[[Any], Any]
+
+_STREAMS = frozenset({"Read", "Write"})
 
 
 class Dispatcher:
@@ -43,6 +45,7 @@ class Dispatcher:
         self._results = ActionCache(backend)
         self._capabilities = Capabilities(backend)
         self._active = 0
+        self._streams = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -98,11 +101,13 @@ class Dispatcher:
             async with self._tracked(call, context):
                 request = _decode(method.request, raw)
                 fault = await self._begin(call, request, context)
+                await self._carry("up", len(raw))
                 if fault is None:
                     reply: bytes = (await handle(request)).SerializeToString()
                 else:
                     reply = await self._faulty(fault, call, request, handle)
                 call.sent_bytes = len(reply)
+                await self._carry("down", len(reply))
                 return reply
 
         return grpc.unary_unary_rpc_method_handler(call_once)
@@ -135,28 +140,51 @@ class Dispatcher:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         method = services.methods(service)[name]
 
-        async def call_once(raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        async def call_once(raw: bytes, context: Context) -> None:
             call = Call(method.name, received_bytes=len(raw))
             async with self._tracked(call, context):
                 request = _decode(method.request, raw)
                 fault = await self._begin(call, request, context)
+                await self._carry("up", len(raw))
                 if fault is not None:
                     await self._before(fault, call)
                 async with contextlib.aclosing(handle(request, fault)) as responses:  # type: ignore[type-var]
                     async for response in responses:
                         reply = response.SerializeToString()
                         call.sent_bytes += len(reply)
-                        yield reply
+                        del response  # a client that reads nothing is not to hold another copy
+                        await self._send(reply, context)
                 if fault is not None and fault.lose_reply:
                     raise injection.failure_of(fault)
 
         return grpc.unary_stream_rpc_method_handler(call_once)
 
+    async def _send(self, reply: bytes, context: Context) -> None:
+        """Send one message of a stream, as soon as the client takes it."""
+        await self._carry("down", len(reply))
+        try:
+            async with self._idle_limit("the client read"):
+                await context.write(reply)
+        except grpc.aio.InternalError as error:
+            # gRPC could not send: the client went away.
+            raise asyncio.CancelledError from error
+
+    @contextlib.asynccontextmanager
+    async def _idle_limit(self, what: str) -> AsyncIterator[None]:
+        """End the call when the client makes it wait for longer than the options allow."""
+        limit_s = self._backend.options.stream_idle_s
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise Failure(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"{what} nothing for {limit_s:g} s, which ends the stream"
+            ) from None
+
     async def _read(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:
         async with contextlib.aclosing(self._bytes.read(request)) as whole:  # type: ignore[type-var]
-            pieces = whole if fault is None else injection.shaped_pieces(fault, whole)
-            async for data in pieces:
-                yield bytestream_pb2.ReadResponse(data=data)
+            async for response in whole if fault is None else injection.shaped_responses(fault, whole):
+                yield response
 
     async def _tree(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:  # noqa: ARG002
         pages: Iterator[Any] = self._cas.get_tree(request)
@@ -167,10 +195,15 @@ class Dispatcher:
         async def call_once(raws: AsyncIterator[bytes], context: Context) -> bytes:
             call = Call("Write")
             async with self._tracked(call, context):
-                messages = _messages(raws, call)
-                first = await anext(messages, None)
-                if first is None:
-                    raise InvalidArgument("the write has no message")
+                messages = self._messages(raws, call)
+                try:
+                    first = await anext(messages)
+                except BaseException as error:
+                    # It ends before it says what it is about, and is recorded as that.
+                    self._log.begin(call)
+                    if isinstance(error, StopAsyncIteration):
+                        raise InvalidArgument("the write has no message") from None
+                    raise
                 fault = await self._begin(call, first, context)
                 if fault is not None:
                     await self._before(fault, call)
@@ -183,17 +216,39 @@ class Dispatcher:
                     raise injection.failure_of(fault)
                 reply = response.SerializeToString()
                 call.sent_bytes = len(reply)
+                await self._carry("down", len(reply))
                 return reply
 
         return grpc.stream_unary_rpc_method_handler(call_once)
+
+    async def _messages(
+        self, raws: AsyncIterator[bytes], call: Call
+    ) -> AsyncIterator[bytestream_pb2.WriteRequest]:
+        while True:
+            async with self._idle_limit("the client sent"):
+                raw = await anext(raws, None)
+            if raw is None:
+                return
+            call.received_bytes += len(raw)
+            await self._carry("up", len(raw))
+            yield _decode(bytestream_pb2.WriteRequest, raw)
 
     async def _begin(self, call: Call, request: Any, context: Context) -> Fault | None:
         """Describe and record a call, check its credentials, and see which fault hits it."""
         call.metadata = dict(context.invocation_metadata() or ())
         describe(call, request)
         self._log.begin(call)
+        if self._faults.link is not None:
+            await asyncio.sleep(self._faults.link.latency_s)
         self._authenticate(call)
+        if call.method in _STREAMS and self._streams > self._backend.options.max_streams:
+            raise overloaded("too many streams are open")
         return self._faults.take(call)
+
+    async def _carry(self, direction: Literal["up", "down"], size: int) -> None:
+        """Bring a message over the link, where there is one."""
+        if self._faults.link is not None:
+            await self._faults.link.carry(direction, size)
 
     async def _before(self, fault: Fault, call: Call) -> None:
         await injection.before(fault)
@@ -219,7 +274,9 @@ class Dispatcher:
     async def _tracked(self, call: Call, context: Context) -> AsyncIterator[None]:
         """End the call with the status of what is raised inside, and record it."""
         status = "CANCELLED"
+        is_stream = call.method in _STREAMS
         self._active += 1
+        self._streams += is_stream
         self._is_idle.clear()
         try:
             yield
@@ -231,6 +288,7 @@ class Dispatcher:
             await context.abort(failure.code, failure.message, trailers(failure))
         finally:
             self._active -= 1
+            self._streams -= is_stream
             if self._active == 0:
                 self._is_idle.set()
             if call.status is None:
@@ -242,12 +300,6 @@ def _decode(kind: Any, raw: bytes) -> Any:
         return kind.FromString(raw)
     except DecodeError as error:
         raise InvalidArgument(f"the request is not a {kind.DESCRIPTOR.full_name}") from error
-
-
-async def _messages(raws: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytestream_pb2.WriteRequest]:
-    async for raw in raws:
-        call.received_bytes += len(raw)
-        yield _decode(bytestream_pb2.WriteRequest, raw)
 
 
 async def _chain(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

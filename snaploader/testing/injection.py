@@ -50,6 +50,10 @@ def drop_blobs(fault: Fault, hashes: Iterable[str], partition: Partition) -> Non
 def damage(fault: Fault, response: Any) -> None:
     """Change a response message as the fault says."""
     if isinstance(response, reapi.FindMissingBlobsResponse):
+        if fault.stale_index:
+            missing = [item for item in response.missing_blob_digests if fault.hash not in (None, item.hash)]
+            del response.missing_blob_digests[:]
+            response.missing_blob_digests.extend(missing)
         if fault.wrong_digest and response.missing_blob_digests:
             response.missing_blob_digests[0].hash = _other(response.missing_blob_digests[0].hash)
         return
@@ -131,13 +135,15 @@ class Flow:
             raise failure_of(self._fault)
 
 
-async def shaped_pieces(fault: Fault, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of Read, with the fault in it."""
+async def shaped_responses(
+    fault: Fault, responses: AsyncIterator[bytestream.ReadResponse]
+) -> AsyncIterator[bytestream.ReadResponse]:
+    """The messages of Read, with the fault in them."""
     flow = Flow(fault)
-    async for piece in pieces:
-        data, ends = await flow.shape(piece)
+    async for response in responses:
+        data, ends = await flow.shape(response.data)
         if data:
-            yield data
+            yield bytestream.ReadResponse(data=data)
         if ends:
             flow.end()
             return

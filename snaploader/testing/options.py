@@ -37,6 +37,8 @@ class ServerOptions:
     """Take every digest for one of the first function, whatever the request says, as BuildGrid does."""
     zstd_streams: bool = True
     """Offer zstd for ByteStream (`compressed-blobs`)."""
+    zstd_skippable_frame: bool = False
+    """Begin what is compressed with a skippable frame (RFC 8878, 3.1.2), as bazel-remote does by default."""
     zstd_batches: bool = True
     """Offer zstd for BatchUpdateBlobs, and answer BatchReadBlobs with it where the client accepts it."""
     max_batch_total_size_bytes: int = DEFAULT_MESSAGE_BYTES - 64 * 1024
@@ -51,6 +53,11 @@ class ServerOptions:
     """Whether clients may write to the action cache."""
     update_disabled_status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
     """The answer to UpdateActionResult when they may not."""
+    update_again_status: grpc.StatusCode | None = None
+    """The answer to UpdateActionResult of a key that has a result, as of a write-once action cache
+    (BuildGrid: INTERNAL). None replaces it."""
+    max_action_results: int = 0
+    """Action results kept in an instance; those that were written first go first. 0 for no bound."""
     read_only: bool = False
     """Refuse every write to the CAS with PERMISSION_DENIED."""
     capabilities: bool = True
@@ -64,11 +71,30 @@ class ServerOptions:
     zstd_read_offset: bool = True
     """Honour `read_offset` of compressed reads; False serves them from the start, as Buildbarn does."""
     read_limit_status: grpc.StatusCode | None = None
-    """The answer to a `read_limit`, as some servers refuse it. None honours it."""
+    """The answer to a `read_limit`, as some servers refuse it. None honours it. A compressed read with a
+    limit is INVALID_ARGUMENT in any case (REAPI, ContentAddressableStorage)."""
+    beyond_end_status: grpc.StatusCode = grpc.StatusCode.OUT_OF_RANGE
+    """The answer to a `read_offset` beyond the end of the blob."""
+    get_tree: bool = True
+    """Whether GetTree is implemented."""
     compressed_committed_size: Literal["compressed", "uncompressed", "minus-one"] = "compressed"
     """What `committed_size` says after a compressed write."""
-    read_chunk_bytes: int = 1024 * 1024
-    """Content in one ReadResponse."""
+    read_chunk_bytes: int = 256 * 1024
+    """Content in one ReadResponse. A client that does not read costs three to four times as much memory."""
+    stream_idle_s: float = 60.0
+    """How long Read, GetTree and Write wait for a client that reads or sends nothing. Then the call ends with
+    DEADLINE_EXCEEDED and its upload counts as broken. gRPC itself keeps the one piece that it could not send
+    (`read_chunk_bytes`) until the client reads on or goes."""
+    max_streams: int = 256
+    """Read and Write calls at once; more are refused with RESOURCE_EXHAUSTED and told when to come back."""
+    max_upload_memory_bytes: int = 1024 * 1024 * 1024
+    """Memory for the content of open uploads, broken ones included: up to 5 MiB each, or all of it where
+    content is kept in memory. Broken ones give way; then further ones are refused with RESOURCE_EXHAUSTED and
+    told when to come back. One upload is taken at any size."""
+    verify_writes: bool = True
+    """Refuse bytes whose hash is not that of the digest; False compares sizes only."""
+    batch_hash_function: DigestFunction | None = None
+    """Hash the blobs of BatchUpdateBlobs with this function, whatever the request says; None obeys it."""
     verify_reads: bool = False
     """Hash what is read; delete a blob whose bytes are wrong and answer DATA_LOSS (batch: NOT_FOUND)."""
     instance_names: frozenset[str] | None = None
@@ -95,6 +121,8 @@ class ServerOptions:
             raise InvalidArgument("max_message_bytes is below 64 KiB, where not even a request fits")
         if not 0 < self.read_chunk_bytes <= self.max_message_bytes - 1024:
             raise InvalidArgument("read_chunk_bytes does not fit in max_message_bytes")
+        if self.stream_idle_s <= 0 or self.max_streams < 1 or self.max_upload_memory_bytes < 1:
+            raise InvalidArgument("stream_idle_s, max_streams and max_upload_memory_bytes must be above 0")
         if any(name != name.lower() for name in self.required_headers):
             raise InvalidArgument("required_headers: gRPC header names are lower-case")
 
@@ -135,10 +163,13 @@ def like_buildgrid() -> ServerOptions:
 
 
 def like_bazel_remote() -> ServerOptions:
-    """bazel-remote: SHA-256, zstd, says no batch limit, action cache keys without size, no `read_limit`."""
+    """bazel-remote: SHA-256, zstd that begins with a skippable frame, says no batch limit, action cache keys
+    without size, no `read_limit`.
+    """
     return ServerOptions(
         digest_functions=_SHA256,
         max_batch_total_size_bytes=0,
+        zstd_skippable_frame=True,
         resumable_writes=False,
         read_limit_status=grpc.StatusCode.OUT_OF_RANGE,
         compressed_committed_size="minus-one",
@@ -146,20 +177,37 @@ def like_bazel_remote() -> ServerOptions:
     )
 
 
-def like_nativelink() -> ServerOptions:
-    """NativeLink: SHA-256 and BLAKE3, no compression, 64 KiB batches."""
-    return ServerOptions(zstd_streams=False, zstd_batches=False, max_batch_total_size_bytes=64 * 1024)
+def like_nativelink(*, verify_hash: bool = False) -> ServerOptions:
+    """NativeLink: SHA-256 and BLAKE3, no compression, 64 KiB batches, hashes that are not verified.
+
+    Args:
+        verify_hash: As with a `verify` store that has `verify_hash`: wrong bytes are refused, and so is every
+            BLAKE3 blob in a batch, since the store hashes batches with SHA-256.
+    """
+    return ServerOptions(
+        zstd_streams=False,
+        zstd_batches=False,
+        max_batch_total_size_bytes=64 * 1024,
+        verify_writes=verify_hash,
+        batch_hash_function=DigestFunction.SHA256 if verify_hash else None,
+    )
 
 
 def like_buildbarn() -> ServerOptions:
-    """Buildbarn: zstd streams that ignore `read_offset`, no batch limit stated, no `read_limit`."""
+    """Buildbarn: no compression, no batch limit stated, no `read_limit`, no GetTree.
+
+    Where it is configured to state zstd (here `zstd_streams=True`), compressed reads ignore `read_offset`.
+    """
     return ServerOptions(
+        zstd_streams=False,
         zstd_batches=False,
         max_batch_total_size_bytes=0,
         query_write_status=False,
         resumable_writes=False,
         zstd_read_offset=False,
         read_limit_status=grpc.StatusCode.UNIMPLEMENTED,
+        beyond_end_status=grpc.StatusCode.INVALID_ARGUMENT,
+        get_tree=False,
         compressed_committed_size="uncompressed",
     )
 

@@ -45,12 +45,12 @@ class Partition(Protocol):
         """The blob, or None when absent."""
         ...
 
-    def stage(self, digest: Digest) -> StagedBlob:
-        """Begin to store a blob."""
+    def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
+        """Begin to store a blob; without `verify`, its size is compared and its hash is not."""
         ...
 
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        """Store a small blob at once. DataLoss when `verify` and the bytes do not match."""
+        """Store a small blob at once. DataLoss when the size differs, or with `verify` the hash."""
         ...
 
     def delete(self, digest: Digest) -> bool:
@@ -83,11 +83,11 @@ class Storage(Protocol):
 
 
 class CheckedBytes:
-    """The running size and hash of bytes that must turn out to have a digest."""
+    """The running size, and with `verify` the hash, of bytes that must turn out to have a digest."""
 
-    def __init__(self, digest: Digest) -> None:
+    def __init__(self, digest: Digest, *, verify: bool) -> None:
         self._digest = digest
-        self._hasher: Hasher = digest.function.hasher()
+        self._hasher: Hasher | None = digest.function.hasher() if verify else None
         self._size = 0
 
     def update(self, data: Buffer) -> None:
@@ -95,19 +95,20 @@ class CheckedBytes:
         self._size += len(data)
         if self._size > self._digest.size_bytes:
             raise DataLoss(f"more bytes came than the digest {self._digest} says")
-        self._hasher.update(data)
+        if self._hasher is not None:
+            self._hasher.update(data)
 
     def check(self) -> None:
         """DataLoss unless exactly the bytes of the digest came."""
         if self._size != self._digest.size_bytes:
             raise DataLoss(f"{self._size} bytes came for the digest {self._digest}")
-        if self._hasher.hexdigest() != self._digest.hash:
+        if self._hasher is not None and self._hasher.hexdigest() != self._digest.hash:
             raise DataLoss(f"the bytes that came do not have the digest {self._digest}")
 
 
-def checked(digest: Digest, data: Buffer) -> None:
-    """DataLoss unless `data` has this digest."""
-    check = CheckedBytes(digest)
+def check_bytes(digest: Digest, data: Buffer, *, verify: bool = True) -> None:
+    """DataLoss unless `data` has this digest; without `verify`, unless it has its size."""
+    check = CheckedBytes(digest, verify=verify)
     check.update(data)
     check.check()
 
@@ -134,10 +135,10 @@ class _MemoryReader:
 
 
 class _MemoryStaged:
-    def __init__(self, partition: MemoryPartition, digest: Digest) -> None:
+    def __init__(self, partition: MemoryPartition, digest: Digest, *, verify: bool) -> None:
         self._partition = partition
         self._digest = digest
-        self._check = CheckedBytes(digest)
+        self._check = CheckedBytes(digest, verify=verify)
         self._pieces: list[bytes] = []
 
     def write(self, data: Buffer) -> None:
@@ -168,12 +169,11 @@ class MemoryPartition:
         data = self._blobs.get(digest)
         return None if data is None else _MemoryReader(data)
 
-    def stage(self, digest: Digest) -> StagedBlob:
-        return _MemoryStaged(self, digest)
+    def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
+        return _MemoryStaged(self, digest, verify=verify)
 
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        if verify:
-            checked(digest, data)
+        check_bytes(digest, data, verify=verify)
         with self._lock:
             self._blobs[digest] = bytes(data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -46,6 +47,20 @@ def test_compress_keeps_only_what_is_smaller() -> None:
 def test_several_frames_are_one_content() -> None:
     one, two = zstandard.compress(b"one"), zstandard.compress(b"two")
     assert decompress(one + two, 6) == b"onetwo"
+
+
+def test_skippable_frames_are_passed_over_wherever_they_stand() -> None:
+    skippable = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"extra"
+    one, two = zstandard.compress(b"one"), zstandard.compress(b"two")
+    for wire in (skippable + one + two, one + skippable * 2 + two, one + two + skippable):
+        assert decompress(wire, 6) == b"onetwo"
+        assert b"".join(decompress_frames([bytes([byte]) for byte in wire], 6)) == b"onetwo"
+
+
+def test_frames_without_content_do_not_go_on_for_ever() -> None:
+    skippable = b"\x50\x2a\x4d\x18" + (65_536).to_bytes(4, "little") + bytes(65_536)
+    with pytest.raises(DataLoss, match="more than"):
+        collect(decompress_frames(itertools.repeat(skippable), 1000), bytearray())
 
 
 def test_bomb_ends_at_the_size_expected() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,6 +23,15 @@ class Served:
 
 
 Serve: TypeAlias = Callable[..., Served]
+
+
+def eventually(is_true: Callable[[], bool]) -> None:
+    """Wait until a condition that gives no signal is true, for a minute at most."""
+    deadline = time.monotonic() + 60
+    pause = threading.Event()
+    while not is_true():
+        assert time.monotonic() < deadline
+        pause.wait(0.005)
 
 
 def code_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> grpc.StatusCode:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import zstandard
-from served import Serve, code_of
+from served import Serve, code_of, eventually
 
 from snaploader._proto import bytestream_pb2, services
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction, empty_digest
-from snaploader.testing import MemoryStorage, ServerOptions
+from snaploader.testing import Fault, Gate, MemoryStorage, ServerOptions
 from snaploader.testing.backend import Backend
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
 from snaploader.testing.uploads import MAX_PARTIAL_UPLOADS
@@ -229,3 +232,152 @@ def test_cancelled_work_ends_before_its_caller_goes_on(fails: bool) -> None:
 
     asyncio.run(cancel())
     assert order == ["work", "caller"]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_wrong_bytes_are_taken_where_nothing_is_verified_and_a_wrong_size_is_not(
+    serve: Serve, batch: bool
+) -> None:
+    digest = Digest.of(b"other", SHA256)
+    for data, expected in ((b"wrong", grpc.StatusCode.OK), (b"longer", grpc.StatusCode.INVALID_ARGUMENT)):
+        served = serve(verify_writes=False)
+        if batch:
+            assert served.endpoint.batch_update([(digest, data)]) == {digest.hash: expected}
+        else:
+            assert code_of(served.endpoint.write, digest, data) == expected
+        assert served.server.blobs() == ([digest] if expected is grpc.StatusCode.OK else [])
+
+
+def test_a_peculiar_server_answers_as_the_real_one(serve: Serve) -> None:
+    buildbarn = serve(beyond_end_status=grpc.StatusCode.INVALID_ARGUMENT, get_tree=False)
+    buildbarn.server.put_blob(BLOB)
+    assert code_of(buildbarn.endpoint.read, DIGEST, offset=len(BLOB) + 1) == grpc.StatusCode.INVALID_ARGUMENT
+    tree = reapi.GetTreeRequest(root_digest=reapi.Digest(hash=DIGEST.hash, size_bytes=DIGEST.size_bytes))
+    call = functools.partial(buildbarn.endpoint.call, services.CAS, "GetTree", tree)
+    assert code_of(lambda: list(call())) == grpc.StatusCode.UNIMPLEMENTED
+
+    bazel_remote = serve(zstd_skippable_frame=True, read_limit_status=grpc.StatusCode.OUT_OF_RANGE)
+    bazel_remote.server.put_blob(BLOB)
+    assert bazel_remote.endpoint.read(DIGEST, zstd=True)[:4] == b"\x50\x2a\x4d\x18"
+    assert bazel_remote.endpoint.batch_read([DIGEST], accept_zstd=True)[DIGEST.hash].data[:2] == b"\x50\x2a"
+    name = f"compressed-blobs/zstd/{DIGEST}"
+    limited = bytestream_pb2.ReadRequest(resource_name=name, read_limit=5)
+    call = functools.partial(bazel_remote.endpoint.call, services.BYTE_STREAM, "Read", limited)
+    assert code_of(lambda: list(call())) == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_stream_whose_reader_reads_nothing_ends(serve: Serve) -> None:
+    served = serve(stream_idle_s=0.05)
+    content = bytes(32 * 1024 * 1024)
+    digest = served.server.put_blob(content)
+    name = f"blobs/{digest}"
+    call = served.endpoint.call(services.BYTE_STREAM, "Read", bytestream_pb2.ReadRequest(resource_name=name))
+    size = len(next(call).data)
+    eventually(lambda: served.server.requests[-1].status == "DEADLINE_EXCEEDED")
+    with pytest.raises(grpc.RpcError, match="the client read nothing for"):
+        size += sum(len(response.data) for response in call)
+    assert size < len(content)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_write_whose_client_sends_nothing_ends_and_is_recorded(serve: Serve, begun: bool) -> None:
+    served = serve(stream_idle_s=0.05)
+    over = threading.Event()
+
+    def messages() -> Iterator[bytestream_pb2.WriteRequest]:
+        if begun:
+            yield next(write_requests(served.endpoint.upload_name(DIGEST), BLOB, end=10))
+        over.wait(60)
+
+    with pytest.raises(grpc.RpcError, match="the client sent nothing for"):
+        served.endpoint.call(services.BYTE_STREAM, "Write", messages())
+    over.set()
+    assert [(call.method, call.status) for call in served.server.requests] == [("Write", "DEADLINE_EXCEEDED")]
+
+
+def test_a_write_without_a_message_is_recorded(serve: Serve) -> None:
+    served = serve()
+    assert code_of(served.endpoint.call, services.BYTE_STREAM, "Write", iter(())) == (
+        grpc.StatusCode.INVALID_ARGUMENT
+    )
+    assert served.server.calls("Write") == 1
+    assert served.server.requests[0].status == "INVALID_ARGUMENT"
+
+
+def test_streams_beyond_the_limit_are_told_to_come_back(serve: Serve) -> None:
+    gate = Gate()
+    served = serve(Fault("Read", gate=gate), max_streams=1)
+    served.server.put_blob(BLOB)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(served.endpoint.read, DIGEST)
+        assert gate.wait_reached(60)
+        for refused in (served.endpoint.read, lambda digest: served.endpoint.write(digest, BLOB)):
+            with pytest.raises(grpc.RpcError) as raised:
+                refused(DIGEST)
+            assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "grpc-status-details-bin" in dict(raised.value.trailing_metadata())
+        assert served.endpoint.missing([DIGEST]) == set()
+        gate.open()
+        assert held.result() == BLOB
+    assert served.endpoint.read(DIGEST) == BLOB
+
+
+def test_open_uploads_are_bounded_and_broken_ones_give_way(serve: Serve) -> None:
+    served = serve(max_upload_memory_bytes=len(BLOB) * 3 // 2)
+    other = bytes(len(BLOB))
+    other_digest = Digest.of(other, SHA256)
+    over = threading.Event()
+    name = served.endpoint.upload_name(DIGEST)
+
+    def messages() -> Iterator[bytestream_pb2.WriteRequest]:
+        yield next(write_requests(name, BLOB, end=10))
+        over.wait(60)
+        yield from write_requests(name, BLOB, offset=10)
+
+    def is_begun() -> bool:
+        query = bytestream_pb2.QueryWriteStatusRequest(resource_name=name)
+        return code_of(served.endpoint.call, services.BYTE_STREAM, "QueryWriteStatus", query) == (
+            grpc.StatusCode.OK
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(served.endpoint.call, services.BYTE_STREAM, "Write", messages())
+        eventually(is_begun)
+        assert code_of(served.endpoint.write, other_digest, other) == grpc.StatusCode.RESOURCE_EXHAUSTED
+        over.set()
+        assert held.result().committed_size == len(BLOB)
+
+    served.server.delete_blob(DIGEST)
+    name = served.endpoint.upload_name(DIGEST)
+    served.endpoint.call(services.BYTE_STREAM, "Write", write_requests(name, BLOB, end=10))
+    assert served.endpoint.write(other_digest, other) == len(other)
+    resumed = write_requests(name, BLOB, offset=10)
+    assert code_of(served.endpoint.call, services.BYTE_STREAM, "Write", resumed) == (
+        grpc.StatusCode.INVALID_ARGUMENT
+    )
+    assert served.endpoint.write(DIGEST, BLOB) == len(BLOB)
+
+
+def test_one_upload_is_taken_at_any_size(serve: Serve) -> None:
+    assert serve(max_upload_memory_bytes=1).endpoint.write(DIGEST, BLOB) == len(BLOB)
+
+
+def test_links_to_absolute_paths_are_not_forbidden(serve: Serve) -> None:
+    stated = serve().endpoint.capabilities.cache_capabilities.symlink_absolute_path_strategy
+    assert stated == reapi.SymlinkAbsolutePathStrategy.ALLOWED
+
+
+def test_an_action_cache_may_be_write_once(serve: Serve) -> None:
+    served = serve(update_again_status=grpc.StatusCode.INTERNAL)
+    first, second = reapi.ActionResult(exit_code=1), reapi.ActionResult(exit_code=2)
+    served.endpoint.update_action_result(DIGEST, first)
+    assert code_of(served.endpoint.update_action_result, DIGEST, second) == grpc.StatusCode.INTERNAL
+    assert served.endpoint.get_action_result(DIGEST) == first
+
+
+def test_an_action_cache_may_keep_the_latest_results_only(serve: Serve) -> None:
+    served = serve(max_action_results=2)
+    keys = [fresh(1)[0]._replace(hash=f"{number:064x}") for number in range(3)]
+    for key in (keys[0], keys[1], keys[0], keys[2]):
+        served.endpoint.update_action_result(key, reapi.ActionResult(exit_code=1))
+    assert sorted(served.server.action_results()) == [keys[0], keys[2]]

@@ -8,7 +8,7 @@ from snaploader._proto import any_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.testing.conformance.endpoint import Endpoint, fresh, message
-from snaploader.testing.conformance.model import CheckFailed, CheckSkipped, Suite, require
+from snaploader.testing.conformance.model import CheckFailed, CheckSkipped, Suite, require, store
 
 check = Suite()
 
@@ -117,7 +117,7 @@ def _is_found(endpoint: Endpoint, key: Digest) -> bool:
 def _stored(endpoint: Endpoint, data: bytes, function: DigestFunction) -> Digest:
     digest = Digest.of(data, function)
     if len(data) <= endpoint.batch_bytes // 2:
-        endpoint.batch_update([(digest, data)])
+        store(endpoint, [(digest, data)])
     else:
         endpoint.write(digest, data)
     return digest
@@ -135,7 +135,7 @@ def _result(endpoint: Endpoint, function: DigestFunction, files: int) -> reapi.A
     """A result like a snapshot's manifest, all of whose blobs are stored."""
     blobs = [fresh(8, function) for _ in range(files)]
     for start in range(0, files, 500):
-        endpoint.batch_update(blobs[start : start + 500])
+        store(endpoint, blobs[start : start + 500])
     result = reapi.ActionResult(exit_code=0)
     plain = _stored(endpoint, fresh(100)[1], function)
     result.output_files.add(path="vmstate", digest=message(plain), is_executable=True)

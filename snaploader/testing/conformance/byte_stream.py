@@ -14,13 +14,24 @@ import zstandard
 from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader._proto import services
 from snaploader.digest import Digest
-from snaploader.testing.conformance.endpoint import Endpoint, fresh, write_requests
-from snaploader.testing.conformance.model import CheckSkipped, Suite, require
+from snaploader.testing.conformance.endpoint import Endpoint, fresh, unpack, write_requests
+from snaploader.testing.conformance.model import CheckSkipped, Suite, require, store
 
 check = Suite()
 
 _MIB = 1024 * 1024
 _WRITERS = 4
+_EARLY_S = 10.0
+_MISLEADING = frozenset(
+    {
+        # What a client takes for a broken connection, or for success.
+        grpc.StatusCode.OK,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+    }
+)
 
 
 @check
@@ -39,7 +50,7 @@ def batches_and_streams_share_blobs(endpoint: Endpoint) -> None:
     """What came in a batch can be read as a stream, and the other way round."""
     for function in endpoint.functions:
         digest, data = fresh(1000, function)
-        endpoint.batch_update([(digest, data)])
+        store(endpoint, [(digest, data)])
         require(endpoint.read(digest) == data, "a blob of a batch was streamed with other bytes")
         digest, data = fresh(1000, function)
         endpoint.write(digest, data)
@@ -87,8 +98,45 @@ def wrong_bytes_are_refused_in_a_stream(endpoint: Endpoint) -> None:
         except grpc.RpcError:
             pass
         else:
-            require(False, "a write of wrong bytes succeeded")
+            require(
+                False,
+                "a write of wrong bytes succeeded: the server does not verify "
+                "(NativeLink: add a verify store)",
+            )
         require(endpoint.missing([digest]) == {digest.hash}, "wrong bytes were stored")
+
+
+@check
+def an_early_refusal_keeps_its_status(endpoint: Endpoint) -> None:
+    """A Write that is refused at its first message ends with that status, before the client is done."""
+    digest, _ = fresh(_MIB, endpoint.functions[0])
+    name = endpoint.upload_name(digest).replace(digest.hash, "no-hash")
+    try:
+        _write_and_wait(endpoint, name, b"x")
+    except grpc.RpcError as error:
+        require(
+            error.code() not in _MISLEADING,
+            f"a malformed resource name was answered with {error.code().name}: {error.details()}",
+        )
+    else:
+        require(False, "a write under a malformed resource name succeeded")
+
+
+@check
+def a_write_of_what_exists_may_end_early(endpoint: Endpoint) -> None:
+    """A Write of an existing blob that ends at its first message says that the whole blob is there."""
+    digest, data = fresh(2 * _MIB, endpoint.functions[0])
+    endpoint.write(digest, data)
+    try:
+        committed = _write_and_wait(endpoint, endpoint.upload_name(digest), data[:_MIB])
+    except grpc.RpcError as error:
+        # BuildGrid: ALREADY_EXISTS, where the specification wants OK and the size.
+        require(
+            error.code() == grpc.StatusCode.ALREADY_EXISTS,
+            f"a write of a blob that exists was answered with {error.code().name}",
+        )
+        raise CheckSkipped("the server ends such writes with ALREADY_EXISTS") from None
+    require(committed == len(data), f"committed_size is {committed} of {len(data)} bytes that exist")
 
 
 @check
@@ -143,7 +191,7 @@ def streams_may_be_compressed(endpoint: Endpoint) -> None:
             f"committed_size is {committed}, not -1, {len(packed)} or {len(data)}",
         )
         require(endpoint.read(digest) == data, "a compressed write stored other bytes")
-        require(_unpack(endpoint.read(digest, zstd=True), len(data)) == data, "a compressed read is wrong")
+        require(unpack(endpoint.read(digest, zstd=True), len(data)) == data, "a compressed read is wrong")
 
 
 @check
@@ -152,7 +200,7 @@ def compressed_reads_start_at_their_offset(endpoint: Endpoint) -> None:
     _require_zstd(endpoint)
     digest, data = _compressible(2 * _MIB, endpoint.functions[0])
     endpoint.write(digest, data)
-    content = _unpack(endpoint.read(digest, offset=_MIB, zstd=True), len(data))
+    content = unpack(endpoint.read(digest, offset=_MIB, zstd=True), len(data))
     require(content in (data[_MIB:], data), "a compressed read at an offset gives neither the rest nor all")
 
 
@@ -171,6 +219,22 @@ def wrong_compressed_bytes_are_refused(endpoint: Endpoint) -> None:
         require(endpoint.missing([digest]) == {digest.hash}, "wrong bytes were stored")
 
 
+@check
+def compressed_writes_may_have_several_frames(endpoint: Endpoint) -> None:
+    """Write takes any sequence of zstd frames for one content; a server that refuses them loses nothing."""
+    _require_zstd(endpoint)
+    digest, data = _compressible(_MIB, endpoint.functions[0])
+    middle = len(data) // 2
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + bytes(4)
+    packed = skippable + zstandard.compress(data[:middle]) + skippable + zstandard.compress(data[middle:])
+    try:
+        endpoint.write(digest, packed, zstd=True)
+    except grpc.RpcError as error:
+        require(endpoint.missing([digest]) == {digest.hash}, "a blob whose write was refused is not missing")
+        raise CheckSkipped(f"the server takes a single zstd frame only ({error.code().name})") from None
+    require(endpoint.read(digest) == data, "a sequence of zstd frames stored other bytes")
+
+
 def _require_zstd(endpoint: Endpoint) -> None:
     if not endpoint.zstd_streams:
         raise CheckSkipped("the server does not state zstd for streams")
@@ -180,10 +244,6 @@ def _compressible(size: int, function: Any) -> tuple[Digest, bytes]:
     pattern = fresh(64)[1]
     data = (pattern * (size // len(pattern) + 1))[:size]
     return Digest.of(data, function), data
-
-
-def _unpack(packed: bytes, size: int) -> bytes:
-    return zstandard.ZstdDecompressor().decompressobj().decompress(packed)[: size + 1]
 
 
 def _require_code(expected: grpc.StatusCode, function: Any, *args: Any) -> None:
@@ -209,6 +269,29 @@ def _break_off(endpoint: Endpoint, name: str, data: bytes, end: int) -> None:
     sent.wait(endpoint.timeout_s)
     call.cancel()
     over.set()
+
+
+def _write_and_wait(endpoint: Endpoint, name: str, data: bytes) -> int:
+    """Send the first message of a write, and no end, until the server ends the call: the committed size.
+
+    CheckSkipped for a server that does not answer before the end. Raises grpc.RpcError.
+    """
+    over = threading.Event()
+
+    def messages() -> Iterator[bytestream.WriteRequest]:
+        yield bytestream.WriteRequest(resource_name=name, data=data)
+        over.wait(endpoint.timeout_s)
+
+    stub = endpoint.stub(services.BYTE_STREAM, "Write")
+    call = stub.future(messages(), timeout=endpoint.timeout_s, metadata=endpoint.headers)
+    try:
+        committed: int = call.result(timeout=min(_EARLY_S, endpoint.timeout_s)).committed_size
+        return committed
+    except grpc.FutureTimeoutError:
+        raise CheckSkipped("the server answers a write at its end only") from None
+    finally:
+        over.set()
+        call.cancel()
 
 
 def _write_part(endpoint: Endpoint, name: str, data: bytes, end: int) -> None:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import zstandard
 
 from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader._proto import remote_execution_pb2 as reapi
@@ -22,6 +23,8 @@ MESSAGE_BYTES = 4 * 1024 * 1024 - 64 * 1024
 
 WRITE_BYTES = 1024 * 1024
 """Content of one WriteRequest."""
+
+_MAX_WINDOW_BYTES = 128 * 1024 * 1024
 
 
 class Endpoint:
@@ -71,6 +74,12 @@ class Endpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def call_raw(self, path: str, request: bytes) -> bytes:
+        """Call a method that is not of the Remote Execution API, bytes in and out. Raises grpc.RpcError."""
+        call: Any = self._channel.unary_unary(path)
+        answer: bytes = call(request, timeout=self.timeout_s, metadata=self.headers)
+        return answer
 
     def stub(self, service: str, method: str) -> Any:
         """The callable of a method, as generated stubs have it."""
@@ -233,6 +242,15 @@ def code(number: int) -> grpc.StatusCode:
         if known.value[0] == number:
             return known
     return grpc.StatusCode.UNKNOWN
+
+
+def unpack(packed: bytes, limit: int) -> bytes:
+    """The content of any sequence of zstd frames, skippable ones too (RFC 8878, 3.1); one byte beyond `limit`
+    when it is longer.
+    """
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    with decompressor.stream_reader(packed, read_across_frames=True) as reader:
+        return reader.read(limit + 1)
 
 
 def write_requests(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
 
+from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import SnaploaderError
 from snaploader.testing.conformance.endpoint import Endpoint
 
@@ -88,3 +89,21 @@ def require(is_met: bool, message: str) -> None:
     """CheckFailed with this message, unless the condition is met."""
     if not is_met:
         raise CheckFailed(message)
+
+
+def store(endpoint: Endpoint, blobs: list[tuple[Digest, bytes]]) -> None:
+    """Store blobs in one batch. CheckFailed when the server does not take each."""
+    statuses = endpoint.batch_update(blobs)
+    for digest, _ in blobs:
+        require_stored(statuses, digest)
+
+
+def require_stored(statuses: Mapping[str, grpc.StatusCode], digest: Digest) -> None:
+    """CheckFailed unless these statuses of a BatchUpdateBlobs say that the blob was taken."""
+    status = statuses.get(digest.hash)
+    name = "nothing" if status is None else status.name
+    hint = ""
+    if status == grpc.StatusCode.INVALID_ARGUMENT and digest.function is DigestFunction.BLAKE3:
+        # NativeLink with `verify_hash` does so, and takes the same blob in a stream.
+        hint = ": it may hash batches with SHA-256 although the request names BLAKE3"
+    require(status == grpc.StatusCode.OK, f"BatchUpdateBlobs answered {name} for {digest}{hint}")
