@@ -9,8 +9,9 @@
         assert server.calls("BatchReadBlobs") == 3
 
 `EmbeddedServer` keeps its content in memory or in a folder; `ServerOptions` and its presets (`like_casd()`
-and others) take abilities away; `FaultScript` makes calls fail, slow, cut or lie, always the same way;
-`FakeCAS` is a remote store without a network. `snaploader.testing.conformance` checks any server:
+and others) take abilities away; `FaultScript` makes calls fail, slow, cut or lie, always the same way, and
+with a `Link` they share a bandwidth; `FakeCAS` is a remote store without a network.
+`snaploader.testing.conformance` checks any server:
 
     with conformance.Endpoint("grpc://127.0.0.1:8980") as endpoint:
         results = list(conformance.run(endpoint))
@@ -21,7 +22,7 @@ Its docstring shows how to run it from pytest.
 from snaploader.testing.calls import Call
 from snaploader.testing.disk import DiskStorage
 from snaploader.testing.fake import FakeCAS
-from snaploader.testing.faults import Fault, FaultScript, Firing, Gate
+from snaploader.testing.faults import Fault, FaultScript, Firing, Gate, Link
 from snaploader.testing.options import (
     PRESETS,
     ServerOptions,
@@ -45,6 +46,7 @@ __all__ = [
     "FaultScript",
     "Firing",
     "Gate",
+    "Link",
     "MemoryStorage",
     "ServerOptions",
     "ServerTLS",

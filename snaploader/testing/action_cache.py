@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from google.protobuf.message import DecodeError
@@ -21,6 +22,9 @@ class ActionCache:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._lock = threading.Lock()
+        self._written: dict[str, dict[str, None]] = {}
+        """By instance, the keys in the order they were written; only where their number is bounded."""
 
     def get_action_result(self, request: reapi.GetActionResultRequest) -> reapi.ActionResult:
         """GetActionResult: NOT_FOUND also when a blob that the result names is gone."""
@@ -39,7 +43,7 @@ class ActionCache:
         return result
 
     def update_action_result(self, request: reapi.UpdateActionResultRequest) -> reapi.ActionResult:
-        """UpdateActionResult: replaces what stood there."""
+        """UpdateActionResult: replaces what stood there, unless the options say otherwise."""
         options = self._backend.options
         function = self._backend.function(request.digest_function)
         partition = self._backend.partition(request.instance_name)
@@ -51,7 +55,19 @@ class ActionCache:
         for named in _direct_digests(request.action_result):
             digest_of(named, function)
         data = request.action_result.SerializeToString()
-        partition.put_result(result_key(digest, has_size=options.result_key_has_size), data)
+        key = result_key(digest, has_size=options.result_key_has_size)
+        with self._lock:
+            if options.update_again_status is not None and partition.get_result(key) is not None:
+                raise Failure(options.update_again_status, f"the action result for {digest} is there already")
+            partition.put_result(key, data)
+            if options.max_action_results:
+                written = self._written.setdefault(request.instance_name, {})
+                written.pop(key, None)
+                written[key] = None
+                while len(written) > options.max_action_results:
+                    oldest = next(iter(written))
+                    del written[oldest]
+                    partition.delete_result(oldest)
         return request.action_result
 
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import grpc.aio
@@ -101,11 +101,13 @@ class Dispatcher:
             async with self._tracked(call, context):
                 request = _decode(method.request, raw)
                 fault = await self._begin(call, request, context)
+                await self._carry("up", len(raw))
                 if fault is None:
                     reply: bytes = (await handle(request)).SerializeToString()
                 else:
                     reply = await self._faulty(fault, call, request, handle)
                 call.sent_bytes = len(reply)
+                await self._carry("down", len(reply))
                 return reply
 
         return grpc.unary_unary_rpc_method_handler(call_once)
@@ -143,6 +145,7 @@ class Dispatcher:
             async with self._tracked(call, context):
                 request = _decode(method.request, raw)
                 fault = await self._begin(call, request, context)
+                await self._carry("up", len(raw))
                 if fault is not None:
                     await self._before(fault, call)
                 async with contextlib.aclosing(handle(request, fault)) as responses:  # type: ignore[type-var]
@@ -158,6 +161,7 @@ class Dispatcher:
 
     async def _send(self, reply: bytes, context: Context) -> None:
         """Send one message of a stream, as soon as the client takes it."""
+        await self._carry("down", len(reply))
         try:
             async with self._idle_limit("the client read"):
                 await context.write(reply)
@@ -212,6 +216,7 @@ class Dispatcher:
                     raise injection.failure_of(fault)
                 reply = response.SerializeToString()
                 call.sent_bytes = len(reply)
+                await self._carry("down", len(reply))
                 return reply
 
         return grpc.stream_unary_rpc_method_handler(call_once)
@@ -225,6 +230,7 @@ class Dispatcher:
             if raw is None:
                 return
             call.received_bytes += len(raw)
+            await self._carry("up", len(raw))
             yield _decode(bytestream_pb2.WriteRequest, raw)
 
     async def _begin(self, call: Call, request: Any, context: Context) -> Fault | None:
@@ -232,10 +238,17 @@ class Dispatcher:
         call.metadata = dict(context.invocation_metadata() or ())
         describe(call, request)
         self._log.begin(call)
+        if self._faults.link is not None:
+            await asyncio.sleep(self._faults.link.latency_s)
         self._authenticate(call)
         if call.method in _STREAMS and self._streams > self._backend.options.max_streams:
             raise overloaded("too many streams are open")
         return self._faults.take(call)
+
+    async def _carry(self, direction: Literal["up", "down"], size: int) -> None:
+        """Bring a message over the link, where there is one."""
+        if self._faults.link is not None:
+            await self._faults.link.carry(direction, size)
 
     async def _before(self, fault: Fault, call: Call) -> None:
         await injection.before(fault)

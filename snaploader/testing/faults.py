@@ -18,6 +18,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import grpc
 
@@ -87,8 +88,8 @@ class Fault:
     """How many matching calls pass unharmed first."""
     digest: Digest | str | None = None
     """Only calls that name this blob or action (a digest, or a hash). Also what `drop_blob`, `flip_bit`,
-    `wrong_digest` and `item_status` act on in a batch; without it, all blobs of the call (`flip_bit` and
-    `wrong_digest`: the first)."""
+    `wrong_digest`, `stale_index` and `item_status` act on in a batch; without it, all blobs of the call
+    (`flip_bit` and `wrong_digest`: the first)."""
     resource: str | None = None
     """Only ByteStream calls whose resource name holds this."""
     matches: Callable[[Call], bool] | None = None
@@ -120,6 +121,8 @@ class Fault:
     of the serialised response in the other methods."""
     wrong_digest: bool = False
     """Batches and FindMissingBlobs: answer for another digest than was asked."""
+    stale_index: bool = False
+    """FindMissingBlobs: claim to have what is missing (only `digest`, where given)."""
     item_status: grpc.StatusCode | str | None = None
     """Batches: answer OK as a whole, with this code for the blob."""
     drop_blob: bool = False
@@ -188,14 +191,41 @@ class Firing:
     call: Call = field(repr=False)
 
 
+class Link:
+    """A network between clients and server, which all calls share: two directions, each of this rate.
+
+    For use as `FaultScript(link=Link(…))`. Used on the server's loop.
+
+    Args:
+        bandwidth_bytes_per_s: Of messages in one direction, all calls together.
+        latency_s: Delay of each call, for the way there and back.
+    """
+
+    def __init__(self, bandwidth_bytes_per_s: float, latency_s: float = 0.0) -> None:
+        if bandwidth_bytes_per_s <= 0 or latency_s < 0:
+            raise InvalidArgument("bandwidth_bytes_per_s must be above 0, and latency_s not below")
+        self.bandwidth_bytes_per_s = bandwidth_bytes_per_s
+        self.latency_s = latency_s
+        self._free_at = {"up": 0.0, "down": 0.0}
+
+    async def carry(self, direction: Literal["up", "down"], size: int) -> None:
+        """Wait until so many bytes have passed, behind those that came before."""
+        now = asyncio.get_running_loop().time()
+        free_at = max(now, self._free_at[direction]) + size / self.bandwidth_bytes_per_s
+        self._free_at[direction] = free_at
+        await asyncio.sleep(free_at - now)
+
+
 class FaultScript:
     """Rules in order, which may be added while the server runs. Thread-safe.
 
     Args:
         faults: The first rules.
+        link: Carries all calls, whatever the rules say.
     """
 
-    def __init__(self, *faults: Fault) -> None:
+    def __init__(self, *faults: Fault, link: Link | None = None) -> None:
+        self.link = link
         self._lock = threading.Lock()
         self._rules = [_Rule(fault) for fault in faults]
         self._firings: list[Firing] = []

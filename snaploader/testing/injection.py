@@ -50,6 +50,10 @@ def drop_blobs(fault: Fault, hashes: Iterable[str], partition: Partition) -> Non
 def damage(fault: Fault, response: Any) -> None:
     """Change a response message as the fault says."""
     if isinstance(response, reapi.FindMissingBlobsResponse):
+        if fault.stale_index:
+            missing = [item for item in response.missing_blob_digests if fault.hash not in (None, item.hash)]
+            del response.missing_blob_digests[:]
+            response.missing_blob_digests.extend(missing)
         if fault.wrong_digest and response.missing_blob_digests:
             response.missing_blob_digests[0].hash = _other(response.missing_blob_digests[0].hash)
         return

@@ -53,6 +53,11 @@ class ServerOptions:
     """Whether clients may write to the action cache."""
     update_disabled_status: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED
     """The answer to UpdateActionResult when they may not."""
+    update_again_status: grpc.StatusCode | None = None
+    """The answer to UpdateActionResult of a key that has a result, as of a write-once action cache
+    (BuildGrid: INTERNAL). None replaces it."""
+    max_action_results: int = 0
+    """Action results kept in an instance; those that were written first go first. 0 for no bound."""
     read_only: bool = False
     """Refuse every write to the CAS with PERMISSION_DENIED."""
     capabilities: bool = True

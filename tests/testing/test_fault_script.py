@@ -15,7 +15,8 @@ from snaploader._proto import any_pb2, bytestream_pb2, duration_pb2, status_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.testing import Call, Fault, FaultScript, Gate
+from snaploader.testing import Call, EmbeddedServer, Fault, FaultScript, Gate, Link
+from snaploader.testing.conformance import Endpoint
 from snaploader.testing.conformance.endpoint import fresh
 
 SHA256 = DigestFunction.SHA256
@@ -224,6 +225,32 @@ def test_bandwidth_is_limited(serve: Serve) -> None:
         started = time.monotonic()
         call()
         assert time.monotonic() - started >= 0.09
+
+
+def test_a_link_is_shared_by_all_calls() -> None:
+    link = Link(len(BLOB) / 0.1, latency_s=0.05)
+    with (
+        EmbeddedServer(faults=FaultScript(link=link)) as server,
+        Endpoint(server.url) as endpoint,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        server.put_blob(BLOB)
+        for call in (
+            lambda: endpoint.read(DIGEST) == BLOB,
+            lambda: endpoint.batch_read([DIGEST])[DIGEST.hash].data == BLOB,
+            lambda: endpoint.batch_update([(DIGEST, BLOB)])[DIGEST.hash] == grpc.StatusCode.OK,
+        ):
+            started = time.monotonic()
+            assert all(each.result() for each in [pool.submit(call) for _ in range(4)])
+            assert time.monotonic() - started >= 0.44
+
+
+def test_a_stale_index_claims_to_have_what_is_missing(serve: Serve) -> None:
+    other = Digest.of(b"other", SHA256)
+    served = serve(Fault(stale_index=True, digest=DIGEST), Fault("FindMissingBlobs", stale_index=True))
+    assert served.endpoint.missing([DIGEST, other]) == {other.hash}
+    assert served.endpoint.missing([DIGEST, other]) == set()
+    assert served.endpoint.missing([DIGEST, other]) == {DIGEST.hash, other.hash}
 
 
 def test_a_gate_holds_a_call_until_it_is_opened(serve: Serve) -> None:

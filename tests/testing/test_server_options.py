@@ -365,3 +365,19 @@ def test_one_upload_is_taken_at_any_size(serve: Serve) -> None:
 def test_links_to_absolute_paths_are_not_forbidden(serve: Serve) -> None:
     stated = serve().endpoint.capabilities.cache_capabilities.symlink_absolute_path_strategy
     assert stated == reapi.SymlinkAbsolutePathStrategy.ALLOWED
+
+
+def test_an_action_cache_may_be_write_once(serve: Serve) -> None:
+    served = serve(update_again_status=grpc.StatusCode.INTERNAL)
+    first, second = reapi.ActionResult(exit_code=1), reapi.ActionResult(exit_code=2)
+    served.endpoint.update_action_result(DIGEST, first)
+    assert code_of(served.endpoint.update_action_result, DIGEST, second) == grpc.StatusCode.INTERNAL
+    assert served.endpoint.get_action_result(DIGEST) == first
+
+
+def test_an_action_cache_may_keep_the_latest_results_only(serve: Serve) -> None:
+    served = serve(max_action_results=2)
+    keys = [fresh(1)[0]._replace(hash=f"{number:064x}") for number in range(3)]
+    for key in (keys[0], keys[1], keys[0], keys[2]):
+        served.endpoint.update_action_result(key, reapi.ActionResult(exit_code=1))
+    assert sorted(served.server.action_results()) == [keys[0], keys[2]]
