@@ -18,7 +18,8 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from snaploader._proto._descriptors import FILE_DESCRIPTOR_SET
 
 
-def _load() -> DescriptorPool:
+def new_pool() -> DescriptorPool:
+    """A pool with all of our files."""
     pool = DescriptorPool()
     files = descriptor_pb2.FileDescriptorSet.FromString(FILE_DESCRIPTOR_SET)
     for file in files.file:
@@ -26,7 +27,7 @@ def _load() -> DescriptorPool:
     return pool
 
 
-POOL = _load()
+POOL = new_pool()
 
 
 def install(proto_path: str, namespace: dict[str, Any]) -> FileDescriptor:

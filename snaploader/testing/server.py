@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
 import grpc.aio
 
 from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import services
+from snaploader._proto._pool import new_pool
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.testing.backend import Backend, blob_bytes
@@ -21,6 +23,9 @@ from snaploader.testing.faults import FaultScript
 from snaploader.testing.loop import LOOP
 from snaploader.testing.options import ServerOptions, ServerTLS
 from snaploader.testing.storage import MemoryStorage, Partition, Storage, parse_result_key, result_key
+
+if TYPE_CHECKING:
+    from grpc_health.v1.health import aio as health_aio
 
 _KEEPALIVE_MS = 60_000
 
@@ -47,6 +52,8 @@ class EmbeddedServer:
         unix_socket: Listen on this path instead.
         tls: Speak TLS with these certificates.
         log_capacity: How many calls `requests` remembers; 0 for none.
+        introspection: Offer the standard health service (NOT_SERVING from the moment that it is stopped) and
+            server reflection, as grpcurl uses it. Needs the extra `serve`. They are not in the call log.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class EmbeddedServer:
         unix_socket: str | os.PathLike[str] | None = None,
         tls: ServerTLS | None = None,
         log_capacity: int = 10_000,
+        introspection: bool = False,
     ) -> None:
         if not 0 <= port <= 65535:
             raise InvalidArgument(f"port {port} is not between 0 and 65535")
@@ -69,6 +77,7 @@ class EmbeddedServer:
         self._port = port
         self._socket = None if unix_socket is None else os.path.abspath(unix_socket)
         self._tls = tls
+        self.introspection = introspection
         self._log = CallLog(log_capacity)
         self._folder: str | None = None
         self._storage: Storage | None = None
@@ -85,7 +94,8 @@ class EmbeddedServer:
 
         Raises:
             Unavailable: The address cannot be bound.
-            FailedPrecondition: It runs already, or another server uses the folder.
+            FailedPrecondition: It runs already, another server uses the folder, or the packages for
+                `introspection` are not installed.
         """
         if self._running is not None:
             raise FailedPrecondition("the server runs already")
@@ -262,6 +272,27 @@ def _check_address(host: str, port: int) -> None:
     ) from refusals[0]
 
 
+def _add_introspection(server: grpc.aio.Server) -> health_aio.HealthServicer:
+    """Add health and reflection to a server. FailedPrecondition when their packages are not installed."""
+    try:
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+        from grpc_reflection.v1alpha import reflection, reflection_pb2
+    except ModuleNotFoundError as error:
+        raise FailedPrecondition(
+            f"health and reflection need the Python package {error.name!r}, which is not installed: "
+            "pip install 'snaploader[serve]'"
+        ) from error
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    # Our messages are in a pool of their own; reflection serves one pool, so it gets one with all of them.
+    pool = new_pool()
+    for file in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+        pool.AddSerializedFile(file.serialized_pb)
+    names = (*services.SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server, pool=pool)
+    return servicer
+
+
 class _Running:
     """A server between start and stop."""
 
@@ -269,6 +300,7 @@ class _Running:
         self._pid = os.getpid()
         self._backend = Backend(server.options, storage)
         self._dispatcher = Dispatcher(self._backend, server.faults, server.call_log)
+        self._health: health_aio.HealthServicer | None = None
         LOOP.acquire()
         try:
             self.port = LOOP.run(self._start(server))
@@ -290,6 +322,8 @@ class _Running:
             ]
         )
         self._server.add_generic_rpc_handlers(tuple(self._dispatcher.handlers()))
+        if server.introspection:
+            self._health = _add_introspection(self._server)
         credentials = server.credentials()
         try:
             if credentials is None:
@@ -311,6 +345,8 @@ class _Running:
             self._backend.close()
 
     async def _stop(self, grace_s: float) -> None:
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
         # Without a grace, gRPC tells idle clients that something is wrong, and they log it.
         grace = _IDLE_GRACE_S if self._dispatcher.is_idle else grace_s
         await self._server.stop(grace or None)

@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from cli_runner import COMMAND, in_process_of_its_own
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from snaploader.cli.values import parse_address
 from snaploader.errors import InvalidArgument
@@ -99,6 +101,16 @@ def test_serve_says_what_is_wrong_with_its_address(environment: dict[str, str], 
     assert done.stderr.decode() == (
         f"snaploader: error: cannot listen on {host} port {port}: Address already in use\n"
     )
+
+
+@pytest.mark.slow
+def test_serve_tells_its_health(environment: dict[str, str]) -> None:
+    with (
+        serving(environment=environment) as (url, _process),
+        grpc.insecure_channel(url.removeprefix("grpc://")) as channel,
+    ):
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_addresses() -> None:

@@ -124,7 +124,7 @@ def test_the_oldest_dependencies_tested_are_those_declared() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = list(project["dependencies"])
-    for extra in ("cli", "metrics", "postgresql", "workspace"):
+    for extra in ("cli", "metrics", "postgresql", "serve", "workspace"):
         # A constraint names no extras of what it constrains.
         declared += [floor.replace("[binary]", "") for floor in extras[extra]]
     tested = (CHECKOUT / ".ci" / "oldest.txt").read_text().splitlines()

@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,26 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from google.protobuf import message_factory
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from served import Serve, code_of
 
 from snaploader._proto import bytestream_pb2, services
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from snaploader.testing import DiskStorage, EmbeddedServer, Fault, MemoryStorage, ServerOptions, ServerTLS
+from snaploader.testing import (
+    DiskStorage,
+    EmbeddedServer,
+    Fault,
+    FaultScript,
+    Gate,
+    MemoryStorage,
+    ServerOptions,
+    ServerTLS,
+)
 from snaploader.testing.conformance import Endpoint
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
 
@@ -556,3 +570,55 @@ def test_nothing_is_left_running() -> None:
 def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         ServerOptions(**options)
+
+
+def test_health_is_told_until_the_drain_and_in_it() -> None:
+    gate = Gate()
+    watch = health_pb2.HealthCheckRequest()
+    with EmbeddedServer(faults=FaultScript(Fault("Read", gate=gate)), introspection=True) as server:
+        server.put_blob(BLOB)
+        with (
+            grpc.insecure_channel(server.address) as channel,
+            Endpoint(server.url) as endpoint,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            stub = health_pb2_grpc.HealthStub(channel)
+            assert stub.Check(watch).status == health_pb2.HealthCheckResponse.SERVING
+            statuses = stub.Watch(watch)
+            assert next(statuses).status == health_pb2.HealthCheckResponse.SERVING
+            held = pool.submit(endpoint.read, DIGEST)
+            assert gate.wait_reached(60)
+            stopping = pool.submit(server.stop, 60)
+            assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            gate.open()
+            assert held.result() == BLOB
+            statuses.cancel()
+            stopping.result()
+
+
+def test_a_reflection_client_finds_every_service_and_its_messages() -> None:
+    with EmbeddedServer(introspection=True) as server, grpc.insecure_channel(server.address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        names = {*services.SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        assert set(database.get_services()) == names
+        pool = DescriptorPool(database)
+        for name in names:
+            assert pool.FindServiceByName(name).methods
+        request = message_factory.GetMessageClass(
+            pool.FindMessageTypeByName("build.bazel.remote.execution.v2.GetCapabilitiesRequest")
+        )
+        response = message_factory.GetMessageClass(
+            pool.FindMessageTypeByName("build.bazel.remote.execution.v2.ServerCapabilities")
+        )
+        call = channel.unary_unary(
+            "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities",
+            request_serializer=request.SerializeToString,
+            response_deserializer=response.FromString,
+        )
+        assert call(request()).cache_capabilities.digest_functions
+
+
+def test_introspection_without_its_packages_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc_health.v1", None)
+    with pytest.raises(FailedPrecondition, match=r"snaploader\[serve\]"):
+        EmbeddedServer(introspection=True).start()

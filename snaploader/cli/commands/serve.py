@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import click
@@ -12,6 +13,9 @@ from snaploader.cli.signals import stop_signal
 from snaploader.cli.values import parse_address
 from snaploader.errors import translate_os_errors
 from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
+
+_DRAIN_S = 5.0
+"""What calls under way get to end after a signal."""
 
 
 @click.command(short_help="Run a small REAPI cache server.", cls=Command)
@@ -48,10 +52,13 @@ def serve(session: Session, listen: str, root: Path | None, like: str | None) ->
         with translate_os_errors(f"cannot use the folder {str(root)!r}"):
             root.mkdir(parents=True, exist_ok=True)
     options = PRESETS[like]() if like is not None else ServerOptions()
-    with stop_signal() as stopped, EmbeddedServer(root, options=options, host=host, port=port) as server:
+    has_introspection = all(importlib.util.find_spec(name) for name in ("grpc_health", "grpc_reflection"))
+    server = EmbeddedServer(root, options, host=host, port=port, introspection=has_introspection)
+    with stop_signal() as stopped, server:
         session.output.text(server.url)
         session.output.json({"url": server.url, "port": server.port})
         session.output.flush()
         session.output.talk(f"serving {root or 'from memory'}; stop with Ctrl-C")
         stopped.wait()
+        server.stop(_DRAIN_S)
     session.output.talk("stopped")
