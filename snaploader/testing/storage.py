@@ -1,12 +1,35 @@
-"""Where the embedded server keeps content: the interface, and the one in memory."""
+"""Where the embedded server keeps content: the interface, in memory, and in a folder across restarts.
+
+The folder:
+
+    ROOT/v1/lock                                     held (flock) by the one server that uses the folder
+    ROOT/v1/tmp/                                     bytes on their way in; emptied at start
+    ROOT/v1/instances/=NAME/blobs/FUNCTION/2 HEX/62 HEX      a blob, read-only
+    ROOT/v1/instances/=NAME/results/2 HEX/KEY                 SHA-256 of the rest (32 bytes), ActionResult
+
+NAME is percent-encoded. Files appear by rename, whole or not at all. Nothing is fsynced: after a power cut a
+blob may be short and then counts as absent, as does a result that fails its checksum. Blobs and results
+may be deleted by hand at any time, also while the server runs; nothing else evicts them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import os
+import shutil
 import threading
+import urllib.parse
+from pathlib import Path
 from typing import Protocol
 
 from snaploader.digest import Buffer, Digest, DigestFunction, Hasher
-from snaploader.errors import DataLoss
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.filecache.content import write_all
+
+_CHECKSUM_BYTES = 32
 
 
 class BlobReader(Protocol):
@@ -119,6 +142,12 @@ def result_key(digest: Digest, *, has_size: bool) -> str:
     return f"{digest.function.name.lower()}-{digest.hash}{size}"
 
 
+def parse_result_key(key: str) -> Digest:
+    """The digest behind a key made by `result_key`; size 0 where the key has none."""
+    function, hash_, *size = key.split("-")
+    return Digest(hash_, int(size[0]) if size else 0, DigestFunction.parse(function))
+
+
 class _MemoryReader:
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -216,7 +245,209 @@ class MemoryStorage:
         """Nothing to do: content stays until the object goes."""
 
 
-def parse_result_key(key: str) -> Digest:
-    """The digest behind a key made by `result_key`; size 0 where the key has none."""
-    function, hash_, *size = key.split("-")
-    return Digest(hash_, int(size[0]) if size else 0, DigestFunction.parse(function))
+class _FileReader:
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor = descriptor
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _StagedFile:
+    def __init__(self, partition: DiskPartition, digest: Digest, path: str, *, verify: bool) -> None:
+        self._partition = partition
+        self._digest = digest
+        self._path = path
+        self._check = CheckedBytes(digest, verify=verify)
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def write(self, data: Buffer) -> None:
+        if self._file is None:
+            raise FailedPrecondition(f"the upload of {self._digest} is over")
+        self._check.update(data)
+        write_all(self._file, data)
+
+    def commit(self) -> None:
+        if self._file is None:
+            raise FailedPrecondition(f"the upload of {self._digest} is over")
+        self._check.check()
+        os.fchmod(self._file, 0o444)
+        self._close()
+        _publish(self._path, self._partition.blob_path(self._digest))
+
+    def discard(self) -> None:
+        self._close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _publish(staged: str, path: str) -> None:
+    """Move a file to its place, making its folder when it is the first there."""
+    try:
+        os.rename(staged, path)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.rename(staged, path)
+
+
+class DiskPartition:
+    """One instance's content in a folder."""
+
+    def __init__(self, folder: str, staging: str, numbers: itertools.count[int]) -> None:
+        self._folder = folder
+        self._staging = staging
+        self._numbers = numbers
+
+    def blob_path(self, digest: Digest) -> str:
+        """Where a blob lies."""
+        function = digest.function.name.lower()
+        return f"{self._folder}/blobs/{function}/{digest.hash[:2]}/{digest.hash[2:]}"
+
+    def _result_path(self, key: str) -> str:
+        return f"{self._folder}/results/{key.partition('-')[2][:2]}/{key}"
+
+    def _staged_path(self) -> str:
+        return f"{self._staging}/{next(self._numbers)}"
+
+    def contains(self, digest: Digest) -> bool:
+        try:
+            return os.stat(self.blob_path(digest)).st_size == digest.size_bytes
+        except FileNotFoundError:
+            return False
+
+    def open(self, digest: Digest) -> BlobReader | None:
+        try:
+            descriptor = os.open(self.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        size = os.fstat(descriptor).st_size
+        if size != digest.size_bytes:
+            os.close(descriptor)
+            return None
+        return _FileReader(descriptor, size)
+
+    def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
+        return _StagedFile(self, digest, self._staged_path(), verify=verify)
+
+    def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
+        check_bytes(digest, data, verify=verify)
+        self._write_file(self.blob_path(digest), data, 0o444)
+
+    def delete(self, digest: Digest) -> bool:
+        try:
+            os.unlink(self.blob_path(digest))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def blobs(self) -> list[Digest]:
+        found = []
+        for function in DigestFunction:
+            for shard in _entries(f"{self._folder}/blobs/{function.name.lower()}"):
+                for entry in _entries(shard.path):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append(Digest(shard.name + entry.name, entry.stat().st_size, function))
+        return sorted(found)
+
+    def get_result(self, key: str) -> bytes | None:
+        try:
+            content = Path(self._result_path(key)).read_bytes()
+        except FileNotFoundError:
+            return None
+        data = content[_CHECKSUM_BYTES:]
+        return data if hashlib.sha256(data).digest() == content[:_CHECKSUM_BYTES] else None
+
+    def put_result(self, key: str, data: bytes) -> None:
+        self._write_file(self._result_path(key), hashlib.sha256(data).digest() + data, 0o644)
+
+    def delete_result(self, key: str) -> bool:
+        try:
+            os.unlink(self._result_path(key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def results(self) -> list[str]:
+        return sorted(
+            entry.name for shard in _entries(f"{self._folder}/results") for entry in _entries(shard.path)
+        )
+
+    def _write_file(self, path: str, data: Buffer, mode: int) -> None:
+        staged = self._staged_path()
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            try:
+                write_all(descriptor, data)
+            finally:
+                os.close(descriptor)
+            _publish(staged, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(staged)
+            raise
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []
+
+
+class DiskStorage:
+    """Content in a folder, made when absent. One server at a time: FailedPrecondition for a second."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._base = os.path.join(os.path.abspath(root), "v1")
+        self._staging = os.path.join(self._base, "tmp")
+        self._numbers = itertools.count()
+        with translate_os_errors("cannot use the server's folder"):
+            os.makedirs(self._base, exist_ok=True)
+            self._lock: int | None = _lock(os.path.join(self._base, "lock"))
+            try:
+                shutil.rmtree(self._staging, ignore_errors=True)
+                os.makedirs(self._staging, exist_ok=True)
+            except BaseException:
+                self.close()
+                raise
+
+    def partition(self, instance_name: str) -> DiskPartition:
+        encoded = "=" + urllib.parse.quote(instance_name, safe="")
+        if len(encoded) > 255:
+            raise InvalidArgument(f"the instance name {instance_name[:80]!r}… is too long")
+        return DiskPartition(os.path.join(self._base, "instances", encoded), self._staging, self._numbers)
+
+    def close(self) -> None:
+        """Leave the folder to others. Content stays. Idempotent."""
+        if self._lock is not None:
+            # Unlocked, not only closed: a forked child may hold a copy of the descriptor.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(path: str) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FailedPrecondition(f"another server uses {os.path.dirname(path)}: stop it first") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
