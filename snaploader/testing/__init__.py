@@ -20,7 +20,6 @@ Its docstring shows how to run it from pytest.
 """
 
 from snaploader.testing.calls import Call
-from snaploader.testing.disk import DiskStorage
 from snaploader.testing.fake import FakeCAS
 from snaploader.testing.faults import Fault, FaultScript, Firing, Gate, Link
 from snaploader.testing.options import (
@@ -34,7 +33,7 @@ from snaploader.testing.options import (
     like_nativelink,
 )
 from snaploader.testing.server import EmbeddedServer
-from snaploader.testing.storage import MemoryStorage
+from snaploader.testing.storage import DiskStorage, MemoryStorage
 
 __all__ = [
     "PRESETS",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 
 from snaploader import errors
+from snaploader._proto import any_pb2, duration_pb2, status_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.testing.options import ServerOptions
 from snaploader.testing.storage import Partition, Storage
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 _WORKERS = 4
 _RETRY_AFTER_S = 1.0
+_DETAILS_KEY = "grpc-status-details-bin"
 
 
 class Failure(Exception):
@@ -69,6 +71,21 @@ def as_failure(error: Exception) -> Failure:
     # As text: a kept traceback would keep the call, and with it gRPC's threads.
     logger.error("a call failed inside the server\n%s", "".join(traceback.format_exception(error)))
     return Failure(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def trailers(failure: Failure) -> tuple[tuple[str, bytes], ...]:
+    """Status details, as google.rpc has them: a RetryInfo, when the failure has a delay."""
+    if failure.retry_after_s is None:
+        return ()
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(failure.retry_after_s * 1e9))
+    packed = delay.SerializeToString()
+    # RetryInfo{Duration retry_delay = 1}: a tag, one byte of length (a Duration is short), the Duration.
+    info = any_pb2.Any(
+        type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\x0a" + bytes([len(packed)]) + packed
+    )
+    status = status_pb2.Status(code=failure.code.value[0], message=failure.message, details=[info])
+    return ((_DETAILS_KEY, status.SerializeToString()),)
 
 
 class Backend:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from snaploader.errors import SnaploaderError
+from snaploader.testing.byte_stream import parse_resource_name
 
 _MAX_LOGGED_HASHES = 200_000
 
@@ -31,6 +36,31 @@ class Call:
     """Size of the response messages."""
     status: str | None = None
     """Name of the status code it ended with; None while it runs, "CANCELLED" when the client went away."""
+
+
+def describe(call: Call, request: Any) -> None:
+    """Fill in what the request says: its instance, its resource, the hashes it names."""
+    name = getattr(request, "resource_name", "")
+    if name:
+        call.resource_name = name
+        call.read_offset = getattr(request, "read_offset", 0) or getattr(request, "write_offset", 0)
+        with contextlib.suppress(SnaploaderError):
+            parsed = parse_resource_name(name)
+            call.instance_name = parsed.instance_name
+            call.hashes = (parsed.digest.hash,)
+        return
+    call.instance_name = getattr(request, "instance_name", "")
+    call.hashes = tuple(digest.hash for digest in _digests(request))
+
+
+def _digests(request: Any) -> Iterator[Any]:
+    for name in ("blob_digests", "digests"):
+        yield from getattr(request, name, ())
+    for item in getattr(request, "requests", ()):
+        yield item.digest
+    for name in ("action_digest", "root_digest"):
+        if hasattr(request, name):
+            yield getattr(request, name)
 
 
 class CallLog:

@@ -18,14 +18,12 @@ from google.protobuf.message import DecodeError
 
 from snaploader._proto import bytestream_pb2, services
 from snaploader.errors import InvalidArgument
-from snaploader.testing import injection
-from snaploader.testing.action_cache import ActionCache, Capabilities
-from snaploader.testing.backend import Backend, Failure, as_failure, overloaded
+from snaploader.testing import faults
+from snaploader.testing.backend import Backend, Failure, as_failure, overloaded, trailers
 from snaploader.testing.byte_stream import ByteStream
-from snaploader.testing.calls import Call, CallLog
-from snaploader.testing.cas import ContentAddressableStorage
-from snaploader.testing.describe import describe, trailers
+from snaploader.testing.calls import Call, CallLog, describe
 from snaploader.testing.faults import Fault, FaultScript
+from snaploader.testing.services import ActionCache, Capabilities, ContentAddressableStorage
 
 Context = Any
 Unary = Callable[[Any], Any]
@@ -118,7 +116,7 @@ class Dispatcher:
         """A unary call that a fault acts on."""
         await self._before(fault, call)
         if call.method == "BatchUpdateBlobs":
-            withheld = injection.damage_upload(fault, request)
+            withheld = faults.damage_upload(fault, request)
             response = await handle(request)
             for digest in withheld:
                 response.responses.add(digest=digest)
@@ -126,13 +124,13 @@ class Dispatcher:
                 await self._drop(fault, call)
         else:
             response = await handle(request)
-        injection.damage(fault, response)
+        faults.damage(fault, response)
         if fault.lose_reply:
-            raise injection.failure_of(fault)
+            raise faults.failure_of(fault)
         reply: bytes = response.SerializeToString()
-        if reply and fault.flip_bit is not None and injection.flips_serialised(fault, call.method):
-            reply = injection.flip(reply, fault.flip_bit % (8 * len(reply)))
-        await injection.Flow(Fault(bandwidth_bytes_per_s=fault.bandwidth_bytes_per_s)).shape(reply)
+        if reply and fault.flip_bit is not None and faults.flips_serialised(fault, call.method):
+            reply = faults.flip(reply, fault.flip_bit % (8 * len(reply)))
+        await faults.Flow(Fault(bandwidth_bytes_per_s=fault.bandwidth_bytes_per_s)).shape(reply)
         return reply
 
     def _server_stream(
@@ -155,7 +153,7 @@ class Dispatcher:
                         del response  # a client that reads nothing is not to hold another copy
                         await self._send(reply, context)
                 if fault is not None and fault.lose_reply:
-                    raise injection.failure_of(fault)
+                    raise faults.failure_of(fault)
 
         return grpc.unary_stream_rpc_method_handler(call_once)
 
@@ -183,7 +181,7 @@ class Dispatcher:
 
     async def _read(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:
         async with contextlib.aclosing(self._bytes.read(request)) as whole:  # type: ignore[type-var]
-            async for response in whole if fault is None else injection.shaped_responses(fault, whole):
+            async for response in whole if fault is None else faults.shaped_responses(fault, whole):
                 yield response
 
     async def _tree(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:  # noqa: ARG002
@@ -207,13 +205,13 @@ class Dispatcher:
                 fault = await self._begin(call, first, context)
                 if fault is not None:
                     await self._before(fault, call)
-                    messages = injection.shaped_messages(fault, _chain(first, messages))
+                    messages = faults.shaped_messages(fault, _chain(first, messages))
                     first = await anext(messages)
                 response = await self._bytes.write(first, messages)
                 if fault is not None and fault.drop_blob:
                     await self._drop(fault, call)
                 if fault is not None and fault.lose_reply:
-                    raise injection.failure_of(fault)
+                    raise faults.failure_of(fault)
                 reply = response.SerializeToString()
                 call.sent_bytes = len(reply)
                 await self._carry("down", len(reply))
@@ -251,13 +249,13 @@ class Dispatcher:
             await self._faults.link.carry(direction, size)
 
     async def _before(self, fault: Fault, call: Call) -> None:
-        await injection.before(fault)
-        if fault.drop_blob and injection.drops_before(call.method):
+        await faults.before(fault)
+        if fault.drop_blob and faults.drops_before(call.method):
             await self._drop(fault, call)
 
     async def _drop(self, fault: Fault, call: Call) -> None:
         partition = self._backend.partition(call.instance_name)
-        await self._backend.run(injection.drop_blobs, fault, call.hashes, partition)
+        await self._backend.run(faults.drop_blobs, fault, call.hashes, partition)
 
     def _authenticate(self, call: Call) -> None:
         options = self._backend.options

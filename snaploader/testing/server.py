@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
+import threading
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -17,15 +20,22 @@ from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.testing.backend import Backend, blob_bytes
 from snaploader.testing.calls import Call, CallLog
-from snaploader.testing.disk import DiskStorage
 from snaploader.testing.dispatch import Dispatcher
 from snaploader.testing.faults import FaultScript
-from snaploader.testing.loop import LOOP
 from snaploader.testing.options import ServerOptions, ServerTLS
-from snaploader.testing.storage import MemoryStorage, Partition, Storage, parse_result_key, result_key
+from snaploader.testing.storage import (
+    DiskStorage,
+    MemoryStorage,
+    Partition,
+    Storage,
+    parse_result_key,
+    result_key,
+)
 
 if TYPE_CHECKING:
     from grpc_health.v1.health import aio as health_aio
+
+T = TypeVar("T")
 
 _KEEPALIVE_MS = 60_000
 
@@ -43,7 +53,7 @@ class EmbeddedServer:
     when that is free, and then still has its content. In a process that forks, start it after the fork.
 
     Args:
-        storage: A folder (see `snaploader.testing.disk`; one server at a time), a `Storage`, which is
+        storage: A folder (see `snaploader.testing.storage`; one server at a time), a `Storage`, which is
             shared and stays the caller's, or None for memory of its own.
         options: What it offers, demands and refuses.
         faults: What goes wrong, when.
@@ -247,6 +257,67 @@ class EmbeddedServer:
     def call_log(self) -> CallLog:
         """The log behind `requests` and the counters."""
         return self._log
+
+
+class LoopThread:
+    """An event loop on a thread while it has users. Thread-safe; a forked child gets one of its own.
+
+    grpc.aio wakes every loop that uses it for the events of all, so the servers of a process share one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._pid = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Add a user; the first one starts the thread."""
+        with self._lock:
+            if self._pid != os.getpid():
+                self._pid, self._users = os.getpid(), 0
+            if self._users == 0:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._serve, args=(self._loop,), name="snaploader-server-loop", daemon=True
+                )
+                self._thread.start()
+            self._users += 1
+
+    def release(self) -> None:
+        """Remove a user; the last one ends the thread and waits for it."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            assert self._loop is not None
+            assert self._thread is not None
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop = self._thread = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for it. Not from the loop's own thread."""
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    @staticmethod
+    def _serve(loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            asyncio.set_event_loop(None)
+            loop.close()
+
+
+LOOP = LoopThread()
 
 
 def _check_address(host: str, port: int) -> None:

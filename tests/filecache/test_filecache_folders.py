@@ -24,7 +24,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache, content
 from snaploader.testing import EmbeddedServer
-from snaploader.testing.disk import DiskStorage
+from snaploader.testing.storage import DiskStorage
 from snaploader.workspace.records import PausedRecords
 
 OTHER = 54321

@@ -22,8 +22,8 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.testing import Fault, Gate, MemoryStorage, ServerOptions
 from snaploader.testing.backend import Backend
+from snaploader.testing.byte_stream import MAX_PARTIAL_UPLOADS
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
-from snaploader.testing.uploads import MAX_PARTIAL_UPLOADS
 
 SHA256 = DigestFunction.SHA256
 BLOB = b"some content" * 100_000
@@ -181,7 +181,7 @@ def test_errors_of_the_disk_are_the_servers(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patched:
-        patched.setattr("snaploader.testing.disk._write_all", fail)
+        patched.setattr("snaploader.testing.storage.write_all", fail)
         assert code_of(served.endpoint.write, DIGEST, BLOB) is expected
         assert served.endpoint.batch_update([(DIGEST, BLOB)]) == {DIGEST.hash: expected}
         result = reapi.ActionResult(exit_code=1)

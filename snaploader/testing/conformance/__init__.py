@@ -29,8 +29,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from snaploader.testing.conformance import action_cache, byte_stream, cas
-from snaploader.testing.conformance.endpoint import Endpoint
-from snaploader.testing.conformance.model import Check, CheckFailed, CheckResult, CheckSkipped, Outcome
+from snaploader.testing.conformance.endpoint import (
+    Check,
+    CheckFailed,
+    CheckResult,
+    CheckSkipped,
+    Endpoint,
+    Outcome,
+)
 
 CHECKS: tuple[Check, ...] = (*cas.check.checks, *byte_stream.check.checks, *action_cache.check.checks)
 """Every check, in a sensible order."""

@@ -7,8 +7,16 @@ import grpc
 from snaploader._proto import any_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
-from snaploader.testing.conformance.endpoint import Endpoint, fresh, message
-from snaploader.testing.conformance.model import CheckFailed, CheckSkipped, Suite, require, store
+from snaploader.testing.conformance.endpoint import (
+    CheckFailed,
+    CheckSkipped,
+    Endpoint,
+    Suite,
+    fresh,
+    message,
+    require,
+    store,
+)
 
 check = Suite()
 

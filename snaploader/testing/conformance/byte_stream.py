@@ -14,8 +14,16 @@ import zstandard
 from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader._proto import services
 from snaploader.digest import Digest
-from snaploader.testing.conformance.endpoint import Endpoint, fresh, unpack, write_requests
-from snaploader.testing.conformance.model import CheckSkipped, Suite, require, store
+from snaploader.testing.conformance.endpoint import (
+    CheckSkipped,
+    Endpoint,
+    Suite,
+    fresh,
+    require,
+    store,
+    unpack,
+    write_requests,
+)
 
 check = Suite()
 

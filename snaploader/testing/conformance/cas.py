@@ -9,8 +9,17 @@ import zstandard
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest
-from snaploader.testing.conformance.endpoint import Endpoint, code, fresh, unpack
-from snaploader.testing.conformance.model import CheckSkipped, Suite, require, require_stored, store
+from snaploader.testing.conformance.endpoint import (
+    CheckSkipped,
+    Endpoint,
+    Suite,
+    code,
+    fresh,
+    require,
+    require_stored,
+    store,
+    unpack,
+)
 
 check = Suite()
 
