@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +36,7 @@ class Settings:
     group_id: str
     remote_cache: str
     remote_instance_name: str
-    remote_header: tuple[tuple[str, str], ...]
+    remote_header: tuple[tuple[str, str], ...] = field(repr=False)
     remote_timeout: float
     remote_retries: int
     remote_cache_compression: bool

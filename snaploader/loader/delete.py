@@ -20,13 +20,12 @@ from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
-    PermissionDenied,
     ResourceExhausted,
-    Unimplemented,
 )
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader.tombstone import is_local_tombstone, is_tombstone, local_tombstone, tombstone_result
+from snaploader.loader.versions import MAY_ONLY_READ
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ def _delete_remotely(
         return before
     try:
         remote.update_action_result(name, tombstone)
-    except (FailedPrecondition, PermissionDenied, Unimplemented) as error:
+    except MAY_ONLY_READ as error:
         if before is _Stands.NOTHING:
             # Nobody sees it, and nobody with these credentials can have saved it there.
             log.info("snapshot %r is not marked as deleted remotely: %s", key.snapshot_id, error)

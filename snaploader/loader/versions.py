@@ -30,12 +30,18 @@ from snaploader.errors import (
     NotFound,
     PermissionDenied,
     SnaploaderError,
+    Unauthenticated,
+    Unimplemented,
 )
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.manifest import pack_any
 
 log = logging.getLogger(__name__)
+
+MAY_ONLY_READ = (FailedPrecondition, PermissionDenied, Unauthenticated, Unimplemented)
+"""What servers answer to a caller who may read action results and not write them. UNAUTHENTICATED is
+bazel-remote's with `--allow_unauthenticated_reads`."""
 
 MAX_VERSION_BYTES = 256
 MAX_SETTLE_S = 1.0
@@ -144,7 +150,7 @@ class VersionStore:
         start = time.monotonic()
         try:
             self._write_remote(remote, key, version)
-        except (FailedPrecondition, PermissionDenied) as error:
+        except MAY_ONLY_READ as error:
             # A host that may only read shares nothing it saves, so a version of its own is harmless.
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import pkgutil
+import socket
+import ssl
 
 import grpc
 
 from snaploader._version import __version__
-from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    SnaploaderError,
+    Unauthenticated,
+    translate_os_errors,
+)
 from snaploader.remote.config import PEM, Limits, Timeouts, TLSConfig
 from snaploader.remote.endpoint import Endpoint
 
@@ -51,6 +60,86 @@ def open_channel(endpoint: Endpoint, tls: TLSConfig, timeouts: Timeouts, limits:
         certificate_chain=_pem(tls.client_certificate, "the TLS client certificate"),
     )
     return grpc.secure_channel(endpoint.target, credentials, options)
+
+
+def tls_failure(endpoint: Endpoint, tls: TLSConfig, timeout_s: float) -> SnaploaderError | None:
+    """Why no TLS connection to the endpoint can be made; None when that cannot be told, or TLS works.
+
+    gRPC tells a certificate that is not accepted, on either side, like any lost connection. So shake hands
+    once more, with the same certificates, and see.
+    """
+    if not endpoint.secure:
+        return None
+    try:
+        context = _ssl_context(tls)
+        # Some servers, gRPC's own among them, hang up on a client whose certificate they do not accept. One
+        # that is being stopped may hang up once.
+        if all(_hangs_up(endpoint, context, tls.server_name, timeout_s) for _ in range(2)):
+            return _refused(endpoint, "it hangs up after the handshake")
+    except ssl.SSLCertVerificationError as error:
+        return FailedPrecondition(
+            f"the certificate of {endpoint.url} is not accepted: {error.verify_message}; check it, the "
+            "authority to trust (TLSConfig.certificate, --tls-certificate) and the name expected in it "
+            "(TLSConfig.server_name, --tls-server-name)"
+        )
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).lower().replace("_", " ")
+        if "alert" in reason and "version" not in reason:
+            return _refused(endpoint, reason)
+        return FailedPrecondition(
+            f"{endpoint.url} does not speak TLS as this client does: {reason}; check the port, or use grpc://"
+        )
+    except (OSError, SnaploaderError):
+        return None  # no connection, or no word in time
+    return None
+
+
+def _hangs_up(endpoint: Endpoint, context: ssl.SSLContext, server_name: str, timeout_s: float) -> bool:
+    """Whether the server ends a connection after the client's part of the handshake, without a word.
+
+    Raises ssl.SSLError where it, or the client, says why.
+    """
+    with (
+        socket.create_connection((endpoint.host, endpoint.port), timeout_s) as plain,
+        context.wrap_socket(plain, server_hostname=server_name or endpoint.host) as connection,
+    ):
+        # With TLS 1.3 a server looks at the client's certificate when the client believes to be done. One of
+        # HTTP/2 speaks first.
+        try:
+            return not connection.recv(1)
+        except (ConnectionError, ssl.SSLEOFError):
+            return True
+
+
+def _refused(endpoint: Endpoint, reason: str) -> Unauthenticated:
+    return Unauthenticated(
+        f"{endpoint.url} does not accept the TLS certificate of this client, or the lack of one ({reason}): "
+        "check TLSConfig.client_certificate (--tls-client-certificate)"
+    )
+
+
+def _ssl_context(tls: TLSConfig) -> ssl.SSLContext:
+    """What gRPC does with the same settings, in Python's terms. Raises OSError for unusable certificates."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["h2"])
+    roots = _pem(tls.certificate, "the TLS certificate")
+    if roots is not None:
+        context.load_verify_locations(cadata=roots.decode(errors="replace"))
+    else:
+        # gRPC has a list of its own, and may be told to use others.
+        context.load_default_certs()
+        own = pkgutil.get_data("grpc", "_cython/_credentials/roots.pem")
+        if own is not None:
+            context.load_verify_locations(cadata=own.decode())
+    certificate = _pem(tls.client_certificate, "the TLS client certificate")
+    key = _pem(tls.client_key, "the TLS client key")
+    if certificate is not None and key is not None:
+        fd = os.memfd_create("snaploader-tls", os.MFD_CLOEXEC)  # Python loads them from files only
+        with os.fdopen(fd, "wb") as file:
+            file.write(certificate + b"\n" + key)
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{fd}")
+    return context
 
 
 def _pem(source: PEM | None, what: str) -> bytes | None:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
-from snaploader.remote.metadata import Headers, checked_headers
+from snaploader.remote.metadata import Headers, Secret, checked_headers
 
 _EXPIRY_MARGIN_S = 30.0
 _MAX_HELPER_OUTPUT = 1024 * 1024
@@ -46,9 +46,10 @@ class BearerToken:
     """`authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
 
     def __init__(self, token: str | Callable[[], str]) -> None:
-        self._token = token
         if isinstance(token, str):
             self._header(token)
+            token = Secret(token)
+        self._token = token
 
     def headers(self) -> Headers:
         return self._header(self._token if isinstance(self._token, str) else self._token())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,6 +24,19 @@ class Endpoint(NamedTuple):
     """As credential helpers want it: https://host[:port], or http:// where there is no TLS."""
     url: str
     """As the user gave it."""
+
+    @property
+    def port(self) -> int:
+        """The TCP port; 0 for a Unix socket."""
+        return 0 if self.target.startswith("unix:") else int(self.target.rpartition(":")[2])
+
+    @property
+    def is_on_this_host(self) -> bool:
+        """Whether what is sent there stays on this machine: a Unix socket, or the loopback interface."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 def parse_endpoint(url: str) -> Endpoint:

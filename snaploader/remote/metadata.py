@@ -14,10 +14,21 @@ from snaploader.errors import InvalidArgument
 
 Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
+
+class Secret(str):
+    """A text that its `repr` does not show, as in a traceback with the values of variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'…'"
+
+
 REQUEST_METADATA_HEADER = "build.bazel.remote.execution.v2.requestmetadata-bin"
 """Named by the REAPI, in the comment of RequestMetadata."""
 
 _NAME = re.compile(r"[0-9a-z_.-]{1,256}")
+_SECRET = re.compile(r"auth|cookie|key|passw|secret|token")
 _VALUE = re.compile(r"[\x20-\x7e]{0,8192}")
 
 
@@ -52,7 +63,7 @@ class RequestMetadata:
 def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]) -> Headers:
     """Headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
 
-    Values never appear in messages: they may be secrets.
+    Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
     """
     items = headers.items() if isinstance(headers, Mapping) else headers
     return tuple(_checked(name, value) for name, value in items)
@@ -69,4 +80,11 @@ def _checked(name: str, value: str | bytes) -> tuple[str, str | bytes]:
             raise InvalidArgument(f"header {name!r} ends in -bin, so its value must be bytes")
     elif not isinstance(value, str) or not _VALUE.fullmatch(value):
         raise InvalidArgument(f"the value of header {name!r} must be printable ASCII text of at most 8 KiB")
+    else:
+        value = Secret(value)
     return name, value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a header of this name likely holds what should not be sent in the clear."""
+    return _SECRET.search(name) is not None

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import Unimplemented
+from snaploader.errors import SnaploaderError, Unimplemented
 from snaploader.remote.action_cache import ActionCacheClient
 from snaploader.remote.batching import BatchLimit
 from snaploader.remote.bulk import ByteBudget
 from snaploader.remote.cancel import Cancellation
 from snaploader.remote.capabilities import RemoteCapabilities, negotiate, without_capabilities
 from snaploader.remote.cas import CASClient
-from snaploader.remote.channel import open_channel
+from snaploader.remote.channel import open_channel, tls_failure
 from snaploader.remote.client import Connection
 from snaploader.remote.config import Limits, RetryCallback, RetryEvent, RetryPolicy, Timeouts, TLSConfig
 from snaploader.remote.credentials import Credentials
 from snaploader.remote.endpoint import Endpoint
-from snaploader.remote.metadata import Headers
+from snaploader.remote.metadata import Headers, is_secret
 from snaploader.remote.once import Once
 from snaploader.remote.retry import Attempts, Retrier
 from snaploader.remote.statistics import Recorder
 from snaploader.remote.stream_read import StreamReader
 from snaploader.remote.stream_write import StreamWriter
 from snaploader.remote.transport import Transport
+
+_TLS_PROBE_S = 5.0
+"""Bounds finding out why a connection with TLS fails."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +75,13 @@ class Session:
         self.budget = ByteBudget(settings.limits.in_flight_bytes)
         self._settings = settings
         self._recorder = recorder
+        self._was_warned = False
         self._transport = Transport(
             open_channel(settings.endpoint, settings.tls, settings.timeouts, settings.limits),
             settings.timeouts,
             self._headers,
             recorder,
+            self._tls_failure,
         )
         self._retrier = Retrier(settings.retry, self._on_retry, settings.credentials.refresh)
         self._clients = Once(self._make_clients)
@@ -90,7 +98,23 @@ class Session:
         self.executor.shutdown(wait=True)
 
     def _headers(self) -> Headers:
-        return self._settings.headers + self._settings.credentials.headers()
+        headers = self._settings.headers + self._settings.credentials.headers()
+        endpoint = self._settings.endpoint
+        if not self._was_warned and not endpoint.secure and not endpoint.is_on_this_host:
+            secrets = sorted({name for name, _ in headers if is_secret(name)})
+            if secrets:
+                self._was_warned = True
+                log.warning(
+                    "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
+                    "use a grpcs:// URL where the server offers TLS",
+                    ", ".join(secrets),
+                    endpoint.url,
+                )
+        return headers
+
+    def _tls_failure(self) -> SnaploaderError | None:
+        settings = self._settings
+        return tls_failure(settings.endpoint, settings.tls, min(_TLS_PROBE_S, settings.timeouts.connect_s))
 
     def _on_retry(self, event: RetryEvent) -> None:
         self._recorder.add(retries=1)

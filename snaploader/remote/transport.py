@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from snaploader._proto import services
-from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError
+from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unavailable
 from snaploader.remote.config import Timeouts
 from snaploader.remote.metadata import Headers
 from snaploader.remote.retry import Attempts
@@ -25,15 +25,22 @@ class Transport:
 
     Args:
         headers: What to send along, asked for at every call.
+        tls_failure: Says why no connection could be made where TLS is to blame, which gRPC hardly tells.
     """
 
     def __init__(
-        self, channel: grpc.Channel, timeouts: Timeouts, headers: Callable[[], Headers], recorder: Recorder
+        self,
+        channel: grpc.Channel,
+        timeouts: Timeouts,
+        headers: Callable[[], Headers],
+        recorder: Recorder,
+        tls_failure: Callable[[], SnaploaderError | None],
     ) -> None:
         self._channel = channel
         self._timeouts = timeouts
         self._headers = headers
         self._recorder = recorder
+        self._tls_failure = tls_failure
         self._watchdog = Watchdog(timeouts.idle_s)
         self._stubs: dict[str, Any] = {
             method.name: self._stub(method)
@@ -127,7 +134,12 @@ class Transport:
                 f"{attempts.operation} failed: the server was silent for {self._timeouts.idle_s:g} s"
             )
         if isinstance(error, grpc.RpcError):
-            return from_rpc_error(error, attempts.operation)
+            typed = from_rpc_error(error, attempts.operation)
+            reason = self._tls_failure() if isinstance(typed, Unavailable) else None
+            if reason is None:
+                return typed
+            reason.__cause__ = error
+            return reason
         return Cancelled(f"{attempts.operation} failed: the connection was closed", transient=False)
 
 

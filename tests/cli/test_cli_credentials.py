@@ -105,7 +105,9 @@ def test_mutual_tls(
         client_identity.key,
     ]
     assert cli.json(*trust, *client, "save", "--ref", "main", file)["saved_remotely"] is True
-    assert cli(*trust, "save", "--ref", "main", file).exit_code == 6
+    refused = cli(*trust, "save", "--ref", "main", file)
+    assert refused.exit_code == 9
+    assert "--tls-client-certificate" in refused.stderr
 
 
 def test_a_server_that_is_not_trusted_gets_nothing(
@@ -119,7 +121,9 @@ def test_a_server_that_is_not_trusted_gets_nothing(
         "--remote-retries",
         0,
     ]
-    assert cli(*trust, "save", "--ref", "main", file).exit_code == 6
+    refused = cli(*trust, "save", "--ref", "main", file)
+    assert refused.exit_code == 4
+    assert "--tls-certificate" in refused.stderr
 
 
 def test_a_certificate_that_is_missing_is_named(cli: CommandLine, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from snaploader import keys
 from snaploader._proto import remote_execution_pb2
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, Unavailable
-from snaploader.testing import EmbeddedServer, ServerOptions
+from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions
 
 
 def test_all_hosts_agree_on_the_version(make_host: HostFactory, server: EmbeddedServer) -> None:
@@ -126,6 +126,17 @@ def test_a_readonly_loader_writes_no_version(make_host: HostFactory, server: Emb
 
 def test_a_server_that_takes_no_updates_gets_none(make_host: HostFactory) -> None:
     with EmbeddedServer(options=ServerOptions(update_enabled=False)) as server:
+        host = make_host("a", server)
+        assert host.keys().branch_key.version_id
+        with pytest.raises(NotFound):
+            host.find()
+
+
+@pytest.mark.parametrize(
+    "answer", ["FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNIMPLEMENTED"]
+)
+def test_a_load_by_a_caller_who_may_only_read_is_a_miss(make_host: HostFactory, answer: str) -> None:
+    with EmbeddedServer(faults=FaultScript(Fault("UpdateActionResult", status=answer, times=None))) as server:
         host = make_host("a", server)
         assert host.keys().branch_key.version_id
         with pytest.raises(NotFound):

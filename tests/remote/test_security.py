@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import json
+import logging
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,11 @@ from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,
     Unauthenticated,
-    Unavailable,
 )
 from snaploader.remote import RemoteCache, RequestMetadata, RetryPolicy, TLSConfig
+from snaploader.remote.channel import tls_failure
 from snaploader.remote.credentials import CredentialHelper, Netrc
+from snaploader.remote.endpoint import parse_endpoint
 from snaploader.remote.metadata import REQUEST_METADATA_HEADER
 from snaploader.testing import ServerTLS
 
@@ -46,10 +49,10 @@ class Authority:
         builder = self._builder(self._name, self._key).add_extension(x509.BasicConstraints(True, None), True)
         self.pem = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    def issue(self, *names: x509.GeneralName) -> Certificate:
+    def issue(self, *names: x509.GeneralName, valid_h: float = 1) -> Certificate:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-        builder = self._builder(subject, key)
+        builder = self._builder(subject, key, valid_h)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), False)
         return Certificate(
@@ -61,7 +64,9 @@ class Authority:
             ),
         )
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, valid_h: float = 1
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
@@ -70,7 +75,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=valid_h))
         )
 
 
@@ -110,9 +115,32 @@ def test_tls_refuses_an_authority_it_does_not_know(
 ) -> None:
     server = make_server(tls=ServerTLS(for_loopback.certificate, for_loopback.key))
     for tls in (None, TLSConfig(certificate=Authority().pem)):
-        with pytest.raises(Unavailable):
-            make_remote(server, tls=tls, retry=ONE_TRY).capabilities()
+        with pytest.raises(FailedPrecondition, match=r"certificate of grpcs://.* is not accepted"):
+            make_remote(server, tls=tls).capabilities()
     assert server.total_calls() == 0
+
+
+def test_an_expired_certificate_is_named_and_not_tried_again(
+    authority: Authority, make_server: MakeServer, make_remote: MakeRemote
+) -> None:
+    ended = authority.issue(x509.IPAddress(ipaddress.ip_address("127.0.0.1")), valid_h=-0.5)
+    server = make_server(tls=ServerTLS(ended.certificate, ended.key))
+    remote = make_remote(server, tls=TLSConfig(certificate=authority.pem))
+    with pytest.raises(FailedPrecondition, match="certificate has expired"):
+        remote.capabilities()
+    assert remote.statistics().retries == 0
+
+
+def test_tls_towards_a_server_without_it_says_so(make_server: MakeServer, make_remote: MakeRemote) -> None:
+    url = make_server().url.replace("grpc://", "grpcs://")
+    with pytest.raises(FailedPrecondition, match="does not speak TLS"):
+        make_remote(url).capabilities()
+
+
+def test_a_lost_connection_is_not_blamed_on_tls(authority: Authority) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        endpoint = parse_endpoint(f"grpcs://127.0.0.1:{listening.getsockname()[1]}")
+    assert tls_failure(endpoint, TLSConfig(certificate=authority.pem), 10) is None
 
 
 def test_tls_server_name_is_checked_and_can_be_told(
@@ -120,8 +148,8 @@ def test_tls_server_name_is_checked_and_can_be_told(
 ) -> None:
     other = authority.issue(x509.DNSName("cache.example"))
     server = make_server(tls=ServerTLS(other.certificate, other.key))
-    with pytest.raises(Unavailable):
-        make_remote(server, tls=TLSConfig(certificate=authority.pem), retry=ONE_TRY).capabilities()
+    with pytest.raises(FailedPrecondition, match=r"not valid for '127\.0\.0\.1'"):
+        make_remote(server, tls=TLSConfig(certificate=authority.pem)).capabilities()
     tls = TLSConfig(certificate=authority.pem, server_name="cache.example")
     assert works(make_remote(server, tls=tls))
 
@@ -139,7 +167,7 @@ def test_mutual_tls_needs_the_clients_certificate(
         TLSConfig(authority.pem),
         TLSConfig(authority.pem, stranger.certificate, stranger.key),
     ):
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unauthenticated, match="certificate of this client"):
             make_remote(server, tls=tls_config, retry=ONE_TRY).capabilities()
 
 
@@ -316,3 +344,42 @@ def test_netrc_is_sent(make_server: MakeServer, make_remote: MakeRemote, tmp_pat
 def test_one_source_of_credentials_at_most() -> None:
     with pytest.raises(InvalidArgument, match="one of"):
         RemoteCache("grpc://cache:1", bearer_token="x", credential_helper="y", retry=QUICK)
+
+
+def test_no_repr_shows_a_token(tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine cache login me password s3cret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    for arguments in (
+        {"headers": {"x-key": "s3cret"}},
+        {"bearer_token": "s3cret"},
+        {"netrc": tmp_path / "netrc"},
+    ):
+        with RemoteCache("grpc://cache:1", **arguments) as remote:
+            settings = remote._settings
+            shown = [remote, settings, settings.credentials.headers(), vars(settings.credentials)]
+            assert "s3cret" not in repr(shown)
+            assert "czNjcmV0" not in repr(shown)
+
+
+def warnings_of(
+    url: str, make_remote: MakeRemote, caplog: pytest.LogCaptureFixture, **arguments: object
+) -> list[str]:
+    caplog.clear()
+    session = make_remote(url, **arguments)._open()
+    session._headers()
+    session._headers()  # as two calls would
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_credentials_that_go_to_another_host_in_the_clear_are_told_once(
+    make_remote: MakeRemote, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = "grpc://192.0.2.1:1"
+    (told,) = warnings_of(elsewhere, make_remote, caplog, bearer_token="s3cret")
+    assert "(authorization) go to grpc://192.0.2.1:1 without encryption" in told
+    assert "s3cret" not in told
+    (told,) = warnings_of(elsewhere, make_remote, caplog, headers={"x-team": "blue", "x-api-key": "s3cret"})
+    assert "(x-api-key)" in told
+    assert warnings_of(elsewhere, make_remote, caplog, headers={"x-team": "blue"}) == []
+    for url in ("grpc://127.0.0.1:1", "grpc://localhost:1", "unix:/nonexistent", "grpcs://192.0.2.1:1"):
+        assert warnings_of(url, make_remote, caplog, bearer_token="s3cret") == []

@@ -52,7 +52,10 @@ def remote_remedy(error: BaseException) -> str:
     if isinstance(error, ResourceExhausted):
         return "make room on the server, or raise its limits"
     if isinstance(error, Unauthenticated):
-        return "renew the credentials (--remote-header, --bearer-token-file, --credential-helper, --netrc)"
+        return (
+            "renew the credentials (--remote-header, --bearer-token-file, --credential-helper, --netrc, "
+            "--tls-client-certificate)"
+        )
     return ""
 
 
