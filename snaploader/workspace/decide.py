@@ -75,6 +75,27 @@ def earliest_due(
     return min((due for due_at in _RULES.values() if (due := due_at(case)) is not None), default=None)
 
 
+def deletion_time(
+    dormant_at: datetime, announced: datetime | None, after: timedelta | None, now: datetime
+) -> datetime | None:
+    """When a dormant workspace is to be deleted, under a policy that holds for it from `now` on.
+
+    Never before the time that was announced to its owner, and never sooner after it was marked than the
+    policy says. Where nothing was announced, because it is being marked or its policy had no deletion before,
+    it has the whole time from `now`. None: never, or beyond the calendar.
+
+    Args:
+        announced: The time that was set before, by a policy that has had a deletion up to now.
+        after: The policy's `delete_after_dormant`.
+    """
+    if after is None:
+        return None
+    try:
+        return now + after if announced is None else max(announced, dormant_at + after)
+    except OverflowError:
+        return None
+
+
 class _Case(NamedTuple):
     workspace: Workspace
     run: Run | None
@@ -135,6 +156,8 @@ def _dormancy(case: _Case) -> datetime | None:
 def _delete(case: _Case) -> datetime | None:
     workspace = case.workspace
     if workspace.state is WorkspaceState.DELETED or not case.is_dormant or workspace.deleting_at is None:
+        return None
+    if case.policy.delete_after_dormant is None:
         return None
     due = _past(workspace.deleting_at, timedelta(0))
     if due is None or case.run is None or not case.has_failed_to(RunTransition.DELETE):

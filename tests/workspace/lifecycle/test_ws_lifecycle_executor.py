@@ -141,6 +141,17 @@ def test_dormancy_only_marks_what_does_not_run(catalog, manager, executor, state
     assert executor.run_once(NOW + MINUTE).transitions == {}
 
 
+def test_a_deletion_that_the_policy_no_longer_has_saves_the_dormant_workspace(catalog, manager, executor):
+    put_policy(catalog, time_until_dormant=HOUR, delete_after_dormant=DAY)
+    add(catalog, "ws", STOPPED, last_used_at=NOW - DAY)
+    executor.run_once(NOW)
+    put_policy(catalog, time_until_dormant=HOUR)
+    for days in (1, 2, 400):
+        assert executor.run_once(NOW + days * DAY + MINUTE).transitions == {}
+    assert state_of(catalog, "ws").deleting_at is None
+    assert manager.calls == []
+
+
 def test_dormancy_does_not_mark_one_that_was_used_while_it_was_stopped(catalog, manager, executor):
     put_policy(catalog, time_until_dormant=HOUR)
     add(catalog, "ws", last_used_at=NOW - 2 * HOUR)
@@ -174,6 +185,7 @@ def test_a_dormant_one_is_deleted_when_its_time_has_passed(catalog, manager, exe
 
 @pytest.mark.parametrize("notes_failures", [False, True], ids=["executor notes it", "manager notes it"])
 def test_a_failed_delete_is_one_failed_run_and_waits_24_hours(catalog, manager, executor, notes_failures):
+    put_policy(catalog, delete_after_dormant=HOUR)
     add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
     manager.notes_failures = notes_failures
     manager.failures["ws"] = Unavailable("remote cache is away")
@@ -194,6 +206,7 @@ def test_a_failed_delete_is_one_failed_run_and_waits_24_hours(catalog, manager, 
 
 @pytest.mark.parametrize("notes_failures", [False, True], ids=["executor notes it", "manager notes it"])
 def test_a_delete_that_fails_again_waits_24_hours_again(catalog, manager, notes_failures):
+    put_policy(catalog, delete_after_dormant=HOUR)
     add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
     manager.failures["ws"] = Unavailable("remote cache is away")
     manager.notes_failures = notes_failures
@@ -333,6 +346,7 @@ def test_the_decision_is_made_again_under_the_lock(catalog, manager, executor):
 def test_the_decision_is_made_again_in_the_transaction_that_begins_the_operation(
     catalog, manager, executor, monkeypatch
 ):
+    put_policy(catalog, delete_after_dormant=HOUR)
     add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
     guarded = FakeHeld.guarded
 
