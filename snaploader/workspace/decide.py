@@ -20,8 +20,16 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.model import (
+    OwnerStatus,
+    Run,
+    RunStatus,
+    RunTransition,
+    Scope,
+    Workspace,
+    WorkspaceState,
+)
+from snaploader.workspace.policy import Policy, StopAction
 from snaploader.workspace.schedule import parse_schedule
 
 ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
@@ -29,6 +37,12 @@ ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
 
 RETRY_DELETE_AFTER = timedelta(hours=24)
 """How long a failed delete is left alone."""
+
+MAX_TICK_DISTANCE = timedelta(hours=25)
+"""How far apart two ticks may be for the later one to confirm the time of the earlier one.
+
+A lifecycle that is run once a day has ticks 25 hours apart on the day when clocks are put back.
+"""
 
 _RESOLUTION = timedelta(microseconds=1)
 
@@ -73,6 +87,34 @@ def earliest_due(
     """The first tick at which `decide` says something; at each later one it does too. None: never."""
     case = _Case(workspace, run, policy, owner)
     return min((due for due_at in _RULES.values() if (due := due_at(case)) is not None), default=None)
+
+
+def is_irreversible(transition: Transition, policy: Policy) -> bool:
+    """Whether nobody could take `transition` back, had the clock been wrong.
+
+    A delete is. So is an autostop that pauses as `Data`, since what is outside the durable directories goes.
+    To be stopped, started or marked dormant too early is a nuisance that the next use of the workspace ends.
+    """
+    if transition is Transition.AUTOSTOP:
+        return policy.autostop_action is StopAction.PAUSE and policy.scopes.on_pause is Scope.DATA
+    return transition is Transition.DELETE
+
+
+class Ticks(NamedTuple):
+    """The two latest different ticks of a host. What is irreversible is done only while they agree."""
+
+    latest: datetime
+    previous: datetime | None = None
+    """None: the latest is the first."""
+
+    def advanced(self, tick: datetime) -> Ticks:
+        """The ticks once `tick` has come; the same one twice confirms nothing."""
+        return self if tick == self.latest else Ticks(tick, self.latest)
+
+    @property
+    def agree(self) -> bool:
+        """Whether the clock has neither jumped nor stood between the two, and not been set back."""
+        return self.previous is not None and timedelta(0) < self.latest - self.previous <= MAX_TICK_DISTANCE
 
 
 def deletion_time(

@@ -1,4 +1,4 @@
-"""Changes of policies and of owners, which concern all workspaces that follow them."""
+"""Changes that concern many workspaces: of policies, of owners, and of what is known of a host."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from sqlalchemy import bindparam, delete, select, update
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.catalog import rows, tables
 from snaploader.workspace.catalog.writer import Writer, renewed_deletion
+from snaploader.workspace.decide import Ticks
 from snaploader.workspace.model import OwnerStatus, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 
 
 class PolicyWriter(Writer):
-    """The part of `Transaction` that changes policies and owners."""
+    """The part of `Transaction` that changes policies, owners and hosts."""
 
     def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
         """Add a policy, or replace the one of its name, for all workspaces that follow it.
@@ -109,6 +110,17 @@ class PolicyWriter(Writer):
             )
         row = {"name": host, "state_id": state_id, "state_directory": shown}
         self._upsert(table, row, key="name")
+
+    def note_tick(self, host: str, tick: datetime) -> Ticks:
+        """Write down that the lifecycle of a host has come to `tick`; its two latest ticks."""
+        table = tables.ticks
+        row = self._first(select(table).where(table.c.host == host).with_for_update())
+        before = Ticks(tick) if row is None else Ticks(row.latest_at, row.previous_at)
+        now = before.advanced(tick)
+        if row is None or now != before:
+            values = {"host": host, "latest_at": now.latest, "previous_at": now.previous}
+            self._upsert(table, values, key="host")
+        return now
 
     def set_owner_status(self, owner: str, status: OwnerStatus) -> None:
         """Say whether an owner may use workspaces. InvalidArgument for one without a name."""
