@@ -20,8 +20,16 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.model import (
+    OwnerStatus,
+    Run,
+    RunStatus,
+    RunTransition,
+    Scope,
+    Workspace,
+    WorkspaceState,
+)
+from snaploader.workspace.policy import Policy, StopAction
 from snaploader.workspace.schedule import parse_schedule
 
 ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
@@ -29,6 +37,12 @@ ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
 
 RETRY_DELETE_AFTER = timedelta(hours=24)
 """How long a failed delete is left alone."""
+
+MAX_TICK_DISTANCE = timedelta(hours=25)
+"""How far apart two ticks may be for the later one to confirm the time of the earlier one.
+
+A lifecycle that is run once a day has ticks 25 hours apart on the day when clocks are put back.
+"""
 
 _RESOLUTION = timedelta(microseconds=1)
 
@@ -73,6 +87,55 @@ def earliest_due(
     """The first tick at which `decide` says something; at each later one it does too. None: never."""
     case = _Case(workspace, run, policy, owner)
     return min((due for due_at in _RULES.values() if (due := due_at(case)) is not None), default=None)
+
+
+def is_irreversible(transition: Transition, policy: Policy) -> bool:
+    """Whether nobody could take `transition` back, had the clock been wrong.
+
+    A delete is. So is an autostop that pauses as `Data`, since what is outside the durable directories goes.
+    To be stopped, started or marked dormant too early is a nuisance that the next use of the workspace ends.
+    """
+    if transition is Transition.AUTOSTOP:
+        return policy.autostop_action is StopAction.PAUSE and policy.scopes.on_pause is Scope.DATA
+    return transition is Transition.DELETE
+
+
+class Ticks(NamedTuple):
+    """The two latest different ticks of a host. What is irreversible is done only while they agree."""
+
+    latest: datetime
+    previous: datetime | None = None
+    """None: the latest is the first."""
+
+    def advanced(self, tick: datetime) -> Ticks:
+        """The ticks once `tick` has come; the same one twice confirms nothing."""
+        return self if tick == self.latest else Ticks(tick, self.latest)
+
+    @property
+    def agree(self) -> bool:
+        """Whether the clock has neither jumped nor stood between the two, and not been set back."""
+        return self.previous is not None and timedelta(0) < self.latest - self.previous <= MAX_TICK_DISTANCE
+
+
+def deletion_time(
+    dormant_at: datetime, announced: datetime | None, after: timedelta | None, now: datetime
+) -> datetime | None:
+    """When a dormant workspace is to be deleted, under a policy that holds for it from `now` on.
+
+    Never before the time that was announced to its owner, and never sooner after it was marked than the
+    policy says. Where nothing was announced, because it is being marked or its policy had no deletion before,
+    it has the whole time from `now`. None: never, or beyond the calendar.
+
+    Args:
+        announced: The time that was set before, by a policy that has had a deletion up to now.
+        after: The policy's `delete_after_dormant`.
+    """
+    if after is None:
+        return None
+    try:
+        return now + after if announced is None else max(announced, dormant_at + after)
+    except OverflowError:
+        return None
 
 
 class _Case(NamedTuple):
@@ -135,6 +198,8 @@ def _dormancy(case: _Case) -> datetime | None:
 def _delete(case: _Case) -> datetime | None:
     workspace = case.workspace
     if workspace.state is WorkspaceState.DELETED or not case.is_dormant or workspace.deleting_at is None:
+        return None
+    if case.policy.delete_after_dormant is None:
         return None
     due = _past(workspace.deleting_at, timedelta(0))
     if due is None or case.run is None or not case.has_failed_to(RunTransition.DELETE):

@@ -10,6 +10,9 @@ meanwhile counts from the next tick on.
 A transition that failed leaves a failed run: as the rules say, autostop and autostart then wait until a later
 run succeeds, and a delete for 24 hours. Dormancy is tried at each tick. A dormant workspace is no longer
 dormant once its user starts, resumes or touches it.
+
+A clock may be wrong. So the catalog keeps the latest ticks of each host, over restarts: what could not be
+taken back waits while the latest one is the first, or is far from the one before, until the next one agrees.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from snaploader.errors import Cancelled, InvalidArgument
-from snaploader.workspace.decide import Transition
+from snaploader.workspace.decide import Ticks, Transition, is_irreversible
 from snaploader.workspace.hooks import (
     CLOSE_TIMEOUT_S,
     NO_HOOKS,
@@ -36,7 +39,8 @@ from snaploader.workspace.hooks import (
     Hooks,
     Notification,
 )
-from snaploader.workspace.ticker import Wait, ticks
+from snaploader.workspace.ticker import Wait
+from snaploader.workspace.ticker import ticks as wall_clock_ticks
 from snaploader.workspace.transitions import HeldWorkspace, Made, Standing, TransitionMaker
 
 if TYPE_CHECKING:
@@ -73,6 +77,8 @@ class Skip(StrEnum):
     """Under its lock there was nothing to do any more."""
     STOPPING = "stopping"
     """The lifecycle, or the manager, is being stopped."""
+    UNCONFIRMED = "unconfirmed"
+    """It could not be taken back, and the clock may be wrong: it waits for a tick that confirms the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +154,8 @@ class LifecycleExecutor:
         """Look once at all workspaces of this host that are due.
 
         Those of one base come after one another, so that they find its chunks at hand. A workspace that fails
-        is in `Stats.errors`, and changes nothing for the others.
+        is in `Stats.errors`, and changes nothing for the others. What could not be taken back, above all a
+        delete, is made only when the tick is at most 25 hours after the one before it.
 
         Args:
             tick: By what time to decide, aware; now when None. It is cut to the minute.
@@ -159,10 +166,19 @@ class LifecycleExecutor:
         """
         started = time.monotonic()
         tick = (self._clock() if tick is None else tick).astimezone(UTC).replace(second=0, microsecond=0)
-        with self._manager.catalog.reading() as reader:
-            due = reader.due(tick, host=self._manager.host)
+        with self._manager.catalog.transaction() as changes:
+            ticks = changes.note_tick(self._manager.host, tick)
+            due = changes.due(tick, host=self._manager.host)
         ids = [workspace_id for _, workspace_id in sorted((each.base, each.id) for each in due)]
-        results = self._attend_all(ids, tick, stop or threading.Event())
+        results = self._attend_all(ids, ticks, stop or threading.Event())
+        if Skip.UNCONFIRMED in results.values():
+            logger.warning(
+                "the clock of host %r may be wrong: this tick is %s, and the one before %s. Nothing is "
+                "deleted until another one confirms it",
+                self._manager.host,
+                ticks.latest,
+                "is not known" if ticks.previous is None else f"was {ticks.previous}",
+            )
         stats = _stats(tick, results, time.monotonic() - started)
         if self._metrics is not None:
             self._metrics.observe(stats.transitions.values(), len(stats.errors), stats.elapsed_s)
@@ -178,7 +194,7 @@ class LifecycleExecutor:
         Raises:
             InvalidArgument: the interval is not above zero.
         """
-        for tick in ticks(stop, interval_s, clock=self._clock, wait=self._wait):
+        for tick in wall_clock_ticks(stop, interval_s, clock=self._clock, wait=self._wait):
             try:
                 self.run_once(tick, stop=stop)
             except Exception:
@@ -186,19 +202,19 @@ class LifecycleExecutor:
                 if self._metrics is not None:
                     self._metrics.tick_failed()
 
-    def _attend_all(self, ids: list[str], tick: datetime, stop: threading.Event) -> dict[str, _Result]:
+    def _attend_all(self, ids: list[str], ticks: Ticks, stop: threading.Event) -> dict[str, _Result]:
         if not ids:
             return {}
         workers = min(self._max_concurrency, len(ids))
         with ThreadPoolExecutor(workers, thread_name_prefix="snaploader-lifecycle") as pool:
-            futures = {each: pool.submit(self._attend, each, tick, stop) for each in ids}
+            futures = {each: pool.submit(self._attend, each, ticks, stop) for each in ids}
             try:
                 return {each: future.result() for each, future in futures.items()}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _attend(self, workspace_id: str, tick: datetime, stop: threading.Event) -> _Result:
+    def _attend(self, workspace_id: str, ticks: Ticks, stop: threading.Event) -> _Result:
         """Deal with one workspace under its lock, and tell of it when that is released."""
         if stop.is_set():
             return Skip.STOPPING
@@ -207,7 +223,7 @@ class LifecycleExecutor:
             with self._manager.try_hold(workspace_id) as held:
                 if held is None:
                     return Skip.LOCKED
-                outcome = self._attend_held(held, workspace_id, tick)
+                outcome = self._attend_held(held, workspace_id, ticks)
         except Cancelled:
             return Skip.STOPPING if outcome is None else outcome.result
         except Exception as error:
@@ -218,7 +234,8 @@ class LifecycleExecutor:
             self._delivery.send(record)
         return outcome.result
 
-    def _attend_held(self, held: HeldWorkspace, workspace_id: str, tick: datetime) -> _Outcome:
+    def _attend_held(self, held: HeldWorkspace, workspace_id: str, ticks: Ticks) -> _Outcome:
+        tick = ticks.latest
         standing = self._standing(workspace_id)
         if standing.workspace.operation is not None:
             held.settle()  # the lock proves that whoever was at it is gone
@@ -226,6 +243,8 @@ class LifecycleExecutor:
         transition = standing.decide(tick)
         if transition is None:
             return _Outcome(Skip.CHANGED)
+        if is_irreversible(transition, standing.policy) and not ticks.agree:
+            return _Outcome(Skip.UNCONFIRMED)
         try:
             made = self._maker.make(held, standing, transition, tick)
         except Cancelled:

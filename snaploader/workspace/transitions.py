@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
-from snaploader.workspace.decide import Transition, decide
+from snaploader.workspace.decide import Transition, decide, deletion_time
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import Policy, StopAction
 
@@ -175,7 +175,7 @@ class TransitionMaker:
             standing = Standing.read(changes, workspace_id)
             if standing.decide(tick) is not Transition.DORMANCY:
                 return None
-            deleting_at = _deleting_at(standing.policy, tick)
+            deleting_at = deletion_time(tick, None, standing.policy.delete_after_dormant, tick)
             changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
             shown = None if deleting_at is None else deleting_at.isoformat()
             changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, self._clock())
@@ -184,13 +184,3 @@ class TransitionMaker:
 
 class _OvertakenError(Exception):
     """Something else is to be done with the workspace now, or nothing."""
-
-
-def _deleting_at(policy: Policy, marked_at: datetime) -> datetime | None:
-    """When a workspace that is marked now is to be deleted; None: never, or beyond the calendar."""
-    if policy.delete_after_dormant is None:
-        return None
-    try:
-        return marked_at + policy.delete_after_dormant
-    except OverflowError:
-        return None

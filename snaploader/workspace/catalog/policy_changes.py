@@ -1,21 +1,29 @@
-"""Changes of policies and of owners, which concern all workspaces that follow them."""
+"""Changes that concern many workspaces: of policies, of owners, and of what is known of a host."""
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select, update
+from datetime import datetime
+
+from sqlalchemy import bindparam, delete, select, update
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
-from snaploader.workspace.catalog import tables
-from snaploader.workspace.catalog.writer import Writer
+from snaploader.workspace.catalog import rows, tables
+from snaploader.workspace.catalog.writer import Writer, renewed_deletion
+from snaploader.workspace.decide import Ticks
 from snaploader.workspace.model import OwnerStatus, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 
 
 class PolicyWriter(Writer):
-    """The part of `Transaction` that changes policies and owners."""
+    """The part of `Transaction` that changes policies, owners and hosts."""
 
-    def put_policy(self, policy: Policy) -> None:
+    def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
         """Add a policy, or replace the one of its name, for all workspaces that follow it.
+
+        When those that are dormant are to be deleted is set anew, as `deletion_time` says.
+
+        Args:
+            now: From when on it holds. Default: by the clock of this host.
 
         Raises:
             InvalidArgument: a duration is too long to be kept.
@@ -23,8 +31,32 @@ class PolicyWriter(Writer):
         settings = policy.to_mapping()
         if Policy.from_mapping(policy.name, settings) != policy:
             raise InvalidArgument(f"a duration of policy {policy.name!r} cannot be kept to the microsecond")
+        before = self._first(
+            select(tables.policies).where(tables.policies.c.name == policy.name).with_for_update()
+        )
         self._upsert(tables.policies, {"name": policy.name, "settings": settings}, key="name")
         self._touched_policies.add(policy.name)
+        if before is not None:
+            self._renew_deletions(Policy.from_mapping(before.name, before.settings), policy, now)
+
+    def _renew_deletions(self, before: Policy, after: Policy, now: datetime | None) -> None:
+        if before.delete_after_dormant == after.delete_after_dormant:
+            return
+        table = tables.workspaces
+        dormant = (
+            select(table)
+            .where(table.c.policy == after.name, table.c.dormant_at.is_not(None))
+            .where(table.c.state != WorkspaceState.DELETED)
+            .order_by(table.c.id)
+            .with_for_update()
+        )
+        changes = [
+            {"changed": workspace.id, "deleting": renewed_deletion(workspace, before, after, now)}
+            for workspace in map(rows.workspace_of, self._all(dormant))
+        ]
+        if changes:
+            statement = update(table).where(table.c.id == bindparam("changed"))
+            self._run(statement.values(deleting_at=bindparam("deleting")), changes)
 
     def remove_policy(self, name: str) -> None:
         """Forget a policy. Deleted workspaces that followed it follow the default one then.
@@ -78,6 +110,17 @@ class PolicyWriter(Writer):
             )
         row = {"name": host, "state_id": state_id, "state_directory": shown}
         self._upsert(table, row, key="name")
+
+    def note_tick(self, host: str, tick: datetime) -> Ticks:
+        """Write down that the lifecycle of a host has come to `tick`; its two latest ticks."""
+        table = tables.ticks
+        row = self._first(select(table).where(table.c.host == host).with_for_update())
+        before = Ticks(tick) if row is None else Ticks(row.latest_at, row.previous_at)
+        now = before.advanced(tick)
+        if row is None or now != before:
+            values = {"host": host, "latest_at": now.latest, "previous_at": now.previous}
+            self._upsert(table, values, key="host")
+        return now
 
     def set_owner_status(self, owner: str, status: OwnerStatus) -> None:
         """Say whether an owner may use workspaces. InvalidArgument for one without a name."""

@@ -72,6 +72,14 @@ hosts = Table(
     Column("state_directory", Prose, nullable=False),
 )
 
+ticks = Table(
+    "ticks",
+    metadata,
+    Column("host", Word, primary_key=True),
+    Column("latest_at", Moment, nullable=False),
+    Column("previous_at", Moment),
+)
+
 workspaces = Table(
     "workspaces",
     metadata,

@@ -10,7 +10,7 @@ from sqlalchemy import delete, insert, select, update
 
 from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.catalog import rows, tables
-from snaploader.workspace.catalog.writer import Writer
+from snaploader.workspace.catalog.writer import Writer, renewed_deletion
 from snaploader.workspace.model import Operation, OwnerStatus, SnapshotStatus, Workspace, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY
 
@@ -31,6 +31,9 @@ class WorkspaceChanges(TypedDict, total=False):
     paused_at: datetime | None
     dormant_at: datetime | None
     deleting_at: datetime | None
+
+
+_DORMANCY = {"dormant_at", "deleting_at"}
 
 
 class WorkspaceWriter(Writer):
@@ -54,10 +57,16 @@ class WorkspaceWriter(Writer):
         self._locked.add(workspace.id)
         self._touched.add(workspace.id)
 
-    def update_workspace(self, workspace_id: str, **changes: Unpack[WorkspaceChanges]) -> Workspace:
+    def update_workspace(
+        self, workspace_id: str, *, now: datetime | None = None, **changes: Unpack[WorkspaceChanges]
+    ) -> Workspace:
         """Change a workspace; what it is then.
 
-        The state `DELETED` takes its versions away, and marks its snapshots for removal.
+        The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy sets
+        anew when a dormant one is to be deleted, as `deletion_time` says.
+
+        Args:
+            now: From when on another policy holds. Default: by the clock of this host.
 
         Raises:
             NotFound: there is no such workspace or policy.
@@ -72,6 +81,9 @@ class WorkspaceWriter(Writer):
         if "owner" in changes:
             self._use_owner(changes["owner"])
         before = self.lock_workspace(workspace_id)
+        if changes.get("policy", before.policy) != before.policy and not _DORMANCY & changes.keys():
+            policies = self.policy(before.policy), self.policy(changes["policy"])
+            changes["deleting_at"] = renewed_deletion(before, *policies, now)
         after = dataclasses.replace(before, **changes)
         if before.state is WorkspaceState.DELETED and after.state is not before.state:
             raise FailedPrecondition(f"workspace {workspace_id!r} was deleted, which is for ever")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Executable, Row, Table, insert, select
@@ -14,7 +15,9 @@ from snaploader.workspace.catalog import rows, tables
 from snaploader.workspace.catalog.address import POSTGRESQL
 from snaploader.workspace.catalog.due import settle_due
 from snaploader.workspace.catalog.reader import Reader
+from snaploader.workspace.decide import deletion_time
 from snaploader.workspace.model import Workspace, WorkspaceState
+from snaploader.workspace.policy import Policy
 
 
 class Writer(Reader):
@@ -82,7 +85,9 @@ class Writer(Reader):
     def _only(self, query: Executable) -> Row[Any]:
         return self._all(query)[0]
 
-    def _run(self, statement: Executable, values: Mapping[str, Any] | None = None) -> None:
+    def _run(
+        self, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
         with self._guarded():
             self._connection.execute(statement, values)
 
@@ -94,3 +99,20 @@ class Writer(Reader):
         except SnaploaderError as error:
             self._refusal = error
             raise
+
+
+def renewed_deletion(
+    workspace: Workspace, before: Policy, after: Policy, now: datetime | None
+) -> datetime | None:
+    """When a workspace is to be deleted once another policy holds for it; None: never.
+
+    Args:
+        now: Default: by the clock of this host.
+    """
+    if workspace.dormant_at is None:
+        return None
+    # What an earlier policy announced, and a later one took back, is no announcement any more.
+    announced = None if before.delete_after_dormant is None else workspace.deleting_at
+    return deletion_time(
+        workspace.dormant_at, announced, after.delete_after_dormant, now or datetime.now(UTC)
+    )

@@ -235,7 +235,10 @@ def test_a_workspace_is_due_from_its_moment_on(followed: Catalog) -> None:
         lambda tx: tx.update_workspace(
             "neither", state=WorkspaceState.STOPPED, autostart_schedule="0 3 * * *"
         ),
-        lambda tx: tx.update_workspace("neither", dormant_at=NOON, deleting_at=NOON),
+        lambda tx: (
+            tx.put_policy(Policy("deletes", delete_after_dormant=timedelta(days=1))),
+            tx.update_workspace("neither", policy="deletes", dormant_at=NOON, deleting_at=NOON),
+        ),
         lambda tx: tx.add_run("neither", RunTransition.START, NOON, "user", deadline=NOON),
     ],
 )

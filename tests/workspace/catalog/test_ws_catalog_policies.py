@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 
 import pytest
-from catalog_data import add, workspace
+from catalog_data import HOST, NOON, add, later, workspace
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
-from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.catalog import Catalog, Transaction
 from snaploader.workspace.model import OwnerStatus, Scope, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy, ScopePolicy, StopAction
 
@@ -107,3 +108,82 @@ def test_an_owner_is_active_until_suspended(catalog: Catalog) -> None:
 def test_nobody_cannot_be_suspended(catalog: Catalog) -> None:
     with pytest.raises(InvalidArgument, match="name the owner"), catalog.transaction() as transaction:
         transaction.set_owner_status("", OwnerStatus.SUSPENDED)
+
+
+DAY = timedelta(days=1)
+
+
+def _dormant(catalog: Catalog, after: timedelta | None) -> None:
+    """A workspace `ws` that was marked dormant at noon, under policy `strict`."""
+    with catalog.transaction() as transaction:
+        transaction.put_policy(Policy("strict", delete_after_dormant=after))
+        deleting_at = None if after is None else NOON + after
+        transaction.add_workspace(workspace(policy="strict", dormant_at=NOON, deleting_at=deleting_at))
+
+
+def _deletion(catalog: Catalog) -> tuple[datetime | None, bool]:
+    """When it is to be deleted, and whether the query for what is due finds it long after."""
+    with catalog.reading() as reader:
+        return reader.workspace("ws").deleting_at, bool(reader.due(later(days=999), host=HOST))
+
+
+def _put(after: timedelta | None) -> Callable[[Transaction], object]:
+    return lambda tx: tx.put_policy(Policy("strict", delete_after_dormant=after), now=later(days=100))
+
+
+def _follow(after: timedelta | None) -> Callable[[Transaction], object]:
+    def follow(tx: Transaction) -> None:
+        tx.put_policy(Policy("other", delete_after_dormant=after))
+        tx.update_workspace("ws", policy="other", now=later(days=100))
+
+    return follow
+
+
+@pytest.mark.parametrize("change", [_put, _follow], ids=["policy is changed", "another policy is followed"])
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        pytest.param(7 * DAY, None, None, id="gone"),
+        pytest.param(7 * DAY, 30 * DAY, later(days=30), id="longer"),
+        pytest.param(7 * DAY, DAY, later(days=7), id="shorter"),
+        pytest.param(None, 7 * DAY, later(days=107), id="new"),
+        pytest.param(None, None, None, id="none"),
+        pytest.param(7 * DAY, 7 * DAY, later(days=7), id="same"),
+    ],
+)
+def test_the_deletion_of_a_dormant_workspace_follows_its_policy(
+    catalog: Catalog,
+    change: Callable[[timedelta | None], Callable[[Transaction], object]],
+    before: timedelta | None,
+    after: timedelta | None,
+    expected: datetime | None,
+) -> None:
+    _dormant(catalog, before)
+    with catalog.transaction() as transaction:
+        change(after)(transaction)
+    assert _deletion(catalog) == (expected, expected is not None)
+
+
+def test_a_deletion_that_was_taken_out_and_put_back_counts_from_then(catalog: Catalog) -> None:
+    _dormant(catalog, 7 * DAY)
+    for after in (None, 7 * DAY):
+        with catalog.transaction() as transaction:
+            _put(after)(transaction)
+    assert _deletion(catalog) == (later(days=107), True)
+
+
+def test_a_time_left_over_from_a_policy_without_deletion_is_no_deletion(catalog: Catalog) -> None:
+    _dormant(catalog, None)
+    with catalog.transaction() as transaction:
+        transaction.update_workspace("ws", deleting_at=NOON)
+    assert _deletion(catalog) == (NOON, False)
+    with catalog.transaction() as transaction:
+        _put(7 * DAY)(transaction)
+    assert _deletion(catalog) == (later(days=107), True)
+
+
+def test_a_changed_policy_leaves_those_alone_that_are_not_dormant(catalog: Catalog) -> None:
+    add(catalog, workspace())
+    with catalog.transaction() as transaction:
+        transaction.put_policy(Policy(delete_after_dormant=DAY))
+    assert _deletion(catalog) == (None, False)

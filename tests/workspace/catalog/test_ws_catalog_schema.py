@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from catalog_data import NOON, add, workspace
+from catalog_data import NOON, add, later, workspace
 from sqlalchemy import MetaData, UniqueConstraint, create_engine, inspect, text
 
 from snaploader.errors import FailedPrecondition
@@ -103,6 +103,10 @@ DATA_OF_REVISION = {
     ),
 }
 """What a catalog of each revision may hold. A new revision adds an entry."""
+DATA_OF_REVISION["0002"] = (
+    *DATA_OF_REVISION["0001"],
+    "INSERT INTO ticks VALUES ('host-a', 1772366400000000, NULL)",
+)
 
 
 def _revisions() -> list[str]:
@@ -129,6 +133,9 @@ def test_a_catalog_of_any_revision_is_brought_up_to_date_with_its_data(
         assert [version.display_name for version in reader.versions("old")] == ["first"]
         assert [item.payload for item in reader.events("old")] == [{"version": 1}]
         assert reader.latest_run("old") is not None
+    with Catalog.open(empty_catalog_url) as catalog, catalog.transaction() as transaction:
+        is_known = revision >= "0002"
+        assert transaction.note_tick("host-a", later(minutes=1)).agree is is_known
 
 
 @pytest.fixture

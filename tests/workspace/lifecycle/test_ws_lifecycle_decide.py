@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
-from snaploader.workspace.decide import RETRY_DELETE_AFTER, Transition, decide, earliest_due
+from snaploader.workspace.decide import (
+    RETRY_DELETE_AFTER,
+    Transition,
+    decide,
+    deletion_time,
+    earliest_due,
+)
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import Policy, StopAction
 
@@ -62,7 +68,10 @@ FAILED_STOP = Case(
 DORMANCY = Case(
     workspace(STOPPED, last_used_at=NOW - HOUR - TICK_APART), run(), Policy(time_until_dormant=HOUR)
 )
-DELETE = Case(workspace(STOPPED, dormant_at=NOW - HOUR, deleting_at=NOW - TICK_APART))
+DELETE = Case(
+    workspace(STOPPED, dormant_at=NOW - HOUR, deleting_at=NOW - TICK_APART),
+    policy=Policy(delete_after_dormant=HOUR),
+)
 FAILED_DELETE = DELETE.but(
     run=run(
         RunTransition.DELETE,
@@ -108,6 +117,28 @@ def test_exactly_at_a_limit_a_deadline_has_come_and_a_duration_has_not_passed():
     for transition in (Transition.FAILED_STOP, Transition.DORMANCY, Transition.DELETE):
         assert at_limit[transition].decision() is None
         assert at_limit[transition].but(tick=NOW + TICK_APART).decision() is transition
+
+
+DAY = timedelta(days=1)
+DORMANT_AT = NOW - 3 * DAY
+DELETION_TIMES = {
+    "never announced, and none in the policy": (None, None, None),
+    "in the policy from now on": (None, 7 * DAY, NOW + 7 * DAY),
+    "gone from the policy": (DORMANT_AT + 7 * DAY, None, None),
+    "unchanged": (DORMANT_AT + 7 * DAY, 7 * DAY, DORMANT_AT + 7 * DAY),
+    "longer": (DORMANT_AT + 7 * DAY, 30 * DAY, DORMANT_AT + 30 * DAY),
+    "shorter: not before it was announced": (DORMANT_AT + 7 * DAY, DAY, DORMANT_AT + 7 * DAY),
+    "a little longer than what was put back": (NOW + 7 * DAY, 8 * DAY, NOW + 7 * DAY),
+    "beyond the calendar": (None, timedelta.max, None),
+    "longer, beyond the calendar": (DORMANT_AT + 7 * DAY, timedelta.max, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("announced", "after", "expected"), DELETION_TIMES.values(), ids=DELETION_TIMES.keys()
+)
+def test_a_changed_policy_never_brings_a_deletion_forward(announced, after, expected):
+    assert deletion_time(DORMANT_AT, announced, after, NOW) == expected
 
 
 def test_a_failed_delete_is_tried_again_after_24_hours():
@@ -158,7 +189,8 @@ NOT_DUE = {
     "used": DORMANCY.but(workspace_last_used_at=NOW),
     "dormant already": DORMANCY.but(workspace_dormant_at=NOW - timedelta(days=1)),
     "unused and deleted": DORMANCY.but(workspace_state=DELETED),
-    # delete: dormant, deleting_at passed
+    # delete: dormant, deleting_at passed, the policy still has a time until then
+    "the policy deletes nothing any more": DELETE.but(policy_delete_after_dormant=None),
     "not dormant": DELETE.but(workspace_dormant_at=None),
     "dormant for ever": DELETE.but(workspace_deleting_at=None),
     "deleting_at is to come": DELETE.but(workspace_deleting_at=NOW + HOUR),

@@ -98,7 +98,8 @@ def as_written(
     until_dormant = policy.time_until_dormant
     if not dormant and until_dormant is not None and tick - workspace.last_used_at > until_dormant:
         return Transition.DORMANCY
-    if dormant and workspace.deleting_at is not None and tick > workspace.deleting_at:
+    still_deletes = policy.delete_after_dormant is not None
+    if dormant and still_deletes and workspace.deleting_at is not None and tick > workspace.deleting_at:
         if run is not None and failed and run.transition is RunTransition.DELETE:
             ended = run.completed_at or run.created_at
             return Transition.DELETE if tick - ended >= timedelta(hours=24) else None

@@ -17,8 +17,15 @@ from snaploader.workspace.decide import Transition
 from snaploader.workspace.hooks import AuditRecord, Hooks, Notification
 from snaploader.workspace.lifecycle import LifecycleExecutor, Skip
 from snaploader.workspace.metrics import Metrics
-from snaploader.workspace.model import Operation, OperationKind, OwnerStatus, RunStatus, RunTransition
-from snaploader.workspace.policy import Policy, StopAction
+from snaploader.workspace.model import (
+    Operation,
+    OperationKind,
+    OwnerStatus,
+    RunStatus,
+    RunTransition,
+    Scope,
+)
+from snaploader.workspace.policy import Policy, ScopePolicy, StopAction
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
@@ -34,6 +41,12 @@ def manager(catalog):
 def executor(manager):
     with LifecycleExecutor(manager, clock=lambda: NOW) as executor:
         yield executor
+
+
+def tick_before(catalog, tick=NOW):
+    """Let the host have had a tick a minute before `tick`, which confirms that one."""
+    with catalog.transaction() as changes:
+        changes.note_tick("here", tick - MINUTE)
 
 
 def put_policy(catalog, **values):
@@ -141,6 +154,17 @@ def test_dormancy_only_marks_what_does_not_run(catalog, manager, executor, state
     assert executor.run_once(NOW + MINUTE).transitions == {}
 
 
+def test_a_deletion_that_the_policy_no_longer_has_saves_the_dormant_workspace(catalog, manager, executor):
+    put_policy(catalog, time_until_dormant=HOUR, delete_after_dormant=DAY)
+    add(catalog, "ws", STOPPED, last_used_at=NOW - DAY)
+    executor.run_once(NOW)
+    put_policy(catalog, time_until_dormant=HOUR)
+    for days in (1, 2, 400):
+        assert executor.run_once(NOW + days * DAY + MINUTE).transitions == {}
+    assert state_of(catalog, "ws").deleting_at is None
+    assert manager.calls == []
+
+
 def test_dormancy_does_not_mark_one_that_was_used_while_it_was_stopped(catalog, manager, executor):
     put_policy(catalog, time_until_dormant=HOUR)
     add(catalog, "ws", last_used_at=NOW - 2 * HOUR)
@@ -174,6 +198,8 @@ def test_a_dormant_one_is_deleted_when_its_time_has_passed(catalog, manager, exe
 
 @pytest.mark.parametrize("notes_failures", [False, True], ids=["executor notes it", "manager notes it"])
 def test_a_failed_delete_is_one_failed_run_and_waits_24_hours(catalog, manager, executor, notes_failures):
+    tick_before(catalog)
+    put_policy(catalog, delete_after_dormant=HOUR)
     add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
     manager.notes_failures = notes_failures
     manager.failures["ws"] = Unavailable("remote cache is away")
@@ -194,11 +220,13 @@ def test_a_failed_delete_is_one_failed_run_and_waits_24_hours(catalog, manager, 
 
 @pytest.mark.parametrize("notes_failures", [False, True], ids=["executor notes it", "manager notes it"])
 def test_a_delete_that_fails_again_waits_24_hours_again(catalog, manager, notes_failures):
+    put_policy(catalog, delete_after_dormant=HOUR)
     add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
     manager.failures["ws"] = Unavailable("remote cache is away")
     manager.notes_failures = notes_failures
     for later in (timedelta(0), DAY):
         manager.now = NOW + later
+        tick_before(catalog, manager.now)
         with LifecycleExecutor(manager, clock=lambda: manager.now) as executor:
             assert executor.run_once().errors.keys() == {"ws"}
             assert executor.run_once(manager.now + DAY - MINUTE).errors == {}
@@ -333,6 +361,8 @@ def test_the_decision_is_made_again_under_the_lock(catalog, manager, executor):
 def test_the_decision_is_made_again_in_the_transaction_that_begins_the_operation(
     catalog, manager, executor, monkeypatch
 ):
+    tick_before(catalog)
+    put_policy(catalog, delete_after_dormant=HOUR)
     add(catalog, "ws", STOPPED, dormant_at=NOW - DAY, deleting_at=NOW - DAY)
     guarded = FakeHeld.guarded
 
@@ -360,9 +390,11 @@ def test_what_is_only_written_down_is_decided_again_in_the_transaction_that_writ
 ):
     put_policy(catalog, **policy)
     add(catalog, "ws", STOPPED, **values)
-    transaction = type(catalog).transaction
+    transaction, the_tick_is_written_down = type(catalog).transaction, iter([True])
 
     def rules_switched_off_just_before(self):
+        if next(the_tick_is_written_down, False):
+            return transaction(self)
         monkeypatch.setattr(type(catalog), "transaction", transaction)
         put_policy(catalog)
         return self.transaction()
@@ -596,3 +628,87 @@ def test_metrics_count_transitions_errors_hook_failures_and_time(catalog, manage
     assert sample("snaploader_lifecycle_transitions_total", {"transition": "autostop"}) == 2
     assert sample("snaploader_lifecycle_errors_total") == 1
     assert sample("snaploader_lifecycle_hook_failures_total") == 2
+
+
+# Clocks that jump: what could not be taken back waits for a tick that confirms the time
+
+
+def all_due(catalog):
+    """One workspace for each thing that is done when its time has come, a year ago."""
+    put_policy(catalog, time_until_dormant=HOUR)
+    put_policy(catalog, name="deletes", delete_after_dormant=HOUR)
+    put_policy(catalog, name="parks", autostop_action=StopAction.PAUSE)
+    data = ScopePolicy(Scope.DATA)
+    put_policy(catalog, name="drops", autostop_action=StopAction.PAUSE, scopes=data)
+    old = NOW - 400 * DAY
+    add(catalog, "deleted", STOPPED, policy="deletes", dormant_at=old, deleting_at=old)
+    add(catalog, "dormant", last_used_at=old)
+    add(catalog, "dropped", deadline=old, policy="drops")
+    add(catalog, "parked", deadline=old, policy="parks")
+    add(catalog, "started", PAUSED, policy="parks", started_at=old, autostart_schedule="0 12 * * *")
+    add(catalog, "stopped", deadline=old)
+
+
+REVERSIBLE = {
+    "dormant": Transition.DORMANCY,
+    "parked": Transition.AUTOSTOP,
+    "started": Transition.AUTOSTART,
+    "stopped": Transition.AUTOSTOP,
+}
+IRREVERSIBLE = {"deleted": Transition.DELETE, "dropped": Transition.AUTOSTOP}
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pytest.param([], id="first tick"),
+        pytest.param([-10 * 365 * DAY], id="ten years ahead"),
+        pytest.param([-25 * HOUR - MINUTE], id="just too far"),
+        pytest.param([MINUTE], id="set back"),
+        pytest.param([-30 * DAY, timedelta(0)], id="same tick once more"),
+        pytest.param([-MINUTE, 400 * DAY], id="set back to where it was"),
+    ],
+)
+def test_after_a_jump_only_what_can_be_taken_back_is_done_until_the_next_tick_agrees(
+    catalog, manager, executor, earlier
+):
+    for distance in earlier:
+        executor.run_once(NOW + distance)
+    all_due(catalog)
+    stats = executor.run_once(NOW)
+    assert stats.transitions == REVERSIBLE
+    assert stats.skipped == dict.fromkeys(IRREVERSIBLE, Skip.UNCONFIRMED)
+    assert executor.run_once(NOW).transitions == {}
+    assert executor.run_once(NOW + MINUTE).transitions == IRREVERSIBLE
+
+
+@pytest.mark.parametrize("distance", [MINUTE, DAY, 25 * HOUR])
+def test_ticks_at_a_plausible_distance_confirm_one_another(catalog, manager, executor, distance):
+    executor.run_once(NOW - distance)
+    all_due(catalog)
+    assert executor.run_once(NOW).transitions == REVERSIBLE | IRREVERSIBLE
+
+
+def test_a_clock_ten_years_ahead_marks_and_the_deletion_it_foresees_waits_for_two_ticks(
+    catalog, manager, caplog
+):
+    put_policy(catalog, time_until_dormant=HOUR, delete_after_dormant=DAY)
+    add(catalog, "ws", STOPPED)
+    ahead = NOW + 3650 * DAY
+    for tick, expected in [
+        (NOW, {}),
+        (ahead, {"ws": Transition.DORMANCY}),
+        (ahead + 2 * DAY, {}),
+        (ahead + 2 * DAY + MINUTE, {"ws": Transition.DELETE}),
+    ]:
+        with LifecycleExecutor(manager, clock=lambda: NOW) as restarted:  # the catalog remembers
+            assert restarted.run_once(tick).transitions == expected
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the clock of host 'here' may be wrong" in caplog.text
+
+
+def test_ticks_of_other_hosts_confirm_nothing(catalog, manager, executor):
+    with catalog.transaction() as changes:
+        changes.note_tick("there", NOW - MINUTE)
+    all_due(catalog)
+    assert executor.run_once(NOW).transitions == REVERSIBLE
