@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from snaploader._proto import timestamp_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.keys import SnapshotKey, SnapshotKeySet, is_universal
@@ -78,13 +79,12 @@ def served_ref(snapshot: Snapshot) -> str:
 def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
     """What served, and what was tried before."""
     metadata = vm_metadata(snapshot)
-    created = metadata.created_timestamp.seconds if metadata is not None else 0
     return {
         "ref": served_ref(snapshot),
         "source": str(snapshot.source),
         "key": key_record(snapshot.key),
         "snapshot_id": str(metadata.snapshot_id) if metadata is not None else snapshot.key.snapshot_id,
-        "created": datetime.fromtimestamp(created, UTC).isoformat() if created else None,
+        "created": None if metadata is None else time_record(metadata.created_timestamp),
         "digest_function": snapshot.manifest.digest_function.name,
         "degraded": snapshot.degraded,
         "failures": [
@@ -96,6 +96,14 @@ def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
             for failure in snapshot.failures
         ],
     }
+
+
+def time_record(timestamp: timestamp_pb2.Timestamp) -> str | None:
+    """A time in ISO 8601, to the second; None when there is none, or one that no calendar has."""
+    try:
+        return datetime.fromtimestamp(timestamp.seconds, UTC).isoformat() if timestamp.seconds else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def served_line(snapshot: Snapshot) -> str:

@@ -53,13 +53,14 @@ def restore(
     loader, snapshot = find(session, task_options, read_options)
     if names:
         snapshot = only(snapshot, names)
+    record = snapshot_record(snapshot)
     with output.bars() as progress:
         result = loader.restore_snapshot(snapshot, output_dir, progress=progress)
     seconds = time.monotonic() - begin
     placed = sorted((*result.files.items(), *result.directories.items()))
     output.json(
         {
-            **snapshot_record(snapshot),
+            **record,
             "output_directory": str(output_dir),
             "files": [
                 {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
