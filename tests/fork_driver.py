@@ -175,20 +175,20 @@ def directory(folder: Path) -> Iterator[Check]:
     key = hashlib.sha256(b"key").hexdigest()
     (folder / "new").mkdir()
     (folder / "new" / "file").touch()
-    with FileCache(folder / "cache") as opened:
-        opened.add_directory(key, folder / "new")
-        with opened.acquire_directory(key) as handle:
+    with FileCache(folder / "cache") as made:
+        made.add_directory(key, folder / "new")  # closing waits for what this has put into the trash
+    with FileCache(folder / "cache") as opened, opened.acquire_directory(key) as handle:
 
-            def check() -> None:
-                opened.prune()
-                assert os.listdir(handle.path) == ["file"]
+        def check() -> None:
+            opened.prune()
+            assert os.listdir(handle.path) == ["file"]
 
-            yield check
+        yield check
 
 
 @contextmanager
 def file_lock(folder: Path) -> Iterator[Check]:
-    lock = FileLock(str(folder / "lock"))
+    lock = FileLock(os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600))
     with lock.held():
         yield lambda: None
     lock.close()
