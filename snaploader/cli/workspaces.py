@@ -115,7 +115,7 @@ class Workspaces:
     def _folder(self) -> Path:
         folder = self.settings.state_folder
         with translate_os_errors(f"cannot use the state directory {str(folder)!r}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, parents=True, exist_ok=True)
         return folder
 
     def _ending(self, opened: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Protocol
 from snaploader.errors import Cancelled, DeadlineExceeded, translate_os_errors
 from snaploader.filecache.locks import lock_new
 from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.records import make_private_folder
 
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = 0.05
@@ -82,7 +83,7 @@ class WorkspaceLocks:
         self._hosts = between_hosts
         self._released = threading.Condition()
         with translate_os_errors(f"cannot make {self._folder!r}"):
-            os.makedirs(self._folder, exist_ok=True)
+            make_private_folder(self._folder)
 
     def acquire(
         self, workspace_id: str, *, timeout_s: float | None = None, cancelled: threading.Event | None = None
@@ -151,7 +152,7 @@ class WorkspaceLocks:
 def _try_lock(path: str) -> int | None:
     """The descriptor that holds the lock; None when someone else does."""
     try:
-        return lock_new(path, wait=False)
+        return lock_new(path, wait=False, mode=0o600)
     except BlockingIOError:
         return None
 

@@ -37,7 +37,7 @@ class PausedRecords:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = os.fspath(folder)
         with translate_os_errors(f"cannot make {self._folder!r}"):
-            os.makedirs(self._folder, exist_ok=True)
+            make_private_folder(self._folder)
 
     @property
     def folder(self) -> str:
@@ -55,7 +55,7 @@ class PausedRecords:
         staging = self._aside(workspace_id, STAGING)
         with translate_os_errors(f"cannot write the record of paused workspace {workspace_id!r}"):
             try:
-                os.mkdir(staging)
+                os.mkdir(staging, 0o700)
                 write_new(f"{staging}/{_FILE}", data)
                 flush_folder(staging)
                 self.remove(workspace_id)
@@ -137,12 +137,28 @@ class PausedRecords:
         return f"{self._folder}/{kept}{kind}{uuid.uuid4().hex}"
 
 
+def make_private_folder(path: str) -> None:
+    """Make a folder of the state directory for its owner's eyes alone, whatever the umask. Raises OSError.
+
+    One that is there already, made by an earlier release for everybody to read, is closed to others.
+    """
+    os.makedirs(path, 0o700, exist_ok=True)
+    status = os.stat(path)
+    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+        os.chmod(path, 0o700)
+
+
 def write_new(path: str, data: bytes) -> None:
-    """Write a new file and flush it. Raises OSError, FileExistsError when there is one."""
-    with open(path, "xb") as file:
+    """Write a new file that its owner alone can read, and flush it. Raises OSError as open(2) with O_EXCL."""
+    with open(path, "xb", opener=open_private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def open_private(path: str, flags: int) -> int:
+    """As open(2): a file that is made is for its owner's eyes alone, whatever the umask."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

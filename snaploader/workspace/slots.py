@@ -14,6 +14,7 @@ from contextlib import suppress
 from snaploader.errors import InvalidArgument, ResourceExhausted, translate_os_errors
 from snaploader.filecache.flushing import flush_folder
 from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.records import make_private_folder
 
 DEFAULT_SLOTS = 1 << 16
 
@@ -35,7 +36,7 @@ class SlotPool:
         self._folder = os.fspath(folder)
         self._count = count
         with translate_os_errors(f"cannot make {self._folder!r}"):
-            os.makedirs(self._folder, exist_ok=True)
+            make_private_folder(self._folder)
 
     @property
     def count(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 
-from snaploader.errors import FailedPrecondition, SnaploaderError
+from snaploader.errors import FailedPrecondition, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
 from snaploader.workspace.catalog import Catalog
@@ -62,8 +62,8 @@ class WorkspaceManager(WorkspaceHolder):
         loader: Saves and finds their snapshots. Without a remote cache nothing can be committed.
         file_cache: The loader's.
         runtime: Runs the workspaces of this host.
-        state_directory: Of locks, slots and records of paused workspaces; made if absent. One for all
-            processes of the host: operations with another one are refused.
+        state_directory: Of locks, slots and records of paused workspaces; made if absent, for the user's eyes
+            alone. One for all processes of the host: operations with another one are refused.
         host: Name of this host in the catalog. Default: the machine's host name.
         slots: Of which each workspace that is not deleted holds one. Default: as many as there are numbers of
             network ports, in the state directory.
@@ -93,6 +93,9 @@ class WorkspaceManager(WorkspaceHolder):
         checkpoint: Callable[[str], None] = no_checkpoint,
     ) -> None:
         folder = os.fspath(state_directory)
+        with translate_os_errors(f"cannot use the state directory {folder!r}"):
+            # One that the operator has made keeps its mode: what is in it is closed to others.
+            os.makedirs(folder, 0o700, exist_ok=True)
         services = Services(
             catalog,
             runtime,
