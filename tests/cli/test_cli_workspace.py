@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -70,6 +71,43 @@ def shell(cli: CommandLine, tmp_path: Path) -> Iterator[Shell]:
     shell = Shell(cli, tmp_path)
     yield shell
     shell.stop_all()
+
+
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    """Nothing but the mode that is asked for keeps others out."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("no_umask")
+def test_nothing_in_the_state_directory_can_be_read_by_others(shell: Shell) -> None:
+    state = shell.folder / "state/snaploader"
+    for workspace_id in ("parked", "runs"):
+        shell.ok("create", workspace_id, "--env", "TOKEN=secret", "--ready-command", "true", *SLEEP)
+    shell.ok("version", "runs")
+    shell.ok("pause", "parked")
+    open_to_others = {
+        str(path.relative_to(state))
+        for path in (state, *state.rglob("*"))
+        if path.lstat().st_mode & 0o077 and not path.is_symlink() and "root" not in path.parts
+    }
+    assert open_to_others == set()
+    assert (state / "paused/parked/record.json").is_file()
+    assert (state / "runtime/workspaces/runs/state/run.json").is_file()
+    assert list((state / "slots").iterdir())
+    assert (state / "state-id").is_file()
+
+
+def test_folders_that_an_earlier_release_left_open_are_closed(shell: Shell) -> None:
+    state = shell.folder / "state/snaploader"
+    (state / "paused").mkdir(parents=True)
+    for path in (state, state / "paused"):
+        path.chmod(0o755)
+    shell.ok("create", "web", "--no-start")
+    assert (state / "paused").stat().st_mode & 0o777 == 0o700
+    assert state.stat().st_mode & 0o777 == 0o755  # as the operator has made it
 
 
 @pytest.mark.slow

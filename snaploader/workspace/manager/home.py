@@ -16,6 +16,7 @@ from contextlib import suppress
 from snaploader.errors import FailedPrecondition, translate_os_errors
 from snaploader.filecache.flushing import flush_folder
 from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.records import write_new
 
 _FILE = "state-id"
 
@@ -67,10 +68,7 @@ class HostHome:
         """Another process may do so too; one of them wins."""
         temporary = f"{path}.{uuid.uuid4().hex}"
         try:
-            with open(temporary, "x", encoding="ascii") as file:
-                file.write(uuid.uuid4().hex + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(temporary, f"{uuid.uuid4().hex}\n".encode())
             with suppress(FileExistsError):
                 os.link(temporary, path)
         finally:

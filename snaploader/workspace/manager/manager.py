@@ -62,8 +62,8 @@ class WorkspaceManager(WorkspaceHolder):
         loader: Saves and finds their snapshots. Without a remote cache nothing can be committed.
         file_cache: The loader's.
         runtime: Runs the workspaces of this host.
-        state_directory: Of locks, slots and records of paused workspaces; made if absent. One for all
-            processes of the host: operations with another one are refused.
+        state_directory: Of locks, slots and records of paused workspaces; made if absent, for the user's eyes
+            alone. One for all processes of the host: operations with another one are refused.
         host: Name of this host in the catalog. Default: the machine's host name.
         slots: Of which each workspace that is not deleted holds one. Default: as many as there are numbers of
             network ports, in the state directory.

@@ -22,6 +22,8 @@ import os
 import secrets
 from dataclasses import dataclass
 
+from snaploader.folders import open_private
+
 
 @dataclass(frozen=True, slots=True)
 class Folder:
@@ -127,7 +129,7 @@ class Layout:
     def make(self) -> None:
         """Make the folders. Raises OSError."""
         for path in (self.base, self.workspaces, self.locks, self.stores):
-            os.makedirs(path, mode=0o700, exist_ok=True)
+            open_private(path, "a folder of the runtime")
 
 
 def _unique() -> str:

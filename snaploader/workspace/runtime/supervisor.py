@@ -99,9 +99,10 @@ def read_boot_id() -> str:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Give a file new content, in one step."""
+    """Give a file new content, in one step, for its owner's eyes alone."""
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w", encoding="ascii") as file:
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
         file.write(text)
     os.replace(temporary, path)
 

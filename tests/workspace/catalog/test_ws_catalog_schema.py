@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -219,8 +220,15 @@ def _set_revision(catalog: Catalog, revision: str) -> None:
 
 def test_an_sqlite_catalog_is_for_its_owner_only_and_in_wal_mode(tmp_path: Path) -> None:
     path = tmp_path / "catalog.db"
-    with Catalog.open(path):
-        assert path.stat().st_mode & 0o777 == 0o600
+    umask = os.umask(0)
+    try:
+        opened = Catalog.open(path)
+    finally:
+        os.umask(umask)
+    with opened as catalog:
+        add(catalog, workspace())
+        modes = {each.name: each.stat().st_mode & 0o777 for each in tmp_path.iterdir()}
+        assert modes == dict.fromkeys(("catalog.db", "catalog.db-wal", "catalog.db-shm"), 0o600)
         connection = sqlite3.connect(path)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         connection.close()
