@@ -47,6 +47,8 @@ class Snapshot:
     """Keys tried before this one, in order, and why each did not serve."""
     directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
     """What is in every directory, by the directory's name."""
+    modes: Mapping[str, int] = field(default_factory=dict)
+    """Permission bits of every chunked file, by the file's name."""
 
     @property
     def degraded(self) -> bool:

@@ -357,7 +357,13 @@ class SnapshotSaver:
             return [key]
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
 
-    def _make_source(self, name: str, table: ChunkTable, *, allow_remote: bool) -> SnapshotChunkSource:
+    def _make_source(
+        self, name: str, table: ChunkTable, *, allow_remote: bool, mode: int
+    ) -> SnapshotChunkSource:
         return SnapshotChunkSource(
-            name, table, self._fetcher, allow_remote=allow_remote and self._remote is not None
+            name,
+            table,
+            self._fetcher,
+            allow_remote=allow_remote and self._remote is not None,
+            mode=mode,
         )
