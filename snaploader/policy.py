@@ -9,6 +9,8 @@ A task may bring its policy along as platform properties (names in any case), ea
     snapshot-sharing                   true or false
     snapshot-universal-fallback        true or false
 
+A task may give up sharing; where the host does not share snapshots, it cannot ask for it.
+
 They steer and describe nothing of the machine, so no key depends on them: changing a policy does not
 start cold. A duration is a number of seconds, or a number followed by s, m, h or d.
 """

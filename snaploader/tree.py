@@ -37,6 +37,9 @@ MAX_TREE_BYTES = 128 << 20
 SIZE_PROPERTY = "size"
 CHUNK_SIZE_PROPERTY = "chunk_size"
 
+DEFAULT_MODE = 0o600
+"""Permission bits of a chunked file whose tree names none: a disk or a memory is its owner's alone."""
+
 _BLOCK_ROWS = 8192
 """Chunks handled at a time, so that temporary arrays stay within a few MiB."""
 
@@ -70,9 +73,18 @@ _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 M = TypeVar("M", bound=Message)
 
 
-def encode_tree(table: ChunkTable) -> bytes:
-    """The serialised Tree of `table`: equal tables give equal bytes."""
-    directory = encode_chunk_directory(table)
+def encode_tree(table: ChunkTable, mode: int = DEFAULT_MODE) -> bytes:
+    """The serialised Tree of a chunked file: equal tables and modes give equal bytes.
+
+    Args:
+        mode: Permission bits of the file, at most 0o777. The default is not written.
+    """
+    properties = remote_execution_pb2.NodeProperties()
+    if mode != DEFAULT_MODE:
+        # Zero is a mode, so the wrapper must be there even when its value is the default.
+        properties.unix_mode.SetInParent()
+        properties.unix_mode.value = mode
+    directory = encode_chunk_directory(table, properties)
     return _tree_header(len(directory)) + directory
 
 
@@ -89,7 +101,14 @@ def encode_chunk_directory(
 
 
 def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
-    """The chunk table in a serialised Tree, all of it checked.
+    """The chunk table in a serialised Tree; arguments and errors as `decode_chunked_file`."""
+    return decode_chunked_file(data, function)[0]
+
+
+def decode_chunked_file(data: Buffer, function: DigestFunction) -> tuple[ChunkTable, int]:
+    """The chunk table and the permission bits of the file in a serialised Tree, all of it checked.
+
+    Of a mode only the permission bits are taken: what is restored may not lend anyone's rights.
 
     Args:
         data: The whole blob.
@@ -103,8 +122,9 @@ def decode_tree(data: Buffer, function: DigestFunction) -> ChunkTable:
     view = memoryview(data).cast("B")
     if len(view) > MAX_TREE_BYTES:
         raise InvalidArgument(f"a tree of {len(view)} bytes is refused: {MAX_TREE_BYTES} are allowed")
-    table = _decode_canonical(view, function)
-    return table if table is not None else _decode_any(view, function)
+    table, properties = _decode_canonical(view, function) or _read_any(_root_fields(view), function)
+    has_mode = properties.HasField("unix_mode")
+    return table, properties.unix_mode.value & 0o777 if has_mode else DEFAULT_MODE
 
 
 def decode_chunk_directory(
@@ -214,16 +234,17 @@ def _with_sizes(
     return copy
 
 
-def _decode_canonical(view: memoryview, function: DigestFunction) -> ChunkTable | None:
-    """The table in bytes as `encode_tree` makes them; None for any others, right or wrong."""
+def _decode_canonical(
+    view: memoryview, function: DigestFunction
+) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties] | None:
+    """As `_read_canonical`, of bytes as `encode_tree` makes them; None for any others, right or wrong."""
     try:
         root = next(wire.fields(view), None)
     except InvalidArgument:
         return None
     if root is None or _tree_header(len(root.payload)) != view[: len(view) - len(root.payload)]:
         return None
-    found = _read_canonical(root.payload, function)
-    return None if found is None else found[0]
+    return _read_canonical(root.payload, function)
 
 
 def _read_canonical(
@@ -274,11 +295,6 @@ def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
         hashes.append(_unhex(nodes[:, columns]))
         root = root[nodes.size :]
     return np.concatenate(offsets), np.concatenate(hashes), root
-
-
-def _decode_any(view: memoryview, function: DigestFunction) -> ChunkTable:
-    """The table in any valid encoding of a Tree, or the error that says what is wrong with it."""
-    return _read_any(_root_fields(view), function)[0]
 
 
 def _read_any(

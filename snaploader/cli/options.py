@@ -202,6 +202,9 @@ _COMMON = (
         show_default=True,
         help="Compress blobs on the wire where the server can.",
     ),
+    _shared(
+        "--remote-readonly", is_flag=True, help="Use what others shared remotely; publish nothing there."
+    ),
     _shared("--bearer-token-file", type=FILE, help="File with a token that is sent as authorization."),
     _shared(
         # A Path would lose the "./" that keeps a name from being looked up on PATH.
@@ -307,7 +310,7 @@ class TaskOptions:
 
     def task(self, settings: Settings, *, need_ref: bool = True) -> SnapshotTask:
         """The task whose keys are meant. InvalidArgument when the options do not name one."""
-        share = self.share if self.wishes.share is None else self.wishes.share
+        share = self.share and self.wishes.share is not False
         if need_ref and share and not self.ref:
             raise InvalidArgument("--ref is missing: name the branch (or use --no-share with --runner-id)")
         if not share and not self.runner_id:

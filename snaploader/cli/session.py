@@ -40,6 +40,7 @@ class Settings:
     remote_timeout: float
     remote_retries: int
     remote_cache_compression: bool
+    remote_readonly: bool
     bearer_token_file: Path | None
     credential_helper: str | None
     netrc: Path | None
@@ -134,6 +135,7 @@ class Session:
                 self.file_cache,
                 self.remote_cache if use_remote else None,
                 digest_function=self.settings.function or DEFAULT_DIGEST_FUNCTION,
+                remote_readonly=self.settings.remote_readonly,
                 **options,
             )
         )

@@ -41,6 +41,7 @@ class ChunkedFileWriter:
         self,
         name: str,
         table: ChunkTable,
+        mode: int,
         fetcher: BlobFetcher,
         pool: WorkerPool,
         *,
@@ -50,6 +51,7 @@ class ChunkedFileWriter:
     ) -> None:
         self._name = name
         self._table = table
+        self._mode = mode
         self._allow_remote = allow_remote
         self._fetcher = fetcher
         self._pool = pool
@@ -69,7 +71,7 @@ class ChunkedFileWriter:
                     self._fill(fd)
                 finally:
                     os.close(fd)
-                os.chmod(temporary, 0o644)
+                os.chmod(temporary, self._mode)
                 os.rename(temporary, target)
                 undo.pop_all()
 

@@ -25,7 +25,7 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader.tombstone import is_local_tombstone, is_tombstone, local_tombstone, tombstone_result
-from snaploader.loader.versions import MAY_ONLY_READ
+from snaploader.loader.versions import MAY_ONLY_READ, REMOTE_READONLY
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class SnapshotDeleter:
 
     Args:
         readonly: Refuse to delete.
+        remote_readonly: Refuse to delete remotely.
         clock: Seconds since the epoch.
     """
 
@@ -71,11 +72,13 @@ class SnapshotDeleter:
         remote: RemoteStore | None,
         *,
         readonly: bool,
+        remote_readonly: bool,
         clock: Callable[[], float],
     ) -> None:
         self._file_cache = file_cache
         self._remote = remote
         self._readonly = readonly
+        self._remote_readonly = remote_readonly
         self._clock = clock
 
     def delete(self, snapshot_id: str, instance_name: str, remote: bool | None) -> DeleteResult:
@@ -84,6 +87,8 @@ class SnapshotDeleter:
             raise FailedPrecondition("this loader is read-only: it cannot delete snapshots")
         if remote and self._remote is None:
             raise InvalidArgument("a remote delete was asked for and the loader has no remote cache")
+        if self._remote is not None and remote is not False and self._remote_readonly:
+            raise FailedPrecondition(f"{REMOTE_READONLY}; delete with remote=False only from this host")
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
         tombstone = tombstone_result(snapshot_id, self._clock())
         here = self._local(key)

@@ -32,6 +32,7 @@ from snaploader.loader.publish import (
 )
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.tombstone import tombstone_result
+from snaploader.loader.versions import REMOTE_READONLY
 from snaploader.manifest import pack_any
 
 
@@ -79,6 +80,7 @@ class SnapshotDeriver:
 
     Args:
         readonly: Refuse to derive.
+        remote_readonly: Derive locally only.
         clock: Seconds since the epoch.
     """
 
@@ -89,12 +91,14 @@ class SnapshotDeriver:
         remote: RemoteStore | None,
         *,
         readonly: bool,
+        remote_readonly: bool,
         clock: Callable[[], float],
     ) -> None:
         self._file_cache = file_cache
         self._finder = finder
         self._remote = remote
         self._readonly = readonly
+        self._remote_readonly = remote_readonly
         self._clock = clock
 
     def derive(self, origin: Snapshot, options: DeriveOptions) -> DeriveResult:
@@ -103,7 +107,11 @@ class SnapshotDeriver:
             raise FailedPrecondition("this loader is read-only: it cannot derive snapshots")
         if options.remote and self._remote is None:
             raise InvalidArgument("a remote snapshot was asked for and the loader has no remote cache")
-        remote = None if options.remote is False else self._remote
+        if options.remote and self._remote_readonly:
+            raise FailedPrecondition(REMOTE_READONLY)
+        is_private = self._remote_readonly or bool(origin.key.runner_id)
+        remote = self._remote if not is_private or options.remote else None
+        remote = None if options.remote is False else remote
         id_ = options.snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
         derived = _part_of(origin, key, options)

@@ -21,7 +21,7 @@ from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, arte
 from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
 from snaploader.manifest import Manifest, unpack_any
 from snaploader.policy import ReadPolicy, is_stale
-from snaploader.tree import decode_tree
+from snaploader.tree import decode_chunked_file
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class SnapshotFinder:
             manifest = self.remote_manifest(key)
             if manifest is None:
                 return None
-            tables = self._read_trees(manifest, allow_remote=True)
+            tables, _ = self._read_trees(manifest, allow_remote=True)
             directories = self._read_directories(manifest, allow_remote=True)
         except (NotFound, DataLoss):
             return None
@@ -236,7 +236,7 @@ class SnapshotFinder:
     ) -> Snapshot:
         """A snapshot of which every artefact is at hand; NotFound when one is not."""
         try:
-            tables = self._read_trees(manifest, allow_remote=allow_remote)
+            tables, modes = self._read_trees(manifest, allow_remote=allow_remote)
             directories = self._read_directories(manifest, allow_remote=allow_remote)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
@@ -251,12 +251,24 @@ class SnapshotFinder:
                 f"such as {min(missing)}"
             )
         return Snapshot(
-            key, manifest, source, tables, allow_remote, frozenset(absent), directories=directories
+            key,
+            manifest,
+            source,
+            tables,
+            allow_remote,
+            frozenset(absent),
+            directories=directories,
+            modes=modes,
         )
 
-    def _read_trees(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, ChunkTable]:
+    def _read_trees(
+        self, manifest: Manifest, *, allow_remote: bool
+    ) -> tuple[dict[str, ChunkTable], dict[str, int]]:
+        """The chunks and the modes of chunked files, by name."""
         trees = manifest.chunked_files
-        return self._decode_all(manifest, trees, decode_tree, allow_remote=allow_remote)
+        files = self._decode_all(manifest, trees, decode_chunked_file, allow_remote=allow_remote)
+        tables = {name: table for name, (table, _) in files.items()}
+        return tables, {name: mode for name, (_, mode) in files.items()}
 
     def _read_directories(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, DirectoryTree]:
         distinct = 0

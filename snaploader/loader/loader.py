@@ -46,10 +46,13 @@ class SnapshotLoader:
         remote_cache: Where they are shared between hosts; None works on this host alone.
         digest_function: For what is saved without a remote cache. With one, the remote cache decides.
         share_snapshots: Whether runners share snapshots by branch. If not, a key has no ref and is
-            bound to the runner's id.
+            bound to the runner's id, whatever a task asks for; and its snapshots stay on this host unless
+            `remote=True` says otherwise.
         universal_ref: Whether a ref common to all branches is the last fallback; every save updates it.
         readonly: Publish nothing: no manifests, no versions, here or remotely. Blobs that were fetched
             are still cached.
+        remote_readonly: Publish nothing remotely: what others shared is used, what is saved stays here.
+            Versions that are missing remotely are made up for one call, as with `readonly`.
         max_stale_fallback_age_s: Local snapshots of fallback keys that are older are passed over.
             Default: a day.
         workers: Most threads for hashing and copying. Default: the number of processors, at most 8.
@@ -67,6 +70,7 @@ class SnapshotLoader:
         share_snapshots: bool = True,
         universal_ref: bool = False,
         readonly: bool = False,
+        remote_readonly: bool = False,
         max_stale_fallback_age_s: float = DEFAULT_MAX_STALE_FALLBACK_AGE_S,
         workers: int = DEFAULT_WORKERS,
         mapping_budget: MappingBudget | None = None,
@@ -81,7 +85,9 @@ class SnapshotLoader:
         self._pool = self._open.enter_context(WorkerPool(workers))
         self._fetcher = BlobFetcher(file_cache, remote_cache, self._pool)
         self._open.callback(self._fetcher.close)
-        self._versions = VersionStore(file_cache, remote_cache, readonly=readonly)
+        self._versions = VersionStore(
+            file_cache, remote_cache, readonly=readonly, remote_readonly=remote_readonly
+        )
         self._finder = SnapshotFinder(
             self._fetcher,
             remote_cache,
@@ -97,13 +103,21 @@ class SnapshotLoader:
             local_digest_function=digest_function,
             universal_ref=universal_ref,
             readonly=readonly,
+            remote_readonly=remote_readonly,
             clock=clock,
         )
 
         self._deriver = SnapshotDeriver(
-            file_cache, self._finder, remote_cache, readonly=readonly, clock=clock
+            file_cache,
+            self._finder,
+            remote_cache,
+            readonly=readonly,
+            remote_readonly=remote_readonly,
+            clock=clock,
         )
-        self._deleter = SnapshotDeleter(file_cache, remote_cache, readonly=readonly, clock=clock)
+        self._deleter = SnapshotDeleter(
+            file_cache, remote_cache, readonly=readonly, remote_readonly=remote_readonly, clock=clock
+        )
 
     @property
     def remote_cache(self) -> RemoteStore | None:
@@ -121,8 +135,9 @@ class SnapshotLoader:
         """The keys of a task: where to look for its snapshot, in order, and where to write it.
 
         Asks the remote cache for the version of the keys, at every call. Platform properties of the task
-        may change sharing and the universal fallback (see `snaploader.policy`); what they say of other
-        policies is for the caller to pass on: `PolicyOverrides.from_platform(task.platform)`.
+        may give up sharing, but not ask for it where the loader has none, and choose the universal fallback
+        (see `snaploader.policy`); what they say of other policies is for the caller to pass on:
+        `PolicyOverrides.from_platform(task.platform)`.
 
         Args:
             configuration_hash: Hash of all that makes the machine what it is and is not in the platform,
@@ -143,7 +158,7 @@ class SnapshotLoader:
             configuration_hash,
             runner_id,
             version,
-            share=self._share if wished.share is None else wished.share,
+            share=self._share and wished.share is not False,
             universal=self._universal if wished.universal is None else wished.universal,
         )
 
@@ -302,7 +317,8 @@ class SnapshotLoader:
                 updated too.
             default_ref: The branch that always saves.
             min_refresh_interval_s: Leave the default branch's remote snapshot alone when it is younger.
-            remote: Whether to save remotely. Default: if there is a remote cache.
+            remote: Whether to save remotely. Default: if there is a remote cache that this loader may write
+                to, and the key is of no single runner.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
                 ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
@@ -359,7 +375,8 @@ class SnapshotLoader:
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
                 ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
                 the save fails locally.
-            remote: Whether to save it remotely. Default: if there is a remote cache.
+            remote: Whether to save it remotely. Default: if there is a remote cache that this loader may
+                write to, and the key of the other snapshot is of no single runner.
 
         Raises:
             InvalidArgument: names or options are malformed.

@@ -196,6 +196,7 @@ class _DirectoryWriter:
         writer = ChunkedFileWriter(
             path,
             entry.table,
+            _PRIVATE,
             self._fetcher,
             self._pool,
             allow_remote=self._allow_remote,

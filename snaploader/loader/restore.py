@@ -23,6 +23,7 @@ from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import Snapshot
 from snaploader.loader.unpack import hold, output_folder, place_files
+from snaploader.tree import DEFAULT_MODE
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,14 @@ def restore(
         for name, table in tables.items():
             target = root / name
             writer = ChunkedFileWriter(
-                name, table, fetcher, pool, allow_remote=snapshot.allow_remote, fetched=fetched, meter=meter
+                name,
+                table,
+                snapshot.modes.get(name, DEFAULT_MODE) | 0o200,
+                fetcher,
+                pool,
+                allow_remote=snapshot.allow_remote,
+                fetched=fetched,
+                meter=meter,
             )
             writer.write(target)
             undo.callback(target.unlink, missing_ok=True)

@@ -47,6 +47,8 @@ class Snapshot:
     """Keys tried before this one, in order, and why each did not serve."""
     directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
     """What is in every directory, by the directory's name."""
+    modes: Mapping[str, int] = field(default_factory=dict)
+    """Permission bits of every chunked file, by the file's name."""
 
     @property
     def degraded(self) -> bool:
@@ -133,7 +135,8 @@ class SaveResult:
     saved_locally: bool
     saved_remotely: bool
     remote_skipped: str = ""
-    """Why the save policy kept the snapshot from the remote store; empty when it did not."""
+    """Why the snapshot was kept from the remote store, by the save policy or the loader; empty when it was
+    not, or when the caller asked for it."""
     uploaded_blobs: int = 0
     uploaded_bytes: int = 0
     """Content that went to the remote store, before compression."""

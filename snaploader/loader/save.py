@@ -44,6 +44,7 @@ from snaploader.loader.publish import (
 from snaploader.loader.results import SaveResult, artefacts
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
+from snaploader.loader.versions import REMOTE_READONLY
 from snaploader.manifest import Manifest, check_name, pack_any
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 
@@ -81,7 +82,7 @@ class _Plan:
     remote: RemoteStore | None = None
     """Where to save to, if anywhere."""
     skipped: str = ""
-    """Why the policy forbids it."""
+    """Why it is not to be done."""
     failure: SnaploaderError | None = None
     """Why it cannot be done; raised when the local part is done."""
 
@@ -93,6 +94,7 @@ class SnapshotSaver:
         local_digest_function: Where there is no remote store to say.
         universal_ref: Whether every save also updates the universal ref.
         readonly: Refuse to save.
+        remote_readonly: Save locally only.
         clock: Seconds since the epoch.
     """
 
@@ -106,6 +108,7 @@ class SnapshotSaver:
         local_digest_function: DigestFunction,
         universal_ref: bool,
         readonly: bool,
+        remote_readonly: bool,
         clock: Callable[[], float],
     ) -> None:
         self._fetcher = fetcher
@@ -116,6 +119,7 @@ class SnapshotSaver:
         self._local_function = local_digest_function
         self._universal = universal_ref
         self._readonly = readonly
+        self._remote_readonly = remote_readonly
         self._clock = clock
 
     def save(self, key: SnapshotKey, options: SaveOptions) -> SaveResult:
@@ -202,6 +206,8 @@ class SnapshotSaver:
             check_geometry(0, options.chunk_size)
         if options.remote and self._remote is None:
             raise InvalidArgument("a remote save was asked for and the loader has no remote cache")
+        if options.remote and self._remote_readonly:
+            raise FailedPrecondition(REMOTE_READONLY)
         if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:
             raise InvalidArgument("save policy none-available needs key_set, the keys to look at")
 
@@ -226,7 +232,11 @@ class SnapshotSaver:
         return _Plan(function, self._remote)
 
     def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> str:
-        """Why the policy keeps this snapshot from the remote store; empty when it does not."""
+        """Why this snapshot is kept from the remote store; empty when it is not."""
+        if self._remote_readonly:
+            return "the remote cache is only read (remote_readonly)"
+        if key.runner_id and not options.remote:
+            return f"snapshots of runner {key.runner_id!r} are not shared"
         policy = options.save_policy
         if policy is SavePolicy.ALWAYS and not options.min_refresh_interval_s:
             return ""
@@ -360,7 +370,13 @@ class SnapshotSaver:
             return [key]
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
 
-    def _make_source(self, name: str, table: ChunkTable, *, allow_remote: bool) -> SnapshotChunkSource:
+    def _make_source(
+        self, name: str, table: ChunkTable, *, allow_remote: bool, mode: int
+    ) -> SnapshotChunkSource:
         return SnapshotChunkSource(
-            name, table, self._fetcher, allow_remote=allow_remote and self._remote is not None
+            name,
+            table,
+            self._fetcher,
+            allow_remote=allow_remote and self._remote is not None,
+            mode=mode,
         )

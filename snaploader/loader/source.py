@@ -10,16 +10,30 @@ from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import Internal, SnaploaderError
 from snaploader.loader.fetch import BlobFetcher
+from snaploader.tree import DEFAULT_MODE
 
 log = logging.getLogger(__name__)
 
 
 class SnapshotChunkSource:
-    """Implements `cow.ChunkSource` with the chunks of a table. Thread-safe, immutable."""
+    """Implements `cow.ChunkSource` with the chunks of a table. Thread-safe, immutable.
 
-    def __init__(self, name: str, table: ChunkTable, fetcher: BlobFetcher, *, allow_remote: bool) -> None:
+    Args:
+        mode: Permission bits of the file, which the next save of its store keeps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: ChunkTable,
+        fetcher: BlobFetcher,
+        *,
+        allow_remote: bool,
+        mode: int = DEFAULT_MODE,
+    ) -> None:
         self.name = name
         self.table = table
+        self.mode = mode
         self._fetcher = fetcher
         self.allow_remote = allow_remote
 

@@ -33,7 +33,7 @@ from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.manifest import PlainFile
-from snaploader.tree import encode_tree
+from snaploader.tree import DEFAULT_MODE, encode_tree
 
 
 @dataclass
@@ -48,6 +48,8 @@ class ChunkedSave:
     """Raises FailedPrecondition when the file behind a checkpoint of a path was changed meanwhile."""
     allow_remote: bool
     """Whether the store may fetch chunks from the remote store."""
+    mode: int
+    """Permission bits of the file."""
     hashes: dict[int, bytes | None] = field(default_factory=dict)
     """Of every chunk that was read; None is a hole."""
     hashed_bytes: int = 0
@@ -134,10 +136,12 @@ class LocalSaver:
         """Tell the stores that their chunks are saved: they are clean from now on.
 
         Args:
-            make_source: Called with a name, its table, and `allow_remote`, which a store keeps.
+            make_source: Called with a name, its table, and `allow_remote` and `mode`, which a store keeps.
         """
         for save in self._chunked:
-            source = make_source(save.name, self.tables[save.name], allow_remote=save.allow_remote)
+            source = make_source(
+                save.name, self.tables[save.name], allow_remote=save.allow_remote, mode=save.mode
+            )
             with _translate_cow_errors(save.name):
                 save.checkpoint.commit(source)
 
@@ -190,11 +194,13 @@ class LocalSaver:
         self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
     ) -> ChunkedSave:
         unchanged: Callable[[], None] = lambda: None  # noqa: E731
+        mode = DEFAULT_MODE
         if isinstance(source, COWStore):
             store = source
         else:
             path = os.fspath(source)
             unchanged = _change_detector(path, name)
+            mode = os.stat(path).st_mode & 0o777
             # Nothing is written to the store, so its folder stays empty.
             scratch = tempfile.mkdtemp(prefix="snaploader-")
             self._open.callback(remove_tree, scratch)
@@ -207,7 +213,8 @@ class LocalSaver:
         if loaded is not None and loaded.table.function is self._function:
             known = loaded.table
         allow_remote = loaded is None or loaded.allow_remote
-        return ChunkedSave(name, checkpoint, known, unchanged, allow_remote)
+        mode = mode if loaded is None else loaded.mode
+        return ChunkedSave(name, checkpoint, known, unchanged, allow_remote, mode)
 
     def _total_bytes(self) -> int:
         with translate_os_errors("cannot read a file to save"):
@@ -275,7 +282,7 @@ class LocalSaver:
 
     def _finish(self, save: ChunkedSave) -> None:
         table = save.table(self._function)
-        tree = encode_tree(table)
+        tree = encode_tree(table, save.mode)
         digest = Digest.of(tree, self._function)
         self._file_cache.put_verified(digest, tree)
         self.tables[save.name] = table

@@ -24,6 +24,7 @@ from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.manifest import Manifest
+from snaploader.tree import DEFAULT_MODE
 
 
 class UnpackedSnapshot:
@@ -195,7 +196,13 @@ def _open_stores(
     cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
     stores = {}
     for number, (name, table) in enumerate(snapshot.tables.items()):
-        source = SnapshotChunkSource(name, table, fetcher, allow_remote=snapshot.allow_remote)
+        source = SnapshotChunkSource(
+            name,
+            table,
+            fetcher,
+            allow_remote=snapshot.allow_remote,
+            mode=snapshot.modes.get(name, DEFAULT_MODE),
+        )
         store = COWStore(
             scratch / str(number),
             size=table.size,

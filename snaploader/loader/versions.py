@@ -44,6 +44,8 @@ MAY_ONLY_READ = (FailedPrecondition, PermissionDenied, Unauthenticated, Unimplem
 bazel-remote's with `--allow_unauthenticated_reads`."""
 
 MAX_VERSION_BYTES = 256
+REMOTE_READONLY = "this loader may only read the remote cache (remote_readonly): nothing was published there"
+
 MAX_SETTLE_S = 1.0
 """The longest wait between writing a version and reading back which one stands."""
 
@@ -53,6 +55,7 @@ class VersionStore:
 
     Args:
         readonly: Never write a version anywhere; a version that is missing is made up for one call.
+        remote_readonly: The same for the remote store; what it says is still remembered locally.
         mint: Makes a new, unique version id.
         sleep: Waits that many seconds.
     """
@@ -63,12 +66,14 @@ class VersionStore:
         remote: RemoteStore | None,
         *,
         readonly: bool = False,
+        remote_readonly: bool = False,
         mint: Callable[[], str] = lambda: str(uuid.uuid4()),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._file_cache = file_cache
         self._remote = remote
         self._readonly = readonly
+        self._remote_readonly = remote_readonly
         self._mint = mint
         self._sleep = sleep
         self._minting = threading.Lock()
@@ -104,6 +109,8 @@ class VersionStore:
         name = keys.version_key(key)
         version = self._mint()
         if self._remote is not None:
+            if self._remote_readonly:
+                raise FailedPrecondition(REMOTE_READONLY)
             before = self._read_remote(self._remote, key, repair=True)
             self._write_remote(self._remote, key, version)
             stands = self._read_remote(self._remote, key)
@@ -139,7 +146,7 @@ class VersionStore:
         version = self._read_remote(remote, key)
         if version is not None:
             return version
-        if self._readonly:
+        if self._readonly or self._remote_readonly:
             return self._mint()
         with self._minting:
             # Another thread of this loader may have minted while this one waited.

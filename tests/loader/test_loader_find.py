@@ -10,7 +10,7 @@ from loader_hosts import CHUNK, HostFactory, image, metadata, task
 
 from snaploader import RemoteCache, SnapshotLoader, SnapshotTask, TLSConfig, keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, Unavailable
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.loader.results import ManifestSource
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
 
@@ -165,6 +165,59 @@ def test_without_sharing_runners_do_not_see_each_other(make_host: HostFactory) -
     assert loader.get_snapshot(one).key.runner_id == "runner-1"
     with pytest.raises(NotFound):
         loader.get_snapshot(loader.snapshot_key_set(task(), "conf", "runner-2"))
+
+
+def test_a_task_cannot_ask_for_the_sharing_that_its_host_does_not_offer(make_host: HostFactory) -> None:
+    loader = make_host("a", share_snapshots=False).loader
+    wishing = SnapshotTask.from_mapping({"snapshot-sharing": "true"}, {"GIT_BRANCH": "main"})
+    assert loader.snapshot_key_set(wishing, "conf", "r").branch_key.runner_id == "r"
+    with pytest.raises(InvalidArgument, match="runner_id"):
+        loader.snapshot_key_set(wishing, "conf")
+    modest = SnapshotTask.from_mapping({"snapshot-sharing": "false"}, {"GIT_BRANCH": "main"})
+    assert make_host("b").loader.snapshot_key_set(modest, "conf", "r").branch_key.runner_id == "r"
+
+
+@pytest.mark.parametrize("remote", [None, True])
+def test_what_belongs_to_one_runner_is_shared_only_when_asked_for(
+    make_host: HostFactory, server: EmbeddedServer, remote: bool | None
+) -> None:
+    host = make_host("a", server, share_snapshots=False)
+    key_set = host.loader.snapshot_key_set(task(), "conf", "runner-1")
+    result = host.save(image(1), key=key_set.write_key, remote=remote)
+    assert result.saved_remotely == bool(remote)
+    assert ("runner-1" in result.remote_skipped) == (remote is None)
+    assert bool(server.blobs()) == bool(remote)
+    derived = host.loader.derive_snapshot(host.loader.get_snapshot(key_set))
+    assert not derived.saved_remotely
+
+
+def test_a_host_may_use_the_remote_cache_and_publish_nothing_there(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    make_host("a", server).save(image(1))
+    before = server.action_results()
+    host = make_host("b", server, remote_readonly=True)
+    assert host.load() == image(1)
+    result = host.save(image(2), snapshot_id="mine")
+    assert (result.saved_locally, result.saved_remotely) == (True, False)
+    assert "remote_readonly" in result.remote_skipped
+    assert host.load() == image(2)
+    derived = host.loader.derive_snapshot(host.find())
+    assert not derived.saved_remotely
+    key = host.keys().write_key
+    assert key is not None
+    for refused in (
+        lambda: host.save(image(3), remote=True),
+        lambda: host.loader.derive_snapshot(host.find(), remote=True),
+        lambda: host.loader.delete_snapshot("mine"),
+        lambda: host.loader.invalidate_snapshot(key),
+    ):
+        with pytest.raises(FailedPrecondition, match="remote_readonly"):
+            refused()
+    other = host.loader.snapshot_key_set(task(), "another configuration")
+    assert other.branch_key.version_id
+    assert host.loader.delete_snapshot("mine", remote=False).deleted_locally
+    assert server.action_results() == before
 
 
 def test_a_snapshot_is_found_by_its_id_after_newer_ones(

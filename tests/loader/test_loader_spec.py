@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image, task
 
+from cow import COWStore
 from snaploader import FileCache, RemoteCache, SnapshotLoader, SnapshotTask, keys
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import NotFound, ResourceExhausted
@@ -227,6 +228,33 @@ def test_statistics_say_where_each_chunk_came_from(make_host: HostFactory, serve
     }
     assert 0 < origins["remote"].prefetched < 29
     assert origins["file_cache"].prefetched == 0
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640, 0o644, 0o755])
+def test_modes_of_chunked_files_come_back(make_host: HostFactory, server: EmbeddedServer, mode: int) -> None:
+    host, other = make_host("a", server), make_host("b", server)
+    disk = host.folder / "disk"
+    disk.write_bytes(image(1))
+    disk.chmod(mode)
+    host.save(chunked_files={"disk": disk})
+    with host.unpack(host.find()) as unpacked:
+        unpacked.chunked_files["disk"].write_at(0, b"changed")
+        host.save(chunked_files=unpacked.chunked_files)
+    old = os.umask(0o022)
+    try:
+        restored = other.loader.restore_snapshot(other.find(), other.folder / "out")
+    finally:
+        os.umask(old)
+    assert mode_of(restored.files["disk"]) == mode | 0o200
+
+
+def test_a_chunked_file_whose_mode_nobody_recorded_is_private(make_host: HostFactory) -> None:
+    host = make_host("a")
+    with COWStore(host.folder / "store", size=2 * CHUNK, chunk_size=CHUNK) as store:
+        store.write_at(0, b"secret")
+        host.save(chunked_files={"disk": store})
+    restored = host.loader.restore_snapshot(host.find(), host.folder / "out")
+    assert mode_of(restored.files["disk"]) == 0o600
 
 
 @pytest.mark.parametrize("mode", [0o400, 0o444, 0o500, 0o555, 0o600, 0o644, 0o664, 0o700, 0o755])

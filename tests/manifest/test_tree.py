@@ -15,7 +15,7 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.chunktable import MAX_CHUNKS, ChunkTable
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.tree import decode_tree, encode_tree
+from snaploader.tree import decode_chunked_file, decode_tree, encode_tree
 
 CHUNK = 4096
 SHA256 = DigestFunction.SHA256
@@ -72,15 +72,19 @@ def test_bytes_are_those_of_protobuf(table: ChunkTable) -> None:
 def test_tables_survive_the_wire(table: ChunkTable) -> None:
     data = encode_tree(table)
     assert decode_tree(data, table.function) == table
-    assert tree._decode_canonical(memoryview(data), table.function) == table
-    assert tree._decode_any(memoryview(data), table.function) == table
+    canonical = tree._decode_canonical(memoryview(data), table.function)
+    assert canonical is not None
+    assert canonical[0] == table
+    assert tree._read_any(tree._root_fields(memoryview(data)), table.function)[0] == table
 
 
 def test_tables_of_several_blocks_survive_the_wire() -> None:
     table = random_table(1, 30_000 * CHUNK - 1, CHUNK, 25_000)
     data = encode_tree(table)
     assert data == message_of(table).SerializeToString(deterministic=True)
-    assert tree._decode_canonical(memoryview(data), SHA256) == table
+    canonical = tree._decode_canonical(memoryview(data), SHA256)
+    assert canonical is not None
+    assert canonical[0] == table
 
 
 def test_golden_tree_bytes() -> None:
@@ -126,6 +130,27 @@ def test_other_encodings_of_the_same_message_are_read() -> None:
     message.root.node_properties.properties.add(name="other", value="x")
     message.root.node_properties.mtime.seconds = 1
     assert decode_tree(message.SerializeToString(), SHA256) == table
+
+
+def test_a_mode_stands_beside_the_sizes_and_the_default_is_not_written() -> None:
+    table = random_table(2, 10 * CHUNK - 7, CHUNK, 6)
+    message = message_of(table)
+    assert encode_tree(table, 0o600) == message.SerializeToString(deterministic=True)
+    assert decode_chunked_file(encode_tree(table), SHA256) == (table, 0o600)
+    message.root.node_properties.unix_mode.value = 0o640
+    assert encode_tree(table, 0o640) == message.SerializeToString(deterministic=True)
+    assert decode_chunked_file(reordered(message), SHA256) == (table, 0o640)
+
+
+@pytest.mark.parametrize("mode", [0, 0o777])
+def test_every_mode_is_read_as_it_was_written(mode: int) -> None:
+    table = ChunkTable.empty(0, CHUNK, SHA256)
+    assert decode_chunked_file(encode_tree(table, mode), SHA256) == (table, mode)
+
+
+def test_bits_of_a_mode_that_lend_rights_are_dropped() -> None:
+    table = random_table(2, 10 * CHUNK, CHUNK, 6)
+    assert decode_chunked_file(encode_tree(table, 0o104755), SHA256) == (table, 0o755)
 
 
 def test_unknown_fields_are_passed_over() -> None:
@@ -268,7 +293,7 @@ def test_a_tree_of_too_many_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tree, "MAX_STORED_CHUNKS", 10)
     table = random_table(1, 20 * CHUNK, CHUNK, 11)
     with pytest.raises(InvalidArgument, match="more than 10 chunks"):
-        tree._decode_any(memoryview(encode_tree(table)), SHA256)
+        tree._read_any(tree._root_fields(memoryview(encode_tree(table))), SHA256)
 
 
 SAMPLE = encode_tree(random_table(4, 40 * CHUNK + 3, CHUNK, 20))
