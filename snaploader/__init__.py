@@ -9,6 +9,8 @@ See the README for a tour, `snaploader.errors` for what is raised, `snaploader.t
 test against, and `cow` for the stores.
 """
 
+import typing as _typing
+
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader._version import __version__
 from snaploader.blobstore import BlobStore, RemoteStore, TransferStatistics, Upload
@@ -49,8 +51,10 @@ from snaploader.loader import (
 )
 from snaploader.manifest import Manifest, PlainFile
 from snaploader.policy import PolicyOverrides, ReadPolicy, SavePolicy
-from snaploader.remote import RemoteCache, RetryPolicy, Timeouts, TLSConfig
 from snaploader.task import SnapshotTask
+
+if _typing.TYPE_CHECKING:
+    from snaploader.remote import RemoteCache, RetryPolicy, Timeouts, TLSConfig
 
 __all__ = [
     "BlobStore",
@@ -104,3 +108,17 @@ __all__ = [
     "VMMetadata",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    # With what is remote comes gRPC, which costs a tenth of a second and reads its environment when it is
+    # imported: not before somebody asks for it.
+    if name not in {"RemoteCache", "RetryPolicy", "TLSConfig", "Timeouts"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from snaploader import remote as _remote
+
+    return getattr(_remote, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
