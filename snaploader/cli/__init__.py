@@ -7,6 +7,7 @@ errors into messages and exit codes. Each command has a module in `commands/`.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from snaploader.cli.streams import complete_standard_streams
@@ -20,6 +21,7 @@ INTERRUPTED_EXIT_CODE = 130
 def main() -> None:
     """Entry point of the console script. Ends the process."""
     complete_standard_streams()
+    _silence_grpc()
     try:
         from snaploader.cli.app import run
     except ModuleNotFoundError as error:
@@ -35,3 +37,18 @@ def main() -> None:
         sys.stderr.write("snaploader: error: interrupted\n")
         sys.exit(INTERRUPTED_EXIT_CODE)
     sys.exit(run(sys.argv[1:]))
+
+
+def _silence_grpc() -> None:
+    """Keep gRPC's core from writing lines of its own to stderr, unless GRPC_VERBOSITY says what it should.
+
+    It reads that variable once, when it is imported; the programs that this one starts do not get to see it.
+    """
+    name = "GRPC_VERBOSITY"
+    if name in os.environ:
+        return
+    os.environ[name] = "NONE"
+    try:
+        import grpc  # noqa: F401
+    finally:
+        del os.environ[name]

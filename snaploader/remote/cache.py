@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+import grpc
+
 from snaploader._proto import remote_execution_pb2
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
@@ -56,6 +58,9 @@ class RemoteCache:
         netrc: A .netrc file with a login for the host, sent as `authorization: Basic …`.
         request_metadata: Who asks, for the server's logs; a fresh invocation id by default.
         on_retry: Sees every retry; see `RetryCallback`.
+        channel: Makes the channel to speak on, such as one with interceptors, or a fake. The default connects
+            to `url` with `tls`. Called again after a connection that could not be made, and in the child of a
+            fork. The channels are closed by this cache.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class RemoteCache:
         netrc: str | os.PathLike[str] | None = None,
         request_metadata: RequestMetadata | None = None,
         on_retry: RetryCallback | None = None,
+        channel: Callable[[], grpc.Channel] | None = None,
     ) -> None:
         endpoint = parse_endpoint(url)
         if tls is not None and not endpoint.secure:
@@ -101,6 +107,7 @@ class RemoteCache:
             digest_function=digest_function,
             compression=compression,
             on_retry=on_retry,
+            open_channel=channel,
         )
         self._recorder = Recorder()
         self._lock = threading.Lock()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+
+import grpc
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
@@ -50,6 +54,7 @@ class Settings:
     digest_function: DigestFunction | None
     compression: bool
     on_retry: RetryCallback | None
+    open_channel: Callable[[], grpc.Channel] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,8 @@ class Session:
         self._recorder = recorder
         self._was_warned = False
         self._transport = Transport(
-            open_channel(settings.endpoint, settings.tls, settings.timeouts, settings.limits),
+            settings.open_channel
+            or partial(open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits),
             settings.timeouts,
             self._headers,
             recorder,
@@ -114,6 +120,8 @@ class Session:
 
     def _tls_failure(self) -> SnaploaderError | None:
         settings = self._settings
+        if settings.open_channel is not None:
+            return None  # whatever it has for TLS
         return tls_failure(settings.endpoint, settings.tls, min(_TLS_PROBE_S, settings.timeouts.connect_s))
 
     def _on_retry(self, event: RetryEvent) -> None:

@@ -382,3 +382,23 @@ def test_help_and_version(environment: dict[str, str]) -> None:
     assert done.returncode == 0
     assert b"SNAPLOADER_REMOTE_CACHE" in done.stdout
     assert in_process_of_its_own("--version", env=environment).stdout.startswith(b"snaploader")
+
+
+def test_grpc_says_nothing_of_its_own_and_programs_see_no_difference(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    helper = tmp_path / "helper"
+    helper.write_text('#!/bin/sh\necho "${GRPC_VERBOSITY-unset}" > "$0.saw"\necho "{}"\n')
+    helper.chmod(0o755)
+    environment = {name: value for name, value in environment.items() if name != "GRPC_VERBOSITY"}
+    with EmbeddedServer() as server:
+        remote = ["--remote-cache", server.url.replace("grpc://", "grpcs://"), "--credential-helper", helper]
+        commands = [[*remote, "-q", "invalidate"], ["serve", "--listen", server.address]]
+        for command in commands:
+            done = subprocess.run(
+                [*COMMAND, *command], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S * 4
+            )
+            assert done.returncode != 0
+            assert done.stderr.startswith("snaploader: error: ")
+            assert done.stderr.count("\n") == 1, done.stderr
+    assert (tmp_path / "helper.saw").read_text() == "unset\n"

@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
+from typing import Any
 
+import grpc
 import pytest
 from remote_data import BLAKE3, MakeRemote, MakeServer, named, noise, uploads
 
-from snaploader.errors import FailedPrecondition
-from snaploader.remote import Limits, RemoteCache, tune_malloc
+from snaploader.errors import FailedPrecondition, Unavailable
+from snaploader.remote import Limits, RemoteCache, RetryPolicy, tune_malloc
 from snaploader.testing import EmbeddedServer
 
 
@@ -96,6 +99,43 @@ def test_threads_share_one_cache(make_server: MakeServer, make_remote: MakeRemot
         worker.join(300)
     assert errors == []
     assert server.calls("GetCapabilities") == 1
+
+
+class Counting(grpc.UnaryUnaryClientInterceptor):
+    """Counts the calls of a channel, by method."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        self.calls[details.method.rpartition("/")[2]] += 1
+        return continuation(details, request)
+
+
+def test_a_channel_of_the_callers_is_spoken_on_and_closed(make_server: MakeServer) -> None:
+    server = make_server()
+    counting, channels = Counting(), []
+
+    def channel() -> grpc.Channel:
+        channels.append(grpc.intercept_channel(grpc.insecure_channel(server.address), counting))
+        return channels[-1]
+
+    blobs = named(b"x", noise(3_000_000))
+    with RemoteCache("grpc://elsewhere:1", channel=channel, retry=RetryPolicy(attempts=1)) as remote:
+        assert channels == []
+        remote.write_many(uploads(blobs))
+        for digest, data in blobs.items():
+            assert remote.read(digest) == data
+        assert counting.calls == {"GetCapabilities": 1, "BatchUpdateBlobs": 1, "BatchReadBlobs": 1}
+        server.stop()
+        with pytest.raises(Unavailable):
+            remote.read(digest)
+        server.start()
+        remote.find_missing(blobs)
+        assert len(channels) == 2
+    for closed in channels:
+        with pytest.raises(ValueError, match="closed"):
+            closed.unary_unary("/x/y")(b"")
 
 
 FORKING = """
