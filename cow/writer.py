@@ -138,6 +138,8 @@ class ChunkWriter:
             self._core.states.mark(index, start, start + len(data))
             write_all(entry.value, [data], start)
         finally:
+            # Again, because a sync may have come between.
+            self._core.states.unsynced[index] = True
             self._descriptors.unpin(entry)
 
     def _open_private(self, index: int) -> Entry[int]:

@@ -310,6 +310,23 @@ def test_a_failed_sync_is_raised_and_tried_again(store, monkeypatch):
     assert len(synced) == 2
 
 
+def test_a_write_that_a_sync_overtakes_is_synced_by_the_next_one(store, monkeypatch):
+    store.write_at(0, b"x")
+    real = os.pwritev
+
+    def sync_first(fd, buffers, offset):
+        store.sync()
+        return real(fd, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", sync_first)
+        store.write_at(0, b"y")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    store.sync()
+    assert synced == [f"{store.data_dir}/0.0", store.data_dir]
+
+
 class FullDisk:
     """Lets `room` bytes through pwritev, then says ENOSPC."""
 
