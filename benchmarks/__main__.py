@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import lifecycle, run, scale
+from benchmarks import cow, lifecycle, run, scale
 
 if __name__ == "__main__":
     run.main()
+    cow.main(["--json", "benchmarks/results/cow.json"])
     sys.exit(max(scale.main(), lifecycle.main()))
