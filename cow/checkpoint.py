@@ -11,16 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from cow.core import StoreCore
+from cow.chunks import BASE, FROZEN, HOLE, chunk_length
 from cow.errors import CheckpointConflict, OutOfBounds, StoreClosed, TruncatedFile
-from cow.files import file_name
-from cow.gate import Gate
-from cow.geometry import chunk_length
+from cow.fileio import read_all
 from cow.source import ChunkSource
-from cow.sparse import read_all
-from cow.states import BASE, FROZEN, HOLE, LAZY
-from cow.writer import ChunkWriter
-from cow.zero import is_zero
+from cow.state import StoreState, file_name
+from cow.sync import Gate
 
 if TYPE_CHECKING:
     from typing import Self
@@ -37,29 +33,25 @@ class Checkpoint:
     when the store was closed.
     """
 
-    def __init__(self, core: StoreCore, writer: ChunkWriter) -> None:
+    def __init__(self, state: StoreState) -> None:
         """Called in the exclusive section of the store's gate."""
-        self._core = core
-        self._writer = writer
+        self._state = state
         self._gate = Gate(self._ended)
         self._superseded: list[str] = []
-        states = core.states
-        with core.tables_lock:
-            self._source = core.source
-            self._unchanged = states.saved.copy()
+        with state.tables_lock:
+            self._source = state.source
+            self._chunks = np.flatnonzero(~state.chunks.saved)
             # Added to the store's own tables while the checkpoint is open, and for good when it is released.
-            self.written, self.pages = states.begin_epoch()
-            self._kind = states.kind.copy()
-            self._epoch = states.epoch.copy()
-            core.epoch += 1
-            core.checkpoint = self
-        core.budget._files.discard_group(core.serial)
-        self._chunks = np.flatnonzero(~self._unchanged)
-        self._unchanged.flags.writeable = False
+            self.written, self.pages = state.chunks.begin_epoch()
+            self._kind = state.chunks.kind.copy()
+            self._epoch = state.chunks.epoch.copy()
+            state.epoch += 1
+            state.checkpoint = self
+        state.descriptors.clear()
         self._chunks.flags.writeable = False
-        self.size = core.size
+        self.size = state.size
         """Size of the store at the checkpoint, in bytes."""
-        self.chunk_size = core.chunk_size
+        self.chunk_size = state.chunk_size
 
     @property
     def chunks(self) -> npt.NDArray[np.int64]:
@@ -69,14 +61,6 @@ class Checkpoint:
         Holes may be among them. Read-only.
         """
         return self._chunks
-
-    @property
-    def lazy_or_clean(self) -> npt.NDArray[np.bool_]:
-        """Mask of the chunks that need no saving: unchanged since the last commit, or never written holes.
-
-        Read-only; exactly the complement of `chunks`.
-        """
-        return self._unchanged
 
     @property
     def chunk_count(self) -> int:
@@ -93,11 +77,6 @@ class Checkpoint:
         self._check(index)
         return bool(self._kind[index] == HOLE)
 
-    def is_lazy(self, index: int) -> bool:
-        """Whether a chunk is in the source only, so that reading it may fetch it."""
-        self._check(index)
-        return bool(self._kind[index] == LAZY)
-
     def path(self, index: int) -> str | None:
         """Path of the file that holds exactly this chunk, or None when it has none of its own.
 
@@ -107,7 +86,7 @@ class Checkpoint:
         self._check(index)
         if self._kind[index] != FROZEN:
             return None
-        return self._core.files.path(self._name(index))
+        return self._state.files.path(self._name(index))
 
     def readinto(self, index: int, buffer: Buffer) -> int:
         """Read a whole chunk into the start of `buffer`; returns its length.
@@ -123,27 +102,6 @@ class Checkpoint:
             self._read(index, target[:length])
         return length
 
-    def discard_zero(self, index: int) -> bool:
-        """Turn a chunk of only zeros into a hole, here and, unless written since, in the store.
-
-        Returns False, and changes nothing, when the chunk has other bytes or is not in `chunks`.
-        """
-        self._check(index)
-        core = self._core
-        if self._unchanged[index]:
-            return False
-        with self._reading(), core.gate.writing(), core.locks.hold(index):
-            if self._kind[index] == HOLE:
-                return True
-            content = bytearray(chunk_length(index, self.size, self.chunk_size))
-            self._read(index, memoryview(content))
-            if not is_zero(content):
-                return False
-            self._kind[index] = HOLE
-            if not core.states.written[index]:
-                self._writer.hole(index)
-        return True
-
     def commit(self, source: ChunkSource | None = None) -> None:
         """End the checkpoint: everything it holds is saved now.
 
@@ -151,25 +109,25 @@ class Checkpoint:
         store's source for the chunks it does not have itself, in one step for all readers; it serves the same
         bytes as the old one, on which calls may still be in flight. The store keeps the chunks it has.
         """
-        core = self._core
+        state = self._state
         with self._ending():
-            count = len(self._unchanged)
-            core.states.saved[:count] |= ~core.states.written[:count]
+            count = len(self._kind)
+            state.chunks.saved[:count] |= ~state.chunks.written[:count]
             if source is not None:
-                core.source = source
+                state.source = source
 
     def release(self) -> None:
         """End the checkpoint: nothing counts as saved. Idempotent, also after a commit.
 
         In a forked child it does nothing: what it keeps is its parent's.
         """
-        core = self._core
-        if core.checkpoint is not self or core.files.inherited:
+        state = self._state
+        if state.checkpoint is not self or state.files.inherited:
             return
         try:
             with self._ending():
-                core.states.written[: len(self.written)] |= self.written
-                core.states.pages[: len(self.pages)] |= self.pages
+                state.chunks.written[: len(self.written)] |= self.written
+                state.chunks.pages[: len(self.pages)] |= self.pages
         except StoreClosed:
             return
 
@@ -191,23 +149,23 @@ class Checkpoint:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        with self._gate.reading(), self._core.gate.reading():
+        with self._gate.reading(), self._state.gate.reading():
             yield
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        core = self._core
-        with core.gate.reading():
-            if core.checkpoint is not self:
+        state = self._state
+        with state.gate.reading():
+            if state.checkpoint is not self:
                 raise self._ended()
             self._gate.close()
-            with core.gate.exclusive():
-                if core.checkpoint is not self:
+            with state.gate.exclusive():
+                if state.checkpoint is not self:
                     raise self._ended()
-                with core.tables_lock:
+                with state.tables_lock:
                     yield
-                    core.checkpoint = None
-            core.files.remove(self._superseded)
+                    state.checkpoint = None
+            state.files.remove(self._superseded)
 
     @staticmethod
     def _ended() -> CheckpointConflict:
@@ -215,7 +173,7 @@ class Checkpoint:
 
     def _check(self, index: int) -> None:
         self._gate.check()
-        self._core.gate.check()
+        self._state.gate.check()
         if not 0 <= index < len(self._kind):
             raise OutOfBounds(f"chunk {index} is not in a checkpoint of {len(self._kind)} chunks")
 
@@ -223,17 +181,17 @@ class Checkpoint:
         return file_name(index, int(self._epoch[index]))
 
     def _read(self, index: int, target: memoryview) -> None:
-        core = self._core
+        state = self._state
         kind = self._kind[index]
-        what = core.describe(index)
+        what = state.describe(index)
         if kind == HOLE:
             np.frombuffer(target, np.uint8).fill(0)
         elif kind == BASE:
-            assert core.base is not None
-            read_all(core.base.fd, target, index * self.chunk_size, f"the file {core.base.path!r}")
+            assert state.base is not None
+            read_all(state.base.fd, target, index * self.chunk_size, f"the file {state.base.path!r}")
         else:
             if kind == FROZEN:
-                fd, what = core.files.open(self._name(index)), f"the file of {what}"
+                fd, what = state.files.open(self._name(index)), f"the file of {what}"
             else:
                 assert self._source is not None
                 fd = self._source.open_chunk(index).fd

@@ -1,11 +1,16 @@
-"""Which chunks to ask for before they are read. Pure planning; positions count the chunks of the source
-only, so a hole between two of them does not break a sequence."""
+"""Which chunks to ask for before they are read. Pure planning."""
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cow.chunks import LAZY, ChunkStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,3 +134,40 @@ class ReadaheadPlanner:
             self._asked[candidate] = self._clock
         self.issued += len(plan)
         return plan
+
+
+class StoreReadahead:
+    """Plans for the readers of one store. Thread-safe.
+
+    Positions are those among the chunks that were lazy at the first read, so a hole between two of them does
+    not break a sequence.
+    """
+
+    def __init__(self, options: ReadaheadOptions | None, chunk_size: int) -> None:
+        self._planner = ReadaheadPlanner(options, chunk_size) if options is not None else None
+        self._lock = threading.Lock()
+        self._lazy: npt.NDArray[np.int64] | None = None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Chunks asked for ahead, and how many of them were read."""
+        with self._lock:
+            return (self._planner.issued, self._planner.used) if self._planner else (0, 0)
+
+    def plan(self, index: int, states: ChunkStates) -> list[int]:
+        """What to ask for now that a lazy chunk is about to be opened, nearest first."""
+        if self._planner is None or states.is_touched(index):
+            return []
+        with self._lock:
+            if self._lazy is None:
+                self._lazy = np.flatnonzero(states.kind == LAZY)
+            lazy = self._lazy
+            position = int(np.searchsorted(lazy, index))
+            if position == len(lazy) or lazy[position] != index:
+                return []
+
+            def skip(other: int) -> bool:
+                return bool(states.touched[lazy[other]]) or states.kind[lazy[other]] != LAZY
+
+            plan = self._planner.touched(position, len(lazy), skip)
+        return [int(lazy[position]) for position in plan]

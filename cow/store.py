@@ -7,31 +7,31 @@ import operator
 import os
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from cow.budget import MappingBudget, default_budget
 from cow.checkpoint import Checkpoint
-from cow.core import BaseFile, StoreCore
-from cow.errors import CheckpointConflict, OutOfBounds
-from cow.files import PrivateFiles
-from cow.geometry import (
+from cow.chunks import (
     DEFAULT_CHUNK_SIZE,
+    HOLE,
+    LAZY,
     PAGE_SIZE,
+    StoreStatistics,
     check_chunk_size,
     check_store_size,
     chunk_count,
+    chunk_mask,
     page_count,
 )
-from cow.rawio import StoreFile
+from cow.errors import CheckpointConflict, OutOfBounds
+from cow.export import adopt_file, copy_file, export
+from cow.mapping import MappingBudget, default_budget
 from cow.readahead import DEFAULT_READAHEAD, ReadaheadOptions
 from cow.reader import ChunkReader
 from cow.source import ChunkSource
-from cow.states import BASE, FROZEN, HOLE, LAZY, PRIVATE
-from cow.statistics import StoreStatistics
-from cow.transfer import convert, data_chunks, export
+from cow.state import BaseFile, PrivateFiles, StoreState
 from cow.writer import ChunkWriter
 
 if TYPE_CHECKING:
@@ -78,23 +78,23 @@ class COWStore:
     ) -> None:
         chunk_size = check_chunk_size(chunk_size)
         size = check_store_size(size, chunk_size)
-        lazy = _as_mask(chunks, chunk_count(size, chunk_size))
+        lazy = chunk_mask(chunks, chunk_count(size, chunk_size))
         if source is None and lazy.any():
             raise ValueError("chunks were given but no source to get them from")
-        core = StoreCore(
+        state = StoreState(
             PrivateFiles(data_dir),
             size=size,
             chunk_size=chunk_size,
             budget=budget or default_budget(),
             source=source,
         )
-        core.states.kind[lazy] = LAZY
-        self._init(core, readahead)
+        state.chunks.kind[lazy] = LAZY
+        self._init(state, readahead)
 
-    def _init(self, core: StoreCore, readahead: ReadaheadOptions | None) -> None:
-        self._core = core
-        self._reader = ChunkReader(core, readahead)
-        self._writer = ChunkWriter(core, self._reader)
+    def _init(self, state: StoreState, readahead: ReadaheadOptions | None) -> None:
+        self._state = state
+        self._reader = ChunkReader(state, readahead)
+        self._writer = ChunkWriter(state, self._reader)
         self._released = False
 
     @classmethod
@@ -119,7 +119,7 @@ class COWStore:
         base = BaseFile(path)
         try:
             size = check_store_size(os.fstat(base.fd).st_size, chunk_size)
-            core = StoreCore(
+            state = StoreState(
                 PrivateFiles(data_dir),
                 size=size,
                 chunk_size=chunk_size,
@@ -127,14 +127,12 @@ class COWStore:
                 base=None if copy else base,
             )
             store = cls.__new__(cls)
-            store._init(core, None)
+            store._init(state, None)
             try:
                 if not copy:
-                    chunks = data_chunks(base, size, chunk_size)
-                    core.states.kind[chunks] = BASE
-                    core.states.saved[chunks] = False
+                    adopt_file(state, base)
                     return store
-                convert(core, base)
+                copy_file(state, base)
             except BaseException:
                 store.close()
                 raise
@@ -147,33 +145,33 @@ class COWStore:
     @property
     def size(self) -> int:
         """Bytes in the store."""
-        return self._core.size
+        return self._state.size
 
     @property
     def chunk_size(self) -> int:
         """Bytes in every chunk but a short last one."""
-        return self._core.chunk_size
+        return self._state.chunk_size
 
     @property
     def chunk_count(self) -> int:
         """Number of chunks, a short last one included."""
-        return chunk_count(self._core.size, self._core.chunk_size)
+        return chunk_count(self._state.size, self._state.chunk_size)
 
     @property
     def data_dir(self) -> str:
         """Absolute path of the folder with the private files."""
-        return self._core.files.folder
+        return self._state.files.folder
 
     @property
     def source(self) -> ChunkSource | None:
         """Where lazy chunks come from: given at creation, or by the last committed checkpoint."""
-        with self._core.tables_lock:
-            return self._core.source
+        with self._state.tables_lock:
+            return self._state.source
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._core.gate.closed
+        return self._state.gate.closed
 
     @property
     def dirty_chunks(self) -> npt.NDArray[np.int64]:
@@ -181,34 +179,30 @@ class COWStore:
 
         Writing zeros to a hole modifies nothing.
         """
-        with self._core.gate.reading():
-            return np.flatnonzero(self._dirty())
+        with self._state.gate.reading():
+            return np.flatnonzero(self._state.dirty())
 
     def dirty_pages(self, index: int) -> npt.NDArray[np.bool_]:
         """Which pages (of `cow.PAGE_SIZE` bytes) of a chunk were modified, since when as `dirty_chunks`."""
-        core = self._core
-        with core.gate.reading(), core.tables_lock:
+        state = self._state
+        with state.gate.reading(), state.tables_lock:
             index = self._check_index(index)
-            first = index * core.chunk_size // PAGE_SIZE
-            count = page_count(core.length(index))
-            pages = core.states.pages[first : first + count].copy()
-            if core.checkpoint is not None:
-                earlier = core.checkpoint.pages[first : first + count]
+            first = index * state.chunk_size // PAGE_SIZE
+            count = page_count(state.length(index))
+            pages = state.chunks.pages[first : first + count].copy()
+            if state.checkpoint is not None:
+                earlier = state.checkpoint.pages[first : first + count]
                 pages[: len(earlier)] |= earlier
         return pages
 
-    def chunk_length(self, index: int) -> int:
-        """Length of a chunk in bytes."""
-        return self._core.length(self._check_index(index))
-
     def is_hole(self, index: int) -> bool:
         """Whether a chunk is a hole: zeros without a file."""
-        with self._core.gate.reading():
-            return bool(self._core.states.kind[self._check_index(index)] == HOLE)
+        with self._state.gate.reading():
+            return self._state.chunks.kind_of[self._check_index(index)] == HOLE
 
     def read_at(self, offset: int, size: int) -> bytes:
         """The `size` bytes at `offset`. OutOfBounds unless all are inside the store."""
-        gate = self._core.gate
+        gate = self._state.gate
         gate.enter_read()
         try:
             return self._reader.read(offset, size)
@@ -223,15 +217,14 @@ class COWStore:
         view = memoryview(buffer)
         if view.readonly:
             raise TypeError("readinto_at needs a writable buffer")
-        target = np.frombuffer(view.cast("B"), np.uint8) if view.nbytes else np.empty(0, np.uint8)
-        with self._core.gate.reading():
-            self._reader.readinto(offset, target)
-        return len(target)
-
-    def read_chunk(self, index: int) -> bytes:
-        """The bytes of a whole chunk."""
-        index = self._check_index(index)
-        return self.read_at(index * self._core.chunk_size, self._core.length(index))
+        view = view.cast("B") if view.nbytes else memoryview(bytearray())
+        gate = self._state.gate
+        gate.enter_read()
+        try:
+            self._reader.readinto(offset, view)
+        finally:
+            gate.leave_read()
+        return len(view)
 
     def view(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
         """A read-only array of the bytes at `offset`: zero-copy when they lie in one chunk, else a copy.
@@ -240,7 +233,7 @@ class COWStore:
         arrays made from it are gone. Later writes to the chunk may show in it, until a checkpoint freezes
         the chunk; from then on it never changes. Copy what must not change before.
         """
-        with self._core.gate.reading():
+        with self._state.gate.reading():
             return self._reader.view(offset, size)
 
     def write_at(self, offset: int, data: Buffer) -> int:
@@ -253,12 +246,7 @@ class COWStore:
         """
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
-        gate = self._core.gate
-        gate.enter_read()
-        try:
-            self._writer.write(offset, view)
-        finally:
-            gate.leave_read()
+        self._writer.write(offset, view)
         return len(view)
 
     def resize(self, size: int) -> None:
@@ -268,24 +256,23 @@ class COWStore:
         dirty, because it gets longer; if it is lazy it is fetched.
         """
         size = operator.index(size)
-        with self._core.gate.reading():
+        with self._state.gate.reading():
             self._writer.grow(size)
 
     def sync(self) -> None:
         """Make everything written before the call durable (fsync of the private files and their folder)."""
-        core = self._core
-        with core.gate.reading():
+        state = self._state
+        # One at a time: what another one has begun to flush is not durable yet, and may fail.
+        with state.gate.reading(), state.sync_lock:
             failed: OSError | None = None
-            for index in np.flatnonzero(core.states.unsynced).tolist():
-                core.states.unsynced[index] = False
+            for index in np.flatnonzero(state.chunks.unsynced).tolist():
                 try:
                     self._sync_chunk(index)
                 except OSError as error:
-                    core.states.unsynced[index] = True
                     failed = failed or error
             if failed is not None:
                 raise failed
-            core.files.sync_folder()
+            state.files.sync_folder()
 
     def checkpoint(self) -> Checkpoint:
         """Freeze the whole store at one moment, to save it while it is written on.
@@ -293,11 +280,11 @@ class COWStore:
         Waits for writes in progress, holds back new ones for that moment, and does no I/O.
         CheckpointConflict while another checkpoint is open.
         """
-        core = self._core
-        with core.gate.reading(), core.gate.exclusive():
-            if core.checkpoint is not None:
+        state = self._state
+        with state.gate.reading(), state.gate.exclusive():
+            if state.checkpoint is not None:
                 raise CheckpointConflict("the store has an open checkpoint: commit or release it first")
-            return Checkpoint(core, self._writer)
+            return Checkpoint(state)
 
     def export(self, path: str | os.PathLike[str], *, durable: bool = False) -> None:
         """Write the whole store to a file, through a temporary one beside it; holes stay holes.
@@ -305,47 +292,18 @@ class COWStore:
         Replaces `path`. Maps nothing; asks the source for lazy chunks in batches ahead. Writes that go on
         meanwhile may or may not be in the file. `durable` waits until it is on disk.
         """
-        with self._core.gate.reading():
-            export(self._core, path, durable=durable)
+        with self._state.gate.reading():
+            export(self._state, path, durable=durable)
 
     def open(self) -> io.RawIOBase:
         """The store as an unbuffered file, positioned at its start. Closing it leaves the store open."""
-        self._core.gate.check()
+        self._state.gate.check()
         return StoreFile(self)
 
     def statistics(self) -> StoreStatistics:
         """Counts at this moment. The cost is one pass over a byte per chunk."""
-        core = self._core
-        with core.gate.reading():
-            kinds = core.states.kind
-            issued, used = self._reader.prefetch_counts()
-            own = np.isin(kinds, (PRIVATE, FROZEN))
-            dirty = self._dirty()
-            counters = core.counters
-            with counters.lock:
-                return StoreStatistics(
-                    size=core.size,
-                    chunk_size=core.chunk_size,
-                    chunk_count=len(kinds),
-                    hole_chunks=int((kinds == HOLE).sum()),
-                    hole_bytes=core.masked_bytes(kinds == HOLE),
-                    lazy_chunks=int((kinds == LAZY).sum()),
-                    lazy_bytes=core.masked_bytes(kinds == LAZY),
-                    base_chunks=int((kinds == BASE).sum()),
-                    base_bytes=core.masked_bytes(kinds == BASE),
-                    private_chunks=int(own.sum()),
-                    private_bytes=core.masked_bytes(own),
-                    dirty_chunks=int(dirty.sum()),
-                    dirty_bytes=core.masked_bytes(dirty),
-                    origins=counters.origins(),
-                    hole_reads=counters.hole_reads,
-                    copies_on_write=counters.copies_on_write,
-                    copied_bytes=counters.copied_bytes,
-                    source_opens=counters.source_opens,
-                    mapped_bytes=core.budget._maps.group_weight(core.serial),
-                    prefetch_issued=issued,
-                    prefetch_used=used,
-                )
+        with self._state.gate.reading():
+            return self._state.statistics(*self._reader.readahead.counts)
 
     def close(self) -> None:
         """Wait for operations in progress, then remove the private files and let go of everything.
@@ -353,28 +311,18 @@ class COWStore:
         Idempotent. Arrays returned by `view` stay valid. An open checkpoint ends. Everything else raises
         StoreClosed from now on. In a forked child it does nothing: the files are the parent's.
         """
-        core = self._core
-        if core.files.inherited:
+        state = self._state
+        if state.files.inherited:
             return
-        core.gate.close()
-        with core.resize_lock:
+        state.gate.close()
+        with state.resize_lock:
             if self._released:
                 return
             self._released = True
-        core.budget._maps.discard_group(core.serial)
-        core.budget._files.discard_group(core.serial)
-        own = np.flatnonzero(np.isin(core.states.kind, (PRIVATE, FROZEN)))
-        try:
-            core.files.remove(core.name(index) for index in own.tolist())
-            if core.checkpoint is not None:
-                core.files.remove(core.checkpoint.superseded())
-        finally:
-            core.files.close()
-            if core.base is not None:
-                core.base.close()
+        state.close()
 
     def __enter__(self) -> Self:
-        self._core.gate.check()
+        self._state.gate.check()
         return self
 
     def __exit__(
@@ -384,7 +332,7 @@ class COWStore:
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.size} bytes"
-        return f"<COWStore {self._core.files.folder!r}, {state}>"
+        return f"<COWStore {self._state.files.folder!r}, {state}>"
 
     def _check_index(self, index: int) -> int:
         index = operator.index(index)
@@ -392,39 +340,80 @@ class COWStore:
             raise OutOfBounds(f"chunk {index} is not in a store of {self.chunk_count} chunks")
         return index
 
-    def _dirty(self) -> npt.NDArray[np.bool_]:
-        core = self._core
-        with core.tables_lock:
-            dirty = core.states.written.copy()
-            if core.checkpoint is not None:
-                dirty[: len(core.checkpoint.written)] |= core.checkpoint.written
-        return dirty
-
     def _sync_chunk(self, index: int) -> None:
-        core = self._core
-        with core.locks.hold(index):
-            if not core.has_file(int(core.states.kind[index])):
+        state = self._state
+        with state.locks.hold(index):
+            if not state.has_file(state.chunks.kind_of[index]):
+                state.chunks.unsynced[index] = False
                 return
-            fd = core.files.open(core.name(index))
+            fd = state.files.open(state.name(index))
+        # Before the flush, because whoever writes meanwhile marks the chunk again.
+        state.chunks.unsynced[index] = False
         try:
             os.fsync(fd)
+        except BaseException:
+            state.chunks.unsynced[index] = True
+            raise
         finally:
             os.close(fd)
 
 
-def _as_mask(chunks: Iterable[int] | npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
-    if isinstance(chunks, np.ndarray) and chunks.dtype == np.bool_:
-        if chunks.shape != (count,):
-            raise ValueError(f"the mask of chunks has shape {chunks.shape}, but the store has {count} chunks")
-        return chunks
-    if not isinstance(chunks, np.ndarray):
-        chunks = np.array([operator.index(index) for index in chunks], np.int64)
-    indices = cast("npt.NDArray[np.int64]", chunks)
-    if indices.dtype.kind not in "iu" or indices.ndim != 1:
-        raise TypeError(f"chunks must be integers or a bool mask, not an array of {indices.dtype}")
-    mask = np.zeros(count, np.bool_)
-    if len(indices):
-        if indices.min() < 0 or indices.max() >= count:
-            raise OutOfBounds(f"chunks must be from 0 to {count - 1}, the store's last one")
-        mask[indices] = True
-    return mask
+class StoreFile(io.RawIOBase):
+    """An unbuffered binary file over a store: seekable, readable, writable.
+
+    Reads end at the end of the store; a write that would pass it is OutOfBounds (`truncate` grows the
+    store first). Closing it leaves the store open. Not thread-safe: it has a position.
+    """
+
+    def __init__(self, store: COWStore) -> None:
+        super().__init__()
+        self._store = store
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        self._check()
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._check()
+        if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
+            raise ValueError(f"whence must be 0, 1 or 2, not {whence}")
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._store.size}[whence]
+        if start + offset < 0:
+            raise OutOfBounds(f"cannot seek to {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        self._check()
+        target = memoryview(buffer).cast("B")
+        length = max(0, min(len(target), self._store.size - self._position))
+        if length:
+            self._store.readinto_at(self._position, target[:length])
+        self._position += length
+        return length
+
+    def write(self, data: Buffer, /) -> int:
+        self._check()
+        done = self._store.write_at(self._position, data)
+        self._position += done
+        return done
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self._check()
+        size = self._position if size is None else size
+        self._store.resize(size)
+        return size
+
+    def _check(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on a closed file")

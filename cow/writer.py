@@ -4,207 +4,203 @@ from __future__ import annotations
 
 import os
 
-from cow.core import StoreCore
-from cow.files import file_name
-from cow.geometry import check_range, check_store_size, pieces
-from cow.lru import Entry
-from cow.memory import Mapping
+from cow.chunks import FROZEN, HOLE, LAZY, PRIVATE, check_range, check_store_size, pieces
+from cow.fileio import Copier, is_zero, write_all
+from cow.mapping import FileMapping, OpenFile
 from cow.reader import ChunkReader
-from cow.sparse import Copier, write_all
-from cow.states import FROZEN, HOLE, LAZY, PRIVATE
-from cow.zero import is_zero
+from cow.state import StoreState, file_name
 
 
 class ChunkWriter:
-    """Writes and growth for one store. Thread-safe; the caller is in the gate as a reader.
+    """Writes and growth for one store. Thread-safe.
 
     What may be slow, fetching chunks that are written in part, happens before the gate is entered as a
     writer, so that a checkpoint never waits for a source.
     """
 
-    def __init__(self, core: StoreCore, reader: ChunkReader) -> None:
-        self._core = core
+    def __init__(self, state: StoreState, reader: ChunkReader) -> None:
+        self._state = state
         self._reader = reader
-        self._descriptors = core.budget._files
+        self._descriptors = state.descriptors
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write all of `data`, or raise."""
-        core = self._core
-        offset, size = check_range(offset, len(data), core.size)
+        state = self._state
+        offset, size = check_range(offset, len(data), state.size)
         if not size:
+            state.gate.check()
             return
-        fetched = self._fetch_edges(offset, size)
-        try:
-            core.gate.enter_write()
+        index, start = divmod(offset, state.chunk_size)
+        if start + size <= state.chunk_size and self._write_open(index, start, data):
+            return
+        with state.gate.reading():
+            fetched = self._fetch_edges(offset, size)
+            state.gate.enter_write()
             try:
-                for index, start, position, length in pieces(offset, size, core.chunk_size):
+                for index, start, position, length in pieces(offset, size, state.chunk_size):
                     self._write_piece(index, start, data[position : position + length], fetched.get(index))
             finally:
-                core.gate.leave_write()
-        finally:
-            for entry in fetched.values():
-                self._reader.unpin(entry)
+                state.gate.leave_write()
 
     def grow(self, size: int) -> None:
-        """Make the store bigger; what is new reads as zeros."""
-        core = self._core
-        with core.resize_lock:
-            size = check_store_size(size, core.chunk_size)
-            if size < core.size:
+        """Make the store bigger; what is new reads as zeros. The caller is in the gate as a reader."""
+        state = self._state
+        with state.resize_lock:
+            size = check_store_size(size, state.chunk_size)
+            if size < state.size:
                 raise ValueError(
-                    f"a store cannot shrink, from {core.size} to {size} bytes: export it instead"
+                    f"a store cannot shrink, from {state.size} to {size} bytes: export it instead"
                 )
-            last, short = divmod(core.size, core.chunk_size)
+            last, short = divmod(state.size, state.chunk_size)
             # Only the last chunk can be short, and only then does its content change: it gets longer.
-            entry = self._reader.pin(last) if short and core.states.kind[last] == LAZY else None
-            try:
-                with core.gate.exclusive():
-                    if short:
-                        with core.locks.hold(last):
-                            self._lengthen(
-                                last, short, min(core.chunk_size, size - last * core.chunk_size), entry
-                            )
-                            core.budget._maps.discard(core.key(last))
-                            self._set_size(size)
-                    else:
+            mapping = self._reader.map(last) if short and state.chunks.kind_of[last] == LAZY else None
+            with state.gate.exclusive():
+                if short:
+                    with state.locks.hold(last):
+                        length = min(state.chunk_size, size - last * state.chunk_size)
+                        self._lengthen(last, short, length, mapping)
+                        state.mappings.discard(last)
                         self._set_size(size)
-            finally:
-                if entry is not None:
-                    self._reader.unpin(entry)
-
-    def hole(self, index: int) -> None:
-        """Make a chunk a hole. The caller holds its lock and has marked it."""
-        core = self._core
-        kind = int(core.states.kind[index])
-        core.states.kind[index] = HOLE
-        core.budget._maps.discard(core.key(index))
-        self._descriptors.discard(core.key(index))
-        core.drop_file(core.name(index), kind)
+                else:
+                    self._set_size(size)
 
     def _set_size(self, size: int) -> None:
-        core = self._core
-        with core.tables_lock:
-            core.states.grow(size)
-            core.size = size
+        state = self._state
+        with state.tables_lock:
+            state.chunks.grow(size)
+            state.size = size
 
-    def _fetch_edges(self, offset: int, size: int) -> dict[int, Entry[Mapping]]:
-        """Pin the lazy chunks that the range covers in part; only its first and last one can be such."""
-        core = self._core
-        chunk_size = core.chunk_size
+    def _fetch_edges(self, offset: int, size: int) -> dict[int, FileMapping]:
+        """Map the lazy chunks that the range covers in part; only its first and last one can be such."""
+        state = self._state
+        chunk_size = state.chunk_size
         end = offset + size
-        edges = []
+        edges = set()
         if offset % chunk_size:
-            edges.append(offset // chunk_size)
-        if end % chunk_size and end < core.size and end // chunk_size not in edges:
-            edges.append(end // chunk_size)
-        fetched: dict[int, Entry[Mapping]] = {}
-        try:
-            for index in edges:
-                entry = self._reader.pin(index) if core.states.kind[index] == LAZY else None
-                if entry is not None:
-                    fetched[index] = entry
-        except BaseException:
-            for entry in fetched.values():
-                self._reader.unpin(entry)
-            raise
+            edges.add(offset // chunk_size)
+        if end % chunk_size and end < state.size:
+            edges.add(end // chunk_size)
+        fetched: dict[int, FileMapping] = {}
+        for index in sorted(edges):
+            mapping = self._reader.map(index) if state.chunks.kind_of[index] == LAZY else None
+            if mapping is not None:
+                fetched[index] = mapping
         return fetched
 
-    def _write_piece(self, index: int, start: int, data: memoryview, fetched: Entry[Mapping] | None) -> None:
-        core = self._core
-        states = core.states
-        whole = len(data) == core.length(index)
-        zero = is_zero(data) if whole or states.kind[index] == HOLE else False
-        if states.kind[index] == PRIVATE and not zero:
-            entry = self._descriptors.pin(core.key(index))
-            if entry is not None:
-                self._write_in_place(index, start, data, entry)
-                return
-        with core.locks.hold(index):
-            kind = int(states.kind[index])
+    def _write_open(self, index: int, start: int, data: memoryview) -> bool:
+        """Write into a chunk whose private file is open: what is done most often, in the fewest steps.
+
+        False, and nothing done, when it is otherwise, or when the chunk might become a hole.
+        """
+        state = self._state
+        state.gate.enter_write()
+        try:
+            file = self._descriptors.get(index)
+            if file is None or (not start and len(data) == state.length(index)):
+                return False
+            self._write_in_place(index, start, data, file)
+            return True
+        finally:
+            state.gate.leave_write()
+
+    def _write_piece(self, index: int, start: int, data: memoryview, fetched: FileMapping | None) -> None:
+        state = self._state
+        chunks = state.chunks
+        whole = len(data) == state.length(index)
+        zero = is_zero(data) if whole or chunks.kind_of[index] == HOLE else False
+        with state.locks.hold(index):
+            kind = chunks.kind_of[index]
             if zero and kind == HOLE:
                 return
             if zero and whole:
-                states.mark(index, 0, len(data))
-                self.hole(index)
+                chunks.mark(index, 0, len(data))
+                self._make_hole(index, kind)
             elif kind == PRIVATE:
                 self._write_in_place(index, start, data, self._open_private(index))
             else:
-                self._replace(index, kind, start, data, core.length(index), None if whole else fetched)
-                states.mark(index, start, start + len(data))
+                self._replace(index, kind, start, data, state.length(index), None if whole else fetched)
+                chunks.mark(index, start, start + len(data))
 
-    def _write_in_place(self, index: int, start: int, data: memoryview, entry: Entry[int]) -> None:
+    def _make_hole(self, index: int, kind: int) -> None:
+        """Make a chunk a hole. The caller holds its lock and has marked it."""
+        state = self._state
+        state.chunks.kind[index] = HOLE
+        state.mappings.discard(index)
+        self._descriptors.discard(index)
+        state.drop_file(state.name(index), kind)
+
+    def _write_in_place(self, index: int, start: int, data: memoryview, file: OpenFile) -> None:
+        # Marked before, because a failing write may have changed something.
+        self._state.chunks.mark(index, start, start + len(data))
         try:
-            # Marked before, because a failing write may have changed something.
-            self._core.states.mark(index, start, start + len(data))
-            write_all(entry.value, [data], start)
+            write_all(file.fd, data, start)
         finally:
-            self._descriptors.unpin(entry)
+            # After it: a sync that began before did not see all of it.
+            self._state.chunks.unsynced[index] = True
 
-    def _open_private(self, index: int) -> Entry[int]:
-        core = self._core
-        entry = self._descriptors.pin(core.key(index))
-        if entry is None:
-            fd = core.files.open(core.name(index), writable=True)
-            entry = self._descriptors.add(core.serial, core.key(index), fd, 1)
-        return entry
+    def _open_private(self, index: int) -> OpenFile:
+        state = self._state
+        file = self._descriptors.get(index)
+        if file is None:
+            fd = state.files.open(state.name(index), writable=True)
+            file = self._descriptors.add(index, OpenFile(fd))
+        return file
 
     def _replace(
-        self, index: int, kind: int, start: int, data: memoryview, length: int, fetched: Entry[Mapping] | None
+        self, index: int, kind: int, start: int, data: memoryview, length: int, fetched: FileMapping | None
     ) -> None:
         """Give a chunk a new private file: its content as it is, made `length` long, with `data` at `start`.
 
         The chunk changes only when the file is complete. The caller holds the chunk's lock.
         """
-        core = self._core
-        old_name = core.name(index)
-        name = file_name(index, core.epoch)
-        fd = core.files.create(name, length)
+        state = self._state
+        old_name = state.name(index)
+        name = file_name(index, state.epoch)
+        fd = state.files.create(name, length)
         try:
-            covered = len(data) == length
-            if not covered and kind != HOLE:
+            if len(data) < length and kind != HOLE:
                 self._copy_old(index, kind, fd, fetched)
-            write_all(fd, [data], start)
+            write_all(fd, data, start)
         except BaseException:
-            core.files.abandon(name, fd)
+            state.files.abandon(name, fd)
             raise
-        core.states.epoch[index] = core.epoch
-        core.states.kind[index] = PRIVATE
-        core.budget._maps.discard(core.key(index))
-        self._descriptors.unpin(self._descriptors.add(core.serial, core.key(index), fd, 1))
-        core.drop_file(old_name, kind)
+        state.chunks.epoch[index] = state.epoch
+        state.chunks.kind[index] = PRIVATE
+        state.chunks.unsynced[index] = True
+        state.mappings.discard(index)
+        self._descriptors.add(index, OpenFile(fd))
+        state.drop_file(old_name, kind)
 
-    def _copy_old(self, index: int, kind: int, target: int, fetched: Entry[Mapping] | None) -> None:
-        core = self._core
-        length = core.length(index)
-        what = core.describe(index)
+    def _copy_old(self, index: int, kind: int, target: int, fetched: FileMapping | None) -> None:
+        state = self._state
+        length = state.length(index)
+        what = state.describe(index)
         if kind == LAZY:
             assert fetched is not None
-            write_all(target, [fetched.value.array[:length].data], 0)
+            write_all(target, fetched.slice(0, length), 0)
         elif kind == FROZEN:
-            source = core.files.open(core.name(index))
+            source = state.files.open(state.name(index))
             try:
                 Copier().copy_sparse(source, 0, length, target, 0, f"the file of {what}")
             finally:
                 os.close(source)
         else:
-            assert core.base is not None
-            offset = index * core.chunk_size
+            assert state.base is not None
+            offset = index * state.chunk_size
             # Not sparsely: looking for holes in a big file may take longer than copying one chunk.
-            Copier().copy(core.base.fd, offset, length, target, 0, f"the file {core.base.path!r}")
-        core.counters.count_copy(length)
+            Copier().copy(state.base.fd, offset, length, target, 0, f"the file {state.base.path!r}")
+        state.counters.count_copy(length)
 
-    def _lengthen(self, index: int, old: int, new: int, fetched: Entry[Mapping] | None) -> None:
+    def _lengthen(self, index: int, old: int, new: int, fetched: FileMapping | None) -> None:
         """Make the short last chunk longer. The caller holds its lock and the exclusive section."""
-        core = self._core
-        kind = int(core.states.kind[index])
+        state = self._state
+        kind = state.chunks.kind_of[index]
         if new == old or kind == HOLE:
             return
         if kind == PRIVATE:
-            entry = self._open_private(index)
-            try:
-                os.ftruncate(entry.value, new)
-            finally:
-                self._descriptors.unpin(entry)
+            file = self._open_private(index)
+            os.ftruncate(file.fd, new)
+            state.chunks.unsynced[index] = True
         else:
             self._replace(index, kind, 0, memoryview(b""), new, fetched)
-        core.states.mark(index, old - 1, old)
+        state.chunks.mark(index, old - 1, old)

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from cow import is_zero
-from cow.sparse import chunk_extents
+from cow.fileio import chunk_extents
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.loader.pool import ThreadBuffers

@@ -266,7 +266,7 @@ def _in_memory_file(data: bytes) -> int:
     with translate_os_errors("cannot hold a blob in memory"):
         fd = os.memfd_create("snaploader-blob", os.MFD_CLOEXEC)
         try:
-            write_all(fd, [data], 0)
+            write_all(fd, data, 0)
         except BaseException:
             os.close(fd)
             raise

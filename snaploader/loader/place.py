@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cow import clone_range, write_all, write_nonzero
-from cow.sparse import Copier
+from cow.fileio import Copier
 from snaploader.digest import Digest
 from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
@@ -263,7 +263,7 @@ def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
 
 def _write(fd: int, data: bytes) -> None:
     if len(data) < _HOLES_FROM_BYTES:
-        write_all(fd, [data], 0)
+        write_all(fd, data, 0)
         return
     os.ftruncate(fd, len(data))
     write_nonzero(fd, data, 0)

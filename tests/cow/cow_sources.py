@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from cow import OpenedChunk
+from cow import COWStore, OpenedChunk
 
 
 class MemorySource:
@@ -43,3 +43,9 @@ def pattern(size: int, seed: int = 1) -> bytes:
 def open_files() -> int:
     """Descriptors that this process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def read_chunk(store: COWStore, index: int) -> bytes:
+    """A whole chunk of a store."""
+    start = index * store.chunk_size
+    return store.read_at(start, min(store.chunk_size, store.size - start))

@@ -6,9 +6,8 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
-from cow_sources import MemorySource, pattern
+from cow_sources import MemorySource, pattern, read_chunk
 
 from cow import CheckpointConflict, COWStore, MappingBudget, OutOfBounds, TruncatedFile
 
@@ -60,9 +59,7 @@ def test_a_checkpoint_is_a_moment_whatever_is_written_later(store, content):
         assert checkpoint.size == SIZE
         assert checkpoint.chunk_size == CHUNK
         assert checkpoint.chunks.tolist() == [1, 2, 6]
-        assert (checkpoint.lazy_or_clean == ~np.isin(np.arange(COUNT), [1, 2, 6])).all()
         assert [index for index in range(COUNT) if checkpoint.is_hole(index)] == [7]
-        assert [index for index in range(COUNT) if checkpoint.is_lazy(index)] == [0, 3, 4, 5]
         for index in range(COUNT):
             write(store, content, index * CHUNK + 7, b"after")
         write(store, content, CHUNK, pattern(CHUNK, 9))
@@ -125,7 +122,6 @@ def test_after_a_commit_only_what_was_written_since_is_dirty(store, content):
     assert len(store.dirty_chunks) == 0
     with store.checkpoint() as third:
         assert len(third.chunks) == 0
-        assert third.lazy_or_clean.all()
         assert all_of(third) == content
 
 
@@ -144,7 +140,7 @@ def test_files_that_a_commit_leaves_are_kept_as_clean_copies(store, content):
     write(store, content, CHUNK, b"one")
     with store.checkpoint() as checkpoint:
         checkpoint.commit(MemorySource(bytes(SIZE), CHUNK))
-    assert store.read_chunk(1) == content[CHUNK : 2 * CHUNK]
+    assert read_chunk(store, 1) == content[CHUNK : 2 * CHUNK]
     assert os.listdir(store.data_dir) == ["1.0"]
 
 
@@ -154,7 +150,7 @@ def test_a_commit_replaces_the_source_for_lazy_chunks(store, content):
     with store.checkpoint() as checkpoint:
         checkpoint.commit(source)
     assert store.source is source
-    assert store.read_chunk(4) == content[4 * CHUNK : 5 * CHUNK]
+    assert read_chunk(store, 4) == content[4 * CHUNK : 5 * CHUNK]
     assert source.opens == {4: 1}
 
 
@@ -168,11 +164,6 @@ def test_a_converted_file_is_saved_as_a_whole_once(tmp_path, content):
                 assert checkpoint.chunks.tolist() == expected
                 assert (checkpoint.path(0) is not None) == copy
                 assert all_of(checkpoint) == content
-                if not copy:
-                    assert checkpoint.discard_zero(2)
-                    assert not checkpoint.discard_zero(3)
-                    assert checkpoint.is_hole(2)
-                    assert store.is_hole(2)
                 checkpoint.commit()
             with store.checkpoint() as checkpoint:
                 assert len(checkpoint.chunks) == 0
@@ -182,33 +173,6 @@ def test_a_converted_file_is_saved_as_a_whole_once(tmp_path, content):
             assert store.read_at(6, SIZE - 6) == content[6:]
 
 
-def test_a_zero_chunk_becomes_a_hole_unless_it_was_written_since(store, content):
-    for index in (1, 2, 3):
-        write(store, content, index * CHUNK, b"x")
-        write(store, content, index * CHUNK, bytes(CHUNK // 2))
-        write(store, content, index * CHUNK + CHUNK // 2, bytes(CHUNK // 2))
-    checkpoint = store.checkpoint()
-    write(store, content, 2 * CHUNK, b"y")
-    view = store.view(CHUNK, CHUNK)
-    assert checkpoint.discard_zero(1)
-    assert checkpoint.discard_zero(1)
-    assert checkpoint.discard_zero(2)
-    assert not checkpoint.discard_zero(0)
-    assert checkpoint.is_hole(1)
-    assert checkpoint.is_hole(2)
-    assert checkpoint.path(1) is None
-    assert store.is_hole(1)
-    assert not store.is_hole(2)
-    buffer = bytearray(b"z" * CHUNK)
-    assert checkpoint.readinto(1, buffer) == CHUNK
-    assert buffer == bytes(CHUNK)
-    checkpoint.commit()
-    assert sorted(os.listdir(store.data_dir)) == ["2.1", "3.0"]
-    assert store.dirty_chunks.tolist() == [2]
-    assert store.read_at(0, SIZE) == content
-    assert not view.any()
-
-
 def test_one_checkpoint_at_a_time(store):
     with store.checkpoint() as checkpoint, pytest.raises(CheckpointConflict):
         store.checkpoint()
@@ -216,7 +180,6 @@ def test_one_checkpoint_at_a_time(store):
         lambda: checkpoint.readinto(0, bytearray(CHUNK)),
         lambda: checkpoint.path(0),
         lambda: checkpoint.is_hole(0),
-        lambda: checkpoint.discard_zero(0),
         checkpoint.commit,
     ):
         with pytest.raises(CheckpointConflict):

@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cow_sources import MemorySource, open_files, pattern
+from cow_sources import MemorySource, open_files, pattern, read_chunk
 
 from cow import COWStore, MappingBudget, OpenedChunk, TruncatedFile
 
@@ -44,7 +44,7 @@ def test_nothing_is_fetched_before_it_is_touched(store, source):
     assert store.read_at(CHUNK + 5, 10) == CONTENT[CHUNK + 5 : CHUNK + 15]
     assert source.opens == {1: 1}
     store.view(CHUNK, CHUNK)
-    store.read_chunk(1)
+    read_chunk(store, 1)
     assert source.opens == {1: 1}
     statistics = store.statistics()
     assert (statistics.lazy_chunks, statistics.lazy_bytes) == (5, len(CONTENT))
@@ -54,7 +54,7 @@ def test_nothing_is_fetched_before_it_is_touched(store, source):
 def test_a_write_to_a_part_copies_the_chunk(store, source):
     store.write_at(CHUNK + 5, b"new")
     assert source.opens == {1: 1}
-    assert store.read_chunk(1) == CONTENT[CHUNK : CHUNK + 5] + b"new" + CONTENT[CHUNK + 8 : 2 * CHUNK]
+    assert read_chunk(store, 1) == CONTENT[CHUNK : CHUNK + 5] + b"new" + CONTENT[CHUNK + 8 : 2 * CHUNK]
     statistics = store.statistics()
     assert (statistics.copies_on_write, statistics.copied_bytes) == (1, CHUNK)
     assert (statistics.lazy_chunks, statistics.private_chunks, statistics.dirty_chunks) == (4, 1, 1)
@@ -115,9 +115,9 @@ def test_a_chunk_file_that_is_too_short_is_an_error_not_a_crash(store, source):
 def test_a_chunk_file_may_be_longer_than_the_last_chunk(tmp_path):
     source = MemorySource(CONTENT + b"behind the end", CHUNK)
     with open_store(tmp_path / "s", source) as store:
-        assert store.read_chunk(4) == CONTENT[4 * CHUNK :]
+        assert read_chunk(store, 4) == CONTENT[4 * CHUNK :]
         store.resize(len(CONTENT) + 50)
-        assert store.read_chunk(4) == CONTENT[4 * CHUNK :] + bytes(50)
+        assert read_chunk(store, 4) == CONTENT[4 * CHUNK :] + bytes(50)
 
 
 def test_many_readers_of_a_chunk_cause_one_fetch(store, source):
@@ -130,14 +130,14 @@ def test_many_readers_of_a_chunk_cause_one_fetch(store, source):
 
     source.before_open = wait
     with ThreadPoolExecutor(8) as pool:
-        reads = [pool.submit(store.read_chunk, 2) for _ in range(8)]
+        reads = [pool.submit(read_chunk, store, 2) for _ in range(8)]
         assert begun.wait(PATIENCE)
         while store._reader._flights._flights[2].waiters < 7:
             threading.Event().wait(0.001)
         release.set()
         assert {read.result(PATIENCE) for read in reads} == {CONTENT[2 * CHUNK : 3 * CHUNK]}
     assert source.opens == {2: 1}
-    assert store._core.budget._maps.pin(store._core.key(2)).pins == 1
+    assert store.statistics().mapped_bytes == CHUNK
 
 
 def test_a_failed_fetch_fails_all_who_wait_and_the_next_one_tries_again(store, source):
@@ -149,7 +149,7 @@ def test_a_failed_fetch_fails_all_who_wait_and_the_next_one_tries_again(store, s
 
     source.before_open = fail
     with ThreadPoolExecutor(4) as pool:
-        reads = [pool.submit(store.read_chunk, 2) for _ in range(4)]
+        reads = [pool.submit(read_chunk, store, 2) for _ in range(4)]
         while len(store._reader._flights._flights) < 1 or store._reader._flights._flights[2].waiters < 3:
             threading.Event().wait(0.001)
         release.set()
@@ -157,7 +157,7 @@ def test_a_failed_fetch_fails_all_who_wait_and_the_next_one_tries_again(store, s
             with pytest.raises(LookupError):
                 read.result(PATIENCE)
     source.before_open = lambda index: None
-    assert store.read_chunk(2) == CONTENT[2 * CHUNK : 3 * CHUNK]
+    assert read_chunk(store, 2) == CONTENT[2 * CHUNK : 3 * CHUNK]
     assert source.opens == {2: 2}
 
 
@@ -176,7 +176,7 @@ def test_when_the_fetching_thread_is_interrupted_a_waiter_takes_over(store, sour
 
     def lead():
         try:
-            store.read_chunk(2)
+            read_chunk(store, 2)
         except BaseException as error:
             outcome.append(error)
 
@@ -184,7 +184,7 @@ def test_when_the_fetching_thread_is_interrupted_a_waiter_takes_over(store, sour
     leader.start()
     assert first.wait(PATIENCE)
     with ThreadPoolExecutor(1) as pool:
-        follower = pool.submit(store.read_chunk, 2)
+        follower = pool.submit(read_chunk, store, 2)
         while store._reader._flights._flights[2].waiters < 1:
             threading.Event().wait(0.001)
         release.set()
@@ -206,37 +206,38 @@ def test_a_slow_chunk_holds_up_nobody_else(store, source):
 
     source.before_open = wait
     with ThreadPoolExecutor(3) as pool:
-        reader = pool.submit(store.read_chunk, 2)
+        reader = pool.submit(read_chunk, store, 2)
         writer = pool.submit(store.write_at, 2 * CHUNK + 1, b"part")
         assert begun.wait(PATIENCE)
-        assert store.read_chunk(1) == CONTENT[CHUNK : 2 * CHUNK]
+        assert read_chunk(store, 1) == CONTENT[CHUNK : 2 * CHUNK]
         store.write_at(CHUNK + 1, b"x")
         with store.checkpoint() as checkpoint:
             assert checkpoint.chunks.tolist() == [1]
         store.write_at(0, b"w" * CHUNK)
         store.write_at(2 * CHUNK, b"w" * CHUNK)
-        assert store.read_chunk(2)[4096:] == b"w" * 4096
+        assert read_chunk(store, 2)[4096:] == b"w" * 4096
         assert not reader.done()
         release.set()
         assert reader.result(PATIENCE) == CONTENT[2 * CHUNK : 3 * CHUNK]
         writer.result(PATIENCE)
-    assert store.read_chunk(2) == b"wpart" + b"w" * (CHUNK - 5)
+    assert read_chunk(store, 2) == b"wpart" + b"w" * (CHUNK - 5)
 
 
 def test_what_a_late_fetch_brings_does_not_hide_a_write(store, source):
     """A write replaces the chunk while it is fetched: the fetched mapping is never used for later reads."""
     source.before_open = lambda index: store.write_at(2 * CHUNK, b"w" * CHUNK) if index == 2 else None
-    assert store.read_chunk(2) == CONTENT[2 * CHUNK : 3 * CHUNK]
-    assert store.read_chunk(2) == b"w" * CHUNK
+    assert read_chunk(store, 2) == CONTENT[2 * CHUNK : 3 * CHUNK]
+    assert read_chunk(store, 2) == b"w" * CHUNK
     assert store.statistics().mapped_bytes == CHUNK
 
 
 def test_the_store_closes_every_descriptor_it_is_given(tmp_path, source):
     before = open_files()
-    with open_store(tmp_path / "s", source) as store:
+    budget = MappingBudget()
+    with open_store(tmp_path / "s", source, budget) as store:
         for _ in range(3):
             store.read_at(0, len(CONTENT))
-            store._core.budget.trim()
+            budget.trim()
         with store.checkpoint() as checkpoint:
             checkpoint.readinto(0, bytearray(CHUNK))
         store.export(tmp_path / "out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cow_sources import MemorySource, pattern
+from cow_sources import MemorySource, pattern, read_chunk
 
 from cow import COWStore, ReadaheadOptions
 from cow.readahead import ReadaheadPlanner
@@ -120,7 +120,7 @@ def test_a_store_asks_ahead_across_holes_and_counts_what_was_used(tmp_path):
         readahead=OPTIONS,
     ) as store:
         for index in range(40):
-            store.read_chunk(index)
+            read_chunk(store, index)
         statistics = store.statistics()
     asked = [index for batch in source.prefetched for index in batch]
     assert asked == present[3:]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
-from cow_sources import MemorySource, open_files, pattern
+from cow_sources import MemorySource, open_files, pattern, read_chunk
 
 from cow import COWStore, MappingBudget, OutOfBounds, StoreClosed, StoreInUse
 
 CHUNK = 8192
+PATIENCE = 60
 SIZE = 5 * CHUNK + 100
 
 
@@ -132,7 +134,7 @@ def test_out_of_bounds_touches_nothing(store, offset, size):
 
 
 def test_chunk_indices_are_checked(store):
-    for call in (store.read_chunk, store.chunk_length, store.is_hole, store.dirty_pages):
+    for call in (store.is_hole, store.dirty_pages):
         for index in (-1, 6):
             with pytest.raises(OutOfBounds):
                 call(index)
@@ -176,7 +178,7 @@ def test_growing_keeps_the_content_and_adds_zeros(tmp_path, kind, size, written)
         if kind != "hole" or written:
             assert 5 in store.dirty_chunks
         for name in os.listdir(store.data_dir):
-            length = store.chunk_length(int(name.partition(".")[0]))
+            length = min(CHUNK, store.size - int(name.partition(".")[0]) * CHUNK)
             assert os.stat(os.path.join(store.data_dir, name)).st_size == length
 
 
@@ -228,7 +230,7 @@ def test_closing_removes_the_files_and_ends_every_use(tmp_path):
         lambda: store.write_at(0, b"x"),
         lambda: store.view(0, 1),
         lambda: store.readinto_at(0, bytearray(1)),
-        lambda: store.read_chunk(0),
+        lambda: read_chunk(store, 0),
         lambda: store.resize(SIZE + 1),
         store.sync,
         store.checkpoint,
@@ -310,19 +312,57 @@ def test_a_failed_sync_is_raised_and_tried_again(store, monkeypatch):
     assert len(synced) == 2
 
 
+def test_a_write_that_a_sync_overtakes_is_synced_by_the_next_one(store, monkeypatch):
+    store.write_at(0, b"x")
+    real = os.pwrite
+
+    def sync_first(fd, data, offset):
+        store.sync()
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", sync_first)
+        store.write_at(0, b"y")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    store.sync()
+    assert synced == [f"{store.data_dir}/0.0", store.data_dir]
+
+
+def test_a_sync_does_not_trust_one_that_is_under_way(store, monkeypatch):
+    """The first one fails when the second one could have returned: that must have flushed the chunk itself."""
+    store.write_at(0, b"x")
+    synced = []
+    other = threading.Thread(target=store.sync)
+
+    def fail_first(fd):
+        if threading.current_thread() is other:
+            synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+            return
+        other.start()
+        other.join(0.2)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail_first)
+    with pytest.raises(OSError, match="Input/output"):
+        store.sync()
+    other.join(PATIENCE)
+    assert synced == [f"{store.data_dir}/0.0", store.data_dir]
+
+
 class FullDisk:
-    """Lets `room` bytes through pwritev, then says ENOSPC."""
+    """Lets `room` bytes through pwrite, then says ENOSPC."""
 
     def __init__(self, room):
         self.room = room
-        self.real = os.pwritev
+        self.real = os.pwrite
 
-    def __call__(self, fd, buffers, offset):
+    def __call__(self, fd, data, offset):
         if self.room <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        data = b"".join(buffers)[: self.room]
+        data = data[: self.room]
         self.room -= len(data)
-        return self.real(fd, [data], offset)
+        return self.real(fd, data, offset)
 
 
 @pytest.mark.parametrize("kind", ["hole", "lazy", "base", "frozen"])
@@ -344,7 +384,7 @@ def test_a_full_disk_leaves_the_old_content(tmp_path, monkeypatch, kind, room, l
             store.checkpoint().commit()
         before = sorted(os.listdir(store.data_dir)), open_files()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwritev", FullDisk(room))
+            patch.setattr(os, "pwrite", FullDisk(room))
             with pytest.raises(OSError, match="No space"):
                 store.write_at(0, b"n" * length)
         assert (sorted(os.listdir(store.data_dir)), open_files()) == before
@@ -361,7 +401,7 @@ def test_a_full_disk_in_a_private_chunk_leaves_old_or_new_bytes_and_it_is_dirty(
     store.checkpoint().commit()
     store.write_at(0, b"o")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", FullDisk(4096))
+        patch.setattr(os, "pwrite", FullDisk(4096))
         with pytest.raises(OSError, match="No space"):
             store.write_at(0, b"n" * 5000)
     assert store.read_at(0, 5001) == b"n" * 4096 + b"p" * 905
@@ -373,7 +413,7 @@ def test_a_failed_growth_leaves_the_store_as_it_was(tmp_path, monkeypatch):
     source = MemorySource(content, CHUNK)
     with COWStore(tmp_path / "s", size=SIZE, chunk_size=CHUNK, chunks=range(6), source=source) as store:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwritev", FullDisk(10))
+            patch.setattr(os, "pwrite", FullDisk(10))
             with pytest.raises(OSError, match="No space"):
                 store.resize(SIZE + CHUNK)
         assert store.size == SIZE

@@ -100,7 +100,7 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, sparse, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwritev", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
         COWStore.from_file(sparse, tmp_path / "s", CHUNK)
     assert not (tmp_path / "s").exists()

@@ -13,7 +13,7 @@ import pytest
 from directory_states import fill, find, save_directory, saved, state_of
 from loader_hosts import CONFIGURATION, Host, HostFactory
 
-import cow.sparse
+import cow.fileio
 from snaploader import DigestFunction, DirectorySource, SnapshotKey
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest
@@ -136,7 +136,7 @@ def test_a_disk_that_is_full_leaves_nothing(
     snapshot = find(host, save_directory(host, home))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
-        patch.setattr(cow.sparse.os, "pwritev", failing(os.pwritev, call, full))
+        patch.setattr(cow.fileio.os, "pwrite", failing(os.pwrite, call, full))
         restore_fails(host, snapshot, target, tmp_path, ResourceExhausted)
     host.loader.restore_directory(snapshot, "home", target)
     assert state_of(target) == state_of(home)
@@ -251,7 +251,7 @@ def test_a_disk_that_cannot_tell_its_holes_is_data_loss(
     def fail(*_: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(cow.sparse.os, "lseek", fail)
+    monkeypatch.setattr(cow.fileio.os, "lseek", fail)
     with pytest.raises(DataLoss, match="home/disk"):
         save_directory(host, home)
 

@@ -1,0 +1,401 @@
+"""What the stores of a process keep mapped and open, and the bounds of it.
+
+A mapping is shared and read-only, and keeps no descriptor. Python's own `mmap` holds a duplicate of the
+descriptor (until 3.13), so that thousands of mapped chunks would use up the process's open files. mmap(2)
+itself does not need it.
+
+Who uses a mapping or an open file refers to it, and it goes, at once, with the last reference. So nothing is
+unmapped under a reader, and uses need not be counted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
+from typing import Any, Generic, TypeVar
+
+from cow.chunks import PAGE_SIZE
+from cow.errors import COWError, TruncatedFile
+
+DEFAULT_MAPPED_BYTES = 4 << 30
+"""Address space. What of it counts as resident memory is pages of the page cache."""
+DEFAULT_MAPPINGS = 16_384
+"""A quarter of Linux's default vm.max_map_count, 65,530."""
+MIN_DEFAULT_DESCRIPTORS, MAX_DEFAULT_DESCRIPTORS = 64, 1024
+
+_PROT_READ = 1
+_MAP_SHARED = 1
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_READ_ONLY = 0x100  # PyBUF_READ, and the next one PyBUF_WRITE, of object.h
+_WRITABLE = 0x200
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_munmap = _libc.munmap
+_munmap.restype = ctypes.c_int
+_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
+_bytes_address = ctypes.pythonapi.PyBytes_AsString
+_bytes_address.restype = ctypes.c_void_p
+_bytes_address.argtypes = [ctypes.py_object]
+
+
+def new_bytes(size: int) -> tuple[bytes, memoryview]:
+    """A bytes object with any content, and the memory to fill it through before anybody else sees it.
+
+    That is what PyBytes_FromStringAndSize(NULL, n) is for; it saves filling it with zeros, or a second copy.
+    The view must not outlive the object. `size` is not 0.
+    """
+    result: bytes = _new_bytes(None, size)
+    memory: memoryview = _memory_at(_bytes_address(result), size, _WRITABLE)
+    return result, memory
+
+
+class Resource:
+    """Something of the operating system that a cache gives back when nobody refers to it any more."""
+
+    __slots__ = ("__weakref__", "give_back", "handle", "used", "weight")
+
+    def __init__(self, weight: int, give_back: Callable[..., object], *handle: int) -> None:
+        self.weight = weight
+        """How much of a cache's `max_weight` it takes."""
+        self.give_back = give_back
+        """Called with `handle` when this object is gone. Must not raise."""
+        self.handle = handle
+        self.used = False
+        """Whether it was looked up since its cache last thought of letting go of it."""
+
+
+class FileMapping(Resource):
+    """A mapped part of a file. Weighs its bytes, in whole pages."""
+
+    __slots__ = ("address", "length", "memory")
+
+    def __init__(self, fd: int, offset: int, length: int, what: str) -> None:
+        """Map `length` bytes at `offset` (a multiple of the page size).
+
+        The size is checked first, because touching a page behind the end of a file kills the process:
+        TruncatedFile, naming `what`, when it is too short.
+        """
+        actual = os.fstat(fd).st_size
+        if actual < offset + length:
+            raise TruncatedFile(
+                f"{what} has {actual} bytes where {offset + length} are needed: restore it and open it again"
+            )
+        address = _mmap(None, length, _PROT_READ, _MAP_SHARED, fd, offset)
+        if address == _MAP_FAILED or address is None:
+            number = ctypes.get_errno()
+            raise OSError(number, f"cannot map {what}: {os.strerror(number)}")
+        super().__init__(-(-length // PAGE_SIZE) * PAGE_SIZE, _munmap, address, length)
+        self.address: int = address
+        self.length = length
+        self.memory: memoryview = _memory_at(address, length, _READ_ONLY)
+        """Its bytes. To be used only while the mapping itself is referred to."""
+
+    def slice(self, start: int, length: int) -> memoryview:
+        """Some of `memory`."""
+        if start + length > self.length:
+            # A slice would be shorter than what its reader expects, so a broken invariant must end here.
+            raise COWError(f"internal error: {length} bytes at {start} are not in a mapping of {self.length}")
+        return self.memory[start : start + length]
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """For numpy, whose arrays refer to this object and so keep the mapping."""
+        return {"shape": (self.length,), "typestr": "|u1", "data": (self.address, True), "version": 3}
+
+
+class OpenFile(Resource):
+    """An open file. Its descriptor is to be used only while the object itself is referred to."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(1, _close, fd)
+        self.fd = fd
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        # An earlier write that only fails now is told by fsync(2), to those who ask whether it is on disk.
+        pass
+
+
+R = TypeVar("R", bound=Resource)
+
+
+class _Held(weakref.ref[R]):
+    """A resource in the books of a cache, which must not keep it alive.
+
+    Not a `__del__` of the resource: while that runs, others could still get hold of the object through
+    a weak reference. When a weak reference calls back, nobody can any more.
+    """
+
+    __slots__ = ("give_back", "handle", "index", "part", "weight")
+    part: CachePart[R]
+    index: int
+    weight: int
+    give_back: Callable[..., object]
+    handle: tuple[int, ...]
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class ClockCache(Generic[R]):
+    """Keeps resources alive, bounded in number and weight, by second chance (CLOCK). Thread-safe.
+
+    The oldest ones that were not looked up lately are let go of first. A resource that somebody else refers
+    to stays alive nevertheless, is counted, and can be looked up: what is in use may exceed the bounds.
+    Looking up takes no lock.
+    """
+
+    def __init__(self, max_weight: int, max_entries: int) -> None:
+        self.max_weight = max_weight
+        self.max_entries = max_entries
+        self._lock = threading.Lock()
+        self._kept: dict[R, None] = {}
+        """What the cache itself keeps alive, in the order of their next turn."""
+        self._alive: set[_Held[R]] = set()
+        self._weight = 0
+        self._gone: deque[_Held[R]] = deque()
+        """Given back, but not taken from the books yet."""
+
+    def part(self, kind: type[R]) -> CachePart[R]:  # noqa: ARG002  (for the type checker)
+        """A new part of the cache."""
+        return CachePart(self)
+
+    @property
+    def weight(self) -> int:
+        """Weight of everything that is alive, whoever keeps it."""
+        self._settle()
+        return self._weight
+
+    @property
+    def count(self) -> int:
+        """Number of resources alive, as for `weight`."""
+        self._settle()
+        return len(self._alive)
+
+    def trim(self) -> None:
+        """Let go of everything."""
+        with self._lock:
+            dropped = list(self._kept)
+            self._kept.clear()
+        del dropped
+
+    def _add(self, part: CachePart[R], index: int, resource: R, *, findable: bool) -> None:
+        held = _Held(resource, self._on_gone)
+        held.part, held.index, held.weight = part, index, resource.weight
+        held.give_back, held.handle = resource.give_back, resource.handle
+        with self._lock:
+            replaced = self._forget(part, index) if findable else None
+            if findable:
+                part._held[index] = held
+                self._kept[resource] = None
+            self._alive.add(held)
+            self._weight += held.weight
+            part._weight += held.weight
+        del replaced
+        self._shrink()
+
+    def _drop(self, part: CachePart[R], indices: list[int]) -> None:
+        with self._lock:
+            dropped = [self._forget(part, index) for index in indices]
+        del dropped
+
+    def _forget(self, part: CachePart[R], index: int) -> R | None:
+        """Take a resource out. The caller holds the lock, and drops the result when it does no more."""
+        held = part._held.pop(index, None)
+        resource = held() if held is not None else None
+        if resource is not None:
+            self._kept.pop(resource, None)
+        return resource
+
+    def _shrink(self) -> None:
+        while True:
+            with self._lock:
+                self._strike()
+                if self._weight <= self.max_weight and len(self._alive) <= self.max_entries:
+                    return
+                victim = self._next_victim()
+            if victim is None:
+                return
+            # It dies here, without the lock, unless somebody uses it: then the next one must go too.
+            del victim
+
+    def _next_victim(self) -> R | None:
+        while self._kept:
+            resource = next(iter(self._kept))
+            del self._kept[resource]
+            if not resource.used:
+                return resource
+            resource.used = False
+            self._kept[resource] = None
+        return None
+
+    def _on_gone(self, held: _Held[R]) -> None:
+        # Any thread may come here at any moment, in the midst of the methods above too.
+        held.give_back(*held.handle)
+        self._gone.append(held)
+        self._settle()
+
+    def _settle(self) -> None:
+        # Whoever has the lock strikes before it looks at the books, so a failed attempt loses nothing.
+        while self._gone and self._lock.acquire(blocking=False):
+            try:
+                self._strike()
+            finally:
+                self._lock.release()
+
+    def _strike(self) -> None:
+        """Take what is gone from the books. The caller holds the lock."""
+        while self._gone:
+            held = self._gone.popleft()
+            self._alive.discard(held)
+            self._weight -= held.weight
+            held.part._weight -= held.weight
+            if held.part._held.get(held.index) is held:
+                del held.part._held[held.index]
+
+
+class CachePart(Generic[R]):
+    """The part of a cache that belongs to one store: resources by the index of their chunk. Thread-safe."""
+
+    def __init__(self, cache: ClockCache[R]) -> None:
+        self._cache = cache
+        self._held: dict[int, _Held[R]] = {}
+        self._weight = 0
+
+    @property
+    def weight(self) -> int:
+        """The part of the cache's `weight` that belongs here."""
+        self._cache._settle()
+        return self._weight
+
+    def get(self, index: int) -> R | None:
+        """The resource of a chunk, if there is one. It stays as long as the caller refers to it."""
+        held = self._held.get(index)
+        if held is None:
+            return None
+        resource = held()
+        if resource is not None:
+            resource.used = True
+        return resource
+
+    def add(self, index: int, resource: R, *, findable: bool = True) -> R:
+        """Take a resource into the books, and return it; it replaces the one of the same chunk.
+
+        One that is not `findable` is only counted, until its users let go of it.
+        """
+        self._cache._add(self, index, resource, findable=findable)
+        return resource
+
+    def discard(self, index: int) -> None:
+        """Forget the resource of a chunk. It is given back now, or by its last user."""
+        if index in self._held:
+            self._cache._drop(self, [index])
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._cache._drop(self, list(self._held))
+
+
+class MappingBudget:
+    """Bounds for the mapped chunks and open files of all stores that share it. Thread-safe.
+
+    Those not used lately are dropped first. A mapping in use, by a read in progress or an array returned by
+    `view` that is still referenced, is never dropped: the bounds may be exceeded by what is in use. Once all
+    stores are closed and all views gone, nothing is mapped.
+
+    Args:
+        max_bytes: Mapped bytes of address space, 4 GiB unless told. Those that were read count in the
+            process's resident memory, but they are pages of the page cache, which the kernel takes back
+            when it needs memory.
+        max_mappings: Number of mappings, 16,384 unless told; the kernel allows a process 65,530 by default.
+        max_descriptors: Files kept open for writing; unless told, a quarter of what the process may open at
+            this moment (RLIMIT_NOFILE), but at least 64 and at most 1,024.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int = DEFAULT_MAPPED_BYTES,
+        max_mappings: int = DEFAULT_MAPPINGS,
+        max_descriptors: int | None = None,
+    ) -> None:
+        if max_descriptors is None:
+            soft, _ = getrlimit(RLIMIT_NOFILE)
+            allowed = MAX_DEFAULT_DESCRIPTORS if soft == RLIM_INFINITY else soft // 4
+            max_descriptors = min(max(allowed, MIN_DEFAULT_DESCRIPTORS), MAX_DEFAULT_DESCRIPTORS)
+        bounds = {"max_bytes": max_bytes, "max_mappings": max_mappings, "max_descriptors": max_descriptors}
+        for name, value in bounds.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, not {value}")
+        self._maps: ClockCache[FileMapping] = ClockCache(max_bytes, max_mappings)
+        self._files: ClockCache[OpenFile] = ClockCache(max_descriptors, max_descriptors)
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound on mapped bytes."""
+        return self._maps.max_weight
+
+    @property
+    def max_mappings(self) -> int:
+        """The bound on the number of mappings."""
+        return self._maps.max_entries
+
+    @property
+    def max_descriptors(self) -> int:
+        """The bound on files kept open for writing."""
+        return self._files.max_entries
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes mapped now, whole pages."""
+        return self._maps.weight
+
+    @property
+    def mappings(self) -> int:
+        """Mappings that exist now."""
+        return self._maps.count
+
+    @property
+    def open_descriptors(self) -> int:
+        """Files open for writing now."""
+        return self._files.count
+
+    def trim(self) -> None:
+        """Drop every mapping and close every file that is not in use."""
+        self._maps.trim()
+        self._files.trim()
+
+
+_default = MappingBudget()
+
+
+def default_budget() -> MappingBudget:
+    """The budget of all stores that were not given one. One per process: a forked child has its own."""
+    return _default
+
+
+def _renew() -> None:
+    # Another thread of the parent may have held the old budget's lock at the moment of the fork.
+    global _default
+    _default = MappingBudget()
+
+
+os.register_at_fork(after_in_child=_renew)

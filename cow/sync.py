@@ -1,0 +1,219 @@
+"""Where threads meet: a gate for each store, a lock for each chunk in motion, one call for many."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar, cast
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+class Gate:
+    """Counts operations in flight, so that a change can wait for writers, and closing for all. Thread-safe.
+
+    Readers wait for nothing. Writers wait while an exclusive section runs or waits to run, so it cannot
+    starve. Nothing slow belongs between `enter_write` and `leave_write`. Not reentrant.
+
+    Who comes or goes takes no lock: it appends to a list or pops from it, each in one atomic step, and looks
+    at the flags afterwards. Whoever sets a flag looks at the lists after that, so at least one of the two
+    sees the other.
+
+    Args:
+        closed_error: Makes the exception for every entry after `close`.
+    """
+
+    def __init__(self, closed_error: Callable[[], Exception]) -> None:
+        self._closed_error = closed_error
+        self._changed = threading.Condition(threading.Lock())
+        self._readers: list[None] = []
+        self._writers: list[None] = []
+        self._exclusive = False
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def check(self) -> None:
+        """Raise if closed."""
+        if self._closed:
+            raise self._closed_error()
+
+    def enter_read(self) -> None:
+        """Begin a read; `leave_read` must follow."""
+        self._readers.append(None)
+        if self._closed:
+            self.leave_read()
+            raise self._closed_error()
+
+    def leave_read(self) -> None:
+        """End a read."""
+        self._readers.pop()
+        if self._closed and not self._readers:
+            self._notify()
+
+    def enter_write(self) -> None:
+        """Begin a write, after the exclusive section that runs or waits; `leave_write` must follow."""
+        self._writers.append(None)
+        while self._exclusive or self._closed:
+            self.leave_write()
+            with self._changed:
+                while self._exclusive and not self._closed:
+                    self._changed.wait()
+            self.check()
+            self._writers.append(None)
+
+    def leave_write(self) -> None:
+        """End a write."""
+        self._writers.pop()
+        if (self._exclusive or self._closed) and not self._writers:
+            self._notify()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """`enter_read` and `leave_read` around a block."""
+        self.enter_read()
+        try:
+            yield
+        finally:
+            self.leave_read()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Run a block while no write is in flight. Reads go on."""
+        with self._changed:
+            while self._exclusive and not self._closed:
+                self._changed.wait()
+            self.check()
+            self._exclusive = True
+        try:
+            with self._changed:
+                while self._writers:
+                    self._changed.wait()
+            yield
+        finally:
+            with self._changed:
+                self._exclusive = False
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Refuse all entries from now on, and return when the last operation has left. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            while self._readers or self._writers or self._exclusive:
+                self._changed.wait()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+class ChunkLocks:
+    """One lock per chunk, made on demand, so that a big store costs nothing at rest.
+
+    Held for local work only, never while a source is asked.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[int, tuple[threading.Lock, list[None]]] = {}
+
+    @contextmanager
+    def hold(self, index: int) -> Iterator[None]:
+        """Hold the lock of chunk `index`. Not reentrant; hold one at a time."""
+        with self._lock:
+            held = self._held.get(index)
+            if held is None:
+                held = self._held[index] = (threading.Lock(), [])
+            lock, users = held
+            users.append(None)
+        try:
+            with lock:
+                yield
+        finally:
+            with self._lock:
+                users.pop()
+                if not users:
+                    del self._held[index]
+
+
+class Flight(Generic[K, T]):
+    """Work under way that several want the outcome of. It has one once it was finished."""
+
+    __slots__ = ("_finished", "error", "key", "result", "waiters")
+
+    def __init__(self, key: K) -> None:
+        self.key = key
+        self.waiters = 0
+        """How many have joined it, besides the one who leads."""
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self._finished = threading.Event()
+
+    def wait(self) -> None:
+        """Block until it is finished. Whatever bounds the leader's work bounds the wait."""
+        self._finished.wait()
+
+
+class SingleFlight(Generic[K, T]):
+    """Work under way, at most one for each key. Thread-safe.
+
+    `run` is for one call. `join` and `finish` are for work that begins or ends elsewhere, such as one request
+    for many keys. A waiter that is interrupted disturbs nobody.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._flights: dict[K, Flight[K, T]] = {}
+
+    def run(self, key: K, call: Callable[[], T]) -> T:
+        """The result of `call`, or of the one for the same key that is under way.
+
+        An Exception reaches all who wait. When the call is interrupted (KeyboardInterrupt, SystemExit), one
+        of them takes over.
+        """
+        while True:
+            flight, leads = self.join(key)
+            if leads:
+                try:
+                    result = call()
+                    self.finish(flight, result)
+                except BaseException as error:
+                    self.finish(flight, error=error)
+                    raise
+                return result
+            flight.wait()
+            if flight.error is None:
+                return cast("T", flight.result)
+            if isinstance(flight.error, Exception):
+                raise flight.error
+
+    def join(self, key: K) -> tuple[Flight[K, T], bool]:
+        """The flight for `key`, and whether the caller leads it: then it must `finish` it on every path."""
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is not None:
+                flight.waiters += 1
+                return flight, False
+            flight = self._flights[key] = Flight(key)
+            return flight, True
+
+    def finish(
+        self, flight: Flight[K, T], result: T | None = None, error: BaseException | None = None
+    ) -> None:
+        """Give a flight its outcome, for all who wait. No effect when it has one."""
+        with self._lock:
+            if self._flights.get(flight.key) is not flight:
+                return
+            del self._flights[flight.key]
+            flight.result, flight.error = result, error
+        flight._finished.set()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._flights)
