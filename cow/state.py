@@ -2,7 +2,7 @@
 
 Locks are taken in this order, and never the other way round:
 
-    resize lock → checkpoint's gate → store's gate → chunk lock → those inside budget, flights and counters
+    resize or sync lock → checkpoint's gate → store's gate → chunk lock → those in budget, flights, counters
 
 A chunk source is asked with nothing held but the place in the gate as a reader.
 """
@@ -189,6 +189,7 @@ class StoreState:
         self.locks = ChunkLocks()
         self.counters = Counters()
         self.resize_lock = threading.Lock()
+        self.sync_lock = threading.Lock()
         self.tables_lock = threading.Lock()
         """Held where several tables must be seen together, and to set `touched`, which readers do."""
 

@@ -263,7 +263,8 @@ class COWStore:
     def sync(self) -> None:
         """Make everything written before the call durable (fsync of the private files and their folder)."""
         state = self._state
-        with state.gate.reading():
+        # One at a time: what another one has begun to flush is not durable yet, and may fail.
+        with state.gate.reading(), state.sync_lock:
             failed: OSError | None = None
             for index in np.flatnonzero(state.chunks.unsynced).tolist():
                 try:

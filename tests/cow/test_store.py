@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cow_sources import MemorySource, open_files, pattern, read_chunk
 from cow import COWStore, MappingBudget, OutOfBounds, StoreClosed, StoreInUse
 
 CHUNK = 8192
+PATIENCE = 60
 SIZE = 5 * CHUNK + 100
 
 
@@ -324,6 +326,27 @@ def test_a_write_that_a_sync_overtakes_is_synced_by_the_next_one(store, monkeypa
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
     store.sync()
+    assert synced == [f"{store.data_dir}/0.0", store.data_dir]
+
+
+def test_a_sync_does_not_trust_one_that_is_under_way(store, monkeypatch):
+    """The first one fails after the second one had time to return, which must flush the chunk itself then."""
+    store.write_at(0, b"x")
+    synced = []
+    other = threading.Thread(target=store.sync)
+
+    def fail_first(fd):
+        if threading.current_thread() is other:
+            synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+            return
+        other.start()
+        other.join(0.2)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail_first)
+    with pytest.raises(OSError, match="Input/output"):
+        store.sync()
+    other.join(PATIENCE)
     assert synced == [f"{store.data_dir}/0.0", store.data_dir]
 
 
