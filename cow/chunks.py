@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, NamedTuple, SupportsIndex, TypeVar, cast
+from typing import Final, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,17 +29,6 @@ MAX_CHUNKS = 1 << 24
 """Keeps the per-chunk tables of a store, about 10 bytes a chunk, within reason: 8 TiB at the default."""
 MAX_STORE_SIZE = 1 << 44
 """16 TiB, the largest ext4 file; keeps the table of dirty pages within 4 GiB of address space."""
-
-
-class Piece(NamedTuple):
-    """The part of a range that lies in one chunk."""
-
-    chunk: int
-    start: int
-    """Offset in the chunk."""
-    position: int
-    """Offset in the range."""
-    length: int
 
 
 def check_chunk_size(chunk_size: int) -> int:
@@ -88,13 +77,16 @@ def page_count(length: int) -> int:
     return -(-length // PAGE_SIZE)
 
 
-def pieces(offset: int, length: int, chunk_size: int) -> Iterator[Piece]:
-    """Cut a range at the chunk borders, in order. Nothing for an empty range."""
+def pieces(offset: int, length: int, chunk_size: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a range at the chunk borders, in order. Nothing for an empty range.
+
+    Each piece is the index of its chunk, its offset in the chunk, its offset in the range, and its length.
+    """
     position = 0
     while position < length:
         index, start = divmod(offset + position, chunk_size)
         part = min(chunk_size - start, length - position)
-        yield Piece(index, start, position, part)
+        yield index, start, position, part
         position += part
 
 

@@ -345,23 +345,9 @@ class MappingBudget:
         for name, value in bounds.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}")
+        self.max_bytes, self.max_mappings, self.max_descriptors = max_bytes, max_mappings, max_descriptors
         self._maps: ClockCache[FileMapping] = ClockCache(max_bytes, max_mappings)
         self._files: ClockCache[OpenFile] = ClockCache(max_descriptors, max_descriptors)
-
-    @property
-    def max_bytes(self) -> int:
-        """The bound on mapped bytes."""
-        return self._maps.max_weight
-
-    @property
-    def max_mappings(self) -> int:
-        """The bound on the number of mappings."""
-        return self._maps.max_entries
-
-    @property
-    def max_descriptors(self) -> int:
-        """The bound on files kept open for writing."""
-        return self._files.max_entries
 
     @property
     def mapped_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -80,9 +81,10 @@ class ChunkReader:
         copy.flags.writeable = False
         return copy
 
-    def map(self, index: int) -> FileMapping | None:
+    def map(self, index: int, on_open: Callable[[int], None] | None = None) -> FileMapping | None:
         """The mapping of a chunk; None for a hole.
 
+        `on_open` is called with a descriptor of the chunk's own file if this thread has to open that.
         Bounds must have been checked before: the store may grow, and then its last chunk is mapped anew.
         """
         state = self._state
@@ -92,12 +94,14 @@ class ChunkReader:
             if kind == HOLE:
                 return None
             if kind == LAZY:
-                return self._flights.run(index, lambda: self._mappings.get(index) or self._map_lazy(index))
+                return self._flights.run(
+                    index, lambda: self._mappings.get(index) or self._map_lazy(index, on_open)
+                )
             with state.locks.hold(index):
                 mapping = self._mappings.get(index)
                 kind = state.chunks.kind_of[index]
                 if mapping is None and kind not in (HOLE, LAZY):
-                    mapping = self._map_local(index, kind)
+                    mapping = self._map_local(index, kind, on_open)
         return mapping
 
     def _fill(self, offset: int, target: memoryview) -> None:
@@ -108,16 +112,38 @@ class ChunkReader:
             if state.chunks.kind_of[index] == BASE:
                 # One system call, and nothing to map: the file is open anyway.
                 self._read_base(index, start, part)
-                continue
-            mapping = self.map(index)
-            if mapping is None:
-                self._count_hole(index)
-                np.frombuffer(part, np.uint8).fill(0)
             elif length < _RELEASE_GIL_FROM:
-                part[:] = mapping.slice(start, length)
+                mapping = self.map(index)
+                if mapping is None:
+                    self._fill_hole(index, part)
+                else:
+                    part[:] = mapping.slice(start, length)
             else:
-                mapped = mapping.slice(start, length)
-                np.copyto(np.frombuffer(part, np.uint8), np.frombuffer(mapped, np.uint8))
+                self._fill_much(index, start, part)
+
+    def _fill_much(self, index: int, start: int, target: memoryview) -> None:
+        """Fill `target` from a chunk, while other threads run.
+
+        The first time it is read from the file, which is open then: that takes half the time of copying
+        out of a mapping whose pages must be faulted in.
+        """
+        was_read = False
+
+        def read(fd: int) -> None:
+            nonlocal was_read
+            read_all(fd, target, start, self._state.describe(index))
+            was_read = True
+
+        mapping = self.map(index, read)
+        if mapping is None:
+            self._fill_hole(index, target)
+        elif not was_read:
+            mapped = mapping.slice(start, len(target))
+            np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(mapped, np.uint8))
+
+    def _fill_hole(self, index: int, target: memoryview) -> None:
+        self._count_hole(index)
+        np.frombuffer(target, np.uint8).fill(0)
 
     def _read_base(self, index: int, start: int, target: memoryview) -> None:
         state = self._state
@@ -125,7 +151,7 @@ class ChunkReader:
         read_all(state.base.fd, target, index * state.chunk_size + start, f"the file {state.base.path!r}")
         state.count_origin(index, BASE_ORIGIN)
 
-    def _map_local(self, index: int, kind: int) -> FileMapping:
+    def _map_local(self, index: int, kind: int, on_open: Callable[[int], None] | None) -> FileMapping:
         """Map a chunk that is in a local file. The caller holds its lock."""
         state = self._state
         length = state.length(index)
@@ -138,11 +164,14 @@ class ChunkReader:
         fd = state.files.open(state.name(index))
         try:
             mapping = FileMapping(fd, 0, length, f"the file of {state.describe(index)}")
-            return self._mappings.add(index, mapping)
+            self._mappings.add(index, mapping)
+            if on_open is not None:
+                on_open(fd)
+            return mapping
         finally:
             os.close(fd)
 
-    def _map_lazy(self, index: int) -> FileMapping:
+    def _map_lazy(self, index: int, on_open: Callable[[int], None] | None) -> FileMapping:
         """Open a chunk from the source, asking for those ahead first, so that both go on at the same time."""
         state = self._state
         ahead = self.readahead.plan(index, state.chunks)
@@ -157,7 +186,10 @@ class ChunkReader:
                 mapping = FileMapping(opened.fd, 0, length, what)
                 # A write may have replaced the chunk meanwhile: then this is for those who began before.
                 lazy = state.chunks.kind_of[index] == LAZY
-                return self._mappings.add(index, mapping, findable=lazy)
+                self._mappings.add(index, mapping, findable=lazy)
+            if on_open is not None:
+                on_open(opened.fd)
+            return mapping
         finally:
             os.close(opened.fd)
 

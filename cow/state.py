@@ -2,7 +2,7 @@
 
 Locks are taken in this order, and never the other way round:
 
-    resize lock, sync lock → checkpoint gate → store gate → chunk lock → those of budget, flights and counters
+    resize or sync lock → checkpoint's gate → store's gate → chunk lock → those in budget, flights, counters
 
 A chunk source is asked with nothing held but the place in the gate as a reader.
 """

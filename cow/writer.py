@@ -73,16 +73,11 @@ class ChunkWriter:
     def _fetch_edges(self, offset: int, size: int) -> dict[int, FileMapping]:
         """Map the lazy chunks that the range covers in part; only its first and last one can be such."""
         state = self._state
-        chunk_size = state.chunk_size
-        end = offset + size
-        edges = set()
-        if offset % chunk_size:
-            edges.add(offset // chunk_size)
-        if end % chunk_size and end < state.size:
-            edges.add(end // chunk_size)
         fetched: dict[int, FileMapping] = {}
-        for index in sorted(edges):
-            mapping = self._reader.map(index) if state.chunks.kind_of[index] == LAZY else None
+        for index in sorted({offset // state.chunk_size, (offset + size - 1) // state.chunk_size}):
+            start = index * state.chunk_size
+            whole = offset <= start and start + state.length(index) <= offset + size
+            mapping = self._reader.map(index) if state.chunks.kind_of[index] == LAZY and not whole else None
             if mapping is not None:
                 fetched[index] = mapping
         return fetched

@@ -330,7 +330,7 @@ def test_a_write_that_a_sync_overtakes_is_synced_by_the_next_one(store, monkeypa
 
 
 def test_a_sync_does_not_trust_one_that_is_under_way(store, monkeypatch):
-    """The first one fails when the second one could have returned: that must have flushed the chunk itself."""
+    """The first one fails after the second one had time to return, which must flush the chunk itself then."""
     store.write_at(0, b"x")
     synced = []
     other = threading.Thread(target=store.sync)
