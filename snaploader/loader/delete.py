@@ -26,6 +26,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
+from snaploader.loader.publish import update_result
 from snaploader.loader.tombstone import is_local_tombstone, is_tombstone, local_tombstone, tombstone_result
 from snaploader.loader.versions import REMOTE_READONLY
 
@@ -144,7 +145,8 @@ def _delete_remotely(
     if before is _Stands.TOMBSTONE or (before is _Stands.NOTHING and not is_known):
         return before
     try:
-        remote.update_action_result(name, tombstone)
+        is_there = before is _Stands.SNAPSHOT
+        update_result(remote, name, tombstone, f"snapshot {key.snapshot_id!r}", replaces=is_there)
     except (FailedPrecondition, PermissionDenied, Unimplemented) as error:
         if before is _Stands.NOTHING:
             # Nobody sees it, and nobody with these credentials can have saved it there.

@@ -27,12 +27,14 @@ from snaploader.blobstore import RemoteStore
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
+    Internal,
     NotFound,
     PermissionDenied,
     SnaploaderError,
 )
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
+from snaploader.loader.publish import update_result
 from snaploader.manifest import pack_any
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,11 @@ class VersionStore:
             if self._remote_readonly:
                 raise FailedPrecondition(REMOTE_READONLY)
             before = self._read_remote(self._remote, key, repair=True)
-            self._write_remote(self._remote, key, version)
+            try:
+                self._write_remote(self._remote, key, version, replaces=before is not None)
+            except SnaploaderError as error:
+                error.add_note("snapshots are not invalidated: the version that stood there stands")
+                raise
             stands = self._read_remote(self._remote, key)
             if stands is None or stands == before:
                 raise FailedPrecondition(
@@ -150,8 +156,14 @@ class VersionStore:
         version = self._mint()
         start = time.monotonic()
         try:
-            self._write_remote(remote, key, version)
-        except (FailedPrecondition, PermissionDenied) as error:
+            self._write_remote(remote, key, version, replaces=False)
+        except (FailedPrecondition, PermissionDenied, Internal) as error:
+            # A write-once action cache refuses whoever comes second.
+            stands = self._read_remote(remote, key)
+            if stands is not None:
+                return stands
+            if not isinstance(error, FailedPrecondition | PermissionDenied):
+                raise
             # A host that may only read shares nothing it saves, so a version of its own is harmless.
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version
@@ -171,9 +183,9 @@ class VersionStore:
                 raise
             return None
 
-    def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str) -> None:
+    def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str, *, replaces: bool) -> None:
         digest = keys.remote_version_digest(key, remote.digest_function)
-        remote.update_action_result(digest, _encode(version))
+        update_result(remote, digest, _encode(version), f"the snapshot version of {key}", replaces=replaces)
 
     def _read_local(self, name: str) -> str | None:
         try:
