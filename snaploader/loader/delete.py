@@ -24,6 +24,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
+from snaploader.loader.publish import update_result
 from snaploader.loader.tombstone import is_local_tombstone, is_tombstone, local_tombstone, tombstone_result
 from snaploader.loader.versions import MAY_ONLY_READ, REMOTE_READONLY
 
@@ -142,7 +143,8 @@ def _delete_remotely(
     if before is _Stands.TOMBSTONE or (before is _Stands.NOTHING and not is_known):
         return before
     try:
-        remote.update_action_result(name, tombstone)
+        is_there = before is _Stands.SNAPSHOT
+        update_result(remote, name, tombstone, f"snapshot {key.snapshot_id!r}", replaces=is_there)
     except MAY_ONLY_READ as error:
         if before is _Stands.NOTHING:
             # Nobody sees it, and nobody with these credentials can have saved it there.

@@ -222,7 +222,7 @@ class SnapshotDeriver:
                     "whether the snapshot is visible remotely cannot be told: delete it by its id later"
                 )
             raise
-        if not stands:
+        if not stands.is_ours:
             raise FailedPrecondition(taken(key))
 
     def _publish_locally(self, derived: Snapshot) -> None:

@@ -16,10 +16,19 @@ from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
 from snaploader.dirtree import DirectoryTree, child_directories
-from snaploader.errors import DataLoss, FailedPrecondition, NotFound, SnaploaderError
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+    Unimplemented,
+)
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
+from snaploader.loader.results import RemoteManifest
 from snaploader.manifest import Manifest
 
 SMALL_BLOB_BYTES = 4 << 20
@@ -88,29 +97,96 @@ def upload_child_directories(
     return uploaded
 
 
-def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) -> bool:
+def update_result(
+    remote: RemoteStore, name: Digest, result: ActionResult, what: str, *, replaces: bool
+) -> None:
+    """Keep a result in the action cache.
+
+    Args:
+        what: What it is, for messages.
+        replaces: Something else stands there.
+
+    Raises:
+        FailedPrecondition: The server refuses to replace what stands. One whose action cache is write-once
+            may do so with any code, such as INTERNAL.
+    """
+    try:
+        remote.update_action_result(name, result)
+    except (FailedPrecondition, Internal, InvalidArgument, Unimplemented) as error:
+        if not replaces:
+            raise
+        raise FailedPrecondition(
+            f"the remote cache refuses to replace {what}, and what stood there before still stands: its "
+            "action cache may be write-once, or these credentials may not write to it. Let it take updates, "
+            f"or use another server or instance ({error.message})"
+        ) from error
+
+
+def publish_manifest(remote: RemoteStore, key: SnapshotKey, manifest: Manifest) -> RemoteManifest:
     """Write the manifest under `key`, and look whether it is there to be read.
 
     Some servers accept an update from a caller who may not make one, and drop it; hence the look.
 
     Returns:
-        Whether it stands. If not, another host has written its own meanwhile.
+        What stands there: this manifest, or the one that another host has written meanwhile.
 
     Raises:
         FailedPrecondition: What stood there before still stands, or nothing.
     """
     name = keys.remote_manifest_digest(key, remote.digest_function)
-    before = _content(remote, name)
-    remote.update_action_result(name, manifest.to_action_result())
-    stands = _content(remote, name)
-    if stands == _content_of(manifest):
-        return True
-    if stands is None or stands == before:
+    ours = _content_of(manifest)
+    before = _standing(remote, name)
+    try:
+        what = f"the manifest of {key}"
+        update_result(remote, name, manifest.to_action_result(), what, replaces=before is not None)
+    except FailedPrecondition:
+        # Of a server that refuses to replace anything by the same.
+        if before is None or _content(before) != ours:
+            raise
+    words = "it has none"
+    try:
+        stands: ActionResult | None = remote.get_action_result(name)
+    except NotFound as error:
+        stands, words = None, error.message
+    if stands is not None and _content(stands) == ours:
+        return RemoteManifest(_digest_of(stands, remote), is_ours=True)
+    if stands is None or (before is not None and _content(stands) == _content(before)):
+        words = words if stands is None else "what stood there before stands"
         raise FailedPrecondition(
-            f"the remote cache accepted the manifest of {key} and does not return it: it may be read-only "
-            "for these credentials, or have lost a blob that was just uploaded"
+            f"the remote cache accepted the manifest of {key} and does not return it ({words}): it may be "
+            "read-only for these credentials, have lost a blob that was just uploaded, or call the snapshot "
+            "too large. Check the server's limits and permissions"
         )
-    return False
+    return RemoteManifest(_digest_of(stands, remote), is_ours=False)
+
+
+def holds_version(remote: RemoteStore, key: SnapshotKey) -> bool:
+    """Whether the version that `key` carries has an entry in the action cache, whatever it says."""
+    return _standing(remote, keys.remote_version_digest(key, remote.digest_function)) is not None
+
+
+def check_kept(remote: RemoteStore, published: Iterable[SnapshotKey], versioned: SnapshotKey | None) -> None:
+    """Look once more for everything that a save relies on, after all of it was written.
+
+    Args:
+        published: Keys of manifests that were there a moment ago.
+        versioned: A key whose version was there when the save began; None when there was none.
+
+    Raises:
+        FailedPrecondition: The action cache has dropped one for another: nobody can load the snapshot.
+    """
+    lost = [
+        f"the manifest of {key}"
+        for key in published
+        if _standing(remote, keys.remote_manifest_digest(key, remote.digest_function)) is None
+    ]
+    if versioned is not None and not holds_version(remote, versioned):
+        lost.append(f"the version of {versioned}")
+    if lost:
+        raise FailedPrecondition(
+            f"the remote cache returned {lost[0]} during this save and does not have it any more: its action "
+            "cache keeps too few results, and nobody can load the snapshot from it. Raise that cache's size"
+        )
 
 
 def retract_manifest(
@@ -124,8 +200,8 @@ def retract_manifest(
     # Where nothing stands, an update that timed out may still be on its way.
     stands = None
     with contextlib.suppress(SnaploaderError):
-        stands = _content(remote, name)
-    if stands in (None, _content_of(manifest)):
+        stands = _standing(remote, name)
+    if stands is None or _content(stands) == _content_of(manifest):
         remote.update_action_result(name, tombstone)
 
 
@@ -137,12 +213,19 @@ def _content_of(manifest: Manifest) -> _Content:
     )
 
 
-def _content(remote: RemoteStore, name: Digest) -> _Content | None:
-    """What the files and trees of a result hash to; a server may fill in other fields, or reorder these."""
+def _standing(remote: RemoteStore, name: Digest) -> ActionResult | None:
     try:
-        result = remote.get_action_result(name)
+        return remote.get_action_result(name)
     except NotFound:
         return None
+
+
+def _digest_of(result: ActionResult, remote: RemoteStore) -> Digest:
+    return Digest.of(result.SerializeToString(deterministic=True), remote.digest_function)
+
+
+def _content(result: ActionResult) -> _Content:
+    """What the files and trees of a result hash to; a server may fill in other fields, or reorder these."""
     return (
         {file.path: file.digest.hash for file in result.output_files},
         {directory.path: directory.tree_digest.hash for directory in result.output_directories},

@@ -124,6 +124,16 @@ class SavedDirectory:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteManifest:
+    """The manifest that stands under a key in the remote cache."""
+
+    digest: Digest
+    """Of the deterministic bytes of its ActionResult."""
+    is_ours: bool
+    """Whether it names what this save has saved; otherwise another host has written it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SaveResult:
     """What `cache_snapshot` did."""
 
@@ -134,6 +144,9 @@ class SaveResult:
     files: tuple[SavedFile, ...]
     saved_locally: bool
     saved_remotely: bool
+    """This snapshot is what other hosts find under `key` (or by its id, where the key names no branch). False
+    when another host has saved its own there meanwhile; then this one is still found by its id, unless a
+    warning says otherwise."""
     remote_skipped: str = ""
     """Why the snapshot was kept from the remote store, by the save policy or the loader; empty when it was
     not, or when the caller asked for it."""
@@ -145,6 +158,8 @@ class SaveResult:
     warnings: tuple[str, ...] = field(default=())
     """What went wrong without harm to the snapshot under `key`."""
     directories: tuple[SavedDirectory, ...] = ()
+    remote_manifest: RemoteManifest | None = None
+    """What stood under `key` remotely when the save ended; None where nothing did, or nobody looked."""
 
     @property
     def size_bytes(self) -> int:

@@ -35,13 +35,15 @@ from snaploader.loader.pinning import pin_before, pinned
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import (
+    check_kept,
+    holds_version,
     publish_manifest,
     taken,
     upload_blobs,
     upload_child_directories,
     upload_source,
 )
-from snaploader.loader.results import SaveResult, artefacts
+from snaploader.loader.results import RemoteManifest, SaveResult, artefacts
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
 from snaploader.loader.versions import REMOTE_READONLY
@@ -83,6 +85,10 @@ class _Plan:
     """Where to save to, if anywhere."""
     skipped: str = ""
     """Why it is not to be done."""
+    standing: RemoteManifest | None = None
+    """What the policy has found under the key."""
+    versioned: SnapshotKey | None = None
+    """The key, if the remote store has a version for it."""
     failure: SnaploaderError | None = None
     """Why it cannot be done; raised when the local part is done."""
 
@@ -151,7 +157,7 @@ class SnapshotSaver:
                 directories={name: capture.digest for name, capture in saver.directories.items()},
             )
             blobs = set(artefacts(manifest, saver.tables, saver.trees))
-            uploaded = TransferStatistics()
+            uploaded, standing = TransferStatistics(), plan.standing
             with self._file_cache.lease(blobs):
                 warnings = self._complete_locally(
                     saver, blobs, plan.function, is_pinned=options.pin is not None
@@ -171,7 +177,7 @@ class SnapshotSaver:
                         raise plan.failure
                     if plan.remote is not None:
                         uploaded = self._upload(plan.remote, manifest, blobs, saver, options.progress)
-                        warnings += self._publish_remotely(plan.remote, manifest, write_keys, id_key)
+                        standing = self._publish_remotely(plan, manifest, write_keys, id_key, warnings)
                 except SnaploaderError as error:
                     error.add_note("the snapshot is saved in the local cache")
                     raise
@@ -180,13 +186,14 @@ class SnapshotSaver:
             snapshot_id=id_key.snapshot_id,
             files=tuple(saved[name] for name in (*options.files, *options.chunked_files)),
             saved_locally=True,
-            saved_remotely=plan.remote is not None,
+            saved_remotely=plan.remote is not None and standing is not None and standing.is_ours,
             remote_skipped=plan.skipped,
             uploaded_blobs=uploaded.blobs,
             uploaded_bytes=uploaded.content_bytes,
             uploaded_wire_bytes=uploaded.wire_bytes,
             warnings=tuple(warnings),
             directories=tuple(capture.result() for capture in saver.directories.values()),
+            remote_manifest=standing,
         )
 
     def _check(self, key: SnapshotKey, options: SaveOptions) -> None:
@@ -221,25 +228,26 @@ class SnapshotSaver:
             function = self._remote.digest_function
             if not wanted:
                 return _Plan(function)
-            skipped = self._reason_to_skip(key, options)
+            skipped, standing = self._reason_to_skip(key, options)
             if skipped:
-                return _Plan(function, skipped=skipped)
+                return _Plan(function, skipped=skipped, standing=standing)
             is_taken = self._finder.is_taken_remotely(id_key)
+            versioned = key if key.version_id and holds_version(self._remote, key) else None
         except SnaploaderError as error:
             return _Plan(function, failure=error if wanted else None)
         if is_taken:
             raise FailedPrecondition(taken(id_key))
-        return _Plan(function, self._remote)
+        return _Plan(function, self._remote, versioned=versioned)
 
-    def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> str:
-        """Why this snapshot is kept from the remote store; empty when it is not."""
+    def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> tuple[str, RemoteManifest | None]:
+        """Why this snapshot is kept from the remote store, and what stands there; empty when it is not."""
         if self._remote_readonly:
-            return "the remote cache is only read (remote_readonly)"
+            return "the remote cache is only read (remote_readonly)", None
         if key.runner_id and not options.remote:
-            return f"snapshots of runner {key.runner_id!r} are not shared"
+            return f"snapshots of runner {key.runner_id!r} are not shared", None
         policy = options.save_policy
         if policy is SavePolicy.ALWAYS and not options.min_refresh_interval_s:
-            return ""
+            return "", None
         standing = self._finder.whole_remote_manifest(key)
         others = options.key_set if policy is SavePolicy.NONE_AVAILABLE and options.key_set else ()
         any_exists = standing is not None or any(
@@ -256,8 +264,11 @@ class SnapshotSaver:
             now_s=self._clock(),
         )
         if wanted:
-            return ""
-        return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s"
+            return "", None
+        there = None
+        if standing is not None:
+            there = RemoteManifest(Digest.of(standing.serialize(), standing.digest_function), is_ours=False)
+        return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s", there
 
     def _check_unused_locally(self, id_key: SnapshotKey) -> None:
         try:
@@ -341,17 +352,27 @@ class SnapshotSaver:
         return uploaded + upload_blobs(remote, manifest.trees, source, None)
 
     def _publish_remotely(
-        self, remote: RemoteStore, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
-    ) -> list[str]:
-        warnings = [
+        self,
+        plan: _Plan,
+        manifest: Manifest,
+        write_keys: list[SnapshotKey],
+        id_key: SnapshotKey,
+        warnings: list[str],
+    ) -> RemoteManifest:
+        """Make the manifest visible; what stands under the key, or the id where the key names no branch."""
+        remote = plan.remote
+        assert remote is not None
+        standing = {key: publish_manifest(remote, key, manifest) for key in write_keys}
+        warnings += [
             f"another host saved under {key} meanwhile, and its snapshot stands"
-            for key in write_keys
-            if not publish_manifest(remote, key, manifest)
+            for key, there in standing.items()
+            if not there.is_ours
         ]
         try:
             # Looked at once more: the upload may have taken minutes.
-            is_taken = self._finder.is_taken_remotely(id_key)
-            if is_taken or not publish_manifest(remote, id_key, manifest):
+            if not self._finder.is_taken_remotely(id_key):
+                standing[id_key] = publish_manifest(remote, id_key, manifest)
+            if id_key not in standing or not standing[id_key].is_ours:
                 message = f"{taken(id_key)} (it was taken remotely during this save)"
                 if not write_keys:
                     raise FailedPrecondition(message)
@@ -360,7 +381,8 @@ class SnapshotSaver:
             if not write_keys:
                 raise
             warnings.append(f"the snapshot is not found by its id remotely: {error.message}")
-        return warnings
+        check_kept(remote, standing, plan.versioned)
+        return next(iter(standing.values()))
 
     def _write_keys(self, key: SnapshotKey, key_set: SnapshotKeySet | None) -> list[SnapshotKey]:
         if key == SnapshotKey(instance_name=key.instance_name):

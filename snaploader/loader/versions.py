@@ -27,6 +27,7 @@ from snaploader.blobstore import RemoteStore
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
+    Internal,
     NotFound,
     PermissionDenied,
     SnaploaderError,
@@ -35,6 +36,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
+from snaploader.loader.publish import update_result
 from snaploader.manifest import pack_any
 
 log = logging.getLogger(__name__)
@@ -112,7 +114,11 @@ class VersionStore:
             if self._remote_readonly:
                 raise FailedPrecondition(REMOTE_READONLY)
             before = self._read_remote(self._remote, key, repair=True)
-            self._write_remote(self._remote, key, version)
+            try:
+                self._write_remote(self._remote, key, version, replaces=before is not None)
+            except SnaploaderError as error:
+                error.add_note("snapshots are not invalidated: the version that stood there stands")
+                raise
             stands = self._read_remote(self._remote, key)
             if stands is None or stands == before:
                 raise FailedPrecondition(
@@ -156,8 +162,14 @@ class VersionStore:
         version = self._mint()
         start = time.monotonic()
         try:
-            self._write_remote(remote, key, version)
-        except MAY_ONLY_READ as error:
+            self._write_remote(remote, key, version, replaces=False)
+        except (*MAY_ONLY_READ, Internal) as error:
+            # A write-once action cache refuses whoever comes second.
+            stands = self._read_remote(remote, key)
+            if stands is not None:
+                return stands
+            if not isinstance(error, MAY_ONLY_READ):
+                raise
             # A host that may only read shares nothing it saves, so a version of its own is harmless.
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version
@@ -177,9 +189,9 @@ class VersionStore:
                 raise
             return None
 
-    def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str) -> None:
+    def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str, *, replaces: bool) -> None:
         digest = keys.remote_version_digest(key, remote.digest_function)
-        remote.update_action_result(digest, _encode(version))
+        update_result(remote, digest, _encode(version), f"the snapshot version of {key}", replaces=replaces)
 
     def _read_local(self, name: str) -> str | None:
         try:

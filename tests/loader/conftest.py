@@ -11,6 +11,7 @@ import pytest
 from loader_hosts import Host, HostFactory
 
 from snaploader import FileCache, RemoteCache, SnapshotLoader
+from snaploader.blobstore import RemoteStore
 from snaploader.remote import RetryPolicy, Timeouts
 from snaploader.testing import EmbeddedServer
 
@@ -34,12 +35,12 @@ def make_host(tmp_path: Path) -> Iterator[HostFactory]:
             max_bytes: int = 1 << 30,
             retry: RetryPolicy | None = None,
             timeouts: Timeouts | None = None,
+            remote: RemoteStore | None = None,
             **kwargs: Any,
         ) -> Host:
             folder = tmp_path / name
             folder.mkdir(exist_ok=True)
             cache = stack.enter_context(FileCache(folder / "cache", max_bytes=max_bytes, group_id=group))
-            remote = None
             if server is not None:
                 policy = retry or RetryPolicy(initial_delay_s=0.001, max_delay_s=0.01)
                 remote = stack.enter_context(

@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 from loader_hosts import CHUNK, Host, HostFactory, image
 
-from snaploader.errors import FailedPrecondition, SnaploaderError, Unavailable
-from snaploader.keys import SnapshotKeySet
-from snaploader.loader.results import ManifestSource
-from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions, like_casd
+from snaploader._proto.remote_execution_pb2 import ActionResult
+from snaploader.digest import Digest
+from snaploader.errors import (
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+    Unavailable,
+    Unimplemented,
+)
+from snaploader.keys import SnapshotKeySet, remote_manifest_digest
+from snaploader.loader.results import ManifestSource, RemoteManifest
+from snaploader.testing import EmbeddedServer, FakeCAS, Fault, FaultScript, ServerOptions, like_casd
 
 
 def drop_updates(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +69,108 @@ def test_saving_the_same_state_again_is_no_drop(make_host: HostFactory, server: 
     for _ in range(2):
         result = host.save(image(1))
         assert result.saved_remotely
+        assert result.remote_manifest is not None
+        assert result.remote_manifest.is_ours
         assert result.warnings == ()
+
+
+class WriteOnceCAS(FakeCAS):
+    """A remote store that keeps whatever it was given first under a key, and says so in its own way."""
+
+    error: SnaploaderError = Internal("ActionResult exists and cannot be overwritten (INTERNAL)")
+
+    def update_action_result(self, action_digest: Digest, action_result: ActionResult) -> None:
+        if action_digest in self.action_results:
+            raise self.error
+        super().update_action_result(action_digest, action_result)
+
+
+@pytest.mark.parametrize("kind", [Internal, Unimplemented, InvalidArgument, FailedPrecondition])
+def test_a_write_once_action_cache_is_told_as_such(
+    make_host: HostFactory, kind: type[SnaploaderError]
+) -> None:
+    remote = WriteOnceCAS()
+    remote.error = kind("the server's own words")
+    host, other = make_host("a", remote=remote), make_host("b", remote=remote)
+    first = host.save(image(1), snapshot_id="first")
+    assert first.saved_remotely
+    key_set = host.keys()
+    with pytest.raises(FailedPrecondition, match=r"write-once.*the server's own words") as caught:
+        host.save(image(2))
+    assert_says_that_the_local_snapshot_stands(caught.value)
+    assert local_only(host, key_set) == image(2)
+    assert other.load() == image(1)
+    with pytest.raises(FailedPrecondition, match="write-once") as caught:
+        host.loader.invalidate_snapshot(key_set.branch_key)
+    assert any("not invalidated" in note for note in caught.value.__notes__)
+    with pytest.raises(FailedPrecondition, match="write-once"):
+        host.loader.delete_snapshot("first")
+    assert host.read(host.loader.get_snapshot_by_id("first")) == image(1)
+
+
+def test_a_write_once_action_cache_takes_the_same_state_again(make_host: HostFactory) -> None:
+    host = make_host("a", remote=WriteOnceCAS())
+    for _ in range(2):
+        assert host.save(image(1)).saved_remotely
+
+
+def test_an_error_of_an_update_that_replaces_nothing_is_its_own(make_host: HostFactory) -> None:
+    remote = WriteOnceCAS()
+    host = make_host("a", remote=remote)
+    key = host.keys().write_key
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "update_action_result", raise_internal)
+        with pytest.raises(Internal, match="a defect of the server"):
+            host.save(image(1), key=key)
+
+
+def raise_internal(*_: Any) -> None:
+    raise Internal("a defect of the server")
+
+
+class ForgetfulCAS(FakeCAS):
+    """A remote store whose action cache keeps the latest few results."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def update_action_result(self, action_digest: Digest, action_result: ActionResult) -> None:
+        super().update_action_result(action_digest, action_result)
+        while len(self.action_results) > self._kept:
+            del self.action_results[next(iter(self.action_results))]
+
+
+@pytest.mark.parametrize(("kept", "lost"), [(1, "manifest"), (2, "version")])
+def test_an_action_cache_that_drops_what_was_published_fails_the_save(
+    make_host: HostFactory, kept: int, lost: str
+) -> None:
+    host = make_host("a", remote=ForgetfulCAS(kept))
+    with pytest.raises(FailedPrecondition, match=f"the {lost} of .* too few results") as caught:
+        host.save(image(1))
+    assert_says_that_the_local_snapshot_stands(caught.value)
+
+
+def test_an_action_cache_with_room_for_a_snapshot_will_do(make_host: HostFactory) -> None:
+    remote = ForgetfulCAS(3)
+    make_host("a", remote=remote).save(image(1))
+    assert make_host("b", remote=remote).load() == image(1)
+
+
+def test_a_server_that_shows_no_manifest_is_told_in_its_own_words(
+    make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FakeCAS()
+    host = make_host("a", remote=remote)
+    key = host.keys().write_key
+    words = "Combined size of all output directories exceeds maximum limit of 64 bytes"
+
+    def refuse(_: Digest) -> ActionResult:
+        raise NotFound(words)
+
+    monkeypatch.setattr(remote, "get_action_result", refuse)
+    with pytest.raises(FailedPrecondition, match=f"does not return it .*{words}"):
+        host.save(image(1), key=key)
 
 
 def test_a_save_that_another_host_overtakes_says_so(
@@ -78,8 +189,11 @@ def test_a_save_that_another_host_overtakes_says_so(
 
     monkeypatch.setattr(a.remote, "update_action_result", update_and_be_overtaken)
     result = a.save(image(2), key=key)
-    assert result.saved_remotely
+    assert not result.saved_remotely
     assert [warning for warning in result.warnings if "another host saved" in warning]
+    standing = server.action_results()[remote_manifest_digest(key, a.remote.digest_function)]
+    digest = Digest.of(standing.SerializeToString(deterministic=True), a.remote.digest_function)
+    assert result.remote_manifest == RemoteManifest(digest, is_ours=False)
     assert make_host("c", server).load() == image(3)
     assert a.read(a.loader.get_snapshot_by_id(result.snapshot_id)) == image(2)
 

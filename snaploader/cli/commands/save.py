@@ -225,6 +225,9 @@ def _print(session: Session, result: SaveResult, seconds: float, pin: str | None
         "saved_locally": result.saved_locally,
         "saved_remotely": result.saved_remotely,
         "remote_skipped": result.remote_skipped,
+        "remote_manifest": None
+        if result.remote_manifest is None
+        else {"digest": str(result.remote_manifest.digest), "is_ours": result.remote_manifest.is_ours},
         "pin": pin,
         "warnings": list(result.warnings),
         "seconds": round(seconds, 6),
