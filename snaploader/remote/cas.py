@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -21,6 +23,8 @@ from snaploader.remote.wire import function_field, to_message
 
 _TRIES_AT_WRONG_BYTES = 2
 
+log = logging.getLogger(__name__)
+
 
 class CASClient:
     """Batches of blobs. Thread-safe. All digests of one call have the same function.
@@ -39,6 +43,7 @@ class CASClient:
         self._connection = connection
         self._stream_read = stream_read
         self._stream_write = stream_write
+        self._may_warn = threading.Lock()  # taken by the one who does, and kept
 
     def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
         """Those the server does not hold."""
@@ -95,10 +100,30 @@ class CASClient:
         except (InvalidArgument, ResourceExhausted) as error:
             rest = list(batch.remaining.values())
             self._learn(error, sum(len(item.data) for item in rest))
+            refusal = error
         if len(rest) == 1:
-            return batch.done + self._stream_write(rest[0].upload, cancellation)
+            done = self._stream_write(rest[0].upload, cancellation)
+            self._tell_refusal(rest[0].digest, refusal)
+            return batch.done + done
         first, second = halves(rest)
         return batch.done + self.update(first, cancellation) + self.update(second, cancellation)
+
+    def _tell_refusal(self, digest: Digest, refusal: SnaploaderError) -> None:
+        """Warn, once, of a server that refuses in batches what it takes as a stream, which is slower."""
+        if status.is_of_whole_call(refusal) or not isinstance(refusal, InvalidArgument):
+            return
+        if not self._may_warn.acquire(blocking=False):
+            return
+        log.warning(
+            "%s takes blobs as single streams only, which is slow: it refused %s in a batch (%s). Servers "
+            "such as NativeLink with verify_hash check batches with SHA-256, whatever function is named: use "
+            "SHA-256 (RemoteCache(digest_function=…), --digest-function sha256), or have the server check "
+            "with %s",
+            self._connection.url,
+            digest,
+            refusal.message,
+            digest.function.name,
+        )
 
     def _learn(self, error: SnaploaderError, batch_bytes: int) -> None:
         if not status.is_too_large(error):

@@ -21,6 +21,8 @@ T = TypeVar("T")
 class Connection:
     """A server, an instance on it, and what was negotiated."""
 
+    url: str
+    """Names the server in messages."""
     transport: Transport
     retrier: Retrier
     instance_name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Session:
         self.budget = ByteBudget(settings.limits.in_flight_bytes)
         self._settings = settings
         self._recorder = recorder
-        self._was_warned = False
+        self._may_warn = threading.Lock()  # taken by the one who does, and kept
         self._transport = Transport(
             settings.open_channel
             or partial(open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits),
@@ -106,10 +107,9 @@ class Session:
     def _headers(self) -> Headers:
         headers = self._settings.headers + self._settings.credentials.headers()
         endpoint = self._settings.endpoint
-        if not self._was_warned and not endpoint.secure and not endpoint.is_on_this_host:
+        if not self._may_warn.locked() and not endpoint.secure and not endpoint.is_on_this_host:
             secrets = sorted({name for name, _ in headers if is_secret(name)})
-            if secrets:
-                self._was_warned = True
+            if secrets and self._may_warn.acquire(blocking=False):
                 log.warning(
                     "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
                     "use a grpcs:// URL where the server offers TLS",
@@ -133,6 +133,7 @@ class Session:
         settings = self._settings
         capabilities = self._ask_capabilities()
         connection = Connection(
+            settings.endpoint.url,
             self._transport,
             self._retrier,
             settings.instance_name,

@@ -627,3 +627,16 @@ def test_upload_source_that_shrinks_is_data_loss(
     with pytest.raises(DataLoss, match="shorter"):
         remote.write_many([Upload(digest, path)])
     assert server.blobs() == []
+
+
+def test_a_server_that_takes_blobs_as_streams_only_is_told_once(
+    make_server: MakeServer, make_remote: MakeRemote, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = make_server(Fault("BatchUpdateBlobs", item_status="INVALID_ARGUMENT", times=None))
+    remote = make_remote(server)
+    blobs = named(*(noise(1000, n) for n in range(5)))
+    remote.write_many(uploads(blobs))
+    assert set(server.blobs()) == set(blobs)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert server.url in told
+    assert "--digest-function sha256" in told
