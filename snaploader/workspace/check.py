@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
@@ -127,6 +128,7 @@ class _Here:
         for slot, owner in manager.slots.owners().items():
             self.slots.setdefault(owner, set()).add(slot)
         self.records = set(manager.records.entries())
+        self.strangers = manager.records.strangers()
         self.leftovers: dict[str, list[str]] = {}
         # What recovery moves aside among the records is to stay until the next start.
         staged = [name for name in manager.records.leftovers() if TRASH not in name]
@@ -149,9 +151,8 @@ def _nameless(here: _Here) -> _Wrong:
     for owner, pins in here.pins.items():
         if not _is_id(owner):
             yield from ((FindingKind.UNMANAGED, f"pin {name!r} is of no workspace") for name in sorted(pins))
-    for name in sorted(here.records):
-        if not _is_id(name):
-            yield FindingKind.RECORD, f"{name!r} is no record of a paused workspace"
+    for name in sorted({*here.strangers, *filterfalse(_is_id, here.records)}):
+        yield FindingKind.RECORD, f"{name!r} is no record of a paused workspace"
     for owner, names in here.leftovers.items():
         if not _is_id(owner):
             yield from ((FindingKind.LEFTOVER, f"{name!r} was left") for name in names)

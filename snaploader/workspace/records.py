@@ -2,7 +2,8 @@
 
 Each paused workspace has a folder named by its id, with a file `record.json` in it. It is written in a
 folder `<id>.staging-<unique>`, flushed and renamed into place; it is removed by being renamed to
-`<id>.trash-<unique>` first. So what is under an id is whole, and what has another name is rubbish.
+`<id>.trash-<unique>` first. So what is under an id is whole. What lies there and is nothing of that kind is
+somebody else's: it is never removed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import uuid
-from contextlib import suppress
 
-from snaploader.errors import DataLoss, NotFound, translate_os_errors
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache.flushing import flush_folder
 from snaploader.folders import PRIVATE, open_new, open_private
 from snaploader.workspace.names import check_workspace_id
@@ -54,6 +55,10 @@ class PausedRecords:
         """Keep a record, in the place of an earlier one. It is on disk when the call returns."""
         workspace_id = check_workspace_id(record.workspace.id)
         data = json.dumps(encode(record), indent=1).encode()
+        if self.exists(workspace_id) and not self._is_ours(workspace_id):
+            raise FailedPrecondition(
+                f"{self.path(workspace_id)!r} is no record of a paused workspace: move it away"
+            )
         staging = self._aside(workspace_id, STAGING)
         with translate_os_errors(f"cannot write the record of paused workspace {workspace_id!r}"):
             try:
@@ -74,10 +79,17 @@ class PausedRecords:
             NotFound: There is none.
             DataLoss: It cannot be read, or is of another workspace.
         """
-        path = f"{self.path(check_workspace_id(workspace_id))}/{_FILE}"
+        return self._read(check_workspace_id(workspace_id), workspace_id)
+
+    def read_leftover(self, name: str) -> PausedRecord:
+        """The record that was set aside, or was being written, under that name. Raises as `read`."""
+        return self._read(name, owner_of(name))
+
+    def _read(self, name: str, workspace_id: str) -> PausedRecord:
+        path = f"{self.path(name)}/{_FILE}"
         what = f"the record of paused workspace {workspace_id!r}"
         with translate_os_errors(f"cannot read {what}"):
-            if not os.path.lexists(self.path(workspace_id)):
+            if not os.path.lexists(self.path(name)):
                 raise NotFound(f"there is no record of a paused workspace {workspace_id!r}")
             with open(path, "rb", opener=_open_without_waiting) as file:
                 data = file.read(_MAX_BYTES + 1)
@@ -92,8 +104,10 @@ class PausedRecords:
         return record
 
     def remove(self, workspace_id: str) -> bool:
-        """Remove the record of a workspace; whether there was one."""
-        aside = self.trash(check_workspace_id(workspace_id))
+        """Remove the record of a workspace; whether there was one. What is none in its place stays."""
+        if not self._is_ours(check_workspace_id(workspace_id)):
+            return False
+        aside = self.trash(workspace_id)
         if aside:
             shutil.rmtree(aside, ignore_errors=True)
         return bool(aside)
@@ -115,19 +129,34 @@ class PausedRecords:
             return os.path.lexists(self.path(workspace_id))
 
     def entries(self) -> list[str]:
-        """The names in the folder, but for what was left over by writing and removing; sorted."""
-        return [name for name in self._names() if not is_leftover(name)]
+        """The names of the records in the folder, of unreadable ones too, sorted."""
+        return [name for name in self._names() if not is_leftover(name) and self._is_ours(name)]
 
     def leftovers(self) -> list[str]:
         """The names of what was left over by writing and removing, sorted."""
-        return [name for name in self._names() if is_leftover(name)]
+        return [name for name in self._names() if is_leftover(name) and self._is_ours(name)]
+
+    def strangers(self) -> list[str]:
+        """The names in the folder of what no record is, nor ever was, sorted."""
+        return [name for name in self._names() if not self._is_ours(name)]
 
     def sweep(self, name: str) -> None:
         """Remove a leftover. What cannot be removed stays for the next time."""
+        if self._is_ours(name):
+            shutil.rmtree(self.path(name), ignore_errors=True)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether this is a folder as they are made here: with a record and nothing else, or yet without."""
         path = self.path(name)
-        shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):
-            os.unlink(path)
+        with translate_os_errors(f"cannot look at {path!r}"):
+            try:
+                if not stat.S_ISDIR(os.lstat(path).st_mode):
+                    return False
+                with os.scandir(path) as entries:
+                    found = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+            except (FileNotFoundError, PermissionError):
+                return False  # it is gone, or another user's
+        return found == {_FILE: False} or (not found and (is_leftover(name) or _is_id(name)))
 
     def _names(self) -> list[str]:
         with translate_os_errors(f"cannot list {self._folder!r}"):
@@ -150,6 +179,14 @@ def write_new(path: str, data: bytes) -> None:
 def _open_without_waiting(path: str, flags: int) -> int:
     """As open(2): what lies there may be a pipe that nobody writes to."""
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _is_id(name: str) -> bool:
+    try:
+        check_workspace_id(name)
+    except InvalidArgument:
+        return False
+    return True
 
 
 def is_leftover(name: str) -> bool:

@@ -84,7 +84,7 @@ def test_recovery_tells_of_a_folder_whose_name_is_no_text(
     os.mkdir(os.fsencode(state / "paused") + b"/\xff")
     outcome = cli.ok("workspace", "recover", *options)
     if options:
-        trashed: list[dict[str, Any]] = json.loads(outcome.stdout)["trashed"]
-        assert "is no workspace id" in trashed[0]["reason"]
+        unknown: list[dict[str, Any]] = json.loads(outcome.stdout)["unknown"]
+        assert "is no record of a paused workspace" in unknown[0]["reason"]
     else:
-        assert outcome.text.startswith("trashed ")
+        assert outcome.text.startswith("left ")

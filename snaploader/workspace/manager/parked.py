@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 def take_back(services: Services, locks: WorkspaceLocks, findings: Findings) -> None:
     """Register every paused workspace whose record is good, with its slot; move the other records aside."""
+    for name in services.records.strangers():
+        log.warning("%r is no record of a paused workspace, and is left alone", services.records.path(name))
+        findings.unknown.append(Note(name, "it is no record of a paused workspace: move it away"))
     found = []
     for name in services.records.entries():
         with findings.guarding(name, log.warning), _held(services, locks, findings, name) as record:

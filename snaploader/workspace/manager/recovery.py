@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from snaploader.errors import InvalidArgument, NotFound
+from snaploader.errors import DataLoss, InvalidArgument, NotFound
 from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.manager import parked, reconcile, repair
 from snaploader.workspace.manager.lifetime import finish_deletion
@@ -21,7 +22,8 @@ from snaploader.workspace.manager.summary import Findings, Note, RecoverySummary
 from snaploader.workspace.manager.undo import remove_unfinished
 from snaploader.workspace.model import SnapshotRecord, SnapshotStatus, WorkspaceState
 from snaploader.workspace.names import check_workspace_id
-from snaploader.workspace.records import owner_of
+from snaploader.workspace.recordformat import PausedRecord
+from snaploader.workspace.records import TRASH, owner_of
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Reader
@@ -64,8 +66,27 @@ class _Recovery:
         """Folders of records that were being written or removed, or were trashed by an earlier recovery."""
         for name in self.services.records.leftovers():
             with self.findings.guarding(name, log.warning):
-                if self._under_lock(owner_of(name), partial(self.services.records.sweep, name)):
+                if self._under_lock(owner_of(name), partial(self._sweep_record, name)):
                     self.findings.pruned.append(Note(name, "a record that was being written or removed"))
+
+    def _sweep_record(self, name: str) -> None:
+        """Remove a leftover for good; first, what only a record that was given up keeps in the cache.
+
+        In this order: a recovery that is killed in between finds the record again.
+        """
+        records = self.services.records
+        if TRASH in name:
+            with suppress(NotFound, DataLoss):  # what it was of is not known, and may be needed
+                self._let_go_of(records.read_leftover(name))
+        records.sweep(name)
+
+    def _let_go_of(self, record: PausedRecord) -> None:
+        workspace_id = record.workspace.id
+        with self.services.catalog.reading() as reader, suppress(NotFound):
+            reader.workspace(workspace_id)
+            return  # the catalog says what becomes of its snapshots
+        if not self.services.has_traces_of(workspace_id):
+            self.services.content.drop_unmanaged(snapshot.name for snapshot in record.snapshots)
 
     def _sweep_runtime(self) -> None:
         for name in self.services.runtime.sweep():

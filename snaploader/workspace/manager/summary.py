@@ -32,6 +32,8 @@ class RecoverySummary:
     """Leftovers that were removed."""
     trashed: tuple[Note, ...] = ()
     """Records of paused workspaces that were renamed aside; the next start removes them."""
+    unknown: tuple[Note, ...] = ()
+    """What lies among the records of paused workspaces and is none: it was left alone."""
     busy: tuple[str, ...] = ()
     """Ids of workspaces that somebody else is working on: they were left alone."""
     problems: tuple[Note, ...] = ()
@@ -47,6 +49,7 @@ class Findings:
     repaired: list[Note] = field(default_factory=list)
     pruned: list[Note] = field(default_factory=list)
     trashed: list[Note] = field(default_factory=list)
+    unknown: list[Note] = field(default_factory=list)
     busy: dict[str, None] = field(default_factory=dict)
     problems: list[Note] = field(default_factory=list)
 
@@ -68,6 +71,7 @@ class Findings:
             tuple(self.repaired),
             tuple(self.pruned),
             tuple(self.trashed),
+            tuple(self.unknown),
             tuple(self.busy),
             tuple(self.problems),
         )

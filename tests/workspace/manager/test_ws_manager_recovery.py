@@ -17,6 +17,7 @@ from manager_hosts import Host, HostFactory, open_host
 
 from snaploader.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.check import check
 from snaploader.workspace.locks import HeldLock, WorkspaceLocks
 from snaploader.workspace.manager import RecoverySummary
 from snaploader.workspace.model import (
@@ -140,11 +141,73 @@ def test_a_record_that_lacks_its_slot_is_trashed(host: Host) -> None:
     assert "lacks its slot" in note.reason
 
 
-def test_a_file_among_the_records_is_trashed(host: Host) -> None:
-    (paused_folder(host) / "stray").write_text("")
-    assert [note.name for note in host.manager.recover().trashed] == ["stray"]
+def _file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def _folder_with(name: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.mkdir()
+        (path / name).write_text("mine")
+
+    return make
+
+
+def _record_and_more(path: Path) -> None:
+    path.mkdir()
+    for name in ("record.json", "notes"):
+        (path / name).write_text("mine")
+
+
+def _link(path: Path) -> None:
+    elsewhere = path.parents[2] / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "record.json").write_text("mine")
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["stray", "Stray", "stray.trash-1", "stray.staging-" + "0" * 32])
+@pytest.mark.parametrize(
+    "make",
+    [_file, _folder_with("notes"), _folder_with("record.json.old"), _record_and_more, _link],
+    ids=["file", "folder", "folder with another file", "record and more", "link to a folder"],
+)
+def test_what_is_no_record_is_told_and_left_where_it_is(
+    host: Host, name: str, make: Callable[[Path], None]
+) -> None:
+    create_paused(host, "one")
+    stray = paused_folder(host) / name
+    make(stray)
+    before = sorted(path for path in stray.rglob("*"))
+    for _ in range(2):
+        summary = host.manager.recover()
+        assert [note.name for note in summary.unknown] == [name]
+        assert nothing_done(summary)
+        assert summary.restored == ("one",)
+    assert sorted(path for path in stray.rglob("*")) == before
+    assert sorted(os.listdir(paused_folder(host))) == sorted(["one", name])
+    assert [finding.detail for finding in check(host.manager)] == [
+        f"{name!r} is no record of a paused workspace"
+    ]
+
+
+def test_an_empty_folder_that_no_workspace_could_have_is_left_where_it_is(host: Host) -> None:
+    (paused_folder(host) / "lost+found").mkdir()
+    assert [note.name for note in host.manager.recover().unknown] == ["lost+found"]
+    assert os.listdir(paused_folder(host)) == ["lost+found"]
+
+
+def test_nothing_is_lost_of_a_stranger_in_the_place_of_a_record(host: Host) -> None:
+    stray = paused_folder(host) / "one"
+    host.create("one")
+    stray.write_text("mine")
+    with pytest.raises(FailedPrecondition, match="no record of a paused workspace: move it away"):
+        host.manager.pause("one")
+    assert host.is_running("one")
+    host.manager.delete("one")
     host.manager.recover()
-    assert os.listdir(paused_folder(host)) == []
+    assert stray.read_text() == "mine"
+    assert host.leftovers() == []
 
 
 # Slots
@@ -165,6 +228,44 @@ def test_the_newest_wins_its_slot_and_the_losers_are_trashed(make_host: HostFact
     assert all("slot 7" in note.reason and "'two'" in note.reason for note in summary.trashed)
     assert host.manager.slots.owners() == {7: "two"}
     assert host.manager.workspace("two").slot == 7
+
+
+def test_the_snapshots_of_a_loser_go_with_its_record_and_not_before(host: Host) -> None:
+    create_paused(host, "one", "two")
+    host.manager.resume("one")
+    host.manager.create_version("one")
+    host.manager.pause("one")
+    pins = host.cache.pins()
+    later = host.clock.now + timedelta(seconds=1)
+    change_record(host, "two", slot=0, created_at=later.isoformat())
+    forget(host, "one", "two")
+    os.unlink(host.folder / "state" / "slots" / "1")
+    assert [note.name for note in host.manager.recover().trashed] == ["one"]
+    assert host.cache.pins() == pins  # until then the record can be put back by hand
+    host.manager.recover()
+    assert [pin for pin in host.cache.pins() if pin.startswith("workspace.one.")] == []
+    assert [pin for pin in pins if pin.startswith("workspace.two.")] == list(host.cache.pins())
+    host.manager.resume("two")
+    assert host.read("data/a", "two") == "content of two"
+    assert host.findings() == []
+
+
+@pytest.mark.parametrize("still_here", ["in the catalog", "as a record", "unreadable"])
+def test_a_record_that_was_set_aside_takes_nothing_with_it_that_may_be_needed(
+    host: Host, still_here: str
+) -> None:
+    create_paused(host, "one")
+    pins = host.cache.pins()
+    aside = paused_folder(host) / "one.trash-1"
+    shutil.copytree(paused_folder(host) / "one", aside)
+    if still_here != "in the catalog":
+        forget(host, "one")
+    if still_here == "unreadable":
+        shutil.rmtree(paused_folder(host) / "one")
+        (aside / "record.json").write_text("{")
+    assert [note.name for note in host.manager.recover().pruned][:1] == ["one.trash-1"]
+    assert host.cache.pins() == pins
+    assert not aside.exists()
 
 
 def test_a_workspace_whose_slot_cannot_be_reserved_is_trashed(make_host: HostFactory) -> None:

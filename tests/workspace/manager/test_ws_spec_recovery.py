@@ -82,6 +82,8 @@ def test_a_record_with_an_impossible_value_is_trashed_and_the_others_come_back(
 def test_a_folder_with_any_name_is_trashed_and_swept_by_the_next_start(parked: Host, name: bytes) -> None:
     folder = os.fsencode(folder_of(parked))
     os.mkdir(folder + b"/" + name)
+    with open(folder + b"/" + name + b"/record.json", "x"):
+        pass
     summary = parked.manager.recover()
     assert len(summary.restored) == 3
     assert [note.name for note in summary.trashed] == [os.fsdecode(name)]

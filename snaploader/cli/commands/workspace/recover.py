@@ -53,6 +53,7 @@ def summary_lines(summary: RecoverySummary) -> list[str]:
     lines += [f"repaired  {note.name}: {note.reason}" for note in summary.repaired]
     lines += [f"removed   {note.name}: {note.reason}" for note in summary.pruned]
     lines += [f"trashed   {note.name}: {note.reason}" for note in summary.trashed]
+    lines += [f"left      {note.name}: {note.reason}" for note in summary.unknown]
     lines += [f"busy      {workspace_id}: somebody works on it" for workspace_id in summary.busy]
     lines += [f"problem   {note.name}: {note.reason}" for note in summary.problems]
     return lines or ["there was nothing to recover"]
