@@ -13,7 +13,8 @@ class Cancellation:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._event = threading.Event()
+        self.event = threading.Event()
+        """The flag itself, to wait for."""
         self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
 
     def child(self) -> Cancellation:
@@ -21,14 +22,14 @@ class Cancellation:
         child = Cancellation()
         with self._lock:
             self._children.add(child)
-            if self._event.is_set():
-                child._event.set()
+            if self.event.is_set():
+                child.event.set()
         return child
 
     def cancel(self) -> None:
         """Set the flag here and below, and wake those who sleep on it."""
         with self._lock:
-            self._event.set()
+            self.event.set()
             children = list(self._children)
         for child in children:
             child.cancel()
@@ -36,14 +37,14 @@ class Cancellation:
     @property
     def cancelled(self) -> bool:
         """Whether the flag is set."""
-        return self._event.is_set()
+        return self.event.is_set()
 
     def check(self) -> None:
         """Raise Cancelled when the flag is set."""
-        if self._event.is_set():
+        if self.event.is_set():
             raise Cancelled("called off: the remote cache was closed, or another part of the transfer failed")
 
     def sleep(self, seconds: float) -> None:
         """Sleep, or raise Cancelled as soon as the flag is set."""
-        self._event.wait(seconds)
+        self.event.wait(seconds)
         self.check()

@@ -2,7 +2,8 @@
 
 gRPC's own retries are off, since they end at the first byte of a response. Here an operation that
 made progress (a stream that moved, a batch that lost some of its items) starts counting anew, and
-continues where it was.
+continues where it was. tenacity runs the attempts; what to try again, how long to wait and when to stop
+are strategies of its kind.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class Attempts:
         self.operation = operation
         self.cancellation = cancellation
         self.number = 0
-        self.delay_s = 0.0
-        self._policy = policy
+        self.fruitless = 0
+        """Failed attempts since the last one that made progress."""
+        self.share = 0.0
+        """Random, from 0 to 1: of the jitter in the next wait."""
         self._deadline = time.monotonic() + policy.budget_s + extra_s
-        self._fruitless = 0
         self._progressed = False
-        self._refreshed = False
 
     @property
     def remaining_s(self) -> float:
@@ -54,25 +55,67 @@ class Attempts:
         """This attempt moved something for good: should it fail, counting starts anew."""
         self._progressed = True
 
-    def failed(self, error: SnaploaderError, refresh: Callable[[], bool]) -> bool:
-        """Whether to try again after `error`, in `delay_s`. `refresh` says whether it renewed credentials."""
-        if self._progressed:
-            self._fruitless, self._progressed = 0, False
-        self._fruitless += 1
+    def failed(self) -> None:
+        """This attempt failed."""
+        self.fruitless = 1 if self._progressed else self.fruitless + 1
+        self._progressed = False
+        self.share = random.random()  # noqa: S311 - spreads load, keeps no secret
+
+
+class Backoff(tenacity.wait.wait_base):
+    """Waits that double with each fruitless attempt, capped, a share random; or longer, if the server asks.
+
+    None after credentials were renewed.
+    """
+
+    def __init__(self, policy: RetryPolicy, attempts: Attempts) -> None:
+        self._policy = policy
+        self._attempts = attempts
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
+        error = _error(retry_state)
         if isinstance(error, Unauthenticated):
-            may_retry, self._refreshed = not self._refreshed and refresh(), True
-            self.delay_s = 0.0
-            return may_retry
-        if not error.transient or self._fruitless >= self._policy.attempts or self.cancellation.cancelled:
+            return 0.0
+        policy, attempts = self._policy, self._attempts
+        full = min(policy.max_delay_s, policy.initial_delay_s * 2.0 ** min(attempts.fruitless - 1, 60))
+        return max(full * (1.0 - policy.jitter * attempts.share), retry_after_s(error) or 0.0)
+
+
+class _RetryAfterRenewal(tenacity.retry_base):
+    """Tries again, once, after Unauthenticated, when the credentials could be renewed."""
+
+    def __init__(self, refresh: Callable[[], bool]) -> None:
+        self._refresh = refresh
+        self._was_tried = False
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        outcome = retry_state.outcome
+        if self._was_tried or outcome is None or not isinstance(outcome.exception(), Unauthenticated):
             return False
-        self.delay_s = max(backoff_s(self._policy, self._fruitless), retry_after_s(error) or 0.0)
-        return self.delay_s < self.remaining_s
+        self._was_tried = True
+        return self._refresh()
 
 
-def backoff_s(policy: RetryPolicy, failures: int) -> float:
-    """The wait after so many failures in a row: doubled for each, capped, a share of it random."""
-    full = min(policy.max_delay_s, policy.initial_delay_s * 2.0 ** min(failures - 1, 60))
-    return full * (1.0 - policy.jitter * random.random())  # noqa: S311 - spreads load, keeps no secret
+class _StopAfterFruitless(tenacity.stop.stop_base):
+    """Stops after so many attempts without progress. Renewing credentials is none of them."""
+
+    def __init__(self, limit: int, attempts: Attempts) -> None:
+        self._limit = limit
+        self._attempts = attempts
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return self._attempts.fruitless >= self._limit and _error(retry_state).transient
+
+
+class _StopBeforeDeadline(tenacity.stop.stop_base):
+    """Stops when the next wait would use up what is left of the budget."""
+
+    def __init__(self, wait: Backoff, attempts: Attempts) -> None:
+        self._wait = wait
+        self._attempts = attempts
+
+    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        return self._wait(retry_state) >= self._attempts.remaining_s
 
 
 class Retrier:
@@ -106,6 +149,7 @@ class Retrier:
             extra_s: Time on top of the policy's budget, for what is big.
         """
         attempts = Attempts(operation, self._policy, extra_s, cancellation)
+        wait = Backoff(self._policy, attempts)
 
         def once() -> T:
             cancellation.check()
@@ -113,24 +157,36 @@ class Retrier:
             try:
                 return attempt(attempts)
             except SnaploaderError as error:
+                attempts.failed()
                 if not isinstance(error, Cancelled):
                     cancellation.check()
                 raise
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(lambda error: self._may_retry(attempts, error)),
-            wait=lambda _state: attempts.delay_s,
-            stop=tenacity.stop_never,
-            before_sleep=lambda state: self._tell(attempts, state),
+            retry=tenacity.retry_if_exception(_is_transient) | _RetryAfterRenewal(self._refresh),
+            wait=wait,
+            stop=(
+                tenacity.stop_when_event_set(cancellation.event)
+                | _StopAfterFruitless(self._policy.attempts, attempts)
+                | _StopBeforeDeadline(wait, attempts)
+            ),
+            before_sleep=lambda state: self._tell(attempts, wait(state), _error(state)),
             sleep=cancellation.sleep,
             reraise=True,
         )
         return retrying(once)
 
-    def _may_retry(self, attempts: Attempts, error: BaseException) -> bool:
-        return isinstance(error, SnaploaderError) and attempts.failed(error, self._refresh)
+    def _tell(self, attempts: Attempts, delay_s: float, error: SnaploaderError) -> None:
+        if self._on_retry is not None:
+            self._on_retry(RetryEvent(attempts.operation, attempts.number, delay_s, error))
 
-    def _tell(self, attempts: Attempts, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if self._on_retry is not None and isinstance(error, SnaploaderError):
-            self._on_retry(RetryEvent(attempts.operation, attempts.number, attempts.delay_s, error))
+
+def _is_transient(error: BaseException) -> bool:
+    return isinstance(error, SnaploaderError) and error.transient
+
+
+def _error(state: tenacity.RetryCallState) -> SnaploaderError:
+    """What an attempt failed with that is tried again."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    assert isinstance(error, SnaploaderError)
+    return error

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+import tenacity
 
 from snaploader._proto import duration_pb2, status_pb2
 from snaploader.errors import (
@@ -21,7 +22,7 @@ from snaploader.errors import (
 )
 from snaploader.remote.cancel import Cancellation
 from snaploader.remote.config import RetryEvent, RetryPolicy
-from snaploader.remote.retry import Attempts, Retrier, backoff_s
+from snaploader.remote.retry import Attempts, Backoff, Retrier
 from snaploader.remote.status import from_message
 
 FAST = RetryPolicy(initial_delay_s=0.0, max_delay_s=0.0)
@@ -139,9 +140,24 @@ def test_credentials_are_refreshed_once() -> None:
     assert len(refreshed) == 2
 
 
+def test_renewing_credentials_counts_for_no_attempt() -> None:
+    policy = RetryPolicy(attempts=1, initial_delay_s=1000)
+    assert run(failing(Unauthenticated("old")), policy, refresh=lambda: True) == "done"
+
+
 def test_credentials_that_cannot_be_refreshed_end_it() -> None:
     with pytest.raises(Unauthenticated):
         run(failing(Unauthenticated("no")))
+
+
+def wait(policy: RetryPolicy, error: SnaploaderError, failures: int = 1) -> float:
+    """The wait after an error that is the last of so many in a row."""
+    attempts = Attempts("testing", policy, 0, Cancellation())
+    for _ in range(failures):
+        attempts.failed()
+    state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+    state.set_exception((type(error), error, None))
+    return Backoff(policy, attempts)(state)
 
 
 def test_server_says_how_long_to_wait() -> None:
@@ -152,17 +168,16 @@ def test_server_says_how_long_to_wait() -> None:
     detail.value = b"\x0a" + bytes([len(duration)]) + duration
     error = from_message(status, "writing")
     assert isinstance(error, ResourceExhausted)
-    attempts = Attempts("testing", FAST, 0, Cancellation())
-    assert attempts.failed(error, lambda: False)
-    assert attempts.delay_s == 3.5
+    assert wait(FAST, error) == 3.5
 
 
 def test_waits_double_up_to_a_cap_and_jitter_shortens_them() -> None:
     policy = RetryPolicy(jitter=0)
-    assert [round(backoff_s(policy, n), 3) for n in (1, 2, 3, 7, 5000)] == [0.1, 0.2, 0.4, 5.0, 5.0]
-    waits = {backoff_s(RetryPolicy(jitter=0.5), 3) for _ in range(100)}
-    assert len(waits) > 50
-    assert all(0.2 <= wait <= 0.4 for wait in waits)
+    waits = [round(wait(policy, Unavailable("x"), failures), 3) for failures in (1, 2, 3, 7, 5000)]
+    assert waits == [0.1, 0.2, 0.4, 5.0, 5.0]
+    waits = [wait(RetryPolicy(jitter=0.5), Unavailable("x"), 3) for _ in range(100)]
+    assert len(set(waits)) > 50
+    assert all(0.2 <= waited <= 0.4 for waited in waits)
 
 
 def test_cancelling_wakes_the_sleeper() -> None:
