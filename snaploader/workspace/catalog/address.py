@@ -46,8 +46,8 @@ def parse_address(address: str | os.PathLike[str]) -> URL:
         return _of_file(address)
     if not is_url or not _SCHEME.fullmatch(scheme):
         raise InvalidArgument(
-            "this is neither the URL nor the path of a catalog: write sqlite:///PATH, postgresql://HOST/NAME or "
-            "the path of a file with its folder, such as ./NAME"
+            "this is neither the URL nor the path of a catalog: write sqlite:///PATH, postgresql://HOST/NAME "
+            "or the path of a file with its folder, such as ./NAME"
         )
     if scheme not in _DRIVERS:
         raise InvalidArgument(
