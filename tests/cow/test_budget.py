@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import threading
 
 import numpy as np
@@ -144,6 +145,15 @@ def test_what_dies_while_the_cache_is_locked_does_not_deadlock():
 def test_negative_bounds_are_refused(name):
     with pytest.raises(ValueError, match=name):
         MappingBudget(**{name: -1})
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(100, 64), (1024, 256), (20_000, 1024), (resource.RLIM_INFINITY, 1024)]
+)
+def test_a_quarter_of_the_files_that_a_process_may_open_is_the_default(monkeypatch, limit, expected):
+    monkeypatch.setattr("cow.mapping.getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
+    assert MappingBudget().max_descriptors == expected
+    assert MappingBudget(max_descriptors=3).max_descriptors == 3
 
 
 def lazy_store(folder, chunks, budget, chunk_size=CHUNK):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cow_sources import MemorySource, open_files, pattern, read_chunk
 
-from cow import COWStore, MappingBudget, OutOfBounds, StoreClosed, StoreInUse
+from cow import COWStore, MappingBudget, OutOfBounds, StoreClosed, StoreInUse, TruncatedFile
 
 CHUNK = 8192
 PATIENCE = 60
@@ -348,6 +348,49 @@ def test_a_sync_does_not_trust_one_that_is_under_way(store, monkeypatch):
         store.sync()
     other.join(PATIENCE)
     assert synced == [f"{store.data_dir}/0.0", store.data_dir]
+
+
+@pytest.mark.parametrize("kind", ["hole", "lazy", "base", "private", "frozen"])
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_big_reads_agree_with_small_ones_mapped_or_not(tmp_path, kind, budget):
+    """From 128 KiB on a first read goes to the file, and a copy lets other threads run."""
+    big = 256 * 1024
+    size = 3 * big - 1000
+    content = pattern(size) if kind != "hole" else bytes(size)
+    (tmp_path / "file").write_bytes(content)
+    arguments = {"size": size, "chunk_size": big, "budget": MappingBudget(budget)}
+    if kind == "base":
+        store = COWStore.from_file(tmp_path / "file", tmp_path / "s", big, copy=False)
+    elif kind == "lazy":
+        store = COWStore(tmp_path / "s", chunks=range(3), source=MemorySource(content, big), **arguments)
+    else:
+        store = COWStore(tmp_path / "s", **arguments)
+        store.write_at(0, content)
+        if kind == "frozen":
+            store.checkpoint().commit()
+    before = open_files()
+    with store:
+        for offset, length in ((5, big - 5), (0, size), (big + 1, big // 2), (0, size), (size - big, big)):
+            expected = content[offset : offset + length]
+            assert store.read_at(offset, length) == expected
+            buffer = bytearray(b"?" * length)
+            assert store.readinto_at(offset, buffer) == length
+            assert buffer == expected
+            assert store.view(offset, length).tobytes() == expected
+            assert open_files() == before
+
+
+def test_a_big_read_of_a_file_that_is_too_short_is_an_error_and_maps_nothing(tmp_path):
+    big = 256 * 1024
+    budget = MappingBudget()
+    source = MemorySource(pattern(big + 100), big)
+    with COWStore(
+        tmp_path / "s", size=2 * big, chunk_size=big, chunks=[0, 1], source=source, budget=budget
+    ) as store:
+        with pytest.raises(TruncatedFile, match="chunk 1 "):
+            store.read_at(0, 2 * big)
+        assert budget.mapped_bytes == big
+        assert store.read_at(0, big) == source.content[:big]
 
 
 class FullDisk:
