@@ -192,9 +192,9 @@ class SnapshotDeriver:
             return upload_source(self._file_cache, digest)
 
         try:
-            uploaded = upload_blobs(remote, blobs - trees, source, progress, sent)
+            uploaded = upload_blobs(remote, blobs - trees, source, progress, sent, sampled=False)
             uploaded += upload_child_directories(remote, derived.directories.values(), sent)
-            uploaded += upload_blobs(remote, trees, source, None, sent)
+            uploaded += upload_blobs(remote, trees, source, None, sent, sampled=False)
             # Looked at once more: the upload may have taken minutes.
             if self._finder.is_taken_remotely(derived.key):
                 raise FailedPrecondition(taken(derived.key))

@@ -8,12 +8,15 @@ and would one day be missing from a snapshot that was saved since.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+import logging
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
+from snaploader.chunktable import MAX_CHUNK_SIZE
 from snaploader.digest import Buffer, Digest
 from snaploader.dirtree import DirectoryTree, child_directories
 from snaploader.errors import (
@@ -31,8 +34,14 @@ from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import RemoteManifest
 from snaploader.manifest import Manifest
 
+log = logging.getLogger(__name__)
+
 SMALL_BLOB_BYTES = 4 << 20
 """Blobs up to this size are uploaded from memory, bigger ones from their file."""
+
+SAMPLED_BLOBS = 4
+SAMPLED_BYTES = 2 << 20
+"""How much is read at most of what a server says it has, at each upload of chunks and files, and of trees."""
 
 _Content: TypeAlias = "tuple[dict[str, str], dict[str, str]]"
 """Hashes of plain files, and of trees, by name."""
@@ -57,17 +66,26 @@ def upload_blobs(
     read: BlobReader,
     progress: ProgressCallback | None,
     sent: list[Digest] | None = None,
+    *,
+    sampled: bool = True,
 ) -> TransferStatistics:
-    """Upload those of `digests` that the store lacks.
+    """Upload those of `digests` that the store lacks, and read a few of the others to see that it has them.
+
+    Some servers answer from an index that outlives the blobs. Where a sample is wrong, no answer is trusted:
+    all are uploaded.
 
     Args:
         sent: Takes in what is handed to the store, for when that fails half-way.
+        sampled: Whether to read that sample.
+
+    Raises:
+        DataLoss: The server says that it has a blob, and cannot give it even after it was uploaded.
     """
     missing = remote.find_missing(digests)
     meter = ProgressMeter(progress, "upload", sum(digest.size_bytes for digest in missing))
 
-    def uploads() -> Iterator[Upload]:
-        for digest in sorted(missing):
+    def uploads(wanted: Iterable[Digest]) -> Iterator[Upload]:
+        for digest in sorted(wanted):
             try:
                 source = read(digest)
             except (NotFound, DataLoss) as error:
@@ -80,7 +98,47 @@ def upload_blobs(
             yield Upload(digest, source)
             meter.add(digest.size_bytes)
 
-    return remote.write_many(uploads()) if missing else TransferStatistics()
+    uploaded = remote.write_many(uploads(missing)) if missing else TransferStatistics()
+    claimed = [digest for digest in digests if digest not in missing and digest.size_bytes]
+    sample = _sample(claimed) if sampled else []
+    error = _read_error(remote, sample)
+    if error is None:
+        return uploaded
+    log.warning("the remote cache says that it has a blob and cannot give it, so all are uploaded: %s", error)
+    meter = ProgressMeter(progress, "upload", sum(digest.size_bytes for digest in claimed))
+    uploaded += remote.write_many(uploads(claimed))
+    error = _read_error(remote, sample)
+    if error is None:
+        return uploaded
+    raise DataLoss(
+        "the remote cache says that it has blobs of the snapshot and cannot give them, even after they were "
+        f"uploaded again: its index is wrong, and must be rebuilt on the server ({error.message})"
+    ) from error
+
+
+def _sample(claimed: Sequence[Digest]) -> list[Digest]:
+    """A few blobs at random, so that one save after the other looks at different ones.
+
+    At most `SAMPLED_BLOBS` of `SAMPLED_BYTES` together; where all are larger than that, one.
+    """
+    chance = random.SystemRandom()
+    candidates = chance.sample(claimed, min(len(claimed), 16 * SAMPLED_BLOBS))
+    sample: list[Digest] = []
+    for digest in candidates:
+        if sum(other.size_bytes for other in sample) + digest.size_bytes <= SAMPLED_BYTES:
+            sample.append(digest)
+    one = [digest for digest in candidates if digest.size_bytes <= MAX_CHUNK_SIZE]
+    return sample[:SAMPLED_BLOBS] or one[:1]
+
+
+def _read_error(remote: RemoteStore, sample: Collection[Digest]) -> SnaploaderError | None:
+    """Why one of these blobs cannot be read, although the server says that it has it."""
+    try:
+        if sample:
+            remote.read_many(sample, lambda *_: None)
+    except (NotFound, DataLoss) as error:
+        return error
+    return None
 
 
 def upload_child_directories(
@@ -93,7 +151,11 @@ def upload_child_directories(
     uploaded = TransferStatistics()
     for tree in trees:
         directories = child_directories(tree)
-        uploaded += upload_blobs(remote, directories, directories.__getitem__, None, sent)
+        missing = remote.find_missing(directories)
+        if sent is not None:
+            sent += missing
+        uploads = (Upload(digest, directories[digest]) for digest in sorted(missing))
+        uploaded += remote.write_many(uploads) if missing else TransferStatistics()
     return uploaded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from loader_hosts import CHUNK, Host, HostFactory, image
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.digest import Digest
 from snaploader.errors import (
+    DataLoss,
     FailedPrecondition,
     Internal,
     InvalidArgument,
@@ -19,6 +21,7 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.keys import SnapshotKeySet, remote_manifest_digest
+from snaploader.loader.publish import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.loader.results import ManifestSource, RemoteManifest
 from snaploader.testing import EmbeddedServer, FakeCAS, Fault, FaultScript, ServerOptions, like_casd
 
@@ -155,6 +158,70 @@ def test_an_action_cache_with_room_for_a_snapshot_will_do(make_host: HostFactory
     remote = ForgetfulCAS(3)
     make_host("a", remote=remote).save(image(1))
     assert make_host("b", remote=remote).load() == image(1)
+
+
+class StaleIndexCAS(FakeCAS):
+    """A remote store that says of every blob it ever had that it has it.
+
+    Args:
+        believes_itself: It does not even store what its index knows.
+    """
+
+    def __init__(self, *, believes_itself: bool = False) -> None:
+        super().__init__()
+        self.index: set[Digest] = set()
+        self._believes_itself = believes_itself
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        return super().find_missing(digests) - self.index
+
+    def _write(self, digest: Digest, source: Any) -> None:
+        if not (self._believes_itself and digest in self.index):
+            super()._write(digest, source)
+        self.index.add(digest)
+
+
+def test_blobs_that_only_the_servers_index_has_are_uploaded_again(make_host: HostFactory) -> None:
+    remote = StaleIndexCAS()
+    host = make_host("a", remote=remote)
+    host.save(image(1))
+    remote.blobs.clear()
+    result = host.save(image(1))
+    assert result.uploaded_blobs == len(remote.blobs) == len(remote.index)
+    assert make_host("b", remote=remote).load() == image(1)
+
+
+def test_a_server_that_believes_its_index_more_than_its_disk_fails_the_save(make_host: HostFactory) -> None:
+    remote = StaleIndexCAS(believes_itself=True)
+    host = make_host("a", remote=remote)
+    host.save(image(1))
+    remote.blobs.clear()
+    key_set = host.keys()
+    with pytest.raises(DataLoss, match="index is wrong") as caught:
+        host.save(image(1))
+    assert_says_that_the_local_snapshot_stands(caught.value)
+    assert local_only(host, key_set) == image(1)
+
+
+def test_a_few_lost_blobs_are_found_by_saving_often_enough(make_host: HostFactory) -> None:
+    remote = StaleIndexCAS()
+    host = make_host("a", remote=remote)
+    host.save(image(1, chunks=40, holes=()))
+    lost = list(remote.blobs)[:10]
+    for digest in lost:
+        del remote.blobs[digest]
+    read: set[Digest] = set()
+    for _ in range(200):
+        before = remote.reads.copy()
+        host.save(image(1, chunks=40, holes=()))
+        sampled = remote.reads - before
+        assert len(sampled) <= 2 * SAMPLED_BLOBS
+        assert sum(digest.size_bytes for digest in sampled) <= 2 * SAMPLED_BYTES
+        read |= sampled.keys()
+        if remote.index <= remote.blobs.keys():
+            break
+    assert remote.index <= remote.blobs.keys()
+    assert len(read) > 0
 
 
 def test_a_server_that_shows_no_manifest_is_told_in_its_own_words(
