@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -25,6 +26,9 @@ from snaploader.loader.progress import ProgressCallback
 
 PIPE_WIDTH = 200
 """Columns of tables that go to no terminal; rows must not break where programs read them."""
+
+_NARROWEST = 10
+"""Columns of text are not folded to fewer characters than this; see `Output.table`."""
 
 _LINES = "\n\t"
 """Messages may have several lines. Names in them are quoted."""
@@ -77,17 +81,31 @@ class Output:
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None
     ) -> None:
-        """A table for people; columns whose name ends in > are aligned right."""
+        """A table for people; columns whose name ends in > are aligned right.
+
+        On a terminal where the columns of text would be too narrow to be read, or the others be cut, each
+        row is a list of its cells instead.
+        """
         if self.as_json:
             return
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in columns:
-            right = column.endswith(">")
-            table.add_column(
-                column.removesuffix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
-            )
-        for row in rows:
-            table.add_row(*(printable(cell) for cell in row))
+        cells = [[printable(cell) for cell in row] for row in rows]
+        names = [column.removesuffix(">") for column in columns]
+        listed = sys.stdout.isatty() and _least_width(columns, cells) > Console(file=sys.stdout).width
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=not listed)
+        if listed:
+            table.add_column(no_wrap=True, style="bold")
+            table.add_column(overflow="fold")
+            for number, row in enumerate(cells):
+                if number:
+                    table.add_row()
+                for name, cell in zip(names, row, strict=True):
+                    table.add_row(name, cell)
+        else:
+            for column, name in zip(columns, names, strict=True):
+                right = column.endswith(">")
+                table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+            for row in cells:
+                table.add_row(*row)
         _draw(table)
 
     def tree(self, root: Branch) -> None:
@@ -214,6 +232,15 @@ def _tree(root: Branch) -> Tree:
         above, branch = waiting.pop()
         waiting += [(above.add(Text(printable(below.label))), below) for below in branch.branches]
     return tree
+
+
+def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How many columns of a terminal a table needs to be readable."""
+    widths = []
+    for number, column in enumerate(columns):
+        width = max(cell_len(text) for text in (column.removesuffix(">"), *(row[number] for row in rows)))
+        widths.append(width if column.endswith(">") else min(width, _NARROWEST))
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def _draw(what: RenderableType, *, folded: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,46 @@ def test_text_names_everything(cli: CommandLine, files: list[Path]) -> None:
         "BLAKE3",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80, 100, 200])
+def test_a_terminal_of_any_width_shows_all_of_names_and_digests(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    disk = tmp_path / "root-filesystem.ext4"
+    disk.write_bytes(chunked_content(1, 0, 2, 2) + b"tail")
+    cli.ok(*SAVE, "--ref", "main", disk)
+    digest = cli.json("show", "--ref", "main")["snapshot"]["files"][0]["digest"][:16]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "25")
+    monkeypatch.setenv("TERM", "dumb")
+    lines = cli.ok("show", "--ref", "main").text.partition("digests ")[2].splitlines()
+    assert max(map(len, lines)) <= columns
+    assert _is_folded_in(disk.name, lines)
+    assert _is_folded_in(digest, lines)
+    assert _is_folded_in("4.0 KiB", lines)
+
+
+def _is_folded_in(text: str, lines: list[str]) -> bool:
+    """Whether `text` stands in the lines, on one, or on some below each other in pieces of 6 or more."""
+    for number, line in enumerate(lines):
+        for length in range(len(text), 5, -1):
+            at = line.find(text[:length])
+            if at >= 0 and (length == len(text) or _continues(text[length:], lines[number + 1 :], at)):
+                return True
+    return False
+
+
+def _continues(rest: str, lines: list[str], at: int) -> bool:
+    for line in lines:
+        piece = line[at:].partition(" ")[0]
+        if not piece or not rest.startswith(piece):
+            return False
+        rest = rest[len(piece) :]
+        if not rest:
+            return True
+    return False
 
 
 def test_missing_local_chunks_are_seen(cli: CommandLine, server: EmbeddedServer, files: list[Path]) -> None:
