@@ -190,3 +190,12 @@ def test_a_wrong_variable_is_named(cli: CommandLine, monkeypatch: pytest.MonkeyP
     outcome = cli("cache", "ls")
     assert outcome.exit_code == 2
     assert variable in outcome.stderr
+
+
+def test_help_tells_what_the_default_of_an_on_off_option_means(cli: CommandLine, config: Path) -> None:
+    text = " ".join(cli.ok("show", "--help").text.split())
+    assert "SNAPLOADER_SHARE; default: yes]" in text
+    assert "SNAPLOADER_UNIVERSAL_FALLBACK; default: no]" in text
+    assert "SNAPLOADER_REMOTE_CACHE_COMPRESSION; default: yes]" in text
+    config.write_text("share = false\n")
+    assert "SNAPLOADER_SHARE; default: no]" in " ".join(cli.ok("show", "--help").text.split())
