@@ -27,11 +27,13 @@ from typing import Any
 
 import click
 
-from snaploader.cli.values import check_file
+from snaploader.cli.values import Duration, KeyValue, Size, check_file
 from snaploader.errors import InvalidArgument, translate_os_errors
 
 MAX_CONFIG_BYTES = 1 << 20
 ENVIRONMENT_PREFIX = "SNAPLOADER_"
+
+_TOML_TYPES = {bool: "boolean", dict: "table", float: "float", int: "integer", list: "array", str: "string"}
 
 
 def environment_variable(long_name: str, scope: str = "") -> str:
@@ -120,18 +122,20 @@ class _Reader:
 
     def _value(self, option: click.Option, value: object, key: str) -> Any:
         """The value as click wants it, after a trial conversion, so that the message can name the file."""
-        if isinstance(value, dict) and option.multiple:
+        if isinstance(value, dict) and option.multiple and isinstance(option.type, KeyValue):
+            for name, content in value.items():
+                if not isinstance(content, str):
+                    self._fail(f"{key}.{name}", _wrong_type(content, "a string"))
             value = [f"{name}={content}" for name, content in value.items()]
         if option.multiple:
             if not isinstance(value, list):
                 value = [value]
         elif isinstance(value, list | dict):
             self._fail(key, "takes one value only")
-        if option.is_flag and not isinstance(value, bool):
-            self._fail(key, "must be true or false")
+        types, expected = _expected(option)
         for item in value if isinstance(value, list) else [value]:
-            if not isinstance(item, str | int | float) or (isinstance(item, bool) and not option.is_flag):
-                self._fail(key, f"has a value of the wrong type: {item!r}")
+            if type(item) not in types:  # not isinstance: true and false are integers to it
+                self._fail(key, _wrong_type(item, expected))
             try:
                 option.type.convert(item if option.is_flag or option.count else str(item), option, None)
             except click.BadParameter as error:
@@ -142,6 +146,27 @@ class _Reader:
 
     def _fail(self, key: str, problem: str) -> None:
         raise InvalidArgument(f"configuration file {str(self._path)!r}: {key!r} {problem}")
+
+
+def _expected(option: click.Option) -> tuple[tuple[type, ...], str]:
+    """The types of TOML that a value of an option may have, and how messages call them."""
+    if option.is_flag:
+        return (bool,), "true or false"
+    if isinstance(option.type, click.types.IntParamType):
+        return (int,), "an integer"
+    if isinstance(option.type, Size):
+        return (int, str), "a size: bytes, or a string such as '512KiB'"
+    if isinstance(option.type, Duration):
+        return (int, float, str), "a duration: seconds, or a string such as '24h'"
+    # Modes too: 0700 is no TOML, and the integer 700 is another mode than the string.
+    return (str,), "a string"
+
+
+def _wrong_type(value: object, expected: str) -> str:
+    """What is wrong with a value, which is not quoted: it may be a secret."""
+    return (
+        f"has a value of the wrong type ({_TOML_TYPES.get(type(value), 'date or time')}): must be {expected}"
+    )
 
 
 def _name(key: str) -> str:

@@ -44,6 +44,16 @@ class Option(click.Option):
         super().__init__(*args, **attributes)
         self.section = section
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option's line in the help. An on/off option defaults to yes or no, where click names a flag."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.secondary_opts:
+            return record
+        names, text = record
+        for flags, word in ((self.opts, "yes"), (self.secondary_opts, "no")):
+            text = text.replace(f"default: {flags[0].lstrip('-')}]", f"default: {word}]")
+        return names, text
+
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """The option as messages name it, and the variable where the value came from one."""
         hint = click.Parameter.get_error_hint(self, ctx)  # type: ignore[arg-type,unused-ignore]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,39 @@ def test_a_wrong_file_is_a_clear_error(cli: CommandLine, config: Path, content: 
     assert str(config) in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "key", "expected"),
+    [
+        ("ref = 3", "ref", "a string"),
+        ("cache-dir = 1.5", "cache-dir", "a string"),
+        ("cache-mode = 700", "cache-mode", "a string"),
+        ("digest-function = true", "digest-function", "a string"),
+        ("remote-retries = '5'", "remote-retries", "an integer"),
+        ("remote-retries = 1.0", "remote-retries", "an integer"),
+        ("verbose = 1.5", "verbose", "an integer"),
+        ("max-cache-size = 1.5", "max-cache-size", "a size"),
+        ("remote-timeout = true", "remote-timeout", "a duration"),
+        ("share = 1", "share", "true or false"),
+        ("remote-header = { a = 7654321 }", "remote-header.a", "a string"),
+        ("remote-header = { a = { b = '7654321' } }", "remote-header.a", "a string"),
+        ("platform = ['a=b', ['c=d']]", "platform", "a string"),
+        ("[save]\nchunk-size = 1.5", "save.chunk-size", "a size"),
+        ("[restore]\nonly = { a = 'b' }", "restore.only", "a string"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_file_key_and_what_is_expected(
+    cli: CommandLine, config: Path, content: str, key: str, expected: str
+) -> None:
+    config.write_text(content)
+    outcome = cli("cache", "ls", "--json")
+    assert outcome.exit_code == 2
+    error = json.loads(outcome.stderr)
+    assert error["error"] == "InvalidArgument"
+    assert f"{str(config)!r}: {key!r} has a value of the wrong type" in error["message"]
+    assert f"must be {expected}" in error["message"]
+    assert "7654321" not in error["message"]
+
+
 def test_a_file_that_is_not_text_is_a_clear_error(cli: CommandLine, config: Path) -> None:
     config.write_bytes(b"\xff\xfe")
     assert cli("cache", "ls").exit_code == 2
@@ -190,3 +224,12 @@ def test_a_wrong_variable_is_named(cli: CommandLine, monkeypatch: pytest.MonkeyP
     outcome = cli("cache", "ls")
     assert outcome.exit_code == 2
     assert variable in outcome.stderr
+
+
+def test_help_tells_what_the_default_of_an_on_off_option_means(cli: CommandLine, config: Path) -> None:
+    text = " ".join(cli.ok("show", "--help").text.split())
+    assert "SNAPLOADER_SHARE; default: yes]" in text
+    assert "SNAPLOADER_UNIVERSAL_FALLBACK; default: no]" in text
+    assert "SNAPLOADER_REMOTE_CACHE_COMPRESSION; default: yes]" in text
+    config.write_text("share = false\n")
+    assert "SNAPLOADER_SHARE; default: no]" in " ".join(cli.ok("show", "--help").text.split())
