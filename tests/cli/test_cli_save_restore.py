@@ -12,6 +12,7 @@ from cli_runner import CommandLine, chunked_content
 from snaploader.testing import EmbeddedServer
 
 SAVE_FIELDS = {
+    "remote_manifest",
     "pin",
     "snapshot_id",
     "ref",
