@@ -34,22 +34,15 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _READ_ONLY = 0x100  # PyBUF_READ, and the next one PyBUF_WRITE, of object.h
 _WRITABLE = 0x200
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_mmap = _libc.mmap
-_mmap.restype = ctypes.c_void_p
-_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_munmap = _libc.munmap
-_munmap.restype = ctypes.c_int
-_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
-_memory_at.restype = ctypes.py_object
-_memory_at.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
-_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
-_new_bytes.restype = ctypes.py_object
-_new_bytes.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t]
-_bytes_address = ctypes.pythonapi.PyBytes_AsString
-_bytes_address.restype = ctypes.c_void_p
-_bytes_address.argtypes = [ctypes.py_object]
+_address, _size, _int, _object = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.py_object
+_libc = ctypes.CDLL(None)
+_mmap = ctypes.CFUNCTYPE(
+    _address, _address, ctypes.c_size_t, _int, _int, _int, ctypes.c_long, use_errno=True
+)(("mmap", _libc))
+_munmap = ctypes.CFUNCTYPE(_int, _address, ctypes.c_size_t)(("munmap", _libc))
+_memory_at = ctypes.PYFUNCTYPE(_object, _address, _size, _int)(("PyMemoryView_FromMemory", ctypes.pythonapi))
+_new_bytes = ctypes.PYFUNCTYPE(_object, _address, _size)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
+_bytes_address = ctypes.PYFUNCTYPE(_address, _object)(("PyBytes_AsString", ctypes.pythonapi))
 
 
 def new_bytes(size: int) -> tuple[bytes, memoryview]:
@@ -309,6 +302,10 @@ class CachePart(Generic[R]):
         """Forget the resource of a chunk. It is given back now, or by its last user."""
         if index in self._held:
             self._cache._drop(self, [index])
+
+    def make_room(self) -> None:
+        """Let go of everything in the whole cache that is not in use."""
+        self._cache.trim()
 
     def clear(self) -> None:
         """Forget all of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 
@@ -159,11 +160,11 @@ class ChunkReader:
             assert state.base is not None
             state.count_origin(index, BASE_ORIGIN)
             what = f"the file {state.base.path!r}"
-            mapping = FileMapping(state.base.fd, index * state.chunk_size, length, what)
+            mapping = self._new_mapping(state.base.fd, index * state.chunk_size, length, what)
             return self._mappings.add(index, mapping)
         fd = state.files.open(state.name(index))
         try:
-            mapping = FileMapping(fd, 0, length, f"the file of {state.describe(index)}")
+            mapping = self._new_mapping(fd, 0, length, f"the file of {state.describe(index)}")
             self._mappings.add(index, mapping)
             if on_open is not None:
                 on_open(fd)
@@ -183,7 +184,7 @@ class ChunkReader:
         try:
             what = f"{state.describe(index)}, from its source ({opened.origin}),"
             with state.locks.hold(index):
-                mapping = FileMapping(opened.fd, 0, length, what)
+                mapping = self._new_mapping(opened.fd, 0, length, what)
                 # A write may have replaced the chunk meanwhile: then this is for those who began before.
                 lazy = state.chunks.kind_of[index] == LAZY
                 self._mappings.add(index, mapping, findable=lazy)
@@ -192,6 +193,16 @@ class ChunkReader:
             return mapping
         finally:
             os.close(opened.fd)
+
+    def _new_mapping(self, fd: int, offset: int, length: int, what: str) -> FileMapping:
+        try:
+            return FileMapping(fd, offset, length, what)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+        # The process may map no more (RLIMIT_AS, vm.max_map_count), though the budget would allow it.
+        self._mappings.make_room()
+        return FileMapping(fd, offset, length, what)
 
     def _count_hole(self, index: int) -> None:
         with self._state.counters.lock:

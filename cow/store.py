@@ -118,10 +118,9 @@ class COWStore:
         chunk_size = check_chunk_size(chunk_size)
         base = BaseFile(path)
         try:
-            size = check_store_size(os.fstat(base.fd).st_size, chunk_size)
             state = StoreState(
                 PrivateFiles(data_dir),
-                size=size,
+                size=check_store_size(os.fstat(base.fd).st_size, chunk_size),
                 chunk_size=chunk_size,
                 budget=budget or default_budget(),
                 base=None if copy else base,
@@ -129,17 +128,15 @@ class COWStore:
             store = cls.__new__(cls)
             store._init(state, None)
             try:
-                if not copy:
-                    adopt_file(state, base)
-                    return store
-                copy_file(state, base)
+                (copy_file if copy else adopt_file)(state, base)
             except BaseException:
                 store.close()
                 raise
         except BaseException:
             base.close()
             raise
-        base.close()
+        if copy:
+            base.close()
         return store
 
     @property

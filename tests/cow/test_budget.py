@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import os
 import resource
@@ -14,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cow import COWStore, MappingBudget, default_budget
+from cow import COWStore, MappingBudget, default_budget, mapping
 from cow.mapping import ClockCache, Resource
 
 CHUNK = 8192
@@ -275,6 +277,31 @@ def test_a_store_that_is_forgotten_leaks_no_descriptor(tmp_path):
     del store
     gc.collect()
     assert open_files() == before
+
+
+def test_when_the_process_may_map_no_more_the_budget_makes_room(tmp_path, monkeypatch):
+    budget = MappingBudget()
+    store, source = lazy_store(tmp_path / "s", 4, budget)
+    real = mapping._mmap
+    room = 2
+
+    def mmap(*arguments):
+        if budget.mappings >= room:
+            ctypes.set_errno(errno.ENOMEM)
+            return mapping._MAP_FAILED
+        return real(*arguments)
+
+    monkeypatch.setattr(mapping, "_mmap", mmap)
+    with store:
+        for index in (0, 1, 2, 3, 0):
+            assert read_chunk(store, index) == source.content[index * CHUNK : (index + 1) * CHUNK]
+        store.write_at(0, b"x")
+        assert read_chunk(store, 0) == b"x" + source.content[1:CHUNK]
+        views = [store.view(0, 1), store.view(CHUNK, 1)]
+        with pytest.raises(OSError, match=r"cannot map chunk 2 .*Cannot allocate memory"):
+            store.read_at(2 * CHUNK, 1)
+        del views
+        assert store.read_at(2 * CHUNK, 1) == source.content[2 * CHUNK : 2 * CHUNK + 1]
 
 
 def test_a_forked_child_has_a_budget_of_its_own(tmp_path):
