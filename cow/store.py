@@ -118,9 +118,10 @@ class COWStore:
         chunk_size = check_chunk_size(chunk_size)
         base = BaseFile(path)
         try:
+            size = check_store_size(os.fstat(base.fd).st_size, chunk_size)
             state = StoreState(
                 PrivateFiles(data_dir),
-                size=check_store_size(os.fstat(base.fd).st_size, chunk_size),
+                size=size,
                 chunk_size=chunk_size,
                 budget=budget or default_budget(),
                 base=None if copy else base,

@@ -107,6 +107,15 @@ def test_conversion_that_fails_leaves_nothing(tmp_path, sparse, monkeypatch):
     assert open_files() == before
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_file_of_too_many_chunks_is_refused_and_leaves_no_folder(tmp_path, copy):
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate((1 << 24) * 4096 + 1)
+    with pytest.raises(ValueError, match="out of range"):
+        COWStore.from_file(tmp_path / "file", tmp_path / "s", 4096, copy=copy)
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize("name", ["missing", "folder"])
 def test_what_is_no_file_cannot_be_converted(tmp_path, name):
     (tmp_path / "folder").mkdir()
