@@ -78,7 +78,7 @@ def unpack(
 ) -> UnpackedSnapshot:
     """See `SnapshotLoader.unpack_snapshot`."""
     manifest = snapshot.manifest
-    with contextlib.ExitStack() as undo:
+    with translate_os_errors(f"cannot unpack into {str(output_directory)!r}"), contextlib.ExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
         cleanup = contextlib.ExitStack()
         undo.callback(cleanup.close)
