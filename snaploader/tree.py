@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -231,6 +232,7 @@ def _with_sizes(
     copy.CopyFrom(properties)
     copy.properties.add(name=CHUNK_SIZE_PROPERTY, value=str(table.chunk_size))
     copy.properties.add(name=SIZE_PROPERTY, value=str(table.size))
+    copy.properties.sort(key=attrgetter("name"))
     return copy
 
 

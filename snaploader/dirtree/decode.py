@@ -6,8 +6,8 @@ a few kilobytes can name more paths than there is memory for. All bounds are che
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from snaploader import wire
 from snaploader._proto import remote_execution_pb2
@@ -16,6 +16,8 @@ from snaploader.dirtree.entries import (
     MAX_ENTRIES,
     MAX_PATHS_BYTES,
     MODE_BITS,
+    UNIX_NAME_PROPERTY,
+    UNIX_TARGET_PROPERTY,
     ChunkedEntry,
     DirectoryEntry,
     Entry,
@@ -31,18 +33,18 @@ from snaploader.tree import MAX_TREE_BYTES, bytes_of, decode_chunk_directory, me
 _TREE_ROOT, _TREE_CHILDREN = 1, 2
 _FILES, _DIRECTORIES, _SYMLINKS, _PROPERTIES = 1, 2, 3, 5
 _MAX_ROOT_PARTS = 1000
+_HEXADECIMAL = re.compile(r"(?:[0-9a-f]{2}){1,4096}")
 
 
 @dataclass(slots=True)
 class _Listing:
     """One Directory, read: its own entry, and those in it; of directories there only the digests."""
 
-    entry: DirectoryEntry
+    entry: DirectoryEntry | ChunkedEntry
+    unix_name: str | None
+    """What it is called, whatever its parent says; None when that says it."""
     entries: dict[str, Entry] = field(default_factory=dict)
     directories: dict[str, Digest] = field(default_factory=dict)
-
-
-_Child: TypeAlias = "_Listing | ChunkedEntry"
 
 
 def decode_directory_tree(data: Buffer, function: DigestFunction) -> DirectoryTree:
@@ -69,13 +71,13 @@ class _Reader:
     def __init__(self, tree: memoryview, function: DigestFunction) -> None:
         self._function = function
         self._root, self._children = _split(tree, function)
-        self._read: dict[str, _Child] = {}
+        self._read: dict[str, _Listing] = {}
         self._entries: dict[str, Entry] = {}
         self._paths_bytes = 0
 
     def read(self) -> DirectoryTree:
         root = _read_directory(self._root, self._function)
-        if isinstance(root, ChunkedEntry):
+        if isinstance(root.entry, ChunkedEntry):
             raise InvalidArgument("a chunked file was found where the tree of a directory should be")
         self._put("", root.entry)
         pending = [("", root)]
@@ -86,14 +88,14 @@ class _Reader:
                 self._put(prefix + name, entry)
             for name, digest in listing.directories.items():
                 child = self._child(digest, prefix + name)
-                if isinstance(child, ChunkedEntry):
-                    self._put(prefix + name, child)
-                else:
-                    self._put(prefix + name, child.entry)
-                    pending.append((prefix + name, child))
+                child_path = prefix + (child.unix_name or name)
+                self._put(child_path, child.entry)
+                pending.append((child_path, child))
         return DirectoryTree(self._entries, self._function)
 
     def _put(self, path: str, entry: Entry) -> None:
+        if path in self._entries:
+            raise InvalidArgument(f"{path[:200]!r} is in a tree twice")
         self._entries[path] = entry
         self._paths_bytes += check_path(path)
         if len(self._entries) > MAX_ENTRIES or self._paths_bytes > MAX_PATHS_BYTES:
@@ -102,7 +104,7 @@ class _Reader:
                 "is refused"
             )
 
-    def _child(self, digest: Digest, path: str) -> _Child:
+    def _child(self, digest: Digest, path: str) -> _Listing:
         child = self._read.get(digest.hash)
         data = self._children.get(digest.hash)
         if data is None or len(data) != digest.size_bytes:
@@ -130,11 +132,12 @@ def _split(tree: memoryview, function: DigestFunction) -> tuple[memoryview, dict
     return roots[0] if len(roots) == 1 else memoryview(b"".join(roots)), children
 
 
-def _read_directory(data: memoryview, function: DigestFunction) -> _Child:
+def _read_directory(data: memoryview, function: DigestFunction) -> _Listing:
     chunked = decode_chunk_directory(data, function)
     if chunked is not None:
         table, properties = chunked
-        return ChunkedEntry(table, _mode(properties, 0o644), _mtime_ns(properties))
+        entry = ChunkedEntry(table, _mode(properties, 0o644), _mtime_ns(properties))
+        return _Listing(entry, _checked_unix_name(properties))
     properties = remote_execution_pb2.NodeProperties()
     files: dict[str, Entry] = {}
     directories: dict[str, Digest] = {}
@@ -156,7 +159,7 @@ def _read_directory(data: memoryview, function: DigestFunction) -> _Child:
         else:
             files[name] = node
     own = DirectoryEntry(_mode(properties, 0o755), _mtime_ns(properties))
-    return _Listing(own, files, directories)
+    return _Listing(own, _checked_unix_name(properties), files, directories)
 
 
 def _node(part: wire.Field, function: DigestFunction) -> tuple[str, Entry | Digest] | None:
@@ -166,14 +169,41 @@ def _node(part: wire.Field, function: DigestFunction) -> tuple[str, Entry | Dige
         digest = Digest.checked(file.digest.hash, file.digest.size_bytes, function)
         default = 0o755 if file.is_executable else 0o644
         properties = file.node_properties
-        return file.name, FileEntry(digest, _mode(properties, default), _mtime_ns(properties))
+        name = _on_disk(properties, UNIX_NAME_PROPERTY) or file.name
+        return name, FileEntry(digest, _mode(properties, default), _mtime_ns(properties))
     if part.number == _DIRECTORIES:
         directory = parse_field(remote_execution_pb2.DirectoryNode, part)
         return directory.name, Digest.checked(directory.digest.hash, directory.digest.size_bytes, function)
     if part.number == _SYMLINKS:
         symlink = parse_field(remote_execution_pb2.SymlinkNode, part)
-        return symlink.name, SymlinkEntry(symlink.target, _mtime_ns(symlink.node_properties))
+        properties = symlink.node_properties
+        name = _on_disk(properties, UNIX_NAME_PROPERTY) or symlink.name
+        target = _on_disk(properties, UNIX_TARGET_PROPERTY) or symlink.target
+        return name, SymlinkEntry(target, _mtime_ns(properties))
     return None
+
+
+def _checked_unix_name(properties: remote_execution_pb2.NodeProperties) -> str | None:
+    name = _on_disk(properties, UNIX_NAME_PROPERTY)
+    if name is not None:
+        check_name(name, name)
+    return name
+
+
+def _on_disk(properties: remote_execution_pb2.NodeProperties, what: str) -> str | None:
+    """The text of a property with bytes that are not UTF-8; None when there is no such property."""
+    values = [item.value for item in properties.properties if item.name == what]
+    if not values:
+        return None
+    if len(values) > 1 or not _HEXADECIMAL.fullmatch(values[0]):
+        raise InvalidArgument(f"property {what!r} of a tree is not one hexadecimal number")
+    text = bytes.fromhex(values[0]).decode("utf-8", "surrogateescape")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text
+    # Else one file could stand under two names, which other readers tell apart.
+    raise InvalidArgument(f"property {what!r} of a tree is UTF-8: {text[:80]!r} is to stand for itself")
 
 
 def _mode(properties: remote_execution_pb2.NodeProperties, default: int) -> int:

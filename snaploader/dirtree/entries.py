@@ -18,17 +18,24 @@ MAX_ENTRIES = 1 << 20
 MAX_DEPTH = 200
 """Most names in a path."""
 
+MAX_NAME_BYTES = 255
+"""Longest name, in bytes; that of Linux file systems."""
+
 MAX_PATH_BYTES = 4095
-"""Longest path, in UTF-8 bytes; that of Linux."""
+"""Longest path, in bytes; that of Linux."""
 
 MAX_PATHS_BYTES = 256 << 20
 """Of all paths of a tree together: a small Tree can name one long path many times."""
 
 MAX_TARGET_BYTES = 4095
-"""Longest target of a symbolic link, in UTF-8 bytes; that of Linux."""
+"""Longest target of a symbolic link, in bytes; that of Linux."""
 
 MAX_ROWS = 1 << 22
 """Chunks of all chunked files of a tree together, equal files counted each: 2 TiB in chunks of 512 KiB."""
+
+UNIX_NAME_PROPERTY = "unix_name"
+UNIX_TARGET_PROPERTY = "unix_target"
+"""Properties with the bytes, in hexadecimal, of a name and of a symbolic link's target that are not UTF-8."""
 
 MIN_MTIME_NS = -62_135_596_800 * 10**9
 MAX_MTIME_NS = 253_402_300_800 * 10**9 - 1
@@ -67,7 +74,10 @@ class ChunkedEntry:
 
 @dataclass(frozen=True, slots=True)
 class SymlinkEntry:
-    """A symbolic link, whatever it points to. It has no mode of its own."""
+    """A symbolic link, whatever it points to. It has no mode of its own.
+
+    A target that is not UTF-8 has lone surrogates in it, as `os.readlink` gives it (PEP 383).
+    """
 
     target: str
     mtime_ns: int = 0
@@ -97,14 +107,32 @@ def check_name(name: str, path: str) -> None:
     """InvalidArgument unless `name`, the last part of `path`, can stand in a directory."""
     if not name or name in {".", ".."} or "/" in name or "\0" in name:
         raise InvalidArgument(f"{name[:80]!r} in {path[:200]!r} cannot name an entry of a directory")
+    length = len(bytes_on_disk(name, path))
+    if length > MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f"the name {name[:80]!r}… in {path[:200]!r} has {length} bytes, {MAX_NAME_BYTES} are allowed"
+        )
+
+
+def bytes_on_disk(text: str, path: str) -> bytes:
+    """The bytes of a path, name or target on disk: UTF-8, and a byte for each lone surrogate (PEP 383).
+
+    InvalidArgument when `text`, which belongs to `path`, stands for no bytes, or another text for the same.
+    """
+    if text.isascii():
+        return text.encode()
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = b""
+    if data.decode("utf-8", "surrogateescape") != text:
+        raise InvalidArgument(f"{text[:200]!r} of {path[:200]!r} stands for no bytes of a file system")
+    return data
 
 
 def check_path(path: str) -> int:
     """The length of `path` in bytes, if a tree can hold it; InvalidArgument otherwise."""
-    try:
-        length = len(path.encode())
-    except UnicodeEncodeError:
-        raise InvalidArgument(f"the path {path[:200]!r} is not valid UTF-8") from None
+    length = len(bytes_on_disk(path, path))
     if length > MAX_PATH_BYTES:
         raise InvalidArgument(
             f"the path {path[:200]!r}… has {length} bytes, {MAX_PATH_BYTES} are allowed in a directory tree"
@@ -125,10 +153,7 @@ def check_entry(path: str, entry: Entry) -> None:
 
 
 def _check_target(path: str, target: str) -> None:
-    try:
-        length = len(target.encode())
-    except UnicodeEncodeError:
-        raise InvalidArgument(f"the target of symbolic link {path[:200]!r} is not valid UTF-8") from None
+    length = len(bytes_on_disk(target, path))
     if not 0 < length <= MAX_TARGET_BYTES or "\0" in target:
         raise InvalidArgument(
             f"the target of symbolic link {path[:200]!r} is empty, has a NUL or more than "

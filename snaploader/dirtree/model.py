@@ -26,6 +26,8 @@ from snaploader.errors import InvalidArgument
 class DirectoryTree(Mapping[str, Entry]):
     """The entries of a directory by their paths: relative, with "/" between names; "" is the root.
 
+    Names that are not UTF-8 have lone surrogates in them, as `os.listdir` gives them (PEP 383).
+
     Immutable. Iteration gives a directory before what is in it, and names of one directory sorted.
 
     Args:

@@ -92,8 +92,12 @@ def fill_properties(draw: st.DrawFn, properties: reapi.NodeProperties) -> None:
         fill_time(draw, properties.mtime)
     if draw(st.booleans()):
         properties.unix_mode.value = draw(st.one_of(st.integers(0, 0o1777), UINT32))
-    for name in draw(st.lists(st.sampled_from(["size", "chunk_size", "other"]), max_size=3)):
-        value = draw(st.one_of(st.sampled_from(["0", "25", "4096", "9999999999999999"]), TEXT))
+    for name in draw(
+        st.lists(st.sampled_from(["size", "chunk_size", "unix_name", "unix_target"]), max_size=3)
+    ):
+        value = draw(
+            st.one_of(st.sampled_from(["0", "25", "4096", "9999999999999999", "ff", "ff2f", "61"]), TEXT)
+        )
         properties.properties.add(name=name, value=value)
 
 
