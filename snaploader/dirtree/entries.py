@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,8 +13,15 @@ from snaploader.errors import InvalidArgument
 MODE_BITS = 0o1777
 """Permission and sticky bits. Set-id bits are never kept: what is restored may not lend anyone's rights."""
 
-MAX_ENTRIES = 1 << 20
+MAX_ENTRIES = 1 << 19
 """Most paths of a tree, and of all directories of a snapshot together."""
+
+MAX_DECODED_BYTES = 240 << 20
+"""Of the entries of all directories of a snapshot in memory, as `decoded_bytes` estimates them: a small Tree
+can name very many paths, and long ones."""
+
+CHILD_BYTES = 450
+"""What a child in a Tree takes in memory before it is read, in bytes."""
 
 MAX_DEPTH = 200
 """Most names in a path."""
@@ -23,9 +31,6 @@ MAX_NAME_BYTES = 255
 
 MAX_PATH_BYTES = 4095
 """Longest path, in bytes; that of Linux."""
-
-MAX_PATHS_BYTES = 256 << 20
-"""Of all paths of a tree together: a small Tree can name one long path many times."""
 
 MAX_TARGET_BYTES = 4095
 """Longest target of a symbolic link, in bytes; that of Linux."""
@@ -94,13 +99,32 @@ class DirectoryEntry:
 Entry: TypeAlias = FileEntry | ChunkedEntry | SymlinkEntry | DirectoryEntry
 
 
-def check_entry_count(count: int) -> None:
-    """InvalidArgument when all directories of a snapshot together have more entries than may be."""
-    if count > MAX_ENTRIES:
+def check_entry_count(count: int, size_bytes: int = 0) -> None:
+    """InvalidArgument when all directories of a snapshot together have more entries than may be.
+
+    Args:
+        size_bytes: What `decoded_bytes` says of them.
+    """
+    if count > MAX_ENTRIES or size_bytes > MAX_DECODED_BYTES:
         raise InvalidArgument(
-            f"the directories of a snapshot have more than {MAX_ENTRIES} entries together: save them as "
-            "several snapshots, or exclude some"
+            f"the directories of a snapshot have more than {MAX_ENTRIES} entries together, or take more than "
+            f"{MAX_DECODED_BYTES >> 20} MiB of memory: save them as several snapshots, or exclude some"
         )
+
+
+def decoded_bytes(path: str, entry: Entry) -> int:
+    """What an entry takes in memory while its tree is read, at most.
+
+    Measured on CPython 3.11. Its name, which is no longer than its path, stands in the listing of its
+    directory too.
+    """
+    names = 2 * sys.getsizeof(path)
+    if isinstance(entry, FileEntry):
+        return names + 400
+    if isinstance(entry, SymlinkEntry):
+        return names + 300 + sys.getsizeof(entry.target)
+    rows = entry.table.stored_count if isinstance(entry, ChunkedEntry) else 0
+    return names + 800 + CHILD_BYTES + 40 * rows
 
 
 def check_name(name: str, path: str) -> None:

@@ -464,7 +464,7 @@ def test_long_and_deep_paths_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "value", "what"),
-    [("MAX_PATHS_BYTES", 3, "paths"), ("MAX_BLOB_BYTES", 5, "content"), ("MAX_ROWS", 1, "chunks")],
+    [("MAX_DECODED_BYTES", 3, "memory"), ("MAX_BLOB_BYTES", 5, "content"), ("MAX_ROWS", 1, "chunks")],
 )
 def test_bounds_hold_for_the_whole_tree(
     monkeypatch: pytest.MonkeyPatch, limit: str, value: int, what: str
