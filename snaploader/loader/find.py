@@ -182,9 +182,9 @@ class SnapshotFinder:
         remote_age_s: float | None,
     ) -> list[Callable[[], Snapshot]]:
         """Ways to get the snapshot of a key, in order. Ages are limits, where there is one."""
+        local = self._local_attempt(key, allow_remote=self._remote is not None, max_age_s=local_age_s)
         if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
-            return [self._local_attempt(key, allow_remote=False, max_age_s=local_age_s)]
-        local = self._local_attempt(key, allow_remote=True, max_age_s=local_age_s)
+            return [local]
         if policy is ReadPolicy.NEWEST:
             return [self._remote_attempt(key, keep=False, max_age_s=remote_age_s), local]
         return [local, self._remote_attempt(key, keep=True, max_age_s=remote_age_s)]

@@ -171,7 +171,8 @@ class SnapshotLoader:
 
         Args:
             read_policy: `newest` prefers the remote manifest of a key to the local one; `local-first`
-                the other way round; `local-only` never asks the remote cache, not even for chunks.
+                the other way round; `local-only` takes no remote manifest. Blobs that are not here come from
+                the remote cache under each of them.
             allow_degraded: Go on to the next key when one fails for another reason than that it has no
                 snapshot. The result then says so (`Snapshot.degraded`, `Snapshot.failures`).
             max_stale_fallback_age_s: Instead of the loader's, for this call.
