@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from snaploader import keys
-from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
@@ -24,9 +23,9 @@ from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderErr
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.results import HashSet, KeyFailure, ManifestSource, Snapshot, artefacts
+from snaploader.loader.results import HashSet, KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
 from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
-from snaploader.manifest import Manifest, unpack_any
+from snaploader.manifest import Manifest
 from snaploader.policy import ReadPolicy, is_stale
 from snaploader.tree import decode_chunked_file
 
@@ -354,14 +353,6 @@ def _batches(digests: Iterable[Digest]) -> Iterator[list[Digest]]:
     iterator = iter(digests)
     while batch := list(itertools.islice(iterator, _BATCH)):
         yield batch
-
-
-def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
-    """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
-    try:
-        return unpack_any(manifest.vm_metadata, VMMetadata)
-    except InvalidArgument:
-        return None
 
 
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:

@@ -282,6 +282,7 @@ class SnapshotLoader:
         directories: Mapping[str, DirectorySource | str | os.PathLike[str]] | None = None,
         vm_configuration: Any,
         vm_metadata: Any = None,
+        task: SnapshotTask | None = None,
         snapshot_id: str | None = None,
         save_policy: SavePolicy | str = SavePolicy.ALWAYS,
         key_set: SnapshotKeySet | None = None,
@@ -309,6 +310,9 @@ class SnapshotLoader:
                 `snaploader.VMConfiguration`, or an Any.
             vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of
                 a `snaploader.VMMetadata` is the age of the snapshot as a fallback.
+            task: What the machine ran last. Its ids and the digest of its action are recorded in
+                `last_executed_task` of the metadata, with the present time, where `vm_metadata` says
+                nothing of them. InvalidArgument when that is a message of another type.
             snapshot_id: Under which exactly this snapshot is found again, for ever. Default: a new UUID.
             save_policy: Whether a snapshot that stands remotely is replaced.
             key_set: The keys that `none-available` looks at. If the universal ref is among them it is
@@ -337,6 +341,7 @@ class SnapshotLoader:
             directories={name: _directory_source(source) for name, source in (directories or {}).items()},
             vm_configuration=vm_configuration,
             vm_metadata=vm_metadata,
+            task=task,
             snapshot_id=snapshot_id,
             save_policy=_save_policy(save_policy),
             key_set=key_set,

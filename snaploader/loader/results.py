@@ -9,12 +9,13 @@ from typing import final
 
 import numpy as np
 
+from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.chunktable import ChunkTable, Hashes
 from snaploader.digest import HASH_BYTES, Digest
 from snaploader.dirtree import DirectoryTree
-from snaploader.errors import SnaploaderError
+from snaploader.errors import InvalidArgument, SnaploaderError
 from snaploader.keys import SnapshotKey
-from snaploader.manifest import Manifest
+from snaploader.manifest import Manifest, unpack_any
 
 _HASH = np.dtype(f"S{HASH_BYTES}")
 """Compares like bytes; numpy passes over zeros at the end, which all hashes have places for."""
@@ -91,6 +92,11 @@ class Snapshot:
     """What is in every directory, by the directory's name."""
     modes: Mapping[str, int] = field(default_factory=dict)
     """Permission bits of every chunked file, by the file's name."""
+
+    @property
+    def vm_metadata(self) -> VMMetadata | None:
+        """Where the state comes from; None when it does not say, or not in a way that can be read."""
+        return vm_metadata_of(self.manifest)
 
     @property
     def degraded(self) -> bool:
@@ -242,3 +248,11 @@ def artefacts(
     # Equal ones, which are one object, count once.
     for tree in {id(tree): tree for tree in trees}.values():
         yield from tree.digests()
+
+
+def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
+    """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
+    try:
+        return unpack_any(manifest.vm_metadata, VMMetadata)
+    except InvalidArgument:
+        return None
