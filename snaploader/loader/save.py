@@ -232,6 +232,11 @@ class SnapshotSaver:
             skipped, standing = self._reason_to_skip(key, options)
             if skipped:
                 return _Plan(function, skipped=skipped, standing=standing)
+            if not self._remote.update_enabled:
+                raise FailedPrecondition(
+                    "the remote cache takes no action results, so nothing was uploaded: use an endpoint, an "
+                    "instance or credentials that may write"
+                )
             is_taken = self._finder.is_taken_remotely(id_key)
             versioned = key if key.version_id and holds_version(self._remote, key) else None
         except SnaploaderError as error:
