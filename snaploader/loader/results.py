@@ -23,7 +23,7 @@ _HASH = np.dtype(f"S{HASH_BYTES}")
 
 @final
 class HashSet:
-    """The hashes of many blobs, in a sorted array of 32 bytes each. Immutable."""
+    """The hashes of many blobs, in a sorted array of 32 bytes each. Immutable; equal to a set of them."""
 
     __slots__ = ("_sorted",)
 
@@ -42,6 +42,8 @@ class HashSet:
         return len(self._sorted)
 
     def __eq__(self, other: object) -> bool:
+        if isinstance(other, frozenset | set):
+            other = HashSet(other)
         if not isinstance(other, HashSet):
             return NotImplemented
         return np.array_equal(self._sorted, other._sorted)
