@@ -76,6 +76,11 @@ class RemoteStore(BlobStore, Protocol):
         """The function the store wants digests in. May ask the server, and raise what that raises."""
         ...
 
+    @property
+    def update_enabled(self) -> bool:
+        """Whether action results may be written, as far as the store says. Raises as `digest_function`."""
+        ...
+
     def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
         """Stream one blob, of any size, in order, into `write`. Its bytes were right only if this returns."""
         ...

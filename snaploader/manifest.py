@@ -23,6 +23,9 @@ from snaploader.tree import MAX_TREE_BYTES
 MAX_MANIFEST_BYTES = 4 << 20
 """Largest serialised ActionResult; gRPC servers take no larger message."""
 
+MAX_TREES_BYTES = MAX_TREE_BYTES
+"""Of all trees of a snapshot together, equal ones once: a million chunks, and room for names."""
+
 MAX_FILES = 10_000
 """Most files of a snapshot, a directory counted as one."""
 
@@ -93,6 +96,12 @@ class Manifest:
                 raise InvalidArgument(
                     f"the tree {digest} of file {name!r} is larger than {MAX_TREE_BYTES} bytes"
                 )
+        trees_bytes = sum(digest.size_bytes for digest in self.trees)
+        if trees_bytes > MAX_TREES_BYTES:
+            raise InvalidArgument(
+                f"a snapshot whose trees have {trees_bytes} bytes together is refused, {MAX_TREES_BYTES} are "
+                "allowed: save it as several snapshots, or use larger chunks"
+            )
         for attribute in ("files", "chunked_files", "directories"):
             by_name = dict(sorted(getattr(self, attribute).items()))
             object.__setattr__(self, attribute, MappingProxyType(by_name))

@@ -76,7 +76,7 @@ class ReadPolicy(_Policy):
     LOCAL_FIRST = "local-first"
     """The local one; else the remote one, which then becomes the local one."""
     LOCAL_ONLY = "local-only"
-    """The local one; the remote store is not asked."""
+    """The local one. Only blobs that it names may come from the remote store."""
 
 
 class SavePolicy(_Policy):

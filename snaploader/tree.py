@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -67,6 +68,7 @@ _TREE_ROOT, _TREE_CHILDREN = 1, 2
 _DIRECTORY_FILES, _DIRECTORY_PROPERTIES = 1, 5
 _DIRECTORY_NODES = {2, 3}  # directories and symlinks
 
+_CHUNK_SIZE_BYTES = re.compile(re.escape(CHUNK_SIZE_PROPERTY).encode())
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,15}")
 
 _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
@@ -135,7 +137,7 @@ def decode_chunk_directory(
     None when it is a Directory of another kind, that is, without a chunk size.
     """
     # A string stands as it is in any encoding, so its absence needs no parsing to see.
-    if CHUNK_SIZE_PROPERTY.encode() not in bytes(directory):
+    if _CHUNK_SIZE_BYTES.search(directory) is None:
         return None
     found = _read_canonical(directory, function)
     if found is None and _has_chunk_size(directory):
@@ -231,6 +233,7 @@ def _with_sizes(
     copy.CopyFrom(properties)
     copy.properties.add(name=CHUNK_SIZE_PROPERTY, value=str(table.chunk_size))
     copy.properties.add(name=SIZE_PROPERTY, value=str(table.size))
+    copy.properties.sort(key=attrgetter("name"))
     return copy
 
 

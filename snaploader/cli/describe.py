@@ -42,17 +42,6 @@ def key_set_record(key_set: SnapshotKeySet) -> dict[str, Any]:
     }
 
 
-def vm_metadata(snapshot: Snapshot) -> VMMetadata | None:
-    """Where the snapshot came from, if it says so in our own terms."""
-    metadata = snapshot.manifest.vm_metadata
-    if metadata is None or _message_name(metadata.type_url) != VMMetadata.DESCRIPTOR.full_name:
-        return None
-    try:
-        return VMMetadata.FromString(metadata.value)
-    except DecodeError:
-        return None
-
-
 def vm_configuration_record(snapshot: Snapshot) -> dict[str, Any]:
     """What the machine was made of: the fields that are set, or only the type of a foreign message."""
     packed = snapshot.manifest.vm_configuration
@@ -72,19 +61,20 @@ def served_ref(snapshot: Snapshot) -> str:
     """The branch whose state this is; for a snapshot found by its id, the branch it was saved for."""
     if snapshot.key.ref or not snapshot.key.snapshot_id:
         return snapshot.key.ref
-    metadata = vm_metadata(snapshot)
+    metadata = snapshot.vm_metadata
     return str(metadata.snapshot_key.ref) if metadata is not None else ""
 
 
 def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
     """What served, and what was tried before."""
-    metadata = vm_metadata(snapshot)
+    metadata = snapshot.vm_metadata
     return {
         "ref": served_ref(snapshot),
         "source": str(snapshot.source),
         "key": key_record(snapshot.key),
         "snapshot_id": str(metadata.snapshot_id) if metadata is not None else snapshot.key.snapshot_id,
         "created": None if metadata is None else time_record(metadata.created_timestamp),
+        "last_executed_task": None if metadata is None else _task_record(metadata.last_executed_task),
         "digest_function": snapshot.manifest.digest_function.name,
         "degraded": snapshot.degraded,
         "failures": [
@@ -95,6 +85,15 @@ def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
             }
             for failure in snapshot.failures
         ],
+    }
+
+
+def _task_record(task: VMMetadata.Task) -> dict[str, str | None]:
+    return {
+        "task_id": task.task_id,
+        "invocation_id": task.invocation_id,
+        "action_digest": task.action_digest,
+        "completed": time_record(task.completed_timestamp),
     }
 
 

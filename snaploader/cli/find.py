@@ -53,7 +53,6 @@ def lookup(
     wishes = task_options.wishes
     policy = ReadPolicy.parse(read_options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST)
     loader = session.loader(
-        use_remote=policy is not ReadPolicy.LOCAL_ONLY,
         share_snapshots=task_options.share,
         universal_ref=task_options.universal_fallback,
         max_stale_fallback_age_s=first_given(
@@ -69,7 +68,8 @@ def lookup(
             task,
             task_options.configuration_hash,
             task_options.runner_id,
-            allow_stale_version=read_options.allow_degraded,
+            # Who wants what this host has gets it also when the server is away.
+            allow_stale_version=read_options.allow_degraded or policy is ReadPolicy.LOCAL_ONLY,
         )
     return Lookup(loader, key_set, read_options, policy, session.settings.remote_instance_name)
 

@@ -128,12 +128,12 @@ class Session:
             )
         )
 
-    def loader(self, *, use_remote: bool = True, **options: Any) -> SnapshotLoader:
+    def loader(self, **options: Any) -> SnapshotLoader:
         """A loader over the caches; `options` are further arguments of SnapshotLoader."""
         return self._open.enter_context(
             SnapshotLoader(
                 self.file_cache,
-                self.remote_cache if use_remote else None,
+                self.remote_cache,
                 digest_function=self.settings.function or DEFAULT_DIGEST_FUNCTION,
                 remote_readonly=self.settings.remote_readonly,
                 **options,

@@ -9,6 +9,7 @@ docs/formats/directories.md describes the format.
 from snaploader.dirtree.decode import decode_directory_tree
 from snaploader.dirtree.encode import child_directories, encode_directory_tree
 from snaploader.dirtree.entries import (
+    MAX_DECODED_BYTES,
     MAX_DEPTH,
     MAX_ENTRIES,
     MAX_PATH_BYTES,
@@ -23,6 +24,7 @@ from snaploader.dirtree.entries import (
 from snaploader.dirtree.model import DirectoryTree
 
 __all__ = [
+    "MAX_DECODED_BYTES",
     "MAX_DEPTH",
     "MAX_ENTRIES",
     "MAX_PATH_BYTES",

@@ -6,16 +6,20 @@ a few kilobytes can name more paths than there is memory for. All bounds are che
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from snaploader import wire
 from snaploader._proto import remote_execution_pb2
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.dirtree.entries import (
+    CHILD_BYTES,
+    MAX_DECODED_BYTES,
     MAX_ENTRIES,
-    MAX_PATHS_BYTES,
     MODE_BITS,
+    UNIX_NAME_PROPERTY,
+    UNIX_TARGET_PROPERTY,
     ChunkedEntry,
     DirectoryEntry,
     Entry,
@@ -23,6 +27,7 @@ from snaploader.dirtree.entries import (
     SymlinkEntry,
     check_name,
     check_path,
+    decoded_bytes,
 )
 from snaploader.dirtree.model import DirectoryTree
 from snaploader.errors import InvalidArgument
@@ -31,21 +36,27 @@ from snaploader.tree import MAX_TREE_BYTES, bytes_of, decode_chunk_directory, me
 _TREE_ROOT, _TREE_CHILDREN = 1, 2
 _FILES, _DIRECTORIES, _SYMLINKS, _PROPERTIES = 1, 2, 3, 5
 _MAX_ROOT_PARTS = 1000
+_HEXADECIMAL = re.compile(r"(?:[0-9a-f]{2}){1,4096}")
 
 
 @dataclass(slots=True)
 class _Listing:
     """One Directory, read: its own entry, and those in it; of directories there only the digests."""
 
-    entry: DirectoryEntry
+    entry: DirectoryEntry | ChunkedEntry
+    unix_name: str | None
+    """What it is called, whatever its parent says; None when that says it."""
     entries: dict[str, Entry] = field(default_factory=dict)
     directories: dict[str, Digest] = field(default_factory=dict)
 
 
-_Child: TypeAlias = "_Listing | ChunkedEntry"
-
-
-def decode_directory_tree(data: Buffer, function: DigestFunction) -> DirectoryTree:
+def decode_directory_tree(
+    data: Buffer,
+    function: DigestFunction,
+    *,
+    max_entries: int | None = None,
+    max_decoded_bytes: int | None = None,
+) -> DirectoryTree:
     """The directory tree in a serialised Tree, all of it checked.
 
     Children that nothing refers to are passed over, as are fields and properties that mean nothing here.
@@ -54,6 +65,8 @@ def decode_directory_tree(data: Buffer, function: DigestFunction) -> DirectoryTr
     Args:
         data: The whole blob.
         function: Behind the digests in it, which do not say so themselves.
+        max_entries: What is left of `MAX_ENTRIES` in a snapshot of several directories. Default: all.
+        max_decoded_bytes: The same of `MAX_DECODED_BYTES`.
 
     Raises:
         InvalidArgument: It is no Tree of a directory; a name is unsafe or there twice; a child directory
@@ -62,54 +75,117 @@ def decode_directory_tree(data: Buffer, function: DigestFunction) -> DirectoryTr
     view = memoryview(data).cast("B")
     if len(view) > MAX_TREE_BYTES:
         raise InvalidArgument(f"a tree of {len(view)} bytes is refused: {MAX_TREE_BYTES} are allowed")
-    return _Reader(view, function).read()
+    entries = MAX_ENTRIES if max_entries is None else max_entries
+    decoded = MAX_DECODED_BYTES if max_decoded_bytes is None else max_decoded_bytes
+    return _Reader(view, function, entries, decoded).read()
 
 
 class _Reader:
-    def __init__(self, tree: memoryview, function: DigestFunction) -> None:
+    def __init__(
+        self, tree: memoryview, function: DigestFunction, max_entries: int, max_decoded_bytes: int
+    ) -> None:
         self._function = function
+        self._max_entries = max_entries
+        self._max_decoded_bytes = max_decoded_bytes
         self._root, self._children = _split(tree, function)
-        self._read: dict[str, _Child] = {}
+        self._read: dict[str, _Listing] = {}
         self._entries: dict[str, Entry] = {}
-        self._paths_bytes = 0
+        self._decoded_bytes = self._listed_bytes = CHILD_BYTES * len(self._children)
+        self._check_room(0, self._decoded_bytes)
 
     def read(self) -> DirectoryTree:
-        root = _read_directory(self._root, self._function)
-        if isinstance(root, ChunkedEntry):
+        root = self._read_directory(self._root)
+        if isinstance(root.entry, ChunkedEntry):
             raise InvalidArgument("a chunked file was found where the tree of a directory should be")
         self._put("", root.entry)
-        pending = [("", root)]
+        pending = [self._contents("", root)]
         while pending:
-            path, listing = pending.pop()
-            prefix = f"{path}/" if path else ""
-            for name, entry in listing.entries.items():
-                self._put(prefix + name, entry)
-            for name, digest in listing.directories.items():
-                child = self._child(digest, prefix + name)
-                if isinstance(child, ChunkedEntry):
-                    self._put(prefix + name, child)
-                else:
-                    self._put(prefix + name, child.entry)
-                    pending.append((prefix + name, child))
-        return DirectoryTree(self._entries, self._function)
+            # A directory's contents follow it, so that all stands in the order of a DirectoryTree.
+            for path, found in pending[-1]:
+                if isinstance(found, _Listing):
+                    self._put(path, found.entry)
+                    pending.append(self._contents(path, found))
+                    break
+                self._put(path, found)
+            else:
+                pending.pop()
+        return DirectoryTree.from_ordered(self._entries, self._function)
+
+    def _contents(self, path: str, listing: _Listing) -> Iterator[tuple[str, Entry | _Listing]]:
+        """What is in a directory, by path, in order. Nothing is made before it is asked for."""
+        prefix = f"{path}/" if path else ""
+        names = [*listing.entries]
+        children: dict[str, _Listing] = {}
+        for name, digest in listing.directories.items():
+            child = self._child(digest, prefix + name)
+            called = child.unix_name or name
+            if called in listing.entries or called in children:
+                raise InvalidArgument(f"{(prefix + called)[:200]!r} is in a tree twice")
+            children[called] = child
+        names += children
+        names.sort()
+        for name in names:
+            yield prefix + name, children[name] if name in children else listing.entries[name]
 
     def _put(self, path: str, entry: Entry) -> None:
         self._entries[path] = entry
-        self._paths_bytes += check_path(path)
-        if len(self._entries) > MAX_ENTRIES or self._paths_bytes > MAX_PATHS_BYTES:
+        check_path(path)
+        self._decoded_bytes += decoded_bytes(path, entry)
+        if isinstance(entry, DirectoryEntry | ChunkedEntry):
+            self._decoded_bytes -= CHILD_BYTES  # counted with the children
+        self._check_room(len(self._entries), self._decoded_bytes)
+
+    def _check_room(self, entries: int, size_bytes: int) -> None:
+        if entries > self._max_entries or size_bytes > self._max_decoded_bytes:
             raise InvalidArgument(
-                f"a directory tree of more than {MAX_ENTRIES} entries or {MAX_PATHS_BYTES} bytes of paths "
-                "is refused"
+                f"a directory tree of more than {self._max_entries} entries, or of more than "
+                f"{self._max_decoded_bytes} bytes in memory, is refused"
             )
 
-    def _child(self, digest: Digest, path: str) -> _Child:
+    def _child(self, digest: Digest, path: str) -> _Listing:
         child = self._read.get(digest.hash)
         data = self._children.get(digest.hash)
         if data is None or len(data) != digest.size_bytes:
             raise InvalidArgument(f"the directory {path[:200]!r} ({digest}) is missing in its tree")
         if child is None:
-            child = self._read[digest.hash] = _read_directory(data, self._function)
+            child = self._read[digest.hash] = self._read_directory(data)
         return child
+
+    def _read_directory(self, data: memoryview) -> _Listing:
+        function = self._function
+        chunked = decode_chunk_directory(data, function)
+        if chunked is not None:
+            table, properties = chunked
+            chunked_entry = ChunkedEntry(table, _mode(properties, 0o644), _mtime_ns(properties))
+            return _Listing(chunked_entry, _checked_unix_name(properties))
+        properties = remote_execution_pb2.NodeProperties()
+        files: dict[str, Entry] = {}
+        directories: dict[str, Digest] = {}
+        for count, part in enumerate(wire.fields(data)):
+            if count > MAX_ENTRIES:
+                raise InvalidArgument(f"a directory of more than {MAX_ENTRIES} entries is refused")
+            if part.number == _PROPERTIES:
+                merge_properties(properties, part)
+                continue
+            named = _node(part, function)
+            if named is None:
+                continue
+            name, node = named
+            check_name(name, name)
+            # Each of them will have a path that is no shorter, and is counted with it then.
+            entry = DirectoryEntry() if isinstance(node, Digest) else node
+            self._listed_bytes += decoded_bytes(name, entry)
+            if isinstance(node, Digest):
+                self._listed_bytes -= CHILD_BYTES
+            self._check_room(len(files) + len(directories), self._listed_bytes)
+            if name in files or name in directories:
+                raise InvalidArgument(f"{name[:80]!r} is in a directory twice")
+            if isinstance(node, Digest):
+                directories[name] = node
+            else:
+                files[name] = node
+        own = DirectoryEntry(_mode(properties, 0o755), _mtime_ns(properties))
+        return _Listing(own, _checked_unix_name(properties), files, directories)
 
 
 def _split(tree: memoryview, function: DigestFunction) -> tuple[memoryview, dict[str, memoryview]]:
@@ -130,35 +206,6 @@ def _split(tree: memoryview, function: DigestFunction) -> tuple[memoryview, dict
     return roots[0] if len(roots) == 1 else memoryview(b"".join(roots)), children
 
 
-def _read_directory(data: memoryview, function: DigestFunction) -> _Child:
-    chunked = decode_chunk_directory(data, function)
-    if chunked is not None:
-        table, properties = chunked
-        return ChunkedEntry(table, _mode(properties, 0o644), _mtime_ns(properties))
-    properties = remote_execution_pb2.NodeProperties()
-    files: dict[str, Entry] = {}
-    directories: dict[str, Digest] = {}
-    for count, part in enumerate(wire.fields(data)):
-        if count > MAX_ENTRIES:
-            raise InvalidArgument(f"a directory of more than {MAX_ENTRIES} entries is refused")
-        if part.number == _PROPERTIES:
-            merge_properties(properties, part)
-            continue
-        named = _node(part, function)
-        if named is None:
-            continue
-        name, node = named
-        check_name(name, name)
-        if name in files or name in directories:
-            raise InvalidArgument(f"{name[:80]!r} is in a directory twice")
-        if isinstance(node, Digest):
-            directories[name] = node
-        else:
-            files[name] = node
-    own = DirectoryEntry(_mode(properties, 0o755), _mtime_ns(properties))
-    return _Listing(own, files, directories)
-
-
 def _node(part: wire.Field, function: DigestFunction) -> tuple[str, Entry | Digest] | None:
     """The name and the node in a field of a Directory; of a directory its digest. None for other fields."""
     if part.number == _FILES:
@@ -166,14 +213,41 @@ def _node(part: wire.Field, function: DigestFunction) -> tuple[str, Entry | Dige
         digest = Digest.checked(file.digest.hash, file.digest.size_bytes, function)
         default = 0o755 if file.is_executable else 0o644
         properties = file.node_properties
-        return file.name, FileEntry(digest, _mode(properties, default), _mtime_ns(properties))
+        name = _on_disk(properties, UNIX_NAME_PROPERTY) or file.name
+        return name, FileEntry(digest, _mode(properties, default), _mtime_ns(properties))
     if part.number == _DIRECTORIES:
         directory = parse_field(remote_execution_pb2.DirectoryNode, part)
         return directory.name, Digest.checked(directory.digest.hash, directory.digest.size_bytes, function)
     if part.number == _SYMLINKS:
         symlink = parse_field(remote_execution_pb2.SymlinkNode, part)
-        return symlink.name, SymlinkEntry(symlink.target, _mtime_ns(symlink.node_properties))
+        properties = symlink.node_properties
+        name = _on_disk(properties, UNIX_NAME_PROPERTY) or symlink.name
+        target = _on_disk(properties, UNIX_TARGET_PROPERTY) or symlink.target
+        return name, SymlinkEntry(target, _mtime_ns(properties))
     return None
+
+
+def _checked_unix_name(properties: remote_execution_pb2.NodeProperties) -> str | None:
+    name = _on_disk(properties, UNIX_NAME_PROPERTY)
+    if name is not None:
+        check_name(name, name)
+    return name
+
+
+def _on_disk(properties: remote_execution_pb2.NodeProperties, what: str) -> str | None:
+    """The text of a property with bytes that are not UTF-8; None when there is no such property."""
+    values = [item.value for item in properties.properties if item.name == what]
+    if not values:
+        return None
+    if len(values) > 1 or not _HEXADECIMAL.fullmatch(values[0]):
+        raise InvalidArgument(f"property {what!r} of a tree is not one hexadecimal number")
+    text = bytes.fromhex(values[0]).decode("utf-8", "surrogateescape")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text
+    # Else one file could stand under two names, which other readers tell apart.
+    raise InvalidArgument(f"property {what!r} of a tree is UTF-8: {text[:80]!r} is to stand for itself")
 
 
 def _mode(properties: remote_execution_pb2.NodeProperties, default: int) -> int:

@@ -8,8 +8,8 @@ from typing import final
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import MAX_BLOB_BYTES, Digest, DigestFunction
 from snaploader.dirtree.entries import (
+    MAX_DECODED_BYTES,
     MAX_ENTRIES,
-    MAX_PATHS_BYTES,
     MAX_ROWS,
     ChunkedEntry,
     DirectoryEntry,
@@ -18,6 +18,7 @@ from snaploader.dirtree.entries import (
     check_entry,
     check_name,
     check_path,
+    decoded_bytes,
 )
 from snaploader.errors import InvalidArgument
 
@@ -25,6 +26,8 @@ from snaploader.errors import InvalidArgument
 @final
 class DirectoryTree(Mapping[str, Entry]):
     """The entries of a directory by their paths: relative, with "/" between names; "" is the root.
+
+    Names that are not UTF-8 have lone surrogates in them, as `os.listdir` gives them (PEP 383).
 
     Immutable. Iteration gives a directory before what is in it, and names of one directory sorted.
 
@@ -37,7 +40,10 @@ class DirectoryTree(Mapping[str, Entry]):
             be one, a digest is of another function, or a limit (`MAX_ENTRIES`, …) is exceeded.
     """
 
-    __slots__ = ("_entries", "_function")
+    __slots__ = ("_entries", "_function", "decoded_bytes")
+
+    decoded_bytes: int
+    """What all entries take in memory while the tree is read, at most; without the tables of `tables`."""
 
     def __init__(self, entries: Mapping[str, Entry], function: DigestFunction) -> None:
         if len(entries) > MAX_ENTRIES:
@@ -45,9 +51,18 @@ class DirectoryTree(Mapping[str, Entry]):
                 f"a directory tree of {len(entries)} entries is refused: {MAX_ENTRIES} are allowed"
             )
         # NUL, which is in no name, sorts before all others: so what is in "a" comes before "a-b".
-        self._entries = {
-            path: entries[path] for path in sorted(entries, key=lambda path: path.replace("/", "\0"))
-        }
+        ordered = {path: entries[path] for path in sorted(entries, key=lambda path: path.replace("/", "\0"))}
+        self._fill(ordered, function)
+
+    @classmethod
+    def from_ordered(cls, entries: dict[str, Entry], function: DigestFunction) -> DirectoryTree:
+        """A tree of entries that are in the order of iteration already. Takes the dictionary over."""
+        tree = cls.__new__(cls)
+        tree._fill(entries, function)
+        return tree
+
+    def _fill(self, entries: dict[str, Entry], function: DigestFunction) -> None:
+        self._entries = entries
         self._function = function
         self._check()
 
@@ -85,9 +100,10 @@ class DirectoryTree(Mapping[str, Entry]):
     def _check(self) -> None:
         if not isinstance(self._entries.get(""), DirectoryEntry):
             raise InvalidArgument("the root of a directory tree must be a directory")
-        paths_bytes = size_bytes = rows = 0
+        self.decoded_bytes = size_bytes = rows = 0
         for path, entry in self._entries.items():
-            paths_bytes += check_path(path)
+            self.decoded_bytes += decoded_bytes(path, entry)
+            check_path(path)
             check_entry(path, entry)
             if path:
                 parent, _, name = path.rpartition("/")
@@ -102,7 +118,7 @@ class DirectoryTree(Mapping[str, Entry]):
                 rows += entry.table.stored_count
                 self._check_function(path, entry.table.function)
         for what, count, limit in (
-            ("bytes of paths", paths_bytes, MAX_PATHS_BYTES),
+            ("bytes in memory", self.decoded_bytes, MAX_DECODED_BYTES),
             ("bytes of content", size_bytes, MAX_BLOB_BYTES),
             ("chunks", rows, MAX_ROWS),
         ):

@@ -107,7 +107,7 @@ def write_index(
 
 def _encode(files: Iterable[tuple[str, FileIdentity, Content]], function: DigestFunction) -> bytes:
     kept = [row for row in files if row[1].mtime_ns in _INT64 and row[1].ctime_ns in _INT64]
-    paths = "\0".join(path for path, _, _ in kept).encode()
+    paths = "\0".join(path for path, _, _ in kept).encode("utf-8", "surrogateescape")
     numbers = np.array([[i.size_bytes, i.mtime_ns, i.ctime_ns] for _, i, _ in kept], "<i8").reshape(-1, 3)
     inodes = np.array([identity.inode for _, identity, _ in kept], "<u8")
     hashes = b"".join(
@@ -135,7 +135,8 @@ def _decode(data: bytes, function: DigestFunction) -> Iterable[tuple[str, FileId
     if kind != int(function):
         raise ValueError(f"it holds no {function.name} digests")
     position = _HEADER.size + paths_bytes
-    paths = bytes(body[_HEADER.size : position]).decode().split("\0") if count else []
+    text = bytes(body[_HEADER.size : position]).decode("utf-8", "surrogateescape")
+    paths = text.split("\0") if count else []
     numbers = np.frombuffer(body, "<i8", 3 * count, position).reshape(-1, 3).tolist()
     position += 24 * count
     inodes = np.frombuffer(body, "<u8", count, position).tolist()

@@ -14,7 +14,7 @@ from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, NotFound, translate_os_errors
 from snaploader.filecache.locks import ProcessExitStack
-from snaploader.loader.fetch import REMOTE, BlobFetcher
+from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
 from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressMeter
 
@@ -124,4 +124,5 @@ class ChunkedFileWriter:
                 write_nonzero(fd, data, offset)
                 self._meter.add(digest.size_bytes)
 
-        remote.read_many(places, keep)
+        with lost_blobs():
+            remote.read_many(places, keep)

@@ -30,7 +30,7 @@ from snaploader.loader.publish import (
     upload_child_directories,
     upload_source,
 )
-from snaploader.loader.results import ManifestSource, Snapshot
+from snaploader.loader.results import HashSet, ManifestSource, Snapshot
 from snaploader.loader.tombstone import tombstone_result
 from snaploader.loader.versions import REMOTE_READONLY
 from snaploader.manifest import pack_any
@@ -137,7 +137,7 @@ class SnapshotDeriver:
                 saved_locally = False
         source = ManifestSource.LOCAL if remote is None else ManifestSource.REMOTE
         return DeriveResult(
-            replace(derived, source=source, absent=frozenset(absent)),
+            replace(derived, source=source, absent=HashSet(absent)),
             saved_locally,
             remote is not None,
             uploaded.blobs,

@@ -162,7 +162,8 @@ class BlobFetcher:
         demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
         with demand:
             try:
-                return remote.read(digest)
+                with lost_blobs():
+                    return remote.read(digest)
             except (NotFound, DataLoss) as error:
                 if isinstance(local_error, DataLoss):
                     error.add_note(f"in the file cache: {local_error.message}")
@@ -202,7 +203,8 @@ class BlobFetcher:
                     with _refusals():
                         writer.write(data)
 
-                remote.read_to(digest, write)
+                with lost_blobs():
+                    remote.read_to(digest, write)
                 with _refusals():
                     writer.commit()
 
@@ -217,7 +219,7 @@ class BlobFetcher:
                 fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
                 with ProcessExitStack() as undo:
                     undo.callback(os.unlink, temporary)
-                    with os.fdopen(fd, "wb") as file:
+                    with os.fdopen(fd, "wb") as file, lost_blobs():
                         write: Callable[[Buffer], object] = file.write
                         remote.read_to(digest, write)
                         os.fchmod(file.fileno(), mode)
@@ -240,6 +242,19 @@ def _refusals() -> Iterator[None]:
         if isinstance(error, DataLoss) and not isinstance(error.__cause__, OSError):
             raise
         raise _CacheRefused from error
+
+
+@contextmanager
+def lost_blobs() -> Iterator[None]:
+    """Say what it means when the remote store lacks what the file cache lacks too, and what to do."""
+    try:
+        yield
+    except NotFound as error:
+        raise NotFound(
+            "the snapshot has lost content: neither the file cache nor the remote cache has a blob of it "
+            "any more. Look for a snapshot again, as another one may be whole, or save the state anew "
+            f"({error.message})"
+        ) from error
 
 
 def _twice(attempt: Callable[[], None]) -> None:

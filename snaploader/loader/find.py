@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 from snaploader import keys
-from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import DirectoryTree, check_entry_count, decode_directory_tree
+from snaploader.dirtree import (
+    MAX_DECODED_BYTES,
+    MAX_ENTRIES,
+    DirectoryTree,
+    check_entry_count,
+    decode_directory_tree,
+)
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, artefacts
+from snaploader.loader.results import HashSet, KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
 from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
-from snaploader.manifest import Manifest, unpack_any
+from snaploader.manifest import Manifest
 from snaploader.policy import ReadPolicy, is_stale
 from snaploader.tree import decode_chunked_file
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_BATCH = 1 << 16
+"""Blobs that are looked for at a time."""
 
 
 class SnapshotFinder:
@@ -125,8 +134,9 @@ class SnapshotFinder:
             directories = self._read_directories(manifest, allow_remote=True)
         except (NotFound, DataLoss):
             return None
-        wanted = set(artefacts(manifest, tables, directories))
-        return None if self._remote.find_missing(wanted) else manifest
+        find_missing = self._remote.find_missing
+        wanted = artefacts(manifest, tables, directories)
+        return None if any(find_missing(set(batch)) for batch in _batches(wanted)) else manifest
 
     def _first_to_succeed(
         self,
@@ -171,9 +181,9 @@ class SnapshotFinder:
         remote_age_s: float | None,
     ) -> list[Callable[[], Snapshot]]:
         """Ways to get the snapshot of a key, in order. Ages are limits, where there is one."""
+        local = self._local_attempt(key, allow_remote=self._remote is not None, max_age_s=local_age_s)
         if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
-            return [self._local_attempt(key, allow_remote=False, max_age_s=local_age_s)]
-        local = self._local_attempt(key, allow_remote=True, max_age_s=local_age_s)
+            return [local]
         if policy is ReadPolicy.NEWEST:
             return [self._remote_attempt(key, keep=False, max_age_s=remote_age_s), local]
         return [local, self._remote_attempt(key, keep=True, max_age_s=remote_age_s)]
@@ -240,26 +250,40 @@ class SnapshotFinder:
             directories = self._read_directories(manifest, allow_remote=allow_remote)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = self._file_cache.find_missing(list(artefacts(manifest, tables, directories)))
-        missing = absent
-        if absent and self._can_fetch(manifest, allow_remote=allow_remote):
-            assert self._remote is not None
-            missing = self._remote.find_missing(absent)
-        if missing:
-            raise NotFound(
-                f"the {source} manifest is incomplete: {len(missing)} of its blobs are in no cache, "
-                f"such as {min(missing)}"
-            )
+        absent = HashSet(
+            self._absent(manifest, artefacts(manifest, tables, directories), source, allow_remote)
+        )
         return Snapshot(
             key,
             manifest,
             source,
             tables,
             allow_remote,
-            frozenset(absent),
+            absent,
             directories=directories,
             modes=modes,
         )
+
+    def _absent(
+        self, manifest: Manifest, digests: Iterable[Digest], source: ManifestSource, allow_remote: bool
+    ) -> Iterator[Digest]:
+        """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
+        gone = 0
+        example: Digest | None = None
+        for batch in _batches(digests):
+            absent = self._file_cache.find_missing(batch)
+            missing = absent
+            if absent and self._can_fetch(manifest, allow_remote=allow_remote):
+                assert self._remote is not None
+                missing = self._remote.find_missing(absent)
+            if missing:
+                gone += len(missing)
+                example = min(missing)
+            yield from absent
+        if gone:
+            raise NotFound(
+                f"the {source} manifest is incomplete: {gone} of its blobs are in no cache, such as {example}"
+            )
 
     def _read_trees(
         self, manifest: Manifest, *, allow_remote: bool
@@ -271,13 +295,13 @@ class SnapshotFinder:
         return tables, {name: mode for name, (_, mode) in files.items()}
 
     def _read_directories(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, DirectoryTree]:
-        distinct = 0
+        entries, decoded_bytes = MAX_ENTRIES, MAX_DECODED_BYTES
 
         def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
-            nonlocal distinct
-            tree = decode_directory_tree(data, function)
-            distinct += len(tree)
-            check_entry_count(distinct)
+            nonlocal entries, decoded_bytes
+            tree = decode_directory_tree(data, function, max_entries=entries, max_decoded_bytes=decoded_bytes)
+            entries -= len(tree)
+            decoded_bytes -= tree.decoded_bytes
             return tree
 
         directories = self._decode_all(manifest, manifest.directories, decode, allow_remote=allow_remote)
@@ -324,12 +348,11 @@ class SnapshotFinder:
         )
 
 
-def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
-    """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
-    try:
-        return unpack_any(manifest.vm_metadata, VMMetadata)
-    except InvalidArgument:
-        return None
+def _batches(digests: Iterable[Digest]) -> Iterator[list[Digest]]:
+    """Digests in lists: an object for each chunk of a big snapshot would take hundreds of MiB."""
+    iterator = iter(digests)
+    while batch := list(itertools.islice(iterator, _BATCH)):
+        yield batch
 
 
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:

@@ -174,7 +174,8 @@ class SnapshotLoader:
 
         Args:
             read_policy: `newest` prefers the remote manifest of a key to the local one; `local-first`
-                the other way round; `local-only` never asks the remote cache, not even for chunks.
+                the other way round; `local-only` takes no remote manifest. Blobs that are not here come from
+                the remote cache under each of them.
             allow_degraded: Go on to the next key when one fails for another reason than that it has no
                 snapshot. The result then says so (`Snapshot.degraded`, `Snapshot.failures`).
             max_stale_fallback_age_s: Instead of the loader's, for this call.
@@ -284,6 +285,7 @@ class SnapshotLoader:
         directories: Mapping[str, DirectorySource | str | os.PathLike[str]] | None = None,
         vm_configuration: Any,
         vm_metadata: Any = None,
+        task: SnapshotTask | None = None,
         snapshot_id: str | None = None,
         save_policy: SavePolicy | str = SavePolicy.ALWAYS,
         key_set: SnapshotKeySet | None = None,
@@ -311,6 +313,9 @@ class SnapshotLoader:
                 `snaploader.VMConfiguration`, or an Any.
             vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of
                 a `snaploader.VMMetadata` is the age of the snapshot as a fallback.
+            task: What the machine ran last. Its ids and the digest of its action are recorded in
+                `last_executed_task` of the metadata, with the present time, where `vm_metadata` says
+                nothing of them. InvalidArgument when that is a message of another type.
             snapshot_id: Under which exactly this snapshot is found again, for ever. Default: a new UUID.
             save_policy: Whether a snapshot that stands remotely is replaced.
             key_set: The keys that `none-available` looks at. If the universal ref is among them it is
@@ -339,6 +344,7 @@ class SnapshotLoader:
             directories={name: _directory_source(source) for name, source in (directories or {}).items()},
             vm_configuration=vm_configuration,
             vm_metadata=vm_metadata,
+            task=task,
             snapshot_id=snapshot_id,
             save_policy=_save_policy(save_policy),
             key_set=key_set,

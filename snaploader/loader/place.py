@@ -27,7 +27,7 @@ from snaploader.filecache.locks import ProcessExitStack
 from snaploader.filecache.trash import remove_tree
 from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
-from snaploader.loader.fetch import REMOTE, BlobFetcher
+from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import Snapshot
@@ -142,7 +142,8 @@ class _DirectoryWriter:
             self._fetched.add(digest.size_bytes)
             self._write_files(digest, data, root)
 
-        remote.read_many(digests, keep)
+        with lost_blobs():
+            remote.read_many(digests, keep)
 
     def _copy(self, digest: Digest, root: Path) -> None:
         """Write the files of one blob, from the nearest tier that has it."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from cow import COWStore
 from snaploader import keys
+from snaploader._proto import any_pb2
+from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore, TransferStatistics
 from snaploader.chunktable import ChunkTable, check_geometry
 from snaploader.digest import Buffer, Digest, DigestFunction
@@ -30,7 +32,7 @@ from snaploader.errors import (
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.find import SnapshotFinder, vm_metadata_of
+from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pinning import pin_before, pinned
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback
@@ -43,12 +45,13 @@ from snaploader.loader.publish import (
     upload_child_directories,
     upload_source,
 )
-from snaploader.loader.results import RemoteManifest, SaveResult, artefacts
+from snaploader.loader.results import RemoteManifest, SaveResult, artefacts, vm_metadata_of
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
 from snaploader.loader.versions import REMOTE_READONLY
-from snaploader.manifest import Manifest, check_name, pack_any
+from snaploader.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
+from snaploader.task import SnapshotTask
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class SaveOptions:
     directories: Mapping[str, DirectorySource]
     vm_configuration: Any
     vm_metadata: Any = None
+    task: SnapshotTask | None = None
     snapshot_id: str | None = None
     save_policy: SavePolicy = SavePolicy.ALWAYS
     key_set: SnapshotKeySet | None = None
@@ -132,7 +136,7 @@ class SnapshotSaver:
         """See `SnapshotLoader.cache_snapshot`."""
         self._check(key, options)
         configuration = pack_any(options.vm_configuration)
-        metadata = None if options.vm_metadata is None else pack_any(options.vm_metadata)
+        metadata = _metadata(options.vm_metadata, options.task, self._clock())
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
         plan = self._plan(key, id_key, options)
         self._check_unused_locally(id_key)
@@ -231,6 +235,11 @@ class SnapshotSaver:
             skipped, standing = self._reason_to_skip(key, options)
             if skipped:
                 return _Plan(function, skipped=skipped, standing=standing)
+            if not self._remote.update_enabled:
+                raise FailedPrecondition(
+                    "the remote cache takes no action results, so nothing was uploaded: use an endpoint, an "
+                    "instance or credentials that may write"
+                )
             is_taken = self._finder.is_taken_remotely(id_key)
             versioned = key if key.version_id and holds_version(self._remote, key) else None
         except SnaploaderError as error:
@@ -402,3 +411,20 @@ class SnapshotSaver:
             allow_remote=allow_remote and self._remote is not None,
             mode=mode,
         )
+
+
+def _metadata(given: Any, task: SnapshotTask | None, now_s: float) -> any_pb2.Any | None:
+    """The metadata of a snapshot, with the task that ran last where it names none."""
+    packed = None if given is None else pack_any(given)
+    if task is None:
+        return packed
+    message = VMMetadata() if packed is None else unpack_any(packed, VMMetadata)
+    if message is None:
+        raise InvalidArgument("a task is recorded in a snaploader.VMMetadata: put its ids into your message")
+    last = message.last_executed_task
+    last.task_id = last.task_id or task.task_id
+    last.invocation_id = last.invocation_id or task.invocation_id
+    last.action_digest = last.action_digest or task.action_digest
+    if not last.HasField("completed_timestamp"):
+        last.completed_timestamp.FromNanoseconds(int(now_s * 10**9))
+    return pack_any(message)

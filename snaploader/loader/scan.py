@@ -81,7 +81,7 @@ def scan(root: int, where: str, exclude: Collection[str] = ()) -> Scan:
         exclude: Relative paths: of a directory only the directory is found, of anything else nothing.
 
     Raises:
-        InvalidArgument: A name or target is not UTF-8, or there is more than a tree can hold.
+        InvalidArgument: There is more than a tree can hold.
         PermissionDenied: A directory may not be read.
         FailedPrecondition: A directory changed while it was read.
     """
@@ -135,7 +135,6 @@ class _Walk:
         self.found.listed[path] = identity
 
     def _take(self, fd: int, entry: os.DirEntry[str], path: str, depth: int) -> None:
-        self._check_name(path)
         with self._appeared(path):
             status = entry.stat(follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
@@ -153,11 +152,6 @@ class _Walk:
         elif stat.S_ISLNK(status.st_mode):
             with self._appeared(path):
                 target = os.readlink(entry.name, dir_fd=fd)
-            if not _is_utf8(target):
-                raise InvalidArgument(
-                    f"cannot save the symbolic link {shown_path(self._where, path)}: its target {target!r} "
-                    "is not valid UTF-8. Replace or exclude it"
-                )
             self.found.symlinks[path] = SymlinkEntry(target, _mtime_ns(status))
         else:
             self.found.skipped.append(path)
@@ -165,13 +159,6 @@ class _Walk:
             raise InvalidArgument(
                 f"{self._where!r} holds more than {MAX_ENTRIES} entries: save its subdirectories one by one, "
                 "or exclude some"
-            )
-
-    def _check_name(self, path: str) -> None:
-        if not _is_utf8(path):
-            raise InvalidArgument(
-                f"cannot save {shown_path(self._where, path)}: its name is not valid UTF-8. Rename it, or "
-                "exclude its directory"
             )
 
     @contextmanager
@@ -187,14 +174,6 @@ class _Walk:
 
 def _mtime_ns(status: os.stat_result) -> int:
     return min(max(status.st_mtime_ns, MIN_MTIME_NS), MAX_MTIME_NS)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def shown_path(where: str, path: str) -> str:

@@ -125,6 +125,8 @@ class LocalSaver:
             self._finish(save)
         for capture in self.directories.values():
             capture.finish()
+        trees = self.trees.values()
+        check_entry_count(sum(map(len, trees)), sum(tree.decoded_bytes for tree in trees))
         return self._saved
 
     @property

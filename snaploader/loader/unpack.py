@@ -79,7 +79,7 @@ def unpack(
 ) -> UnpackedSnapshot:
     """See `SnapshotLoader.unpack_snapshot`."""
     manifest = snapshot.manifest
-    with ProcessExitStack() as undo:
+    with translate_os_errors(f"cannot unpack into {str(output_directory)!r}"), ProcessExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
         cleanup = ProcessExitStack()
         undo.callback(cleanup.close)
@@ -152,13 +152,13 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     tables, directories, cache = snapshot.tables, snapshot.directories, fetcher.file_cache
     if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
         return cache.lease(())
+    whole = (*snapshot.manifest.digests(), *(blob for one in directories.values() for blob in one.blobs()))
+    chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
+    hashes = [table.hashes for table in {id(table): table for table in chunked}.values()]
     if snapshot.absent:
-        lease = cache.lease(digest for digest in snapshot.digests() if digest not in snapshot.absent)
-    else:
-        whole = (digest for directory in directories.values() for digest in directory.blobs())
-        chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
-        hashes = [table.hashes for table in {id(table): table for table in chunked}.values()]
-        lease = cache.lease((*snapshot.manifest.digests(), *whole), hashes=hashes)
+        whole = tuple(digest for digest in whole if digest not in snapshot.absent)
+        hashes = [snapshot.absent.others(rows) for rows in hashes]
+    lease = cache.lease(whole, hashes=hashes)
     if snapshot.allow_remote:
         return lease
     gone = cache.find_missing(list(snapshot.digests()))

@@ -129,6 +129,11 @@ class RemoteCache:
         """The function to name blobs with. May ask the server, and raise what that raises."""
         return self.capabilities().digest_function
 
+    @property
+    def update_enabled(self) -> bool:
+        """Whether action results may be written, as far as the server says; raises as `digest_function`."""
+        return self.capabilities().update_enabled
+
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Those of `digests` that the server does not hold. Servers count this as a use of those they do."""
         return transfer.find_missing(self._open(), digests)

@@ -39,6 +39,7 @@ RESTORE_FIELDS = {
     "key",
     "snapshot_id",
     "created",
+    "last_executed_task",
     "digest_function",
     "degraded",
     "failures",

@@ -222,17 +222,28 @@ def test_sockets_and_fifos_are_skipped_and_named(make_host: HostFactory, tmp_pat
     assert list(find(host, result).directories["home"]) == ["", "run"]
 
 
-def test_names_and_targets_that_are_not_utf8_are_refused(make_host: HostFactory, tmp_path: Path) -> None:
-    host = make_host("a")
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / os.fsdecode(b"caf\xe9")).touch()
-    with pytest.raises(InvalidArgument, match=r"caf\\udce9.*not valid UTF-8"):
-        save_directory(host, home)
-    (home / os.fsdecode(b"caf\xe9")).unlink()
-    (home / "link").symlink_to(os.fsdecode(b"caf\xe9"))
-    with pytest.raises(InvalidArgument, match=r"link.*target.*not valid UTF-8"):
-        save_directory(host, home)
+@pytest.mark.parametrize("threshold", [1, 1 << 20])
+def test_names_and_targets_that_are_not_utf8_come_back(
+    make_host: HostFactory, server: EmbeddedServer, tmp_path: Path, threshold: int
+) -> None:
+    host, other = make_host("a", server), make_host("b", server)
+    home, index = tmp_path / "home", tmp_path / "index"
+    latin = os.fsdecode(b"caf\xe9")
+    (home / latin / "inner").mkdir(parents=True)
+    (home / latin / os.fsdecode(b"\xff\xfe")).write_bytes(b"content")
+    (home / os.fsdecode(b"\xff\\xff")).write_bytes(b"one")
+    (home / os.fsdecode(b"\\xff\xff")).write_bytes(b"two")
+    (home / os.fsdecode(b"\xc3" * 255)).write_bytes(b"as long as names may be")
+    (home / "link").symlink_to(os.fsdecode(b"caf\xe9/\xff\xfe"))
+    (home / os.fsdecode(b"\xe9")).symlink_to("caf\u00e9")
+    (home / "caf\u00e9").write_bytes(b"the same in UTF-8")
+    before = state_of(home)
+    for _ in range(2):
+        result = save_directory(host, home, index=index, chunk_threshold_bytes=threshold)
+        snapshot = other.loader.get_snapshot_by_id(result.snapshot_id)
+        other.loader.restore_directory(snapshot, "home", tmp_path / f"out-{result.snapshot_id}")
+        assert state_of(tmp_path / f"out-{result.snapshot_id}") == before
+    assert latin in snapshot.directories["home"]
 
 
 def test_excluded_directories_are_kept_empty(make_host: HostFactory, home: Path) -> None:

@@ -345,9 +345,9 @@ def test_equal_directories_are_read_once(
     publish(host, tree, names=[str(number) for number in range(10)])
     sizes = []
 
-    def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
+    def decode(data: bytes, function: DigestFunction, **limits: int) -> DirectoryTree:
         sizes.append(len(data))
-        return decode_directory_tree(data, function)
+        return decode_directory_tree(data, function, **limits)
 
     monkeypatch.setattr("snaploader.loader.find.decode_directory_tree", decode)
     snapshot = host.loader.get_snapshot_by_id("hostile")

@@ -40,11 +40,8 @@ def test_chunks_that_only_this_host_has_stay_readable_while_the_cache_fills_up(
     assert host.cache.find_missing(set(snapshot.tables["disk"].digests()))
 
 
-@pytest.mark.parametrize("has_server", [False, True])
-def test_an_unpack_of_what_was_evicted_since_leaves_nothing(
-    make_host: HostFactory, server: EmbeddedServer, has_server: bool
-) -> None:
-    host = make_host("a", server if has_server else None)
+def test_an_unpack_of_what_was_evicted_since_leaves_nothing(make_host: HostFactory) -> None:
+    host = make_host("a")
     (host.folder / "kernel").write_bytes(b"kernel")
     host.save(image(1), files={"kernel": host.folder / "kernel"})
     snapshot = host.find(policy="local-only")

@@ -275,3 +275,19 @@ def flip_a_bit(path: Path) -> None:
     # Bit rot leaves the times alone.
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     path.chmod(0o444)
+
+
+def test_a_chunk_that_is_gone_everywhere_says_what_to_do(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    make_host("a", server).save(image(1))
+    host = make_host("b", server)
+    snapshot = host.find()
+    lost = snapshot.tables["disk"].get(0)
+    assert lost is not None
+    server.delete_blob(lost)
+    told = rf"lost content.*Look for a snapshot again.*{lost.hash}"
+    with host.unpack(snapshot) as unpacked, pytest.raises(NotFound, match=told):
+        unpacked.chunked_files["disk"].read_at(0, 1)
+    with pytest.raises(NotFound, match=told):
+        host.loader.restore_snapshot(snapshot, host.folder / "out")

@@ -91,15 +91,6 @@ def test_local_only_asks_the_server_for_nothing(make_host: HostFactory, server: 
     assert server.total_calls() == before
 
 
-def test_local_only_misses_what_only_the_server_has(make_host: HostFactory, server: EmbeddedServer) -> None:
-    host = make_host("a", server)
-    host.save(image(1))
-    host.chunk_files()[0].unlink()
-    with pytest.raises(NotFound, match="incomplete"):
-        host.find(policy="local-only")
-    assert host.load() == image(1)
-
-
 @pytest.mark.parametrize(
     ("age_s", "is_used"), [(0, True), (24 * 3600 - 60, True), (24 * 3600 + 60, False), (None, False)]
 )
@@ -165,6 +156,20 @@ def test_without_sharing_runners_do_not_see_each_other(make_host: HostFactory) -
     assert loader.get_snapshot(one).key.runner_id == "runner-1"
     with pytest.raises(NotFound):
         loader.get_snapshot(loader.snapshot_key_set(task(), "conf", "runner-2"))
+
+
+def test_local_only_is_about_manifests(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    key_set = host.keys()
+    for digest in host.find().tables["disk"].digests():
+        host.cache.remove(digest)
+    asked = server.calls("GetActionResult")
+    assert host.read(host.loader.get_snapshot(key_set, "local-only")) == image(1)
+    assert server.calls("GetActionResult") == asked
+    other = make_host("b", server)
+    with pytest.raises(NotFound, match="no local manifest"):
+        other.loader.get_snapshot(key_set, "local-only")
 
 
 def test_a_task_cannot_ask_for_the_sharing_that_its_host_does_not_offer(make_host: HostFactory) -> None:

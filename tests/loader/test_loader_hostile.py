@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import tempfile
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata
+from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata, wire
 from snaploader import keys as key_names
 from snaploader._proto import any_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.snaploader_pb2 import DirectoryNames
+from snaploader.chunktable import ChunkTable
 from snaploader.cli.describe import snapshot_record, vm_configuration_record
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import SnaploaderError
+from snaploader.errors import DataLoss, SnaploaderError
 from snaploader.keys import SnapshotKeySet
-from snaploader.manifest import pack_any
+from snaploader.manifest import MAX_TREES_BYTES, pack_any
 from snaploader.testing import FakeCAS
+from snaploader.tree import encode_tree
 
 SHA256 = DigestFunction.SHA256
 KEY = SnapshotKey(ref="main")
 KEY_SET = SnapshotKeySet(KEY, (), KEY)
+MANY = 1 << 19
 CONTENT = b"the content of every file"
 DIGEST = Digest.of(CONTENT, SHA256)
 
@@ -92,8 +99,12 @@ def fill_properties(draw: st.DrawFn, properties: reapi.NodeProperties) -> None:
         fill_time(draw, properties.mtime)
     if draw(st.booleans()):
         properties.unix_mode.value = draw(st.one_of(st.integers(0, 0o1777), UINT32))
-    for name in draw(st.lists(st.sampled_from(["size", "chunk_size", "other"]), max_size=3)):
-        value = draw(st.one_of(st.sampled_from(["0", "25", "4096", "9999999999999999"]), TEXT))
+    for name in draw(
+        st.lists(st.sampled_from(["size", "chunk_size", "unix_name", "unix_target"]), max_size=3)
+    ):
+        value = draw(
+            st.one_of(st.sampled_from(["0", "25", "4096", "9999999999999999", "ff", "ff2f", "61"]), TEXT)
+        )
         properties.properties.add(name=name, value=value)
 
 
@@ -135,6 +146,158 @@ def results(draw: st.DrawFn, host: HostileHost) -> reapi.ActionResult:
     if draw(st.booleans()):
         result.execution_metadata.auxiliary_metadata.append(pack_any(DirectoryNames(names=names)))
     return result
+
+
+def add_digest(message: reapi.Digest, data: bytes) -> None:
+    message.hash, message.size_bytes = SHA256.hash(data), len(data)
+
+
+def repeated_listing(seed: int) -> bytes:
+    """A few kilobytes that name a million paths."""
+    leaf = reapi.Directory()
+    for number in range(1000):
+        leaf.symlinks.add(name=f"{seed:x}-{number:x}", target="x")
+    tree = reapi.Tree(children=[leaf])
+    for number in range(1000):
+        add_digest(tree.root.directories.add(name=f"{number:x}").digest, leaf.SerializeToString())
+    return bytes(tree.SerializeToString())
+
+
+def fields_of(number: int, payloads: Iterable[bytes]) -> bytes:
+    """A message with these in one repeated field; protobuf's own are slow for very many."""
+    tag = bytes((wire.tag(number, wire.BYTES),))
+    return b"".join(tag + wire.varint(len(payload)) + payload for payload in payloads)
+
+
+def one_field(number: int, payload: bytes) -> bytes:
+    return fields_of(number, [payload])
+
+
+def links(names: Iterable[bytes]) -> bytes:
+    """A tree of nothing but symbolic links."""
+    return one_field(1, fields_of(3, (one_field(1, name) + one_field(2, b"x") for name in names)))
+
+
+def huge_listing(seed: int) -> bytes:
+    """Links of a few bytes each, in one directory."""
+    return links(f"{seed:x}-{number:x}".encode() for number in range(MANY))
+
+
+def wide_names(seed: int) -> bytes:
+    """Names that take four times their bytes in memory, as one character of them needs four."""
+    return links(f"{seed}-{number}\U0001f600".encode().ljust(250, b"n") for number in range(MANY // 3))
+
+
+def many_children(seed: int) -> bytes:
+    """Directories without a parent, all different."""
+    leaves = (one_field(3, one_field(1, b"%x-%x" % (seed, number))) for number in range(MANY))
+    return one_field(1, b"") + fields_of(2, leaves)
+
+
+def many_directories(seed: int) -> bytes:
+    """Directories that are all different, in the root."""
+    leaves = [one_field(3, one_field(1, b"%x-%x" % (seed, n)) + one_field(2, b"x")) for n in range(MANY // 4)]
+    size = bytes((wire.tag(2, wire.VARINT),))
+    nodes = (
+        one_field(1, b"%x" % number)
+        + one_field(2, one_field(1, SHA256.hash(leaf).encode()) + size + wire.varint(len(leaf)))
+        for number, leaf in enumerate(leaves)
+    )
+    return one_field(1, fields_of(2, nodes)) + fields_of(2, leaves)
+
+
+def many_files(seed: int) -> bytes:
+    """Files that are all different, in the root; and padding, which is passed over."""
+    size = bytes((wire.tag(2, wire.VARINT),))
+    nodes = (
+        one_field(1, b"%x" % number)
+        + one_field(2, one_field(1, b"%064x" % (seed << 32 | number)) + size + wire.varint(1000 + number))
+        for number in range(MANY)
+    )
+    return one_field(1, fields_of(1, nodes)) + one_field(15, bytes(MAX_TREES_BYTES // 2))
+
+
+def many_chunks(seed: int) -> bytes:
+    """A chunked file of half a million chunks."""
+    hashes = np.random.default_rng(seed).integers(0, 256, (MANY, 32), np.uint8)
+    return encode_tree(ChunkTable(4096 * MANY, 4096, SHA256, np.arange(MANY), hashes))
+
+
+def hostile_result(host: HostileHost, make: Callable[[int], bytes], count: int) -> reapi.ActionResult:
+    result = reapi.ActionResult()
+    result.execution_metadata.auxiliary_metadata.append(pack_any(VMConfiguration()))
+    names = [str(number) for number in range(count)]
+    for seed, name in enumerate(names):
+        result.output_directories.add(path=name).tree_digest.CopyFrom(host.put(make(seed)))
+    if make is not many_chunks:
+        result.execution_metadata.auxiliary_metadata.append(pack_any(DirectoryNames(names=names)))
+    return result
+
+
+@contextlib.contextmanager
+def bounded_memory() -> Iterator[None]:
+    """At most 400 MiB are taken in the block."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 400 << 20
+
+
+SHAPES = [
+    (repeated_listing, 100),
+    (huge_listing, 3),
+    (wide_names, 2),
+    (many_children, 2),
+    (many_directories, 3),
+    (many_files, 1),
+    (many_chunks, 3),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "count"), SHAPES)
+def test_no_manifest_takes_more_than_400_mib(
+    tmp_path: Path, make: Callable[[int], bytes], count: int
+) -> None:
+    host = HostileHost(tmp_path)
+    with host.cache, SnapshotLoader(host.cache, host.remote, readonly=True) as loader:
+        host.publish(hostile_result(host, make, count))
+        with bounded_memory(), contextlib.suppress(SnaploaderError):
+            loader.get_snapshot(KEY_SET, "newest")
+
+
+def test_trees_are_bounded_together_before_one_of_them_is_read(tmp_path: Path) -> None:
+    host = HostileHost(tmp_path)
+    result = reapi.ActionResult()
+    result.execution_metadata.auxiliary_metadata.append(pack_any(VMConfiguration()))
+    for number in range(3):
+        digest = result.output_directories.add(path=f"{number}").tree_digest
+        digest.hash, digest.size_bytes = f"{number:064x}", 50 << 20
+    host.publish(result)
+    with (
+        host.cache,
+        SnapshotLoader(host.cache, host.remote, readonly=True) as loader,
+        pytest.raises(DataLoss, match="trees have 157286400 bytes together"),
+    ):
+        loader.get_snapshot(KEY_SET, "newest")
+    assert not host.remote.reads
+
+
+@pytest.mark.slow
+def test_a_million_chunks_are_found_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = HostileHost(tmp_path)
+    host.publish(hostile_result(host, many_chunks, 2))
+    monkeypatch.setattr(host.remote, "find_missing", lambda _: set())
+    with host.cache, SnapshotLoader(host.cache, host.remote, readonly=True) as loader, bounded_memory():
+        snapshot = loader.get_snapshot(KEY_SET, "newest")
+    assert sum(table.stored_count for table in snapshot.tables.values()) == 2 * MANY
+    assert len(snapshot.absent) == 2 * MANY
 
 
 @given(data=st.data())

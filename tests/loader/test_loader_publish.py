@@ -224,6 +224,17 @@ def test_a_few_lost_blobs_are_found_by_saving_often_enough(make_host: HostFactor
     assert len(read) > 0
 
 
+def test_a_server_that_takes_no_results_is_told_before_anything_is_uploaded(make_host: HostFactory) -> None:
+    remote = FakeCAS(update_enabled=False)
+    host = make_host("a", remote=remote)
+    key_set = host.keys()
+    with pytest.raises(FailedPrecondition, match="nothing was uploaded") as caught:
+        host.save(image(1), key=key_set.write_key)
+    assert_says_that_the_local_snapshot_stands(caught.value)
+    assert not remote.blobs
+    assert local_only(host, key_set) == image(1)
+
+
 def test_a_server_that_shows_no_manifest_is_told_in_its_own_words(
     make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
 from snaploader import FileCache
-from snaploader.errors import FailedPrecondition, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted, SnaploaderError
 from snaploader.testing import EmbeddedServer
 
 
@@ -263,3 +264,23 @@ def test_folders_that_cannot_be_are_no_missing_snapshot(make_host: HostFactory) 
             method(host.find(), "/proc/nope/out")
     with pytest.raises(FailedPrecondition, match="/proc/nope"):
         FileCache("/proc/nope/cache")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, ResourceExhausted), (errno.EMFILE, ResourceExhausted), (errno.EIO, DataLoss)],
+)
+def test_errors_of_the_operating_system_have_a_kind_and_leave_nothing(
+    make_host: HostFactory, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[SnaploaderError]
+) -> None:
+    host = make_host("a")
+    host.save(image(1), files={"plain": host.folder / "to-save.img"})
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("snaploader.loader.unpack.COWStore", fail)
+    with pytest.raises(kind) as caught:
+        host.loader.unpack_snapshot(host.find(), host.folder / "out")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert not (host.folder / "out").exists()

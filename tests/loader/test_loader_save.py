@@ -12,6 +12,8 @@ import pytest
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image, metadata
 
 from cow import COWStore
+from snaploader import SnapshotTask, VMConfiguration, VMMetadata
+from snaploader.cli.describe import snapshot_record
 from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -388,3 +390,37 @@ def test_vm_configuration_is_required_to_be_a_message(make_host: HostFactory) ->
     with pytest.raises(TypeError):
         host.save(image(1), vm_configuration={"cpus": 2})
     assert CONFIGURATION.cpu_count == 2
+
+
+def test_the_task_that_ran_last_is_recorded(make_host: HostFactory, server: EmbeddedServer) -> None:
+    ran = SnapshotTask(task_id="t", invocation_id="i", action_digest=f"{'a' * 64}/7")
+    host, other = make_host("a", server, clock=lambda: 1_700_000_000.5), make_host("b", server)
+    for given in (None, VMMetadata(vm_id="vm")):
+        host.save(image(1), task=ran, vm_metadata=given)
+        found = other.find(policy="newest").vm_metadata
+        assert found is not None
+        assert found.vm_id == ("vm" if given else "")
+        last = found.last_executed_task
+        assert (last.task_id, last.invocation_id, last.action_digest) == ("t", "i", ran.action_digest)
+        assert last.completed_timestamp.ToNanoseconds() == 1_700_000_000_500_000_000
+    record = snapshot_record(other.find(policy="newest"))
+    assert record["last_executed_task"] == {
+        "task_id": "t",
+        "invocation_id": "i",
+        "action_digest": ran.action_digest,
+        "completed": "2023-11-14T22:13:20+00:00",
+    }
+
+
+def test_what_the_metadata_says_of_a_task_stands(make_host: HostFactory) -> None:
+    host = make_host("a")
+    given = metadata(1_600_000_000)
+    given.last_executed_task.task_id = "theirs"
+    host.save(image(1), task=SnapshotTask(task_id="ours", invocation_id="i"), vm_metadata=given)
+    found = host.find().vm_metadata
+    assert found is not None
+    assert found.last_executed_task.task_id == "theirs"
+    assert found.last_executed_task.invocation_id == "i"
+    assert found.last_executed_task.completed_timestamp.seconds == 1_600_000_000
+    with pytest.raises(InvalidArgument, match="VMMetadata"):
+        host.save(image(1), task=SnapshotTask(task_id="ours"), vm_metadata=VMConfiguration())

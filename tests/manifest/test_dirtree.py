@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Callable
 
@@ -64,7 +65,11 @@ def add_child(message: reapi.Tree, parent: reapi.Directory, name: str, child: re
     message.children.append(child)
 
 
-NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=6)
+# Bytes that are not UTF-8 are among them.
+NAMES = st.one_of(
+    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=6),
+    st.binary(min_size=1, max_size=6).map(os.fsdecode).filter(lambda name: not {"/", "\0"} & {*name}),
+)
 MTIMES = st.integers(-62_135_596_800 * 10**9, 253_402_300_800 * 10**9 - 1)
 MODES = st.integers(0, 0o1777)
 
@@ -74,8 +79,11 @@ def entry_of(draw: st.DrawFn, function: DigestFunction) -> Entry:
     kind = draw(st.sampled_from(["file", "chunked", "symlink", "directory"]))
     mtime = draw(MTIMES)
     if kind == "symlink":
-        targets = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
-        return SymlinkEntry(draw(targets.filter(lambda text: len(text.encode()) < 4096)), mtime)
+        targets = st.one_of(
+            st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1),
+            st.binary(min_size=1).map(os.fsdecode).filter(lambda target: "\0" not in target),
+        )
+        return SymlinkEntry(draw(targets.filter(lambda text: len(os.fsencode(text)) < 4096)), mtime)
     mode = draw(MODES)
     if kind == "directory":
         return DirectoryEntry(mode, mtime)
@@ -277,6 +285,88 @@ def test_unsafe_names_are_refused(name: str, kind: str) -> None:
         decoded(message)
 
 
+def named_on_disk(kind: str, *names: str) -> reapi.Tree:
+    """A tree with one entry, called "stand-in", that has properties with names of its own."""
+    message = reapi.Tree()
+    properties = reapi.NodeProperties()
+    for name in names:
+        properties.properties.add(name="unix_name", value=name)
+    if kind == "files":
+        file_named("stand-in")(message)
+        message.root.files[0].node_properties.CopyFrom(properties)
+    elif kind == "directories":
+        add_child(message, message.root, "stand-in", reapi.Directory(node_properties=properties))
+    else:
+        message.root.symlinks.add(name="stand-in", target="x", node_properties=properties)
+    return message
+
+
+@pytest.mark.parametrize("kind", ["files", "directories", "symlinks"])
+def test_a_name_that_is_not_utf8_stands_in_a_property(kind: str) -> None:
+    assert list(decoded(named_on_disk(kind, "ff61"))) == ["", "\udcffa"]
+
+
+@pytest.mark.parametrize("kind", ["files", "directories", "symlinks"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [""],
+        ["f"],
+        ["FF"],
+        ["ff ff"],
+        ["\u0661\u0661"],
+        ["61"],  # UTF-8
+        ["2e2e"],
+        ["ff2f61"],  # with a slash
+        ["ff00"],
+        ["ff" * 256],
+        ["ff" * 5000],
+        ["ff", "fe"],
+    ],
+)
+def test_hostile_names_in_properties_are_refused(kind: str, names: list[str]) -> None:
+    with pytest.raises(InvalidArgument):
+        decoded(named_on_disk(kind, *names))
+
+
+def test_two_files_of_one_name_on_disk_are_refused() -> None:
+    message = named_on_disk("files", "ff")
+    child = reapi.Directory()
+    child.node_properties.properties.add(name="unix_name", value="ff")
+    add_child(message, message.root, "other", child)
+    with pytest.raises(InvalidArgument, match="twice"):
+        decoded(message)
+
+
+def test_readers_that_know_no_properties_find_names_they_can_write() -> None:
+    tree = tree_of({"\udcff" * 255: FileEntry(HELLO), "a\udcff": SymlinkEntry("\udcff" * 4095)})
+    message = parsed(tree)
+    names = [message.root.files[0].name, message.root.symlinks[0].name]
+    assert names[1].startswith("a\\xff~")
+    assert all(len(name.encode()) <= 255 for name in names)
+    assert len(message.root.symlinks[0].target.encode()) <= 4095
+
+
+def test_a_stand_in_that_is_taken_is_told() -> None:
+    name = parsed(tree_of({"a\udcff": FileEntry(HELLO)})).root.files[0].name
+    with pytest.raises(InvalidArgument, match="rename one of them"):
+        encode_directory_tree(tree_of({"a\udcff": FileEntry(HELLO), name: FileEntry(HELLO)}))
+
+
+@pytest.mark.parametrize("kind", ["files", "directories", "symlinks"])
+def test_names_longer_than_a_file_system_takes_are_refused(kind: str) -> None:
+    message = reapi.Tree()
+    name = "\u00e9" * 128
+    if kind == "files":
+        file_named(name)(message)
+    elif kind == "directories":
+        add_child(message, message.root, name, reapi.Directory())
+    else:
+        message.root.symlinks.add(name=name, target="x")
+    with pytest.raises(InvalidArgument, match="256 bytes, 255 are allowed"):
+        decoded(message)
+
+
 @pytest.mark.parametrize("name", ["d", "l"])
 def test_a_name_may_stand_once_among_files_directories_and_symbolic_links(name: str) -> None:
     with pytest.raises(InvalidArgument, match="twice"):
@@ -374,7 +464,7 @@ def test_long_and_deep_paths_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "value", "what"),
-    [("MAX_PATHS_BYTES", 3, "paths"), ("MAX_BLOB_BYTES", 5, "content"), ("MAX_ROWS", 1, "chunks")],
+    [("MAX_DECODED_BYTES", 3, "memory"), ("MAX_BLOB_BYTES", 5, "content"), ("MAX_ROWS", 1, "chunks")],
 )
 def test_bounds_hold_for_the_whole_tree(
     monkeypatch: pytest.MonkeyPatch, limit: str, value: int, what: str
@@ -395,8 +485,11 @@ def test_bounds_hold_for_the_whole_tree(
         {"a": FileEntry(HELLO, 0o4755)},
         {"a": DirectoryEntry(-1)},
         {"a": FileEntry(Digest.of(b"x", DigestFunction.BLAKE3))},
-        {"\udcff": FileEntry(HELLO)},
-        {"a": SymlinkEntry("\udcff")},
+        {"\ud800": FileEntry(HELLO)},
+        {"\udcc3\udca9": FileEntry(HELLO)},  # UTF-8, in disguise
+        {"a" * 256: FileEntry(HELLO)},
+        {"\udcff" * 256: FileEntry(HELLO)},
+        {"a": SymlinkEntry("\ud800")},
     ],
 )
 def test_entries_that_fit_no_tree_are_refused(entries: dict[str, Entry]) -> None:

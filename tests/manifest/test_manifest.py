@@ -49,7 +49,7 @@ def manifest(**changes: Any) -> Manifest:
 
 
 names = st.text("aäz0-. \n", min_size=1, max_size=8).filter(lambda name: name not in {".", ".."})
-digests = st.builds(digest, st.integers(0, 2**256 - 1), st.integers(0, MAX_TREE_BYTES))
+digests = st.builds(digest, st.integers(0, 2**256 - 1), st.integers(0, MAX_TREE_BYTES // 64))
 plain_files = st.builds(PlainFile, digests, st.booleans(), st.none() | st.integers(0, 0o777))
 messages = st.sampled_from([CONFIGURATION, METADATA, FOREIGN])
 

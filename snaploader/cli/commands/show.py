@@ -235,6 +235,12 @@ def _print_text(
     output.text(
         f"snapshot  {record['snapshot_id'] or '(unknown)'}, created {record['created'] or '(unknown)'}"
     )
+    task = record["last_executed_task"] or {}
+    ran = ", ".join(
+        f"{name} {task[name]}" for name in ("task_id", "invocation_id", "action_digest") if task.get(name)
+    )
+    if ran:
+        output.text(f"ran       {ran}")
     output.text(f"digests   {record['digest_function']}")
     output.table(
         ["file", "size>", "holes>", "chunk size>", "chunks>", "hole chunks>", "local>", "remote>", "digest"],
