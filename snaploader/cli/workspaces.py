@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,8 @@ _EXTRAS = {
 class WorkspaceSettings:
     """Where workspaces are, by the names of the options' parameters."""
 
-    catalog: str
+    catalog: str = field(repr=False)
+    """A path or a URL, which may hold a password."""
     state_dir: Path | None
     host_name: str
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 from sqlalchemy import URL, make_url
@@ -23,16 +24,31 @@ _DRIVERS = {
 _SECRETS = {"password", "sslpassword", "oauth_client_secret"}
 """Parameters of a connection string that nobody else may read."""
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+_NEARLY_A_URL = re.compile(
+    r"\s*(?:[a-z][a-z0-9+.-]+:/|(?:postgres|sqlite)[a-z0-9+]*(?::|//))|.*\bpassword\s*=",
+    re.IGNORECASE | re.DOTALL,
+)
+"""What a URL becomes by a slip, and libpq's `password=…`: as a path it would be repeated in every message."""
+_USER = re.compile(r"[^/]*:[^/]*@")
+
 
 def parse_address(address: str | os.PathLike[str]) -> URL:
-    """The URL of a catalog; text without "://" is a path.
+    """The URL of a catalog; text that looks like no URL is a path.
 
     Raises:
         InvalidArgument: no such kind of database, no file named, or no URL. The message repeats no password.
     """
-    if not isinstance(address, str) or "://" not in address:
+    if not isinstance(address, str):
         return _of_file(os.fspath(address))
-    scheme = address.partition("://")[0]
+    scheme, is_url, _ = address.partition("://")
+    if not is_url and not _NEARLY_A_URL.match(address):
+        return _of_file(address)
+    if not is_url or not _SCHEME.fullmatch(scheme):
+        raise InvalidArgument(
+            "this is neither the URL nor the path of a catalog: write sqlite:///PATH, postgresql://HOST/NAME "
+            "or the path of a file with its folder, such as ./NAME"
+        )
     if scheme not in _DRIVERS:
         raise InvalidArgument(
             f"{scheme[:40]!r} is no database for a catalog: name a file, sqlite:///PATH or postgresql://HOST/NAME"
@@ -40,13 +56,19 @@ def parse_address(address: str | os.PathLike[str]) -> URL:
     try:
         url = make_url(address).set(drivername=_DRIVERS[scheme])
     except (ArgumentError, ValueError):  # their text may repeat the password
-        raise InvalidArgument(
-            f"this {scheme} URL cannot be read: write {scheme}://…, with special characters of user and "
-            "password percent-encoded"
-        ) from None
+        raise _unreadable(scheme) from None
+    if url.get_backend_name() == POSTGRESQL and ("@" in (url.host or "") or _USER.match(url.database or "")):
+        raise _unreadable(scheme)  # a password would be taken for something else, and shown
     if url.get_backend_name() == SQLITE:
         _check_file("" if url.query.get("mode") == "memory" else url.database)
     return url
+
+
+def _unreadable(scheme: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"this {scheme} URL cannot be read: write {scheme}://…, with special characters of user and "
+        "password percent-encoded"
+    )
 
 
 def shown(url: URL) -> str:

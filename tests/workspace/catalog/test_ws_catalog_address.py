@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import traceback
 from pathlib import Path
 
 import pytest
 
+from snaploader.cli.workspaces import WorkspaceSettings
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.catalog.address import file_of, parse_address, shown
 
@@ -88,3 +90,39 @@ def test_what_cannot_be_read_repeats_no_password() -> None:
     assert "hunter2" not in str(refusal.value)
     assert refusal.value.__cause__ is None
     assert "hunter2" not in str(refusal.value.__context__) or refusal.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql:/me:hunter2@db/w",
+        "postgresql:me:hunter2@db/w",
+        "postgres:/me:hunter2@db/w",
+        "postgresql//me:hunter2@db/w",
+        "postgresql+psycopg:/me:hunter2@db/w",
+        "PostgreSQL:/me:hunter2@db/w",
+        "postgresq:/me:hunter2@db/w",
+        " postgresql:/me:hunter2@db/w",
+        "me:hunter2@postgresql://db/w",
+        "postgresql:///me:hunter2@db/w",
+        "postgresql://m/e:hunter2@db/w",
+        "postgresql://me:one@hunter2@db/w",
+        "host=db user=me password=hunter2",
+        "host=db user=me password = 'hunter2'",
+        "sqlite:/var/lib/hunter2.db",
+    ],
+)
+def test_what_is_nearly_a_url_is_refused_and_not_repeated(address: str) -> None:
+    with pytest.raises(InvalidArgument) as refusal:
+        parse_address(address)
+    assert "hunter2" not in "".join(traceback.format_exception(refusal.value))
+
+
+@pytest.mark.parametrize("path", ["postgresql/catalog.db", "./postgresql:/x.db", "postgres.db", "a@b:c.db"])
+def test_a_path_may_look_a_little_like_a_url(path: str) -> None:
+    assert file_of(parse_address(path)) == str(Path(path).absolute())
+
+
+def test_a_password_is_in_no_repr(tmp_path: Path) -> None:
+    settings = WorkspaceSettings("postgresql://me:hunter2@db/w", tmp_path, "here")
+    assert "hunter2" not in repr(settings)
