@@ -29,7 +29,7 @@ DELETE = "workspace_delete"
 
 
 def start(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
-    """Start, record. See `WorkspaceManager.start`."""
+    """Start, wait until it is ready, record. See `WorkspaceManager.start`."""
     with_slot(services, workspace_id)
     work = Work.begin(
         services, workspace_id, OperationKind.START, allowed=[WorkspaceState.STOPPED], reason=reason
@@ -38,8 +38,8 @@ def start(services: Services, workspace_id: str, reason: str = USER) -> Workspac
         if not services.runtime.status(workspace_id).exists:
             bring_back(services, work.workspace, work.operation.token)
             work.reach("placed")
-        services.runtime.start(work.workspace.spec)
-        work.reach("started")
+        work.start()
+        work.wait_ready()
         with work.recording() as tx:
             tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
             work.run(tx, RunTransition.START)

@@ -35,7 +35,7 @@ def pause(workspaces: Workspaces, workspace_id: str) -> None:
 )
 @with_workspaces
 def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
-    """Bring a paused workspace back. From a Data snapshot it returns when the workspace is ready."""
+    """Bring a paused workspace back, and wait until it is ready."""
     workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
     workspaces.output.json(workspace_record(workspace))
     workspaces.output.text(f"resumed {workspace_id}")
@@ -45,7 +45,7 @@ def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | Non
 @click.argument("workspace_id", metavar="WORKSPACE")
 @with_workspaces
 def start(workspaces: Workspaces, workspace_id: str) -> None:
-    """Start a workspace that was stopped. A paused one is resumed instead."""
+    """Start a workspace that was stopped, and wait until it is ready. A paused one is resumed instead."""
     workspace = workspaces.manager.start(workspace_id)
     workspaces.output.json(workspace_record(workspace))
     workspaces.output.text(f"started {workspace_id}")
