@@ -46,10 +46,9 @@ class WorkspaceWriter(Writer):
             FailedPrecondition: its id was used before, or its slot on its host is another's.
             NotFound: there is no such policy.
         """
-        if self._has(tables.workspaces.c.id, workspace.id):
-            raise FailedPrecondition(
-                f"workspace id {workspace.id!r} was used before: ids are never used again, choose another"
-            )
+        known = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace.id))
+        if known is not None:
+            raise self._used_before(rows.workspace_of(known))
         self._use_policy(workspace.policy)
         self._use_owner(workspace.owner)
         self._check_slot(workspace)
@@ -151,6 +150,17 @@ class WorkspaceWriter(Writer):
         self._run(
             update(snapshots).where(snapshots.c.workspace_id == workspace_id),
             {"status": SnapshotStatus.DELETING},
+        )
+
+    def _used_before(self, workspace: Workspace) -> FailedPrecondition:
+        used = f"since {workspace.created_at:%Y-%m-%d %H:%M} UTC"
+        if workspace.state is WorkspaceState.DELETED:
+            run = self.latest_run(workspace.id)
+            used += " until it was deleted"
+            if run is not None and run.completed_at is not None:
+                used += f" at {run.completed_at:%Y-%m-%d %H:%M} UTC"
+        return FailedPrecondition(
+            f"workspace id {workspace.id!r} was used before, {used}: ids are never used again, choose another"
         )
 
     def _use_policy(self, name: str) -> None:

@@ -9,7 +9,7 @@ from catalog_data import HOST, NOON, add, full_workspace, later, operation, snap
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.model import OwnerStatus, RunTransition, SnapshotStatus, WorkspaceState
+from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, SnapshotStatus, WorkspaceState
 from snaploader.workspace.policy import Policy
 
 
@@ -56,7 +56,7 @@ class TestAddWorkspace:
         add(catalog, workspace())
         with catalog.transaction() as transaction:
             transaction.update_workspace("ws", state=WorkspaceState.DELETED)
-        with pytest.raises(FailedPrecondition, match="'ws' was used before"):
+        with pytest.raises(FailedPrecondition, match="'ws' was used before, since 2026-03-01 12:00"):
             add(catalog, workspace())
 
     def test_its_policy_must_be_known(self, catalog: Catalog) -> None:
@@ -284,3 +284,15 @@ def test_the_policy_and_owner_may_be_new_in_the_same_transaction(catalog: Catalo
         transaction.add_workspace(workspace(policy="strict", owner="eve", last_used_at=later(hours=1)))
     with catalog.reading() as reader:
         assert reader.owner_status("eve") is OwnerStatus.SUSPENDED
+
+
+def test_the_id_of_a_deleted_workspace_is_refused_with_the_time_of_its_deletion(catalog: Catalog) -> None:
+    add(catalog, workspace())
+    with catalog.transaction() as transaction:
+        run = transaction.add_run("ws", RunTransition.DELETE, NOON, "user")
+        transaction.finish_run(run.id, RunStatus.SUCCEEDED, later(days=2))
+        transaction.update_workspace("ws", state=WorkspaceState.DELETED)
+    with pytest.raises(
+        FailedPrecondition, match="until it was deleted at 2026-03-03 12:00 UTC: ids are never"
+    ):
+        add(catalog, workspace())

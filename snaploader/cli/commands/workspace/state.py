@@ -71,5 +71,5 @@ def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...]) -> None:
     """
     for workspace_id in workspace_ids:
         workspaces.manager.delete(workspace_id)
-        workspaces.output.text(f"deleted {workspace_id}")
+        workspaces.output.text(f"deleted {workspace_id}; its name cannot be used again")
     workspaces.output.json({"deleted": list(workspace_ids)})
