@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -48,6 +48,8 @@ class HostState(NamedTuple):
     host: str
     state_id: str
     state_directory: str
+    place: Mapping[str, Any] | None = None
+    """Where it lies: whatever tells it from a copy, as the manager says; None: not known yet."""
 
 
 class Reader:
@@ -236,7 +238,9 @@ class Reader:
     def host_state(self, host: str) -> HostState | None:
         """The state directory that a host works with; None: it has not done anything yet."""
         row = self._first(select(tables.hosts).where(tables.hosts.c.name == host))
-        return None if row is None else HostState(row.name, row.state_id, row.state_directory)
+        return (
+            None if row is None else HostState(row.name, row.state_id, row.state_directory, row.state_place)
+        )
 
     # Statements
 
