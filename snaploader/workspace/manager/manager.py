@@ -364,11 +364,15 @@ class WorkspaceManager(WorkspaceHolder):
         with self.hold(workspace_id) as held:
             return held.stop()
 
-    def delete(self, workspace_id: str) -> Workspace:
+    def delete(self, workspace_id: str, *, forget_remote: bool = False) -> Workspace:
         """Delete a workspace, its snapshots here and its commits in the remote cache. Its events stay.
 
         It is deleted once that is recorded; what could not be removed then, `recover` removes. Workspaces
         that were forked from it are not touched.
+
+        Args:
+            forget_remote: Ask the remote cache for nothing, which may be gone for good: what it has of the
+                commits stays there, and an event `remote_orphan` names each.
 
         Raises:
             NotFound: there is no such workspace.
@@ -378,7 +382,7 @@ class WorkspaceManager(WorkspaceHolder):
                 changed.
         """
         with self.hold(workspace_id) as held:
-            return held.delete()
+            return held.delete(forget_remote=forget_remote)
 
     def touch(self, workspace_id: str) -> Workspace:
         """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way.
@@ -396,7 +400,7 @@ class WorkspaceManager(WorkspaceHolder):
 
     # At start-up
 
-    def recover(self, *, rebind_state: bool = False) -> RecoverySummary:
+    def recover(self, *, rebind_state: bool = False, forget_remote: bool = False) -> RecoverySummary:
         """Put everything of this host in order after a crash or a restart. Never raises, unless closed.
 
         To be called once at start-up, before the first request is served. Workspaces that other processes are
@@ -406,10 +410,12 @@ class WorkspaceManager(WorkspaceHolder):
         Args:
             rebind_state: Go on with this state directory; the one the catalog knows is lost for good, and
                 what was in it comes back from snapshots.
+            forget_remote: Give up what the remote cache may have of commits that failed or were deleted, as
+                `delete` does.
         """
         self._check_open()
         try:
             self._home.claim(replace=rebind_state)
         except SnaploaderError as error:
             return RecoverySummary(problems=(Note(f"host {self.host}", error.message),))
-        return recover(self._services, self._locks)
+        return recover(self._services, self._locks, without_remote=forget_remote)

@@ -63,13 +63,19 @@ def stop(workspaces: Workspaces, workspace_id: str) -> None:
 
 @click.command("rm", cls=Command, short_help="Delete workspaces with all their snapshots.")
 @click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
+@option(
+    "--forget-remote",
+    scope="workspace rm",
+    is_flag=True,
+    help="Leave commits in the remote cache, which may be gone for good.",
+)
 @with_workspaces
-def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...]) -> None:
+def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...], *, forget_remote: bool) -> None:
     """Delete workspaces: what runs, their files, and their snapshots here and in the remote cache.
 
     Their events stay, and their ids are not used again. Forks keep all they have.
     """
     for workspace_id in workspace_ids:
-        workspaces.manager.delete(workspace_id)
+        workspaces.manager.delete(workspace_id, forget_remote=forget_remote)
         workspaces.output.text(f"deleted {workspace_id}; its name cannot be used again")
     workspaces.output.json({"deleted": list(workspace_ids)})
