@@ -59,6 +59,7 @@ class PolicyWriter(Writer):
         if changes:
             statement = update(table).where(table.c.id == bindparam("changed"))
             self._run(statement.values(deleting_at=bindparam("deleting")), changes)
+            self._locked.clear()
 
     def remove_policy(self, name: str) -> None:
         """Forget a policy. Deleted workspaces that followed it follow the default one then.
@@ -82,6 +83,7 @@ class PolicyWriter(Writer):
                 f"policy {name!r} is followed by workspace {follower.id!r}: give its workspaces another first"
             )
         self._run(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
+        self._locked.clear()
         self._run(delete(tables.policies).where(tables.policies.c.name == name))
 
     def claim_host(

@@ -196,9 +196,8 @@ class Work:
         """The last transaction: everything in the block becomes visible at once, and the operation ends."""
         self.may_be_recorded = True
         with self.services.catalog.transaction() as tx:
-            tx.end_operation(self.workspace_id, self.operation.token)
-            if self.reason == USER:
-                count_as_used(tx, self.workspace_id, self.now)
+            used_at = self.now if self.reason == USER else None
+            tx.end_operation(self.workspace_id, self.operation.token, used_at=used_at)
             yield tx
         self.reach("recorded")
 
