@@ -19,6 +19,10 @@ MAX_VERSION = 2**31 - 1
 """Largest version number."""
 
 
+NO_CHECK = "none"
+"""Kind of the readiness check of a workspace that is ready as soon as it runs."""
+
+
 class Scope(StrEnum):
     """What a snapshot of a workspace holds."""
 
@@ -153,7 +157,7 @@ class Readiness:
             check of that kind is for the runtime to say.
     """
 
-    kind: str = "none"
+    kind: str = NO_CHECK
     """`none`, `tcp`, `http` or `command`, or the name of a check that the runtime was given."""
     target: str = ""
     """tcp: "host:port", with a port of 1 to 65535; http: a URL, ready at a status of 200 to 399; command: a
@@ -164,7 +168,7 @@ class Readiness:
     """How long to try."""
 
     def __post_init__(self) -> None:
-        if self.kind != "none" and not self.target and self.kind in {"tcp", "http", "command"}:
+        if not self.target and self.kind in {"tcp", "http", "command"}:
             raise InvalidArgument(f"a readiness check of kind {self.kind!r} needs a target")
         if self.kind == "tcp":
             parse_address(self.target)

@@ -384,7 +384,7 @@ def test_what_is_not_possible_now_says_why(shell: Shell) -> None:
 @pytest.mark.slow
 def test_a_workspace_that_does_not_become_ready_stays_paused(shell: Shell) -> None:
     shell.ok("policy", "set", "default", "onPause=Data")
-    shell.ok("create", "web", "--volume", "data=/data", "--ready-command", "false", *SLEEP)
+    shell.ok("create", "web", "--volume", "data=/data", "--no-start", "--ready-command", "false", *SLEEP)
     assert shell.json("pause", "web")["scope"] == "Data"
     outcome = shell("resume", "web", "--ready-timeout", "0.2s")
     assert outcome.exit_code == 7

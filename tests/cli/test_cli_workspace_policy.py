@@ -140,11 +140,27 @@ def test_events_are_listed_in_order_by_workspace_type_and_place(cli: CommandLine
     assert everything[0]["created_at"] == "2026-01-01T00:00:00+00:00"
     assert cli.json("workspace", "events", "two")["events"] == everything[1:]
     assert cli.json("workspace", "events", "--after", everything[0]["id"])["events"] == everything[1:]
-    assert cli.json("workspace", "events", "--limit", 1)["events"] == everything[:1]
+    assert cli.json("workspace", "events", "--limit", 1)["events"] == everything[1:]
     assert cli.json("workspace", "events", "--type", "nothing", "one")["events"] == []
     text = cli.ok("workspace", "events", "two").text
     assert "workspace_create" in text
     assert '{"by": "owner of two"}' in text
+
+
+def test_a_limit_of_events_keeps_the_newest_in_the_order_of_time(
+    cli: CommandLine, catalog_path: Path
+) -> None:
+    for name in ("one", "two", "three"):
+        cli.ok("workspace", "create", name, "--no-start")
+
+    def listed(*options: object) -> list[str]:
+        found = cli.json("workspace", "events", *options)["events"]
+        return [each["workspace_id"] for each in found]
+
+    assert listed("--limit", 2) == ["two", "three"]
+    assert listed("--limit", 9) == ["one", "two", "three"]
+    assert listed("--after", 0, "--limit", 2) == ["one", "two"]  # who follows misses none
+    assert listed("--limit", 1, "one") == ["one"]
 
 
 def test_events_of_a_workspace_that_never_was_are_not_found(cli: CommandLine) -> None:

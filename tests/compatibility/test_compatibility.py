@@ -52,6 +52,7 @@ def take_back_the_schema(catalog: Path) -> None:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (HEAD,)
         assert connection.execute("SELECT count(*) FROM ticks").fetchone() == (0,)
         connection.execute("DROP TABLE ticks")
+        connection.execute("ALTER TABLE hosts DROP COLUMN state_place")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
 
 

@@ -58,7 +58,7 @@ def test_every_type_of_event_is_named_and_no_other() -> None:
     types = set(re.findall(r"`([a-z]+_[a-z]+)`", named[1]))
     assert len(types) >= 15
     assert all(f'"{each}"' in source for each in types)
-    kinds = "workspace|snapshot|version|dormancy|operation"
+    kinds = "workspace|snapshot|version|dormancy|operation|remote"
     written = set(re.findall(rf'^[A-Z_]+ = "((?:{kinds})_[a-z]+)"$', source, re.MULTILINE))
     assert len(written) >= 12
     assert written <= types

@@ -79,6 +79,8 @@ def _policies(connection: Connection, names: set[str]) -> dict[str, Policy]:
 
 def _suspended(connection: Connection, owners: set[str]) -> set[str]:
     table = tables.owners
+    if not owners - {""}:
+        return set()
     is_one: ColumnElement[bool] = table.c.name.in_(owners - {""})
     found = connection.execute(select(table.c.name).where(is_one, table.c.status == OwnerStatus.SUSPENDED))
     return {row.name for row in found}

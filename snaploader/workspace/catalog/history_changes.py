@@ -21,6 +21,7 @@ from snaploader.workspace.model import (
     SnapshotRecord,
     SnapshotStatus,
     Version,
+    Workspace,
 )
 
 _EVENT_LOCK = 0x536E61705F657674
@@ -37,23 +38,21 @@ class HistoryWriter(Writer):
             NotFound: there is no such workspace.
             FailedPrecondition: its name is another workspace's, or its runtime name another snapshot's.
         """
-        self._lock(record.workspace_id)
-        table = tables.snapshots
-        row = self._first(select(table.c.workspace_id).where(table.c.name == record.name))
-        if row is not None and row.workspace_id != record.workspace_id:
-            raise FailedPrecondition(f"snapshot {record.name!r} belongs to workspace {row.workspace_id!r}")
-        self._upsert(table, rows.snapshot_values(record), key="name")
+        self.lock_workspace(record.workspace_id)
+        if not self._upsert(tables.snapshots, rows.snapshot_values(record), key="name", same="workspace_id"):
+            owner = self.snapshot(record.name).workspace_id
+            raise FailedPrecondition(f"snapshot {record.name!r} belongs to workspace {owner!r}")
 
     def set_snapshot_status(self, name: str, status: SnapshotStatus) -> None:
         """Change how far a snapshot has come. NotFound when there is none of that name."""
-        self._lock(self.snapshot(name).workspace_id)
+        self.lock_workspace(self.snapshot(name).workspace_id)
         table = tables.snapshots
         self._run(update(table).where(table.c.name == name), {"status": status})
 
     def remove_snapshot(self, name: str) -> None:
         """Forget a snapshot, and the version that it is; its number is not used again. Idempotent."""
         try:
-            self._lock(self.snapshot(name).workspace_id)
+            self.lock_workspace(self.snapshot(name).workspace_id)
         except NotFound:
             return
         self._run(delete(tables.snapshots).where(tables.snapshots.c.name == name))
@@ -68,7 +67,8 @@ class HistoryWriter(Writer):
             FailedPrecondition: the snapshot is another workspace's, not complete, or a version already.
             ResourceExhausted: the last number was given.
         """
-        number = self._alive(workspace_id).last_version + 1
+        workspace = self._alive(workspace_id)
+        number = workspace.last_version + 1
         if number > MAX_VERSION:
             raise ResourceExhausted(f"workspace {workspace_id!r} has had {MAX_VERSION} versions: fork it")
         record = self.snapshot(snapshot_name)
@@ -79,8 +79,7 @@ class HistoryWriter(Writer):
             )
         if self._has(tables.versions.c.snapshot_name, snapshot_name):
             raise FailedPrecondition(f"snapshot {snapshot_name!r} is a version already")
-        table = tables.workspaces
-        self._run(update(table).where(table.c.id == workspace_id), {"last_version": number})
+        self._set_last_version(workspace, number)
         self._run(
             insert(tables.versions),
             {
@@ -99,9 +98,14 @@ class HistoryWriter(Writer):
         Raises:
             NotFound: there is no such workspace.
         """
-        if last > self._alive(workspace_id).last_version:
-            table = tables.workspaces
-            self._run(update(table).where(table.c.id == workspace_id), {"last_version": last})
+        workspace = self._alive(workspace_id)
+        if last > workspace.last_version:
+            self._set_last_version(workspace, last)
+
+    def _set_last_version(self, workspace: Workspace, number: int) -> None:
+        table = tables.workspaces
+        self._run(update(table).where(table.c.id == workspace.id), {"last_version": number})
+        self._locked[workspace.id] = dataclasses.replace(workspace, last_version=number)
 
     def add_event(
         self, workspace_id: str, event_type: str, payload: Mapping[str, Any], created_at: datetime
@@ -114,7 +118,7 @@ class HistoryWriter(Writer):
             NotFound: there is no such workspace.
             InvalidArgument: the payload is no JSON.
         """
-        self._lock(workspace_id)
+        self.lock_workspace(workspace_id)
         if self._is_postgresql:
             self._run(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _EVENT_LOCK})
         values = {
@@ -134,7 +138,7 @@ class HistoryWriter(Writer):
         deadline: datetime | None = None,
     ) -> Run:
         """Record that a start, stop or delete of a workspace begins. NotFound as `workspace`."""
-        self._lock(workspace_id)
+        self.lock_workspace(workspace_id)
         values = {
             "workspace_id": workspace_id,
             "transition": transition,
@@ -161,7 +165,7 @@ class HistoryWriter(Writer):
         row = self._first(select(table.c.workspace_id).where(table.c.id == run_id))
         if row is None:
             raise NotFound(f"there is no run {run_id}")
-        self._lock(row.workspace_id)
+        self.lock_workspace(row.workspace_id)
         run = rows.run_of(self._only(select(table).where(table.c.id == run_id)))
         if run.status is not RunStatus.RUNNING:
             raise FailedPrecondition(f"run {run_id} of workspace {run.workspace_id!r} has ended before")

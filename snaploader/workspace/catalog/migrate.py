@@ -13,7 +13,7 @@ from snaploader.errors import FailedPrecondition
 from snaploader.workspace.catalog import engines
 from snaploader.workspace.catalog.address import POSTGRESQL, shown
 
-HEAD = "0002"
+HEAD = "0003"
 """Revision of the schema that this library reads and writes."""
 
 MIGRATIONS = os.path.join(os.path.dirname(__file__), "migrations")

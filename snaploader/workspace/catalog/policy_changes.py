@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import bindparam, delete, select, update
 
@@ -57,6 +59,7 @@ class PolicyWriter(Writer):
         if changes:
             statement = update(table).where(table.c.id == bindparam("changed"))
             self._run(statement.values(deleting_at=bindparam("deleting")), changes)
+            self._locked.clear()
 
     def remove_policy(self, name: str) -> None:
         """Forget a policy. Deleted workspaces that followed it follow the default one then.
@@ -80,14 +83,24 @@ class PolicyWriter(Writer):
                 f"policy {name!r} is followed by workspace {follower.id!r}: give its workspaces another first"
             )
         self._run(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
+        self._locked.clear()
         self._run(delete(tables.policies).where(tables.policies.c.name == name))
 
-    def claim_host(self, host: str, state_id: str, state_directory: str, *, replace: bool = False) -> None:
+    def claim_host(
+        self,
+        host: str,
+        state_id: str,
+        state_directory: str,
+        place: Mapping[str, Any] | None = None,
+        *,
+        replace: bool = False,
+    ) -> None:
         """Say which state directory a host works with.
 
         Args:
             state_id: The directory's.
             state_directory: Its path, for people.
+            place: What tells it from a copy.
             replace: Also when the host has another one.
 
         Raises:
@@ -108,7 +121,7 @@ class PolicyWriter(Writer):
                 f"{state_directory!r}: use that one, or another name for this host. If it is lost for good, "
                 "recover with --rebind-state (or recover(rebind_state=True)) to go on without it"
             )
-        row = {"name": host, "state_id": state_id, "state_directory": shown}
+        row = {"name": host, "state_id": state_id, "state_directory": shown, "state_place": place}
         self._upsert(table, row, key="name")
 
     def note_tick(self, host: str, tick: datetime) -> Ticks:

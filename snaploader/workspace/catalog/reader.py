@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -48,6 +48,8 @@ class HostState(NamedTuple):
     host: str
     state_id: str
     state_directory: str
+    place: Mapping[str, Any] | None = None
+    """Where it lies: whatever tells it from a copy, as the manager says; None: not known yet."""
 
 
 class Reader:
@@ -184,6 +186,7 @@ class Reader:
         after: int = 0,
         types: Collection[str] = (),
         limit: int | None = MAX_EVENTS,
+        newest: bool = False,
     ) -> list[Event]:
         """Events in the order in which they became visible.
 
@@ -192,14 +195,17 @@ class Reader:
             after: Only events behind the one of this id. Who passes the last id seen misses none.
             types: Only events of these types; empty: all.
             limit: At most so many; None: all.
+            newest: When there are more than `limit`, leave out the oldest and not the newest.
         """
         table = tables.events
-        query = select(table).where(table.c.id > after).order_by(table.c.id).limit(limit)
+        order = table.c.id.desc() if newest else table.c.id
+        query = select(table).where(table.c.id > after).order_by(order).limit(limit)
         if workspace_id:
             query = query.where(table.c.workspace_id == workspace_id)
         if types:
             query = query.where(table.c.type.in_(types))
-        return [rows.event_of(row) for row in self._all(query)]
+        found = [rows.event_of(row) for row in self._all(query)]
+        return found[::-1] if newest else found
 
     def latest_run(self, workspace_id: str) -> Run | None:
         """The run of a workspace that began last; None: it has none."""
@@ -232,7 +238,9 @@ class Reader:
     def host_state(self, host: str) -> HostState | None:
         """The state directory that a host works with; None: it has not done anything yet."""
         row = self._first(select(tables.hosts).where(tables.hosts.c.name == host))
-        return None if row is None else HostState(row.name, row.state_id, row.state_directory)
+        return (
+            None if row is None else HostState(row.name, row.state_id, row.state_directory, row.state_place)
+        )
 
     # Statements
 

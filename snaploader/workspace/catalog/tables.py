@@ -70,6 +70,7 @@ hosts = Table(
     Column("name", Word, primary_key=True),
     Column("state_id", Word, nullable=False, unique=True),
     Column("state_directory", Prose, nullable=False),
+    Column("state_place", Document),
 )
 
 ticks = Table(

@@ -46,15 +46,14 @@ class WorkspaceWriter(Writer):
             FailedPrecondition: its id was used before, or its slot on its host is another's.
             NotFound: there is no such policy.
         """
-        if self._has(tables.workspaces.c.id, workspace.id):
-            raise FailedPrecondition(
-                f"workspace id {workspace.id!r} was used before: ids are never used again, choose another"
-            )
+        known = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace.id))
+        if known is not None:
+            raise self._used_before(rows.workspace_of(known))
         self._use_policy(workspace.policy)
         self._use_owner(workspace.owner)
         self._check_slot(workspace)
         self._run(insert(tables.workspaces), rows.workspace_values(workspace))
-        self._locked.add(workspace.id)
+        self._locked[workspace.id] = workspace
         self._touched.add(workspace.id)
 
     def update_workspace(
@@ -95,6 +94,7 @@ class WorkspaceWriter(Writer):
         self._run(update(table).where(table.c.id == workspace_id), changes)
         if after.state is not before.state and after.state is WorkspaceState.DELETED:
             self._drop_history(workspace_id)
+        self._locked[workspace_id] = after
         self._touched.add(workspace_id)
         return after
 
@@ -103,11 +103,11 @@ class WorkspaceWriter(Writer):
 
         For a creation that failed; a deleted workspace keeps its row and its events. NotFound as `workspace`.
         """
-        self._lock(workspace_id)
+        self.lock_workspace(workspace_id)
         for table in (tables.versions, tables.snapshots, tables.runs, tables.events):
             self._run(delete(table).where(table.c.workspace_id == workspace_id))
         self._run(delete(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
-        self._locked.discard(workspace_id)
+        self._locked.pop(workspace_id, None)
         self._touched.discard(workspace_id)
 
     def begin_operation(self, workspace_id: str, operation: Operation) -> Workspace:
@@ -124,10 +124,13 @@ class WorkspaceWriter(Writer):
                 f"workspace {workspace_id!r}: a {under_way.kind} is under way on {under_way.host!r} "
                 f"since {under_way.started_at:%Y-%m-%d %H:%M:%S} UTC: wait for it, or run recovery there"
             )
-        return self._set_operation(workspace, operation)
+        return self._set_operation(workspace, operation, {})
 
-    def end_operation(self, workspace_id: str, token: str) -> Workspace:
+    def end_operation(self, workspace_id: str, token: str, *, used_at: datetime | None = None) -> Workspace:
         """Record that an operation is no longer under way.
+
+        Args:
+            used_at: When it has used the workspace, which also ends its dormancy; None: it has not.
 
         Raises:
             NotFound: there is no such workspace.
@@ -138,12 +141,21 @@ class WorkspaceWriter(Writer):
             raise FailedPrecondition(
                 f"workspace {workspace_id!r}: the operation was ended by somebody else, so its lock was lost"
             )
-        return self._set_operation(workspace, None)
+        used: WorkspaceChanges = {}
+        if used_at is not None:
+            used = {"last_used_at": used_at, "dormant_at": None, "deleting_at": None}
+            self._touched.add(workspace_id)
+        return self._set_operation(workspace, None, used)
 
-    def _set_operation(self, workspace: Workspace, operation: Operation | None) -> Workspace:
+    def _set_operation(
+        self, workspace: Workspace, operation: Operation | None, changes: WorkspaceChanges
+    ) -> Workspace:
         table = tables.workspaces
-        self._run(update(table).where(table.c.id == workspace.id), rows.operation_values(operation))
-        return dataclasses.replace(workspace, operation=operation)
+        values = {**rows.operation_values(operation), **changes}
+        self._run(update(table).where(table.c.id == workspace.id), values)
+        after = dataclasses.replace(workspace, operation=operation, **changes)
+        self._locked[workspace.id] = after
+        return after
 
     def _drop_history(self, workspace_id: str) -> None:
         versions, snapshots = tables.versions, tables.snapshots
@@ -151,6 +163,17 @@ class WorkspaceWriter(Writer):
         self._run(
             update(snapshots).where(snapshots.c.workspace_id == workspace_id),
             {"status": SnapshotStatus.DELETING},
+        )
+
+    def _used_before(self, workspace: Workspace) -> FailedPrecondition:
+        used = f"since {workspace.created_at:%Y-%m-%d %H:%M} UTC"
+        if workspace.state is WorkspaceState.DELETED:
+            run = self.latest_run(workspace.id)
+            used += " until it was deleted"
+            if run is not None and run.completed_at is not None:
+                used += f" at {run.completed_at:%Y-%m-%d %H:%M} UTC"
+        return FailedPrecondition(
+            f"workspace id {workspace.id!r} was used before, {used}: ids are never used again, choose another"
         )
 
     def _use_policy(self, name: str) -> None:

@@ -29,7 +29,8 @@ class Writer(Reader):
     def __init__(self, connection: Connection, where: str) -> None:
         super().__init__(connection, where)
         self._is_postgresql = connection.dialect.name == POSTGRESQL
-        self._locked: set[str] = set()
+        self._locked: dict[str, Workspace] = {}
+        """Workspaces whose rows are locked, as they are now: nobody else changes them."""
         self._touched: set[str] = set()
         self._touched_policies: set[str] = set()
         self._touched_owners: set[str] = set()
@@ -37,12 +38,14 @@ class Writer(Reader):
 
     def lock_workspace(self, workspace_id: str) -> Workspace:
         """The workspace, which nobody else changes until the end of the block. NotFound as `workspace`."""
+        if workspace_id in self._locked:
+            return self._locked[workspace_id]
         table = tables.workspaces
         row = self._first(select(table).where(table.c.id == workspace_id).with_for_update())
         if row is None:
             raise NotFound(f"there is no workspace {workspace_id!r}")
-        self._locked.add(workspace_id)
-        return rows.workspace_of(row)
+        self._locked[workspace_id] = rows.workspace_of(row)
+        return self._locked[workspace_id]
 
     def settle(self) -> None:
         """Bring `due_at` of all that was touched up to date. Called by the catalog before it commits.
@@ -57,10 +60,6 @@ class Writer(Reader):
         with self._guarded():
             settle_due(self._connection, self._touched, self._touched_policies, self._touched_owners)
 
-    def _lock(self, workspace_id: str) -> None:
-        if workspace_id not in self._locked:
-            self.lock_workspace(workspace_id)
-
     def _alive(self, workspace_id: str) -> Workspace:
         workspace = self.lock_workspace(workspace_id)
         if workspace.state is WorkspaceState.DELETED:
@@ -73,10 +72,14 @@ class Writer(Reader):
     def _insert(self, table: Table) -> Any:
         return (postgresql if self._is_postgresql else sqlite).insert(table)
 
-    def _upsert(self, table: Table, values: Mapping[str, Any], *, key: str) -> None:
+    def _upsert(self, table: Table, values: Mapping[str, Any], *, key: str, same: str = "") -> bool:
+        """Add a row, or replace the one of that key; False: there is one with another value of `same`."""
         statement = self._insert(table)
         changes = {name: statement.excluded[name] for name in values if name != key}
-        self._run(statement.on_conflict_do_update(index_elements=[key], set_=changes), values)
+        condition = table.c[same] == statement.excluded[same] if same else None
+        upsert = statement.on_conflict_do_update(index_elements=[key], set_=changes, where=condition)
+        with self._guarded():
+            return self._connection.execute(upsert.returning(table.c[key]), values).first() is not None
 
     def _inserted(self, table: Table, values: Mapping[str, Any]) -> Row[Any]:
         with self._guarded():

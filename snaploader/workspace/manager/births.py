@@ -182,10 +182,10 @@ def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scop
 
 
 def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **payload: str) -> Workspace:
-    """Start the new workspace, if it is to be, and show it."""
+    """Start the new workspace, if it is to be, and show it once it is ready."""
     if plan.start:
-        work.services.runtime.start(plan.spec)
-        work.reach("started")
+        work.start()
+        work.wait_ready()
     name = "" if base is None else base.name
     with work.recording() as tx:
         if base is not None:

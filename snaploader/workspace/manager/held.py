@@ -78,12 +78,12 @@ class HeldWorkspace:
         """Stop a running workspace."""
         return self._run(partial(lifetime.stop, reason=reason))
 
-    def delete(self, *, reason: str = USER) -> Workspace:
+    def delete(self, *, reason: str = USER, forget_remote: bool = False) -> Workspace:
         """Delete the workspace."""
-        return self._run(partial(self._delete, reason=reason))
+        return self._run(partial(self._delete, reason=reason, forget_remote=forget_remote))
 
-    def _delete(self, services: Services, workspace_id: str, reason: str) -> Workspace:
-        workspace = lifetime.delete(services, workspace_id, reason)
+    def _delete(self, services: Services, workspace_id: str, reason: str, forget_remote: bool) -> Workspace:
+        workspace = lifetime.delete(services, workspace_id, reason, without_remote=forget_remote)
         # Ids are never used again, so nobody needs the lock any more.
         self._lock.remove_file()
         return workspace

@@ -3,20 +3,26 @@
 Locks, slots, records and folders lie on the host, and the catalog says what should be there. With another
 directory the same workspaces would seem to have lost their processes and files, and be brought back a
 second time from older snapshots. So a state directory has an id, in its file `state-id`, and the catalog
-keeps the id of each host's.
+keeps the id of each host's. A copy has the same id: it is told apart by where that file lies, which the
+catalog keeps too. See `is_same_place`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from snaploader.errors import FailedPrecondition, translate_os_errors
 from snaploader.filecache.flushing import flush_folder
 from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.catalog.reader import HostState
 from snaploader.workspace.records import write_new
+from snaploader.workspace.runtime.supervisor import read_boot_id
 
 _FILE = "state-id"
 
@@ -42,18 +48,34 @@ class HostHome:
             replace: Take the place of another one, which is lost for good.
 
         Raises:
-            FailedPrecondition: The host has another state directory, or this one is another host's.
+            FailedPrecondition: The host has another state directory; this one is another host's, or a copy.
         """
         with self._mutex:
             if self._is_claimed and not replace:
                 return
             state_id = self._state_id()
+            with translate_os_errors(f"cannot look at {self._folder!r}"):
+                place = place_of(f"{self._folder}/{_FILE}")
             with self._catalog.reading() as reader:
                 known = reader.host_state(self._host)
-            if known is None or known.state_id != state_id:
+            if known is None or known.state_id != state_id or known.place != place:
+                self._check_no_copy(known, state_id, place, replace=replace)
                 with self._catalog.transaction() as tx:
-                    tx.claim_host(self._host, state_id, os.path.abspath(self._folder), replace=replace)
+                    tx.claim_host(self._host, state_id, os.path.abspath(self._folder), place, replace=replace)
             self._is_claimed = True
+
+    def _check_no_copy(
+        self, known: HostState | None, state_id: str, place: Mapping[str, Any], *, replace: bool
+    ) -> None:
+        if known is None or known.state_id != state_id or known.place is None or replace:
+            return
+        if not is_same_place(known.place, place):
+            raise FailedPrecondition(
+                f"state directory {os.path.abspath(self._folder)!r} is a copy of that of host "
+                f"{self._host!r}, {known.state_directory!r}. On another machine, begin with an empty one and "
+                "another name for the host. If it was moved to another disk, or brought back from a backup, "
+                "and the other is gone for good, recover with --rebind-state (or recover(rebind_state=True))"
+            )
 
     def _state_id(self) -> str:
         path = f"{self._folder}/{_FILE}"
@@ -75,6 +97,40 @@ class HostHome:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
         flush_folder(self._folder)
+
+
+def place_of(path: str) -> dict[str, Any]:
+    """What tells a file from a copy of it: machine, boot, device and inode. Raises OSError."""
+    status = os.stat(path)
+    return {
+        "machine": _machine(),
+        "boot": read_boot_id(),
+        "device": status.st_dev,
+        "inode": status.st_ino,
+    }
+
+
+def is_same_place(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a file is the one that was known, and no copy. Pure.
+
+    Devices are numbered anew at each boot, so they count within one boot only. Another machine has another
+    boot; after a reboot it is told by its machine id, where both are known (a container may have none).
+    """
+    if known.get("inode") != now["inode"]:
+        return False
+    if known.get("boot") == now["boot"]:
+        return bool(known.get("device") == now["device"])
+    machines = {known.get("machine", ""), now["machine"]}
+    return "" in machines or len(machines) == 1
+
+
+def _machine() -> str:
+    """An id of this machine, made from machine-id(5), which itself is not to be given away; empty: none."""
+    with suppress(OSError), open("/etc/machine-id", "rb") as file:
+        machine_id = file.read(100).strip()
+        if machine_id:
+            return hashlib.blake2b(machine_id, digest_size=16, person=b"snaploader state").hexdigest()
+    return ""
 
 
 def _checked(text: str, path: str) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from snaploader.errors import NotFound, SnaploaderError
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.snapshots import base_of, find_snapshot
 from snaploader.workspace.manager.states import ALIVE
-from snaploader.workspace.manager.undo import remove_unfinished, undone_on_failure
+from snaploader.workspace.manager.undo import forget_remote, remove_unfinished, undone_on_failure
 from snaploader.workspace.manager.work import USER, Work, with_slot
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
     SnapshotKind,
+    SnapshotRecord,
     SnapshotStatus,
     Workspace,
     WorkspaceState,
@@ -29,7 +30,7 @@ DELETE = "workspace_delete"
 
 
 def start(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
-    """Start, record. See `WorkspaceManager.start`."""
+    """Start, wait until it is ready, record. See `WorkspaceManager.start`."""
     with_slot(services, workspace_id)
     work = Work.begin(
         services, workspace_id, OperationKind.START, allowed=[WorkspaceState.STOPPED], reason=reason
@@ -38,8 +39,8 @@ def start(services: Services, workspace_id: str, reason: str = USER) -> Workspac
         if not services.runtime.status(workspace_id).exists:
             bring_back(services, work.workspace, work.operation.token)
             work.reach("placed")
-        services.runtime.start(work.workspace.spec)
-        work.reach("started")
+        work.start()
+        work.wait_ready()
         with work.recording() as tx:
             tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
             work.run(tx, RunTransition.START)
@@ -61,17 +62,21 @@ def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace
             return tx.workspace(workspace_id)
 
 
-def delete(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
+def delete(
+    services: Services, workspace_id: str, reason: str = USER, *, without_remote: bool = False
+) -> Workspace:
     """Stop, record, remove everything. See `WorkspaceManager.delete`."""
     work = Work.begin(services, workspace_id, OperationKind.DELETE, allowed=ALIVE, reason=reason)
     with undone_on_failure(work):
         with services.catalog.reading() as reader:
             records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
-        for record in records:
-            if record.kind is SnapshotKind.COMMIT and record.is_remote:
-                services.content.check_remote(record)
+        commits = [each for each in records if each.kind is SnapshotKind.COMMIT and each.is_remote]
+        if not without_remote:
+            _check_remote(services, commits)
         work.stop()
         with work.recording() as tx:
+            for record in commits if without_remote else ():
+                forget_remote(tx, record, services.clock())
             work.run(tx, RunTransition.DELETE)
             work.event(tx, DELETE)
             workspace = tx.update_workspace(
@@ -85,6 +90,18 @@ def delete(services: Services, workspace_id: str, reason: str = USER) -> Workspa
     for problem in finish_deletion(services, workspace_id):
         log.warning("workspace %r is deleted; recovery removes what is left: %s", workspace_id, problem)
     return workspace
+
+
+def _check_remote(services: Services, commits: Iterable[SnapshotRecord]) -> None:
+    for record in commits:
+        try:
+            services.content.check_remote(record)
+        except SnaploaderError as error:
+            error.add_note(
+                "if that remote cache is gone for good, delete with --forget-remote (or forget_remote=True): "
+                "what it has of the commits stays there"
+            )
+            raise
 
 
 def bring_back(services: Services, workspace: Workspace, token: str) -> None:

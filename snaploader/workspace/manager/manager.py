@@ -134,8 +134,8 @@ class WorkspaceManager(WorkspaceHolder):
             command: What runs in it and its arguments; empty: nothing.
             environment: Added to what the runtime sets.
             volumes: Its durable directories.
-            readiness: How to tell that it is ready, for a resume from a Data snapshot. Default: it is at
-                once.
+            readiness: How to tell that it is ready, for all that starts its process afresh. Default: it is as
+                soon as it runs.
             owner: Whose it is.
             base: The template that it is made from; workspaces of one base share chunks.
             policy: Name of its policy.
@@ -147,7 +147,10 @@ class WorkspaceManager(WorkspaceHolder):
         Raises:
             InvalidArgument: the id, a volume or the schedule is malformed.
             FailedPrecondition: the id was used before; this host has files or a record of it that the catalog
-                does not know, which are left alone; or the command cannot be started.
+                does not know, which are left alone; or the command cannot be started, or ended before it was
+                ready.
+            DeadlineExceeded: it was not ready in time.
+            Cancelled: the manager was closed meanwhile.
             NotFound: there is no such policy, or no such source.
             ResourceExhausted: all slots of the host are taken, or the disk is full.
         """
@@ -195,7 +198,7 @@ class WorkspaceManager(WorkspaceHolder):
         Raises:
             NotFound: there is no such snapshot or workspace, it has no commit, or its content is gone.
             FailedPrecondition: the snapshot is no commit: a pause cannot be forked. Or as for `create`.
-            InvalidArgument, ResourceExhausted: as for `create`.
+            InvalidArgument, ResourceExhausted, DeadlineExceeded, Cancelled: as for `create`.
         """
         if autostart_schedule:
             parse_schedule(autostart_schedule)
@@ -228,9 +231,10 @@ class WorkspaceManager(WorkspaceHolder):
         *,
         scope: Scope | str = Scope.FULL,
     ) -> SnapshotResult:
-        """Capture the workspace as its next version: stop, capture, continue, start, record.
+        """Capture the workspace as its next version: stop, capture, continue, start, wait, record.
 
-        A stopped one stays stopped. The event is `snapshot_create`.
+        A stopped one stays stopped; one that ran is waited for until it is ready again. The event is
+        `snapshot_create`.
 
         Args:
             name: To show it under; empty: "Version N".
@@ -242,7 +246,8 @@ class WorkspaceManager(WorkspaceHolder):
             NotFound: there is no such workspace.
             FailedPrecondition: it is paused or deleted, or lives on another host.
             ResourceExhausted: the disk is full, or the file cache too small.
-            DeadlineExceeded: its lock was not had in time.
+            DeadlineExceeded: its lock was not had in time, or it was not ready again in time: it runs then,
+                and there is no version.
             SnaploaderError: whatever the runtime raises. If the workspace could not be started again, a note
                 says so, and it is stopped.
         """
@@ -258,7 +263,7 @@ class WorkspaceManager(WorkspaceHolder):
             return held.take_version(VersionRequest())
 
     def rollback(self, workspace_id: str, version: int, *, keep_current: bool = False) -> Workspace:
-        """Put a version's state in the place of the present one: stop, replace, start, record.
+        """Put a version's state in the place of the present one: stop, replace, start, wait, record.
 
         History is never rewritten: the next version's number is above all earlier ones. A stopped workspace
         stays stopped. A Data version brings the durable directories back, and all else is as it was created
@@ -272,8 +277,8 @@ class WorkspaceManager(WorkspaceHolder):
             NotFound: there is no such workspace or version, or the version's content is not to be had.
                 Nothing was stopped then.
             FailedPrecondition, DeadlineExceeded, SnaploaderError: as for `create_snapshot`. If the workspace
-                could not be started when its state was replaced, a note says that it is rolled back, and
-                stopped.
+                could not be started when its state was replaced, or was not ready in time, a note says that
+                it is rolled back, and stopped.
         """
         check_number(version)
         with self.hold(workspace_id) as held:
@@ -296,9 +301,10 @@ class WorkspaceManager(WorkspaceHolder):
     def resume(self, workspace_id: str, *, ready_timeout_s: float | None = None) -> Workspace:
         """Bring a paused workspace back, and start it.
 
-        From a Data snapshot it begins with the durable directories, on what it was created or forked from,
-        and the call returns when its readiness check says that it is ready. If it is not in time, or anything
-        else fails, it is stopped and stays paused as it was.
+        From a Data snapshot it begins with the durable directories, on what it was created or forked from.
+        The call returns when its readiness check says that it is ready, unless the runtime has brought its
+        memory back from a Full snapshot. If it is not ready in time, or anything else fails, it is stopped
+        and stays paused as it was.
 
         Args:
             ready_timeout_s: Instead of that of the readiness check.
@@ -332,12 +338,16 @@ class WorkspaceManager(WorkspaceHolder):
     # Life
 
     def start(self, workspace_id: str) -> Workspace:
-        """Start a stopped workspace. If its files are gone, its latest snapshot takes their place.
+        """Start a stopped workspace, and wait until it is ready; one that is not in time is stopped again.
+
+        If its files are gone, its latest snapshot takes their place.
 
         Raises:
-            FailedPrecondition: it is not stopped, lives on another host, or its command cannot be started.
+            FailedPrecondition: it is not stopped, lives on another host, or its command cannot be started, or
+                ended before it was ready.
             NotFound: there is no such workspace, or neither files nor snapshot of it.
-            DeadlineExceeded: its lock was not had in time.
+            DeadlineExceeded: its lock was not had in time, or it was not ready.
+            Cancelled: the manager was closed meanwhile.
         """
         with self.hold(workspace_id) as held:
             return held.start()
@@ -351,11 +361,15 @@ class WorkspaceManager(WorkspaceHolder):
         with self.hold(workspace_id) as held:
             return held.stop()
 
-    def delete(self, workspace_id: str) -> Workspace:
+    def delete(self, workspace_id: str, *, forget_remote: bool = False) -> Workspace:
         """Delete a workspace, its snapshots here and its commits in the remote cache. Its events stay.
 
         It is deleted once that is recorded; what could not be removed then, `recover` removes. Workspaces
         that were forked from it are not touched.
+
+        Args:
+            forget_remote: Ask the remote cache for nothing, which may be gone for good: what it has of the
+                commits stays there, and an event `remote_orphan` names each.
 
         Raises:
             NotFound: there is no such workspace.
@@ -365,7 +379,7 @@ class WorkspaceManager(WorkspaceHolder):
                 changed.
         """
         with self.hold(workspace_id) as held:
-            return held.delete()
+            return held.delete(forget_remote=forget_remote)
 
     def touch(self, workspace_id: str) -> Workspace:
         """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way.
@@ -383,7 +397,7 @@ class WorkspaceManager(WorkspaceHolder):
 
     # At start-up
 
-    def recover(self, *, rebind_state: bool = False) -> RecoverySummary:
+    def recover(self, *, rebind_state: bool = False, forget_remote: bool = False) -> RecoverySummary:
         """Put everything of this host in order after a crash or a restart. Never raises, unless closed.
 
         To be called once at start-up, before the first request is served. Workspaces that other processes are
@@ -393,10 +407,12 @@ class WorkspaceManager(WorkspaceHolder):
         Args:
             rebind_state: Go on with this state directory; the one the catalog knows is lost for good, and
                 what was in it comes back from snapshots.
+            forget_remote: Give up what the remote cache may have of commits that failed or were deleted, as
+                `delete` does.
         """
         self._check_open()
         try:
             self._home.claim(replace=rebind_state)
         except SnaploaderError as error:
             return RecoverySummary(problems=(Note(f"host {self.host}", error.message),))
-        return recover(self._services, self._locks)
+        return recover(self._services, self._locks, without_remote=forget_remote)

@@ -77,11 +77,9 @@ def resume(
             current = reader.snapshot(work.workspace.current_snapshot)
             base = base_of(reader, work.workspace, current)
         work.place(services.content.find(current), None if base is None else services.content.find(base))
-        services.runtime.start(work.workspace.spec)
-        work.reach("started")
-        if current.scope is Scope.DATA:
-            services.runtime.wait_ready(work.workspace.spec, ready_timeout_s, services.closing)
-            work.reach("ready")
+        work.start()
+        if current.scope is Scope.DATA or not services.runtime.keeps_memory:
+            work.wait_ready(ready_timeout_s)
         with work.recording() as tx:
             tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING, paused_at=None)
             work.run(tx, RunTransition.START)

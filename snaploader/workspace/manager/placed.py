@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from snaploader.errors import Cancelled, SnaploaderError
 from snaploader.workspace.manager.snapshots import completed
 from snaploader.workspace.manager.work import Work, runs_nevertheless
 from snaploader.workspace.model import (
@@ -18,36 +20,62 @@ from snaploader.workspace.model import (
 VERSION_ROLLBACK = "version_rollback"
 
 
-def finish_rollback(work: Work, target: SnapshotRecord, kept: SnapshotRecord | None) -> Workspace:
-    """Start and record. A workspace that cannot be started is rolled back, and stopped.
+log = logging.getLogger(__name__)
+
+
+def finish_rollback(
+    work: Work, target: SnapshotRecord, kept: SnapshotRecord | None, *, until_ready: bool = True
+) -> Workspace:
+    """Start and record. A workspace that cannot be started, or is not ready, is rolled back, and stopped.
 
     Args:
         target: The snapshot that was gone back to.
         kept: What was captured of the state before, if that was wanted.
+        until_ready: Whether to wait until it is ready.
     """
-    problem: Exception | None = None
-    try:
-        work.start_again()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the rollback is recorded first
-        if not runs_nevertheless(work.services, work.workspace_id):
-            problem = error
+    problem = _start(work, until_ready=until_ready)
     with work.recording() as tx:
         payload: dict[str, Any] = {"version": work.operation.version, "snapshot": target.name}
         if kept is not None:
             tx.put_snapshot(completed(kept))
             version = tx.add_version(work.workspace_id, kept.name, kept.created_at, kept.display_name)
             payload |= {"kept_snapshot": kept.name, "kept_version": version.number}
-        state = WorkspaceState.STOPPED if problem is not None else work.workspace.state
+        is_stopped = problem is not None and not isinstance(problem, Cancelled)
+        state = WorkspaceState.STOPPED if is_stopped else work.workspace.state
         work.go_on_from(tx, target, state=state)
         work.event(tx, VERSION_ROLLBACK, **payload)
-        if problem is not None:
+        if is_stopped:
             work.run(tx, RunTransition.START, error=str(problem))
         workspace = tx.workspace(work.workspace_id)
     work.clean_up()
     if problem is not None:
-        problem.add_note(f"workspace {work.workspace_id!r} is rolled back, and stopped")
+        how = "stopped" if is_stopped else "may not be ready yet"
+        problem.add_note(f"workspace {work.workspace_id!r} is rolled back, and {how}")
         raise problem
     return workspace
+
+
+def _start(work: Work, *, until_ready: bool) -> Exception | None:
+    """Start what ran before; why it does not run now. Cancelled: it runs, and nobody waited for more."""
+    if not work.was_running:
+        return None
+    try:
+        work.start()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the rollback is recorded first
+        if not runs_nevertheless(work.services, work.workspace_id):
+            return error
+    try:
+        if until_ready:
+            work.wait_ready()
+    except Cancelled as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - as above
+        try:
+            work.stop()
+        except SnaploaderError:
+            log.warning("workspace %r is left to recovery to stop", work.workspace_id, exc_info=True)
+        return error
+    return None
 
 
 def is_placed(work: Work) -> bool:
@@ -66,4 +94,4 @@ def carry_on(work: Work) -> None:
     kept = next((record for record in pending if content.is_pinned(record)), None)
     if kept is not None:
         kept = content.as_saved(kept)
-    finish_rollback(work, target, kept)
+    finish_rollback(work, target, kept, until_ready=False)

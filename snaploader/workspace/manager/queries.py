@@ -87,7 +87,13 @@ class WorkspaceQueries:
             return reader.version(workspace_id, version).runtime_name
 
     def events(
-        self, workspace_id: str = "", *, after: int = 0, types: Collection[str] = (), limit: int | None = 1000
+        self,
+        workspace_id: str = "",
+        *,
+        after: int = 0,
+        types: Collection[str] = (),
+        limit: int | None = 1000,
+        newest: bool = False,
     ) -> list[Event]:
         """What happened, in order: to one workspace, or to all.
 
@@ -95,9 +101,10 @@ class WorkspaceQueries:
             after: Only events behind the one of this id.
             types: Only events of these types; empty: all.
             limit: At most so many; None: all.
+            newest: When there are more than `limit`, leave out the oldest and not the newest.
         """
         with self.catalog.reading() as reader:
-            return reader.events(workspace_id, after=after, types=types, limit=limit)
+            return reader.events(workspace_id, after=after, types=types, limit=limit, newest=newest)
 
     def sizes(self, workspace_ids: Iterable[str] | None = None) -> Mapping[str, sizes.WorkspaceSize]:
         """What the snapshots of this host's workspaces take, by id: exclusive and shared bytes.

@@ -19,8 +19,8 @@ from snaploader.workspace.manager import parked, reconcile, repair
 from snaploader.workspace.manager.lifetime import finish_deletion
 from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.summary import Findings, Note, RecoverySummary
-from snaploader.workspace.manager.undo import remove_unfinished
-from snaploader.workspace.model import SnapshotRecord, SnapshotStatus, WorkspaceState
+from snaploader.workspace.manager.undo import forget_remote, remove_unfinished
+from snaploader.workspace.model import SnapshotKind, SnapshotRecord, SnapshotStatus, WorkspaceState
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.recordformat import PausedRecord
 from snaploader.workspace.records import TRASH, owner_of
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def recover(services: Services, locks: WorkspaceLocks) -> RecoverySummary:
+def recover(services: Services, locks: WorkspaceLocks, *, without_remote: bool = False) -> RecoverySummary:
     """See `WorkspaceManager.recover`."""
-    recovery = _Recovery(services, locks)
+    recovery = _Recovery(services, locks, without_remote)
     for step in recovery.steps():
         with recovery.findings.guarding(step.__name__.strip("_"), log.warning):
             step()
@@ -43,7 +43,8 @@ def recover(services: Services, locks: WorkspaceLocks) -> RecoverySummary:
 
 
 class _Recovery:
-    def __init__(self, services: Services, locks: WorkspaceLocks) -> None:
+    def __init__(self, services: Services, locks: WorkspaceLocks, without_remote: bool) -> None:
+        self.without_remote = without_remote
         self.services = services
         self.locks = locks
         self.findings = Findings()
@@ -56,6 +57,7 @@ class _Recovery:
             self._settle_operations,
             self._take_paused_back,
             self._reconcile_workspaces,
+            *((self._forget_remote,) if self.without_remote else ()),
             self._finish_deletions,
             self._finish_snapshots,
             self._free_slots,
@@ -117,6 +119,23 @@ class _Recovery:
                     workspace_id,
                     partial(reconcile.reconcile, self.services, workspace_id, self.findings),
                 )
+
+    def _forget_remote(self) -> None:
+        """What the remote cache may have of commits that failed, or are on their way out."""
+        with self.services.catalog.reading() as reader:
+            records = reader.unfinished_snapshots(self.services.host)
+        for record in records:
+            if record.kind is SnapshotKind.COMMIT and record.is_remote:
+                with self.findings.guarding(record.name, log.warning):
+                    self._under_lock(record.workspace_id, partial(self._forget_commit, record.name))
+
+    def _forget_commit(self, name: str) -> None:
+        with self.services.catalog.transaction() as tx:
+            record = tx.snapshot(name)
+            if record.status is SnapshotStatus.PENDING or not record.is_remote:
+                return  # somebody was at it meanwhile
+            forget_remote(tx, record, self.services.clock())
+        self.findings.repaired.append(Note(name, "what the remote cache may have of it is forgotten"))
 
     def _finish_deletions(self) -> None:
         """Whatever is left of deleted workspaces."""

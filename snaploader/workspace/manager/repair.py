@@ -28,10 +28,10 @@ def settle(services: Services, workspace_id: str) -> Operation | None:
     """
     with services.catalog.reading() as reader:
         workspace = reader.workspace(workspace_id)
+        operation = workspace.operation
+        if operation is None:
+            return None
         pending = reader.snapshots(workspace_id, statuses=[SnapshotStatus.PENDING])
-    operation = workspace.operation
-    if operation is None:
-        return None
     if operation.host != services.host:
         raise FailedPrecondition(
             f"workspace {workspace_id!r}: a {operation.kind} on host {operation.host!r} did not end: "

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from snaploader.errors import Cancelled, NotFound, SnaploaderError
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 FAILED = "operation_failed"
 RECOVERED = "operation_recovered"
+REMOTE_ORPHAN = "remote_orphan"
 
 _TRANSITIONS = {
     OperationKind.START: RunTransition.START,
@@ -115,6 +117,15 @@ def remove_unfinished(services: Services, record: SnapshotRecord) -> None:
     services.content.drop(record)
     with services.catalog.transaction() as tx:
         tx.remove_snapshot(record.name)
+
+
+def forget_remote(tx: Transaction, record: SnapshotRecord, now: datetime) -> SnapshotRecord:
+    """Give up what the remote cache may have of a commit, and write down what may be left there for ever."""
+    forgotten = replace(record, is_remote=False)
+    tx.put_snapshot(forgotten)
+    payload = {"snapshot": record.name, "runtime_name": record.runtime_name}
+    tx.add_event(record.workspace_id, REMOTE_ORPHAN, payload, now)
+    return forgotten
 
 
 def _is_under_way(work: Work) -> bool:

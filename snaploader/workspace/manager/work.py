@@ -24,6 +24,7 @@ from snaploader.workspace.manager.services import Services
 from snaploader.workspace.manager.snapshots import find_snapshot, let_go
 from snaploader.workspace.manager.states import ALIVE, check_ours, check_state
 from snaploader.workspace.model import (
+    NO_CHECK,
     Operation,
     OperationKind,
     Run,
@@ -157,11 +158,27 @@ class Work:
         self.services.runtime.continue_on(self.workspace.spec, record.runtime_name)
         self.reach("continued")
 
+    def start(self) -> None:
+        """Start the runtime; it may not be ready yet."""
+        self.services.runtime.start(self.workspace.spec)
+        self.reach("started")
+
+    def wait_ready(self, timeout_s: float | None = None) -> None:
+        """Wait until what was started afresh is ready. One without a readiness check is so at once.
+
+        Args:
+            timeout_s: Instead of that of the check.
+        """
+        if self.workspace.spec.readiness.kind == NO_CHECK:
+            return
+        self.services.runtime.wait_ready(self.workspace.spec, timeout_s, self.services.closing)
+        self.reach("ready")
+
     def start_again(self) -> None:
-        """Start the runtime if it ran before."""
+        """Start the runtime if it ran before, and wait until it is ready."""
         if self.was_running:
-            self.services.runtime.start(self.workspace.spec)
-            self.reach("started")
+            self.start()
+            self.wait_ready()
 
     def place(self, snapshot: Snapshot, base: Snapshot | None) -> None:
         """Replace the workspace's state by a snapshot's; the token says afterwards that it was done."""
@@ -179,9 +196,8 @@ class Work:
         """The last transaction: everything in the block becomes visible at once, and the operation ends."""
         self.may_be_recorded = True
         with self.services.catalog.transaction() as tx:
-            tx.end_operation(self.workspace_id, self.operation.token)
-            if self.reason == USER:
-                count_as_used(tx, self.workspace_id, self.now)
+            used_at = self.now if self.reason == USER else None
+            tx.end_operation(self.workspace_id, self.operation.token, used_at=used_at)
             yield tx
         self.reach("recorded")
 

@@ -64,6 +64,9 @@ class FolderRuntime(abc.ABC):
     def _carry_over(self, old: Folder, new: Folder) -> None:  # noqa: B027
         """Keep what a new folder should have of the one that it replaces. Raises OSError."""
 
+    keeps_memory = False
+    """A folder has none; see `Runtime.keeps_memory`."""
+
     def root(self, workspace_id: str) -> Path:
         """The folder that the workspace sees. NotFound when there is none."""
         return Path(self._existing(workspace_id).root)

@@ -88,6 +88,14 @@ class Runtime(Protocol):
     NotFound when the runtime holds no state of the workspace.
     """
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether a workspace that is placed from a Full snapshot goes on where it was, with its memory.
+
+        Where it does not, its process starts afresh, and is waited for until it is ready.
+        """
+        ...
+
     def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
         """Make the state of a new workspace: its durable directories, and the content of `source`.
 

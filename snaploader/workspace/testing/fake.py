@@ -66,6 +66,8 @@ class FakeRuntime(FolderRuntime):
         checkpoint: Callable[[str], None] = lambda _: None,
     ) -> None:
         super().__init__(directory, durable=durable, index_placed=index_placed, checkpoint=checkpoint)
+        self.keeps_memory = False
+        """Whether it is to say that it does; see `Runtime.keeps_memory`."""
         self.calls: list[Call] = []
         """Every call received, in order of arrival; those of `status` are left out."""
         self._script = threading.Lock()

@@ -107,7 +107,9 @@ DATA_OF_REVISION = {
 DATA_OF_REVISION["0002"] = (
     *DATA_OF_REVISION["0001"],
     "INSERT INTO ticks VALUES ('host-a', 1772366400000000, NULL)",
+    "INSERT INTO hosts (name, state_id, state_directory) VALUES ('host-a', 'id', '/state')",
 )
+DATA_OF_REVISION["0003"] = (*DATA_OF_REVISION["0002"], "UPDATE hosts SET state_place = '{\"inode\":1}'")
 
 
 def _revisions() -> list[str]:
@@ -136,6 +138,9 @@ def test_a_catalog_of_any_revision_is_brought_up_to_date_with_its_data(
         assert reader.latest_run("old") is not None
     with Catalog.open(empty_catalog_url) as catalog, catalog.transaction() as transaction:
         is_known = revision >= "0002"
+        host = transaction.host_state("host-a")
+        assert (host is not None) == is_known
+        assert host is None or host.place == ({"inode": 1} if revision >= "0003" else None)
         assert transaction.note_tick("host-a", later(minutes=1)).agree is is_known
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 from catalog_data import HOST, NOON, add, full_workspace, later, operation, snapshot, workspace
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
-from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.model import OwnerStatus, RunTransition, SnapshotStatus, WorkspaceState
+from snaploader.workspace.catalog import Catalog, Transaction
+from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, SnapshotStatus, WorkspaceState
 from snaploader.workspace.policy import Policy
 
 
@@ -56,7 +58,7 @@ class TestAddWorkspace:
         add(catalog, workspace())
         with catalog.transaction() as transaction:
             transaction.update_workspace("ws", state=WorkspaceState.DELETED)
-        with pytest.raises(FailedPrecondition, match="'ws' was used before"):
+        with pytest.raises(FailedPrecondition, match="'ws' was used before, since 2026-03-01 12:00"):
             add(catalog, workspace())
 
     def test_its_policy_must_be_known(self, catalog: Catalog) -> None:
@@ -284,3 +286,55 @@ def test_the_policy_and_owner_may_be_new_in_the_same_transaction(catalog: Catalo
         transaction.add_workspace(workspace(policy="strict", owner="eve", last_used_at=later(hours=1)))
     with catalog.reading() as reader:
         assert reader.owner_status("eve") is OwnerStatus.SUSPENDED
+
+
+def test_the_id_of_a_deleted_workspace_is_refused_with_the_time_of_its_deletion(catalog: Catalog) -> None:
+    add(catalog, workspace())
+    with catalog.transaction() as transaction:
+        run = transaction.add_run("ws", RunTransition.DELETE, NOON, "user")
+        transaction.finish_run(run.id, RunStatus.SUCCEEDED, later(days=2))
+        transaction.update_workspace("ws", state=WorkspaceState.DELETED)
+    with pytest.raises(
+        FailedPrecondition, match="until it was deleted at 2026-03-03 12:00 UTC: ids are never"
+    ):
+        add(catalog, workspace())
+
+
+def test_a_transaction_reads_what_it_has_changed_of_a_workspace(catalog: Catalog) -> None:
+    """What it keeps of locked rows is never behind what it wrote, whatever wrote it."""
+    add(catalog, workspace(dormant_at=NOON, deleting_at=NOON))
+    changes: list[Callable[[Transaction], object]] = [
+        lambda tx: tx.begin_operation("ws", operation()),
+        lambda tx: tx.end_operation("ws", "token"),
+        lambda tx: tx.update_workspace("ws", base="debian"),
+        lambda tx: tx.put_snapshot(snapshot()),
+        lambda tx: tx.add_version("ws", "snap", NOON),
+        lambda tx: tx.reserve_versions("ws", 7),
+        lambda tx: tx.put_policy(Policy(delete_after_dormant=timedelta(days=1)), now=NOON),
+        lambda tx: tx.begin_operation("ws", operation("again")),
+        lambda tx: tx.end_operation("ws", "again", used_at=later(days=1)),
+        lambda tx: tx.update_workspace("ws", state=WorkspaceState.DELETED),
+    ]
+    with catalog.transaction() as transaction:
+        for change in changes:
+            change(transaction)
+            assert transaction.lock_workspace("ws") == transaction.workspace("ws")
+        used = transaction.workspace("ws")
+        assert (used.last_used_at, used.dormant_at, used.deleting_at) == (later(days=1), None, None)
+    with catalog.transaction() as transaction:
+        transaction.add_workspace(full_workspace())
+        assert transaction.lock_workspace("full") == transaction.workspace("full")
+        transaction.forget_workspace("full")
+        with pytest.raises(NotFound):
+            transaction.lock_workspace("full")
+
+
+def test_a_snapshot_of_another_workspace_is_not_replaced(catalog: Catalog) -> None:
+    add(catalog, workspace(), workspace("other"))
+    with catalog.transaction() as transaction:
+        transaction.put_snapshot(snapshot())
+    with pytest.raises(FailedPrecondition, match="belongs to workspace 'ws'"):  # noqa: SIM117
+        with catalog.transaction() as transaction:
+            transaction.put_snapshot(snapshot(workspace_id="other"))
+    with catalog.reading() as reader:
+        assert reader.snapshot("snap") == snapshot()

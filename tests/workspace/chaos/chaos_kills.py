@@ -163,10 +163,10 @@ def prepare(world: World, operation: Operation, workspace_id: str) -> None:
 
 def make(world: World, operation: Operation, workspace_id: str) -> None:
     """A workspace with content."""
-    world.manager.create(
-        workspace_id, command=COMMAND, volumes=[DATA], readiness=READY, policy=operation.policy
-    )
+    options = {"volumes": [DATA], "readiness": READY, "policy": operation.policy}
+    world.manager.create(workspace_id, command=COMMAND, **options, start=False)
     fill(world.root(workspace_id), "first", token_of(workspace_id))
+    world.manager.start(workspace_id)  # which waits until it is ready
 
 
 def prepare_host(world: World) -> None:

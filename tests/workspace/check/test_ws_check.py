@@ -90,8 +90,13 @@ def host(tmp_path: Path, populated: Path) -> Iterator[Host]:
     """A host with a workspace in each state. What is looked at is the same with every database."""
     folder = tmp_path / "host"
     shutil.copytree(populated, folder, symlinks=True)
-    with Catalog.open(folder / "catalog.db") as catalog, open_host(folder, catalog) as opened:
-        yield opened
+    with Catalog.open(folder / "catalog.db") as catalog:
+        with catalog.transaction() as transaction:  # the copy is the host's from now on
+            state = transaction.host_state("here")
+            assert state is not None
+            transaction.claim_host("here", state.state_id, str(folder / "state"))
+        with open_host(folder, catalog) as opened:
+            yield opened
 
 
 @pytest.mark.slow

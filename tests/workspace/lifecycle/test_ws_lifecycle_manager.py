@@ -238,7 +238,8 @@ def test_an_operation_whose_process_died_is_taken_back_and_then_the_transition_m
 
 def test_a_resume_that_the_closing_manager_calls_off_is_no_failed_run(host):
     host.policy(scopes=ScopePolicy(Scope.DATA))
-    host.manager.create("ws", readiness=Readiness("none"), autostart_schedule="30 12 * * *")
+    readiness = Readiness("command", "true")
+    host.manager.create("ws", readiness=readiness, autostart_schedule="30 12 * * *")
     host.manager.pause("ws")
     runs = host.runs()
     host.runtime.set_ready("ws", False)

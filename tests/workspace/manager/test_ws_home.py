@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from manager_hosts import Host, HostFactory, open_host
 
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace import WorkspaceState
+from snaploader.workspace.manager.home import is_same_place
 
 
 def test_another_state_directory_of_the_same_host_is_refused_and_nothing_changes(
@@ -96,3 +98,77 @@ def test_a_damaged_id_is_told_and_kept(host: Host) -> None:
     ):
         again.manager.stop("one")
     assert path.read_text() == "?"
+
+
+def test_a_copy_of_the_state_directory_is_refused_until_it_is_said_to_be_the_one(
+    host: Host, tmp_path: Path
+) -> None:
+    host.create()
+    host.write("data/a", "kept")
+    host.manager.create_version("one")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    shutil.copytree(host.folder / "state", copied / "state", symlinks=True)
+    (copied / "cache").symlink_to(host.folder / "cache")
+    before = host.manager.events()
+    with open_host(copied, host.catalog, None) as copy:
+        [problem] = copy.manager.recover().problems
+        with pytest.raises(FailedPrecondition, match=r"is a copy of that of host 'host-a'.*--rebind-state"):
+            copy.manager.stop("one")
+    assert str(host.folder) in problem.reason
+    assert str(copied) in problem.reason
+    assert host.manager.events() == before
+    assert (host.is_running(), host.findings()) == (True, [])
+    host.runtime.stop("one")
+    with open_host(copied, host.catalog, None) as copy:  # brought back from a backup
+        assert copy.manager.recover(rebind_state=True).problems == ()
+        assert copy.read("data/a") == "kept"
+        copy.manager.stop("one")
+    with (
+        open_host(host.folder, host.catalog, None, runtime=host.runtime) as late,
+        pytest.raises(FailedPrecondition, match="is a copy"),
+    ):
+        late.manager.start("one")
+
+
+def test_a_state_directory_that_was_renamed_is_the_same(make_host: HostFactory, tmp_path: Path) -> None:
+    host = make_host()
+    host.create()
+    (host.folder / "state").rename(tmp_path / "state")
+    (tmp_path / "cache").symlink_to(host.folder / "cache")
+    with open_host(tmp_path, host.catalog, None, runtime=host.runtime) as moved:
+        assert moved.manager.stop("one").state is WorkspaceState.STOPPED
+
+
+def test_a_host_of_an_earlier_release_is_known_from_its_next_operation_on(
+    host: Host, make_host: HostFactory
+) -> None:
+    host.create()
+    with host.catalog.transaction() as tx:
+        state = tx.host_state("host-a")
+        assert state is not None
+        tx.claim_host("host-a", state.state_id, state.state_directory)
+    make_host().manager.stop("one")
+    with host.catalog.reading() as reader:
+        assert reader.host_state("host-a") == state
+
+
+HERE = {"machine": "m", "boot": "b", "device": 1, "inode": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        pytest.param({}, True, id="the same"),
+        pytest.param({"inode": 8}, False, id="copied within a file system"),
+        pytest.param({"device": 2}, False, id="copied to another file system, which gave it that inode"),
+        pytest.param({"boot": "c", "device": 2}, True, id="after a reboot, devices numbered anew"),
+        pytest.param({"boot": "c", "inode": 8}, False, id="copied, after a reboot"),
+        pytest.param({"boot": "c", "machine": "n"}, False, id="image of the disk on another machine"),
+        pytest.param({"boot": "c", "machine": ""}, True, id="after a reboot, where machines have no id"),
+        pytest.param({"machine": "n"}, True, id="another container of the machine"),
+    ],
+)
+def test_a_copy_is_told_by_where_it_lies(changes: dict[str, Any], is_same: bool) -> None:
+    assert is_same_place(HERE, HERE | changes) is is_same
+    assert is_same_place(HERE | changes, HERE) is is_same

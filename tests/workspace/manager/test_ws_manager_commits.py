@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
-from manager_hosts import Host, HostFactory
+from manager_hosts import Host, HostFactory, open_host
+from sqlalchemy.event import listen, remove
 
+from snaploader import RemoteCache
 from snaploader.blobstore import TransferStatistics, Upload
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError, Unavailable
-from snaploader.testing import FakeCAS
+from snaploader.testing import EmbeddedServer, FakeCAS
 from snaploader.workspace.model import (
     Scope,
     SnapshotKind,
@@ -437,3 +441,35 @@ def test_the_latest_commit_is_the_one_that_was_made_last_also_when_the_clock_was
     host.manager.commit("one")
     host.manager.fork("one", "two")
     assert host.read("data/a", "two") == "second"
+
+
+def test_a_commit_costs_a_bounded_number_of_statements_and_calls(
+    make_host: HostFactory, tmp_path: Path
+) -> None:
+    with EmbeddedServer() as server, RemoteCache(server.url) as served:
+        catalog = make_host().catalog
+        with open_host(tmp_path / "measured", catalog, served, host="measured") as host:
+            host.create()
+            fill(host)
+            host.manager.commit("one")
+            host.write("data/1", "changed" * 500)
+            server.call_log.clear()
+            statements: list[str] = []
+
+            def count(*event: Any) -> None:
+                statements.append(event[2])
+
+            listen(catalog._engine, "before_cursor_execute", count)
+            host.manager.commit("one")
+            remove(catalog._engine, "before_cursor_execute", count)
+    is_session = re.compile("BEGIN|PRAGMA").match
+    lock_of_events = catalog.dialect == "postgresql"
+    assert len([each for each in statements if not is_session(each)]) == 17 + lock_of_events
+    assert len(statements) <= 25
+    # Asked twice whether the name is free, once before and once after the manifest; content in the order in
+    # which it becomes visible: blobs, directories, trees.
+    assert server.calls("GetActionResult") <= 4
+    assert server.calls("FindMissingBlobs") <= 4
+    assert server.calls("BatchUpdateBlobs") <= 3
+    assert server.calls("UpdateActionResult") == 1
+    assert server.total_calls() <= 12

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -537,3 +538,59 @@ class Broken:
         raise Unavailable("the catalog cannot be reached")
 
     reading = transaction
+
+
+@pytest.fixture
+def half_committed(host: Host, remote: FakeCAS, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """A host whose remote cache died during a commit, and has an earlier commit."""
+    host.create()
+    host.manager.commit("one")
+    host.write("data/a", "new")
+
+    def dead(*_: Any) -> None:
+        raise Unavailable("no route to host")
+
+    with monkeypatch.context() as patch:
+        for method in ("get_action_result", "update_action_result", "find_missing", "write_many"):
+            patch.setattr(remote, method, dead)
+        with pytest.raises(Unavailable):
+            host.manager.commit("one")
+        yield host
+
+
+def orphans_of(host: Host) -> list[str]:
+    return [event.payload["snapshot"] for event in host.manager.events(types=["remote_orphan"])]
+
+
+def test_a_workspace_is_deleted_without_the_remote_cache_when_that_is_to_be_forgotten(
+    half_committed: Host,
+) -> None:
+    host = half_committed
+    with host.catalog.reading() as reader:
+        commits = [each.name for each in reader.snapshots("one", statuses=list(SnapshotStatus))]
+    with pytest.raises(Unavailable) as refusal:
+        host.manager.delete("one")
+    assert "--forget-remote" in refusal.value.__notes__[0]
+    assert orphans_of(host) == []
+    assert host.manager.delete("one", forget_remote=True).state is WorkspaceState.DELETED
+    assert sorted(orphans_of(host)) == sorted(commits)
+    assert len(commits) == 2
+    assert list(host.cache.pins()) == []
+    assert host.manager.recover().problems == ()
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_recovery_forgets_the_remote_part_of_what_failed_when_told_to(half_committed: Host) -> None:
+    host = half_committed
+    with host.catalog.transaction() as tx:  # as after a server that died when the manifest was on its way
+        [orphan] = tx.snapshots("one", statuses=[SnapshotStatus.ORPHANED])
+        tx.put_snapshot(replace(orphan, is_remote=True))
+    [problem] = host.manager.recover().problems
+    assert problem.name == orphan.name
+    summary = host.manager.recover(forget_remote=True)
+    assert [note.name for note in summary.repaired] == [orphan.name]
+    assert summary.problems == ()
+    assert orphans_of(host) == [orphan.name]
+    assert host.manager.recover().problems == ()
+    assert host.findings() == []
+    assert len(host.manager.list_snapshots("one")) == 1  # the commit that was made is kept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,11 +257,115 @@ def test_a_resume_from_data_waits_until_the_workspace_is_ready(host: Host) -> No
     assert host.calls() == ["place", "start", "wait_ready"]
 
 
-def test_a_resume_from_full_does_not_wait_for_readiness(host: Host) -> None:
+def test_a_resume_from_full_waits_unless_the_runtime_brings_memory_back(host: Host) -> None:
     host.create(readiness=READY)
     host.manager.pause("one")
     host.runtime.set_ready("one", is_ready=False)
+    with pytest.raises(DeadlineExceeded, match="not ready within 0 s"):
+        host.manager.resume("one", ready_timeout_s=0)
+    assert host.manager.workspace("one").state is WorkspaceState.PAUSED
+    host.runtime.keeps_memory = True
     assert host.manager.resume("one").state is WorkspaceState.RUNNING
+
+
+FRESH: dict[str, Callable[[Host], object]] = {
+    "create": lambda host: host.manager.create("new", readiness=READY),
+    "fork": lambda host: host.manager.fork("one", "new"),
+    "start": lambda host: (host.manager.stop("one"), host.manager.start("one")),
+    "version": lambda host: host.manager.create_version("one"),
+    "snapshot": lambda host: host.manager.create_snapshot("one", scope=Scope.DATA),
+    "rollback": lambda host: host.manager.rollback("one", 1),
+    "commit": lambda host: host.manager.commit("one"),
+    "resume": lambda host: (host.manager.pause("one"), host.manager.resume("one")),
+}
+"""All that starts a process afresh."""
+
+
+@pytest.mark.parametrize("operation", FRESH)
+def test_whatever_starts_a_process_afresh_returns_when_it_is_ready(host: Host, operation: str) -> None:
+    host.create(readiness=READY)
+    host.manager.create_version("one")
+    host.manager.commit("one")
+    events = len(host.manager.events())
+    host.calls()
+    gate = host.runtime.hold_next("wait_ready")
+    caller = threading.Thread(target=FRESH[operation], args=(host,))
+    caller.start()
+    assert gate.wait_reached()
+    assert host.calls()[-2:] == ["start", "wait_ready"]
+    assert len(host.manager.events()) - events == (operation in {"start", "resume"})  # the stop and the pause
+    gate.open()
+    caller.join()
+    workspace_id = "new" if operation in {"create", "fork"} else "one"
+    assert host.manager.workspace(workspace_id).state is WorkspaceState.RUNNING
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+NOT_READY = {
+    "create": None,
+    "fork": None,
+    "start": WorkspaceState.STOPPED,
+    "version": WorkspaceState.RUNNING,
+    "snapshot": WorkspaceState.RUNNING,
+    "rollback": WorkspaceState.STOPPED,
+    "commit": WorkspaceState.RUNNING,
+    "resume": WorkspaceState.PAUSED,
+}
+"""What becomes of the workspace whose process is not ready in time; None: nothing is left of it."""
+
+
+@pytest.mark.parametrize("operation", FRESH)
+def test_one_that_is_not_ready_in_time_is_as_it_was_before(host: Host, operation: str) -> None:
+    host.create(readiness=READY)
+    host.write("data/a", "first")
+    host.manager.create_version("one")
+    host.manager.commit("one")
+    host.write("data/a", "second")
+    late = DeadlineExceeded("not ready within 7 s")
+    host.runtime.fail_next("wait_ready", late)
+    with pytest.raises(DeadlineExceeded, match="not ready within 7 s") as raised:
+        FRESH[operation](host)
+    state = NOT_READY[operation]
+    if state is None:
+        with pytest.raises(NotFound):
+            host.manager.workspace("new")
+        assert host.runtime.workspaces() == ["one"]
+        state = WorkspaceState.RUNNING
+    assert host.manager.workspace("one").state is state
+    assert host.is_running() == (state is WorkspaceState.RUNNING)
+    assert len(host.manager.list_versions("one")) == 1
+    if operation == "rollback":
+        assert host.read("data/a") == "first"
+        assert "rolled back, and stopped" in raised.value.__notes__[-1]
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
+def test_without_a_readiness_check_nothing_is_waited_for(host: Host) -> None:
+    host.create()
+    host.manager.create_version("one")
+    host.manager.commit("one")
+    for act in FRESH.values():
+        host.calls()
+        if act is not FRESH["create"]:
+            act(host)
+            assert "wait_ready" not in host.calls()
+            if "new" in host.runtime.workspaces():
+                host.manager.delete("new")
+
+
+def test_a_rollback_whose_manager_closes_meanwhile_is_rolled_back_and_runs(host: Host) -> None:
+    host.create(readiness=READY)
+    host.write("data/a", "first")
+    host.manager.create_version("one")
+    host.write("data/a", "second")
+    host.runtime.fail_next("wait_ready", Cancelled("called off"))
+    with pytest.raises(Cancelled) as raised:
+        host.manager.rollback("one", 1)
+    assert "rolled back, and may not be ready yet" in raised.value.__notes__[-1]
+    assert host.manager.workspace("one").state is WorkspaceState.RUNNING
+    assert host.read("data/a") == "first"
+    assert host.is_running()
+    assert host.findings() == []
 
 
 def test_a_workspace_that_is_not_ready_in_time_is_stopped_and_stays_paused(host: Host) -> None:

@@ -17,10 +17,8 @@ from snaploader.cli.workspaces import Workspaces
     "--after",
     scope="workspace events",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
     metavar="ID",
-    help="Only events later than the one of this id.",
+    help="Only events later than the one of this id, beginning with the first of them.",
 )
 @option(
     "--type", "types", scope="workspace events", multiple=True, help="Only events of this type; repeatable."
@@ -31,13 +29,19 @@ from snaploader.cli.workspaces import Workspaces
     type=click.IntRange(1),
     default=1000,
     show_default=True,
-    help="No more than so many.",
+    help="No more than so many: the newest, or with --after the first.",
 )
 @with_workspaces
-def events(workspaces: Workspaces, workspace_id: str, after: int, types: tuple[str, ...], limit: int) -> None:
+def events(
+    workspaces: Workspaces, workspace_id: str, after: int | None, types: tuple[str, ...], limit: int
+) -> None:
     """List what happened to a workspace, or to all of them, oldest first; of deleted ones too."""
     with workspaces.catalog.reading() as reader:
-        found = reader.events(workspace_id, after=after, types=types, limit=limit)
+        # Who follows what happens must miss nothing; who looks wants to see what happened last.
+        is_following = after is not None
+        found = reader.events(
+            workspace_id, after=after or 0, types=types, limit=limit, newest=not is_following
+        )
         if workspace_id and not found:
             reader.workspace(workspace_id)  # NotFound, unless it only has no such events
     records = event_records(found)

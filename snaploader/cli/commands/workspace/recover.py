@@ -24,15 +24,21 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Go on with this state directory: the one that the catalog knows for this host is lost for good.",
 )
+@option(
+    "--forget-remote",
+    scope="workspace recover",
+    is_flag=True,
+    help="Give up what a remote cache that is gone for good has of commits that failed or were deleted.",
+)
 @with_workspaces
-def recover(workspaces: Workspaces, *, rebind_state: bool) -> None:
+def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) -> None:
     """Bring the catalog and what is on this host together again, after a crash or a restart.
 
     To be run before workspaces are used; `lifecycle` does it by itself. What somebody works on is left alone.
     What the catalog says is running is started again, also a command that had ended by itself.
     Ends with exit code 13 when something could not be put right.
     """
-    summary = workspaces.manager.recover(rebind_state=rebind_state)
+    summary = workspaces.manager.recover(rebind_state=rebind_state, forget_remote=forget_remote)
     workspaces.output.json(summary_record(summary))
     for line in summary_lines(summary):
         workspaces.output.text(line)

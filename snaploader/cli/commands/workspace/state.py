@@ -35,7 +35,7 @@ def pause(workspaces: Workspaces, workspace_id: str) -> None:
 )
 @with_workspaces
 def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
-    """Bring a paused workspace back. From a Data snapshot it returns when the workspace is ready."""
+    """Bring a paused workspace back, and wait until it is ready."""
     workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
     workspaces.output.json(workspace_record(workspace))
     workspaces.output.text(f"resumed {workspace_id}")
@@ -45,7 +45,7 @@ def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | Non
 @click.argument("workspace_id", metavar="WORKSPACE")
 @with_workspaces
 def start(workspaces: Workspaces, workspace_id: str) -> None:
-    """Start a workspace that was stopped. A paused one is resumed instead."""
+    """Start a workspace that was stopped, and wait until it is ready. A paused one is resumed instead."""
     workspace = workspaces.manager.start(workspace_id)
     workspaces.output.json(workspace_record(workspace))
     workspaces.output.text(f"started {workspace_id}")
@@ -63,9 +63,17 @@ def stop(workspaces: Workspaces, workspace_id: str) -> None:
 
 @click.command("rm", cls=Command, short_help="Delete workspaces with all their snapshots.")
 @click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
+@option(
+    "--forget-remote",
+    scope="workspace rm",
+    is_flag=True,
+    help="Leave commits in the remote cache, which may be gone for good.",
+)
 @destructive("workspace rm")
 @with_workspaces
-def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...], yes: bool, dry_run: bool) -> None:
+def remove(
+    workspaces: Workspaces, workspace_ids: tuple[str, ...], *, forget_remote: bool, yes: bool, dry_run: bool
+) -> None:
     """Delete workspaces: what runs, their files, and their snapshots here and in the remote cache.
 
     Their events stay, and their ids are not used again. Forks keep all they have.
@@ -91,8 +99,9 @@ def remove(workspaces: Workspaces, workspace_ids: tuple[str, ...], yes: bool, dr
             for line in lines:
                 output.text(f"would delete {line}")
             return
-        output.confirm("\n".join([*lines, "Delete this, also on the server?"]))
+        where = "but leave the commits on the server" if forget_remote else "also on the server"
+        output.confirm("\n".join([*lines, f"Delete this, {where}?"]))
     for workspace_id in workspace_ids:
-        workspaces.manager.delete(workspace_id)
-        workspaces.output.text(f"deleted {workspace_id}")
+        workspaces.manager.delete(workspace_id, forget_remote=forget_remote)
+        workspaces.output.text(f"deleted {workspace_id}; its name cannot be used again")
     workspaces.output.json({"deleted": list(workspace_ids)})
