@@ -109,7 +109,7 @@ def test_a_copy_of_the_state_directory_is_refused_until_it_is_said_to_be_the_one
     copied = tmp_path / "copied"
     copied.mkdir()
     shutil.copytree(host.folder / "state", copied / "state", symlinks=True)
-    (copied / "cache").symlink_to(host.folder / "cache")
+    shutil.copytree(host.folder / "cache", copied / "cache")
     before = host.manager.events()
     with open_host(copied, host.catalog, None) as copy:
         [problem] = copy.manager.recover().problems
@@ -135,7 +135,7 @@ def test_a_state_directory_that_was_renamed_is_the_same(make_host: HostFactory, 
     host = make_host()
     host.create()
     (host.folder / "state").rename(tmp_path / "state")
-    (tmp_path / "cache").symlink_to(host.folder / "cache")
+    shutil.copytree(host.folder / "cache", tmp_path / "cache")
     with open_host(tmp_path, host.catalog, None, runtime=host.runtime) as moved:
         assert moved.manager.stop("one").state is WorkspaceState.STOPPED
 
