@@ -50,7 +50,9 @@ class Option(click.Option):
         if record is None or not self.secondary_opts:
             return record
         names, text = record
-        for flags, word in ((self.opts, "yes"), (self.secondary_opts, "no")):
+        # Asked for here: click 8.1 names the flag of the option's own default, whatever the file says.
+        word = "yes" if self.get_default(ctx) else "no"
+        for flags in (self.opts, self.secondary_opts):
             text = text.replace(f"default: {flags[0].lstrip('-')}]", f"default: {word}]")
         return names, text
 

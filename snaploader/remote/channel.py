@@ -122,15 +122,16 @@ def _ssl_context(tls: TLSConfig) -> ssl.SSLContext:
     """What gRPC does with the same settings, in Python's terms. Raises OSError for unusable certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
+    # Certificates are ASCII; remarks between them need not be, and Python refuses those.
     roots = _pem(tls.certificate, "the TLS certificate")
     if roots is not None:
-        context.load_verify_locations(cadata=roots.decode(errors="replace"))
+        context.load_verify_locations(cadata=roots.decode("ascii", errors="ignore"))
     else:
         # gRPC has a list of its own, and may be told to use others.
         context.load_default_certs()
         own = pkgutil.get_data("grpc", "_cython/_credentials/roots.pem")
         if own is not None:
-            context.load_verify_locations(cadata=own.decode())
+            context.load_verify_locations(cadata=own.decode("ascii", errors="ignore"))
     certificate = _pem(tls.client_certificate, "the TLS client certificate")
     key = _pem(tls.client_key, "the TLS client key")
     if certificate is not None and key is not None:

@@ -440,12 +440,16 @@ def test_statistics_and_entries_tell_what_is_there(tmp_path):
 def test_lease_does_not_pay_for_imports(tmp_path):
     program = """
 import sys
+
+import numpy
+
+known = "numpy.ma" in sys.modules  # old releases of numpy import it themselves
 from filecache_helpers import blob
 from snaploader.filecache import FileCache
 
 with FileCache(sys.argv[1]) as cache, cache.lease([blob(1)[0], blob(2)[0], blob(1)[0]]):
     cache.prune()
-print("numpy.ma" in sys.modules)
+print("numpy.ma" in sys.modules and not known)
 """
     with child(program, tmp_path / "cache") as process:
         assert process.stdout.readline() == "False\n"

@@ -120,9 +120,11 @@ def wait_ready(
                 f"{name} was not ready within {timeout_s:g} s. Its readiness check, {readiness.kind} "
                 f"{readiness.target!r}, failed {tries} times, the last time with: {reason}"
             )
-        tries += 1
-        reason = probe(workspace, min(left_s, MAX_TRY_S))
-        if not reason:
+        found = probe(workspace, min(left_s, MAX_TRY_S))
+        if not found:
             watch.check()  # what answered may have been someone else
             return
+        tries += 1
+        if tries == 1 or time.monotonic() < give_up_at:
+            reason = found  # one that was cut short by the deadline says less than the one before
         watch.pause(max(0.0, min(readiness.interval_s, give_up_at - time.monotonic())), cancelled)
