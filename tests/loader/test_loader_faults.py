@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from loader_hosts import CHUNK, Host, HostFactory, image
@@ -81,8 +82,15 @@ def applies(fault: str, method: str) -> bool:
     return True
 
 
-def cases(methods: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [(method, fault) for method in methods for fault in FAULTS if applies(fault, method)]
+def cases(methods: tuple[str, ...]) -> list[Any]:
+    """Every method with every fault; those that hang take as long as their deadlines."""
+    slow = {fault: [pytest.mark.slow] for fault in TIMEOUTS}
+    return [
+        pytest.param(method, fault, marks=slow.get(fault, []))
+        for method in methods
+        for fault in FAULTS
+        if applies(fault, method)
+    ]
 
 
 def save_with_plain_file(host: Host, content: bytes) -> None:

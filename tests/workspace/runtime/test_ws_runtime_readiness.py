@@ -111,7 +111,7 @@ def test_http_is_not_ready_at_other_statuses(status: int, runtime: ProcessRuntim
     with answering(status) as url:
         spec = started(runtime, spec_of("http", url))
         with pytest.raises(DeadlineExceeded, match=f"HTTP status {status}"):
-            runtime.wait_ready(spec, 2.0)
+            runtime.wait_ready(spec, 0.5)
 
 
 def test_a_command_is_ready_when_it_exits_with_0(runtime: ProcessRuntime) -> None:
@@ -123,7 +123,7 @@ def test_a_command_is_ready_when_it_exits_with_0(runtime: ProcessRuntime) -> Non
 def test_a_command_is_not_ready_otherwise(runtime: ProcessRuntime) -> None:
     spec = started(runtime, spec_of("command", "exit 3"))
     with pytest.raises(DeadlineExceeded, match="exit status 3"):
-        runtime.wait_ready(spec, 2.0)
+        runtime.wait_ready(spec, 0.5)
 
 
 def test_a_check_of_ones_own_is_told_of_the_workspace(tmp_path: Path) -> None:
