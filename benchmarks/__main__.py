@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import cow, lifecycle, paths, run, scale
+from benchmarks import lifecycle, paths, run, scale, store
 
 if __name__ == "__main__":
     run.main()
-    cow.main(["--json", "benchmarks/results/cow.json"])
+    store.main(["--json", "benchmarks/results/store.json"])
     paths.main(["--output", "benchmarks/results/paths.json"])
     sys.exit(max(scale.main(), lifecycle.main()))

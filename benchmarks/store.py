@@ -1,6 +1,6 @@
 """What reads and writes of a copy-on-write store cost, beside the same system calls on a plain file.
 
-    python -m benchmarks.cow [--mib 1331] [--json FILE] [--against CHECKOUT] [--scratch DIR]
+    python -m benchmarks.store [--mib 1331] [--json FILE] [--against CHECKOUT] [--scratch DIR]
 
 Processor time of this process, everything in the page cache, one thread. A store's chunks are files of
 512 KiB that a `ChunkSource` opens. Each figure is the median of several rounds, and its floor, `os.pread` or
@@ -203,7 +203,7 @@ def measure_other(checkout: Path, arguments: argparse.Namespace) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cow", description=(__doc__ or "").split("\n\n")[0]
+        prog="python -m benchmarks.store", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--mib", type=int, default=1331, help="size of the big store (default 1331, 1.3 GiB)")
     parser.add_argument("--count", type=int, default=20_000, help="operations a round (default 20000)")
