@@ -151,11 +151,7 @@ def upload_child_directories(
     uploaded = TransferStatistics()
     for tree in trees:
         directories = child_directories(tree)
-        missing = remote.find_missing(directories)
-        if sent is not None:
-            sent += missing
-        uploads = (Upload(digest, directories[digest]) for digest in sorted(missing))
-        uploaded += remote.write_many(uploads) if missing else TransferStatistics()
+        uploaded += upload_blobs(remote, directories, directories.__getitem__, None, sent, sampled=False)
     return uploaded
 
 
