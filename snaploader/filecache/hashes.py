@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument
 
 Words: TypeAlias = "npt.NDArray[np.uint64]"
@@ -67,14 +68,39 @@ def to_hex(words: Words) -> str:
 
 
 class HashSet:
-    """An immutable set of hashes that answers for many at once."""
+    """An immutable set of hashes, 32 bytes each, that answers for many at once; equal to a set of digests."""
 
     def __init__(self, words: Words) -> None:
         self._words = words[np.argsort(words[:, 0], kind="stable")]
         self._first = np.ascontiguousarray(self._words[:, 0])
 
+    @classmethod
+    def of(cls, digests: Iterable[Digest] = ()) -> Self:
+        """The hashes of distinct blobs. Holds no object for each of them, however many there are."""
+        rows = bytearray()
+        for digest in digests:
+            rows += bytes.fromhex(digest.hash)
+        return cls(np.frombuffer(rows, dtype=">u8").reshape(-1, 4).astype(np.uint64))
+
     def __len__(self) -> int:
         return len(self._first)
+
+    def __contains__(self, digest: Digest) -> bool:
+        return bool(self.contains(to_words([digest.hash]))[0])
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, frozenset | set):
+            other = HashSet.of(other)
+        if not isinstance(other, HashSet):
+            return NotImplemented
+        return len(self) == len(other) and bool(self.contains(other._words).all())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def others(self, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Those of `hashes`, rows of 32 bytes, that are not in the set."""
+        words = np.ascontiguousarray(hashes).view(">u8").astype(np.uint64)
+        return hashes[~self.contains(words)]
 
     def contains(self, words: Words) -> npt.NDArray[np.bool_]:
         """For each row whether it is in the set. Compares whole hashes."""

@@ -18,6 +18,7 @@ from snaploader.blobstore import RemoteStore, TransferStatistics
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
+from snaploader.filecache.hashes import HashSet
 from snaploader.keys import SnapshotKey
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pinning import pin_before, pinned
@@ -30,7 +31,7 @@ from snaploader.loader.publish import (
     upload_child_directories,
     upload_source,
 )
-from snaploader.loader.results import HashSet, ManifestSource, Snapshot
+from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.tombstone import tombstone_result
 from snaploader.loader.versions import REMOTE_READONLY
 from snaploader.manifest import pack_any
@@ -137,7 +138,7 @@ class SnapshotDeriver:
                 saved_locally = False
         source = ManifestSource.LOCAL if remote is None else ManifestSource.REMOTE
         return DeriveResult(
-            replace(derived, source=source, absent=HashSet(absent)),
+            replace(derived, source=source, absent=HashSet.of(absent)),
             saved_locally,
             remote is not None,
             uploaded.blobs,

@@ -21,9 +21,10 @@ from snaploader.dirtree import (
 )
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
+from snaploader.filecache.hashes import HashSet
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.results import HashSet, KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
+from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
 from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
 from snaploader.manifest import Manifest
 from snaploader.policy import ReadPolicy, is_stale
@@ -250,7 +251,7 @@ class SnapshotFinder:
             directories = self._read_directories(manifest, allow_remote=allow_remote)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = HashSet(
+        absent = HashSet.of(
             self._absent(manifest, artefacts(manifest, tables, directories), source, allow_remote)
         )
         return Snapshot(

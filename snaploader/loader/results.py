@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import final
-
-import numpy as np
 
 from snaploader._proto.snaploader_pb2 import VMMetadata
-from snaploader.chunktable import ChunkTable, Hashes
-from snaploader.digest import HASH_BYTES, Digest
+from snaploader.chunktable import ChunkTable
+from snaploader.digest import Digest
 from snaploader.dirtree import DirectoryTree
 from snaploader.errors import InvalidArgument, SnaploaderError
+from snaploader.filecache.hashes import HashSet
 from snaploader.keys import SnapshotKey
 from snaploader.manifest import Manifest, unpack_any
-
-_HASH = np.dtype(f"S{HASH_BYTES}")
-"""Compares like bytes; numpy passes over zeros at the end, which all hashes have places for."""
-
-
-@final
-class HashSet:
-    """The hashes of many blobs, in a sorted array of 32 bytes each. Immutable; equal to a set of them."""
-
-    __slots__ = ("_sorted",)
-
-    def __init__(self, digests: Iterable[Digest] = ()) -> None:
-        rows = bytearray()
-        for digest in digests:
-            rows += bytes.fromhex(digest.hash)
-        self._sorted = np.sort(np.frombuffer(rows, _HASH))
-
-    def __contains__(self, digest: Digest) -> bool:
-        hash_ = np.frombuffer(bytes.fromhex(digest.hash), _HASH)
-        place = int(self._sorted.searchsorted(hash_)[0])
-        return place < len(self._sorted) and bool(self._sorted[place] == hash_[0])
-
-    def __len__(self) -> int:
-        return len(self._sorted)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, frozenset | set):
-            other = HashSet(other)
-        if not isinstance(other, HashSet):
-            return NotImplemented
-        return np.array_equal(self._sorted, other._sorted)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def others(self, hashes: Hashes) -> Hashes:
-        """Those rows of `hashes` that are not in the set."""
-        rows = np.ascontiguousarray(hashes).view(_HASH)[:, 0]
-        places = self._sorted.searchsorted(rows)
-        known = places < len(self._sorted)
-        known[known] = self._sorted[places[known]] == rows[known]
-        return hashes[~known]
 
 
 class ManifestSource(StrEnum):
@@ -86,7 +43,7 @@ class Snapshot:
     """The chunks of every chunked file, by the file's name."""
     allow_remote: bool
     """Whether chunks may be fetched from the remote store."""
-    absent: HashSet = field(default_factory=HashSet)
+    absent: HashSet = field(default_factory=HashSet.of)
     """Blobs that the file cache did not have when the snapshot was found; they are to be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
