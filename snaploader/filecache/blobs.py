@@ -63,9 +63,9 @@ class BlobSpace:
         """Where the file of a blob is, or would be."""
         return self._env.layout.blob(digest)
 
-    def checkpoint(self, step: str) -> None:
-        """A step was done; see `Environment.checkpoint`."""
-        self._env.checkpoint(step)
+    def step_done(self, step: str) -> None:
+        """A step was done; see `HostEnvironment.after_step`."""
+        self._env.host.after_step(step)
 
     # Looking up
 
@@ -94,7 +94,7 @@ class BlobSpace:
             # Listings leave suspects out, so that each is looked at here.
             missing = {digest for digest in missing if not self.touch(digest)}
         if present.any():
-            self._uses.append(self._env.layout.group, words[present, 0], self._env.now_ns())
+            self._uses.append(self._env.layout.group, words[present, 0], self._env.host.now_ns())
         return missing
 
     def touch(self, digest: Digest) -> bool:
@@ -107,7 +107,7 @@ class BlobSpace:
                 and status.st_size == digest.size_bytes
                 and not self._durability.is_suspect(status)
             ):
-                recency.touch(path, status, self._env.now_ns())
+                recency.touch(path, status, self._env.host.now_ns())
             else:
                 os.close(self._open(digest))
         except (FileNotFoundError, NotADirectoryError, NotFound, DataLoss):
@@ -141,7 +141,7 @@ class BlobSpace:
             try:
                 if not self._memo.knows(digest, status):
                     status = self._verify(digest, fd, status)
-                recency.touch(fd, status, self._env.now_ns())
+                recency.touch(fd, status, self._env.host.now_ns())
             except BaseException:
                 os.close(fd)
                 raise
@@ -170,7 +170,7 @@ class BlobSpace:
             if self._durability.is_suspect(status):
                 # It proved right: it is written anew, as it were, outside the window of suspicion.
                 with suppress(PermissionError):
-                    os.utime(fd, ns=(status.st_atime_ns, self._env.now_ns()))
+                    os.utime(fd, ns=(status.st_atime_ns, self._env.host.now_ns()))
                 status = os.fstat(fd)
             self._memo.add(digest, status)
             return status
@@ -237,7 +237,7 @@ class BlobSpace:
                     return False
                 is_known = self._memo.knows(digest, status)
                 if is_known:
-                    recency.touch(path, status, self._env.now_ns())
+                    recency.touch(path, status, self._env.host.now_ns())
             if is_known:
                 self._env.counters.add(present_blobs=1)
                 return True
@@ -261,7 +261,7 @@ class BlobSpace:
         os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
-        recency.touch(fd, status, self._env.now_ns())
+        recency.touch(fd, status, self._env.host.now_ns())
         size = disk_bytes(status)
         while True:
             with self._env.ledger.section() as section:
@@ -283,12 +283,12 @@ class BlobSpace:
         with suppress(FileNotFoundError, NotADirectoryError):
             status = os.stat(target, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                recency.touch(target, status, self._env.now_ns())
+                recency.touch(target, status, self._env.host.now_ns())
                 return False
             self._env.session.set_aside(target)
         section.change(name, 0, size)
         try:
-            self._env.checkpoint("blob.counted")
+            self._env.host.after_step("blob.counted")
             try:
                 link(target)
             except (FileNotFoundError, NotADirectoryError):
@@ -297,7 +297,7 @@ class BlobSpace:
         except BaseException:
             section.change(name, size, 0)
             raise
-        self._env.checkpoint("blob.linked")
+        self._env.host.after_step("blob.linked")
         return True
 
     def check(self, hash_: str, function: DigestFunction) -> tuple[Digest, bool] | None:

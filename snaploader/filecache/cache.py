@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -11,13 +11,14 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from snaploader._environment import HOST, HostEnvironment
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import exchange, recency, scan
 from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.directories import DirectoryHandle, DirectoryStore
-from snaploader.filecache.durability import Durability, read_boot_id
+from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.evict import Evictor
 from snaploader.filecache.hashes import to_prefixes, to_words
@@ -39,10 +40,6 @@ from snaploader.folders import PRIVATE, Access
 DEFAULT_MAX_BYTES = 10 << 30
 
 
-def _no_checkpoint(step: str) -> None:
-    """Crash tests pass something else."""
-
-
 class FileCache:
     """Blobs, refs and directories in a folder of this host, shared by threads and processes.
 
@@ -58,8 +55,6 @@ class FileCache:
             all of them: each must trust the others, and give the same mode. See docs/operating.md.
         group_id: The partition to work in: nothing of one group is visible to another. Up to 128 letters,
             digits and . _ @ + - or empty, which is a partition too.
-        checkpoint: Called with the name of each step on disk after it was done; for crash tests.
-        boot_id: An id of this boot of the machine, the kernel's by default; for tests.
 
     Raises:
         InvalidArgument: The group id or the mode is malformed, or `max_bytes` is not positive.
@@ -76,8 +71,7 @@ class FileCache:
         max_bytes: int = DEFAULT_MAX_BYTES,
         cache_mode: int = PRIVATE,
         group_id: str = "",
-        checkpoint: Callable[[str], None] = _no_checkpoint,
-        boot_id: str | None = None,
+        _environment: HostEnvironment = HOST,
     ) -> None:
         if max_bytes <= 0:
             raise InvalidArgument(f"max_bytes is {max_bytes}: a file cache needs room")
@@ -103,10 +97,10 @@ class FileCache:
                     section.forget_total()
 
             self._durability = Durability(
-                layout, own, boot_id or read_boot_id(), rebooted, used_before=used_before
+                layout, own, _environment.boot_id(), rebooted, used_before=used_before
             )
             undo.callback(self._durability.close)
-            self._env = Environment(layout, own, ledger, max_bytes, checkpoint)
+            self._env = Environment(layout, own, ledger, max_bytes, _environment)
             self._trash = TrashCan(layout.trash, own)
             undo.callback(self._trash.close)
             uses = UseLog(layout.uses, use_lock, own)

@@ -96,20 +96,20 @@ class DirectoryStore:
                     continue
                 with self._env.session.staged(str(size).encode()) as temporary:
                     os.rename(temporary, f"{entry}/size")
-                recency.touch(fd, os.fstat(fd), self._env.now_ns())
+                recency.touch(fd, os.fstat(fd), self._env.host.now_ns())
                 with self._env.ledger.section() as section:
                     room = section.total_bytes is not None and (
                         section.total_bytes + size <= self._env.max_bytes
                     )
                     if room:
                         section.change(self._name(entry), 0, size)
-                        self._env.checkpoint("directory.counted")
+                        self._env.host.after_step("directory.counted")
                         try:
                             os.rename(source, f"{entry}/data")
                         except OSError:
                             section.change(self._name(entry), size, 0)
                             raise
-                        self._env.checkpoint("directory.renamed")
+                        self._env.host.after_step("directory.renamed")
                         return True
             except BaseException:
                 # Nobody else can have seen the entry: it has no directory yet.
@@ -148,7 +148,7 @@ class DirectoryStore:
         try:
             if is_folder(f"{entry}/data"):
                 remove_tree(f"{entry}/doomed")
-                recency.touch(fd, os.fstat(fd), self._env.now_ns())
+                recency.touch(fd, os.fstat(fd), self._env.host.now_ns())
                 return fd
         except BaseException:
             os.close(fd)
@@ -203,7 +203,7 @@ def discard_entry(
         target = trash.new_path()
         with environment.ledger.section() as section:
             os.rename(entry, target)
-            environment.checkpoint("evict.trashed")
+            environment.host.after_step("evict.trashed")
             section.change(os.path.relpath(entry, environment.layout.groups), size, 0)
         # Whoever waits for this lock must see that the entry is gone.
         with suppress(FileNotFoundError):

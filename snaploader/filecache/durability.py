@@ -24,18 +24,11 @@ from snaploader.filecache.locks import FileLock, is_odd
 from snaploader.filecache.session import Session
 from snaploader.folders import OddEntry, open_regular
 
-BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
 CLOCK_SLACK_NS = 1_000_000_000
 """File times come from a clock that lags by up to one tick; a second is plenty."""
 MAX_WINDOWS = 16
 _MAX_STATE_BYTES = 64 << 10
 Window = tuple[int, int]
-
-
-def read_boot_id() -> str:
-    """An id that changes with every boot of the machine; see random(4)."""
-    with open(BOOT_ID_PATH, encoding="ascii") as file:
-        return file.read().strip()
 
 
 class Durability:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from snaploader._environment import HostEnvironment
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.ledger import Ledger
 from snaploader.filecache.session import Session
@@ -20,7 +19,5 @@ class Environment:
     session: Session
     ledger: Ledger
     max_bytes: int
-    checkpoint: Callable[[str], None]
-    """Called with the name of each step after it was done; crash tests end the process in it."""
+    host: HostEnvironment
     counters: Counters = field(default_factory=Counters)
-    now_ns: Callable[[], int] = time.time_ns

@@ -104,7 +104,7 @@ class Evictor:
             self._rescan()
             candidates, self._candidates = self._candidates, None  # used up below
             assert candidates is not None
-            candidates.read_uses(self._uses, self._env.now_ns())
+            candidates.read_uses(self._uses, self._env.host.now_ns())
             scan = candidates.scan
             left = self._env.ledger.total_bytes() or 0
             while left > target_bytes and (row := candidates.next_row(is_fresh=True)) is not None:
@@ -148,7 +148,7 @@ class Evictor:
                     scanned = True
                     fruitless += 1
                     continue
-                candidates.read_uses(self._uses, self._env.now_ns())
+                candidates.read_uses(self._uses, self._env.host.now_ns())
                 if self._evict_one(candidates, is_fresh=scanned):
                     fruitless = 0
                     continue
@@ -213,7 +213,7 @@ class Evictor:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        self._env.checkpoint("evict.unlinked")
+        self._env.host.after_step("evict.unlinked")
         size = disk_bytes(status)
         section.change(entry_name(group, space, hash_), size, 0)
         return size
@@ -244,10 +244,10 @@ class Evictor:
             section.begin_scan()
             changes = section.changes
         try:
-            self._env.checkpoint("scan.begun")
-            begun_ns = self._env.now_ns()
+            self._env.host.after_step("scan.begun")
+            begun_ns = self._env.host.now_ns()
             scan = Scan(layout, self._durability.is_suspect)
-            self._env.checkpoint("scan.listed")
+            self._env.host.after_step("scan.listed")
         except BaseException:
             with ledger.section() as section:
                 section.abandon_scan()

@@ -29,7 +29,7 @@ def put_bytes(blobs: BlobSpace, digest: Digest, data: Buffer) -> bool:
             return False
         with blobs.stage(digest) as staged:
             content.write_all(staged.fd, data)
-            blobs.checkpoint("blob.written")
+            blobs.step_done("blob.written")
             return blobs.publish(digest, staged.fd, staged.link)
 
 
@@ -75,7 +75,7 @@ def _put_copy(blobs: BlobSpace, digest: Digest, source: int, name: str, *, verif
                 raise DataLoss(f"{name!r} does not have the digest {digest}")
         else:
             content.copy_content(source, staged.fd, digest.size_bytes)
-        blobs.checkpoint("blob.written")
+        blobs.step_done("blob.written")
         return blobs.publish(digest, staged.fd, staged.link)
 
 
@@ -90,7 +90,7 @@ def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Dig
                 hasher = function.hasher()
                 size = content.copy_hashing(source, staged.fd, hasher)
                 digest = Digest(hasher.hexdigest(), size, function)
-                blobs.checkpoint("blob.written")
+                blobs.step_done("blob.written")
                 if blobs.present(digest):
                     return digest, False
                 return digest, blobs.publish(digest, staged.fd, staged.link)

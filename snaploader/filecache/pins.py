@@ -50,17 +50,17 @@ class PinSpace:
         with translate_os_errors(f"cannot pin {name!r}"):
             session = self._env.session
             with session.staged(pinfile.encode(words, sizes_bytes, keys), flush=True) as temporary:
-                self._env.checkpoint("pin.written")
+                self._env.host.after_step("pin.written")
                 session.make_folder(self._folder)
                 # Evictions happen in sections too, so none is under way that has not seen this pin.
                 with self._env.ledger.section() as section:
                     # First, so that a pin whose process is killed here is seen as well.
                     section.pins_changed()
-                    self._env.checkpoint("pin.announced")
+                    self._env.host.after_step("pin.announced")
                     if is_odd(path):
                         session.set_aside(path)
                     os.rename(temporary, path)
-                self._env.checkpoint("pin.renamed")
+                self._env.host.after_step("pin.renamed")
                 self._flush_folder()
 
     def unpin(self, name: str) -> bool:
@@ -71,12 +71,12 @@ class PinSpace:
                 if not os.path.lexists(path):
                     return False
                 section.pins_changed()
-                self._env.checkpoint("unpin.announced")
+                self._env.host.after_step("unpin.announced")
                 if is_odd(path):
                     self._env.session.set_aside(path)
                 else:
                     os.unlink(path)
-            self._env.checkpoint("unpin.unlinked")
+            self._env.host.after_step("unpin.unlinked")
             self._flush_folder()
         return True
 

@@ -65,7 +65,7 @@ class RefSpace:
             try:
                 value = decode(content.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
                 if value is not None:
-                    recency.touch(fd, status, self._env.now_ns() if use else status.st_atime_ns)
+                    recency.touch(fd, status, self._env.host.now_ns() if use else status.st_atime_ns)
             finally:
                 os.close(fd)
             if value is None:
@@ -86,8 +86,8 @@ class RefSpace:
             self._env.session.staged(encode(value)) as temporary,
         ):
             status = os.stat(temporary)
-            recency.touch(temporary, status, self._env.now_ns())
-            self._env.checkpoint("ref.written")
+            recency.touch(temporary, status, self._env.host.now_ns())
+            self._env.host.after_step("ref.written")
             while True:
                 with self._env.ledger.section() as section:
                     total = section.total_bytes
@@ -109,9 +109,9 @@ class RefSpace:
             old = 0
             self._env.session.make_folder(os.path.dirname(path))
         section.change(self._name(key), old, size)
-        self._env.checkpoint("ref.counted")
+        self._env.host.after_step("ref.counted")
         os.rename(temporary, path)
-        self._env.checkpoint("ref.renamed")
+        self._env.host.after_step("ref.renamed")
         return True
 
     def delete(self, key: str) -> bool:

@@ -45,7 +45,7 @@ class BlobWriter:
         if found != self._digest.hash:
             raise DataLoss(f"blob {self._digest}: the bytes that came have the hash {found}")
         with translate_os_errors(f"cannot add blob {self._digest}"):
-            self._blobs.checkpoint("blob.written")
+            self._blobs.step_done("blob.written")
             added = not self._blobs.present(self._digest) and self._blobs.publish(
                 self._digest, self._staged.fd, self._staged.link
             )

@@ -33,7 +33,7 @@ def work(root, fatal, max_bytes):
             print(name, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with FileCache(root, max_bytes=max_bytes, checkpoint=checkpoint) as cache:
+    with FileCache(root, max_bytes=max_bytes, _environment=HostEnvironment(after_step=checkpoint)) as cache:
         with cache.lease([blob("old 5", 100)[0]]):
             cache.put_ref(key("ref"), b"two" * 100)
             digest, data = blob("piece", 100)

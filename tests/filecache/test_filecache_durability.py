@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from filecache_helpers import blob, blob_file, damage, disk_bytes_below, put
 
+from snaploader._environment import HostEnvironment
 from snaploader.errors import NotFound
 from snaploader.filecache import FileCache, blobs
 
@@ -29,6 +30,10 @@ def lose_content(cache: FileCache, digest) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def booted(boot: str) -> HostEnvironment:
+    return HostEnvironment(boot_id=lambda: boot)
+
+
 def seen_as_missing(cache: FileCache, digests, *, many: bool) -> set:
     padding = [blob(f"padding {number}", 10)[0] for number in range(blobs.BULK_DIGESTS if many else 0)]
     return cache.find_missing([*digests, *padding]) - set(padding)
@@ -36,10 +41,10 @@ def seen_as_missing(cache: FileCache, digests, *, many: bool) -> set:
 
 @pytest.mark.parametrize("many", [False, True])
 def test_blob_lost_in_a_power_failure_is_missing(tmp_path, many):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         good, lost = put(cache, "good"), put(cache, "lost")
         lose_content(cache, lost)
-    with FileCache(tmp_path, boot_id="2") as cache:
+    with FileCache(tmp_path, _environment=booted("2")) as cache:
         assert seen_as_missing(cache, [good, lost], many=many) == {lost}
         assert cache.statistics().verified_blobs == 2
         assert put(cache, "lost") == lost
@@ -47,12 +52,12 @@ def test_blob_lost_in_a_power_failure_is_missing(tmp_path, many):
 
 
 def test_lost_blob_is_added_again_though_its_name_is_there(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         digests = [put(cache, number) for number in range(4)]
         for digest in digests:
             lose_content(cache, digest)
     source = tmp_path / "file"
-    with FileCache(tmp_path, boot_id="2") as cache:
+    with FileCache(tmp_path, _environment=booted("2")) as cache:
         assert cache.put_verified(*blob(0))
         source.write_bytes(blob(1)[1])
         assert cache.put_file(digests[1], source)
@@ -65,12 +70,12 @@ def test_lost_blob_is_added_again_though_its_name_is_there(tmp_path):
 
 
 def test_what_was_flushed_is_no_suspect(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         flushed = put(cache, "flushed")
         written_at(cache, flushed, 10)
         cache.sync()
         late = put(cache, "late")
-    with FileCache(tmp_path, boot_id="2") as cache:
+    with FileCache(tmp_path, _environment=booted("2")) as cache:
         assert cache.find_missing([flushed]) == set()
         assert cache.statistics().verified_blobs == 0
         assert cache.find_missing([late]) == set()
@@ -78,75 +83,75 @@ def test_what_was_flushed_is_no_suspect(tmp_path):
 
 
 def test_suspicion_outlasts_the_next_power_failure_and_flush(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         lost = put(cache, "lost")
         lose_content(cache, lost)
     for boot in ("2", "3", "4"):
-        with FileCache(tmp_path, boot_id=boot) as cache:
+        with FileCache(tmp_path, _environment=booted(boot)) as cache:
             cache.sync()
-    with FileCache(tmp_path, boot_id="5") as cache:
+    with FileCache(tmp_path, _environment=booted("5")) as cache:
         assert cache.find_missing([lost]) == {lost}
 
 
 def test_suspect_that_proves_right_is_asked_only_once(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         digest = put(cache, "a")
     for verified in (1, 0):
-        with FileCache(tmp_path, boot_id="2") as cache:
+        with FileCache(tmp_path, _environment=booted("2")) as cache:
             assert cache.find_missing([digest]) == set()
             assert cache.statistics().verified_blobs == verified
 
 
 def test_same_boot_has_no_suspects(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         digest = put(cache, "a")
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         cache.find_missing([digest])
         assert cache.statistics().verified_blobs == 0
 
 
 @pytest.mark.parametrize("state", [None, b"", b"torn", b"0" * 64 + b"\n{}"])
 def test_lost_state_makes_everything_a_suspect(tmp_path, state):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         lost = put(cache, "lost")
         lose_content(cache, lost)
     path = Path(tmp_path, "v1", "state")
     path.unlink()
     if state is not None:
         path.write_bytes(state)
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         assert cache.find_missing([lost]) == {lost}
 
 
 def test_many_power_failures_keep_the_state_small(tmp_path):
-    with FileCache(tmp_path, boot_id="0") as cache:
+    with FileCache(tmp_path, _environment=booted("0")) as cache:
         lost = put(cache, "lost")
         lose_content(cache, lost)
     for boot in range(1, 40):
-        with FileCache(tmp_path, boot_id=str(boot)):
+        with FileCache(tmp_path, _environment=booted(str(boot))):
             pass
     assert Path(tmp_path, "v1", "state").stat().st_size < 2000
-    with FileCache(tmp_path, boot_id="last") as cache:
+    with FileCache(tmp_path, _environment=booted("last")) as cache:
         assert cache.find_missing([lost]) == {lost}
 
 
 def test_count_of_bytes_is_not_trusted_after_a_power_failure(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         put(cache, "a")
-    with FileCache(tmp_path, boot_id="2") as cache:
+    with FileCache(tmp_path, _environment=booted("2")) as cache:
         assert cache.statistics().total_bytes is None
         put(cache, "b")
         assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
 
 
 def test_scan_that_finds_no_suspects_ends_the_suspicion(tmp_path):
-    with FileCache(tmp_path, boot_id="1") as cache:
+    with FileCache(tmp_path, _environment=booted("1")) as cache:
         put(cache, "a")
-    with FileCache(tmp_path, boot_id="2") as cache:
+    with FileCache(tmp_path, _environment=booted("2")) as cache:
         cache.verify()
         cache.prune(1 << 30)
         assert not cache._durability.any_suspects
-    with FileCache(tmp_path, boot_id="2") as cache:
+    with FileCache(tmp_path, _environment=booted("2")) as cache:
         assert not cache._durability.any_suspects
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from filecache_helpers import blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
+from snaploader._environment import HostEnvironment
 from snaploader.errors import NotFound, ResourceExhausted
 from snaploader.filecache import FileCache, blobs, evict
 
@@ -207,7 +208,10 @@ def test_blob_added_during_the_scan_can_go(tmp_path):
             replaced.append(other.remove(blob("a", 100)[0]))
             small(other, "b")
 
-    with FileCache(tmp_path) as other, FileCache(tmp_path, max_bytes=BLOCK, checkpoint=step) as cache:
+    with (
+        FileCache(tmp_path) as other,
+        FileCache(tmp_path, max_bytes=BLOCK, _environment=HostEnvironment(after_step=step)) as cache,
+    ):
         small(other, "a")
         small(cache, "c")
         assert replaced == [True]
@@ -220,7 +224,10 @@ def test_scans_end_though_others_change_the_cache_during_each(tmp_path):
             other.remove(digests[-1])
             digests.append(small(other, len(digests)))
 
-    with FileCache(tmp_path) as other, FileCache(tmp_path, max_bytes=BLOCK, checkpoint=step) as cache:
+    with (
+        FileCache(tmp_path) as other,
+        FileCache(tmp_path, max_bytes=BLOCK, _environment=HostEnvironment(after_step=step)) as cache,
+    ):
         digests = [small(other, 0)]
         with pytest.raises(ResourceExhausted):
             small(cache, "a")
@@ -339,7 +346,10 @@ def test_blob_added_again_during_eviction_is_there_afterwards(tmp_path):
             threads.append(thread)
 
     threads: list[threading.Thread] = []
-    with FileCache(tmp_path) as other, FileCache(tmp_path, checkpoint=step) as cache:
+    with (
+        FileCache(tmp_path) as other,
+        FileCache(tmp_path, _environment=HostEnvironment(after_step=step)) as cache,
+    ):
         small(cache, "a")
         small(cache, "b")
         cache.prune(BLOCK)
@@ -361,7 +371,10 @@ def test_changes_during_a_scan_are_counted_right(tmp_path):
                 change()
                 pending.remove(change)
 
-    with FileCache(tmp_path) as other, FileCache(tmp_path, checkpoint=step) as cache:
+    with (
+        FileCache(tmp_path) as other,
+        FileCache(tmp_path, _environment=HostEnvironment(after_step=step)) as cache,
+    ):
         seeds = list(range(12))
         small(cache, 0)
         for _ in range(100):

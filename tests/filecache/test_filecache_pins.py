@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from filecache_helpers import BLAKE3, blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
+from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest
 from snaploader.errors import (
     DataLoss,
@@ -56,7 +57,7 @@ def test_pin_outlives_the_cache_that_made_it(tmp_path):
     with FileCache(tmp_path) as cache:
         cache.pin("p", [small(cache, "a")])
         small(cache, "b")
-    with FileCache(tmp_path, boot_id="another") as cache:
+    with FileCache(tmp_path, _environment=HostEnvironment(boot_id=lambda: "another")) as cache:
         assert cache.prune() == BLOCK
         assert present(cache, *"ab") == {"a"}
         assert cache.pins() == ["p"]
@@ -143,7 +144,10 @@ def test_pin_between_the_choice_of_a_blob_and_its_eviction_holds(tmp_path):
         if name == "scan.listed" and not other.pins():
             other.pin("late", [blob("a", 100)[0]])
 
-    with FileCache(tmp_path) as other, FileCache(tmp_path, checkpoint=step) as cache:
+    with (
+        FileCache(tmp_path) as other,
+        FileCache(tmp_path, _environment=HostEnvironment(after_step=step)) as cache,
+    ):
         small(cache, "a")
         small(cache, "b")
         cache.prune()
@@ -454,6 +458,7 @@ def test_directories_are_not_held_by_pins(tmp_path):
 KILLED = """
 import os, signal, sys
 from filecache_helpers import blob, key
+from snaploader._environment import HostEnvironment
 from snaploader.filecache import FileCache
 
 root, what, fatal = sys.argv[1:]
@@ -462,7 +467,7 @@ def checkpoint(name):
     if name == fatal:
         os.kill(os.getpid(), signal.SIGKILL)
 
-with FileCache(root, checkpoint=checkpoint) as cache:
+with FileCache(root, _environment=HostEnvironment(after_step=checkpoint)) as cache:
     if what == "pin":
         cache.pin("p", [blob("b", 100)[0]], refs=[key("r")])
     else:

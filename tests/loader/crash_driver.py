@@ -26,6 +26,7 @@ from pathlib import Path
 from loader_hosts import CHUNK, Host, image
 
 from snaploader import FileCache, NotFound, RemoteCache, SnapshotLoader
+from snaploader._environment import HostEnvironment
 
 FILE_EVENTS = frozenset({"open", "shutil.rmtree"}) | {
     f"os.{name}" for name in ("link", "rename", "remove", "truncate", "utime", "chmod", "mkdir", "rmdir")
@@ -62,7 +63,9 @@ def host(
     folder: Path, url: str, checkpoint: Callable[[str], None] = lambda step: None, max_bytes: int = 1 << 30
 ) -> Iterator[Host]:
     with contextlib.ExitStack() as stack:
-        cache = FileCache(folder / "cache", max_bytes=max_bytes, checkpoint=checkpoint)
+        cache = FileCache(
+            folder / "cache", max_bytes=max_bytes, _environment=HostEnvironment(after_step=checkpoint)
+        )
         stack.enter_context(cache)
         remote = stack.enter_context(RemoteCache(url)) if url else None
         # One worker: the nth step is then the same one in every run.

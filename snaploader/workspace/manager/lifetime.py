@@ -137,7 +137,7 @@ def finish_deletion(services: Services, workspace_id: str) -> list[SnaploaderErr
             step()
         except SnaploaderError as error:
             problems.append(error)
-        services.checkpoint("delete.cleaned")
+        services.environment.after_step("delete.cleaned")
     return problems
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 
+from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import FailedPrecondition, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
@@ -19,7 +20,7 @@ from snaploader.workspace.manager.holding import WorkspaceHolder
 from snaploader.workspace.manager.home import HostHome
 from snaploader.workspace.manager.recovery import recover
 from snaploader.workspace.manager.sections import DEFAULT_WORKERS, CriticalSections
-from snaploader.workspace.manager.services import Services, no_checkpoint, utc_now
+from snaploader.workspace.manager.services import Services, utc_now
 from snaploader.workspace.manager.states import ALIVE, check_state
 from snaploader.workspace.manager.summary import Note, RecoverySummary
 from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
@@ -72,7 +73,6 @@ class WorkspaceManager(WorkspaceHolder):
         workers: Most operations at one time.
         stop_timeout_s: How long a workspace may take to stop before it is forced to. Default: 10 s.
         lock_timeout_s: How long an operation waits for the workspace's lock. Default: 10 min.
-        checkpoint: Called with the name of each step after it was done; for crash tests.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class WorkspaceManager(WorkspaceHolder):
         workers: int = DEFAULT_WORKERS,
         stop_timeout_s: float = DEFAULT_STOP_TIMEOUT_S,
         lock_timeout_s: float = DEFAULT_LOCK_TIMEOUT_S,
-        checkpoint: Callable[[str], None] = no_checkpoint,
+        _environment: HostEnvironment = HOST,
     ) -> None:
         folder = os.fspath(state_directory)
         services = Services(
@@ -101,7 +101,7 @@ class WorkspaceManager(WorkspaceHolder):
             slots or SlotPool(f"{folder}/slots"),
             host or os.uname().nodename,
             clock,
-            checkpoint,
+            _environment,
             stop_timeout_s,
             threading.Event(),
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from snaploader._environment import HostEnvironment
 from snaploader.workspace.manager.content import SnapshotContent
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import Runtime
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 def utc_now() -> datetime:
     """The time, as the catalog keeps it."""
     return datetime.now(UTC)
-
-
-def no_checkpoint(step: str) -> None:
-    """Crash tests pass something else."""
 
 
 def no_guard(reader: Reader) -> None:
@@ -41,8 +38,7 @@ class Services:
     slots: SlotPool
     host: str
     clock: Callable[[], datetime]
-    checkpoint: Callable[[str], None]
-    """Called with the name of each step after it was done."""
+    environment: HostEnvironment
     stop_timeout_s: float
     closing: threading.Event
     """Set when the manager closes: nothing waits for readiness any more."""

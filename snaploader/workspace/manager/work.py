@@ -136,7 +136,7 @@ class Work:
 
     def reach(self, step: str) -> None:
         """Tell that a step was done."""
-        self.services.checkpoint(f"{self.operation.kind}.{step}")
+        self.services.environment.after_step(f"{self.operation.kind}.{step}")
 
     # Steps
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cow import COWStore
+from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache.flushing import flush_file_system, flush_folder
 from snaploader.filecache.locks import ProcessExitStack
@@ -38,7 +39,6 @@ class FolderRuntime(abc.ABC):
         durable: Whether what was placed survives a power failure from the moment that `place` returns.
         index_placed: Whether the first capture after a `place` reads only what was changed since. Costs
             `place` 55 ms.
-        checkpoint: Called with the name of each step after it was done; crash tests end the process in it.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class FolderRuntime(abc.ABC):
         *,
         durable: bool = True,
         index_placed: bool = True,
-        checkpoint: Callable[[str], None] = lambda _: None,
+        _environment: HostEnvironment = HOST,
     ) -> None:
         self._layout = Layout(os.path.abspath(root_directory))
         self._durable = durable
         self._index_placed = index_placed
-        self._checkpoint = checkpoint
+        self._host = _environment
         with translate_os_errors(f"cannot use {self._layout.base!r} for workspaces"):
             self._layout.make()
         self._attachments = Attachments(self._layout)
@@ -85,9 +85,9 @@ class FolderRuntime(abc.ABC):
                 else:
                     files.copy_tree(self._outside(source), staging.root)
                 contents.make_durable(staging, volumes, InvalidArgument)
-                self._checkpoint("create.built")
+                self._host.after_step("create.built")
                 self._install(staging, folder, has_content=source is not None)
-                self._checkpoint("create.installed")
+                self._host.after_step("create.installed")
 
     @contextmanager
     def capture(self, spec: WorkspaceSpec, scope: Scope) -> Iterator[Capture]:
@@ -135,17 +135,17 @@ class FolderRuntime(abc.ABC):
                     with_indexes=self._index_placed,
                     progress=progress,
                 )
-                self._checkpoint("place.restored")
+                self._host.after_step("place.restored")
                 opened = self._attachments.open_from(workspace_id, loader, rest or snapshot, staging)
                 undo.callback(drop, opened)
                 files.replace_file(staging.placed, token.encode())
                 if os.path.lexists(folder.path):
                     self._carry_over(folder, staging)
-                self._checkpoint("place.built")
+                self._host.after_step("place.built")
                 self._install(staging, folder)
                 undo.pop_all()
                 self._attachments.replace(workspace_id, opened)
-                self._checkpoint("place.installed")
+                self._host.after_step("place.installed")
 
     def remove(self, workspace_id: str) -> None:
         """See `Runtime.remove`."""
@@ -155,11 +155,11 @@ class FolderRuntime(abc.ABC):
             if os.path.lexists(folder.path):
                 trash = self._layout.trash(workspace_id)
                 os.rename(folder.path, trash)
-                self._checkpoint("remove.trashed")
+                self._host.after_step("remove.trashed")
                 if self._durable:
                     flush_folder(self._layout.workspaces)
                 remove_tree(trash)
-                self._checkpoint("remove.removed")
+                self._host.after_step("remove.removed")
             self._attachments.replace(workspace_id, {})
             os.unlink(self._layout.lock(workspace_id))
 
@@ -276,13 +276,13 @@ class FolderRuntime(abc.ABC):
         if not os.path.lexists(folder.path):
             os.rename(staging.path, folder.path)
         elif files.exchange(staging.path, folder.path):
-            self._checkpoint("place.exchanged")
+            self._host.after_step("place.exchanged")
         else:
             replaced = self._layout.replaced(os.path.basename(folder.path))
             os.rename(folder.path, replaced)
-            self._checkpoint("place.moved-away")
+            self._host.after_step("place.moved-away")
             os.rename(staging.path, folder.path)
-            self._checkpoint("place.moved-in")
+            self._host.after_step("place.moved-in")
             os.rename(replaced, staging.path)
         if self._durable:
             flush_folder(self._layout.workspaces)

@@ -52,7 +52,7 @@ def launch(
     lock: int,
     grace_s: float,
     interpreter: str,
-    checkpoint: Callable[[str], None],
+    after_step: Callable[[str], None],
 ) -> None:
     """Start the command under a supervisor of its own; returns when it runs and that is written down.
 
@@ -70,7 +70,7 @@ def launch(
     handshake, answer = os.pipe2(os.O_CLOEXEC)
     try:
         try:
-            _spawn(orders, folder, answer, lock, interpreter, checkpoint)
+            _spawn(orders, folder, answer, lock, interpreter, after_step)
         finally:
             os.close(answer)
         if not is_readable(handshake, _HANDSHAKE_TIMEOUT_S):
@@ -79,7 +79,7 @@ def launch(
                 f"{_HANDSHAKE_TIMEOUT_S:g} s; see {folder.log!r}"
             )
         reply = os.read(handshake, _MAX_ANSWER_BYTES).decode()
-        checkpoint("start.answered")
+        after_step("start.answered")
     finally:
         os.close(handshake)
     if reply == "ok":
@@ -96,7 +96,7 @@ def launch(
 
 
 def _spawn(
-    orders: bytes, folder: Folder, answer: int, lock: int, interpreter: str, checkpoint: Callable[[str], None]
+    orders: bytes, folder: Folder, answer: int, lock: int, interpreter: str, after_step: Callable[[str], None]
 ) -> None:
     log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -116,9 +116,9 @@ def _spawn(
     finally:
         os.close(log)
     try:
-        checkpoint("start.spawned")
+        after_step("start.spawned")
         first.communicate(orders)
-        checkpoint("start.ordered")
+        after_step("start.ordered")
     except BaseException:
         first.kill()
         first.wait()

@@ -6,11 +6,12 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
+from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import runs
@@ -49,7 +50,6 @@ class ProcessRuntime(FolderRuntime):
             `place` 55 ms.
         grace_s: How long what a command leaves behind may take to end.
         interpreter: A Python 3.11 or later that runs the supervisors. Default: the one running.
-        checkpoint: Called with the name of each step after it was done; crash tests end the process in it.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class ProcessRuntime(FolderRuntime):
         index_placed: bool = True,
         grace_s: float = DEFAULT_GRACE_S,
         interpreter: str = "",
-        checkpoint: Callable[[str], None] = lambda _: None,
+        _environment: HostEnvironment = HOST,
     ) -> None:
         taken = PROBES.keys() & checks.keys()
         if taken:
             raise InvalidArgument(f"a readiness check cannot be named {min(taken)!r}: there is one already")
-        super().__init__(root_directory, durable=durable, index_placed=index_placed, checkpoint=checkpoint)
+        super().__init__(
+            root_directory, durable=durable, index_placed=index_placed, _environment=_environment
+        )
         self._probes = {**PROBES, **checks}
         self._environment = dict(environment)
         self._grace_s = grace_s
@@ -97,7 +99,7 @@ class ProcessRuntime(FolderRuntime):
                 lock=lock,
                 grace_s=self._grace_s,
                 interpreter=self._interpreter,
-                checkpoint=self._checkpoint,
+                after_step=self._host.after_step,
             )
 
     def stop(

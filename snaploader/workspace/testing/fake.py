@@ -6,13 +6,14 @@ import json
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from cow import COWStore
+from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec
@@ -54,7 +55,6 @@ class FakeRuntime(FolderRuntime):
         directory: A scratch folder.
         durable: As `ProcessRuntime`; off, for speed.
         index_placed: As `ProcessRuntime`; off, for speed.
-        checkpoint: As `ProcessRuntime`.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class FakeRuntime(FolderRuntime):
         *,
         durable: bool = False,
         index_placed: bool = False,
-        checkpoint: Callable[[str], None] = lambda _: None,
+        _environment: HostEnvironment = HOST,
     ) -> None:
-        super().__init__(directory, durable=durable, index_placed=index_placed, checkpoint=checkpoint)
+        super().__init__(directory, durable=durable, index_placed=index_placed, _environment=_environment)
         self.keeps_memory = False
         """Whether it is to say that it does; see `Runtime.keeps_memory`."""
         self.calls: list[Call] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from snaploader import FileCache, RemoteCache, SnapshotLoader
+from snaploader._environment import HostEnvironment
 from snaploader.errors import NotFound
 from snaploader.remote import RetryPolicy
 from snaploader.workspace.catalog import Catalog
@@ -93,7 +94,12 @@ class World:
 def make_runtime(place: Place, step: Step = no_step) -> FakeRuntime | ProcessRuntime:
     """The runtime of a place: quick, and not safe against a power failure."""
     kind = FakeRuntime if place.is_fake else ProcessRuntime
-    return kind(f"{place.state}/runtime", durable=False, index_placed=False, checkpoint=step)
+    return kind(
+        f"{place.state}/runtime",
+        durable=False,
+        index_placed=False,
+        _environment=HostEnvironment(after_step=step),
+    )
 
 
 @contextmanager
@@ -115,7 +121,7 @@ def opened(
     """
     os.makedirs(place.state, exist_ok=True)
     with ExitStack() as stack:
-        cache = stack.enter_context(FileCache(place.cache, checkpoint=step))
+        cache = stack.enter_context(FileCache(place.cache, _environment=HostEnvironment(after_step=step)))
         remote = None
         if place.remote:
             remote = stack.enter_context(RemoteCache(place.remote, retry=RetryPolicy(attempts=1)))
@@ -131,7 +137,7 @@ def opened(
             place.state,
             host=place.host,
             workers=workers,
-            checkpoint=manager_step or step,
+            _environment=HostEnvironment(after_step=manager_step or step),
             **kwargs,
         )
         stack.enter_context(manager)

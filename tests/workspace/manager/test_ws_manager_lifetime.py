@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from manager_hosts import DATA, Host, HostFactory
 
+from snaploader._environment import HostEnvironment
 from snaploader.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -157,7 +158,9 @@ def test_a_creation_that_fails_leaves_nothing(
 def test_a_creation_is_not_shown_before_it_is_complete(host: Host) -> None:
     seen = []
     object.__setattr__(
-        host.manager._services, "checkpoint", lambda step: seen.append(host.manager.workspaces())
+        host.manager._services,
+        "environment",
+        HostEnvironment(after_step=lambda step: seen.append(host.manager.workspaces())),
     )
     host.create()
     assert seen[0] == []
@@ -496,13 +499,13 @@ def test_an_operation_left_by_another_process_is_put_right_by_the_next_one(host:
             raise SystemExit
 
     services = host.manager._services
-    object.__setattr__(services, "checkpoint", die)
+    object.__setattr__(services, "environment", HostEnvironment(after_step=die))
     undo = host.manager.create_version
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("snaploader.workspace.manager.undo.undo_failed", lambda work, error: None)
         with pytest.raises(SystemExit):
             undo("one")
-    object.__setattr__(services, "checkpoint", lambda step: None)
+    object.__setattr__(services, "environment", HostEnvironment(after_step=lambda step: None))
     assert not host.is_running()
     assert host.manager.workspace("one").operation is not None
     assert host.manager.create_version("one").version == 1
@@ -520,13 +523,13 @@ def test_an_operation_whose_catalog_fails_is_left_to_recovery_with_its_runtime_r
         if step == "snapshot.captured":
             object.__setattr__(services, "catalog", Broken())
 
-    object.__setattr__(services, "checkpoint", close)
+    object.__setattr__(services, "environment", HostEnvironment(after_step=close))
     with pytest.raises(SnaploaderError) as failure:
         host.manager.create_version("one")
     assert "recovery will" in str(failure.value.__notes__)
     assert host.is_running()
     object.__setattr__(services, "catalog", catalog)
-    object.__setattr__(services, "checkpoint", lambda step: None)
+    object.__setattr__(services, "environment", HostEnvironment(after_step=lambda step: None))
     assert [note.name for note in host.manager.recover().repaired] == ["one"]
     assert (host.findings(), host.leftovers()) == ([], [])
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from manager_hosts import Host, HostFactory
 
+from snaploader._environment import HostEnvironment
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.workspace.model import (
     MAX_VERSION,
@@ -458,7 +459,7 @@ def test_a_version_is_recorded_with_its_snapshot_at_once(host: Host) -> None:
             statuses = [each.status for each in reader.snapshots("one", statuses=list(SnapshotStatus))]
             seen.append((len(reader.versions("one")), statuses))
 
-    object.__setattr__(host.manager._services, "checkpoint", look)
+    object.__setattr__(host.manager._services, "environment", HostEnvironment(after_step=look))
     host.manager.create_version("one")
     assert seen[0] == (0, [SnapshotStatus.PENDING])
     assert seen[-1] == (1, [SnapshotStatus.COMPLETE])

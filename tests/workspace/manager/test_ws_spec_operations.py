@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from manager_hosts import Host, HostFactory
 
+from snaploader._environment import HostEnvironment
 from snaploader.errors import DeadlineExceeded, NotFound
 from snaploader.testing import FakeCAS
 from snaploader.workspace.decide import Transition
@@ -96,7 +97,7 @@ def test_a_reader_sees_an_operation_not_at_all_or_as_a_whole(
     def look(step: str) -> None:
         steps.append((step.partition(".")[2], seen(ready, workspace_id)))
 
-    object.__setattr__(ready.manager._services, "checkpoint", look)
+    object.__setattr__(ready.manager._services, "environment", HostEnvironment(after_step=look))
     act(ready)
     after = seen(ready, workspace_id)
     assert before != after

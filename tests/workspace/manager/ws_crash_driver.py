@@ -27,6 +27,7 @@ from folder_cas import FolderCAS
 from manager_hosts import DATA, Clock
 
 from snaploader import FileCache, NotFound, SnapshotLoader
+from snaploader._environment import HostEnvironment
 from snaploader.loader.tombstone import is_local_tombstone
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.check import check
@@ -88,7 +89,9 @@ class Host:
 def host(folder: Path, url: str, killer: Killer) -> Iterator[Host]:
     with ExitStack() as stack:
         catalog = stack.enter_context(Catalog.open(url))
-        cache = stack.enter_context(FileCache(folder / "cache", checkpoint=killer.step))
+        cache = stack.enter_context(
+            FileCache(folder / "cache", _environment=HostEnvironment(after_step=killer.step))
+        )
         # One worker: the nth step is then the same one in every run.
         loader = stack.enter_context(SnapshotLoader(cache, FolderCAS(folder / "remote"), workers=1))
         runtime = FakeRuntime(folder / "runtime")
@@ -101,7 +104,7 @@ def host(folder: Path, url: str, killer: Killer) -> Iterator[Host]:
             folder / "state",
             host=HOST,
             clock=Clock(),
-            checkpoint=killer.step,
+            _environment=HostEnvironment(after_step=killer.step),
         )
         stack.enter_context(manager)
         yield Host(manager, runtime, cache, loader, catalog)

@@ -23,6 +23,7 @@ from pathlib import Path
 from runtime_harness import save
 
 from snaploader import FileCache, Snapshot, SnapshotLoader
+from snaploader._environment import HostEnvironment
 from snaploader.errors import SnaploaderError
 from snaploader.workspace.model import Volume, WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, files
@@ -66,7 +67,12 @@ class World:
         )
 
     def runtime(self, checkpoint: Callable[[str], None] = lambda _: None) -> ProcessRuntime:
-        return ProcessRuntime(self.base / "runtime", durable=False, index_placed=False, checkpoint=checkpoint)
+        return ProcessRuntime(
+            self.base / "runtime",
+            durable=False,
+            index_placed=False,
+            _environment=HostEnvironment(after_step=checkpoint),
+        )
 
     def loader(self) -> tuple[FileCache, SnapshotLoader]:
         cache = FileCache(self.cache)

@@ -13,6 +13,7 @@ from runtime_harness import find, save
 
 from cow import COWStore
 from snaploader import SnapshotLoader
+from snaploader._environment import HostEnvironment
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.testing import FakeRuntime
@@ -150,7 +151,7 @@ def test_a_placement_that_fails_keeps_the_stores(
         if step == "place.built":
             raise Full
 
-    created._checkpoint = fail
+    created._host = HostEnvironment(after_step=fail)
     with pytest.raises(Full):
         created.place(SPEC, loader, snapshot, token="u")
     assert attached_store(created, "disk") is disk

@@ -1,0 +1,35 @@
+"""What this process takes from its host, in one value that tests replace.
+
+Public constructors that need it have a private keyword for it, `_environment`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
+
+
+def read_boot_id() -> str:
+    """An id that changes with every boot of the machine; see random(4)."""
+    with open(BOOT_ID_PATH, encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _go_on(step: str) -> None:
+    """Crash tests end the process instead."""
+
+
+@dataclass(frozen=True)
+class HostEnvironment:
+    """The clock and the boot of the host, and a hook for crash tests. Immutable."""
+
+    now_ns: Callable[[], int] = time.time_ns
+    boot_id: Callable[[], str] = read_boot_id
+    after_step: Callable[[str], None] = _go_on
+    """Called with the name of each step on disk after it was done; crash suites go by the names."""
+
+
+HOST = HostEnvironment()
