@@ -23,6 +23,7 @@ NEW = ["piece", "file", *(f"new {number}" for number in range(4))]
 WORK = """
 import itertools, os, shutil, signal, sys
 from filecache_helpers import blob, key, put
+from snaploader._environment import HostEnvironment
 from snaploader.filecache import FileCache
 
 def work(root, fatal, max_bytes):
