@@ -15,7 +15,7 @@ from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import CacheEntry, FileCache
 
-KINDS = ("blob", "ref", "directory")
+KINDS = ("blob", "ref")
 SHORTEST_PREFIX = 6
 
 
@@ -95,8 +95,6 @@ def remove(session: Session, names: tuple[str, ...], force: bool, yes: bool, dry
     for entry in chosen.values():
         if entry.digest is not None:
             file_cache.remove(entry.digest)
-        elif entry.kind == "directory":
-            file_cache.remove_directory(entry.key)
         else:
             file_cache.delete_ref(entry.key)
     freed = sum(entry.disk_bytes for entry in chosen.values())
