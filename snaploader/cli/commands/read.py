@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import click
 
-from snaploader.chunktable import ChunkTable
 from snaploader.cli.describe import file_size, only, snapshot_record
 from snaploader.cli.find import find
 from snaploader.cli.options import (
@@ -26,6 +25,7 @@ from snaploader.cli.session import Session
 from snaploader.cli.streams import Nowhere, writing_to_stdout
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.formats.chunktable import ChunkTable
 from snaploader.loader.unpack import UnpackedSnapshot
 
 PIECE_BYTES = 1 << 20
