@@ -23,8 +23,7 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import DEFAULT_MODE, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
@@ -34,6 +33,7 @@ from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
 from snaploader.loader.source import SnapshotChunkSource
+from snaploader.locks import ProcessExitStack
 
 
 @dataclass
