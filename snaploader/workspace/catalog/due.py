@@ -8,13 +8,14 @@ read.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, or_, select, update
 
-from snaploader.workspace.catalog import rows, tables
-from snaploader.workspace.decide import earliest_due
-from snaploader.workspace.model import OwnerStatus, WorkspaceState
+from snaploader.workspace.catalog import tables
+from snaploader.workspace.decide import deletion_time, earliest_due
+from snaploader.workspace.model import OwnerStatus, Workspace, WorkspaceState
 from snaploader.workspace.policy import Policy
 
 _BATCH = 500
@@ -51,7 +52,7 @@ def _settle(connection: Connection, found: Sequence[Row[Any]]) -> None:
         owner = OwnerStatus.SUSPENDED if row.owner in suspended else OwnerStatus.ACTIVE
         due = None
         if row.state is not WorkspaceState.DELETED:
-            due = earliest_due(rows.workspace_of(row), runs.get(row.id), policies[row.policy], owner)
+            due = earliest_due(tables.workspace_of(row), runs.get(row.id), policies[row.policy], owner)
         if due != row.due_at:
             changes.append({"changed": row.id, "due": due})
     if changes:
@@ -68,7 +69,7 @@ def _latest_runs(connection: Connection, workspaces: list[str]) -> dict[str, Any
         .group_by(table.c.workspace_id)
     )
     found = connection.execute(select(table).where(table.c.id.in_(latest)))
-    return {row.workspace_id: rows.run_of(row) for row in found}
+    return {row.workspace_id: tables.run_of(row) for row in found}
 
 
 def _policies(connection: Connection, names: set[str]) -> dict[str, Policy]:
@@ -84,3 +85,20 @@ def _suspended(connection: Connection, owners: set[str]) -> set[str]:
     is_one: ColumnElement[bool] = table.c.name.in_(owners - {""})
     found = connection.execute(select(table.c.name).where(is_one, table.c.status == OwnerStatus.SUSPENDED))
     return {row.name for row in found}
+
+
+def renewed_deletion(
+    workspace: Workspace, before: Policy, after: Policy, now: datetime | None
+) -> datetime | None:
+    """When a workspace is to be deleted once another policy holds for it; None: never.
+
+    Args:
+        now: Default: by the clock of this host.
+    """
+    if workspace.dormant_at is None:
+        return None
+    # What an earlier policy announced, and a later one took back, is no announcement any more.
+    announced = None if before.delete_after_dormant is None else workspace.deleting_at
+    return deletion_time(
+        workspace.dormant_at, announced, after.delete_after_dormant, now or datetime.now(UTC)
+    )

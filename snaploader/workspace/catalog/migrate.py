@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace.catalog import engines
-from snaploader.workspace.catalog.address import POSTGRESQL, shown
+from snaploader.workspace.catalog.engines import POSTGRESQL, shown
 
 HEAD = "0003"
 """Revision of the schema that this library reads and writes."""
