@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -46,6 +46,8 @@ _DRIVERS = {
     "postgresql": "postgresql+psycopg",
     "postgresql+psycopg": "postgresql+psycopg",
 }
+T = TypeVar("T")
+
 _SECRETS = {"password", "sslpassword", "oauth_client_secret"}
 """Parameters of a connection string that nobody else may read."""
 
@@ -131,16 +133,16 @@ BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for others, and a reader for a database that is being recovered."""
 
 _PATIENCE_MS = 10
-"""How long SQLite itself waits for its turn to write. It sleeps longer with every try, so who has waited
-longest would come last; asking anew after this little keeps it fair."""
+"""How long SQLite itself waits for others. It sleeps longer with every try, so who has waited longest would
+come last; asking anew after this little, as `when_free` does, keeps it fair."""
 
 _POOL_TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 10
 
 _SQLITE_SESSION = (
-    f"PRAGMA busy_timeout = {round(BUSY_TIMEOUT_S * 1000)}",
     "PRAGMA foreign_keys = ON",
-    "PRAGMA synchronous = FULL",
+    "PRAGMA synchronous = FULL",  # the first to look at the file, with the patience that it was opened with
+    f"PRAGMA busy_timeout = {_PATIENCE_MS}",
 )
 _POSTGRESQL_SESSION = (
     "SET application_name = 'snaploader'; "
@@ -216,7 +218,7 @@ def prepare_database(engine: Engine) -> None:
         cursor = connection.cursor()
         # Each may have to wait for others that open the file for the first time too: SQLite's own
         # waiting does not cover the change of the journal's mode.
-        _when_free(lambda: cursor.execute("PRAGMA journal_mode = WAL"))
+        when_free(lambda: cursor.execute("PRAGMA journal_mode = WAL"))
         ((mode,),) = cursor.fetchall()
         cursor.close()
     if mode != "wal":
@@ -257,23 +259,19 @@ def _sqlite_engine(url: URL) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         if connection.get_execution_options().get(_WRITES):
-            _begin_writing(connection)
+            when_free(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
         else:
             connection.exec_driver_sql("BEGIN")
 
     return engine
 
 
-def _begin_writing(connection: Connection) -> None:
-    connection.exec_driver_sql(f"PRAGMA busy_timeout = {_PATIENCE_MS}")
-    try:
-        _when_free(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    finally:
-        connection.exec_driver_sql(_SQLITE_SESSION[0])
+def when_free(work: Callable[[], T]) -> T:
+    """What `work` returns, once no other connection of SQLite is in its way. DeadlineExceeded after 30 s.
 
-
-def _when_free(work: Callable[[], Any]) -> Any:
-    """What `work` returns, once no other connection is in its way. DeadlineExceeded after 30 s."""
+    Args:
+        work: One statement, which has done nothing when it is refused.
+    """
     give_up_at = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:

@@ -30,7 +30,7 @@ def upgrade(engine: Engine, *, migrations: str = MIGRATIONS, head: str = HEAD) -
         FailedPrecondition: the schema is of a newer library, or the tables are another program's.
     """
     with engine.connect() as connection:
-        if _revision(connection) == head:
+        if engines.when_free(lambda: _revision(connection)) == head:
             return
     with engines.writing(engine) as connection, connection.begin():
         if engine.dialect.name == POSTGRESQL:

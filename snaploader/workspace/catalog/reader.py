@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Executable, Row, Select, select
+from sqlalchemy import Connection, CursorResult, Executable, Row, Select, select
 
 from snaploader.errors import NotFound
 from snaploader.workspace.catalog import tables
+from snaploader.workspace.catalog.engines import when_free
 from snaploader.workspace.catalog.faults import translate_database_errors
 from snaploader.workspace.model import (
     MAX_VERSION,
@@ -170,12 +171,12 @@ class Reader:
         row = self._first(query) if is_possible else None
         if row is None:
             raise NotFound(f"workspace {workspace_id!r} has no version {number}")
-        return tables.version_of(row)
+        return tables.version_of(row, row.runtime_name, row.source)
 
     def versions(self, workspace_id: str) -> list[Version]:
         """Versions of a workspace, by number."""
         query = _versions_of(workspace_id).order_by(tables.versions.c.number)
-        return [tables.version_of(row) for row in self._all(query)]
+        return [tables.version_of(row, row.runtime_name, row.source) for row in self._all(query)]
 
     # Events and runs
 
@@ -246,11 +247,15 @@ class Reader:
 
     def _all(self, query: Executable) -> Sequence[Row[Any]]:
         with self._guarded():
-            return self._connection.execute(query).all()
+            return self._execute(query).all()
 
     def _first(self, query: Executable) -> Row[Any] | None:
         with self._guarded():
-            return self._connection.execute(query).first()
+            return self._execute(query).first()
+
+    def _execute(self, query: Executable) -> CursorResult[Any]:
+        # An SQLite database that is being recovered keeps readers waiting too.
+        return when_free(lambda: self._connection.execute(query))
 
     def _guarded(self) -> AbstractContextManager[None]:
         return translate_database_errors(self._where)

@@ -175,6 +175,12 @@ class Document(TypeDecorator[Mapping[str, Any]]):
         return None if value is None else json.loads(value)
 
 
+def check_value(column: Column[Any], value: Any, dialect: Dialect) -> None:
+    """Raise what writing the value to that column would: InvalidArgument, or TypeError."""
+    if isinstance(column.type, TypeDecorator):
+        column.type.process_bind_param(value, dialect)
+
+
 def _check_text(value: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"text is wanted, not {type(value).__name__}")
@@ -446,16 +452,16 @@ def snapshot_of(row: Row[Any]) -> SnapshotRecord:
     return SnapshotRecord(**{name: row._mapping[name] for name in _SNAPSHOT})
 
 
-def version_of(row: Row[Any]) -> Version:
-    """The version of a row of versions joined with its snapshot's `runtime_name` and `source`."""
+def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Version:
+    """The version of a row, whose snapshot has this runtime name and source."""
     return Version(
         id=row.id,
         workspace_id=row.workspace_id,
         number=row.number,
         snapshot_name=row.snapshot_name,
-        runtime_name=row.runtime_name,
+        runtime_name=runtime_name,
         display_name=row.display_name or f"Version {row.number}",
-        source=row.source,
+        source=source,
         created_at=row.created_at,
     )
 
@@ -465,6 +471,6 @@ def event_of(row: Row[Any]) -> Event:
     return Event(row.id, row.workspace_id, row.type, row.payload, row.created_at)
 
 
-def run_of(row: Row[Any]) -> Run:
-    """The run of a row."""
-    return Run(**{name: row._mapping[name] for name in _RUN})
+def run_of(row: Row[Any], prefix: str = "") -> Run:
+    """The run of a row, or of a joined row in which its columns have a prefix."""
+    return Run(**{name: row._mapping[prefix + name] for name in _RUN})

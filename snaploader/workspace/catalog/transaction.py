@@ -8,7 +8,19 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import Connection, Executable, Row, Table, bindparam, delete, insert, select, text, update
+from sqlalchemy import (
+    Connection,
+    CursorResult,
+    Executable,
+    Row,
+    Table,
+    bindparam,
+    delete,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from snaploader.errors import (
@@ -75,6 +87,8 @@ class Transaction(Reader):
         self._is_postgresql = connection.dialect.name == POSTGRESQL
         self._locked: dict[str, Workspace] = {}
         """Workspaces whose rows are locked, as they are now: nobody else changes them."""
+        self._unwritten: dict[str, dict[str, Any]] = {}
+        """Changed columns of theirs that are not in the database yet; they are before anything is read."""
         self._touched: set[str] = set()
         """Workspaces that may be due at another time now; in the next two, policies and owners whose are."""
         self._touched_policies: set[str] = set()
@@ -145,13 +159,10 @@ class Transaction(Reader):
             return after
         if after.slot is not None and (after.host, after.slot) != (before.host, before.slot):
             self._check_slot(after)
-        table = tables.workspaces
-        self._run(update(table).where(table.c.id == workspace_id), changes)
         if after.state is not before.state and after.state is WorkspaceState.DELETED:
             self._drop_history(workspace_id)
-        self._locked[workspace_id] = after
         self._touched.add(workspace_id)
-        return after
+        return self._change(after, changes)
 
     def forget_workspace(self, workspace_id: str) -> None:
         """Forget a workspace and all that belongs to it, its events too, as if there had never been one.
@@ -163,6 +174,7 @@ class Transaction(Reader):
             self._run(delete(table).where(table.c.workspace_id == workspace_id))
         self._run(delete(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
         self._locked.pop(workspace_id, None)
+        self._unwritten.pop(workspace_id, None)
         self._touched.discard(workspace_id)
 
     def begin_operation(self, workspace_id: str, operation: Operation) -> Workspace:
@@ -179,7 +191,8 @@ class Transaction(Reader):
                 f"workspace {workspace_id!r}: a {under_way.kind} is under way on {under_way.host!r} "
                 f"since {under_way.started_at:%Y-%m-%d %H:%M:%S} UTC: wait for it, or run recovery there"
             )
-        return self._set_operation(workspace, operation, {})
+        after = dataclasses.replace(workspace, operation=operation)
+        return self._change(after, tables.operation_values(operation))
 
     def end_operation(self, workspace_id: str, token: str, *, used_at: datetime | None = None) -> Workspace:
         """Record that an operation is no longer under way.
@@ -200,7 +213,8 @@ class Transaction(Reader):
         if used_at is not None:
             used = {"last_used_at": used_at, "dormant_at": None, "deleting_at": None}
             self._touched.add(workspace_id)
-        return self._set_operation(workspace, None, used)
+        after = dataclasses.replace(workspace, operation=None, **used)
+        return self._change(after, {**tables.operation_values(None), **used})
 
     # Snapshots and versions, events and runs
 
@@ -252,20 +266,20 @@ class Transaction(Reader):
                 f"snapshot {snapshot_name!r} of workspace {record.workspace_id!r} is {record.status}: only a "
                 f"complete one of workspace {workspace_id!r} can be its version"
             )
-        if self._has(tables.versions.c.snapshot_name, snapshot_name):
+        values = {
+            "workspace_id": workspace_id,
+            "number": number,
+            "snapshot_name": snapshot_name,
+            "display_name": display_name,
+            "created_at": created_at,
+        }
+        statement = self._insert(tables.versions).on_conflict_do_nothing(index_elements=["snapshot_name"])
+        with self._guarded():
+            row = self._connection.execute(statement.returning(tables.versions), values).first()
+        if row is None:
             raise FailedPrecondition(f"snapshot {snapshot_name!r} is a version already")
-        self._set_last_version(workspace, number)
-        self._run(
-            insert(tables.versions),
-            {
-                "workspace_id": workspace_id,
-                "number": number,
-                "snapshot_name": snapshot_name,
-                "display_name": display_name,
-                "created_at": created_at,
-            },
-        )
-        return self.version(workspace_id, number)
+        self._change(dataclasses.replace(workspace, last_version=number), {"last_version": number})
+        return tables.version_of(row, record.runtime_name, record.source)
 
     def reserve_versions(self, workspace_id: str, last: int) -> None:
         """Never give the numbers up to `last`: they were given before this catalog knew of the workspace.
@@ -275,12 +289,7 @@ class Transaction(Reader):
         """
         workspace = self._alive(workspace_id)
         if last > workspace.last_version:
-            self._set_last_version(workspace, last)
-
-    def _set_last_version(self, workspace: Workspace, number: int) -> None:
-        table = tables.workspaces
-        self._run(update(table).where(table.c.id == workspace.id), {"last_version": number})
-        self._locked[workspace.id] = dataclasses.replace(workspace, last_version=number)
+            self._change(dataclasses.replace(workspace, last_version=last), {"last_version": last})
 
     def add_event(
         self, workspace_id: str, event_type: str, payload: Mapping[str, Any], created_at: datetime
@@ -341,13 +350,14 @@ class Transaction(Reader):
         if row is None:
             raise NotFound(f"there is no run {run_id}")
         self.lock_workspace(row.workspace_id)
-        run = tables.run_of(self._only(select(table).where(table.c.id == run_id)))
-        if run.status is not RunStatus.RUNNING:
-            raise FailedPrecondition(f"run {run_id} of workspace {run.workspace_id!r} has ended before")
         changes = {"status": status, "completed_at": completed_at, "error": error}
-        self._run(update(table).where(table.c.id == run_id), changes)
-        self._touched.add(run.workspace_id)
-        return dataclasses.replace(run, status=status, completed_at=completed_at, error=error)
+        running = update(table).where(table.c.id == run_id, table.c.status == RunStatus.RUNNING)
+        with self._guarded():
+            ended = self._connection.execute(running.values(changes).returning(table)).first()
+        if ended is None:
+            raise FailedPrecondition(f"run {run_id} of workspace {row.workspace_id!r} has ended before")
+        self._touched.add(row.workspace_id)
+        return tables.run_of(ended)
 
     # Policies, owners and hosts
 
@@ -486,20 +496,31 @@ class Transaction(Reader):
             raise FailedPrecondition(
                 f"nothing was written, because of an earlier error: {self._refusal.message}"
             ) from self._refusal
+        self._write_changes()
         with self._guarded():
             settle_due(self._connection, self._touched, self._touched_policies, self._touched_owners)
 
     # What the methods above have in common
 
-    def _set_operation(
-        self, workspace: Workspace, operation: Operation | None, changes: WorkspaceChanges
-    ) -> Workspace:
-        table = tables.workspaces
-        values = {**tables.operation_values(operation), **changes}
-        self._run(update(table).where(table.c.id == workspace.id), values)
-        after = dataclasses.replace(workspace, operation=operation, **changes)
-        self._locked[workspace.id] = after
+    def _change(self, after: Workspace, columns: Mapping[str, Any]) -> Workspace:
+        """Change columns of a locked workspace, which is `after` then."""
+        types = tables.workspaces.c
+        with self._guarded():
+            for name, value in columns.items():
+                tables.check_value(types[name], value, self._connection.dialect)
+        self._unwritten.setdefault(after.id, {}).update(columns)
+        self._locked[after.id] = after
         return after
+
+    def _write_changes(self) -> None:
+        table = tables.workspaces
+        while self._unwritten:
+            workspace_id, columns = self._unwritten.popitem()
+            self._run(update(table).where(table.c.id == workspace_id), columns)
+
+    def _execute(self, query: Executable) -> CursorResult[Any]:
+        self._write_changes()
+        return super()._execute(query)
 
     def _drop_history(self, workspace_id: str) -> None:
         versions, snapshots = tables.versions, tables.snapshots
@@ -553,9 +574,6 @@ class Transaction(Reader):
         if workspace.state is WorkspaceState.DELETED:
             raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
         return workspace
-
-    def _has(self, column: Any, value: str) -> bool:
-        return self._first(select(column).where(column == value)) is not None
 
     def _insert(self, table: Table) -> Any:
         return (postgresql if self._is_postgresql else sqlite).insert(table)
