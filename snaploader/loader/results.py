@@ -120,12 +120,9 @@ class Snapshot:
         if isinstance(entry, FileEntry):
             return replace(alone, manifest=replace(manifest, files={name: PlainFile(entry.digest)}))
         if isinstance(entry, ChunkedEntry):
-            its_tree = self.manifest.directories[
-                top
-            ]  # says of the file's chunks what a tree of its own would
-            return replace(
-                alone, manifest=replace(manifest, chunked_files={name: its_tree}), tables={name: entry.table}
-            )
+            # The directory's tree says of the file's chunks what a tree of its own would.
+            manifest = replace(manifest, chunked_files={name: self.manifest.directories[top]})
+            return replace(alone, manifest=manifest, tables={name: entry.table})
         what = f"a symbolic link to {entry.target!r}" if isinstance(entry, SymlinkEntry) else "a directory"
         raise InvalidArgument(f"{path[:200]!r} is {what}, not a file")
 
