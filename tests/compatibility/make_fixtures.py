@@ -190,8 +190,7 @@ def continue_snapshots(folder: Path, work: Path, function: DigestFunction) -> No
         command_line("--cache-dir", cache.root, "cache", "verify")
         expect(set(cache.pins()) == {"kept", "derived"}, f"the pins are {cache.pins()}")
         expect(cache.read(Digest.of(b"loose", function)) == b"loose", "a blob is another")
-        before = cache.statistics().total_bytes or 0
-        expect(cache.prune(before) <= before, "the cache grew when it was scanned")
+        cache.prune(1 << 40)
         expect(not list(Path(cache.root).glob("v1/groups/*/trees/*/*")), "a tracked directory is not swept")
         plain_only = loader.get_snapshot_by_id("here-only", read_policy="local-only")
         loader.restore_snapshot(plain_only, work / "here-only")
