@@ -46,11 +46,11 @@ class RemoteCache:
     Thread-safe. A child of a fork makes its own connection at its first call, and leaves alone what
     it inherited. Fork while no call runs: gRPC promises nothing else.
 
-    Every blob that comes out is verified against its digest, every blob that goes in too. Transient
-    failures are retried (`RetryPolicy`); no call outlasts its budget. Errors are those of
-    `snaploader.errors`: Unavailable, DeadlineExceeded, Unauthenticated, PermissionDenied and so on
-    for what the server says, DataLoss for wrong bytes, Cancelled for what `close` interrupted,
-    FailedPrecondition for any use after `close`.
+    Every blob that comes out is verified against its digest; every blob that goes in too, unless the caller
+    has done so (`Upload.verified`). Transient failures are retried (`RetryPolicy`); no call outlasts its
+    budget. Errors are those of `snaploader.errors`: Unavailable, DeadlineExceeded, Unauthenticated,
+    PermissionDenied and so on for what the server says, DataLoss for wrong bytes, Cancelled for what `close`
+    interrupted, FailedPrecondition for any use after `close`.
 
     Args:
         url: grpc://host:port, grpcs://host:port (TLS) or unix:/path.

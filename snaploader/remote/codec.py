@@ -158,7 +158,7 @@ class _Pieces:
 
 
 def load(upload: Upload) -> Buffer:
-    """The whole content, verified. DataLoss when it does not have the digest."""
+    """The whole content, verified if it was not before. DataLoss when it does not have the digest."""
     digest = upload.digest
     if isinstance(upload.source, str | os.PathLike):
         path = os.fspath(upload.source)
@@ -169,7 +169,7 @@ def load(upload: Upload) -> Buffer:
     else:
         data = memoryview(upload.source).cast("B")
     _check_size(digest, len(data), upload.source)
-    if digest.function.hash(data) != digest.hash:
+    if not upload.verified and digest.function.hash(data) != digest.hash:
         raise _mismatch(digest, upload.source)
     return data
 
@@ -177,9 +177,11 @@ def load(upload: Upload) -> Buffer:
 class Content:
     """Content that is read in pieces, from any offset, more than once, by one thread at a time.
 
-    The hash is checked the first time the end is reached, before the last piece is given out. A
-    thread of gRPC's may still be reading when a call has ended: `close` waits for its read and
-    ends its iterator with Cancelled, so the descriptor is never used after.
+    Unless it was verified before, the hash is checked the first time the end is reached, before the last
+    piece is given out.
+
+    A thread of gRPC's may still be reading when a call has ended: `close` waits for its read and ends its
+    iterator with Cancelled, so the descriptor is never used after.
     """
 
     def __init__(self, upload: Upload) -> None:
@@ -187,8 +189,8 @@ class Content:
         self._source = upload.source
         self._lock = threading.Lock()
         self._closed = False
-        self._hasher = upload.digest.function.hasher()
-        self._hashed = 0
+        self._hasher = None if upload.verified else upload.digest.function.hasher()
+        self._read_bytes = 0
         self._fd = -1
         self._view = memoryview(b"")
         if isinstance(self._source, str | os.PathLike):
@@ -226,9 +228,9 @@ class Content:
                 self._fd = -1
 
     @property
-    def hashed_bytes(self) -> int:
-        """How far the content was read and hashed."""
-        return self._hashed
+    def read_bytes(self) -> int:
+        """How far the content was read."""
+        return self._read_bytes
 
     def _piece(self, offset: int, length: int) -> Buffer:
         if self._fd < 0:
@@ -240,12 +242,15 @@ class Content:
         return piece
 
     def _check(self, offset: int, piece: Buffer) -> None:
-        if offset <= self._hashed < offset + len(piece):
-            self._hasher.update(memoryview(piece)[self._hashed - offset :])
-            self._hashed = offset + len(piece)
-            if self._hashed == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
-                self._hashed, self._hasher = 0, self._digest.function.hasher()
+        end = offset + len(piece)
+        if not offset <= self._read_bytes < end:
+            return
+        if self._hasher is not None:
+            self._hasher.update(memoryview(piece)[self._read_bytes - offset :])
+            if end == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
+                self._read_bytes, self._hasher = 0, self._digest.function.hasher()
                 raise _mismatch(self._digest, self._source)
+        self._read_bytes = end
 
 
 def _check_size(digest: Digest, size: int, source: object) -> None:

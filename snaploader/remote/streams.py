@@ -236,7 +236,7 @@ class _Upload:
             if known is not None:
                 size = self._digest.size_bytes
                 committed = size if known.complete else known.committed_size
-                if 0 < committed <= self._content.hashed_bytes or known.complete:
+                if 0 < committed <= self._content.read_bytes or known.complete:
                     if committed > self._committed:
                         self._committed = committed
                         attempts.progressed()
