@@ -96,7 +96,7 @@ def upload_blobs(
                 ) from error
             if sent is not None:
                 sent.append(digest)
-            yield Upload(digest, source)
+            yield Upload(digest, source, verified=True)
             meter.add(digest.size_bytes)
 
     uploaded = remote.write_many(uploads(missing)) if missing else TransferStatistics()
