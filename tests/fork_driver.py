@@ -24,7 +24,7 @@ from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
 from snaploader.digest import Digest, DigestFunction
 from snaploader.filecache.locks import FileLock
-from snaploader.loader.pool import WorkerPool
+from snaploader.workers import WorkerPool
 
 CHUNK = 4096
 BLOB = b"only here" * 1000
