@@ -23,7 +23,7 @@ from typing import Any
 from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
 from snaploader.digest import Digest, DigestFunction
-from snaploader.filecache.locks import FileLock
+from snaploader.locks import FileLock
 from snaploader.workers import WorkerPool
 
 CHUNK = 4096

@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
 from snaploader.digest import MAX_BLOB_BYTES, Digest, DigestFunction
-from snaploader.errors import InvalidArgument
+from snaploader.errors import InvalidArgument, NotFound
 from snaploader.formats.chunktable import ChunkTable
 
 MODE_BITS = 0o1777
@@ -178,6 +178,27 @@ class DirectoryTree(Mapping[str, Entry]):
         yield from self.blobs()
         for table in self.tables():
             yield from table.digests()
+
+    def only(self, paths: Collection[str]) -> DirectoryTree:
+        """The tree with what stands at `paths` and below them, and with the directories they are in.
+
+        Raises:
+            NotFound: Nothing stands at one of `paths`.
+        """
+        kept: set[str] = {""}
+        for path in paths:
+            if path not in self._entries:
+                raise NotFound(f"the directory has no {path[:200]!r}")
+            while path not in kept:
+                kept.add(path)
+                path = path.rpartition("/")[0]
+        chosen, entries = set(paths), {}
+        for path, entry in self._entries.items():
+            if path in chosen or (path and path.rpartition("/")[0] in chosen):
+                chosen.add(path)
+            if path in chosen or path in kept:
+                entries[path] = entry
+        return DirectoryTree.from_ordered(entries, self._function)
 
     def _check(self) -> None:
         if not isinstance(self._entries.get(""), DirectoryEntry):

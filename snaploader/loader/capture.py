@@ -23,8 +23,7 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import DEFAULT_MODE, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
@@ -32,6 +31,7 @@ from snaploader.formats.manifest import PlainFile
 from snaploader.loader.directory import DirectoryCapture, DirectorySource
 from snaploader.loader.fetch import SnapshotChunkSource
 from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
+from snaploader.locks import ProcessExitStack
 from snaploader.workers import ThreadBuffers, WorkerPool
 
 

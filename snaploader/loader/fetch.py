@@ -17,10 +17,10 @@ from snaploader.blobstore import RemoteStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.prefetch import BlobFlight, BlobFlights, Prefetcher
+from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)

@@ -28,13 +28,13 @@ from cow import (
 from cow.fileio import Copier
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.formats.manifest import Manifest
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
 from snaploader.loader.results import ProgressMeter, Snapshot
+from snaploader.locks import ProcessExitStack
 from snaploader.workers import ThreadBuffers, WorkerPool
 
 SMALL_BLOB_BYTES = 4 << 20

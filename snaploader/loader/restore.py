@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.captureindex import write_restored_index
 from snaploader.loader.fetch import BlobFetcher
@@ -25,6 +24,7 @@ from snaploader.loader.place import (
 )
 from snaploader.loader.results import ProgressCallback, ProgressMeter, Snapshot
 from snaploader.loader.unpack import hold
+from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from typing import Self
 from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import Lease
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.place import FetchCounter, output_folder, place_files, write_directory
 from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot
+from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import InvalidArgument
+from snaploader.errors import InvalidArgument, NotFound
 from snaploader.formats import dirtree, dirtreecodec
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import encode_tree
@@ -537,3 +537,17 @@ def test_damaged_bytes_are_refused_or_another_tree(seed: int) -> None:
 def test_any_bytes_are_refused_or_a_tree(data: bytes) -> None:
     with contextlib.suppress(InvalidArgument):
         assert isinstance(decode_directory_tree(data, SHA256), DirectoryTree)
+
+
+def test_a_part_of_a_tree_has_the_directories_on_the_way() -> None:
+    folder, file = DirectoryEntry(), FileEntry(HELLO)
+    paths = ["", "a", "a/b", "a/b/c", "a/b/d", "a-b", "e", "e/f"]
+    tree = DirectoryTree({path: folder if path in {"", "a", "a/b", "e"} else file for path in paths}, SHA256)
+    assert list(tree.only(["a/b/c"])) == ["", "a", "a/b", "a/b/c"]
+    assert list(tree.only(["a/b", "e/f"])) == ["", "a", "a/b", "a/b/c", "a/b/d", "e", "e/f"]
+    assert list(tree.only(["a"])) == ["", "a", "a/b", "a/b/c", "a/b/d"]
+    assert tree.only([""]) == tree
+    assert list(tree.only([])) == [""]
+    for path in ("x", "a/x", "a/b/c/", "../a"):
+        with pytest.raises(NotFound):
+            tree.only(["a", path])

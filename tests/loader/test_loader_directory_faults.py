@@ -25,7 +25,7 @@ from snaploader.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry
 from snaploader.formats.dirtreecodec import decode_directory_tree
 from snaploader.formats.manifest import Manifest, pack_any
