@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import (
@@ -23,6 +22,7 @@ from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import Snapshot
 from snaploader.loader.unpack import hold, output_folder, place_files
+from snaploader.locks import ProcessExitStack
 from snaploader.tree import DEFAULT_MODE
 
 log = logging.getLogger(__name__)

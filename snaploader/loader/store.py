@@ -25,13 +25,13 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.loader.capture import DirectoryCapture, DirectorySource
 from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
 from snaploader.loader.source import SnapshotChunkSource
+from snaploader.locks import ProcessExitStack
 from snaploader.manifest import PlainFile
 from snaploader.tree import DEFAULT_MODE, encode_tree
 

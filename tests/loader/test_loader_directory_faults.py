@@ -26,7 +26,7 @@ from snaploader.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.keys import local_manifest_key, snapshot_id_key
 from snaploader.loader import captureindex, place
 from snaploader.manifest import Manifest, pack_any

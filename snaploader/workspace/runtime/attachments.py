@@ -20,8 +20,8 @@ from typing import Any, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache.locks import ProcessExitStack
 from snaploader.loader import Snapshot, SnapshotLoader
+from snaploader.locks import ProcessExitStack
 from snaploader.manifest import check_name
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX
 from snaploader.workspace.runtime.files import read_file, replace_file

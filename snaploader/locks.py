@@ -1,4 +1,4 @@
-"""What ends with its process: locks between processes, by flock(2) on a small file, and blocks that clean up.
+"""Locks between processes, by flock(2) on a small file, and blocks that clean up in their own process only.
 
 A lock belongs to an open file description, so it goes when the process does, however it does, and two
 caches in one process exclude each other like two processes. See flock(2). A forked child shares the file
@@ -47,9 +47,11 @@ class FileLock:
 
     Args:
         fd: Of the lock file, which is never removed. It is closed with the lock.
+        owner: What is closed when the lock is, for messages.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, owner: str = "the file cache") -> None:
+        self._owner = owner
         self._threads = threading.Lock()
         self._pid = os.getpid()
         self.fd = fd
@@ -58,10 +60,10 @@ class FileLock:
     def held(self) -> Iterator[None]:
         """Hold the lock, waiting for it first. Cancelled after `close`."""
         if self.closed:
-            raise Cancelled("the file cache was closed while it was used")
+            raise Cancelled(f"{self._owner} was closed while it was used")
         with self._threads:
             if self.closed:
-                raise Cancelled("the file cache was closed while it was used")
+                raise Cancelled(f"{self._owner} was closed while it was used")
             fcntl.flock(self.fd, fcntl.LOCK_EX)
             try:
                 yield
