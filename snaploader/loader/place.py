@@ -21,9 +21,9 @@ from pathlib import Path
 from cow import clone_range, write_all, write_nonzero
 from cow.fileio import Copier
 from snaploader.digest import Digest
-from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import remove_tree
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.files import remove_tree
+from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import (
@@ -23,7 +24,6 @@ from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import Snapshot
 from snaploader.loader.unpack import hold, output_folder, place_files
 from snaploader.locks import ProcessExitStack
-from snaploader.tree import DEFAULT_MODE
 
 log = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.files import remove_tree
+from snaploader.formats.chunktree import DEFAULT_MODE
+from snaploader.formats.manifest import Manifest
 from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import write_directory
@@ -23,8 +25,6 @@ from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.locks import ProcessExitStack
-from snaploader.manifest import Manifest
-from snaploader.tree import DEFAULT_MODE
 
 
 class UnpackedSnapshot:

@@ -23,7 +23,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 from snaploader.files import replace_file
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.locks import ProcessExitStack
-from snaploader.manifest import check_name
+from snaploader.formats.manifest import check_name
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX, Folder, Layout, read_file
 from snaploader.workspace.runtime.processes import ProcessIdentity
 from snaploader.workspace.runtime.protocol import Attachment

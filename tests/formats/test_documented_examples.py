@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 
 from snaploader._proto import snaploader_pb2
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import (
-    DirectoryEntry,
-    DirectoryTree,
-    FileEntry,
-    SymlinkEntry,
-    encode_directory_tree,
-)
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import encode_tree
+from snaploader.formats.dirtree import DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
+from snaploader.formats.dirtreecodec import encode_directory_tree
+from snaploader.formats.manifest import Manifest, PlainFile, pack_any
 from snaploader.keys import (
     SnapshotKey,
     local_manifest_key,
@@ -28,10 +25,8 @@ from snaploader.keys import (
     version_key,
 )
 from snaploader.loader.tombstone import local_tombstone, tombstone_result
-from snaploader.manifest import Manifest, PlainFile, pack_any
 from snaploader.policy import POLICY_PROPERTIES
 from snaploader.task import SnapshotTask
-from snaploader.tree import encode_tree
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats"
 SHA256 = DigestFunction.SHA256

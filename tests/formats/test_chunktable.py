@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snaploader.chunktable import MAX_CHUNK_SIZE, MAX_CHUNKS, MAX_STORED_CHUNKS, MIN_CHUNK_SIZE, ChunkTable
 from snaploader.digest import MAX_BLOB_BYTES, Digest, DigestFunction
 from snaploader.errors import InvalidArgument
+from snaploader.formats.chunktable import (
+    MAX_CHUNK_SIZE,
+    MAX_CHUNKS,
+    MAX_STORED_CHUNKS,
+    MIN_CHUNK_SIZE,
+    ChunkTable,
+)
 
 CHUNK = 4096
 SHA256 = DigestFunction.SHA256

@@ -15,7 +15,8 @@ from snaploader._proto import any_pb2, snaploader_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import InvalidArgument
-from snaploader.manifest import (
+from snaploader.formats.chunktree import MAX_TREE_BYTES
+from snaploader.formats.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,
     MAX_METADATA,
@@ -25,7 +26,6 @@ from snaploader.manifest import (
     pack_any,
     unpack_any,
 )
-from snaploader.tree import MAX_TREE_BYTES
 
 SHA256 = DigestFunction.SHA256
 CONFIGURATION = pack_any(snaploader_pb2.VMConfiguration(cpu_count=2))

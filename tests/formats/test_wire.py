@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snaploader import wire
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.errors import InvalidArgument
+from snaploader.formats import wire
 
 
 @given(st.text("aé\0\U0001f600", max_size=300), st.integers(0, 2**63 - 1))

@@ -8,7 +8,7 @@ from snaploader._proto import any_pb2, snaploader_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.manifest import MAX_FILES, MAX_METADATA, Manifest, PlainFile, pack_any
+from snaploader.formats.manifest import MAX_FILES, MAX_METADATA, Manifest, PlainFile, pack_any
 
 SHA256 = DigestFunction.SHA256
 CONFIGURATION = pack_any(snaploader_pb2.VMConfiguration(cpu_count=1))

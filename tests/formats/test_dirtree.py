@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import (
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.formats import dirtree, dirtreecodec
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import encode_tree
+from snaploader.formats.dirtree import (
     MAX_DEPTH,
     MAX_PATH_BYTES,
     MAX_TARGET_BYTES,
@@ -25,13 +28,8 @@ from snaploader.dirtree import (
     Entry,
     FileEntry,
     SymlinkEntry,
-    decode_directory_tree,
-    encode_directory_tree,
-    model,
 )
-from snaploader.dirtree import decode as decoding
-from snaploader.errors import InvalidArgument
-from snaploader.tree import encode_tree
+from snaploader.formats.dirtreecodec import decode_directory_tree, encode_directory_tree
 
 SHA256 = DigestFunction.SHA256
 HELLO = Digest.of(b"hello\n", SHA256)
@@ -439,7 +437,7 @@ def test_a_small_tree_of_very_many_paths_is_refused(monkeypatch: pytest.MonkeyPa
         inner = outer
         del level
     message.root.CopyFrom(inner)
-    monkeypatch.setattr(decoding, "MAX_ENTRIES", 1000)
+    monkeypatch.setattr(dirtreecodec, "MAX_ENTRIES", 1000)
     with pytest.raises(InvalidArgument, match="1000 entries"):
         decoded(message)
 
@@ -469,7 +467,7 @@ def test_long_and_deep_paths_are_refused() -> None:
 def test_bounds_hold_for_the_whole_tree(
     monkeypatch: pytest.MonkeyPatch, limit: str, value: int, what: str
 ) -> None:
-    monkeypatch.setattr(model, limit, value)
+    monkeypatch.setattr(dirtree, limit, value)
     with pytest.raises(InvalidArgument, match=what):
         tree_of({"file": FileEntry(HELLO), "disk": ChunkedEntry(TABLE)})
 
@@ -539,3 +537,17 @@ def test_damaged_bytes_are_refused_or_another_tree(seed: int) -> None:
 def test_any_bytes_are_refused_or_a_tree(data: bytes) -> None:
     with contextlib.suppress(InvalidArgument):
         assert isinstance(decode_directory_tree(data, SHA256), DirectoryTree)
+
+
+def test_a_part_of_a_tree_has_the_directories_on_the_way() -> None:
+    folder, file = DirectoryEntry(), FileEntry(HELLO)
+    paths = ["", "a", "a/b", "a/b/c", "a/b/d", "a-b", "e", "e/f"]
+    tree = DirectoryTree({path: folder if path in {"", "a", "a/b", "e"} else file for path in paths}, SHA256)
+    assert list(tree.only(["a/b/c"])) == ["", "a", "a/b", "a/b/c"]
+    assert list(tree.only(["a/b", "e/f"])) == ["", "a", "a/b", "a/b/c", "a/b/d", "e", "e/f"]
+    assert list(tree.only(["a"])) == ["", "a", "a/b", "a/b/c", "a/b/d"]
+    assert tree.only([""]) == tree
+    assert list(tree.only([])) == [""]
+    for path in ("x", "a/x", "a/b/c/", "../a"):
+        with pytest.raises(NotFound):
+            tree.only(["a", path])

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 from snaploader._proto import any_pb2, remote_execution_pb2, snaploader_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.tree import MAX_TREE_BYTES
+from snaploader.formats.chunktree import MAX_TREE_BYTES
 
 MAX_MANIFEST_BYTES = 4 << 20
 """Largest serialised ActionResult; gRPC servers take no larger message."""

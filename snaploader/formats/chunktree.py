@@ -26,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from snaploader import wire
 from snaploader._proto import remote_execution_pb2
-from snaploader.chunktable import MAX_STORED_CHUNKS, ChunkTable, Hashes, check_geometry
 from snaploader.digest import HASH_BYTES, Buffer, Digest, DigestFunction
 from snaploader.errors import InvalidArgument
+from snaploader.formats import wire
+from snaploader.formats.chunktable import MAX_STORED_CHUNKS, ChunkTable, Hashes, check_geometry
 
 MAX_TREE_BYTES = 128 << 20
 """Largest tree that is read; one of `MAX_STORED_CHUNKS` chunks is smaller."""

@@ -1,24 +1,118 @@
-"""Single calls: metadata, deadlines, counting and the translation of errors. No retries."""
+"""Calls to a server: metadata, deadlines, silence, counting, errors; with retries, by `Caller`."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from snaploader._proto import services
-from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unavailable
-from snaploader.remote.config import Timeouts
-from snaploader.remote.metadata import Headers
-from snaploader.remote.retry import Attempts
+from snaploader.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    SnaploaderError,
+    Unavailable,
+    translate_thread_errors,
+)
+from snaploader.remote.auth import Headers
+from snaploader.remote.bulk import BatchLimit
+from snaploader.remote.capabilities import RemoteCapabilities
+from snaploader.remote.config import Limits, Timeouts
+from snaploader.remote.retry import Attempts, Cancellation, Retrier
 from snaploader.remote.statistics import Recorder
 from snaploader.remote.status import from_rpc_error
-from snaploader.remote.watchdog import Guard, Watchdog
+
+T = TypeVar("T")
+
+
+class Cancellable(Protocol):
+    """A call that can be ended from another thread."""
+
+    def cancel(self) -> bool: ...
+
+
+class Guard:
+    """Watches one stream; `touch` it at each message."""
+
+    def __init__(self, call: Cancellable) -> None:
+        self.call = call
+        self.touched = time.monotonic()
+        self.expired = False
+
+    def touch(self) -> None:
+        """The stream moved."""
+        self.touched = time.monotonic()
+
+    def pause(self) -> None:
+        """Wait for no message until the next `touch`."""
+        self.touched = math.inf
+
+
+class Watchdog:
+    """One thread for all streams of a cache, started with the first one. Thread-safe.
+
+    Args:
+        idle_s: The silence after which a stream is cancelled.
+    """
+
+    def __init__(self, idle_s: float) -> None:
+        self._idle_s = idle_s
+        self._condition = threading.Condition()
+        self._guards: set[Guard] = set()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @contextmanager
+    def watch(self, call: Cancellable) -> Iterator[Guard]:
+        """Watch a call while the block runs."""
+        guard = Guard(call)
+        with self._condition:
+            if self._thread is None and not self._closed:
+                thread = threading.Thread(target=self._run, name="snaploader-remote-watchdog", daemon=True)
+                with translate_thread_errors("the remote cache was closed"):
+                    thread.start()
+                self._thread = thread
+            self._guards.add(guard)
+            if len(self._guards) == 1:  # with others, it wakes before this one's time anyway
+                self._condition.notify()
+        try:
+            yield guard
+        finally:
+            with self._condition:
+                self._guards.discard(guard)
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        with self._condition:
+            while not self._closed:
+                limit = time.monotonic() - self._idle_s
+                expired = [guard for guard in self._guards if guard.touched <= limit]
+                for guard in expired:
+                    self._guards.discard(guard)
+                    guard.expired = True
+                    guard.call.cancel()
+                # A guard touched or resumed meanwhile has its whole time still to go: checking every
+                # `idle_s` at least, its silence is noticed at most that much late.
+                oldest = min((guard.touched for guard in self._guards), default=None)
+                self._condition.wait(None if oldest is None else min(self._idle_s, oldest - limit))
+
 
 _RAW = frozenset(("BatchUpdateBlobs", "Write"))
-"""Methods whose requests come serialised (snaploader.remote.encoding)."""
+"""Methods whose requests come serialised (snaploader.remote.codec)."""
 
 _NOT_CONNECTED = "failed to connect"
 _DISCONNECTED = "Socket closed"
@@ -218,3 +312,39 @@ class _Requests:
             if self._call is not None:
                 self._call.cancel()
             raise StopIteration from None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Calls one instance on one server, with retries: what the clients of all services share. Thread-safe."""
+
+    url: str
+    """Names the server in messages."""
+    transport: Transport
+    retrier: Retrier
+    instance_name: str
+    timeouts: Timeouts
+    limits: Limits
+    recorder: Recorder
+    capabilities: RemoteCapabilities
+    """What was negotiated."""
+    batch_limit: BatchLimit
+
+    def unary(self, operation: str, method: str, request: Any, cancellation: Cancellation) -> Any:
+        """The response to one request. `operation` says what is being done, as in "reading 1f…/4096"."""
+
+        def attempt(attempts: Attempts) -> Any:
+            return self.transport.unary(method, request, attempts)
+
+        return self.with_retries(operation, attempt, cancellation)
+
+    def with_retries(
+        self,
+        operation: str,
+        attempt: Callable[[Attempts], T],
+        cancellation: Cancellation,
+        size_bytes: int = 0,
+    ) -> T:
+        """What `attempt` returns, called again while that helps; big transfers get more time."""
+        extra_s = size_bytes / self.timeouts.min_bytes_per_s
+        return self.retrier.run(operation, attempt, cancellation, extra_s=extra_s)
