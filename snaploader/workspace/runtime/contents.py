@@ -20,9 +20,9 @@ from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, Snaps
 from snaploader.loader.place import write_restored_index
 from snaploader.manifest import check_name
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
+from snaploader.workspace.names import check_volumes
 from snaploader.workspace.runtime.files import make_beneath
 from snaploader.workspace.runtime.layout import Folder
-from snaploader.workspace.volumes import check_volumes
 
 ROOT = "root"
 """Name of the directory in a snapshot that holds all but the volumes."""

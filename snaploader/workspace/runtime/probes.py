@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.targets import parse_address, parse_url
+from snaploader.workspace.model import parse_address, parse_url
 
 MAX_TRY_S = 5.0
 """Longest one try."""
