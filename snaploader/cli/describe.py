@@ -125,14 +125,24 @@ def file_size(snapshot: Snapshot, name: str) -> int:
     return table.size if table is not None else snapshot.manifest.files[name].digest.size_bytes
 
 
-def only(snapshot: Snapshot, names: tuple[str, ...]) -> Snapshot:
-    """The snapshot with no other files and directories than `names`; NotFound when it lacks one."""
-    known = file_names(snapshot)
-    for name in names:
-        if name not in known:
-            shown = ", ".join(repr(other) for other in known[:20]) + (", …" if len(known) > 20 else "")
-            raise NotFound(f"the snapshot has no file {name!r}; it has {shown or 'none'}")
-    return snapshot.only(names)
+def check_there(snapshot: Snapshot, name: str) -> None:
+    """NotFound, with what there is instead, unless `name` is of a file or directory, or a path in one."""
+    top, slash, inside = name.partition("/")
+    inside = inside.rstrip("/")
+    known, where = file_names(snapshot), "the snapshot"
+    if top in known and not inside and (not slash or top in snapshot.directories):
+        return
+    if top in snapshot.directories:
+        tree = snapshot.directories[top]
+        if inside in tree:
+            return
+        above = inside.rpartition("/")[0]
+        while above not in tree:
+            above = above.rpartition("/")[0]
+        known = sorted(path.rpartition("/")[2] for path in tree if path and path.rpartition("/")[0] == above)
+        where = repr(f"{top}/{above}".rstrip("/"))
+    shown = ", ".join(repr(other) for other in known[:20]) + (", …" if len(known) > 20 else "")
+    raise NotFound(f"the snapshot has no file {name!r}; {where} has {shown or 'none'}")
 
 
 def checked_folder(path: Path, what: str) -> Path:

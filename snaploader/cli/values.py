@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snaploader.chunktable import check_geometry
 from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.formats.chunktable import check_geometry
 from snaploader.policy import parse_duration_s
 
 if TYPE_CHECKING:

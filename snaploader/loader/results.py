@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from snaploader._proto.snaploader_pb2 import VMMetadata
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
-from snaploader.dirtree import DirectoryTree
-from snaploader.errors import InvalidArgument, SnaploaderError
+from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache.hashes import HashSet
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
+from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
-from snaploader.manifest import Manifest, unpack_any
 
 
 class ManifestSource(StrEnum):
@@ -70,16 +70,61 @@ class Snapshot:
         return artefacts(self.manifest, self.tables, self.directories)
 
     def only(self, names: Collection[str]) -> Snapshot:
-        """The snapshot with no other files and directories than `names`."""
+        """The snapshot with no other files and directories than `names`.
+
+        Args:
+            names: Of files and directories. "home/etc" means what stands at "etc" in the directory "home", of
+                which nothing else is taken then, but for the directories on the way.
+
+        Raises:
+            NotFound: A directory has nothing at such a path.
+        """
+        paths: dict[str, list[str]] = {}
+        for name in names:
+            top, _, inside = name.partition("/")
+            paths.setdefault(top, []).append(inside.rstrip("/"))
+        whole = {name for name, chosen in paths.items() if "" in chosen}
+        trees = {name: tree for name, tree in self.directories.items() if name in paths}
         manifest = replace(
             self.manifest,
-            files={name: file for name, file in self.manifest.files.items() if name in names},
-            chunked_files={name: tree for name, tree in self.manifest.chunked_files.items() if name in names},
-            directories={name: tree for name, tree in self.manifest.directories.items() if name in names},
+            files={name: file for name, file in self.manifest.files.items() if name in whole},
+            chunked_files={name: tree for name, tree in self.manifest.chunked_files.items() if name in whole},
+            directories={name: digest for name, digest in self.manifest.directories.items() if name in trees},
         )
-        tables = {name: table for name, table in self.tables.items() if name in names}
-        directories = {name: tree for name, tree in self.directories.items() if name in names}
-        return replace(self, manifest=manifest, tables=tables, directories=directories)
+        return replace(
+            self,
+            manifest=manifest,
+            tables={name: table for name, table in self.tables.items() if name in whole},
+            directories={n: tree if n in whole else tree.only(paths[n]) for n, tree in trees.items()},
+        )
+
+    def file(self, path: str) -> Snapshot:
+        """The snapshot of one file alone, wherever it stands: "disk", or "home/etc/hosts" in a directory.
+
+        A file of a directory has its own name in it, "hosts"; question marks stand for what is not Unicode.
+
+        Raises:
+            NotFound: There is nothing at the path.
+            InvalidArgument: What is there is a directory or a symbolic link.
+        """
+        if path in self.manifest.names and path not in self.directories:
+            return self.only([path])
+        top, _, inside = path.partition("/")
+        tree = self.directories.get(top)
+        entry = None if tree is None else tree.get(inside.rstrip("/"))
+        if entry is None:
+            raise NotFound(f"the snapshot has no file {path[:200]!r}")
+        name = inside.rpartition("/")[2].encode(errors="replace").decode()
+        alone = replace(self, tables={}, directories={}, modes={})
+        manifest = replace(self.manifest, files={}, chunked_files={}, directories={})
+        if isinstance(entry, FileEntry):
+            return replace(alone, manifest=replace(manifest, files={name: PlainFile(entry.digest)}))
+        if isinstance(entry, ChunkedEntry):
+            # The directory's tree says of the file's chunks what a tree of its own would.
+            manifest = replace(manifest, chunked_files={name: self.manifest.directories[top]})
+            return replace(alone, manifest=manifest, tables={name: entry.table})
+        what = f"a symbolic link to {entry.target!r}" if isinstance(entry, SymlinkEntry) else "a directory"
+        raise InvalidArgument(f"{path[:200]!r} is {what}, not a file")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from snaploader.errors import InvalidArgument
-from snaploader.manifest import check_name
+from snaploader.formats.manifest import check_name
 from snaploader.workspace.model import Volume
 
 MAX_ID_LENGTH = 64

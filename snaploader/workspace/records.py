@@ -23,7 +23,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache.flushing import flush_folder
+from snaploader.files import flush_folder
 from snaploader.folders import PRIVATE, open_new, open_private
 from snaploader.workspace.model import (
     MAX_VERSION,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from cli_runner import CommandLine
+
+from snaploader.testing import EmbeddedServer
 
 
 @pytest.fixture
@@ -74,6 +77,90 @@ def test_only_some_are_restored(cli: CommandLine, home: Path, tmp_path: Path) ->
     assert [one["name"] for one in restored["directories"]] == ["copy"]
     assert restored["files"] == []
     assert os.listdir(tmp_path / "out") == ["copy"]
+
+
+@pytest.fixture
+def deep(home: Path) -> Path:
+    """The same with files further down, one of them with a name that is not Unicode."""
+    (home / "etc/conf.d").mkdir(parents=True)
+    (home / "etc/conf.d/one").write_bytes(b"one")
+    (home / "etc/conf.d/large").write_bytes(b"a" * 4096 + bytes(8192) + b"d" * 4096)
+    (home / "etc/hosts").write_bytes(b"hosts")
+    (home / os.fsdecode(b"caf\xe9")).write_bytes(b"latin")
+    return home
+
+
+def _below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_what_stands_in_a_directory_is_restored_alone(cli: CommandLine, deep: Path, tmp_path: Path) -> None:
+    cli.json("save", "--ref", "main", deep, f"file={deep}/small")
+    restored = cli.json("restore", "--ref", "main", "--only", "home/etc/hosts", tmp_path / "a")
+    assert restored["directories"] == [{"name": "home", "path": str(tmp_path / "a/home"), "size_bytes": 5}]
+    assert restored["files"] == []
+    assert _below(tmp_path / "a") == ["home", "home/etc", "home/etc/hosts"]
+    assert (tmp_path / "a/home/etc/hosts").read_bytes() == b"hosts"
+
+    cli.json("restore", "--ref", "main", "--only", "home/etc/conf.d/", "--only", "file", tmp_path / "b")
+    inside = ["home/etc/conf.d", "home/etc/conf.d/large", "home/etc/conf.d/one"]
+    assert _below(tmp_path / "b") == ["file", "home", "home/etc", *inside]
+    assert (tmp_path / "b/home/etc/conf.d/large").read_bytes() == (deep / "etc/conf.d/large").read_bytes()
+
+    cli.json("restore", "--ref", "main", "--only", "home/etc", "--only", "home/link", tmp_path / "c")
+    assert _below(tmp_path / "c") == ["home", "home/etc", *inside, "home/etc/hosts", "home/link"]
+
+    cli.json("restore", "--ref", "main", "--only", "home/etc", "--only", "home/", tmp_path / "d")
+    assert (tmp_path / "d/home/big").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["home/nothing", "home/etc/nothing/deep", "home/../home", "home//etc", "file/"]
+)
+@pytest.mark.parametrize("command", ["restore", "read"])
+def test_what_a_directory_does_not_have_is_not_found(
+    cli: CommandLine, deep: Path, tmp_path: Path, command: str, name: str
+) -> None:
+    cli.json("save", "--ref", "main", deep, f"file={deep}/small")
+    what = ["--only", name, tmp_path / "out"] if command == "restore" else [name]
+    failed = cli(command, "--ref", "main", *what)
+    assert failed.exit_code == 3
+    assert repr(name) in failed.stderr
+    if "etc/nothing" in name:
+        assert "'home/etc' has 'conf.d', 'hosts'" in failed.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--chunked", "--chunk-size", "4KiB"]])
+def test_a_file_in_a_directory_is_read(cli: CommandLine, deep: Path, options: list[str]) -> None:
+    cli.json("save", "--ref", "main", *options, deep)
+    assert cli.ok("read", "--ref", "main", "home/etc/hosts").stdout == b"hosts"
+    assert cli.ok("read", "--ref", "main", os.fsdecode(b"home/caf\xe9")).stdout == b"latin"
+    at = ["--offset", "4090", "--size", "8210"]
+    content = (deep / "etc/conf.d/large").read_bytes()
+    assert cli.ok("read", "--ref", "main", "home/etc/conf.d/large", *at).stdout == content[4090:12300]
+    beyond = cli("read", "--ref", "main", "home/etc/hosts", "--offset", "6")
+    assert beyond.exit_code == 2
+
+
+def test_only_the_chunks_of_the_range_are_fetched_from_a_directory(
+    cli: CommandLine, deep: Path, tmp_path: Path, server: EmbeddedServer
+) -> None:
+    where = ["--ref", "main", "--remote-cache", server.url]
+    cli.json("save", *where, "--chunked", "--chunk-size", "4KiB", deep)
+    other = ["--cache-dir", tmp_path / "other", "--json"]
+    done = cli.ok("read", *where, *other, "home/etc/conf.d/large", "--offset", "12288")
+    assert done.stdout == b"d" * 4096
+    report = json.loads(done.stderr)
+    assert report["name"] == "home/etc/conf.d/large"
+    assert report["origins"]["remote"]["bytes"] == 4096
+
+
+def test_what_is_no_file_in_a_directory_is_not_read(cli: CommandLine, deep: Path) -> None:
+    cli.json("save", "--ref", "main", deep)
+    link = cli("read", "--ref", "main", "home/link")
+    assert (link.exit_code, "a symbolic link to 'small'" in link.stderr) == (2, True)
+    folder = cli("read", "--ref", "main", "home/etc")
+    assert (folder.exit_code, "`restore --only home/etc`" in folder.stderr) == (2, True)
 
 
 def test_a_directory_is_not_read_as_a_file(cli: CommandLine, home: Path) -> None:

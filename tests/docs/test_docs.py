@@ -29,10 +29,6 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOKEN = re.compile(r"[0-9]+-[0-9a-f]{16}(\.[0-9]+$)?", re.MULTILINE)
 """Of an open cache, and a number after it."""
 MAX_COLUMNS = 120
-WIDE_TABLES = {"docs/errors.md", "docs/workspaces.md"}
-"""Pages with rows of tables that are still to be folded: other tests read these tables."""
-PAGES_TO_MEND = {"CONTRIBUTING.md", "docs/operating.md"}
-"""Pages whose prose is still to be folded."""
 
 
 def text_of(page: Path) -> str:
@@ -93,10 +89,7 @@ def test_every_python_block_compiles_and_imports_what_exists(page: Path) -> None
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_line_of_a_page_is_over_120_columns(page: Path) -> None:
-    wide = [line for line in text_of(page).splitlines() if len(line) > MAX_COLUMNS]
-    if name_of(page) in WIDE_TABLES:
-        wide = [line for line in wide if not line.startswith("|")]
-    assert not wide or name_of(page) in PAGES_TO_MEND
+    assert not [line for line in text_of(page).splitlines() if len(line) > MAX_COLUMNS]
 
 
 @pytest.fixture

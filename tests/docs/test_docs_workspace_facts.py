@@ -40,7 +40,7 @@ def test_everything_that_a_manager_does_is_told() -> None:
 
 def test_every_method_of_a_runtime_is_told() -> None:
     methods = {name for name in vars(Runtime) if not name.startswith("_")}
-    told = re.findall(r"^\| (`[^|]+) \|", section("Writing a runtime"), re.MULTILINE)
+    told = re.findall(r"^- \*\*(.+?)\*\*", section("Writing a runtime"), re.MULTILINE)
     assert {name for cell in told for name in re.findall(r"`(\w+)`", cell)} == methods - {"close"}
 
 

@@ -27,9 +27,9 @@ def section(title: str) -> str:
 
 
 def first_cells(text: str) -> list[str]:
-    """The first words of each row of the tables, without code marks."""
-    rows = re.findall(r"^\| *([^|]+?) *\|", text, re.MULTILINE)
-    return [row.replace("`", "") for row in rows]
+    """What each row of a table, or entry of a list, begins with, without code marks."""
+    rows = re.findall(r"^(?:\| *([^|]+?) *\||(?:- |(\d+\. ))\*\*(.+?)\*\*)", text, re.MULTILINE)
+    return ["".join(row).replace("`", "") for row in rows]
 
 
 def test_the_diagram_and_the_table_of_states_name_every_state() -> None:

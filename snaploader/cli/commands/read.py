@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 import click
 
-from snaploader.chunktable import ChunkTable
-from snaploader.cli.describe import file_size, only, snapshot_record
+from snaploader.cli.describe import check_there, file_names, file_size, snapshot_record
 from snaploader.cli.find import find
 from snaploader.cli.options import (
     Command,
@@ -26,6 +25,7 @@ from snaploader.cli.session import Session
 from snaploader.cli.streams import Nowhere, writing_to_stdout
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.formats.chunktable import ChunkTable
 from snaploader.loader.unpack import UnpackedSnapshot
 
 PIECE_BYTES = 1 << 20
@@ -51,17 +51,20 @@ def read(
 ) -> None:
     """Write a part of one file of the best snapshot to stdout, loading only the chunks it lies in.
 
+    A file in a directory is named by its path: home/etc/hosts.
+
     With --json the report goes to stderr, because stdout carries the bytes.
     """
     if isinstance(sys.stdout, Nowhere):
         raise FailedPrecondition("stdout is closed, and the bytes would be lost: send it to a file or a pipe")
     loader, snapshot = find(session, task_options, read_options)
-    snapshot = only(snapshot, (name,))
-    if name in snapshot.directories:
-        raise InvalidArgument(
-            f"{name!r} is a directory, not a file: write it out with `restore --only {name}`"
-        )
-    length = file_size(snapshot, name)
+    check_there(snapshot, name)
+    try:
+        snapshot = snapshot.file(name)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{error.message}: write it out with `restore --only {name}`") from error
+    (file,) = file_names(snapshot)
+    length = file_size(snapshot, file)
     if size is None:
         size = max(length - offset, 0)
     if offset + size > length:
@@ -69,14 +72,14 @@ def read(
             f"bytes {offset} to {offset + size} are not all in {name!r}, which has {length}: "
             "choose another --offset or --size"
         )
-    if name in snapshot.tables:
-        table = _narrowed(snapshot.tables[name], offset, size)
-        snapshot = dataclasses.replace(snapshot, tables={name: table})
+    if file in snapshot.tables:
+        table = _narrowed(snapshot.tables[file], offset, size)
+        snapshot = dataclasses.replace(snapshot, tables={file: table})
     with (
         tempfile.TemporaryDirectory(prefix="snaploader-read-") as folder,
         loader.unpack_snapshot(snapshot, folder) as unpacked,
     ):
-        _copy_out(_reader(unpacked, name), offset, size)
+        _copy_out(_reader(unpacked, file), offset, size)
         _report(session, unpacked, name, size)
 
 
@@ -115,7 +118,7 @@ def _copy_out(read_at: ReadAt, offset: int, size: int) -> None:
 def _report(session: Session, unpacked: UnpackedSnapshot, name: str, size: int) -> None:
     """What was loaded. On stderr in any case."""
     output = session.output
-    statistics = unpacked.statistics().get(name)
+    statistics = next(iter(unpacked.statistics().values()), None)
     origins = {} if statistics is None else dict(sorted(statistics.origins.items()))
     output.report(
         {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from snaploader.cli.describe import checked_folder, file_size, only, served_line, snapshot_record
+from snaploader.cli.describe import check_there, checked_folder, file_size, served_line, snapshot_record
 from snaploader.cli.find import find
 from snaploader.cli.options import (
     Command,
@@ -31,7 +31,7 @@ from snaploader.cli.values import format_size, format_time
     scope="restore",
     multiple=True,
     metavar="NAME",
-    help="Only this file or directory; repeatable.",
+    help="Only this file or directory, or what stands in one, as in home/etc; repeatable.",
 )
 @click.argument("output_dir", type=click.Path(path_type=Path), metavar="OUTPUT_DIR")
 @common
@@ -52,7 +52,9 @@ def restore(
     begin = time.monotonic()
     loader, snapshot = find(session, task_options, read_options)
     if names:
-        snapshot = only(snapshot, names)
+        for name in names:
+            check_there(snapshot, name)
+        snapshot = snapshot.only(names)
     record = snapshot_record(snapshot)
     with output.bars() as progress:
         result = loader.restore_snapshot(snapshot, output_dir, progress=progress)

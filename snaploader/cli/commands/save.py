@@ -19,10 +19,10 @@ from snaploader.cli.options import Command, TaskOptions, common, first_given, op
 from snaploader.cli.session import Session
 from snaploader.cli.values import DURATION, KEY_VALUE, ChunkSize, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.formats.manifest import check_name
 from snaploader.keys import SnapshotKey
 from snaploader.loader import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
 from snaploader.loader.results import SavedDirectory, SavedFile, SaveResult
-from snaploader.manifest import check_name
 from snaploader.policy import SavePolicy
 from snaploader.workspace.names import pin_name
 

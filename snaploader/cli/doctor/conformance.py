@@ -9,8 +9,8 @@ from pathlib import Path
 from snaploader.cli.doctor.check import Result, Status
 from snaploader.cli.session import Settings, read_secret
 from snaploader.errors import InvalidArgument, translate_os_errors
-from snaploader.remote.credentials import make_credentials
-from snaploader.remote.endpoint import parse_endpoint
+from snaploader.remote.auth import make_credentials
+from snaploader.remote.config import parse_endpoint
 from snaploader.testing import conformance
 
 _STATUS = {
