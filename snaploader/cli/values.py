@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snaploader.chunktable import check_geometry
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.policy import parse_duration_s
 
@@ -116,6 +115,8 @@ class ChunkSize(Size):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of bytes; a usage error when chunks cannot be of this size."""
+        from snaploader.chunktable import check_geometry
+
         size = super().convert(value, param, ctx)
         try:
             check_geometry(0, size)

@@ -21,7 +21,7 @@ from snaploader._proto import any_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.snaploader_pb2 import DirectoryNames
 from snaploader.chunktable import ChunkTable
-from snaploader.cli.describe import snapshot_record, vm_configuration_record
+from snaploader.cli.lookup import snapshot_record, vm_configuration_record
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, SnaploaderError
 from snaploader.keys import SnapshotKeySet
