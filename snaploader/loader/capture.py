@@ -96,12 +96,12 @@ class LocalSaver:
         self._saved: dict[str, SavedFile] = {}
         self._open = ProcessExitStack()
         self.plain_files: dict[str, PlainFile] = {}
-        """What the manifest says of every plain file; filled by `run`."""
+        """What the manifest says of every plain file; filled by `store_all`."""
         self.tables: dict[str, ChunkTable] = {}
-        """The chunks of every chunked file; filled by `run`."""
+        """The chunks of every chunked file; filled by `store_all`."""
         self._chunked: list[ChunkedSave] = []
         self.directories: dict[str, DirectoryCapture] = {}
-        """Every directory; their trees are made by `run`."""
+        """Every directory; their trees are made by `store_all`."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._open.close)
             for name, source in chunked_files.items():
@@ -115,7 +115,7 @@ class LocalSaver:
                 check_entry_count(sum(one.entry_count for one in self.directories.values()))
             undo.pop_all()
 
-    def run(self) -> dict[str, SavedFile]:
+    def store_all(self) -> dict[str, SavedFile]:
         """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
         meter = ProgressMeter(self._progress, "store", self._total_bytes())
         self._pool.for_each(lambda task: task(), self._tasks(meter))
@@ -130,7 +130,7 @@ class LocalSaver:
 
     @property
     def trees(self) -> dict[str, DirectoryTree]:
-        """What is in every directory; there after `run`."""
+        """What is in every directory; there after `store_all`."""
         return {name: capture.tree for name, capture in self.directories.items()}
 
     def commit(self, make_source: Callable[..., SnapshotChunkSource]) -> None:

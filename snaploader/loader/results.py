@@ -13,6 +13,7 @@ from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
@@ -254,6 +255,20 @@ def artefacts(
     # Equal ones, which are one object, count once.
     for tree in {id(tree): tree for tree in trees}.values():
         yield from tree.digests()
+
+
+def distinct_artefacts(
+    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
+) -> DigestArray:
+    """The same, each blob once, without an object for each."""
+    function = manifest.digest_function
+    whole = [*manifest.digests()]
+    chunked = {id(table): table for table in tables.values()}
+    for tree in {id(tree): tree for tree in directories.values()}.values():
+        whole += tree.blobs()
+        chunked |= {id(table): table for table in tree.tables()}
+    arrays = (table.digest_array() for table in chunked.values())
+    return DigestArray.joined([DigestArray.of(whole, function), *arrays], function)
 
 
 def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:

@@ -21,8 +21,8 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.keys import SnapshotKeySet, remote_manifest_digest
-from snaploader.loader.publish import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.loader.results import ManifestSource, RemoteManifest
+from snaploader.loader.upload import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.testing import EmbeddedServer, FakeCAS, Fault, FaultScript, ServerOptions, like_casd
 
 
