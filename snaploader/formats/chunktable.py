@@ -107,7 +107,7 @@ class ChunkTable:
 
     @property
     def hole_bytes(self) -> int:
-        """Bytes in holes."""
+        """Bytes of the file in holes."""
         return self.size - self.stored_bytes
 
     @property
@@ -192,7 +192,7 @@ class ChunkTable:
         return ChunkTable(size, self.chunk_size, self.function, merged[order], merged_hashes[order])
 
     def replace(self, changes: Mapping[int, bytes | None], *, size: int | None = None) -> ChunkTable:
-        """As `merge`, for few changes: chunk indices to hashes of 32 bytes, or None for a hole."""
+        """Do as `merge` does, for few changes: chunk indices to hashes of 32 bytes, or None for a hole."""
         data = {index: hash_ for index, hash_ in changes.items() if hash_ is not None}
         for index, hash_ in data.items():
             if len(hash_) != HASH_BYTES:

@@ -1,6 +1,6 @@
 """Many digests as arrays: 40 bytes each, where an object for each of 200,000 chunks takes 50 MiB.
 
-A `DigestArray` is a sequence of `Digest` for whoever does not look: any `BlobStore` can be asked for one.
+A `DigestArray` is a sequence of `Digest`, so any `BlobStore` can be asked for one.
 Stores that know it look at its arrays, and make objects only for the few blobs that they lack.
 """
 
@@ -26,7 +26,7 @@ _SIZE_AT = _HASH_AT + 2 * HASH_BYTES + 1
 
 @final
 class DigestArray(Sequence[Digest]):
-    """Digests of one function. Immutable; the arrays must not be written to.
+    """A sequence of digests of one function, in arrays. Immutable; the arrays must not be written to.
 
     Args:
         hashes: One row of 32 bytes for each; uint8.
@@ -45,7 +45,7 @@ class DigestArray(Sequence[Digest]):
 
     @classmethod
     def of(cls, digests: Iterable[Digest], function: DigestFunction) -> DigestArray:
-        """The digests, in order; all must be of `function`."""
+        """Make an array of digests, in their order; all must be of `function`."""
         listed = list(digests)
         raw = bytes.fromhex("".join([digest.hash for digest in listed]))
         sizes = np.array([digest.size_bytes for digest in listed], np.int64)
@@ -53,7 +53,7 @@ class DigestArray(Sequence[Digest]):
 
     @classmethod
     def joined(cls, arrays: Iterable[DigestArray], function: DigestFunction) -> DigestArray:
-        """Each digest of several arrays once, sorted by hash; all must be of `function`."""
+        """Join arrays of one function, with each digest once, sorted by hash."""
         parts = [cls.of((), function), *arrays]
         hashes = np.concatenate([part.hashes for part in parts])
         sizes = np.concatenate([part.sizes for part in parts])
@@ -66,22 +66,22 @@ class DigestArray(Sequence[Digest]):
 
     @property
     def size_bytes(self) -> int:
-        """Of all blobs together."""
+        """Size of all blobs together."""
         return int(self.sizes.sum())
 
     def take(self, rows: npt.NDArray[np.intp] | npt.NDArray[np.bool_] | slice) -> DigestArray:
-        """Those in some rows."""
+        """The digests in some rows."""
         return DigestArray(self.hashes[rows], self.sizes[rows], self.function)
 
     def without(self, digests: Collection[Digest]) -> DigestArray:
-        """All but a few."""
+        """The digests but for those whose hash is one of `digests`."""
         if not digests:
             return self
         others = DigestArray.of(digests, self.function)
         return self.take(~_are_among(self.hashes, others.hashes))
 
     def stranger(self, digests: Collection[Digest]) -> Digest | None:
-        """One of `digests`, which come from outside, that is not here; None when all are."""
+        """Find one of `digests`, which come from outside, that is not here; None when all are."""
         listed = list(digests)
         malformed = next((digest for digest in listed if not _HEX.fullmatch(digest.hash)), None)
         if malformed is not None:
@@ -90,7 +90,7 @@ class DigestArray(Sequence[Digest]):
         return None if is_here.all() else listed[int(is_here.argmin())]
 
     def encoded(self, field_number: int) -> bytes:
-        """The digests, none of the empty blob, as they stand in a message with a repeated field of them."""
+        """Serialise the digests, none of the empty blob, as a repeated field of a message has them."""
         parts = []
         for start in range(0, len(self), _PIECE):
             hashes, sizes = self.hashes[start : start + _PIECE], self.sizes[start : start + _PIECE]

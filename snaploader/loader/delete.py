@@ -104,7 +104,7 @@ class SnapshotDeleter:
     def _delete_remotely(
         self, remote: RemoteStore, key: SnapshotKey, tombstone: ActionResult, *, is_known: bool
     ) -> Entry:
-        """Replace the remote manifest; what stood there.
+        """Replace the remote manifest by a tombstone; returns what stood there.
 
         Args:
             is_known: The snapshot is, or was, in the local cache. Then it is also deleted where the server

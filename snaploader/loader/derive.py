@@ -22,7 +22,7 @@ from snaploader.formats.digests import DigestArray
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken
-from snaploader.loader.results import ManifestSource, ProgressCallback, Snapshot, distinct_artefacts
+from snaploader.loader.results import ManifestSource, ProgressCallback, Snapshot
 from snaploader.loader.upload import upload_snapshot, upload_source
 
 
@@ -44,12 +44,12 @@ class DeriveResult:
 
     @property
     def key(self) -> SnapshotKey:
-        """Under which the snapshot was written: that of its id."""
+        """The key that the snapshot was written under: that of its id."""
         return self.snapshot.key
 
     @property
     def snapshot_id(self) -> str:
-        """Under which exactly this snapshot is found again."""
+        """The id under which exactly this snapshot is found again."""
         return self.snapshot.key.snapshot_id
 
 
@@ -107,7 +107,7 @@ class SnapshotDeriver:
         derived = _part_of(origin, key, options)
         before = self._manifests.pinned_before(options.pin)
         self._check_unused(key, derived, remote)
-        blobs = distinct_artefacts(derived.manifest, derived.tables, derived.directories)
+        blobs = derived.digest_array()
         uploaded, warnings = TransferStatistics(), []
         with self._file_cache.lease((), hashes=[blobs.hashes]):
             absent = self._file_cache.find_missing(blobs)

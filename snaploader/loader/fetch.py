@@ -178,7 +178,7 @@ class BlobFetcher:
                 raise
 
     def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
-        """Have a blob in the file cache, streaming it there, however big; whether it was fetched."""
+        """Bring a blob of any size into the file cache, as a stream; returns whether it was fetched."""
         while True:
             try:
                 os.close(self.file_cache.open(digest))
@@ -248,7 +248,7 @@ def flights_into(file_cache: FileCache) -> BlobFlights:
 
 
 class _CacheRefused(Exception):
-    """The file cache cannot take a blob; the cause says why. Whoever needs it streams it past the cache."""
+    """The file cache cannot take a blob; the cause says why. It is then streamed past the cache."""
 
 
 @contextmanager

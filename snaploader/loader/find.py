@@ -122,7 +122,7 @@ class SnapshotFinder:
             try:
                 return attempt()
             except Deleted as error:
-                # Whatever copies of it are kept: it is to be gone everywhere.
+                # Copies of it that are kept elsewhere do not count: a deletion is for everybody.
                 failures.append(KeyFailure(key, NotFound(error.message)))
                 return None
             except NotFound as error:
@@ -149,7 +149,7 @@ class SnapshotFinder:
         local_age_s: float | None,
         remote_age_s: float | None,
     ) -> list[Callable[[], Snapshot]]:
-        """Ways to get the snapshot of a key, in order. None: whatever its age."""
+        """Ways to get the snapshot of a key, in order. An age of None is no limit."""
         local = self._local_attempt(key, allow_remote=self._remote is not None, max_age_s=local_age_s)
         if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
             return [local]

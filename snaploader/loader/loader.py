@@ -273,7 +273,7 @@ class SnapshotLoader:
 
         Args:
             name: Of the directory in the snapshot.
-            path: Where it is to be: an empty directory, or nothing yet. Nobody who is not trusted with the
+            path: Where to write it: an empty directory, or nothing yet. Nobody who is not trusted with the
                 caller's rights may own it or the folder it is in, or write to them, but for a sticky one.
             index: A file outside of `path` to write a capture index to, so that a save of `path` with it
                 (`DirectorySource.index`) reads only what was changed since. Costs 55 ms. That it cannot be
@@ -338,7 +338,7 @@ class SnapshotLoader:
                 to, and the key is of no single runner.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
-                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
+                ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
                 the save fails locally. All content of directories is in the file cache then; chunks
                 of stores that did not change since they were loaded may still be in the remote cache alone.
 
@@ -383,15 +383,15 @@ class SnapshotLoader:
         """Make a snapshot of its own out of all or some of another one, without reading or copying content.
 
         It is found by its id only, lives on when the other one is deleted, and shares all blobs with it. When
-        it is to be remote too, what the remote cache lacks is uploaded first; nothing is downloaded. Whatever
-        fails there, the snapshot is not to be seen anywhere.
+        it is made remotely too, what the remote cache lacks is uploaded first; nothing is downloaded. If
+        anything fails there, the snapshot is found nowhere.
 
         Args:
             snapshot_id: Default: a new UUID.
             names: Of the files and directories to take. Default: all.
             vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
-                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
+                ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
                 the save fails locally.
             remote: Whether to save it remotely. Default: if there is a remote cache that this loader may
                 write to, and the key of the other snapshot is of no single runner.

@@ -8,7 +8,7 @@ file cache it stands in a `LocalManifest` without a digest function.
 
 A manifest is written when all that it names is stored, and read back when all that a save writes is
 written. Action caches accept an update from a caller who may not make one, and drop it; or drop one result
-for another; or hide one of which they lack a blob. Whoever reads back what was published learns of it.
+for another; or hide one of which they lack a blob. Reading back what was published tells.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class ManifestStore:
         )
 
     def retract(self, remote: RemoteStore, id_key: SnapshotKey, manifest: Manifest, now_s: float) -> None:
-        """Make sure that a manifest is not to be seen whose publication failed, but perhaps only its answer.
+        """Hide a manifest whose publication failed, in case it arrived and only the answer was lost.
 
         What another host has written under this id stays, if that can be told.
         """
@@ -272,7 +272,7 @@ class ManifestStore:
     # Pins
 
     def pinned_before(self, name: str | None) -> Pin | None:
-        """What stands under the name of a pin that is to be made. Errors as `FileCache.pinned`."""
+        """The pin that stands under a name before another one is made. Errors as `FileCache.pinned`."""
         if name is not None:
             with contextlib.suppress(NotFound):
                 return self._file_cache.pinned(name)

@@ -47,7 +47,7 @@ class Snapshot:
     allow_remote: bool
     """Whether chunks may be fetched from the remote store."""
     absent: HashSet = field(default_factory=HashSet.of)
-    """Blobs that the file cache did not have when the snapshot was found; they are to be fetched."""
+    """Blobs that the file cache did not have when the snapshot was found; they must be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
     directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
@@ -71,6 +71,10 @@ class Snapshot:
         One that stands in several places comes several times.
         """
         return artefacts(self.manifest, self.tables, self.directories)
+
+    def digest_array(self) -> DigestArray:
+        """Every blob it needs, each once, without an object for each."""
+        return distinct_artefacts(self.manifest, self.tables, self.directories)
 
     def only(self, names: Collection[str]) -> Snapshot:
         """The snapshot with no other files and directories than `names`.
@@ -260,7 +264,7 @@ def artefacts(
 def distinct_artefacts(
     manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
 ) -> DigestArray:
-    """The same, each blob once, without an object for each."""
+    """Every blob a snapshot needs, each once, without an object for each."""
     function = manifest.digest_function
     whole = [*manifest.digests()]
     chunked = {id(table): table for table in tables.values()}

@@ -32,7 +32,7 @@ from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.digests import DigestArray
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.capture import LocalSaver
+from snaploader.loader.capture import StateCapture
 from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.find import SnapshotFinder
@@ -73,7 +73,7 @@ class SaveOptions:
 
     @property
     def names(self) -> list[str]:
-        """Of all files and directories, as they were given; one that was given twice is there twice."""
+        """Names of all files and directories, as they were given: one that was given twice is there twice."""
         return [*self.files, *self.chunked_files, *self.directories]
 
 
@@ -85,7 +85,7 @@ class _Plan:
     remote: RemoteStore | None = None
     """Where to save to, if anywhere."""
     skipped: str = ""
-    """Why it is not to be done."""
+    """Why nothing is saved remotely; empty otherwise."""
     standing: RemoteManifest | None = None
     """What the policy has found under the key."""
     before: Mapping[SnapshotKey, Before] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class _Plan:
     versioned: SnapshotKey | None = None
     """The key, if the remote store has a version for it."""
     failure: SnaploaderError | None = None
-    """Why it cannot be done; raised when the local part is done."""
+    """What kept this save from finding out; raised when the local part is done."""
 
 
 class SnapshotSaver:
@@ -147,7 +147,7 @@ class SnapshotSaver:
         plan = self._plan(key, id_key, write_keys, options)
         self._manifests.check_unused(id_key)
         pinned_before = self._manifests.pinned_before(options.pin)
-        with LocalSaver(
+        with StateCapture(
             self._file_cache,
             plan.function,
             self._pool,
@@ -215,7 +215,7 @@ class SnapshotSaver:
             check_name(name)
             if count > 1:
                 raise InvalidArgument(
-                    f"{name!r} is to be saved both whole and in chunks, or as a directory too: choose one"
+                    f"{name!r} cannot be saved both whole and in chunks, or as a directory too: choose one"
                 )
         if options.chunk_size is not None:
             check_geometry(0, options.chunk_size)
@@ -229,7 +229,7 @@ class SnapshotSaver:
     def _plan(
         self, key: SnapshotKey, id_key: SnapshotKey, write_keys: list[SnapshotKey], options: SaveOptions
     ) -> _Plan:
-        """What is to be done remotely. Failures there do not keep the local part from being done."""
+        """Decide what to do remotely. A failure to find out does not keep the local part from being done."""
         if self._remote is None:
             return _Plan(self._local_function)
         wanted = options.remote is not False
@@ -288,7 +288,7 @@ class SnapshotSaver:
         return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s", there
 
     def _complete_locally(
-        self, saver: LocalSaver, blobs: DigestArray, function: DigestFunction, *, is_pinned: bool
+        self, saver: StateCapture, blobs: DigestArray, function: DigestFunction, *, is_pinned: bool
     ) -> list[str]:
         """Make sure that every blob is in a cache; what the stores alone have is put into the file cache.
 
@@ -345,7 +345,7 @@ class SnapshotSaver:
         remote: RemoteStore,
         manifest: Manifest,
         blobs: DigestArray,
-        saver: LocalSaver,
+        saver: StateCapture,
         progress: ProgressCallback | None,
     ) -> TransferStatistics:
         def source(digest: Digest) -> Buffer | str:

@@ -43,7 +43,7 @@ BlobReader = Callable[[Digest], "Buffer | str"]
 
 
 def upload_source(file_cache: FileCache, digest: Digest) -> Buffer | str:
-    """A blob of the file cache, for `upload_snapshot`. NotFound or DataLoss when it is gone or damaged."""
+    """Read a blob of the file cache, or name its file if it is big. NotFound or DataLoss when it is lost."""
     return file_cache.path(digest) if digest.size_bytes > SMALL_BLOB_BYTES else file_cache.read(digest)
 
 

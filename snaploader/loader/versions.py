@@ -4,7 +4,7 @@ A new version drops every branch and fallback of a key together. The authority i
 where one is configured, so each key set asks it anew. No version there (never set, or expired) means
 a clean start under a fresh one: expiry never brings an old snapshot back.
 
-Action caches have no compare-and-swap. Whoever mints a version writes it, reads it back and adopts
+Action caches have no compare-and-swap. A loader that mints a version writes it, reads it back and adopts
 what stands, after waiting for about two round trips, in which a rival that saw no version either will
 have written its own. Should that rival be slower still, loaders that raced agree from the next read on;
 a snapshot that the loser saved in between is a miss and nothing worse. Locally the file cache offers
@@ -112,7 +112,7 @@ class VersionStore:
         return True
 
     def stood(self, remote: RemoteStore, key: SnapshotKey) -> bool:
-        """The same, without asking when it was there less than `RECENTLY_S` ago."""
+        """Whether the version that `key` carries stands, or stood less than `RECENTLY_S` ago."""
         seen_s = self._seen_s.get(keys.version_key(key))
         is_recent = seen_s is not None and time.monotonic() - seen_s < RECENTLY_S
         return is_recent or self.stands(remote, key)
@@ -177,7 +177,7 @@ class VersionStore:
         try:
             self._write_remote(remote, key, version, replaces=False)
         except (*MAY_ONLY_READ, Internal) as error:
-            # A write-once action cache refuses whoever comes second.
+            # A write-once action cache refuses the second to write.
             stands = self._read_remote(remote, key)
             if stands is not None:
                 return stands
@@ -191,7 +191,7 @@ class VersionStore:
         return self._read_remote(remote, key) or version
 
     def _read_remote(self, remote: RemoteStore, key: SnapshotKey, *, repair: bool = False) -> str | None:
-        """The version that stands; None when there is none, or with `repair` when something else does."""
+        """The version that stands remotely; None when there is none, or with `repair` when it is none."""
         try:
             digest = keys.remote_version_digest(key, remote.digest_function)
             version = _decode(remote.get_action_result(digest), digest.hash)
