@@ -17,13 +17,14 @@ from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.hashes import to_words
+from snaploader.filecache.hashes import to_rows, to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import NamelessFile
 from snaploader.folders import OddEntry, open_regular
+from snaploader.formats.digests import DigestArray
 
 SLOTS = 1 << 19
 
@@ -108,6 +109,8 @@ class BlobSpace:
         with translate_os_errors("cannot look up blobs in the file cache"):
             if len(digests) < BULK_DIGESTS:
                 return {digest for digest in digests if not _is_empty_blob(digest) and not self.touch(digest)}
+            if isinstance(digests, DigestArray):
+                return self._find_missing_of(digests.function, digests)
             return self._find_missing_bulk(list(digests))
 
     def _find_missing_bulk(self, digests: list[Digest]) -> set[Digest]:
@@ -119,8 +122,11 @@ class BlobSpace:
             missing |= self._find_missing_of(function, [one for one in digests if one.function is function])
         return missing
 
-    def _find_missing_of(self, function: DigestFunction, digests: list[Digest]) -> set[Digest]:
-        words = to_words(list(map(_HASH_OF, digests)))
+    def _find_missing_of(self, function: DigestFunction, digests: list[Digest] | DigestArray) -> set[Digest]:
+        if isinstance(digests, DigestArray):
+            words = to_rows(digests.hashes)
+        else:
+            words = to_words(list(map(_HASH_OF, digests)))
         present = self._listings.contains(space_of(function), words)
         missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
         missing.discard(empty_digest(function))

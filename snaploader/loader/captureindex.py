@@ -163,7 +163,7 @@ def _decode(data: bytes, function: DigestFunction) -> Iterable[tuple[str, FileId
 def try_write_index(
     path: str, files: Iterable[tuple[str, FileIdentity, Content]], function: DigestFunction
 ) -> str:
-    """As `write_index`, but says what went wrong; empty when nothing did."""
+    """Replace the index, and return what went wrong; empty when nothing did."""
     try:
         write_index(path, files, function)
     except SnaploaderError as error:

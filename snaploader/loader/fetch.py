@@ -1,4 +1,8 @@
-"""Blobs from the nearest tier that has them: the file cache, then the remote store."""
+"""Blobs from the nearest tier that has them: the file cache, then what is behind it.
+
+Behind the file cache is any `BlobStore`: a remote cache, or a `TieredStore` of several. The file cache is a
+tier of its own kind, because chunks are mapped and files linked from where it keeps them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from pathlib import Path
 
 from cow import OpenedChunk, write_all
 from cow.sync import SingleFlight
-from snaploader.blobstore import RemoteStore
+from snaploader.blobstore import BlobStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
@@ -32,11 +36,11 @@ REMOTE = "remote"
 class BlobFetcher:
     """Opens blobs, fetching each at most once at a time. Thread-safe.
 
-    What comes from the remote store is kept in the file cache. When the cache cannot take it (it is
+    What comes from behind is kept in the file cache. When the cache cannot take it (it is
     full of leased blobs, or the disk is full or failing), the bytes are served all the same.
     """
 
-    def __init__(self, file_cache: FileCache, remote: RemoteStore | None, pool: WorkerPool) -> None:
+    def __init__(self, file_cache: FileCache, remote: BlobStore | None, pool: WorkerPool) -> None:
         self.file_cache = file_cache
         self.remote = remote
         self._flights = flights_into(file_cache)
@@ -140,7 +144,7 @@ class BlobFetcher:
         return OpenedChunk(fd, FILE_CACHE), None
 
     def _open_as_leader(
-        self, remote: RemoteStore, flight: BlobFlight, local_error: SnaploaderError | None
+        self, remote: BlobStore, flight: BlobFlight, local_error: SnaploaderError | None
     ) -> OpenedChunk:
         digest = flight.key
         error: BaseException | None = None
@@ -162,7 +166,7 @@ class BlobFetcher:
         finally:
             self._flights.finish(flight, uncached, error)
 
-    def _fetch(self, remote: RemoteStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
+    def _fetch(self, remote: BlobStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
         demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
         with demand:
             try:
@@ -174,7 +178,7 @@ class BlobFetcher:
                 raise
 
     def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
-        """Have a blob in the file cache, streaming it there, however big; whether it was fetched."""
+        """Bring a blob of any size into the file cache, as a stream; returns whether it was fetched."""
         while True:
             try:
                 os.close(self.file_cache.open(digest))
@@ -197,7 +201,7 @@ class BlobFetcher:
             finally:
                 self._flights.finish(flight, error=error)
 
-    def _stream_to_cache(self, remote: RemoteStore, digest: Digest) -> None:
+    def _stream_to_cache(self, remote: BlobStore, digest: Digest) -> None:
         def attempt() -> None:
             with _refusals():
                 writer = self.file_cache.writer(digest)
@@ -244,7 +248,7 @@ def flights_into(file_cache: FileCache) -> BlobFlights:
 
 
 class _CacheRefused(Exception):
-    """The file cache cannot take a blob; the cause says why. Whoever needs it streams it past the cache."""
+    """The file cache cannot take a blob; the cause says why. It is then streamed past the cache."""
 
 
 @contextmanager

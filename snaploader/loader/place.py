@@ -1,4 +1,4 @@
-"""Writing files and directories of a snapshot out, in private places first, then where they are to be.
+"""Writing files and directories of a snapshot out: first in a private place, then they are moved to theirs.
 
 What the tree of a directory says comes from outside. Its paths are plain names below directories that are
 directories (`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and
@@ -62,8 +62,11 @@ class FetchCounter:
 
 
 class ChunkedFileWriter:
-    """Writes one chunked file: chunks at hand are cloned or copied from the file cache, the others are
-    fetched in bulk and written as they arrive. Pages of zeros become holes, also inside a chunk."""
+    """Writes one chunked file out in full. Pages of zeros become holes, also inside a chunk.
+
+    Chunks at hand are cloned or copied from the file cache; the others are fetched in bulk and written as
+    they arrive.
+    """
 
     def __init__(
         self,
@@ -272,7 +275,7 @@ class _DirectoryWriter:
                 undo.pop_all()
 
     def _fill(self, root: Path) -> None:
-        """Everything but the modes and times of directories."""
+        """Write everything but the modes and times of directories."""
         for path, entry in self._tree.items():
             if isinstance(entry, DirectoryEntry) and path:
                 os.mkdir(root / path, _PRIVATE)

@@ -48,7 +48,7 @@ class UnpackedSnapshot:
         self._cleanup = cleanup
 
     def statistics(self) -> dict[str, StoreStatistics]:
-        """Of each chunked file: how much of it came from where, and what the prefetch was good for."""
+        """Tell for each chunked file how much of it came from where, and what the prefetch was good for."""
         return {name: store.statistics() for name, store in self.chunked_files.items()}
 
     def close(self) -> None:
@@ -88,25 +88,21 @@ def unpack(
 
 
 def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
-    """Keeps those blobs in the file cache, against eviction by any process, that may be nowhere else.
+    """Lease those blobs of a snapshot in the file cache that may be nowhere else.
 
     What comes from a remote manifest is in the remote store; a local one may be of a snapshot that was
     never saved remotely. NotFound when a blob has been evicted since the snapshot was found, and there
     is nowhere else to fetch it from.
     """
-    tables, directories, cache = snapshot.tables, snapshot.directories, fetcher.file_cache
+    cache = fetcher.file_cache
     if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
         return cache.lease(())
-    whole = (*snapshot.manifest.digests(), *(blob for one in directories.values() for blob in one.blobs()))
-    chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
-    hashes = [table.hashes for table in {id(table): table for table in chunked}.values()]
-    if snapshot.absent:
-        whole = tuple(digest for digest in whole if digest not in snapshot.absent)
-        hashes = [snapshot.absent.others(rows) for rows in hashes]
-    lease = cache.lease(whole, hashes=hashes)
+    blobs = snapshot.digest_array()
+    hashes = snapshot.absent.others(blobs.hashes) if snapshot.absent else blobs.hashes
+    lease = cache.lease((), hashes=[hashes])
     if snapshot.allow_remote:
         return lease
-    gone = cache.find_missing(list(snapshot.digests()))
+    gone = cache.find_missing(blobs)
     if gone:
         lease.release()
         raise NotFound(
