@@ -17,6 +17,7 @@ from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
+from snaploader.filecache.evict import Evictor
 from snaploader.filecache.hashes import to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.recency import UseLog
@@ -79,12 +80,12 @@ class BlobSpace:
         context: CacheContext,
         durability: Durability,
         uses: UseLog,
-        make_room: Callable[[int], None],
+        evictor: Evictor,
     ) -> None:
         self._context = context
         self._durability = durability
         self._uses = uses
-        self._make_room = make_room
+        self._evictor = evictor
         self._memo = VerifiedMemo()
         self._listings = ShardListings(context.layout, durability)
 
@@ -295,15 +296,9 @@ class BlobSpace:
         os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
-        recency.touch(fd, status, self._context.host.now_ns())
+        recency.set_used(fd, status, self._context.host.now_ns())
         size = disk_bytes(status)
-        while True:
-            with self._context.ledger.section() as section:
-                total = section.total_bytes
-                if total is not None and total + size <= self._context.max_bytes:
-                    added = self._link(section, digest, size, link)
-                    break
-            self._make_room(size)
+        added = self._evictor.add(size, lambda section: self._link(section, digest, size, link))
         if added:
             self._memo.add(digest, status)
             self._context.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
@@ -349,7 +344,7 @@ class BlobSpace:
                     return digest, False
                 self._verify(digest, fd, status)
                 # Reading may have set the time of last access, and this was no use.
-                recency.touch(fd, os.fstat(fd), status.st_atime_ns)
+                recency.set_used(fd, os.fstat(fd), status.st_atime_ns)
             except DataLoss:
                 return digest, False
             finally:

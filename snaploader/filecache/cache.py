@@ -18,7 +18,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 from snaploader.filecache import exchange, recency, scan
 from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.evict import Evictor
+from snaploader.filecache.evict import AHEAD_PART, EVICTS_AHEAD_FROM_BYTES, Evictor
 from snaploader.filecache.exchange import BlobWriter
 from snaploader.filecache.hashes import to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space, group_folder
@@ -44,6 +44,9 @@ class FileCache:
         root: The folder; made if absent. All on one file system that knows hard links.
         max_bytes: Bound of what all entries of all groups take, in bytes of disk blocks. Each process goes by
             its own; default 10 GiB.
+        evict_ahead_bytes: How much of that is kept free, by a thread that evicts before an addition needs the
+            room. 0: there is no such thread, and each addition makes its own room. Default: a sixteenth of a
+            cache of 1 GiB or more, and 0 for a smaller one.
         cache_mode: Permission bits of the folders, whatever the umask says; files get those of them that
             files have. Default 0o700: this user alone. 0o2770 lets a group of users share the cache, 0o777
             all of them: each must trust the others, and give the same mode. See docs/operating.md.
@@ -51,7 +54,8 @@ class FileCache:
             digits and . _ @ + - or empty, which is a partition too.
 
     Raises:
-        InvalidArgument: The group id or the mode is malformed, or `max_bytes` is not positive.
+        InvalidArgument: The group id or the mode is malformed, `max_bytes` is not positive, or
+            `evict_ahead_bytes` is negative or more than that.
         FailedPrecondition: The folder, or one in it, is a symbolic link.
         PermissionDenied: It cannot be made or written, belongs to somebody unexpected, or others may write
             to it.
@@ -63,12 +67,19 @@ class FileCache:
         root: str | os.PathLike[str],
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
+        evict_ahead_bytes: int | None = None,
         cache_mode: int = PRIVATE,
         group_id: str = "",
         _environment: HostEnvironment = HOST,
     ) -> None:
         if max_bytes <= 0:
             raise InvalidArgument(f"max_bytes is {max_bytes}: a file cache needs room")
+        if evict_ahead_bytes is None:
+            evict_ahead_bytes = max_bytes // AHEAD_PART if max_bytes >= EVICTS_AHEAD_FROM_BYTES else 0
+        if not 0 <= evict_ahead_bytes <= max_bytes:
+            raise InvalidArgument(
+                f"evict_ahead_bytes is {evict_ahead_bytes}: 0 to {max_bytes} can be kept free"
+            )
         layout = Layout(os.path.abspath(os.fspath(root)), group_folder(group_id))
         self._root = layout.root
         self._group_id = group_id
@@ -97,11 +108,10 @@ class FileCache:
             self._context = CacheContext(layout, own, ledger, max_bytes, _environment)
             uses = UseLog(layout.uses, use_lock, own)
             self._pin_table = PinTable(layout)
-            self._evictor = Evictor(self._context, self._durability, uses, self._pin_table)
+            self._evictor = Evictor(self._context, self._durability, uses, self._pin_table, evict_ahead_bytes)
             undo.callback(self._evictor.close)
-            make_room = self._evictor.make_room
-            self._blobs = BlobSpace(self._context, self._durability, uses, make_room)
-            self._refs = RefSpace(self._context, make_room)
+            self._blobs = BlobSpace(self._context, self._durability, uses, self._evictor)
+            self._refs = RefSpace(self._context, self._evictor)
             self._pins = PinSpace(self._context)
             own.sweep()
             self._close = undo.pop_all().close

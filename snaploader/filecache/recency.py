@@ -1,7 +1,8 @@
 """When entries were last used.
 
 The access time of an entry's file says it, set explicitly (mount options such as noatime do not matter)
-and so it survives restarts. Setting it for each of 200,000 blobs takes most of a second, so uses in
+and so it survives restarts. It is set once a second at most, so the order of entries that are used again
+within a second is not exact. Setting it for each of 200,000 blobs takes most of a second, so uses in
 bulk are appended to one file instead, `usage/uses`: records of 16 bytes, a key and the time in
 nanoseconds since the epoch, little-endian. The key is the first eight bytes of the hash, exclusive or
 those of the SHA-256 of the group's folder name; two entries of one key only keep each other young.
@@ -25,13 +26,25 @@ from snaploader.locks import FileLock
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
 Records = npt.NDArray[np.void]
+GRANULARITY_NS = 1_000_000_000
+"""Uses of a file closer together than this count as one: setting its time of use costs a write each time."""
 COMPACT_BYTES = 32 << 20
 """Size from which the log is rewritten with one record per key."""
 _MAX_READ_BYTES = 1 << 30
 
 
 def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
-    """Record a use in the file itself. Its time of last write stays, for it is part of its identity."""
+    """Record a use in the file itself, unless it was used within GRANULARITY_NS before.
+
+    Args:
+        status: Of the file.
+    """
+    if not 0 <= now_ns - status.st_atime_ns < GRANULARITY_NS:
+        set_used(path, status, now_ns)
+
+
+def set_used(path: str | int, status: os.stat_result, now_ns: int) -> None:
+    """Set when a file was last used. Its time of last write stays, for it is part of its identity."""
     # A cache shared with another user can be read without owning its files.
     with suppress(PermissionError):
         if isinstance(path, int):

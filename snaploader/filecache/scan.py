@@ -156,9 +156,19 @@ def _recorded_bytes(path: str) -> int:
 
 
 class Scan:
-    """Every entry of every group, as columns: 58 bytes each."""
+    """Every entry of every group, as columns: 58 bytes each.
 
-    def __init__(self, layout: Layout, is_suspect: Callable[[os.stat_result], bool]) -> None:
+    Args:
+        is_suspect: Whether a power failure may have damaged a blob.
+        check_open: Called now and then; it raises to call the scan off.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        is_suspect: Callable[[os.stat_result], bool],
+        check_open: Callable[[], None],
+    ) -> None:
         self.suspects = 0
         """Blobs that a power failure may have damaged."""
         self.odd: list[str] = []
@@ -178,6 +188,7 @@ class Scan:
                     self.suspects += is_suspect(found.status)
                 hashes.append(found.hash)
                 if len(hashes) == 4096:
+                    check_open()
                     words.append(to_words(hashes))
                     hashes.clear()
         words.append(to_words(hashes))
