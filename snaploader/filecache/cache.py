@@ -134,7 +134,7 @@ class FileCache:
     # Blobs: the BlobStore interface
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
-        """Those of `digests` that are not here. Counts as a use of those that are.
+        """Return those of `digests` that are not here. This counts as a use of those that are.
 
         Exact, also when files were removed behind the cache's back. Costs a look at each file for a few
         digests, and one at each of 256 folders for many (then a wrong size in a digest of a known hash is
@@ -144,7 +144,7 @@ class FileCache:
         return self._blobs.find_missing(digests)
 
     def read(self, digest: Digest) -> bytes:
-        """The bytes of a blob. Errors as `open`."""
+        """Return the bytes of a blob. Errors as `open`."""
         self._check()
         return self._blobs.read(digest)
 
@@ -179,7 +179,7 @@ class FileCache:
     # Blobs: files in and out
 
     def open(self, digest: Digest) -> int:
-        """A read-only descriptor of a blob's file, for the caller to close. Counts as a use.
+        """Return a read-only descriptor of a blob's file, for the caller to close. This counts as a use.
 
         The file is hashed at its first use in this process. What stays open stays whole, also when the
         blob is evicted.
@@ -193,16 +193,16 @@ class FileCache:
         return self._blobs.open(digest)
 
     def path(self, digest: Digest) -> str:
-        """The file of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
+        """Return the path of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
         os.close(self.open(digest))
         return self._blobs.path(digest)
 
     def put_verified(self, digest: Digest, data: Buffer) -> bool:
-        """Add bytes that the caller has just hashed, trusting the digest; False when the blob was here."""
+        """Add bytes that the caller has just hashed, on trust; return False when the blob was here."""
         self._check()
         size = len(memoryview(data).cast("B"))
         if size != digest.size_bytes:
-            raise DataLoss(f"{size} bytes are to be blob {digest}")
+            raise DataLoss(f"blob {digest}: {size} bytes were given for it")
         return exchange.put_bytes(self._blobs, digest, data)
 
     def put_file(
@@ -214,7 +214,7 @@ class FileCache:
         link: bool = False,
         verify: bool = True,
     ) -> bool:
-        """Add a file; False when the blob was here. It is verified before it is visible.
+        """Add a file, verified before it is visible; return False when the blob was here.
 
         Args:
             move: Take the file away from its old place, without copying where that can be done.
@@ -233,12 +233,12 @@ class FileCache:
     def add_file(
         self, path: str | os.PathLike[str], function: DigestFunction = DigestFunction.SHA256
     ) -> tuple[Digest, bool]:
-        """Add a copy of a file; its digest, and whether it was new here. Reads it once."""
+        """Add a copy of a file, which is read once; return its digest, and whether it was new here."""
         self._check()
         return exchange.add_file(self._blobs, os.fspath(path), function)
 
     def writer(self, digest: Digest) -> BlobWriter:
-        """Adds a blob that arrives in pieces."""
+        """Return a writer that adds a blob which arrives in pieces."""
         self._check()
         return BlobWriter(self._blobs, digest)
 
@@ -266,7 +266,7 @@ class FileCache:
         exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable, mode=mode)
 
     def remove(self, digest: Digest) -> bool:
-        """Remove a blob, leased, pinned or neither; whether it was here.
+        """Remove a blob, leased, pinned or neither; return whether it was here.
 
         Open files and links keep their bytes.
         """
@@ -288,7 +288,7 @@ class FileCache:
     # Refs
 
     def get_ref(self, key: str) -> bytes:
-        """The value of a ref. Counts as a use. NotFound when there is none, or it was damaged.
+        """Return the value of a ref, which counts as a use. NotFound when there is none, or it was damaged.
 
         Args:
             key: 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
@@ -297,17 +297,17 @@ class FileCache:
         return self._refs.get(key)
 
     def put_ref(self, key: str, data: bytes, *, overwrite: bool = True) -> bool:
-        """Set a ref in one step; whether it was set, which without `overwrite` one that stands prevents."""
+        """Set a ref in one step; return whether it was set. Without `overwrite` a ref that stands stays."""
         self._check()
         return self._refs.put(key, data, overwrite=overwrite)
 
     def delete_ref(self, key: str) -> bool:
-        """Remove a ref; whether there was one."""
+        """Remove a ref; return whether there was one."""
         self._check()
         return self._refs.delete(key)
 
     def refs(self) -> list[str]:
-        """The keys of all refs of this group, sorted."""
+        """Return the keys of all refs of this group, sorted."""
         self._check()
         with translate_os_errors("cannot list refs"):
             return sorted(self._refs.keys())
@@ -343,17 +343,17 @@ class FileCache:
         self._pins.pin(name, digests, hashes, refs)
 
     def unpin(self, name: str) -> bool:
-        """Let go what a name keeps, also when its pin is damaged; whether there was one."""
+        """Let go what a name keeps, also when its pin is damaged; return whether there was one."""
         self._check()
         return self._pins.unpin(name)
 
     def pins(self, prefix: str = "") -> list[str]:
-        """The names of this group's pins that begin with `prefix`, sorted, damaged ones too."""
+        """Return the names of this group's pins that begin with `prefix`, sorted, damaged ones too."""
         self._check()
         return self._pins.names(prefix)
 
     def pinned(self, name: str) -> Pin:
-        """What a name keeps.
+        """Return what a name keeps from eviction.
 
         Raises:
             NotFound: There is no such pin.
@@ -365,7 +365,7 @@ class FileCache:
     # Upkeep
 
     def entries(self) -> list[CacheEntry]:
-        """All entries of this group, the longest unused first."""
+        """List all entries of this group, the longest unused first."""
         self._check()
         with translate_os_errors("cannot list the file cache"):
             found = sorted(
@@ -374,7 +374,7 @@ class FileCache:
             return [self._entry(*one) for one in zip(found, self._pinned(found), strict=True)]
 
     def statistics(self) -> CacheStatistics:
-        """Counts at this moment. Reads pins that are new since the last call or eviction."""
+        """Return the counts of this moment. Pins that are new since the last call or eviction are read."""
         self._check()
         with translate_os_errors("cannot read the statistics of the file cache"):
             with self._context.ledger.section() as section:
@@ -383,7 +383,7 @@ class FileCache:
         return self._context.counters.snapshot(total_bytes, self._max_bytes, self._pin_table.totals())
 
     def prune(self, target_bytes: int = 0) -> int:
-        """Evict, of all groups, down to `target_bytes` of disk blocks; the size then.
+        """Evict, of all groups, down to `target_bytes` of disk blocks; return the size then.
 
         What is leased or pinned stays.
         """
@@ -391,7 +391,7 @@ class FileCache:
         return self._evictor.prune(target_bytes)
 
     def prune_plan(self, target_bytes: int = 0) -> list[CacheEntry]:
-        """What `prune` would evict now, of all groups, in that order. Evicts nothing."""
+        """List what `prune` would evict now, of all groups, in that order. Nothing is evicted."""
         self._check()
         return [
             self._entry(found, pinned=False, group=group) for group, found in self._evictor.plan(target_bytes)
@@ -468,7 +468,7 @@ class FileCache:
         return self.put_verified(digest, data)
 
     def _pinned(self, found: list[scan.Found]) -> list[bool]:
-        """For each entry whether a pin names it."""
+        """Tell for each entry whether a pin names it."""
         self._pin_table.refresh(self._context.ledger.pin_generation())
         keys = recency.keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
         spaces = np.array([one.space for one in found], dtype=np.uint8)

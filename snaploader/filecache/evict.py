@@ -57,7 +57,7 @@ _State: TypeAlias = "tuple[int, int, int]"
 
 
 class _Exhausted(NamedTuple):
-    """A scan found that nothing can go."""
+    """What a scan found when nothing could go."""
 
     state: _State
     when_s: float
@@ -95,7 +95,7 @@ class Evictor:
                     section.abandon_scan()
 
     def add(self, size_bytes: int, put: Callable[[Section], bool]) -> bool:
-        """Call `put` in a section of the ledger in which so many more bytes fit; what it returns.
+        """Call `put` in a section of the ledger in which so many more bytes fit; return what it returns.
 
         Evicts until they do. ResourceExhausted when they cannot.
         """
@@ -131,14 +131,14 @@ class Evictor:
             )
 
     def prune(self, target_bytes: int) -> int:
-        """Evict until the cache takes no more than this, or all else is in use; its size then."""
+        """Evict until the cache takes no more than this, or all else is in use; return its size then."""
         with translate_os_errors("cannot prune the file cache"), self._lock.held():
             self._rescan()
         self._reduce(target_bytes)
         return self._context.ledger.total_bytes() or 0
 
     def plan(self, target_bytes: int) -> list[tuple[str, Found]]:
-        """What `prune` would evict now, in that order: the group's folder and the entry. Evicts nothing."""
+        """List what `prune` would evict now, in that order: the group's folder and the entry."""
         planned = []
         with translate_os_errors("cannot look through the file cache"), self._lock.held():
             self._rescan()
@@ -163,12 +163,12 @@ class Evictor:
         self._lock.close()
 
     def _reduce(self, limit: int) -> int | None:
-        """Evict down to `limit` bytes; None, or the size that was left when there was nothing to evict."""
+        """Evict down to `limit` bytes; return the size when no more could go, and None otherwise."""
         with translate_os_errors("cannot evict from the file cache"), self._lock.held():
             return self._reduce_held(limit)
 
     def _evict_ahead(self) -> bool:
-        """Scan if it is time to, and evict down to the goal, in turns with others; whether it was of use."""
+        """Scan if it is time, and evict to the goal, in turns with others; return whether it was of use."""
         with translate_os_errors("cannot evict from the file cache"):
             total = self._context.ledger.total_bytes() or 0
             with self._lock.held_now() as held:
@@ -191,7 +191,7 @@ class Evictor:
             raise Cancelled("the file cache was closed while it was used")
 
     def _reduce_held(self, limit: int, most: int | None = None) -> int | None:
-        """As `_reduce`, with the lock held. None also after `most` evictions."""
+        """Do as `_reduce` with the lock held. Ends, with None, also after `most` evictions."""
         scanned = False
         fruitless = 0
         # Reading pins may take a while, for which nobody should have to wait: sections find them read.
@@ -230,11 +230,11 @@ class Evictor:
         return known is not None and known.state == state and time.monotonic() < known.when_s + RETRY_SCAN_S
 
     def _pinned_bytes(self, scan: Scan) -> int:
-        """Disk blocks, in bytes, of the entries that pins keep."""
+        """Sum up the disk blocks, in bytes, of the entries that pins keep."""
         return int(scan.disk_bytes[self._protection.is_pinned(scan, np.arange(len(scan)))].sum())
 
     def _tell_pins(self) -> str:
-        """What an error says of pins."""
+        """Return what an error says of pins."""
         totals = self._pins.totals()
         if totals.damaged:
             return (
@@ -247,7 +247,7 @@ class Evictor:
         return f" or pinned ({pinned_bytes} bytes by {totals.pins} pins)"
 
     def _evict_one(self, candidates: Candidates, *, is_fresh: bool) -> bool:
-        """Evict the next entry that may go; False when there is none."""
+        """Evict the next entry that may go; return False when there is none."""
         while (row := candidates.next_row(is_fresh=is_fresh)) is not None:
             group, space, hash_ = candidates.scan.name(row)
             with self._context.ledger.section() as section:
@@ -391,11 +391,11 @@ class Candidates:
 
     @property
     def are_few(self) -> bool:
-        """Whether most are used up or set aside."""
+        """Whether nearly all of them are used up or set aside."""
         return len(self._order) - self._next + len(self._later) <= len(self.scan) // AHEAD_PART
 
     def next_row(self, *, is_fresh: bool) -> int | None:
-        """The row of the entry that was used longest ago; it is not a candidate any more.
+        """Return the row of the entry that was used longest ago, which is then no candidate any more.
 
         None when that was after the scan: what was added since is not known here and may have been used
         longer ago. A scan that `is_fresh` knows all there is, whatever the clock says.
@@ -415,16 +415,16 @@ class Candidates:
         return row
 
     def put_back(self, row: int, used_ns: int) -> None:
-        """The entry was used at this time."""
+        """Make an entry a candidate again, last used at this time."""
         self.scan.used_ns[row] = used_ns
         heapq.heappush(self._later, (used_ns, row))
 
     def set_aside(self, row: int) -> None:
-        """The entry is leased or pinned."""
+        """Keep an entry that is leased or pinned for later."""
         self._aside.append(row)
 
     def set_protection(self, protection: Protection) -> None:
-        """Leases or pins changed: what they protect is set aside, what they do not comes back."""
+        """Set aside what leases and pins protect now, and take back what they do not."""
         rest = self._take_rest() + self._aside
         rows = np.array(rest, dtype=np.int64)
         held = protection.holds(self.scan, rows)

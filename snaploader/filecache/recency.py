@@ -91,7 +91,7 @@ class UseLog:
                 os.close(fd)
 
     def read(self, since: Position = Position()) -> tuple[Records, Position]:  # noqa: B008
-        """The records after `since`, or all when the log was rewritten; and how far they go."""
+        """Return the records after `since`, or all when the log was rewritten, and how far they go."""
         try:
             fd, status = open_regular(self._path)
         except (FileNotFoundError, OddEntry):
@@ -107,7 +107,7 @@ class UseLog:
         return np.frombuffer(data[:whole], dtype=_RECORD), Position(status.st_ino, offset + whole)
 
     def grew(self, since: Position) -> bool:
-        """Whether there is anything after `since`."""
+        """Tell whether there is anything after `since`."""
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
@@ -115,7 +115,7 @@ class UseLog:
         return status.st_ino != since.inode or status.st_size >= since.offset + _RECORD.itemsize
 
     def _compacted(self) -> tuple[int, int]:
-        """Replace the log by one with the newest record of each key; its descriptor and size."""
+        """Replace the log by one with the newest record of each key; return its descriptor and size."""
         latest = newest(self.read()[0])
         if latest.nbytes > COMPACT_BYTES // 2:
             # More than any cache holds blobs: the ones unused for longest do not matter any more.
@@ -126,13 +126,13 @@ class UseLog:
 
 
 def keys(group: str, prefixes: Prefixes) -> Prefixes:
-    """The log's keys for entries of a group, by folder name."""
+    """Return the log's keys for entries of a group, by folder name."""
     salt = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
     return prefixes ^ np.uint64(salt)
 
 
 def newest(records: Records) -> Records:
-    """One record per key, the newest, sorted by key."""
+    """Return the newest record of each key, sorted by key."""
     order = np.argsort(records["key"])
     ordered = records["key"][order]
     first = np.ones(len(ordered), dtype=np.bool_)
@@ -147,7 +147,7 @@ def newest(records: Records) -> Records:
 def apply(
     times_ns: npt.NDArray[np.int64], entry_keys: Prefixes, records: Records, now_ns: int
 ) -> npt.NDArray[np.int64]:
-    """Each time, or that of the newest record of its key if later. Times in the future count as now."""
+    """Return each time, or that of the newest record of its key if later. A future time counts as now."""
     if not len(records):
         return times_ns
     latest = newest(records)

@@ -33,12 +33,12 @@ _logger = logging.getLogger(__name__)
 
 
 def encode(value: bytes) -> bytes:
-    """The file that holds a value."""
+    """Return the file that holds a value."""
     return _MAGIC + hashlib.sha256(value).digest() + value
 
 
 def decode(data: bytes) -> bytes | None:
-    """The value in a file; None when the file is damaged."""
+    """Return the value in a file; None when the file is damaged."""
     value = data[_HEADER_BYTES:]
     header = _MAGIC + hashlib.sha256(value).digest()
     return value if data[:_HEADER_BYTES] == header else None
@@ -122,7 +122,7 @@ class RefSpace:
             return self._remove(key, None)
 
     def keys(self) -> Iterator[str]:
-        """The keys of all refs."""
+        """Yield the keys of all refs."""
         layout = self._context.layout
         return (found.hash for found in entries(layout, layout.group) if found.space is Space.REFS)
 
