@@ -53,18 +53,18 @@ class Found(NamedTuple):
 
 
 def disk_bytes(status: os.stat_result) -> int:
-    """The disk blocks of a file, in bytes."""
+    """Return the disk blocks of a file, in bytes."""
     return status.st_blocks * BLOCK_BYTES
 
 
 def group_names(layout: Layout) -> list[str]:
-    """The folder names of all groups, sorted."""
+    """Return the folder names of all groups, sorted."""
     with os.scandir(layout.groups) as found:
         return sorted(entry.name for entry in found if entry.is_dir(follow_symlinks=False))
 
 
 def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[Found]:
-    """All entries of a group, by folder name, in no order. What goes while it looks is left out.
+    """Yield all entries of a group, by folder name, in no order. What goes meanwhile is left out.
 
     Args:
         odd: Called with the path of what is called like an entry, or a folder of entries, and is none.
@@ -99,7 +99,7 @@ def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], Non
 
 
 def set_aside_odd(context: CacheContext, path: str) -> None:
-    """Move what is called like an entry and is none to the quarantine. It counted for nothing."""
+    """Move what is called like an entry and is none to the quarantine. It was not counted."""
     # In a section no entry takes its place meanwhile.
     with context.ledger.section():
         try:
@@ -111,7 +111,7 @@ def set_aside_odd(context: CacheContext, path: str) -> None:
 
 
 def sweep_trees(context: CacheContext) -> int:
-    """Remove the tracked directories of all groups; the disk blocks, in bytes, of those that are in use.
+    """Remove the tracked directories of all groups; return the disk blocks, in bytes, of those in use.
 
     Earlier releases kept whole directories as entries `trees/<2 hex>/<62 hex>/`, with `data/`, their `size`
     as text, and a `lock` that their users hold (flock). One that a process of such a release uses stays.
@@ -136,7 +136,7 @@ def sweep_trees(context: CacheContext) -> int:
 
 
 def _folders(path: str) -> list[str]:
-    """The paths of the folders in a folder; none when it is not there, or a link."""
+    """Return the paths of the folders in a folder; none when it is not there, or a link."""
     with suppress(FileNotFoundError, NotADirectoryError):
         if not os.path.islink(path):
             with os.scandir(path) as found:
@@ -156,9 +156,19 @@ def _recorded_bytes(path: str) -> int:
 
 
 class Scan:
-    """Every entry of every group, as columns: 58 bytes each."""
+    """Every entry of every group, as columns: 58 bytes each.
 
-    def __init__(self, layout: Layout, is_suspect: Callable[[os.stat_result], bool]) -> None:
+    Args:
+        is_suspect: Whether a power failure may have damaged a blob.
+        check_open: Called now and then; it raises to call the scan off.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        is_suspect: Callable[[os.stat_result], bool],
+        check_open: Callable[[], None],
+    ) -> None:
         self.suspects = 0
         """Blobs that a power failure may have damaged."""
         self.odd: list[str] = []
@@ -178,6 +188,7 @@ class Scan:
                     self.suspects += is_suspect(found.status)
                 hashes.append(found.hash)
                 if len(hashes) == 4096:
+                    check_open()
                     words.append(to_words(hashes))
                     hashes.clear()
         words.append(to_words(hashes))
@@ -197,11 +208,11 @@ class Scan:
         return len(self.group)
 
     def name(self, row: int) -> tuple[str, Space, str]:
-        """Group folder, space and hash of an entry."""
+        """Return the group's folder, the space and the hash of an entry."""
         return self.groups[self.group[row]], Space(int(self.space[row])), to_hex(self.words[row])
 
     def sizes_by_entry(self, names: set[str]) -> dict[str, int]:
-        """The sizes of those of the named entries (as the ledger names them) that the scan saw."""
+        """Return the sizes of the named entries (as the ledger names them) that the scan saw."""
         if not names:
             return {}
         wanted = np.array([int(name.replace("/", "")[-64:][:16], 16) for name in names], dtype=np.uint64)
@@ -214,7 +225,7 @@ class Scan:
 
 
 def entry_name(group: str, space: Space, hash_: str) -> str:
-    """How the ledger names an entry: its path relative to the folder of all groups."""
+    """Return the ledger's name of an entry: its path relative to the folder of all groups."""
     return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
 
 
@@ -243,7 +254,7 @@ class ShardListings:
         self._listings: dict[str, _Listing] = {}
 
     def contains(self, space: Space, words: Words) -> npt.NDArray[np.bool_]:
-        """For each hash whether a blob of this name exists."""
+        """Tell of each hash whether a blob of this name exists."""
         present = np.zeros(len(words), dtype=np.bool_)
         # Bytes are sorted by radix, thirty times faster than words.
         shards = (words[:, 0] >> np.uint64(56)).astype(np.uint8)
