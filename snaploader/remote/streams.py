@@ -94,6 +94,7 @@ class _Download:
         self._write = write
         self._hasher = digest.function.hasher()
         self._received = 0
+        self._wire_bytes = 0
 
     def attempt(self, attempts: Attempts) -> None:
         # A broken compressed stream goes on uncompressed: servers differ in whether they heed an
@@ -107,6 +108,7 @@ class _Download:
             resource_name=read_name(self._caller.instance_name, self._digest, zstd=zstd),
             read_offset=self._received,
         )
+        self._wire_bytes = 0
         with closing(self._caller.transport.receive("Read", request, attempts)) as messages:
             wire = self._counted(messages)
             pieces: Iterator[Buffer] = decompress_frames(wire, self._digest.size_bytes) if zstd else wire
@@ -118,12 +120,14 @@ class _Download:
                     raise
                 self._caller.recorder.add(corrupted=1)
                 raise DataLoss(f"blob {self._digest} came damaged from the server: {error}") from error
+            finally:
+                self._caller.recorder.add(wire_bytes_read=self._wire_bytes)
         self._finish()
 
     def _counted(self, messages: Generator[bytestream_pb2.ReadResponse, None, None]) -> Iterator[Buffer]:
         for message in messages:
             if message.data:
-                self._caller.recorder.add(wire_bytes_read=len(message.data))
+                self._wire_bytes += len(message.data)
                 yield message.data
 
     def _take(self, piece: Buffer, attempts: Attempts) -> None:
