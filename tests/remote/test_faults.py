@@ -46,7 +46,7 @@ from snaploader.errors import (
 from snaploader.remote import Limits, RemoteCache, RetryEvent, RetryPolicy, Timeouts
 from snaploader.remote.calls import Transport
 from snaploader.remote.retry import Attempts
-from snaploader.testing import Fault, Gate
+from snaploader.testing import CallGate, Fault
 
 LIMITS = Limits(batch_bytes=256 * KIB, stream_frame_bytes=64 * KIB)
 SMALL = noise(1000)
@@ -509,7 +509,7 @@ def test_slow_receiver_is_not_the_servers_silence(make_server: MakeServer, make_
 
 
 def test_demand_read_does_not_wait_for_bulk_work(make_server: MakeServer, make_remote: MakeRemote) -> None:
-    gate = Gate()
+    gate = CallGate()
     wanted = named(b"wanted")
     (digest,) = wanted
     bulk = named(*(noise(1000, n) for n in range(50)))
@@ -529,7 +529,7 @@ def test_demand_read_does_not_wait_for_bulk_work(make_server: MakeServer, make_r
 
 
 def test_close_calls_off_what_runs(make_server: MakeServer, make_remote: MakeRemote) -> None:
-    gate = Gate()
+    gate = CallGate()
     server = make_server(
         *(Fault(method, gate=gate, times=None) for method in ("BatchReadBlobs", "Read", "Write"))
     )
