@@ -43,7 +43,7 @@ class CASClient:
         self._may_warn = threading.Lock()  # taken by the one who does, and kept
 
     def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
-        """Return those the server does not hold."""
+        """Those the server does not hold."""
         asked = {(digest.hash, digest.size_bytes): digest for digest in digests}
         request = reapi.FindMissingBlobsRequest(
             instance_name=self._caller.instance_name,
