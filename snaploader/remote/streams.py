@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
@@ -15,7 +14,6 @@ from snaploader.errors import (
     Internal,
     InvalidArgument,
     SnaploaderError,
-    translate_os_errors,
 )
 from snaploader.remote.calls import Caller
 from snaploader.remote.cas import SinkFailed
@@ -55,34 +53,11 @@ class StreamReader:
         """
         self._transfer(digest, write, cancellation)
 
-    def read_into_file(self, digest: Digest, fd: int, cancellation: Cancellation) -> None:
-        """Write a blob into a file, from its start. Wrong bytes are fetched once more, then DataLoss."""
-        try:
-            self._transfer(digest, _Placer(fd), cancellation)
-        except DataLoss:
-            self._transfer(digest, _Placer(fd), cancellation)
-
     def _transfer(
         self, digest: Digest, write: Callable[[Buffer], object], cancellation: Cancellation
     ) -> None:
         download = _Download(self._caller, digest, write)
         self._caller.with_retries(f"reading {digest}", download.attempt, cancellation, digest.size_bytes)
-
-
-class _Placer:
-    """Writes pieces one after the other into a file."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._offset = 0
-
-    def __call__(self, piece: Buffer) -> None:
-        view = memoryview(piece)
-        with translate_os_errors("cannot write a fetched blob"):
-            while view:
-                written = os.pwrite(self._fd, view, self._offset)
-                self._offset += written
-                view = view[written:]
 
 
 class _Download:
