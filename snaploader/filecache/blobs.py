@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from snaploader import files
 from snaploader.digest import Digest, DigestFunction, empty_digest
@@ -17,7 +19,7 @@ from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_o
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
-from snaploader.filecache.hashes import to_words
+from snaploader.filecache.hashes import Words, to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.ledger import Section
 from snaploader.filecache.listing import ShardListings
@@ -26,6 +28,9 @@ from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import disk_bytes, entry_name, set_aside_odd
 from snaploader.files import NamelessFile
 from snaploader.folders import OddEntry, open_regular
+
+if TYPE_CHECKING:
+    from snaploader.formats.chunktable import ChunkTable
 
 BULK_DIGESTS = 1024
 """From this many digests on, folders are listed instead of each file being looked at."""
@@ -86,17 +91,32 @@ class BlobSpace:
             missing |= self._find_missing_of(function, [one for one in digests if one.function is function])
         return missing
 
+    def find_missing_rows(self, table: ChunkTable) -> list[int]:
+        """See `FileCache.find_missing_rows`."""
+        rows: Iterable[int] = range(table.stored_count)
+        with translate_os_errors("cannot look up blobs in the file cache"):
+            if table.stored_count >= BULK_DIGESTS:
+                words = table.hashes.view(">u8").astype(np.uint64)
+                rows = np.flatnonzero(~self._are_listed(table.function, words)).tolist()
+                if not self._durability.any_suspects:
+                    return rows
+            return [row for row in rows if not self.touch(table.digest(row))]
+
     def _find_missing_of(self, function: DigestFunction, digests: list[Digest]) -> set[Digest]:
-        words = to_words(list(map(_HASH_OF, digests)))
-        present = self._listings.contains(space_of(function), words)
+        present = self._are_listed(function, to_words(list(map(_HASH_OF, digests))))
         missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
         missing.discard(empty_digest(function))
         if self._durability.any_suspects:
             # Listings leave suspects out, so that each is looked at here.
             missing = {digest for digest in missing if not self.touch(digest)}
+        return missing
+
+    def _are_listed(self, function: DigestFunction, words: Words) -> npt.NDArray[np.bool_]:
+        """For each hash whether a blob of that name is listed; if so, this is a use of it."""
+        present = self._listings.contains(space_of(function), words)
         if present.any():
             self._uses.append(self._env.layout.group, words[present, 0], self._env.host.now_ns())
-        return missing
+        return present
 
     def touch(self, digest: Digest) -> bool:
         """Whether a blob is present; if so, this is a use of it. Suspects of a power failure are read."""

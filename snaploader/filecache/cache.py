@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ from snaploader.filecache.trash import TrashCan
 from snaploader.filecache.writer import BlobWriter
 from snaploader.folders import PRIVATE, Access
 from snaploader.locks import FileLock
+
+if TYPE_CHECKING:
+    from snaploader.formats.chunktable import ChunkTable
 
 DEFAULT_MAX_BYTES = 10 << 30
 
@@ -142,6 +145,11 @@ class FileCache:
         """
         self._check()
         return self._blobs.find_missing(digests)
+
+    def find_missing_rows(self, table: ChunkTable) -> list[int]:
+        """The rows of a table whose chunks are not here; as `find_missing`, without a `Digest` of each."""
+        self._check()
+        return self._blobs.find_missing_rows(table)
 
     def read(self, digest: Digest) -> bytes:
         """The bytes of a blob. Errors as `open`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from array import array
+
+import numpy as np
 
 from snaploader.digest import Digest
 
@@ -19,7 +20,8 @@ class VerifiedMemo:
     """
 
     def __init__(self) -> None:
-        self._table = array("Q", bytes(8 * SLOTS))
+        # Zeros that take neither memory nor time before they are touched. A memoryview hands out plain ints.
+        self._table = np.zeros(SLOTS, np.uint64).data
 
     def knows(self, digest: Digest, status: os.stat_result) -> bool:
         """Whether this very file was found to have this digest, and was not written to since."""

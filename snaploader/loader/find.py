@@ -246,9 +246,7 @@ class SnapshotFinder:
             directories = self._read_directories(manifest, allow_remote=allow_remote)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = HashSet.of(
-            self._absent(manifest, artefacts(manifest, tables, directories), source, allow_remote)
-        )
+        absent = HashSet.of(self._absent(manifest, tables, directories, source, allow_remote))
         return Snapshot(
             key,
             manifest,
@@ -261,15 +259,19 @@ class SnapshotFinder:
         )
 
     def _absent(
-        self, manifest: Manifest, digests: Iterable[Digest], source: ManifestSource, allow_remote: bool
+        self,
+        manifest: Manifest,
+        tables: Mapping[str, ChunkTable],
+        directories: Mapping[str, DirectoryTree],
+        source: ManifestSource,
+        allow_remote: bool,
     ) -> Iterator[Digest]:
         """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
         gone = 0
         example: Digest | None = None
-        for batch in _batches(digests):
-            absent = self._file_cache.find_missing(batch)
-            missing = absent
-            if absent and self._can_fetch(manifest, allow_remote=allow_remote):
+        for batch in _batches(absent_from(self._file_cache, manifest, tables, directories)):
+            absent = missing = set(batch)
+            if self._can_fetch(manifest, allow_remote=allow_remote):
                 assert self._remote is not None
                 missing = self._remote.find_missing(absent)
             if missing:
@@ -342,6 +344,24 @@ class SnapshotFinder:
             and self._remote is not None
             and self._remote.digest_function is manifest.digest_function
         )
+
+
+def absent_from(
+    cache: FileCache,
+    manifest: Manifest,
+    tables: Mapping[str, ChunkTable],
+    directories: Mapping[str, DirectoryTree],
+) -> Iterator[Digest]:
+    """Those of a snapshot's `artefacts` that a file cache does not have; equal ones may come several times.
+
+    An object is made for each of these only, not for each chunk that is there.
+    """
+    trees = {id(tree): tree for tree in directories.values()}.values()
+    for batch in _batches(itertools.chain(manifest.digests(), *(tree.blobs() for tree in trees))):
+        yield from cache.find_missing(batch)
+    chunked = itertools.chain(tables.values(), *(tree.tables() for tree in trees))
+    for table in {id(table): table for table in chunked}.values():
+        yield from map(table.digest, cache.find_missing_rows(table))
 
 
 def _batches(digests: Iterable[Digest]) -> Iterator[list[Digest]]:

@@ -19,6 +19,7 @@ from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.formats.manifest import Manifest
 from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.find import absent_from
 from snaploader.loader.place import write_directory
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressMeter
@@ -161,7 +162,7 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     lease = cache.lease(whole, hashes=hashes)
     if snapshot.allow_remote:
         return lease
-    gone = cache.find_missing(list(snapshot.digests()))
+    gone = set(absent_from(cache, snapshot.manifest, tables, directories))
     if gone:
         lease.release()
         raise NotFound(
