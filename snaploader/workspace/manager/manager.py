@@ -580,22 +580,20 @@ class WorkspaceManager:
             DeadlineExceeded: the lock was not had in time.
             Cancelled: the waiting was called off, or the manager is closed.
         """
-        self._check_alive(workspace_id)
         with self._locked(workspace_id, timeout_s, cancelled) as lock:
-            yield HeldWorkspace(self._services, self._sections, lock)
+            yield self._held(lock)
 
     @contextmanager
     def try_hold(self, workspace_id: str) -> Iterator[HeldWorkspace | None]:
         """The same without waiting; None when somebody else has the lock."""
         self._check_open()
-        self._check_alive(workspace_id)
         self._home.claim()
         lock = self.locks.try_acquire(workspace_id)
         if lock is None:
             yield None
             return
         with self._releasing(lock):
-            yield HeldWorkspace(self._services, self._sections, lock)
+            yield self._held(lock)
 
     @contextmanager
     def _locked(
@@ -628,10 +626,12 @@ class WorkspaceManager:
         finally:
             lock.release()
 
-    def _check_alive(self, workspace_id: str) -> None:
-        """What does not exist, or not any more, gets no lock file."""
-        if self.workspace(check_workspace_id(workspace_id)).state is WorkspaceState.DELETED:
-            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+    def _held(self, lock: HeldLock) -> HeldWorkspace:
+        workspace = self.workspace(lock.workspace_id)
+        if workspace.state is WorkspaceState.DELETED:
+            raise FailedPrecondition(f"workspace {workspace.id!r} was deleted")
+        is_settled = workspace.operation is None
+        return HeldWorkspace(self._services, self._sections, lock, is_settled=is_settled)
 
     def _is_alive(self, workspace_id: str) -> bool:
         try:
