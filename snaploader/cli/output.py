@@ -21,8 +21,8 @@ from snaploader.cli.exits import Failure
 from snaploader.cli.streams import writing_to_stdout
 from snaploader.cli.values import printable
 from snaploader.errors import Cancelled, FailedPrecondition
-from snaploader.loader.progress import Progress as Step
-from snaploader.loader.progress import ProgressCallback
+from snaploader.loader.results import Progress as Step
+from snaploader.loader.results import ProgressCallback
 
 PIPE_WIDTH = 200
 """Columns of tables that go to no terminal; rows must not break where programs read them."""

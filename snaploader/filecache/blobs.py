@@ -17,7 +17,7 @@ from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_o
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
-from snaploader.filecache.hashes import to_words
+from snaploader.filecache.hashes import to_rows, to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.ledger import Section
 from snaploader.filecache.listing import ShardListings
@@ -26,6 +26,7 @@ from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import disk_bytes, entry_name, set_aside_odd
 from snaploader.files import NamelessFile
 from snaploader.folders import OddEntry, open_regular
+from snaploader.formats.digests import DigestArray
 
 BULK_DIGESTS = 1024
 """From this many digests on, folders are listed instead of each file being looked at."""
@@ -75,6 +76,8 @@ class BlobSpace:
         with translate_os_errors("cannot look up blobs in the file cache"):
             if len(digests) < BULK_DIGESTS:
                 return {digest for digest in digests if not _is_empty_blob(digest) and not self.touch(digest)}
+            if isinstance(digests, DigestArray):
+                return self._find_missing_of(digests.function, digests)
             return self._find_missing_bulk(list(digests))
 
     def _find_missing_bulk(self, digests: list[Digest]) -> set[Digest]:
@@ -86,8 +89,11 @@ class BlobSpace:
             missing |= self._find_missing_of(function, [one for one in digests if one.function is function])
         return missing
 
-    def _find_missing_of(self, function: DigestFunction, digests: list[Digest]) -> set[Digest]:
-        words = to_words(list(map(_HASH_OF, digests)))
+    def _find_missing_of(self, function: DigestFunction, digests: list[Digest] | DigestArray) -> set[Digest]:
+        if isinstance(digests, DigestArray):
+            words = to_rows(digests.hashes)
+        else:
+            words = to_words(list(map(_HASH_OF, digests)))
         present = self._listings.contains(space_of(function), words)
         missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
         missing.discard(empty_digest(function))

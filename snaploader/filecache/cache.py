@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -38,6 +38,7 @@ from snaploader.folders import PRIVATE, Access
 from snaploader.locks import FileLock
 
 DEFAULT_MAX_BYTES = 10 << 30
+_PIECE_BYTES = 1 << 20
 
 
 class FileCache:
@@ -147,6 +148,16 @@ class FileCache:
         """The bytes of a blob. Errors as `open`."""
         self._check()
         return self._blobs.read(digest)
+
+    def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
+        """Hand a blob, of any size, to `write` piece by piece. Errors as `open`."""
+        with translate_os_errors(f"cannot read blob {digest}"), open(self.open(digest), "rb") as file:
+            count = 0
+            while piece := file.read(_PIECE_BYTES):
+                count += len(piece)
+                write(piece)
+            if count != digest.size_bytes:
+                raise DataLoss(f"blob {digest} was cut to {count} bytes while it was read; try again")
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Hand each blob to `sink`, in order, on this thread. The first error ends it and is raised."""

@@ -41,6 +41,11 @@ def _piece_to_words(hashes: Sequence[str]) -> Words:
     return np.frombuffer(raw, dtype=">u8").reshape(-1, 4)
 
 
+def to_rows(hashes: npt.NDArray[np.uint8]) -> Words:
+    """Hashes that are rows of 32 bytes as an array of shape (n, 4)."""
+    return np.ascontiguousarray(hashes).view(">u8").astype(np.uint64)
+
+
 def to_prefixes(hashes: npt.NDArray[np.uint8]) -> Prefixes:
     """The prefixes of hashes that are rows of 32 bytes."""
     return np.ascontiguousarray(hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
@@ -99,8 +104,7 @@ class HashSet:
 
     def others(self, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Those of `hashes`, rows of 32 bytes, that are not in the set."""
-        words = np.ascontiguousarray(hashes).view(">u8").astype(np.uint64)
-        return hashes[~self.contains(words)]
+        return hashes[~self.contains(to_rows(hashes))]
 
     def contains(self, words: Words) -> npt.NDArray[np.bool_]:
         """For each row whether it is in the set. Compares whole hashes."""

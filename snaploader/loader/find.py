@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,13 +15,14 @@ from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import decode_chunked_file
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.dirtree import MAX_DECODED_BYTES, MAX_ENTRIES, DirectoryTree, check_entry_count
 from snaploader.formats.dirtreecodec import decode_directory_tree
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
-from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
+from snaploader.loader.manifests import Deleted, ManifestStore
+from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, distinct_artefacts, vm_metadata_of
 from snaploader.policy import ReadPolicy, is_stale
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class SnapshotFinder:
     def __init__(
         self,
         fetcher: BlobFetcher,
+        manifests: ManifestStore,
         remote: RemoteStore | None,
         *,
         readonly: bool,
@@ -53,6 +54,7 @@ class SnapshotFinder:
     ) -> None:
         self._fetcher = fetcher
         self._file_cache: FileCache = fetcher.file_cache
+        self._manifests = manifests
         self._remote = remote
         self._readonly = readonly
         self._max_age_s = max_stale_fallback_age_s
@@ -91,48 +93,19 @@ class SnapshotFinder:
         """The snapshot of exactly this key."""
         return self.find(SnapshotKeySet(key, (), key), policy, allow_degraded=False)
 
-    def is_taken_remotely(self, id_key: SnapshotKey) -> bool:
-        """Whether the id of this key names a snapshot in the remote store, or ever did."""
-        try:
-            return self.remote_manifest(id_key) is not None
-        except Deleted:
-            return True
-
-    def remote_manifest(self, key: SnapshotKey) -> Manifest | None:
-        """What the remote store holds under `key`, or None.
-
-        Raises:
-            Deleted: It was deleted.
-            DataLoss: It is no manifest.
-        """
-        if self._remote is None:
-            return None
-        function = self._remote.digest_function
-        try:
-            result = self._remote.get_action_result(keys.remote_manifest_digest(key, function))
-        except NotFound:
-            return None
-        if is_tombstone(result):
-            raise Deleted("it was deleted")
-        try:
-            return Manifest.from_action_result(result, function)
-        except InvalidArgument as error:
-            raise DataLoss(f"the remote manifest is damaged: {error.message}") from error
-
     def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
         assert self._remote is not None
         try:
-            manifest = self.remote_manifest(key)
+            manifest = self._manifests.read_remote(key)
             if manifest is None:
                 return None
             tables, _ = self._read_trees(manifest, allow_remote=True)
             directories = self._read_directories(manifest, allow_remote=True)
         except (NotFound, DataLoss):
             return None
-        find_missing = self._remote.find_missing
-        wanted = artefacts(manifest, tables, directories)
-        return None if any(find_missing(set(batch)) for batch in _batches(wanted)) else manifest
+        wanted = distinct_artefacts(manifest, tables, directories)
+        return None if any(map(self._remote.find_missing, _batches(wanted))) else manifest
 
     def _first_to_succeed(
         self,
@@ -149,7 +122,7 @@ class SnapshotFinder:
             try:
                 return attempt()
             except Deleted as error:
-                # Whatever copies of it are kept: it is to be gone everywhere.
+                # Copies of it that are kept elsewhere do not count: a deletion is for everybody.
                 failures.append(KeyFailure(key, NotFound(error.message)))
                 return None
             except NotFound as error:
@@ -176,7 +149,7 @@ class SnapshotFinder:
         local_age_s: float | None,
         remote_age_s: float | None,
     ) -> list[Callable[[], Snapshot]]:
-        """Ways to get the snapshot of a key, in order. Ages are limits, where there is one."""
+        """Ways to get the snapshot of a key, in order. An age of None is no limit."""
         local = self._local_attempt(key, allow_remote=self._remote is not None, max_age_s=local_age_s)
         if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
             return [local]
@@ -188,20 +161,7 @@ class SnapshotFinder:
         self, key: SnapshotKey, *, allow_remote: bool, max_age_s: float | None
     ) -> Callable[[], Snapshot]:
         def attempt() -> Snapshot:
-            name = keys.local_manifest_key(self._file_cache.group_id, key)
-            try:
-                data = self._file_cache.get_ref(name)
-            except NotFound:
-                raise NotFound("no local manifest") from None
-            if is_local_tombstone(data):
-                raise NotFound("it was deleted")
-            try:
-                manifest = Manifest.parse_local(data)
-            except InvalidArgument as error:
-                log.warning("a local manifest is damaged: %s", error)
-                if not self._readonly:
-                    self._file_cache.delete_ref(name)
-                raise NotFound(f"the local manifest was damaged ({error})") from error
+            manifest = self._manifests.read_local(key)
             if max_age_s is not None:
                 self._check_age(manifest, "local", max_age_s)
             return self._whole(key, manifest, ManifestSource.LOCAL, allow_remote)
@@ -212,17 +172,16 @@ class SnapshotFinder:
         self, key: SnapshotKey, *, keep: bool, max_age_s: float | None
     ) -> Callable[[], Snapshot]:
         def attempt() -> Snapshot:
-            manifest = self.remote_manifest(key)
+            manifest = self._manifests.read_remote(key)
             if manifest is None:
                 raise NotFound("no remote manifest")
             if max_age_s is not None:
                 self._check_age(manifest, "remote", max_age_s)
             snapshot = self._whole(key, manifest, ManifestSource.REMOTE, allow_remote=True)
             if keep and not self._readonly:
-                name = keys.local_manifest_key(self._file_cache.group_id, key)
                 try:
                     # What an id names never changes, but for being deleted meanwhile, which must stay.
-                    self._file_cache.put_ref(name, manifest.serialize_local(), overwrite=not key.snapshot_id)
+                    self._manifests.keep_local(key, manifest)
                 except SnaploaderError as error:
                     log.warning("a remote manifest is not kept locally: %s", error)
             return snapshot
@@ -247,7 +206,7 @@ class SnapshotFinder:
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
         absent = HashSet.of(
-            self._absent(manifest, artefacts(manifest, tables, directories), source, allow_remote)
+            self._absent(manifest, distinct_artefacts(manifest, tables, directories), source, allow_remote)
         )
         return Snapshot(
             key,
@@ -261,7 +220,7 @@ class SnapshotFinder:
         )
 
     def _absent(
-        self, manifest: Manifest, digests: Iterable[Digest], source: ManifestSource, allow_remote: bool
+        self, manifest: Manifest, digests: DigestArray, source: ManifestSource, allow_remote: bool
     ) -> Iterator[Digest]:
         """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
         gone = 0
@@ -270,8 +229,8 @@ class SnapshotFinder:
             absent = self._file_cache.find_missing(batch)
             missing = absent
             if absent and self._can_fetch(manifest, allow_remote=allow_remote):
-                assert self._remote is not None
-                missing = self._remote.find_missing(absent)
+                assert self._fetcher.remote is not None
+                missing = self._fetcher.remote.find_missing(absent)
             if missing:
                 gone += len(missing)
                 example = min(missing)
@@ -344,21 +303,20 @@ class SnapshotFinder:
         )
 
 
-def _batches(digests: Iterable[Digest]) -> Iterator[list[Digest]]:
-    """Digests in lists: an object for each chunk of a big snapshot would take hundreds of MiB."""
-    iterator = iter(digests)
-    while batch := list(itertools.islice(iterator, _BATCH)):
-        yield batch
+def _batches(digests: DigestArray) -> Iterator[DigestArray]:
+    """Digests in parts: an object for each chunk of a big snapshot would take hundreds of MiB."""
+    for start in range(0, len(digests), _BATCH):
+        yield digests.take(slice(start, start + _BATCH))
 
 
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:
     """One error for all keys tried: of the worst kind among them, with the reason for each."""
     worst = next((f.error for f in failures if not isinstance(f.error, NotFound)), failures[-1].error)
-    lines = "; ".join(f"{_for_people(failure.key)}: {failure.error.message}" for failure in failures)
+    lines = "; ".join(f"{_described(failure.key)}: {failure.error.message}" for failure in failures)
     return type(worst)(f"no snapshot could be loaded. Tried {lines}", transient=worst.transient)
 
 
-def _for_people(key: SnapshotKey) -> str:
+def _described(key: SnapshotKey) -> str:
     if key.snapshot_id:
         return f"snapshot {key.snapshot_id!r}"
     if key.ref:

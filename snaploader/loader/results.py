@@ -1,16 +1,19 @@
-"""What the loader's calls return."""
+"""What the loader's calls return, and what they tell while they run."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TypeAlias
 
 from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
@@ -44,7 +47,7 @@ class Snapshot:
     allow_remote: bool
     """Whether chunks may be fetched from the remote store."""
     absent: HashSet = field(default_factory=HashSet.of)
-    """Blobs that the file cache did not have when the snapshot was found; they are to be fetched."""
+    """Blobs that the file cache did not have when the snapshot was found; they must be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
     directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
@@ -68,6 +71,10 @@ class Snapshot:
         One that stands in several places comes several times.
         """
         return artefacts(self.manifest, self.tables, self.directories)
+
+    def digest_array(self) -> DigestArray:
+        """Every blob it needs, each once, without an object for each."""
+        return distinct_artefacts(self.manifest, self.tables, self.directories)
 
     def only(self, names: Collection[str]) -> Snapshot:
         """The snapshot with no other files and directories than `names`.
@@ -254,9 +261,59 @@ def artefacts(
         yield from tree.digests()
 
 
+def distinct_artefacts(
+    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
+) -> DigestArray:
+    """Every blob a snapshot needs, each once, without an object for each."""
+    function = manifest.digest_function
+    whole = [*manifest.digests()]
+    chunked = {id(table): table for table in tables.values()}
+    for tree in {id(tree): tree for tree in directories.values()}.values():
+        whole += tree.blobs()
+        chunked |= {id(table): table for table in tree.tables()}
+    arrays = (table.digest_array() for table in chunked.values())
+    return DigestArray.joined([DigestArray.of(whole, function), *arrays], function)
+
+
 def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
     """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
     try:
         return unpack_any(manifest.vm_metadata, VMMetadata)
     except InvalidArgument:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one stage of a call has come."""
+
+    stage: str
+    """"store" (hash and keep locally), "upload", "fetch" or "write" (materialise)."""
+    done_bytes: int
+    """Bytes dealt with so far; holes count as soon as they are recognised."""
+    total_bytes: int
+    """Bytes the stage will have dealt with at its end."""
+
+
+ProgressCallback: TypeAlias = Callable[[Progress], None]
+"""Called from any thread, one call at a time, with rising `done_bytes` within a stage. What it raises
+ends the call it reports on."""
+
+
+class ProgressMeter:
+    """Adds up the work of several threads for one callback. Thread-safe."""
+
+    def __init__(self, callback: ProgressCallback | None, stage: str, total_bytes: int) -> None:
+        self._callback = callback
+        self._stage = stage
+        self._total = total_bytes
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """`count` more bytes are done."""
+        if self._callback is None:
+            return
+        with self._lock:
+            self._done += count
+            self._callback(Progress(self._stage, self._done, self._total))

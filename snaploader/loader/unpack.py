@@ -6,25 +6,21 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cow import COWStore, MappingBudget, StoreStatistics
-from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
+from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
-from snaploader.formats.manifest import Manifest
-from snaploader.loader.chunkwriter import FetchCounter
-from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.place import write_directory
-from snaploader.loader.pool import WorkerPool
-from snaploader.loader.progress import ProgressMeter
-from snaploader.loader.results import ManifestSource, Snapshot
-from snaploader.loader.source import SnapshotChunkSource
+from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
+from snaploader.loader.place import FetchCounter, output_folder, place_files, write_directory
+from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
+from snaploader.workers import WorkerPool
 
 
 class UnpackedSnapshot:
@@ -52,7 +48,7 @@ class UnpackedSnapshot:
         self._cleanup = cleanup
 
     def statistics(self) -> dict[str, StoreStatistics]:
-        """Of each chunked file: how much of it came from where, and what the prefetch was good for."""
+        """Tell for each chunked file how much of it came from where, and what the prefetch was good for."""
         return {name: store.statistics() for name, store in self.chunked_files.items()}
 
     def close(self) -> None:
@@ -91,77 +87,22 @@ def unpack(
     return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
 
 
-def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
-    """The folder, made if need be, in which none of `names` exists yet.
-
-    `undo` removes what was made, unless somebody else put something there.
-    """
-    root = Path(path).absolute()
-    with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
-        made = [folder for folder in (root, *root.parents) if not folder.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-    undo.callback(_remove_empty, made)
-    for name in names:
-        if os.path.lexists(root / name):
-            raise FailedPrecondition(
-                f"{str(root / name)!r} exists already: choose an empty output folder, or remove it"
-            )
-    return root
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def place_files(
-    manifest: Manifest,
-    root: Path,
-    fetcher: BlobFetcher,
-    snapshot: Snapshot,
-    undo: contextlib.ExitStack,
-    *,
-    writable: bool,
-    fetched: Callable[[int], None] | None = None,
-) -> dict[str, Path]:
-    """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
-    placed = {}
-    for name, file in manifest.files.items():
-        target = root / name
-        fetcher.place(
-            file.digest,
-            target,
-            writable=writable,
-            mode=file.mode if file.mode is not None else 0o755 if file.is_executable else 0o644,
-            allow_remote=snapshot.allow_remote,
-            fetched=fetched,
-        )
-        undo.callback(target.unlink, missing_ok=True)
-        placed[name] = target
-    return placed
-
-
 def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
-    """Keeps those blobs in the file cache, against eviction by any process, that may be nowhere else.
+    """Lease those blobs of a snapshot in the file cache that may be nowhere else.
 
     What comes from a remote manifest is in the remote store; a local one may be of a snapshot that was
     never saved remotely. NotFound when a blob has been evicted since the snapshot was found, and there
     is nowhere else to fetch it from.
     """
-    tables, directories, cache = snapshot.tables, snapshot.directories, fetcher.file_cache
+    cache = fetcher.file_cache
     if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
         return cache.lease(())
-    whole = (*snapshot.manifest.digests(), *(blob for one in directories.values() for blob in one.blobs()))
-    chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
-    hashes = [table.hashes for table in {id(table): table for table in chunked}.values()]
-    if snapshot.absent:
-        whole = tuple(digest for digest in whole if digest not in snapshot.absent)
-        hashes = [snapshot.absent.others(rows) for rows in hashes]
-    lease = cache.lease(whole, hashes=hashes)
+    blobs = snapshot.digest_array()
+    hashes = snapshot.absent.others(blobs.hashes) if snapshot.absent else blobs.hashes
+    lease = cache.lease((), hashes=[hashes])
     if snapshot.allow_remote:
         return lease
-    gone = cache.find_missing(list(snapshot.digests()))
+    gone = cache.find_missing(blobs)
     if gone:
         lease.release()
         raise NotFound(
