@@ -1,4 +1,4 @@
-"""Whether all that is kept of workspaces agrees: catalog, pins, manifests, records, slots and runtime.
+"""Checks that all that is kept of workspaces agrees: catalog, pins, manifests, records, slots and runtime.
 
 Nothing is changed. What another process or thread is working on looks wrong meanwhile: so whatever seems
 wrong with a workspace is looked at again under its lock, and passed over when somebody else holds that.
@@ -224,10 +224,10 @@ def _unfinished(workspace: Workspace, snapshots: Sequence[SnapshotRecord]) -> _W
     operation = workspace.operation
     if operation is not None:
         began = f"{operation.started_at:%Y-%m-%d %H:%M:%S} on host {operation.host!r}"
-        yield FindingKind.OPERATION, f"{operation.kind} began at {began}, and nobody is at it"
+        yield FindingKind.OPERATION, f"{operation.kind} began at {began}, and nobody is doing it"
     for record in snapshots:
         if record.status in {SnapshotStatus.PENDING, SnapshotStatus.DELETING}:
-            detail = f"snapshot {record.name!r} is {record.status}, and nobody is at it"
+            detail = f"snapshot {record.name!r} is {record.status}, and nobody is doing it"
             yield FindingKind.UNFINISHED, detail
 
 

@@ -46,7 +46,7 @@ class HeldWorkspace:
 
     @property
     def workspace_id(self) -> str:
-        """Of the workspace."""
+        """The id of the workspace."""
         return self._lock.workspace_id
 
     def guarded(self, guard: Callable[[Reader], None]) -> HeldWorkspace:
@@ -69,7 +69,7 @@ class HeldWorkspace:
         return self._complete(partial(versions.rollback, number=version, keep_current=keep_current))
 
     def pause(self, *, reason: str = USER) -> SnapshotResult:
-        """Park the workspace."""
+        """Pause the workspace."""
         return self._complete(partial(pause.pause, reason=reason))
 
     def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:

@@ -104,7 +104,7 @@ RECOVERY = "recovery"
 
 
 def settle(services: Services, workspace_id: str) -> Operation | None:
-    """Finish or take back what is under way on a workspace, whose lock proves that nobody is at it any more.
+    """Finish or take back what is under way on a workspace, whose lock proves that nobody is doing it.
 
     Returns:
         What was under way; None: nothing was.
@@ -153,7 +153,7 @@ def _settle_slot(services: Services, workspace: Workspace, findings: Findings) -
     slot = workspace.slot
     if slot is None or services.slots.reserve(slot, workspace.id):
         return workspace
-    findings.repaired.append(Note(workspace.id, f"its slot {slot} is not to be had, so it has none"))
+    findings.repaired.append(Note(workspace.id, f"its slot {slot} is taken by others, so it has none"))
     with services.catalog.transaction() as tx:
         return tx.update_workspace(workspace.id, slot=None)
 
