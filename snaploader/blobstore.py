@@ -20,10 +20,14 @@ Sink: TypeAlias = Callable[[Digest, bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A blob to store: its digest, and its bytes or a file that holds exactly them."""
+    """A blob to store."""
 
     digest: Digest
     source: Buffer | str | os.PathLike[str]
+    """Its bytes, or a file that holds exactly them."""
+    verified: bool = False
+    """Whether the caller has hashed these very bytes, as a file cache has what it gives out. A store may do
+    without hashing them once more then; sizes are compared in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,11 @@ class BlobStore(Protocol):
     """Content-addressed blobs. Thread-safe. Every blob that comes out is verified against its digest."""
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
-        """Those of `digests` that the store does not hold. Counts as a use of those it does."""
+        """Those of `digests` that the store does not hold. Counts as a use of those it does.
+
+        The loader gives a `snaploader.formats.digests.DigestArray`. A store may look at its arrays instead of
+        its digests.
+        """
         ...
 
     def read(self, digest: Digest) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from snaploader import keys
@@ -100,8 +101,8 @@ class SnapshotFinder:
             manifest = self._manifests.read_remote(key)
             if manifest is None:
                 return None
-            tables, _ = self._read_trees(manifest, allow_remote=True)
-            directories = self._read_directories(manifest, allow_remote=True)
+            tables, _ = self._read_trees(manifest)
+            directories = self._read_directories(manifest)
         except (NotFound, DataLoss):
             return None
         wanted = distinct_artefacts(manifest, tables, directories)
@@ -150,85 +151,65 @@ class SnapshotFinder:
         remote_age_s: float | None,
     ) -> list[Callable[[], Snapshot]]:
         """Ways to get the snapshot of a key, in order. An age of None is no limit."""
-        local = self._local_attempt(key, allow_remote=self._remote is not None, max_age_s=local_age_s)
+        local = partial(self._from_local, key, local_age_s)
         if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
             return [local]
-        if policy is ReadPolicy.NEWEST:
-            return [self._remote_attempt(key, keep=False, max_age_s=remote_age_s), local]
-        return [local, self._remote_attempt(key, keep=True, max_age_s=remote_age_s)]
+        is_newest = policy is ReadPolicy.NEWEST
+        remote = partial(self._from_remote, key, remote_age_s, keep=not is_newest)
+        return [remote, local] if is_newest else [local, remote]
 
-    def _local_attempt(
-        self, key: SnapshotKey, *, allow_remote: bool, max_age_s: float | None
-    ) -> Callable[[], Snapshot]:
-        def attempt() -> Snapshot:
-            manifest = self._manifests.read_local(key)
-            if max_age_s is not None:
-                self._check_age(manifest, "local", max_age_s)
-            return self._whole(key, manifest, ManifestSource.LOCAL, allow_remote)
+    def _from_local(self, key: SnapshotKey, max_age_s: float | None) -> Snapshot:
+        manifest = self._manifests.read_local(key)
+        if max_age_s is not None:
+            self._check_age(manifest, "local", max_age_s)
+        return self._whole(key, manifest, ManifestSource.LOCAL)
 
-        return attempt
-
-    def _remote_attempt(
-        self, key: SnapshotKey, *, keep: bool, max_age_s: float | None
-    ) -> Callable[[], Snapshot]:
-        def attempt() -> Snapshot:
-            manifest = self._manifests.read_remote(key)
-            if manifest is None:
-                raise NotFound("no remote manifest")
-            if max_age_s is not None:
-                self._check_age(manifest, "remote", max_age_s)
-            snapshot = self._whole(key, manifest, ManifestSource.REMOTE, allow_remote=True)
-            if keep and not self._readonly:
-                try:
-                    # What an id names never changes, but for being deleted meanwhile, which must stay.
-                    self._manifests.keep_local(key, manifest)
-                except SnaploaderError as error:
-                    log.warning("a remote manifest is not kept locally: %s", error)
-            return snapshot
-
-        return attempt
+    def _from_remote(self, key: SnapshotKey, max_age_s: float | None, *, keep: bool) -> Snapshot:
+        manifest = self._manifests.read_remote(key)
+        if manifest is None:
+            raise NotFound("no remote manifest")
+        if max_age_s is not None:
+            self._check_age(manifest, "remote", max_age_s)
+        snapshot = self._whole(key, manifest, ManifestSource.REMOTE)
+        if keep and not self._readonly:
+            try:
+                # What an id names never changes, but for being deleted meanwhile, which must stay.
+                self._manifests.keep_local(key, manifest)
+            except SnaploaderError as error:
+                log.warning("a remote manifest is not kept locally: %s", error)
+        return snapshot
 
     def _check_age(self, manifest: Manifest, tier: str, max_age_s: float) -> None:
         if is_stale(vm_metadata_of(manifest), now_s=self._clock(), max_age_s=max_age_s):
             raise NotFound(f"the {tier} manifest is older than {max_age_s:g} s or does not say how old it is")
 
-    def _whole(
-        self,
-        key: SnapshotKey,
-        manifest: Manifest,
-        source: ManifestSource,
-        allow_remote: bool,
-    ) -> Snapshot:
+    def _whole(self, key: SnapshotKey, manifest: Manifest, source: ManifestSource) -> Snapshot:
         """A snapshot of which every artefact is at hand; NotFound when one is not."""
         try:
-            tables, modes = self._read_trees(manifest, allow_remote=allow_remote)
-            directories = self._read_directories(manifest, allow_remote=allow_remote)
+            tables, modes = self._read_trees(manifest)
+            directories = self._read_directories(manifest)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = HashSet.of(
-            self._absent(manifest, distinct_artefacts(manifest, tables, directories), source, allow_remote)
-        )
+        absent = HashSet.of(self._absent(manifest, distinct_artefacts(manifest, tables, directories), source))
         return Snapshot(
             key,
             manifest,
             source,
             tables,
-            allow_remote,
+            self._remote is not None,
             absent,
             directories=directories,
             modes=modes,
         )
 
-    def _absent(
-        self, manifest: Manifest, digests: DigestArray, source: ManifestSource, allow_remote: bool
-    ) -> Iterator[Digest]:
+    def _absent(self, manifest: Manifest, digests: DigestArray, source: ManifestSource) -> Iterator[Digest]:
         """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
         gone = 0
         example: Digest | None = None
         for batch in _batches(digests):
             absent = self._file_cache.find_missing(batch)
             missing = absent
-            if absent and self._can_fetch(manifest, allow_remote=allow_remote):
+            if absent and self._can_fetch(manifest):
                 assert self._fetcher.remote is not None
                 missing = self._fetcher.remote.find_missing(absent)
             if missing:
@@ -240,16 +221,13 @@ class SnapshotFinder:
                 f"the {source} manifest is incomplete: {gone} of its blobs are in no cache, such as {example}"
             )
 
-    def _read_trees(
-        self, manifest: Manifest, *, allow_remote: bool
-    ) -> tuple[dict[str, ChunkTable], dict[str, int]]:
+    def _read_trees(self, manifest: Manifest) -> tuple[dict[str, ChunkTable], dict[str, int]]:
         """The chunks and the modes of chunked files, by name."""
-        trees = manifest.chunked_files
-        files = self._decode_all(manifest, trees, decode_chunked_file, allow_remote=allow_remote)
+        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file)
         tables = {name: table for name, (table, _) in files.items()}
         return tables, {name: mode for name, (_, mode) in files.items()}
 
-    def _read_directories(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, DirectoryTree]:
+    def _read_directories(self, manifest: Manifest) -> dict[str, DirectoryTree]:
         entries, decoded_bytes = MAX_ENTRIES, MAX_DECODED_BYTES
 
         def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
@@ -259,7 +237,7 @@ class SnapshotFinder:
             decoded_bytes -= tree.decoded_bytes
             return tree
 
-        directories = self._decode_all(manifest, manifest.directories, decode, allow_remote=allow_remote)
+        directories = self._decode_all(manifest, manifest.directories, decode)
         try:
             check_entry_count(sum(map(len, directories.values())))
         except InvalidArgument as error:
@@ -271,36 +249,30 @@ class SnapshotFinder:
         manifest: Manifest,
         trees: Mapping[str, Digest],
         decode: Callable[[bytes, DigestFunction], T],
-        *,
-        allow_remote: bool,
     ) -> dict[str, T]:
         """The trees by name. Equal ones are one object: a small manifest can name a big tree many times."""
         decoded: dict[Digest, T] = {}
         for name, digest in trees.items():
             if digest in decoded:
                 continue
-            tree = self._read_tree(manifest, digest, allow_remote=allow_remote)
+            tree = self._read_tree(manifest, digest)
             try:
                 decoded[digest] = decode(tree, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
         return {name: decoded[digest] for name, digest in trees.items()}
 
-    def _read_tree(self, manifest: Manifest, digest: Digest, *, allow_remote: bool) -> bytes:
+    def _read_tree(self, manifest: Manifest, digest: Digest) -> bytes:
         try:
             return self._fetcher.read(digest, allow_remote=False)
         except (NotFound, DataLoss):
-            if not self._can_fetch(manifest, allow_remote=allow_remote):
+            if not self._can_fetch(manifest):
                 raise
         return self._fetcher.read(digest)
 
-    def _can_fetch(self, manifest: Manifest, *, allow_remote: bool) -> bool:
+    def _can_fetch(self, manifest: Manifest) -> bool:
         """Whether the remote store may be asked. One of another digest function has none of the blobs."""
-        return (
-            allow_remote
-            and self._remote is not None
-            and self._remote.digest_function is manifest.digest_function
-        )
+        return self._remote is not None and self._remote.digest_function is manifest.digest_function
 
 
 def _batches(digests: DigestArray) -> Iterator[DigestArray]:

@@ -95,7 +95,7 @@ def upload_snapshot(
                 ) from error
             if sent is not None:
                 sent.append(digest)
-            yield Upload(digest, source)
+            yield Upload(digest, source, verified=True)
             meter.add(digest.size_bytes)
 
     def upload(digests: Collection[Digest]) -> TransferStatistics:

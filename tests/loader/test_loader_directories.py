@@ -481,7 +481,7 @@ def test_a_pin_that_cannot_be_put_back_does_not_hide_why_the_save_failed(
     host.cache.pin("mine", refs=["a" * 64])
 
     def fail(*_: object, **__: object) -> bool:
-        monkeypatch.setattr(pins.pinfile, "encode", full_disk)
+        monkeypatch.setattr(pins, "encode_pin", full_disk)
         raise FailedPrecondition("no refs today")
 
     def full_disk(*_: object) -> bytes:
