@@ -56,7 +56,11 @@ class BlobStore(Protocol):
     """Content-addressed blobs. Thread-safe. Every blob that comes out is verified against its digest."""
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
-        """Those of `digests` that the store does not hold. Counts as a use of those it does."""
+        """Those of `digests` that the store does not hold. Counts as a use of those it does.
+
+        The loader gives a `snaploader.formats.digests.DigestArray`. A store may look at its arrays instead of
+        its digests.
+        """
         ...
 
     def read(self, digest: Digest) -> bytes:

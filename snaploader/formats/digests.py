@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
+from snaploader.errors import InvalidArgument
 from snaploader.formats import wire
 
 _PIECE = 4096
@@ -45,10 +46,21 @@ class DigestArray(Sequence[Digest]):
 
     @classmethod
     def of(cls, digests: Iterable[Digest], function: DigestFunction) -> DigestArray:
-        """Make an array of digests, in their order; all must be of `function`."""
+        """Make an array of digests, in their order; all must be of `function`.
+
+        InvalidArgument when a hash is malformed, or a size is out of range.
+        """
         listed = list(digests)
-        raw = bytes.fromhex("".join([digest.hash for digest in listed]))
-        sizes = np.array([digest.size_bytes for digest in listed], np.int64)
+        text = "".join([digest.hash for digest in listed])
+        try:
+            raw = bytes.fromhex(text)
+            sizes = np.array([digest.size_bytes for digest in listed], np.int64)
+        except (ValueError, OverflowError):
+            raw, sizes = b"", np.full(1, -1)
+        # Looking at the whole text at once is a hundred times faster than at each hash.
+        lengths = {len(digest.hash) for digest in listed}
+        if raw.hex() != text or lengths - {2 * HASH_BYTES} or sizes.min(initial=0) < 0:
+            raise InvalidArgument("a hash is not 64 lower-case hexadecimal digits, or a size is out of range")
         return cls(np.frombuffer(raw, np.uint8).reshape(-1, HASH_BYTES), sizes, function)
 
     @classmethod
@@ -83,10 +95,11 @@ class DigestArray(Sequence[Digest]):
     def stranger(self, digests: Collection[Digest]) -> Digest | None:
         """Find one of `digests`, which come from outside, that is not here; None when all are."""
         listed = list(digests)
-        malformed = next((digest for digest in listed if not _HEX.fullmatch(digest.hash)), None)
-        if malformed is not None:
-            return malformed
-        is_here = _are_among(_with_sizes(DigestArray.of(listed, self.function)), _with_sizes(self))
+        try:
+            others = DigestArray.of(listed, self.function)
+        except InvalidArgument:
+            return next(digest for digest in listed if digest not in self)
+        is_here = _are_among(_with_sizes(others), _with_sizes(self))
         return None if is_here.all() else listed[int(is_here.argmin())]
 
     def encoded(self, field_number: int) -> bytes:
@@ -127,6 +140,8 @@ class DigestArray(Sequence[Digest]):
 
     def __contains__(self, digest: object) -> bool:
         if not isinstance(digest, Digest) or digest.function is not self.function:
+            return False
+        if not _HEX.fullmatch(digest.hash):
             return False
         is_here = (self.hashes == np.frombuffer(bytes.fromhex(digest.hash), np.uint8)).all(axis=1)
         return bool((is_here & (self.sizes == digest.size_bytes)).any())

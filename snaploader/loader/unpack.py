@@ -17,7 +17,7 @@ from snaploader.filecache import Lease
 from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
-from snaploader.loader.place import FetchCounter, output_folder, place_files, write_directory
+from snaploader.loader.place import SnapshotWriter, output_folder
 from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
@@ -80,8 +80,13 @@ def unpack(
         cleanup = ProcessExitStack()
         undo.callback(cleanup.close)
         cleanup.enter_context(hold(snapshot, fetcher))
-        files = place_files(manifest, root, fetcher, snapshot, undo, writable=writable_files)
-        directories = _place_directories(snapshot, root, fetcher, pool, undo)
+        writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(None, "write", 0))
+        files = writer.place_files(root, undo, writable=writable_files)
+        directories = {}
+        for name, tree in snapshot.directories.items():
+            directories[name] = root / name
+            writer.write_directory(tree, directories[name])
+            undo.callback(remove_tree, directories[name])
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
         undo.pop_all()
     return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
@@ -110,19 +115,6 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
             "look for a snapshot again, or raise the size of the file cache"
         )
     return lease
-
-
-def _place_directories(
-    snapshot: Snapshot, root: Path, fetcher: BlobFetcher, pool: WorkerPool, undo: contextlib.ExitStack
-) -> dict[str, Path]:
-    placed = {}
-    meter = ProgressMeter(None, "write", 0)
-    for name, tree in snapshot.directories.items():
-        target = root / name
-        write_directory(tree, target, snapshot, fetcher, pool, FetchCounter(), meter)
-        undo.callback(remove_tree, target)
-        placed[name] = target
-    return placed
 
 
 def _open_stores(

@@ -149,7 +149,8 @@ class RemoteCache:
         connection, clients = self._connect()
         groups: list[Sequence[Digest]] = []
         if isinstance(digests, DigestArray):
-            groups = [digests] if len(digests) else []
+            wanted = digests.take(digests.sizes > 0)
+            groups = [wanted] if len(wanted) else []
         else:
             by_function: dict[DigestFunction, list[Digest]] = defaultdict(list)
             for digest in distinct(digests):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import InvalidArgument
 from snaploader.formats.digests import DigestArray
 
 SHA256, BLAKE3 = DigestFunction.SHA256, DigestFunction.BLAKE3
@@ -66,6 +67,12 @@ def test_a_hash_that_is_none_is_a_stranger(hash_: str) -> None:
     array = DigestArray.of([Digest("ab" * 32, 1)], SHA256)
     stranger = Digest(hash_, 1)
     assert array.stranger([Digest("ab" * 32, 1), stranger]) == stranger
+
+
+@pytest.mark.parametrize("bad", [Digest("AB" * 32, 1), Digest("a" * 63, 1), Digest("ab" * 32, -1)])
+def test_a_malformed_digest_is_refused(bad: Digest) -> None:
+    with pytest.raises(InvalidArgument):
+        DigestArray.of([Digest("ab" * 32, 1), bad], SHA256)
 
 
 def test_functions_are_told_apart() -> None:

@@ -21,6 +21,7 @@ from snaploader.errors import (
     ResourceExhausted,
     Unimplemented,
 )
+from snaploader.formats.digests import DigestArray
 from snaploader.remote import Limits
 from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
 
@@ -171,6 +172,8 @@ def test_find_missing_asks_in_bounded_pages(make_server: MakeServer, make_remote
     remote.write_many(uploads(dict(list(blobs.items())[:125])))
     assert remote.find_missing([*blobs, *blobs]) == set(list(blobs)[125:])
     assert server.calls("FindMissingBlobs") == 3
+    assert remote.find_missing(DigestArray.of(blobs, BLAKE3)) == set(list(blobs)[125:])
+    assert server.calls("FindMissingBlobs") == 6
 
 
 def test_nothing_asked_is_no_call(make_server: MakeServer, make_remote: MakeRemote) -> None:
