@@ -23,8 +23,8 @@ from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
 from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest, DigestFunction
-from snaploader.loader.pool import WorkerPool
 from snaploader.locks import FileLock
+from snaploader.workers import WorkerPool
 
 CHUNK = 4096
 BLOB = b"only here" * 1000
