@@ -308,7 +308,8 @@ class Evictor:
         try:
             self._context.host.after_step("scan.begun")
             begun_ns = self._context.host.now_ns()
-            scan = Scan(layout, self._durability.is_suspect, self._check_open)
+            is_suspect = self._durability.is_suspect if self._durability.any_suspects else None
+            scan = Scan(layout, is_suspect, self._check_open)
             self._context.host.after_step("scan.listed")
         except BaseException:
             with ledger.section() as section:
@@ -324,7 +325,7 @@ class Evictor:
         self._context.counters.add(scans=1)
         for path in scan.odd:
             set_aside_odd(self._context, path)
-        if not scan.suspects and self._durability.any_suspects:
+        if is_suspect is not None and not scan.suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)
         self._exhausted = None
