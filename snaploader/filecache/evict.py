@@ -6,8 +6,8 @@ turn comes and sends it to the back; an entry added since is younger than all th
 When only entries that were used since are left, the next scan makes a new list. One process evicts at a time.
 
 A big cache is scanned for a second, so a thread does that ahead, and evicts, before an addition waits for
-room: it scans when a quarter of the room is left or the list is nearly used up, and evicts when little room
-is left. In a small cache each addition makes its own room.
+room: it scans when a quarter of the room is left and the list is missing or nearly used up, and evicts when
+little room is left. In a small cache each addition makes its own room.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Evictor:
         self._pins = pins
         self._protection = Protection(context.layout, pins)
         self._candidates: Candidates | None = None
+        self._added_bytes = 0
         self._exhausted: _Exhausted | None = None
         self._lock = FileLock(context.folder.open_written(f"{context.layout.usage}/evict.lock"))
         with self._lock.held_now() as held:
@@ -104,6 +105,7 @@ class Evictor:
                 total = section.total_bytes
                 if total is not None and total + size_bytes <= self._context.max_bytes:
                     is_put = put(section)
+                    self._added_bytes += size_bytes
                     break
             self._make_room(size_bytes)
         total += size_bytes
@@ -112,8 +114,14 @@ class Evictor:
         return is_put
 
     def _should_scan(self, total_bytes: int) -> bool:
+        """Tell whether this process may need candidates soon: it adds much, and there is little room left."""
         candidates = self._candidates
-        return total_bytes > self._scan_from_bytes and (candidates is None or candidates.are_few)
+        room_bytes = self._context.max_bytes - total_bytes
+        return (
+            total_bytes > self._scan_from_bytes
+            and 4 * self._added_bytes > room_bytes
+            and (candidates is None or candidates.are_few)
+        )
 
     def _make_room(self, extra_bytes: int) -> None:
         limit = self._context.max_bytes - extra_bytes
@@ -300,7 +308,8 @@ class Evictor:
         try:
             self._context.host.after_step("scan.begun")
             begun_ns = self._context.host.now_ns()
-            scan = Scan(layout, self._durability.is_suspect, self._check_open)
+            is_suspect = self._durability.is_suspect if self._durability.any_suspects else None
+            scan = Scan(layout, is_suspect, self._check_open)
             self._context.host.after_step("scan.listed")
         except BaseException:
             with ledger.section() as section:
@@ -316,7 +325,7 @@ class Evictor:
         self._context.counters.add(scans=1)
         for path in scan.odd:
             set_aside_odd(self._context, path)
-        if not scan.suspects and self._durability.any_suspects:
+        if is_suspect is not None and not scan.suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)
         self._exhausted = None

@@ -90,12 +90,14 @@ def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], Non
         for entry in found:
             if not _NAME.fullmatch(entry.name):
                 continue
-            with suppress(FileNotFoundError):
+            try:
                 status = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
-                else:
-                    odd(entry.path)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
+            else:
+                odd(entry.path)
 
 
 def set_aside_odd(context: CacheContext, path: str) -> None:
@@ -159,14 +161,14 @@ class Scan:
     """Every entry of every group, as columns: 58 bytes each.
 
     Args:
-        is_suspect: Whether a power failure may have damaged a blob.
+        is_suspect: Tells whether a power failure may have damaged a blob; None where it damaged none.
         check_open: Called now and then; it raises to call the scan off.
     """
 
     def __init__(
         self,
         layout: Layout,
-        is_suspect: Callable[[os.stat_result], bool],
+        is_suspect: Callable[[os.stat_result], bool] | None,
         check_open: Callable[[], None],
     ) -> None:
         self.suspects = 0
@@ -178,15 +180,18 @@ class Scan:
         """Folder names."""
         hashes: list[str] = []
         columns = (array("H"), array("B"), array("q"), array("q"))
+        add_group, add_space, add_size, add_use = (column.append for column in columns)
         words = [np.empty((0, 4), dtype=np.uint64)]
         for number, group in enumerate(self.groups):
             for found in entries(layout, group, self.odd.append):
-                values = (number, found.space, found.disk_bytes, found.used_ns)
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
-                if found.status is not None and found.space is not Space.REFS:
-                    self.suspects += is_suspect(found.status)
-                hashes.append(found.hash)
+                space, hash_, size, used_ns, status = found
+                add_group(number)
+                add_space(space)
+                add_size(size)
+                add_use(used_ns)
+                hashes.append(hash_)
+                if is_suspect is not None and status is not None and space is not Space.REFS:
+                    self.suspects += is_suspect(status)
                 if len(hashes) == 4096:
                     check_open()
                     words.append(to_words(hashes))

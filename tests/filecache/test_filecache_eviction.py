@@ -591,6 +591,19 @@ def test_eviction_in_the_background_rests_when_all_is_leased(tmp_path, monkeypat
         assert 20 in present(cache, 20)
 
 
+def test_who_adds_little_to_a_full_cache_does_not_scan_it(tmp_path):
+    with FileCache(tmp_path, **AHEAD) as cache:
+        for seed in range(15):
+            small(cache, seed)
+    with FileCache(tmp_path, **AHEAD) as cache:
+        small(cache, 15)
+        assert evicting_threads() == []
+        assert cache.statistics().scans == 0
+        small(cache, 16)
+        wait_for_eviction()
+        assert cache.statistics().scans == 1
+
+
 @pytest.mark.parametrize("ahead", [-1, 4097])
 def test_more_than_there_is_cannot_be_kept_free(tmp_path, ahead):
     with pytest.raises(InvalidArgument, match="evict_ahead_bytes"):
