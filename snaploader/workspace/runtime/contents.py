@@ -40,9 +40,9 @@ from snaploader.folders import open_private
 from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
-from snaploader.loader.place import write_restored_index
+from snaploader.loader.captureindex import write_restored_index
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
-from snaploader.workspace.volumes import check_volumes
+from snaploader.workspace.names import check_volumes
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,10 @@ from snaploader.errors import (
     InvalidArgument,
     translate_os_errors,
 )
-from snaploader.workspace.model import Readiness
+from snaploader.workspace.model import Readiness, parse_address, parse_url
 from snaploader.workspace.runtime.contents import Folder
 from snaploader.workspace.runtime.processes import is_readable, wait_ended
 from snaploader.workspace.runtime.runs import Run, read_log, read_run
-from snaploader.workspace.targets import parse_address, parse_url
 
 MAX_TRY_S = 5.0
 """Longest one try."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snaploader.cli.workspaces import WorkspaceSettings
+from snaploader.cli.resources import WorkspaceSettings
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.catalog.engines import file_of, parse_address, shown
 
