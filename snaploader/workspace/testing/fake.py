@@ -129,12 +129,12 @@ class FakeRuntime(FolderRuntime):
         return gate
 
     def set_ready(self, workspace_id: str, is_ready: bool = True) -> None:
-        """Whether the workspace becomes ready when started; if not, `wait_ready` fails at once, unless it
-        has an event to be cancelled by. All are ready at first."""
+        """Say whether a started workspace becomes ready. If not, `wait_ready` fails at once, unless it has
+        an event to be cancelled by. All are ready at first."""
         (self._unready.discard if is_ready else self._unready.add)(workspace_id)
 
     def ignore_stop(self, workspace_id: str) -> None:
-        """Let the workspace stop by force alone from now on."""
+        """Let the workspace stop only by force from now on."""
         self._stubborn.add(workspace_id)
 
     def end(self, workspace_id: str, exit_code: int = 1) -> None:
