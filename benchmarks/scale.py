@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import hosts, images
+from snaploader.formats.chunktree import decode_tree, encode_tree
 from snaploader.testing import EmbeddedServer
-from snaploader.tree import decode_tree, encode_tree
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -6,6 +6,11 @@ itself does not need it.
 
 Who uses a mapping or an open file refers to it, and it goes, at once, with the last reference. So nothing is
 unmapped under a reader, and uses need not be counted.
+
+Mapped chunks have two bounds. Address space is cheap, and mapping a chunk again is not: its source has to
+find and open its file. Resident memory is what operators watch and what hosts of many processes run out of.
+So the chunks read least lately stay mapped, but their pages are taken out of the process's page table.
+Reading one of them again costs a fault or two, as long as the page cache has it.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import ctypes
 import os
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Any, Generic, TypeVar
@@ -23,13 +28,15 @@ from cow.chunks import PAGE_SIZE
 from cow.errors import COWError, TruncatedFile
 
 DEFAULT_MAPPED_BYTES = 4 << 30
-"""Address space. What of it counts as resident memory is pages of the page cache."""
+"""Address space."""
+DEFAULT_RESIDENT_BYTES = 256 << 20
 DEFAULT_MAPPINGS = 16_384
 """A quarter of Linux's default vm.max_map_count, 65,530."""
 MIN_DEFAULT_DESCRIPTORS, MAX_DEFAULT_DESCRIPTORS = 64, 1024
 
 _PROT_READ = 1
 _MAP_SHARED = 1
+_MADV_DONTNEED = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _READ_ONLY = 0x100  # PyBUF_READ, and the next one PyBUF_WRITE, of object.h
 _WRITABLE = 0x200
@@ -40,6 +47,8 @@ _mmap = ctypes.CFUNCTYPE(
     _address, _address, ctypes.c_size_t, _int, _int, _int, ctypes.c_long, use_errno=True
 )(("mmap", _libc))
 _munmap = ctypes.CFUNCTYPE(_int, _address, ctypes.c_size_t)(("munmap", _libc))
+# Some microseconds with the GIL: giving it away may cost a reader milliseconds when other threads compute.
+_madvise = ctypes.PYFUNCTYPE(_int, _address, ctypes.c_size_t, _int)(("madvise", _libc))
 _memory_at = ctypes.PYFUNCTYPE(_object, _address, _size, _int)(("PyMemoryView_FromMemory", ctypes.pythonapi))
 _new_bytes = ctypes.PYFUNCTYPE(_object, _address, _size)(("PyBytes_FromStringAndSize", ctypes.pythonapi))
 _bytes_address = ctypes.PYFUNCTYPE(_address, _object)(("PyBytes_AsString", ctypes.pythonapi))
@@ -59,7 +68,7 @@ def new_bytes(size: int) -> tuple[bytes, memoryview]:
 class Resource:
     """Something of the operating system that a cache gives back when nobody refers to it any more."""
 
-    __slots__ = ("__weakref__", "give_back", "handle", "used", "weight")
+    __slots__ = ("__weakref__", "active", "give_back", "handle", "used", "weight")
 
     def __init__(self, weight: int, give_back: Callable[..., object], *handle: int) -> None:
         self.weight = weight
@@ -68,7 +77,12 @@ class Resource:
         """Called with `handle` when this object is gone. Must not raise."""
         self.handle = handle
         self.used = False
-        """Whether it was looked up since its cache last thought of letting go of it."""
+        """Whether it was looked up since its cache last thought of resting it or letting go of it."""
+        self.active = True
+        """False from when its cache rested it until it is looked up."""
+
+    def rest(self) -> None:
+        """Give back what is had again for little. Called at any time, also while the resource is in use."""
 
 
 class FileMapping(Resource):
@@ -103,6 +117,11 @@ class FileMapping(Resource):
             # A slice would be shorter than what its reader expects, so a broken invariant must end here.
             raise COWError(f"internal error: {length} bytes at {start} are not in a mapping of {self.length}")
         return self.memory[start : start + length]
+
+    def rest(self) -> None:
+        """Take its pages out of the resident memory of the process. Reading them brings them back."""
+        # It fails for memory that is locked (mlockall), which is resident by the wish of its owner.
+        _madvise(self.address, self.length, _MADV_DONTNEED)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -152,17 +171,23 @@ class _Held(weakref.ref[R]):
 class ClockCache(Generic[R]):
     """Keeps resources alive, bounded in number and weight, by second chance (CLOCK). Thread-safe.
 
-    The oldest ones that were not looked up lately are let go of first. A resource that somebody else refers
-    to stays alive nevertheless, is counted, and can be looked up: what is in use may exceed the bounds.
-    Looking up takes no lock.
+    Resources are active or at rest. Those that were not looked up lately are rested when the active ones
+    weigh more than `max_active_weight`, and let go of, those at rest first, when there are too many or all of
+    them weigh too much. Looking one up makes it active. A resource that somebody else refers to stays alive
+    nevertheless, is counted, and can be looked up: what is in use may exceed the bounds. Looking up what is
+    active takes no lock.
     """
 
-    def __init__(self, max_weight: int, max_entries: int) -> None:
+    def __init__(self, max_weight: int, max_entries: int, max_active_weight: int | None = None) -> None:
         self.max_weight = max_weight
         self.max_entries = max_entries
+        self.max_active_weight = max_weight if max_active_weight is None else max_active_weight
         self._lock = threading.Lock()
-        self._kept: dict[R, None] = {}
-        """What the cache itself keeps alive, in the order of their next turn."""
+        self._active: OrderedDict[R, None] = OrderedDict()
+        """What the cache itself keeps alive and active, in the order of their next turn."""
+        self._resting: OrderedDict[R, None] = OrderedDict()
+        """What else it keeps alive, in the order in which it was rested."""
+        self._active_weight = 0
         self._alive: set[_Held[R]] = set()
         self._weight = 0
         self._gone: deque[_Held[R]] = deque()
@@ -179,6 +204,11 @@ class ClockCache(Generic[R]):
         return self._weight
 
     @property
+    def active_weight(self) -> int:
+        """Weight of what the cache keeps alive and active."""
+        return self._active_weight
+
+    @property
     def count(self) -> int:
         """Number of resources alive, as for `weight`."""
         self._settle()
@@ -187,8 +217,10 @@ class ClockCache(Generic[R]):
     def trim(self) -> None:
         """Let go of everything."""
         with self._lock:
-            dropped = list(self._kept)
-            self._kept.clear()
+            dropped = [*self._active, *self._resting]
+            self._active.clear()
+            self._resting.clear()
+            self._active_weight = 0
         del dropped
 
     def _add(self, part: CachePart[R], index: int, resource: R, *, findable: bool) -> None:
@@ -199,7 +231,8 @@ class ClockCache(Generic[R]):
             replaced = self._forget(part, index) if findable else None
             if findable:
                 part._held[index] = held
-                self._kept[resource] = None
+                self._active[resource] = None
+                self._active_weight += resource.weight
             self._alive.add(held)
             self._weight += held.weight
             part._weight += held.weight
@@ -215,31 +248,67 @@ class ClockCache(Generic[R]):
         """Take a resource out. The caller holds the lock, and drops the result when it does no more."""
         held = part._held.pop(index, None)
         resource = held() if held is not None else None
-        if resource is not None:
-            self._kept.pop(resource, None)
+        if resource is not None and resource in self._active:
+            self._deactivate(resource)
+        elif resource is not None:
+            self._resting.pop(resource, None)
         return resource
+
+    def _activate(self, resource: R) -> None:
+        """Count a resource that is looked up as active again."""
+        with self._lock:
+            resource.active = True
+            # It may have been let go of, now or long ago: then it is its users' own.
+            if resource not in self._resting:
+                return
+            del self._resting[resource]
+            self._active[resource] = None
+            self._active_weight += resource.weight
+            rested = self._rest_some()
+        for each in rested:
+            each.rest()
+
+    def _deactivate(self, resource: R) -> None:
+        del self._active[resource]
+        self._active_weight -= resource.weight
 
     def _shrink(self) -> None:
         while True:
             with self._lock:
                 self._strike()
                 if self._weight <= self.max_weight and len(self._alive) <= self.max_entries:
+                    rested = self._rest_some()
+                    break
+                if self._resting:
+                    victim, _ = self._resting.popitem(last=False)
+                elif self._active:
+                    victim = self._next_active()
+                else:
                     return
-                victim = self._next_victim()
-            if victim is None:
-                return
             # It dies here, without the lock, unless somebody uses it: then the next one must go too.
             del victim
+        for each in rested:
+            each.rest()
 
-    def _next_victim(self) -> R | None:
-        while self._kept:
-            resource = next(iter(self._kept))
-            del self._kept[resource]
+    def _rest_some(self) -> list[R]:
+        """Take the bound on active ones into account; returns whom to rest, without the lock."""
+        rested = []
+        while self._active_weight > self.max_active_weight:
+            resource = self._next_active()
+            resource.active = False
+            self._resting[resource] = None
+            rested.append(resource)
+        return rested
+
+    def _next_active(self) -> R:
+        """Take out the active one whose turn it is. Those looked up since their last turn are passed over."""
+        while True:
+            resource = next(iter(self._active))
             if not resource.used:
+                self._deactivate(resource)
                 return resource
             resource.used = False
-            self._kept[resource] = None
-        return None
+            self._active.move_to_end(resource)
 
     def _on_gone(self, held: _Held[R]) -> None:
         # Any thread may come here at any moment, in the midst of the methods above too.
@@ -287,7 +356,10 @@ class CachePart(Generic[R]):
             return None
         resource = held()
         if resource is not None:
-            resource.used = True
+            if resource.active:
+                resource.used = True
+            else:
+                self._cache._activate(resource)
         return resource
 
     def add(self, index: int, resource: R, *, findable: bool = True) -> R:
@@ -320,12 +392,17 @@ class MappingBudget:
     stores are closed and all views gone, nothing is mapped.
 
     Args:
-        max_bytes: Mapped bytes of address space, 4 GiB unless told. Those that were read count in the
-            process's resident memory, but they are pages of the page cache, which the kernel takes back
-            when it needs memory.
+        max_bytes: Mapped bytes of address space, 4 GiB unless told. Beyond it, reading a chunk that was
+        dropped asks
+            its source to open it again.
         max_mappings: Number of mappings, 16,384 unless told; the kernel allows a process 65,530 by default.
         max_descriptors: Files kept open for writing; unless told, a quarter of what the process may open at
             this moment (RLIMIT_NOFILE), but at least 64 and at most 1,024.
+        max_resident_bytes: Bytes of those mapped chunks whose pages may count in the process's resident
+        memory,
+            256 MiB unless told. A chunk counts whole once it is read, because the kernel maps pages around
+            the one that is touched. Beyond it, reading a chunk again costs some page faults, no system call
+            to its source.
     """
 
     def __init__(
@@ -333,23 +410,35 @@ class MappingBudget:
         max_bytes: int = DEFAULT_MAPPED_BYTES,
         max_mappings: int = DEFAULT_MAPPINGS,
         max_descriptors: int | None = None,
+        max_resident_bytes: int = DEFAULT_RESIDENT_BYTES,
     ) -> None:
         if max_descriptors is None:
             soft, _ = getrlimit(RLIMIT_NOFILE)
             allowed = MAX_DEFAULT_DESCRIPTORS if soft == RLIM_INFINITY else soft // 4
             max_descriptors = min(max(allowed, MIN_DEFAULT_DESCRIPTORS), MAX_DEFAULT_DESCRIPTORS)
-        bounds = {"max_bytes": max_bytes, "max_mappings": max_mappings, "max_descriptors": max_descriptors}
+        bounds = {
+            "max_bytes": max_bytes,
+            "max_mappings": max_mappings,
+            "max_descriptors": max_descriptors,
+            "max_resident_bytes": max_resident_bytes,
+        }
         for name, value in bounds.items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}")
         self.max_bytes, self.max_mappings, self.max_descriptors = max_bytes, max_mappings, max_descriptors
-        self._maps: ClockCache[FileMapping] = ClockCache(max_bytes, max_mappings)
+        self.max_resident_bytes = max_resident_bytes
+        self._maps: ClockCache[FileMapping] = ClockCache(max_bytes, max_mappings, max_resident_bytes)
         self._files: ClockCache[OpenFile] = ClockCache(max_descriptors, max_descriptors)
 
     @property
     def mapped_bytes(self) -> int:
         """Bytes mapped now, whole pages."""
         return self._maps.weight
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the mapped chunks that may be resident now, whether all their pages are or not."""
+        return self._maps.active_weight
 
     @property
     def mappings(self) -> int:

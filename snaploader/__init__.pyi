@@ -17,14 +17,12 @@ from snaploader.blobstore import (
 from snaploader.blobstore import (
     Upload as Upload,
 )
-from snaploader.chunktable import ChunkTable as ChunkTable
 from snaploader.digest import (
     Digest as Digest,
 )
 from snaploader.digest import (
     DigestFunction as DigestFunction,
 )
-from snaploader.dirtree import DirectoryTree as DirectoryTree
 from snaploader.errors import (
     Cancelled as Cancelled,
 )
@@ -65,6 +63,14 @@ from snaploader.errors import (
     Unimplemented as Unimplemented,
 )
 from snaploader.filecache import FileCache as FileCache
+from snaploader.formats.chunktable import ChunkTable as ChunkTable
+from snaploader.formats.dirtree import DirectoryTree as DirectoryTree
+from snaploader.formats.manifest import (
+    Manifest as Manifest,
+)
+from snaploader.formats.manifest import (
+    PlainFile as PlainFile,
+)
 from snaploader.keys import (
     SnapshotKey as SnapshotKey,
 )
@@ -109,12 +115,6 @@ from snaploader.loader import (
 )
 from snaploader.loader import (
     UnpackedSnapshot as UnpackedSnapshot,
-)
-from snaploader.manifest import (
-    Manifest as Manifest,
-)
-from snaploader.manifest import (
-    PlainFile as PlainFile,
 )
 from snaploader.policy import (
     PolicyOverrides as PolicyOverrides,

@@ -23,8 +23,8 @@ from typing import Any
 from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
 from snaploader.digest import Digest, DigestFunction
-from snaploader.filecache.locks import FileLock
 from snaploader.loader.pool import WorkerPool
+from snaploader.locks import FileLock
 
 CHUNK = 4096
 BLOB = b"only here" * 1000

@@ -181,8 +181,8 @@ def _endpoint(settings: Settings) -> Iterator[conformance.Endpoint]:
             "--conformance works without --tls-server-name: name the server in --remote-cache as its "
             "certificate does"
         )
-    from snaploader.remote.credentials import make_credentials
-    from snaploader.remote.endpoint import parse_endpoint
+    from snaploader.remote.auth import make_credentials
+    from snaploader.remote.config import parse_endpoint
     from snaploader.testing import conformance
 
     server = parse_endpoint(settings.remote_cache)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import click
 
-from snaploader.chunktable import ChunkTable
 from snaploader.cli.lookup import check_there, file_names, file_size, find, served_line, snapshot_record
 from snaploader.cli.options import (
     Command,
@@ -27,6 +26,7 @@ from snaploader.cli.process import Nowhere, writing_to_stdout
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import SIZE, format_size, format_time
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.formats.chunktable import ChunkTable
 from snaploader.loader import UnpackedSnapshot
 
 PIECE_BYTES = 1 << 20

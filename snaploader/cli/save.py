@@ -27,6 +27,7 @@ from snaploader.cli.options import (
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import KEY_VALUE, ChunkSize, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.formats.manifest import check_name
 from snaploader.keys import SnapshotKey
 from snaploader.loader import (
     DEFAULT_CHUNK_THRESHOLD_BYTES,
@@ -35,7 +36,6 @@ from snaploader.loader import (
     SavedFile,
     SaveResult,
 )
-from snaploader.manifest import check_name
 from snaploader.policy import SavePolicy
 from snaploader.workspace.names import pin_name
 

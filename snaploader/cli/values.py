@@ -115,7 +115,7 @@ class ChunkSize(Size):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of bytes; a usage error when chunks cannot be of this size."""
-        from snaploader.chunktable import check_geometry
+        from snaploader.formats.chunktable import check_geometry
 
         size = super().convert(value, param, ctx)
         try:

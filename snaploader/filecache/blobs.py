@@ -11,9 +11,10 @@ from operator import itemgetter
 
 import numpy as np
 
+from snaploader import files
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
-from snaploader.filecache import content, recency
+from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.hashes import to_words
@@ -23,7 +24,7 @@ from snaploader.filecache.listing import ShardListings
 from snaploader.filecache.memo import VerifiedMemo
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import disk_bytes, entry_name, set_aside_odd
-from snaploader.filecache.staging import StagedFile
+from snaploader.files import NamelessFile
 from snaploader.folders import OddEntry, open_regular
 
 BULK_DIGESTS = 1024
@@ -152,7 +153,7 @@ class BlobSpace:
         fd = self.open(digest)
         try:
             with translate_os_errors(f"cannot read blob {digest}"):
-                data = content.read_file(fd, digest.size_bytes)
+                data = files.read_file(fd, digest.size_bytes)
         finally:
             os.close(fd)
         if len(data) != digest.size_bytes:
@@ -162,7 +163,7 @@ class BlobSpace:
     def _verify(self, digest: Digest, fd: int, status: os.stat_result) -> os.stat_result:
         """Hash an open file, DataLoss when it is bad; its status, which changes if it was a suspect."""
         if status.st_size == digest.size_bytes:
-            found, size = content.hash_file(fd, digest.function)
+            found, size = files.hash_file(fd, digest.function)
         else:
             found, size = "", status.st_size
         self._env.counters.add(verified_blobs=1)
@@ -193,7 +194,7 @@ class BlobSpace:
         real = Digest(digest.hash, status.st_size, digest.function)
         if self._memo.knows(real, status):
             return True
-        right = content.hash_file(fd, digest.function) == (digest.hash, status.st_size)
+        right = files.hash_file(fd, digest.function) == (digest.hash, status.st_size)
         if right:
             self._memo.add(real, status)
         return right
@@ -205,11 +206,11 @@ class BlobSpace:
 
     # Writing
 
-    def stage(self, digest: Digest | None = None) -> StagedFile:
+    def stage(self, digest: Digest | None = None) -> NamelessFile:
         """A new empty file to become a blob, near its place if the digest is known already."""
         layout = self._env.layout
         folder = layout.group_path() if digest is None else os.path.dirname(layout.blob(digest))
-        return StagedFile(self._env.session, folder)
+        return self._env.session.nameless_file(folder)
 
     def check_fits(self, size: int) -> None:
         """ResourceExhausted for a blob that can never fit."""

@@ -25,7 +25,6 @@ from snaploader.filecache.hashes import to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space, group_folder
 from snaploader.filecache.leases import Lease
 from snaploader.filecache.ledger import Ledger
-from snaploader.filecache.locks import FileLock
 from snaploader.filecache.pinfile import Pin
 from snaploader.filecache.pins import PinSpace
 from snaploader.filecache.pintable import PinTable
@@ -36,6 +35,7 @@ from snaploader.filecache.statistics import CacheEntry, CacheStatistics, VerifyR
 from snaploader.filecache.trash import TrashCan
 from snaploader.filecache.writer import BlobWriter
 from snaploader.folders import PRIVATE, Access
+from snaploader.locks import FileLock
 
 DEFAULT_MAX_BYTES = 10 << 30
 

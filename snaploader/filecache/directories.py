@@ -22,11 +22,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
+from snaploader import locks
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import locks, recency
+from snaploader.filecache import recency
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Layout, Space, check_hash
-from snaploader.filecache.trash import TrashCan, remove_tree
+from snaploader.filecache.trash import TrashCan
+from snaploader.files import remove_tree
 from snaploader.folders import OddEntry, open_new, open_regular
 
 _BLOCK_BYTES = 512

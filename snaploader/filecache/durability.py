@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from snaploader.filecache.flushing import flush_file_system
 from snaploader.filecache.layout import Layout
-from snaploader.filecache.locks import FileLock, is_odd
 from snaploader.filecache.session import Session
+from snaploader.files import flush_file_system
 from snaploader.folders import OddEntry, open_regular
+from snaploader.locks import FileLock, is_odd
 
 CLOCK_SLACK_NS = 1_000_000_000
 """File times come from a clock that lags by up to one tick; a second is plenty."""

@@ -16,20 +16,21 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from snaploader import locks
 from snaploader.errors import ResourceExhausted, translate_os_errors
-from snaploader.filecache import directories, locks
+from snaploader.filecache import directories
 from snaploader.filecache.candidates import Candidates
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Space
 from snaploader.filecache.ledger import Section
-from snaploader.filecache.locks import FileLock
 from snaploader.filecache.pintable import PinTable
 from snaploader.filecache.protection import Protection
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import Found, Scan, disk_bytes, entry_name, group_names, set_aside_odd
 from snaploader.filecache.trash import TrashCan
 from snaploader.folders import OddEntry
+from snaploader.locks import FileLock
 
 MAX_FRUITLESS_SCANS = 3
 """Scans in a row that others changed the cache during, after which it is believed that nothing can go."""

@@ -7,12 +7,11 @@ import os
 import secrets
 import stat
 
+from snaploader import files
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.filecache import content
 from snaploader.filecache.blobs import BlobSpace
-from snaploader.filecache.content import suppress_errnos
-from snaploader.filecache.staging import NO_TMPFILE, link_nameless
+from snaploader.files import suppress_errnos
 
 _NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES})
 """Why a link may be refused where a copy works; see link(2)."""
@@ -28,7 +27,7 @@ def put_bytes(blobs: BlobSpace, digest: Digest, data: Buffer) -> bool:
         if blobs.present(digest):
             return False
         with blobs.stage(digest) as staged:
-            content.write_all(staged.fd, data)
+            files.write_all(staged.fd, data)
             blobs.step_done("blob.written")
             return blobs.publish(digest, staged.fd, staged.link)
 
@@ -48,7 +47,7 @@ def put_file(blobs: BlobSpace, digest: Digest, path: str, *, move: bool, link: b
             elif not (move or link):
                 return _put_copy(blobs, digest, fd, path, verify=verify)
             else:
-                if verify and content.hash_file(fd, digest.function)[0] != digest.hash:
+                if verify and files.hash_file(fd, digest.function)[0] != digest.hash:
                     raise DataLoss(f"{path!r} does not have the digest {digest}")
                 added = _put_link(blobs, digest, fd, path)
         finally:
@@ -70,11 +69,11 @@ def _put_copy(blobs: BlobSpace, digest: Digest, source: int, name: str, *, verif
     with blobs.stage(digest) as staged:
         if verify:
             hasher = digest.function.hasher()
-            size = content.copy_hashing(source, staged.fd, hasher, digest.size_bytes)
+            size = files.copy_hashing(source, staged.fd, hasher, digest.size_bytes)
             if size != digest.size_bytes or hasher.hexdigest() != digest.hash:
                 raise DataLoss(f"{name!r} does not have the digest {digest}")
         else:
-            content.copy_content(source, staged.fd, digest.size_bytes)
+            files.copy_content(source, staged.fd, digest.size_bytes)
         blobs.step_done("blob.written")
         return blobs.publish(digest, staged.fd, staged.link)
 
@@ -88,7 +87,7 @@ def add_file(blobs: BlobSpace, path: str, function: DigestFunction) -> tuple[Dig
             blobs.check_fits(os.fstat(source).st_size)
             with blobs.stage() as staged:
                 hasher = function.hasher()
-                size = content.copy_hashing(source, staged.fd, hasher)
+                size = files.copy_hashing(source, staged.fd, hasher)
                 digest = Digest(hasher.hexdigest(), size, function)
                 blobs.step_done("blob.written")
                 if blobs.present(digest):
@@ -134,27 +133,12 @@ def _link_out(blobs: BlobSpace, digest: Digest, fd: int, destination: str) -> bo
 
 def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
     """Copy to a new file that gets its name in one step when it is whole, and never before."""
-    folder = os.path.dirname(destination) or "."
-    with suppress_errnos(NO_TMPFILE):
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            content.copy_content(source, fd, size)
-            os.fchmod(fd, mode)
-            link_nameless(fd, destination)
-        finally:
-            os.close(fd)
-        return
-    temporary = f"{folder}/.{os.path.basename(destination)[:100]}.{secrets.token_hex(8)}"
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            content.copy_content(source, fd, size)
-            os.fchmod(fd, mode)
-        finally:
-            os.close(fd)
-        os.link(temporary, destination)
-    finally:
-        os.unlink(temporary)
+    folder, name = os.path.split(destination)
+    folder = folder or "."
+    with files.NamelessFile(folder, lambda: f"{folder}/.{name[:100]}.{secrets.token_hex(8)}") as copy:
+        files.copy_content(source, copy.fd, size)
+        os.fchmod(copy.fd, mode)
+        copy.link(destination)
 
 
 def _check_regular(fd: int, path: str) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache import session as sessions
-from snaploader.filecache.content import read_file
 from snaploader.filecache.hashes import Prefixes, are_among, distinct
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.ledger import Ledger
 from snaploader.filecache.session import Session
+from snaploader.files import read_file
 from snaploader.folders import OddEntry, open_regular
 
 _MAX_LEASE_BYTES = 8 << 24

@@ -18,10 +18,10 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snaploader.filecache.locks import FileLock
 from snaploader.filecache.session import Session
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
 from snaploader.folders import OddEntry, open_regular
+from snaploader.locks import FileLock
 
 _FORMAT = struct.Struct("<8sqqqqq")
 _MAGIC = b"snapled1"

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES
 from snaploader.errors import InvalidArgument
-from snaploader.filecache.content import read_file
 from snaploader.filecache.hashes import Words
 from snaploader.filecache.layout import check_hash
+from snaploader.files import read_file
 from snaploader.folders import OddEntry, open_regular
 
 UNKNOWN_SIZE = -1

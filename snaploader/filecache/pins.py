@@ -18,10 +18,10 @@ from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import pinfile
 from snaploader.filecache.environment import Environment
-from snaploader.filecache.flushing import flush_folder
 from snaploader.filecache.hashes import Words, to_hex, to_words
-from snaploader.filecache.locks import is_odd
 from snaploader.filecache.pinfile import MAX_PIN_ENTRIES, UNKNOWN_SIZE, Pin
+from snaploader.files import flush_folder
+from snaploader.locks import is_odd
 
 
 class PinSpace:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache.hashes import Prefixes
-from snaploader.filecache.locks import FileLock
 from snaploader.filecache.session import Session
 from snaploader.folders import OddEntry, open_regular
+from snaploader.locks import FileLock
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
 Records = npt.NDArray[np.void]

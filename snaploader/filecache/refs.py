@@ -16,8 +16,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
+from snaploader import files
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import content, recency
+from snaploader.filecache import recency
 from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Space, check_hash
 from snaploader.filecache.ledger import Section
@@ -63,7 +64,7 @@ class RefSpace:
                 set_aside_odd(self._env, path)
                 raise NotFound(f"{absent}: {error}") from error
             try:
-                value = decode(content.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
+                value = decode(files.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
                 if value is not None:
                     recency.touch(fd, status, self._env.host.now_ns() if use else status.st_atime_ns)
             finally:

@@ -15,10 +15,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from snaploader import files, locks
 from snaploader.digest import Buffer
-from snaploader.filecache import content, locks
 from snaploader.filecache.layout import Layout
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import NamelessFile, remove_tree
 from snaploader.folders import Access, OddEntry, kind_of, make_inside, open_inner, open_new, open_written
 
 _LOCK = ".lock"
@@ -65,6 +65,18 @@ class Session:
         """A new path in the staging folder."""
         return f"{self.staging}/{next(self._numbers)}"
 
+    def nameless_file(self, folder: str) -> NamelessFile:
+        """A new empty file in a folder of the layout, made if absent, to get its name there when it is whole.
+
+        The folder matters: ext4 puts a new file's inode near its folder's, and making all files in one folder
+        to move them out crowds one place of the disk (2.5 times slower over 30,000 files).
+        """
+        try:
+            return NamelessFile(folder, self.temp_path)
+        except (FileNotFoundError, NotADirectoryError):
+            self.make_folder(folder)
+            return NamelessFile(folder, self.temp_path)
+
     @contextmanager
     def staged(self, data: Buffer, *, flush: bool = False) -> Iterator[str]:
         """The path of a new file in the staging folder, which is removed at the end unless it was renamed.
@@ -76,7 +88,7 @@ class Session:
         try:
             fd = open_new(path, self.access.file_mode, os.O_WRONLY)
             try:
-                content.write_all(fd, data)
+                files.write_all(fd, data)
                 if flush:
                     os.fsync(fd)
             finally:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
-import stat
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from snaploader.errors import SnaploaderError
+from snaploader.files import remove_tree
 
 if TYPE_CHECKING:
     from snaploader.filecache.session import Session
@@ -71,40 +70,3 @@ class TrashCan:
             # Unseen by anybody: what cannot be removed is left to the next start.
             with suppress(SnaploaderError, OSError), self._session.folder(self._folder) as folder:
                 remove_tree(os.path.basename(path), dir_fd=folder)
-
-
-def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
-    """Remove a file or folder, also when others do so too or its modes forbid it; as far as that can be.
-
-    No symbolic link is followed, also if somebody puts one in the place of a folder meanwhile.
-
-    Args:
-        dir_fd: Of the folder that a relative path is in.
-    """
-    try:
-        os.unlink(path, dir_fd=dir_fd)
-        return
-    except IsADirectoryError:
-        pass
-    except OSError:
-        # Gone already, or another user's.
-        return
-    shutil.rmtree(path, ignore_errors=True, dir_fd=dir_fd)
-    with suppress(OSError):
-        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-        # Entries can be neither found in a folder nor unlinked from it without permission.
-        _permit(path, dir_fd)
-        for _, names, _, folder in os.fwalk(path, dir_fd=dir_fd):
-            for name in names:
-                with suppress(OSError):
-                    _permit(name, folder)
-        shutil.rmtree(path, ignore_errors=True, dir_fd=dir_fd)
-
-
-def _permit(path: str | os.PathLike[str], dir_fd: int | None) -> None:
-    """Give a folder's owner all permissions. OSError when it is no folder, or another user's."""
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        os.chmod(f"/proc/self/fd/{fd}", stat.S_IRWXU)
-    finally:
-        os.close(fd)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Self
 
+from snaploader import files
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, FailedPrecondition, translate_os_errors
-from snaploader.filecache import content
 from snaploader.filecache.blobs import BlobSpace
 
 
@@ -34,7 +34,7 @@ class BlobWriter:
             raise DataLoss(f"blob {self._digest}: more bytes came than its digest says")
         self._hasher.update(data)
         with translate_os_errors(f"cannot write blob {self._digest}"):
-            content.write_all(self._staged.fd, data)
+            files.write_all(self._staged.fd, data)
 
     def commit(self) -> bool:
         """Add the blob; False when the cache had it. DataLoss when the bytes do not have the digest."""

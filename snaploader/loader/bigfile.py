@@ -11,8 +11,8 @@ import numpy as np
 
 from cow import is_zero
 from cow.fileio import chunk_extents
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
+from snaploader.formats.chunktable import ChunkTable
 from snaploader.loader.pool import ThreadBuffers
 
 PutChunk = Callable[[Digest, memoryview], object]

@@ -11,18 +11,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from snaploader.chunktable import ChunkTable, check_geometry
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import (
-    ChunkedEntry,
-    DirectoryEntry,
-    DirectoryTree,
-    Entry,
-    FileEntry,
-    encode_directory_tree,
-)
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
+from snaploader.formats.chunktable import ChunkTable, check_geometry
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, Entry, FileEntry
+from snaploader.formats.dirtreecodec import encode_directory_tree
 from snaploader.loader.bigfile import BigFileReader, read_ranges
 from snaploader.loader.captureindex import (
     CaptureIndex,

@@ -20,11 +20,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import SnaploaderError, translate_os_errors
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import decode_tree, encode_tree
 from snaploader.loader.scan import FileIdentity
-from snaploader.tree import decode_tree, encode_tree
 
 log = logging.getLogger(__name__)
 

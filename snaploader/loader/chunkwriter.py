@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cow import TruncatedFile, clone_range, read_all, write_nonzero
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, NotFound, translate_os_errors
-from snaploader.filecache.locks import ProcessExitStack
+from snaploader.formats.chunktable import ChunkTable
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
 from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressMeter
+from snaploader.locks import ProcessExitStack
 
 
 class FetchCounter:

@@ -19,6 +19,7 @@ from snaploader.digest import Buffer, Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import HashSet
+from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pinning import pin_before, pinned
@@ -34,7 +35,6 @@ from snaploader.loader.publish import (
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.tombstone import tombstone_result
 from snaploader.loader.versions import REMOTE_READONLY
-from snaploader.manifest import pack_any
 
 
 @dataclass(frozen=True, slots=True)

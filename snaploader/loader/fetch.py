@@ -14,10 +14,10 @@ from snaploader.blobstore import RemoteStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
 from snaploader.loader.flight import Flight, flights_into
 from snaploader.loader.pool import WorkerPool
 from snaploader.loader.prefetch import Prefetcher
+from snaploader.locks import ProcessExitStack
 
 log = logging.getLogger(__name__)
 

@@ -10,25 +10,20 @@ from typing import TypeVar
 
 from snaploader import keys
 from snaploader.blobstore import RemoteStore
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import (
-    MAX_DECODED_BYTES,
-    MAX_ENTRIES,
-    DirectoryTree,
-    check_entry_count,
-    decode_directory_tree,
-)
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import HashSet
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import decode_chunked_file
+from snaploader.formats.dirtree import MAX_DECODED_BYTES, MAX_ENTRIES, DirectoryTree, check_entry_count
+from snaploader.formats.dirtreecodec import decode_directory_tree
+from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
 from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
-from snaploader.manifest import Manifest
 from snaploader.policy import ReadPolicy, is_stale
-from snaploader.tree import decode_chunked_file
 
 log = logging.getLogger(__name__)
 

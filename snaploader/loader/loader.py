@@ -14,7 +14,6 @@ from snaploader.blobstore import RemoteStore
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
 from snaploader.loader.delete import DeleteResult, SnapshotDeleter
@@ -28,6 +27,7 @@ from snaploader.loader.results import SaveResult, Snapshot
 from snaploader.loader.save import SaveOptions, SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, unpack
 from snaploader.loader.versions import VersionStore
+from snaploader.locks import ProcessExitStack
 from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy
 from snaploader.task import SnapshotTask
 

@@ -21,10 +21,9 @@ from pathlib import Path
 from cow import clone_range, write_all, write_nonzero
 from cow.fileio import Copier
 from snaploader.digest import Digest
-from snaploader.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
@@ -32,6 +31,7 @@ from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import Snapshot
 from snaploader.loader.scan import FileIdentity
+from snaploader.locks import ProcessExitStack
 
 SMALL_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""

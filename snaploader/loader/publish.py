@@ -16,9 +16,7 @@ from typing import TypeAlias
 from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
-from snaploader.chunktable import MAX_CHUNK_SIZE
 from snaploader.digest import Buffer, Digest
-from snaploader.dirtree import DirectoryTree, child_directories
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -29,10 +27,13 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.filecache import FileCache
+from snaploader.formats.chunktable import MAX_CHUNK_SIZE
+from snaploader.formats.dirtree import DirectoryTree
+from snaploader.formats.dirtreecodec import child_directories
+from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import RemoteManifest
-from snaploader.manifest import Manifest
 
 log = logging.getLogger(__name__)
 

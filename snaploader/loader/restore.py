@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
+from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import (
@@ -23,7 +23,7 @@ from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import Snapshot
 from snaploader.loader.unpack import hold, output_folder, place_files
-from snaploader.tree import DEFAULT_MODE
+from snaploader.locks import ProcessExitStack
 
 log = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from snaploader._proto.snaploader_pb2 import VMMetadata
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
-from snaploader.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache.hashes import HashSet
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
+from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
-from snaploader.manifest import Manifest, PlainFile, unpack_any
 
 
 class ManifestSource(StrEnum):

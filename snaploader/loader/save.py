@@ -19,7 +19,6 @@ from snaploader import keys
 from snaploader._proto import any_pb2
 from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import RemoteStore, TransferStatistics
-from snaploader.chunktable import ChunkTable, check_geometry
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
@@ -29,6 +28,8 @@ from snaploader.errors import (
     ResourceExhausted,
     SnaploaderError,
 )
+from snaploader.formats.chunktable import ChunkTable, check_geometry
+from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
@@ -49,7 +50,6 @@ from snaploader.loader.results import RemoteManifest, SaveResult, artefacts, vm_
 from snaploader.loader.source import SnapshotChunkSource
 from snaploader.loader.store import LocalSaver
 from snaploader.loader.versions import REMOTE_READONLY
-from snaploader.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 from snaploader.task import SnapshotTask
 

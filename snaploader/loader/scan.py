@@ -13,9 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from snaploader.dirtree import MAX_DEPTH, MAX_ENTRIES, DirectoryEntry, SymlinkEntry
-from snaploader.dirtree.entries import MAX_MTIME_NS, MIN_MTIME_NS, MODE_BITS
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.formats.dirtree import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    MAX_MTIME_NS,
+    MIN_MTIME_NS,
+    MODE_BITS,
+    DirectoryEntry,
+    SymlinkEntry,
+)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 
 from cow import OpenedChunk
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest
 from snaploader.errors import Internal, SnaploaderError
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.tree import DEFAULT_MODE
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
-from snaploader.chunktable import ChunkTable
 from snaploader.digest import Digest, DigestFunction
-from snaploader.dirtree import DirectoryTree, check_entry_count
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -25,15 +23,17 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import DEFAULT_MODE, encode_tree
+from snaploader.formats.dirtree import DirectoryTree, check_entry_count
+from snaploader.formats.manifest import PlainFile
 from snaploader.loader.capture import DirectoryCapture, DirectorySource
 from snaploader.loader.pool import ThreadBuffers, WorkerPool
 from snaploader.loader.progress import ProgressCallback, ProgressMeter
 from snaploader.loader.results import SavedFile
 from snaploader.loader.source import SnapshotChunkSource
-from snaploader.manifest import PlainFile
-from snaploader.tree import DEFAULT_MODE, encode_tree
+from snaploader.locks import ProcessExitStack
 
 
 @dataclass

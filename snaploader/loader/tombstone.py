@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from snaploader._proto import remote_execution_pb2
 from snaploader._proto.snaploader_pb2 import LocalManifest, Tombstone
 from snaploader.errors import NotFound
-from snaploader.manifest import pack_any
+from snaploader.formats.manifest import pack_any
 
 NANOSECONDS = 10**9
 

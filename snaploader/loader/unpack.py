@@ -14,8 +14,9 @@ from typing import Self
 from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
 from snaploader.filecache import Lease
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
+from snaploader.formats.chunktree import DEFAULT_MODE
+from snaploader.formats.manifest import Manifest
 from snaploader.loader.chunkwriter import FetchCounter
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import write_directory
@@ -23,8 +24,7 @@ from snaploader.loader.pool import WorkerPool
 from snaploader.loader.progress import ProgressMeter
 from snaploader.loader.results import ManifestSource, Snapshot
 from snaploader.loader.source import SnapshotChunkSource
-from snaploader.manifest import Manifest
-from snaploader.tree import DEFAULT_MODE
+from snaploader.locks import ProcessExitStack
 
 
 class UnpackedSnapshot:

@@ -35,9 +35,9 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.filecache import FileCache
+from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.publish import update_result
-from snaploader.manifest import pack_any
 
 log = logging.getLogger(__name__)
 

@@ -5,41 +5,37 @@ from __future__ import annotations
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, ResourceExhausted, SnaploaderError, Unimplemented
-from snaploader.remote.cancel import Cancellation
+from snaploader.remote.calls import Caller
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES
-from snaploader.remote.client import Connection
-from snaploader.remote.retry import Attempts
-from snaploader.remote.wire import function_field, to_message
+from snaploader.remote.codec import function_field, to_message
+from snaploader.remote.retry import Cancellation
 
 
 class ActionCacheClient:
     """Reads and writes action results. Thread-safe."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
 
     def get(self, action_digest: Digest, cancellation: Cancellation) -> reapi.ActionResult:
         """The result under a digest. NotFound when there is none, or it is no longer whole."""
         request = reapi.GetActionResultRequest(
-            instance_name=self._connection.instance_name,
+            instance_name=self._caller.instance_name,
             action_digest=to_message(action_digest),
             digest_function=function_field(action_digest.function),
         )
 
-        def attempt(attempts: Attempts) -> reapi.ActionResult:
-            result: reapi.ActionResult = self._connection.transport.unary(
-                "GetActionResult", request, attempts
-            )
-            return result
-
-        return self._connection.run(f"getting action result {action_digest}", attempt, cancellation)
+        result: reapi.ActionResult = self._caller.unary(
+            f"getting action result {action_digest}", "GetActionResult", request, cancellation
+        )
+        return result
 
     def update(self, action_digest: Digest, result: reapi.ActionResult, cancellation: Cancellation) -> None:
         """Keep a result. FailedPrecondition where the server does not allow it."""
-        if not self._connection.capabilities.update_enabled:
+        if not self._caller.capabilities.update_enabled:
             raise _not_allowed(action_digest)
         request = reapi.UpdateActionResultRequest(
-            instance_name=self._connection.instance_name,
+            instance_name=self._caller.instance_name,
             action_digest=to_message(action_digest),
             action_result=result,
             digest_function=function_field(action_digest.function),
@@ -51,12 +47,10 @@ class ActionCacheClient:
                 " save fewer or smaller files in one snapshot",
                 transient=False,
             )
-
-        def attempt(attempts: Attempts) -> None:
-            self._connection.transport.unary("UpdateActionResult", request, attempts)
-
         try:
-            self._connection.run(f"updating action result {action_digest}", attempt, cancellation)
+            self._caller.unary(
+                f"updating action result {action_digest}", "UpdateActionResult", request, cancellation
+            )
         except Unimplemented as error:
             raise _not_allowed(action_digest) from error
 

@@ -1,27 +1,90 @@
-"""Many transfers at once, on a bounded pool of threads, within a bounded number of bytes.
+"""Many transfers at once: which blobs travel together, and within how many bytes.
 
-A signal may raise between any two steps of the calling thread. So nothing is counted up to be counted down
-later: what is under way are entries of sets and dictionaries, made before the work begins and removed by
-name, and what wakes a waiter only makes it look again.
+A signal may raise between any two steps of the calling thread. So no bytes are counted up to be counted down
+later: what is held are entries of a dictionary, made before they are waited for and removed by name, and what
+wakes a waiter only makes it look again.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-from snaploader.errors import translate_thread_errors
-from snaploader.remote.cancel import Cancellation
+from snaploader.digest import Digest
+from snaploader.remote.codec import ITEM_OVERHEAD_BYTES
+from snaploader.remote.retry import Cancellation
+from snaploader.workers import WorkerPool
+
+T = TypeVar("T")
 
 Task: TypeAlias = "tuple[int, Callable[[Cancellation], None]]"
 """The bytes a task holds, and what it does."""
 
-_MIN_COST_BYTES = 64 * 1024
-"""Bounds the number of tasks that wait, where each is tiny."""
+_LEAST_LIMIT_BYTES = 64 * 1024
+"""Refusals of smaller batches have other reasons than size."""
+
+
+def batches(
+    items: Iterable[T], size_of: Callable[[T], int], limit_bytes: Callable[[], int], max_items: int
+) -> Iterator[list[T]]:
+    """Group items, in order, into messages of at most so many bytes and items.
+
+    An item above the limit comes alone. Lazy: takes from `items` only what the next group needs.
+
+    Args:
+        size_of: An item's content, without overhead.
+        limit_bytes: Asked again for every group, since servers teach us lower limits.
+    """
+    group: list[T] = []
+    group_bytes = 0
+    for item in items:
+        cost = size_of(item) + ITEM_OVERHEAD_BYTES
+        if group and (group_bytes + cost > limit_bytes() or len(group) >= max_items):
+            yield group
+            group, group_bytes = [], 0
+        group.append(item)
+        group_bytes += cost
+    if group:
+        yield group
+
+
+def chunked(items: Sequence[T], count: int) -> Iterator[Sequence[T]]:
+    """Slices of `count` items; the last may be shorter."""
+    return (items[start : start + count] for start in range(0, len(items), count))
+
+
+def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """A group that was too large, as two."""
+    middle = (len(items) + 1) // 2
+    return items[:middle], items[middle:]
+
+
+def distinct(digests: Iterable[Digest]) -> Iterator[Digest]:
+    """Each digest once, in order, without the empty blob, which exists everywhere."""
+    return iter(dict.fromkeys(digest for digest in digests if digest.size_bytes))
+
+
+class BatchLimit:
+    """The size of batches, in bytes: lowered when a server refuses one that was below. Thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._limit = limit_bytes
+
+    def __call__(self) -> int:
+        """The limit as known now."""
+        return self._limit
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether a blob of this size may go in a batch."""
+        return size_bytes + ITEM_OVERHEAD_BYTES <= self._limit
+
+    def refused(self, batch_bytes: int) -> None:
+        """Learn from a refusal: half of what was refused is the new limit, unless it is lower already."""
+        with self._lock:
+            self._limit = min(self._limit, max(_LEAST_LIMIT_BYTES, batch_bytes // 2))
 
 
 class Share:
@@ -85,94 +148,29 @@ class ByteBudget:
                 used += share.size_bytes
 
 
-def run_all(tasks: Iterable[Task], executor: Executor, budget: ByteBudget, parent: Cancellation) -> None:
-    """Run tasks, taken one by one as there is room. The first error calls off the rest and is raised.
+def run_all(tasks: Iterable[Task], pool: WorkerPool, budget: ByteBudget, parent: Cancellation) -> None:
+    """Run tasks, taken one by one as threads are free. The first error calls off the rest and is raised.
 
     Returns or raises after every task that began has ended, unless waiting for that is interrupted.
     """
-    group = _Group(executor, budget, parent.child())
-    pid = os.getpid()
-    try:
+    cancellation = parent.child()
+    latest: dict[int, Share] = {}
+    """By thread, as each works on one task at a time."""
+
+    def work(task: Task) -> None:
+        size_bytes, call = task
+        share = latest[threading.get_ident()] = Share(size_bytes)
         try:
-            for size_bytes, task in tasks:
-                if not group.submit(size_bytes, task):
-                    break
-        except BaseException as error:
-            if os.getpid() != pid:
-                raise  # a child that was forked by `tasks` has none of the threads
-            group.fail(error)
-            group.drop_waiting()
-        group.wait()
-    except BaseException:
-        group.cancel()
-        raise
-
-
-class _Group:
-    def __init__(self, executor: Executor, budget: ByteBudget, cancellation: Cancellation) -> None:
-        self._executor = executor
-        self._budget = budget
-        self._cancellation = cancellation
-        self._lock = threading.Lock()
-        self._waiting: set[Share] = set()
-        self._working: set[Share] = set()
-        self._wake: SimpleQueue[None] = SimpleQueue()
-        self._error: BaseException | None = None
-
-    def submit(self, size_bytes: int, task: Callable[[Cancellation], None]) -> bool:
-        """Wait for room, then start a task; False when no more should come."""
-        share = Share(max(size_bytes, _MIN_COST_BYTES))
-        with self._lock:
-            self._waiting.add(share)
-        self._budget.acquire(share)
-        with translate_thread_errors("the remote cache was closed"):
-            self._executor.submit(self._work, share, task)
-        return not self._cancellation.cancelled
-
-    def cancel(self) -> None:
-        """Call the rest off."""
-        self._cancellation.cancel()
-
-    def fail(self, error: BaseException) -> None:
-        """Keep the first error, and call off the rest."""
-        with self._lock:
-            self._error = self._error or error
-        self.cancel()
-
-    def drop_waiting(self) -> None:
-        """Let no task begin that has not begun. Of one it is not known whether the executor has it."""
-        with self._lock:
-            dropped = list(self._waiting)
-            self._waiting.clear()
-        for share in dropped:
-            self._budget.release(share)
-
-    def wait(self) -> None:
-        """Until all have ended; raises the first error."""
-        while True:
-            with self._lock:
-                if not self._waiting and not self._working:
-                    break
-            self._wake.get()
-        if self._error is not None:
-            raise self._error
-        self._cancellation.check()
-
-    def _work(self, share: Share, task: Callable[[Cancellation], None]) -> None:
-        with self._lock:
-            if share not in self._waiting:
-                return
-            self._working.add(share)
-            self._waiting.remove(share)
-        try:
-            if not self._cancellation.cancelled:
-                task(self._cancellation)
-        except BaseException as error:  # noqa: BLE001 - raised by wait, on the caller's thread
-            self.fail(error)
+            budget.acquire(share)
+            cancellation.check()
+            call(cancellation)
         finally:
-            self._budget.release(share)
-            with self._lock:
-                self._working.remove(share)
-                is_last = not self._working and not self._waiting
-            if is_last:
-                self._wake.put(None)
+            budget.release(share)
+
+    try:
+        pool.for_each(work, tasks, on_failure=cancellation.cancel)
+    finally:
+        # An interrupt may have kept this thread from giving its share back.
+        if share := latest.get(threading.get_ident()):
+            budget.release(share)
+    cancellation.check()

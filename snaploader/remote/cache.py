@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import grpc
 
@@ -16,18 +18,25 @@ from snaploader._proto import remote_execution_pb2
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument
-from snaploader.remote import names, transfer
+from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
+from snaploader.remote.bulk import Task, batches, chunked, distinct
+from snaploader.remote.calls import Caller
 from snaploader.remote.capabilities import RemoteCapabilities
 from snaploader.remote.cas import SinkFailed
-from snaploader.remote.config import Limits, RetryCallback, RetryPolicy, Timeouts, TLSConfig
-from snaploader.remote.credentials import make_credentials
-from snaploader.remote.endpoint import parse_endpoint
-from snaploader.remote.metadata import RequestMetadata, checked_headers
-from snaploader.remote.session import Session, Settings, checked_digest
+from snaploader.remote.codec import instance_name_error
+from snaploader.remote.config import Limits, RetryCallback, RetryPolicy, Timeouts, TLSConfig, parse_endpoint
+from snaploader.remote.connection import Clients, Connection, Settings
+from snaploader.remote.retry import Cancellation
 from snaploader.remote.statistics import Recorder, RemoteStatistics
 
-_inherited: list[Session] = []
-"""Sessions of a parent process, kept so that gRPC's destructors do not run on them in a child."""
+_DIGEST_BYTES = 80
+"""A digest in a message, about."""
+
+_inherited: list[Connection] = []
+"""Connections of a parent process, kept so that gRPC's destructors do not run on them in a child."""
+
+
+T = TypeVar("T")
 
 
 class RemoteCache:
@@ -85,7 +94,7 @@ class RemoteCache:
         endpoint = parse_endpoint(url)
         if tls is not None and not endpoint.secure:
             raise InvalidArgument(f"TLS settings need a grpcs:// URL, not {url!r}")
-        if problem := names.instance_name_error(instance_name):
+        if problem := instance_name_error(instance_name):
             raise InvalidArgument(f"instance name {instance_name!r} {problem}")
         self.url = url
         self._settings = Settings(
@@ -111,13 +120,13 @@ class RemoteCache:
         )
         self._recorder = Recorder()
         self._lock = threading.Lock()
-        self._session: Session | None = None
+        self._connection: Connection | None = None
         self._closed = False
         self._pid = os.getpid()
 
     def capabilities(self) -> RemoteCapabilities:
         """What the server offers. Asked for once; a failure is not remembered."""
-        return self._open().clients.connection.capabilities
+        return self._ensure_connection().clients.caller.capabilities
 
     @property
     def instance_name(self) -> str:
@@ -136,15 +145,39 @@ class RemoteCache:
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Those of `digests` that the server does not hold. Servers count this as a use of those they do."""
-        return transfer.find_missing(self._open(), digests)
+        connection, clients = self._connect()
+        by_function: dict[DigestFunction, list[Digest]] = defaultdict(list)
+        for digest in distinct(digests):
+            by_function[digest.function].append(digest)
+        for group in by_function.values():
+            clients.check(group[0])
+        count = self._settings.limits.find_missing_digests
+        pages = [page for group in by_function.values() for page in chunked(group, count)]
+        if len(pages) <= 1:
+            return clients.cas.find_missing(pages[0], connection.cancellation) if pages else set()
+        missing: list[set[Digest]] = []
+
+        def ask(page: Sequence[Digest], cancellation: Cancellation) -> None:
+            missing.append(clients.cas.find_missing(page, cancellation))
+
+        connection.run_all((len(page) * _DIGEST_BYTES, partial(ask, page)) for page in pages)
+        return set().union(*missing)
 
     def read(self, digest: Digest) -> bytes:
         """One blob, fetched on the caller's thread: it never waits for bulk transfers.
 
         NotFound when the server does not hold it, DataLoss when its bytes are wrong.
         """
+        connection, clients = self._connect()
+        clients.check(digest)
+        if not digest.size_bytes:
+            return b""
         with _sink_errors():
-            return transfer.read(self._open(), digest)
+            if not clients.caller.batch_limit.fits(digest.size_bytes):
+                return clients.reader.read(digest, connection.cancellation)
+            found: list[bytes] = []
+            clients.cas.read([digest], lambda _digest, data: found.append(data), connection.cancellation)
+            return found[0]
 
     def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
         """Stream one blob, of any size, on the caller's thread, piece by piece, into `write`.
@@ -152,25 +185,47 @@ class RemoteCache:
         The pieces come in order and are verified as a whole: only when this returns were they right.
         On DataLoss, and any other error, discard what was written. What `write` raises is raised.
         """
-        with _sink_errors():
-            transfer.read_to(self._open(), digest, write)
+        connection, clients = self._connect()
+        clients.check(digest)
+        if digest.size_bytes:
+            with _sink_errors():
+                clients.reader.read_to(digest, write, connection.cancellation)
 
     def read_into_file(self, digest: Digest, fd: int) -> None:
         """Write one blob, of any size, to the start of a file; verified when this returns.
 
         The descriptor's position is not used. After an error the file's content is undefined.
         """
-        with _sink_errors():
-            transfer.read_into_file(self._open(), digest, fd)
+        connection, clients = self._connect()
+        clients.check(digest)
+        if digest.size_bytes:
+            with _sink_errors():
+                clients.reader.read_into_file(digest, fd, connection.cancellation)
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
-        """Hand each blob to `sink`, from the workers' threads, in any order, each once.
+        """Hand each blob to `sink`, from several threads, in any order, each once.
 
         Each blob is in memory as a whole: for big ones see `read_to`. The first error calls off the
-        rest and is raised, when all have stopped. `sink` must not call bulk methods of this cache.
+        rest and is raised, when all have stopped.
         """
+        connection, clients = self._connect()
+
+        def take(group: list[Digest], cancellation: Cancellation) -> None:
+            if len(group) > 1 or clients.caller.batch_limit.fits(group[0].size_bytes):
+                clients.cas.read(group, sink, cancellation)
+            else:
+                sink(group[0], clients.reader.read(group[0], cancellation))
+
+        def tasks() -> Iterator[Task]:
+            wanted = dict.fromkeys(clients.check(digest) for digest in digests)
+            for digest in wanted:
+                if not digest.size_bytes:
+                    sink(digest, b"")
+            for group in _batches(clients.caller, distinct(wanted), lambda digest: digest):
+                yield sum(digest.size_bytes for digest in group), partial(take, group)
+
         with _sink_errors():
-            transfer.read_many(self._open(), digests, sink)
+            connection.run_all(tasks())
 
     def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
         """Store one blob, from memory or a file, on the caller's thread.
@@ -178,35 +233,54 @@ class RemoteCache:
         DataLoss when the content does not have this digest; ResourceExhausted when it is bigger than
         the server takes.
         """
-        transfer.write(self._open(), Upload(digest, source))
+        connection, clients = self._connect()
+        upload = Upload(digest, source)
+        clients.check_upload(upload)
+        if digest.size_bytes:
+            clients.write([upload], connection.cancellation)
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store blobs, without asking which are there. `uploads` is consumed as there is room.
 
-        The first error calls off the rest and is raised, when all have stopped.
+        `uploads` is advanced by one thread at a time, whichever is free. The first error calls off the
+        rest and is raised, when all have stopped.
         """
-        return transfer.write_many(self._open(), uploads)
+        connection, clients = self._connect()
+        done: list[TransferStatistics] = []
+
+        def send(group: list[Upload], cancellation: Cancellation) -> None:
+            done.append(clients.write(group, cancellation))
+
+        def wanted() -> Iterator[Upload]:
+            seen: set[Digest] = set()
+            for upload in uploads:
+                if upload.digest not in seen and upload.digest.size_bytes:
+                    seen.add(upload.digest)
+                    clients.check_upload(upload)
+                    yield upload
+
+        connection.run_all(
+            (sum(clients.held_bytes(upload) for upload in group), partial(send, group))
+            for group in _batches(clients.caller, wanted(), lambda upload: upload.digest)
+        )
+        return sum(done, TransferStatistics())
 
     def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store those blobs that the server does not hold yet; the others count as `present_blobs`."""
-        session = self._open()
         iterator = iter(uploads)
         total = TransferStatistics()
         while window := list(itertools.islice(iterator, self._settings.limits.find_missing_digests)):
             by_digest = {upload.digest: upload for upload in window}
-            missing = transfer.find_missing(session, by_digest)
-            done = transfer.write_many(
-                session, (by_digest[digest] for digest in by_digest if digest in missing)
-            )
+            missing = self.find_missing(by_digest)
+            done = self.write_many(by_digest[digest] for digest in by_digest if digest in missing)
             total += done + TransferStatistics(present_blobs=len(by_digest) - len(missing))
         return total
 
     def get_action_result(self, action_digest: Digest) -> remote_execution_pb2.ActionResult:
         """The result kept under a digest. NotFound when there is none, or when a blob it names is gone."""
-        session = self._open()
-        clients = session.clients
-        checked_digest(action_digest, clients.connection.capabilities)
-        return clients.actions.get(action_digest, session.cancellation)
+        connection, clients = self._connect()
+        clients.check(action_digest)
+        return clients.actions.get(action_digest, connection.cancellation)
 
     def update_action_result(
         self, action_digest: Digest, action_result: remote_execution_pb2.ActionResult
@@ -216,10 +290,9 @@ class RemoteCache:
         FailedPrecondition or PermissionDenied where that is not allowed. Some servers pretend
         success for read-only credentials: read it back where it matters.
         """
-        session = self._open()
-        clients = session.clients
-        checked_digest(action_digest, clients.connection.capabilities)
-        clients.actions.update(action_digest, action_result, session.cancellation)
+        connection, clients = self._connect()
+        clients.check(action_digest)
+        clients.actions.update(action_digest, action_result, connection.cancellation)
 
     def statistics(self) -> RemoteStatistics:
         """What was done so far. Works after `close` too."""
@@ -233,9 +306,9 @@ class RemoteCache:
         self._leave_inherited()
         with self._lock:
             self._closed = True
-            session, self._session = self._session, None
-        if session is not None:
-            session.close()
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -248,21 +321,26 @@ class RemoteCache:
     def __repr__(self) -> str:
         return f"RemoteCache({self.url!r}, instance_name={self.instance_name!r})"
 
-    def _open(self) -> Session:
+    def _connect(self) -> tuple[Connection, Clients]:
+        """The connection, and what is to be called on it; asks for the server's capabilities at first."""
+        connection = self._ensure_connection()
+        return connection, connection.clients
+
+    def _ensure_connection(self) -> Connection:
         self._leave_inherited()
         with self._lock:
             if self._closed:
                 raise FailedPrecondition(f"the remote cache {self.url} is closed")
-            if self._session is None:
-                self._session = Session(self._settings, self._recorder)
-            return self._session
+            if self._connection is None:
+                self._connection = Connection(self._settings, self._recorder)
+            return self._connection
 
     def _leave_inherited(self) -> None:
         """In a child of a fork: leave alone what the parent had, its lock too, which may be held for ever."""
         if self._pid != os.getpid():
-            if self._session is not None:
-                _inherited.append(self._session)
-            self._session = None
+            if self._connection is not None:
+                _inherited.append(self._connection)
+            self._connection = None
             self._lock = threading.Lock()
             self._pid = os.getpid()
 
@@ -274,3 +352,14 @@ def _sink_errors() -> Iterator[None]:
         yield
     except SinkFailed as failure:
         raise failure.error from failure.error.__cause__
+
+
+def _batches(caller: Caller, items: Iterable[T], digest_of: Callable[[T], Digest]) -> Iterator[list[T]]:
+    """Batches of items whose digests have one function, since a message names only one."""
+    for _function, same in itertools.groupby(items, key=lambda item: digest_of(item).function):
+        yield from batches(
+            same,
+            lambda item: digest_of(item).size_bytes,
+            caller.batch_limit,
+            caller.limits.batch_blobs,
+        )

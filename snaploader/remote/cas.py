@@ -13,13 +13,10 @@ from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, Internal, InvalidArgument, ResourceExhausted, SnaploaderError
 from snaploader.remote import status
-from snaploader.remote.batching import halves
-from snaploader.remote.cancel import Cancellation
-from snaploader.remote.client import Connection
-from snaploader.remote.compression import decompress
-from snaploader.remote.encoding import Item, batch_update_request
-from snaploader.remote.retry import Attempts
-from snaploader.remote.wire import function_field, to_message
+from snaploader.remote.bulk import halves
+from snaploader.remote.calls import Caller
+from snaploader.remote.codec import Item, batch_update_request, decompress, function_field, to_message
+from snaploader.remote.retry import Attempts, Cancellation
 
 _TRIES_AT_WRONG_BYTES = 2
 
@@ -36,11 +33,11 @@ class CASClient:
 
     def __init__(
         self,
-        connection: Connection,
+        caller: Caller,
         stream_read: Callable[[Digest, Cancellation], bytes],
         stream_write: Callable[[Upload, Cancellation], TransferStatistics],
     ) -> None:
-        self._connection = connection
+        self._caller = caller
         self._stream_read = stream_read
         self._stream_write = stream_write
         self._may_warn = threading.Lock()  # taken by the one who does, and kept
@@ -49,13 +46,13 @@ class CASClient:
         """Those the server does not hold."""
         asked = {(digest.hash, digest.size_bytes): digest for digest in digests}
         request = reapi.FindMissingBlobsRequest(
-            instance_name=self._connection.instance_name,
+            instance_name=self._caller.instance_name,
             blob_digests=[to_message(digest) for digest in digests],
             digest_function=function_field(digests[0].function),
         )
 
         def attempt(attempts: Attempts) -> set[Digest]:
-            response = self._connection.transport.unary("FindMissingBlobs", request, attempts)
+            response = self._caller.transport.unary("FindMissingBlobs", request, attempts)
             missing = set()
             for message in response.missing_blob_digests:
                 digest = asked.get((message.hash, message.size_bytes))
@@ -66,7 +63,7 @@ class CASClient:
 
         operation = f"asking for {len(digests)} blobs"
         try:
-            return self._connection.run(operation, attempt, cancellation)
+            return self._caller.with_retries(operation, attempt, cancellation)
         except (InvalidArgument, ResourceExhausted) as error:
             if len(digests) == 1 or not status.is_too_large(error):
                 raise
@@ -78,9 +75,9 @@ class CASClient:
 
         What fails for a moment is asked for again alone; wrong bytes once more, then they are DataLoss.
         """
-        batch = _ReadBatch(self._connection, digests, sink)
+        batch = _ReadBatch(self._caller, digests, sink)
         try:
-            self._connection.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
+            self._caller.with_retries(batch.operation, batch.attempt, cancellation, batch.size_bytes)
             return
         except (InvalidArgument, ResourceExhausted) as error:
             rest = list(batch.remaining.values())
@@ -93,9 +90,9 @@ class CASClient:
 
     def update(self, items: Sequence[Item], cancellation: Cancellation) -> TransferStatistics:
         """Store blobs. What fails for a moment is sent again alone."""
-        batch = _UpdateBatch(self._connection, items)
+        batch = _UpdateBatch(self._caller, items)
         try:
-            self._connection.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
+            self._caller.with_retries(batch.operation, batch.attempt, cancellation, batch.size_bytes)
             return batch.done
         except (InvalidArgument, ResourceExhausted) as error:
             rest = list(batch.remaining.values())
@@ -119,7 +116,7 @@ class CASClient:
             "such as NativeLink with verify_hash check batches with SHA-256, whatever function is named: use "
             "SHA-256 (RemoteCache(digest_function=…), --digest-function sha256), or have the server check "
             "with %s",
-            self._connection.url,
+            self._caller.url,
             digest,
             refusal.message,
             digest.function.name,
@@ -129,31 +126,29 @@ class CASClient:
         if not status.is_too_large(error):
             raise error
         if status.is_of_whole_call(error):
-            self._connection.batch_limit.refused(batch_bytes)
+            self._caller.batch_limit.refused(batch_bytes)
 
 
 class _ReadBatch:
     """One batch being read: what remains shrinks from attempt to attempt."""
 
-    def __init__(self, connection: Connection, digests: Sequence[Digest], sink: Sink) -> None:
+    def __init__(self, caller: Caller, digests: Sequence[Digest], sink: Sink) -> None:
         self.remaining = {(digest.hash, digest.size_bytes): digest for digest in digests}
         self.size_bytes = sum(digest.size_bytes for digest in digests)
         self.operation = f"reading {digests[0]}" if len(digests) == 1 else f"reading {len(digests)} blobs"
-        self._connection = connection
+        self._caller = caller
         self._sink = sink
         self._wrong: dict[Digest, int] = {}
 
     def attempt(self, attempts: Attempts) -> None:
         digests = list(self.remaining.values())
         request = reapi.BatchReadBlobsRequest(
-            instance_name=self._connection.instance_name,
+            instance_name=self._caller.instance_name,
             digests=[to_message(digest) for digest in digests],
-            acceptable_compressors=[reapi.Compressor.ZSTD]
-            if self._connection.capabilities.zstd_streams
-            else [],
+            acceptable_compressors=[reapi.Compressor.ZSTD] if self._caller.capabilities.zstd_streams else [],
             digest_function=function_field(digests[0].function),
         )
-        response = self._connection.transport.unary("BatchReadBlobs", request, attempts)
+        response = self._caller.transport.unary("BatchReadBlobs", request, attempts)
         errors: list[SnaploaderError] = []
         for item in response.responses:
             digest = self.remaining.get((item.digest.hash, item.digest.size_bytes))
@@ -169,7 +164,7 @@ class _ReadBatch:
                 continue
             del self.remaining[digest.hash, digest.size_bytes]
             attempts.progressed()
-            self._connection.recorder.add(
+            self._caller.recorder.add(
                 blobs_read=1, content_bytes_read=len(data), wire_bytes_read=len(item.data)
             )
             _deliver(self._sink, digest, data)
@@ -185,7 +180,7 @@ class _ReadBatch:
         try:
             return _decoded(digest, item)
         except DataLoss as error:
-            self._connection.recorder.add(corrupted=1, wire_bytes_read=len(item.data))
+            self._caller.recorder.add(corrupted=1, wire_bytes_read=len(item.data))
             wrong = self._wrong[digest] = self._wrong.get(digest, 0) + 1
             raise DataLoss(
                 f"blob {digest} came damaged from the server: {error}",
@@ -208,19 +203,19 @@ def _decoded(digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> byt
 class _UpdateBatch:
     """One batch being written: what remains shrinks from attempt to attempt."""
 
-    def __init__(self, connection: Connection, items: Sequence[Item]) -> None:
+    def __init__(self, caller: Caller, items: Sequence[Item]) -> None:
         self.remaining = {(item.digest.hash, item.digest.size_bytes): item for item in items}
         self.size_bytes = sum(len(item.data) for item in items)
         self.operation = f"writing {items[0].digest}" if len(items) == 1 else f"writing {len(items)} blobs"
         self.done = TransferStatistics()
-        self._connection = connection
+        self._caller = caller
 
     def attempt(self, attempts: Attempts) -> None:
         items = list(self.remaining.values())
         sent = sum(len(item.data) for item in items)
-        request = batch_update_request(self._connection.instance_name, items, items[0].digest.function)
-        self._connection.recorder.add(wire_bytes_written=sent)
-        response = self._connection.transport.unary("BatchUpdateBlobs", request, attempts)
+        request = batch_update_request(self._caller.instance_name, items, items[0].digest.function)
+        self._caller.recorder.add(wire_bytes_written=sent)
+        response = self._caller.transport.unary("BatchUpdateBlobs", request, attempts)
         errors: list[SnaploaderError] = []
         for answer in response.responses:
             key = (answer.digest.hash, answer.digest.size_bytes)
@@ -234,7 +229,7 @@ class _UpdateBatch:
             attempts.progressed()
             size = item.digest.size_bytes
             self.done += TransferStatistics(blobs=1, content_bytes=size, wire_bytes=len(item.data))
-            self._connection.recorder.add(blobs_written=1, content_bytes_written=size)
+            self._caller.recorder.add(blobs_written=1, content_bytes_written=size)
         _raise_worst(errors)
         if self.remaining:
             raise Internal(

@@ -1,7 +1,8 @@
-"""A gRPC channel, with the settings and certificates of one endpoint."""
+"""A gRPC channel, with the settings and certificates of one endpoint; and an allocator that suits it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pkgutil
 import socket
@@ -17,8 +18,7 @@ from snaploader.errors import (
     Unauthenticated,
     translate_os_errors,
 )
-from snaploader.remote.config import PEM, Limits, Timeouts, TLSConfig
-from snaploader.remote.endpoint import Endpoint
+from snaploader.remote.config import PEM, Endpoint, Limits, Timeouts, TLSConfig
 
 _MAX_RECONNECT_MS = 5_000
 
@@ -157,3 +157,25 @@ def _pem(source: PEM | None, what: str) -> bytes | None:
     if b"-----BEGIN " not in content:
         raise InvalidArgument(f"{what} is not in PEM form (it has no -----BEGIN line)")
     return content
+
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+_SETTINGS = ((_M_ARENA_MAX, 1), (_M_TRIM_THRESHOLD, 512 * 1024 * 1024), (_M_MMAP_THRESHOLD, 32 * 1024 * 1024))
+
+
+def tune_malloc() -> bool:
+    """Tell glibc to keep and reuse big buffers; whether it did (other C libraries have no such call).
+
+    By default glibc maps every buffer of a message anew and pays with page faults: with this,
+    transfers through gRPC cost about half the processor time. It holds for the whole process, up
+    to 512 MiB of freed memory stay with it, and all threads share one arena: an application's
+    choice, so nothing here ever calls it by itself.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    results = [mallopt(parameter, value) for parameter, value in _SETTINGS]  # each, whatever the others say
+    return all(result == 1 for result in results)

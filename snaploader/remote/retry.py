@@ -1,24 +1,68 @@
-"""The one retry layer: transient failures are tried again, with growing random waits, within a budget.
+"""Retries: transient failures are tried again, with growing random waits, within a budget, until called off.
 
-gRPC's own retries are off, since they end at the first byte of a response. Here an operation that
-made progress (a stream that moved, a batch that lost some of its items) starts counting anew, and
-continues where it was. tenacity runs the attempts; what to try again, how long to wait and when to stop
-are strategies of its kind.
+This is the one retry layer. gRPC's own retries are off, since they end at the first byte of a response. Here
+an operation that made progress (a stream that moved, a batch that lost some of its items) starts counting
+anew, and continues where it was. tenacity runs the attempts; what to try again, how long to wait and when to
+stop are strategies of its kind.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 import tenacity
 
 from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unauthenticated
-from snaploader.remote.cancel import Cancellation
 from snaploader.remote.config import RetryCallback, RetryEvent, RetryPolicy
 from snaploader.remote.status import retry_after_s
+
+
+class Cancellation:
+    """Set once, by `cancel`; its children are set with it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.event = threading.Event()
+        """The flag itself, to wait for."""
+        self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
+
+    def child(self) -> Cancellation:
+        """A flag that is set with this one, or alone."""
+        child = Cancellation()
+        with self._lock:
+            self._children.add(child)
+            if self.event.is_set():
+                child.event.set()
+        return child
+
+    def cancel(self) -> None:
+        """Set the flag here and below, and wake those who sleep on it."""
+        with self._lock:
+            self.event.set()
+            children = list(self._children)
+        for child in children:
+            child.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the flag is set."""
+        return self.event.is_set()
+
+    def check(self) -> None:
+        """Raise Cancelled when the flag is set."""
+        if self.event.is_set():
+            raise Cancelled("called off: the remote cache was closed, or another part of the transfer failed")
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, or raise Cancelled as soon as the flag is set."""
+        self.event.wait(seconds)
+        self.check()
+
 
 T = TypeVar("T")
 

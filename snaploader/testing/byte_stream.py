@@ -18,7 +18,7 @@ import zstandard
 from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.remote.compression import compress_frames
+from snaploader.remote.codec import compress_frames
 from snaploader.testing.backend import Backend, Failure, is_present, logger, overloaded
 from snaploader.testing.storage import BlobReader, MemoryPartition, Partition, StagedBlob
 

@@ -12,7 +12,7 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto import semver_pb2, status_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
-from snaploader.remote.compression import compress, decompress
+from snaploader.remote.codec import compress, decompress
 from snaploader.testing.backend import (
     Backend,
     Failure,

@@ -26,8 +26,7 @@ from typing import Protocol
 
 from snaploader.digest import Buffer, Digest, DigestFunction, Hasher
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.filecache.content import write_all
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree, write_all
 from snaploader.folders import (
     Access,
     OddEntry,

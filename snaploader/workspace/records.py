@@ -15,7 +15,7 @@ import stat
 import uuid
 
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache.flushing import flush_folder
+from snaploader.files import flush_folder
 from snaploader.folders import PRIVATE, open_new, open_private
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.recordformat import PausedRecord, decode, encode

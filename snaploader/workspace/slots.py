@@ -12,7 +12,7 @@ import os
 from contextlib import suppress
 
 from snaploader.errors import InvalidArgument, ResourceExhausted, translate_os_errors
-from snaploader.filecache.flushing import flush_folder
+from snaploader.files import flush_folder
 from snaploader.folders import open_private
 from snaploader.workspace.names import check_workspace_id
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from snaploader.errors import InvalidArgument
-from snaploader.manifest import check_name
+from snaploader.formats.manifest import check_name
 from snaploader.workspace.model import Volume
 
 MAX_VOLUMES = 100

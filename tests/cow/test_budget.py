@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cow import COWStore, MappingBudget, default_budget, mapping
+from cow import COWStore, MappingBudget, OpenedChunk, default_budget, mapping
 from cow.mapping import ClockCache, Resource
 
 CHUNK = 8192
@@ -28,6 +28,10 @@ class Number(Resource):
     def __init__(self, number: int, given_back: list[int], weight: int = 1) -> None:
         super().__init__(weight, given_back.append, number)
         self.number = number
+        self.rests = 0
+
+    def rest(self) -> None:
+        self.rests += 1
 
 
 def test_what_is_in_use_stays_and_the_oldest_of_the_rest_goes():
@@ -66,15 +70,36 @@ def test_the_number_of_entries_is_bounded_too():
     assert gone == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_what_was_not_looked_up_lately_is_rested_and_let_go_of_first():
+    gone: list[int] = []
+    cache = ClockCache(5, 100, max_active_weight=2)
+    part = cache.part(Number)
+    numbers = [part.add(number, Number(number, gone)) for number in range(4)]
+    assert [number.rests for number in numbers] == [1, 1, 0, 0]
+    assert [number.active for number in numbers] == [False, False, True, True]
+    assert part.get(0) is numbers[0]
+    assert [number.rests for number in numbers] == [1, 1, 1, 0]
+    assert cache.active_weight == 2
+    assert cache.weight == 4
+    del numbers
+    part.add(4, Number(4, gone))
+    part.add(5, Number(5, gone))
+    assert gone == [1]
+    part.discard(4)
+    assert cache.active_weight == 1
+    cache.trim()
+    assert cache.active_weight == cache.weight == 0
+
+
 class CacheMachine(RuleBasedStateMachine):
-    """Never gives back what is in use, gives all back once, keeps to the bound by what is not in use."""
+    """Never gives back what is in use, gives all back once, keeps to the bounds by what is not in use."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gone: list[int] = []
         self.made = 0
         self.used: list[Number] = []
-        self.cache = ClockCache(5, 100)
+        self.cache = ClockCache(5, 100, max_active_weight=3)
         self.parts = [self.cache.part(Number) for _ in range(2)]
 
     @rule(key=st.integers(0, 6), weight=st.integers(1, 3), findable=st.booleans())
@@ -90,6 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
         number = self.parts[key % 2].get(key)
         if number is not None:
             assert number.number not in self.gone
+            assert number.active or self.cache.max_active_weight < number.weight
             self.used.append(number)
 
     @rule(data=st.data())
@@ -116,6 +142,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert not {number.number for number in self.used} & set(self.gone)
         assert self.cache.count == self.made - len(self.gone)
         assert self.parts[0].weight + self.parts[1].weight == self.cache.weight
+        assert self.cache.active_weight <= 3
+        assert self.cache.active_weight == sum(number.weight for number in self.cache._active)
+        assert not any(number.active for number in self.cache._resting)
         used = {number.number: number.weight for number in self.used}
         assert (
             self.cache.weight <= max(5, sum(used.values())) + 3
@@ -143,7 +172,7 @@ def test_what_dies_while_the_cache_is_locked_does_not_deadlock():
     assert cache.weight == 0
 
 
-@pytest.mark.parametrize("name", ["max_bytes", "max_mappings", "max_descriptors"])
+@pytest.mark.parametrize("name", ["max_bytes", "max_mappings", "max_descriptors", "max_resident_bytes"])
 def test_negative_bounds_are_refused(name):
     with pytest.raises(ValueError, match=name):
         MappingBudget(**{name: -1})
@@ -186,6 +215,55 @@ def test_mapped_bytes_stay_within_the_budget_and_end_at_zero(tmp_path):
         assert source.opens[9] == 2
         assert store.statistics().origins["remote"].chunks == 10
     assert budget.mapped_bytes == budget.mappings == 0
+
+
+def resident_file_bytes() -> int:
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile:"))
+
+
+def test_resident_memory_stays_within_the_budget_and_no_chunk_is_opened_again(tmp_path):
+    chunk, count = 1 << 20, 64
+    (tmp_path / "chunk").write_bytes(pattern(chunk))
+
+    class OneFile(MemorySource):
+        def open_chunk(self, index):
+            self.opens[index] += 1
+            return OpenedChunk(os.open(tmp_path / "chunk", os.O_RDONLY | os.O_CLOEXEC), "file")
+
+    source, budget = OneFile(b"", chunk), MappingBudget(max_resident_bytes=8 * chunk)
+    before = resident_file_bytes()
+    with COWStore(
+        tmp_path / "s",
+        size=count * chunk,
+        chunk_size=chunk,
+        chunks=range(count),
+        source=source,
+        budget=budget,
+        readahead=None,
+    ) as store:
+        expected = store.read_at(0, chunk)
+        for _ in range(2):
+            for index in range(count):
+                for start in range(0, chunk, 1 << 16):
+                    assert store.read_at(index * chunk + start, 4096) == expected[start : start + 4096]
+                assert budget.resident_bytes <= 8 * chunk
+            assert resident_file_bytes() - before <= 12 * chunk
+        assert budget.mapped_bytes == count * chunk
+        assert set(source.opens.values()) == {1}
+    assert budget.resident_bytes == 0
+
+
+def test_a_view_of_a_chunk_that_was_rested_is_still_right(tmp_path):
+    budget = MappingBudget(max_resident_bytes=0)
+    store, source = lazy_store(tmp_path / "s", 3, budget)
+    with store:
+        view = store.view(10, 100)
+        for index in (1, 2, 0, 1):
+            assert read_chunk(store, index) == source.content[index * CHUNK : (index + 1) * CHUNK]
+        store.write_at(20, b"new")
+        assert bytes(view) == source.content[10:110]
+        assert store.read_at(19, 5) == source.content[19:20] + b"new" + source.content[23:24]
 
 
 def test_stores_share_a_budget(tmp_path):

@@ -22,10 +22,11 @@ from filecache_helpers import (
     put,
 )
 
+from snaploader import files
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, empty_digest
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
-from snaploader.filecache import FileCache, content
+from snaploader.filecache import FileCache
 from snaploader.filecache.memo import VerifiedMemo
 
 
@@ -37,7 +38,7 @@ def cache(tmp_path: Path):
 
 
 @pytest.mark.parametrize("function", [SHA256, BLAKE3])
-@pytest.mark.parametrize("size", [1, 4096, content.BUFFER_BYTES, content.BUFFER_BYTES * 2 + 1])
+@pytest.mark.parametrize("size", [1, 4096, files.BUFFER_BYTES, files.BUFFER_BYTES * 2 + 1])
 def test_blob_comes_back_after_reopening(tmp_path, function, size):
     digest, data = blob("x", size, function)
     with FileCache(tmp_path) as cache:
@@ -426,7 +427,7 @@ def test_full_disk_is_a_typed_error_and_leaves_nothing(cache, monkeypatch):
         os.write(fd, data[:10])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(content, "write_all", full)
+    monkeypatch.setattr(files, "write_all", full)
     with pytest.raises(ResourceExhausted):
         cache.put_verified(digest, data)
     with pytest.raises(ResourceExhausted), cache.writer(digest) as writer:

@@ -23,6 +23,7 @@ NEW = ["piece", "file", *(f"new {number}" for number in range(4))]
 WORK = """
 import itertools, os, shutil, signal, sys
 from filecache_helpers import blob, key, put
+from snaploader._environment import HostEnvironment
 from snaploader.filecache import FileCache
 
 def work(root, fatal, max_bytes):
@@ -64,8 +65,12 @@ for line in sys.stdin:
     root, fatal, max_bytes = line.split()
     pid = os.fork()
     if not pid:
-        work(root, int(fatal), int(max_bytes))
-        os._exit(0)
+        try:
+            work(root, int(fatal), int(max_bytes))
+            os._exit(0)
+        except BaseException as error:
+            print(f"failed: {error!r}", flush=True)
+            os._exit(1)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 

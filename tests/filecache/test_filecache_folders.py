@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from filecache_helpers import HERE, blob, blob_file, key, leftovers, put
 
+from snaploader import files
 from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -22,7 +23,7 @@ from snaploader.errors import (
     PermissionDenied,
     ResourceExhausted,
 )
-from snaploader.filecache import FileCache, content
+from snaploader.filecache import FileCache
 from snaploader.testing import EmbeddedServer
 from snaploader.testing.storage import DiskStorage
 from snaploader.workspace.records import PausedRecords
@@ -382,7 +383,7 @@ def test_full_disk_leaves_nothing_of_what_was_to_be_made(tmp_path, monkeypatch, 
         if step == "open":
             monkeypatch.setattr(os, "open", full_when_made)
         elif step == "write":
-            monkeypatch.setattr(content, "write_all", full)
+            monkeypatch.setattr(files, "write_all", full)
         else:
             monkeypatch.setattr(os, "rename", full_unless_removed)
         with pytest.raises(ResourceExhausted):

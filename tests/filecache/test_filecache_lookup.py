@@ -18,11 +18,11 @@ from snaploader.errors import Cancelled, InvalidArgument
 from snaploader.filecache import FileCache, blobs, listing, recency
 from snaploader.filecache.hashes import HashSet, to_hex, to_words
 from snaploader.filecache.layout import Layout
-from snaploader.filecache.locks import FileLock
 from snaploader.filecache.memo import VerifiedMemo
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.filecache.session import Session
 from snaploader.folders import Access
+from snaploader.locks import FileLock
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
 

@@ -13,9 +13,10 @@ from directory_states import BIG, OLD_NS, fill, find, save_directory, saved, set
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
 from snaploader import DirectorySource, SnapshotKey
-from snaploader.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry, child_directories
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from snaploader.filecache import pins
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry
+from snaploader.formats.dirtreecodec import child_directories
 from snaploader.loader import capture
 from snaploader.testing import EmbeddedServer
 

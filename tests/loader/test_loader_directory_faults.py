@@ -17,7 +17,6 @@ import cow.fileio
 from snaploader import DigestFunction, DirectorySource, SnapshotKey
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest
-from snaploader.dirtree import ChunkedEntry, DirectoryTree, FileEntry, decode_directory_tree
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -26,10 +25,12 @@ from snaploader.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import remove_tree
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry
+from snaploader.formats.dirtreecodec import decode_directory_tree
+from snaploader.formats.manifest import Manifest, pack_any
 from snaploader.keys import local_manifest_key, snapshot_id_key
 from snaploader.loader import captureindex, place
-from snaploader.manifest import Manifest, pack_any
 from snaploader.testing import EmbeddedServer
 
 
@@ -329,7 +330,7 @@ def test_directories_with_too_much_in_them_together_are_refused(
     )
     trees = find(host, result).directories
     assert trees["a"] is trees["b"] is trees["c"]
-    monkeypatch.setattr("snaploader.dirtree.entries.MAX_ENTRIES", 2 * len(trees["a"]))
+    monkeypatch.setattr("snaploader.formats.dirtree.MAX_ENTRIES", 2 * len(trees["a"]))
     with pytest.raises(DataLoss, match=r"have more than .* together"):
         find(host, result)
     with pytest.raises(InvalidArgument, match=r"have more than .* together"):

@@ -15,19 +15,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata, wire
+from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata
 from snaploader import keys as key_names
 from snaploader._proto import any_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.snaploader_pb2 import DirectoryNames
-from snaploader.chunktable import ChunkTable
 from snaploader.cli.lookup import snapshot_record, vm_configuration_record
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, SnaploaderError
+from snaploader.formats import wire
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import encode_tree
+from snaploader.formats.manifest import MAX_TREES_BYTES, pack_any
 from snaploader.keys import SnapshotKeySet
-from snaploader.manifest import MAX_TREES_BYTES, pack_any
 from snaploader.testing import FakeCAS
-from snaploader.tree import encode_tree
 
 SHA256 = DigestFunction.SHA256
 KEY = SnapshotKey(ref="main")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snaploader.errors import DataLoss, Unavailable
-from snaploader.remote.compression import compress, compress_frames, decompress, decompress_frames
+from snaploader.remote.codec import compress, compress_frames, decompress, decompress_frames
 
 RANDOM = random.Random(1).randbytes(300_000)
 

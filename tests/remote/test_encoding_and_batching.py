@@ -9,15 +9,16 @@ from snaploader._proto import bytestream_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, DigestFunction
-from snaploader.remote.batching import BatchLimit, batches, chunked, distinct, halves
-from snaploader.remote.encoding import (
+from snaploader.remote.bulk import BatchLimit, batches, chunked, distinct, halves
+from snaploader.remote.codec import (
     ITEM_OVERHEAD_BYTES,
     Item,
     batch_update_request,
+    function_field,
+    to_message,
     varint,
     write_request,
 )
-from snaploader.remote.wire import function_field, to_message
 
 functions = st.sampled_from(DigestFunction)
 

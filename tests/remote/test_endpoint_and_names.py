@@ -10,9 +10,9 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.remote import Limits, RemoteCache, RequestMetadata, RetryPolicy, Timeouts, TLSConfig
-from snaploader.remote.endpoint import parse_endpoint
-from snaploader.remote.metadata import REQUEST_METADATA_HEADER, checked_headers
-from snaploader.remote.names import instance_name_error, read_name, upload_name
+from snaploader.remote.auth import REQUEST_METADATA_HEADER, checked_headers
+from snaploader.remote.codec import instance_name_error, read_name, upload_name
+from snaploader.remote.config import parse_endpoint
 
 SHA = Digest.of(b"abc", DigestFunction.SHA256)
 B3 = Digest.of(b"abc", DigestFunction.BLAKE3)

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import dis
-import itertools
-import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import grpc
 import pytest
+from interrupts import interrupt_everywhere
 from remote_data import BLAKE3, SHA256, named, noise
 
-from snaploader import errors
+from snaploader import errors, workers
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto import status_pb2
 from snaploader.blobstore import Upload
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
 from snaploader.remote import bulk, status
 from snaploader.remote.bulk import ByteBudget, Share, run_all
-from snaploader.remote.cancel import Cancellation
+from snaploader.remote.calls import Watchdog
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES, negotiate, without_capabilities
-from snaploader.remote.content import Content
-from snaploader.remote.once import Once
-from snaploader.remote.watchdog import Watchdog
+from snaploader.remote.codec import Content
+from snaploader.remote.connection import Once
+from snaploader.remote.retry import Cancellation
+from snaploader.workers import WorkerPool
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
@@ -246,83 +241,32 @@ def test_content_can_be_read_again_from_anywhere(tmp_path: Path) -> None:
             next(rest)
 
 
-class _Interrupter:
-    """Raises KeyboardInterrupt at the nth step of this thread's bulk transfers where a signal could raise.
-
-    CPython looks for signals after calls, where functions start and where loops end, and nowhere else.
-    """
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-        self._before: dict[FrameType, str] = {}
-        self.fired = False
-
-    def __enter__(self) -> Self:
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code.co_filename != bulk.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode" and not self.fired:
-            before = self._before.get(frame, "")
-            self._before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
-                self._left -= 1
-                if not self._left:
-                    self.fired = True
-                    raise KeyboardInterrupt
-        return self._trace
-
-
-def _interrupt_everywhere(steps: Iterator[int]) -> None:
-    budget, parent = ByteBudget(64 * 1024), Cancellation()
-
-    def run() -> None:
-        ran: list[int] = []
-        run_all(
-            [(1, lambda _, number=number: ran.append(number)) for number in range(3)],
-            executor,
-            budget,
-            parent,
-        )
-        assert ran == [0, 1, 2]
-
-    with ThreadPoolExecutor(2) as executor:
-        while True:
-            with _Interrupter(next(steps)) as interrupter:
-                try:
-                    run()
-                except KeyboardInterrupt:
-                    assert interrupter.fired
-            run()
-            if not interrupter.fired:
-                break
-    assert budget.used_bytes == 0
-
-
 def test_a_transfer_that_gets_no_thread_says_which_limit_was_met(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     budget = ByteBudget(1 << 20)
-    with ThreadPoolExecutor(1) as executor:
+    with WorkerPool(2) as pool:
         monkeypatch.setattr(threading.Thread, "start", start)
         with pytest.raises(errors.ResourceExhausted, match=r"ulimit -u.*pids\.max"):
-            run_all([(1, lambda _: None)], executor, budget, Cancellation())
+            run_all([(1, lambda _: None)] * 2, pool, budget, Cancellation())
         monkeypatch.undo()
     assert budget.used_bytes == 0
 
 
 def test_an_interrupt_at_any_step_of_a_bulk_transfer_leaves_nothing_to_wait_for() -> None:
-    steps = itertools.count(1)
-    with ThreadPoolExecutor(1) as watched:
-        try:
-            watched.submit(_interrupt_everywhere, steps).result(timeout=100)
-        except TimeoutError:
-            pytest.fail(f"a transfer interrupted at step {next(steps) - 1} waits for ever")
-    assert next(steps) > 50
+    budget, parent = ByteBudget(64 * 1024), Cancellation()
+
+    def work() -> None:
+        ran: list[int] = []
+        run_all(
+            [(40_000, lambda _, number=number: ran.append(number)) for number in range(3)],
+            pool,
+            budget,
+            parent,
+        )
+        assert sorted(ran) == [0, 1, 2]
+
+    with WorkerPool(2) as pool:
+        assert interrupt_everywhere(work, bulk.__file__, workers.__file__) > 50
+    assert budget.used_bytes == 0

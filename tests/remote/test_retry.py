@@ -20,9 +20,8 @@ from snaploader.errors import (
     Unauthenticated,
     Unavailable,
 )
-from snaploader.remote.cancel import Cancellation
 from snaploader.remote.config import RetryEvent, RetryPolicy
-from snaploader.remote.retry import Attempts, Backoff, Retrier
+from snaploader.remote.retry import Attempts, Backoff, Cancellation, Retrier
 from snaploader.remote.status import from_message
 
 FAST = RetryPolicy(initial_delay_s=0.0, max_delay_s=0.0)

@@ -25,10 +25,9 @@ from snaploader.errors import (
     Unauthenticated,
 )
 from snaploader.remote import RemoteCache, RequestMetadata, RetryPolicy, TLSConfig
+from snaploader.remote.auth import REQUEST_METADATA_HEADER, CredentialHelper, Netrc
 from snaploader.remote.channel import tls_failure
-from snaploader.remote.credentials import CredentialHelper, Netrc
-from snaploader.remote.endpoint import parse_endpoint
-from snaploader.remote.metadata import REQUEST_METADATA_HEADER
+from snaploader.remote.config import parse_endpoint
 from snaploader.testing import ServerTLS
 
 ONE_TRY = RetryPolicy(attempts=1)
@@ -365,9 +364,9 @@ def warnings_of(
     url: str, make_remote: MakeRemote, caplog: pytest.LogCaptureFixture, **arguments: object
 ) -> list[str]:
     caplog.clear()
-    session = make_remote(url, **arguments)._open()
-    session._headers()
-    session._headers()  # as two calls would
+    connection = make_remote(url, **arguments)._ensure_connection()
+    connection._headers()
+    connection._headers()  # as two calls would
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 

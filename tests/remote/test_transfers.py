@@ -413,9 +413,9 @@ def test_in_flight_bytes_are_bounded(make_server: MakeServer, make_remote: MakeR
 
     def sink(_digest: Digest, _data: bytes) -> None:
         nonlocal most
-        session = remote._session
-        assert session is not None
-        most = max(most, session.budget.used_bytes)
+        connection = remote._connection
+        assert connection is not None
+        most = max(most, connection.budget.used_bytes)
 
     remote.read_many(blobs, sink)
     assert 50 * KIB < most <= 300 * KIB

@@ -1,10 +1,20 @@
-"""`Catalog`: the database of workspaces."""
+"""`Catalog`: the database of workspaces, and what keeps it whole when the process forks.
+
+SQLite notes the locks of its files per process, in memory that a child inherits although it does not
+inherit the locks. A child that opens a file which its parent had open at that moment works without them, and
+what it commits can be lost ("How To Corrupt An SQLite Database File", section 2.6). So there must be no
+connection at all when a fork is made: a fork waits for the blocks that are open in other threads, and all
+idle connections are closed before it. Connections to PostgreSQL stay, and the child leaves them alone.
+
+Programs that are started with `subprocess` are no matter: no code of this process runs in their child.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Self
@@ -14,16 +24,18 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from snaploader.errors import DeadlineExceeded, FailedPrecondition
 from snaploader.workspace.catalog import engines
-from snaploader.workspace.catalog.address import POSTGRESQL, SQLITE, parse_address, shown
-from snaploader.workspace.catalog.advisory import advisory_lock
 from snaploader.workspace.catalog.faults import translate_database_errors
-from snaploader.workspace.catalog.forks import OpenBlocks, fork_gate
 from snaploader.workspace.catalog.migrate import upgrade
 from snaploader.workspace.catalog.reader import Reader
 from snaploader.workspace.catalog.transaction import Transaction
 
 _CLOSE_TIMEOUT_S = 30.0
 """How long `close` waits for transactions of other threads."""
+_FORK_TIMEOUT_S = 30.0
+"""How long a fork waits for open blocks. Nothing holds a database for longer without being wrong."""
+
+_abandoned: list[Engine] = []
+"""Engines of the parent process, whose connections must be neither used nor closed here."""
 
 
 class Catalog:
@@ -38,13 +50,13 @@ class Catalog:
     """
 
     def __init__(self, url: URL) -> None:
-        self.url = shown(url)
+        self.url = engines.shown(url)
         self.dialect = url.get_backend_name()
         self._address = url
         self._where = f"catalog {self.url}"
         self._is_closed = False
         self._connect_anew()
-        fork_gate.add(self)
+        _fork_guard.add(self)
 
     @classmethod
     def open(cls, address: str | os.PathLike[str]) -> Self:
@@ -61,7 +73,7 @@ class Catalog:
             DataLoss: the file is no database, or damaged.
             And what `transaction` raises.
         """
-        catalog = cls(parse_address(address))
+        catalog = cls(engines.parse_address(address))
         try:
             with translate_database_errors(catalog._where):
                 engines.prepare_database(catalog._engine)
@@ -125,7 +137,9 @@ class Catalog:
         """
         if self._locks is None:
             return contextlib.nullcontext(True)
-        return advisory_lock(self._locks, workspace_id, self._where, wait_s=wait_s, cancelled=cancelled)
+        return engines.advisory_lock(
+            self._locks, workspace_id, self._where, wait_s=wait_s, cancelled=cancelled
+        )
 
     def close(self) -> None:
         """Close all connections, once the transactions of other threads have ended. Idempotent."""
@@ -143,7 +157,7 @@ class Catalog:
 
     def close_idle_connections(self) -> None:
         """Called before the process forks."""
-        if self.dialect == SQLITE:
+        if self.dialect == engines.SQLITE:
             self._engine.dispose()
 
     def forget_connections(self) -> None:
@@ -154,15 +168,15 @@ class Catalog:
     def _connect_anew(self) -> None:
         """Begin with no connection, no lock held and no block open: at first, and in the child of a fork."""
         self._engine = engines.make_engine(self._address)
-        self._locks = engines.make_lock_engine(self._address) if self.dialect == POSTGRESQL else None
+        self._locks = engines.make_lock_engine(self._address) if self.dialect == engines.POSTGRESQL else None
         self._writer = threading.Lock()
-        self._blocks = OpenBlocks()
+        self._blocks = _OpenBlocks()
         self._writing = threading.local()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """A block that forks and `close` wait for."""
-        with fork_gate.passed(), self._blocks.one():
+        with _fork_guard.passed(), self._blocks.one():
             if self._is_closed:
                 raise FailedPrecondition(f"{self._where} is closed")
             yield
@@ -172,7 +186,7 @@ class Catalog:
         """One transaction a thread; with SQLite one in this process, so that they queue up fairly."""
         if getattr(self._writing, "now", False):
             raise FailedPrecondition(f"{self._where}: this thread has a transaction already: use that one")
-        queue = self._writer if self.dialect == SQLITE else None
+        queue = self._writer if self.dialect == engines.SQLITE else None
         if queue is not None and not queue.acquire(timeout=engines.BUSY_TIMEOUT_S):
             raise DeadlineExceeded(
                 f"{self._where} was held by others for {engines.BUSY_TIMEOUT_S:.0f} s: try again"
@@ -214,5 +228,94 @@ def _give_back(connection: Connection, *, is_wanted: bool) -> None:
         connection.close()
 
 
-_abandoned: list[Engine] = []
-"""Engines of the parent process, whose connections must be neither used nor closed here."""
+class _OpenBlocks:
+    """Counts blocks that are open, each thread's own too."""
+
+    def __init__(self, own: int = 0) -> None:
+        self._changed = threading.Condition()
+        self._own = threading.local()
+        self._own.count = own
+        self._count = own
+        self._is_forking = False
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A block. It waits for a fork that another thread makes, unless it lies within another block."""
+        own = self.own
+        with self._changed:
+            if own == 0:
+                self._changed.wait_for(lambda: not self._is_forking)
+            self._count += 1
+        self._own.count = own + 1
+        try:
+            yield
+        finally:
+            self._own.count = own
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
+
+    @property
+    def own(self) -> int:
+        """How many this thread has open."""
+        count: int = getattr(self._own, "count", 0)
+        return count
+
+    def wait_for_none(self, timeout_s: float) -> None:
+        """Wait until no other thread has a block open."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._count <= self.own, timeout_s)
+
+    def begin_fork(self) -> None:
+        """Let no other thread open a block."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_forking)
+            self._is_forking = True
+
+    def end_fork(self) -> None:
+        """Let blocks be opened again."""
+        with self._changed:
+            self._is_forking = False
+            self._changed.notify_all()
+
+
+class _ForkGuard:
+    """Keeps forks and blocks that use connections apart, in one process."""
+
+    def __init__(self) -> None:
+        self._catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
+        self._blocks = _OpenBlocks()
+
+    def add(self, catalog: Catalog) -> None:
+        """Tell `catalog` of forks for as long as it lives."""
+        self._catalogs.add(catalog)
+
+    def passed(self) -> AbstractContextManager[None]:
+        """A block during which other threads do not fork."""
+        return self._blocks.one()
+
+    def before_fork(self) -> None:
+        """Wait for open blocks, keep new ones from being opened, and close idle connections."""
+        self._blocks.begin_fork()
+        self._blocks.wait_for_none(_FORK_TIMEOUT_S)
+        for catalog in list(self._catalogs):
+            catalog.close_idle_connections()
+
+    def after_fork_in_parent(self) -> None:
+        """Let blocks be opened again."""
+        self._blocks.end_fork()
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew, with the blocks of the one thread that is left."""
+        self._blocks = _OpenBlocks(self._blocks.own)
+        for catalog in list(self._catalogs):
+            catalog.forget_connections()
+
+
+_fork_guard = _ForkGuard()
+
+os.register_at_fork(
+    before=_fork_guard.before_fork,
+    after_in_parent=_fork_guard.after_fork_in_parent,
+    after_in_child=_fork_guard.after_fork_in_child,
+)

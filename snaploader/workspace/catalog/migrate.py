@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace.catalog import engines
-from snaploader.workspace.catalog.address import POSTGRESQL, shown
+from snaploader.workspace.catalog.engines import POSTGRESQL, shown
 
 HEAD = "0003"
 """Revision of the schema that this library reads and writes."""
@@ -30,7 +30,7 @@ def upgrade(engine: Engine, *, migrations: str = MIGRATIONS, head: str = HEAD) -
         FailedPrecondition: the schema is of a newer library, or the tables are another program's.
     """
     with engine.connect() as connection:
-        if _revision(connection) == head:
+        if engines.when_free(lambda: _revision(connection)) == head:
             return
     with engines.writing(engine) as connection, connection.begin():
         if engine.dialect.name == POSTGRESQL:

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Executable, Row, Select, select
+from sqlalchemy import Connection, CursorResult, Executable, Row, Select, select
 
 from snaploader.errors import NotFound
-from snaploader.workspace.catalog import rows, tables
+from snaploader.workspace.catalog import tables
+from snaploader.workspace.catalog.engines import when_free
 from snaploader.workspace.catalog.faults import translate_database_errors
 from snaploader.workspace.model import (
     MAX_VERSION,
@@ -69,7 +70,7 @@ class Reader:
         row = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
         if row is None:
             raise NotFound(f"there is no workspace {workspace_id!r}")
-        return rows.workspace_of(row)
+        return tables.workspace_of(row)
 
     def workspaces(
         self,
@@ -101,13 +102,13 @@ class Reader:
             query = query.where(table.c.state != WorkspaceState.DELETED)
         if owner is not None:
             query = query.where(table.c.owner == owner if owner else table.c.owner.is_(None))
-        return [rows.workspace_of(row) for row in self._all(query)]
+        return [tables.workspace_of(row) for row in self._all(query)]
 
     def workspaces_with_operation(self, host: str) -> list[Workspace]:
         """Workspaces on which an operation of that host is under way, by id."""
         table = tables.workspaces
         query = select(table).where(table.c.operation_host == host).order_by(table.c.id)
-        return [rows.workspace_of(row) for row in self._all(query)]
+        return [tables.workspace_of(row) for row in self._all(query)]
 
     def due(self, tick: datetime, *, host: str, limit: int | None = None) -> list[DueWorkspace]:
         """Workspaces of `host` for which `decide` may say something at `tick`; the longest due first.
@@ -137,7 +138,7 @@ class Reader:
         row = self._first(select(tables.snapshots).where(column == name))
         if row is None:
             raise NotFound(f"there is no snapshot {name!r} in the catalog")
-        return rows.snapshot_of(row)
+        return tables.snapshot_of(row)
 
     def snapshots(
         self, workspace_id: str, *, statuses: Collection[SnapshotStatus] = (SnapshotStatus.COMPLETE,)
@@ -149,7 +150,7 @@ class Reader:
             .where(table.c.workspace_id == workspace_id, table.c.status.in_(statuses))
             .order_by(table.c.created_at, table.c.name)
         )
-        return [rows.snapshot_of(row) for row in self._all(query)]
+        return [tables.snapshot_of(row) for row in self._all(query)]
 
     def unfinished_snapshots(self, host: str) -> list[SnapshotRecord]:
         """Snapshots of a host's workspaces that are pending, orphaned or on their way out, oldest first."""
@@ -160,7 +161,7 @@ class Reader:
             .where(table.c.status.in_(_UNFINISHED), tables.workspaces.c.host == host)
             .order_by(table.c.created_at, table.c.name)
         )
-        return [rows.snapshot_of(row) for row in self._all(query)]
+        return [tables.snapshot_of(row) for row in self._all(query)]
 
     def version(self, workspace_id: str, number: int) -> Version:
         """The version of that number. NotFound when the workspace has none of it."""
@@ -170,12 +171,12 @@ class Reader:
         row = self._first(query) if is_possible else None
         if row is None:
             raise NotFound(f"workspace {workspace_id!r} has no version {number}")
-        return rows.version_of(row)
+        return tables.version_of(row, row.runtime_name, row.source)
 
     def versions(self, workspace_id: str) -> list[Version]:
         """Versions of a workspace, by number."""
         query = _versions_of(workspace_id).order_by(tables.versions.c.number)
-        return [rows.version_of(row) for row in self._all(query)]
+        return [tables.version_of(row, row.runtime_name, row.source) for row in self._all(query)]
 
     # Events and runs
 
@@ -204,17 +205,17 @@ class Reader:
             query = query.where(table.c.workspace_id == workspace_id)
         if types:
             query = query.where(table.c.type.in_(types))
-        found = [rows.event_of(row) for row in self._all(query)]
+        found = [tables.event_of(row) for row in self._all(query)]
         return found[::-1] if newest else found
 
     def latest_run(self, workspace_id: str) -> Run | None:
         """The run of a workspace that began last; None: it has none."""
         row = self._first(_runs_of(workspace_id).order_by(tables.runs.c.id.desc()).limit(1))
-        return None if row is None else rows.run_of(row)
+        return None if row is None else tables.run_of(row)
 
     def runs(self, workspace_id: str) -> list[Run]:
         """Runs of a workspace, oldest first."""
-        return [rows.run_of(row) for row in self._all(_runs_of(workspace_id).order_by(tables.runs.c.id))]
+        return [tables.run_of(row) for row in self._all(_runs_of(workspace_id).order_by(tables.runs.c.id))]
 
     # Policies and owners
 
@@ -246,11 +247,15 @@ class Reader:
 
     def _all(self, query: Executable) -> Sequence[Row[Any]]:
         with self._guarded():
-            return self._connection.execute(query).all()
+            return self._execute(query).all()
 
     def _first(self, query: Executable) -> Row[Any] | None:
         with self._guarded():
-            return self._connection.execute(query).first()
+            return self._execute(query).first()
+
+    def _execute(self, query: Executable) -> CursorResult[Any]:
+        # An SQLite database that is being recovered keeps readers waiting too.
+        return when_free(lambda: self._connection.execute(query))
 
     def _guarded(self) -> AbstractContextManager[None]:
         return translate_database_errors(self._where)

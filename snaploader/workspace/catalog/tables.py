@@ -1,34 +1,196 @@
-"""The tables of the catalog, as the newest migration leaves them. docs/formats/catalog.md describes them."""
+"""The tables of the catalog as the newest migration leaves them, and what their columns and rows mean.
+
+Types of columns make values the same on every database, and check them on the way in; functions turn rows
+into the values of `snaploader.workspace.model` and back. docs/formats/catalog.md describes the tables.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
     Column,
+    Dialect,
     ForeignKey,
     Index,
     Integer,
     MetaData,
+    Row,
     Table,
+    Text,
+    TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy.types import TypeEngine
 
-from snaploader.workspace.catalog.columns import Choice, Document, Moment, OptionalWord, Prose, Word
+from snaploader.errors import InvalidArgument
 from snaploader.workspace.model import (
+    Event,
+    Operation,
     OperationKind,
     OwnerStatus,
+    Readiness,
+    Run,
     RunStatus,
     RunTransition,
     Scope,
     SnapshotKind,
+    SnapshotRecord,
     SnapshotSource,
     SnapshotStatus,
+    Version,
+    Volume,
+    Workspace,
+    WorkspaceSpec,
     WorkspaceState,
 )
+
+MAX_WORD_LENGTH = 255
+"""Longest name, id or key, in characters; databases limit what an index takes."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+E = TypeVar("E", bound=StrEnum)
+
+
+class Moment(TypeDecorator[datetime]):
+    """A time as whole microseconds since 1970 in UTC: sorts, compares and rounds alike everywhere."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Microseconds. InvalidArgument for a time without a zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise InvalidArgument(f"time {value} has no time zone: use aware ones")
+        return (value - _EPOCH) // _MICROSECOND
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """An aware time in UTC."""
+        return None if value is None else _EPOCH + value * _MICROSECOND
+
+
+class Prose(TypeDecorator[str]):
+    """Any text that every database can hold."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """The text. InvalidArgument for one with a zero byte or half a surrogate pair."""
+        if value is None:
+            return None
+        _check_text(value)
+        return value
+
+
+class Word(TypeDecorator[str]):
+    """A name, id or key of at most 255 characters. Sorts by code points, whatever a database's language."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Text; PostgreSQL sorts it as people of the database's language do, unless told otherwise."""
+        return Text(collation="C") if dialect.name == "postgresql" else Text()
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """The text. InvalidArgument as for `Prose`, and when it is too long."""
+        if value is None:
+            return None
+        _check_text(value)
+        if len(value) > MAX_WORD_LENGTH:
+            raise InvalidArgument(
+                f"{value[:40]!r}… has {len(value)} characters: a name may have no more than {MAX_WORD_LENGTH}"
+            )
+        return value
+
+
+class OptionalWord(Word):
+    """A `Word` whose absence is NULL in the database and empty text outside, so that keys can refer to it."""
+
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """None for empty text."""
+        return super().process_bind_param(value or None, dialect)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str:
+        """Empty text for NULL."""
+        return value or ""
+
+
+class Choice(TypeDecorator[E], Generic[E]):
+    """One value of an enumeration, as its text."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, enumeration: type[E]) -> None:
+        super().__init__()
+        self.enumeration = enumeration
+
+    def process_bind_param(self, value: E | None, dialect: Dialect) -> str | None:
+        """Its text. InvalidArgument when it is none of the enumeration."""
+        if value is None:
+            return None
+        try:
+            return self.enumeration(value).value
+        except ValueError:
+            raise InvalidArgument(f"{value!r} is no {self.enumeration.__name__}") from None
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> E | None:
+        """The value of that text."""
+        return None if value is None else self.enumeration(value)
+
+
+class Document(TypeDecorator[Mapping[str, Any]]):
+    """A JSON object, in ASCII: what is escaped can be any text, also what no database holds otherwise."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Mapping[str, Any] | None, dialect: Dialect) -> str | None:
+        """JSON. InvalidArgument for what JSON does not know."""
+        if value is None:
+            return None
+        try:
+            return json.dumps(dict(value), separators=(",", ":"), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"this cannot be written as JSON: {error}") from error
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Mapping[str, Any] | None:
+        """The object as a dict."""
+        return None if value is None else json.loads(value)
+
+
+def check_value(column: Column[Any], value: Any, dialect: Dialect) -> None:
+    """Raise what writing the value to that column would: InvalidArgument, or TypeError."""
+    if isinstance(column.type, TypeDecorator):
+        column.type.process_bind_param(value, dialect)
+
+
+def _check_text(value: str) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"text is wanted, not {type(value).__name__}")
+    if "\0" in value:
+        raise InvalidArgument(f"text {value[:40]!r} has a zero byte, which no database holds")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"text {value[:40]!r} is no Unicode") from None
+
 
 metadata = MetaData(
     naming_convention={
@@ -193,3 +355,122 @@ runs = Table(
     Index(None, "workspace_id", "id"),
     sqlite_autoincrement=True,
 )
+
+
+_SAME_IN_WORKSPACE = (
+    "host",
+    "state",
+    "owner",
+    "base",
+    "policy",
+    "autostart_schedule",
+    "slot",
+    "current_snapshot",
+    "base_snapshot",
+    "last_version",
+    "created_at",
+    "last_used_at",
+    "paused_at",
+    "dormant_at",
+    "deleting_at",
+)
+_SNAPSHOT = tuple(SnapshotRecord.__dataclass_fields__)
+_RUN = tuple(Run.__dataclass_fields__)
+
+
+def workspace_values(workspace: Workspace) -> dict[str, Any]:
+    """Columns of a workspace; `due_at` is not part of it."""
+    values = {name: getattr(workspace, name) for name in _SAME_IN_WORKSPACE}
+    return {
+        "id": workspace.id,
+        "spec": spec_document(workspace.spec),
+        **values,
+        **operation_values(workspace.operation),
+    }
+
+
+def workspace_of(row: Row[Any]) -> Workspace:
+    """The workspace of a row."""
+    fields: Mapping[str, Any] = row._asdict()
+    values = {name: fields[name] for name in _SAME_IN_WORKSPACE}
+    return Workspace(spec=spec_of(fields["id"], fields["spec"]), operation=_operation_of(fields), **values)
+
+
+def operation_values(operation: Operation | None) -> dict[str, Any]:
+    """Columns of what is under way on a workspace; all None for nothing."""
+    return {
+        "operation_kind": operation and operation.kind,
+        "operation_token": operation and operation.token,
+        "operation_host": operation and operation.host,
+        "operation_started_at": operation and operation.started_at,
+        "operation_snapshot": operation and operation.snapshot_name,
+        "operation_version": operation and operation.version,
+    }
+
+
+def _operation_of(fields: Mapping[str, Any]) -> Operation | None:
+    if fields["operation_kind"] is None:
+        return None
+    return Operation(
+        kind=fields["operation_kind"],
+        token=fields["operation_token"],
+        host=fields["operation_host"],
+        started_at=fields["operation_started_at"],
+        snapshot_name=fields["operation_snapshot"] or "",
+        version=fields["operation_version"],
+    )
+
+
+def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:
+    """A spec as plain values; its id is kept beside it."""
+    return {
+        "command": list(spec.command),
+        "environment": dict(spec.environment),
+        "volumes": [asdict(volume) for volume in spec.volumes],
+        "readiness": asdict(spec.readiness),
+    }
+
+
+def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
+    """The spec of what `spec_document` made."""
+    return WorkspaceSpec(
+        workspace_id=workspace_id,
+        command=tuple(document["command"]),
+        environment=document["environment"],
+        volumes=tuple(Volume(**volume) for volume in document["volumes"]),
+        readiness=Readiness(**document["readiness"]),
+    )
+
+
+def snapshot_values(record: SnapshotRecord) -> dict[str, Any]:
+    """Columns of a snapshot."""
+    return {name: getattr(record, name) for name in _SNAPSHOT}
+
+
+def snapshot_of(row: Row[Any]) -> SnapshotRecord:
+    """The snapshot of a row."""
+    return SnapshotRecord(**{name: row._mapping[name] for name in _SNAPSHOT})
+
+
+def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Version:
+    """The version of a row, whose snapshot has this runtime name and source."""
+    return Version(
+        id=row.id,
+        workspace_id=row.workspace_id,
+        number=row.number,
+        snapshot_name=row.snapshot_name,
+        runtime_name=runtime_name,
+        display_name=row.display_name or f"Version {row.number}",
+        source=source,
+        created_at=row.created_at,
+    )
+
+
+def event_of(row: Row[Any]) -> Event:
+    """The event of a row."""
+    return Event(row.id, row.workspace_id, row.type, row.payload, row.created_at)
+
+
+def run_of(row: Row[Any], prefix: str = "") -> Run:
+    """The run of a row, or of a joined row in which its columns have a prefix."""
+    return Run(**{name: row._mapping[prefix + name] for name in _RUN})

@@ -2,15 +2,609 @@
 
 from __future__ import annotations
 
-from snaploader.workspace.catalog.history_changes import HistoryWriter
-from snaploader.workspace.catalog.policy_changes import PolicyWriter
-from snaploader.workspace.catalog.workspace_changes import WorkspaceWriter
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, TypedDict, Unpack
+
+from sqlalchemy import (
+    Connection,
+    CursorResult,
+    Executable,
+    Row,
+    Table,
+    bindparam,
+    delete,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from snaploader.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SnaploaderError,
+)
+from snaploader.workspace.catalog import tables
+from snaploader.workspace.catalog.due import renewed_deletion, settle_due
+from snaploader.workspace.catalog.engines import POSTGRESQL
+from snaploader.workspace.catalog.reader import Reader
+from snaploader.workspace.decide import Ticks
+from snaploader.workspace.model import (
+    MAX_VERSION,
+    Event,
+    Operation,
+    OwnerStatus,
+    Run,
+    RunStatus,
+    RunTransition,
+    SnapshotRecord,
+    SnapshotStatus,
+    Version,
+    Workspace,
+    WorkspaceState,
+)
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+
+_EVENT_LOCK = 0x536E61705F657674
+"""Key of the advisory lock that orders events on PostgreSQL: "Snap_evt"."""
+_DORMANCY = {"dormant_at", "deleting_at"}
 
 
-class Transaction(WorkspaceWriter, HistoryWriter, PolicyWriter):
+class WorkspaceChanges(TypedDict, total=False):
+    """What of a workspace can change; meanings as in `Workspace`."""
+
+    host: str
+    state: WorkspaceState
+    owner: str
+    base: str
+    policy: str
+    autostart_schedule: str
+    slot: int | None
+    current_snapshot: str
+    base_snapshot: str
+    last_used_at: datetime
+    paused_at: datetime | None
+    dormant_at: datetime | None
+    deleting_at: datetime | None
+
+
+class Transaction(Reader):
     """Changes to the catalog. Made by `Catalog.transaction`; for one thread, inside its block.
 
     It reads what it wrote. Before it changes anything of a workspace, it locks that workspace's row, so what
     it read of it under the lock holds until the end. Every method may raise what `Catalog.transaction` names.
     When the database refuses a change, the whole block fails, also if the error is caught within it.
     """
+
+    def __init__(self, connection: Connection, where: str) -> None:
+        super().__init__(connection, where)
+        self._is_postgresql = connection.dialect.name == POSTGRESQL
+        self._locked: dict[str, Workspace] = {}
+        """Workspaces whose rows are locked, as they are now: nobody else changes them."""
+        self._unwritten: dict[str, dict[str, Any]] = {}
+        """Changed columns of theirs that are not in the database yet; they are before anything is read."""
+        self._touched: set[str] = set()
+        """Workspaces that may be due at another time now; in the next two, policies and owners whose are."""
+        self._touched_policies: set[str] = set()
+        self._touched_owners: set[str] = set()
+        self._refusal: SnaploaderError | None = None
+
+    # Workspaces
+
+    def lock_workspace(self, workspace_id: str) -> Workspace:
+        """The workspace, which nobody else changes until the end of the block. NotFound as `workspace`."""
+        if workspace_id in self._locked:
+            return self._locked[workspace_id]
+        table = tables.workspaces
+        row = self._first(select(table).where(table.c.id == workspace_id).with_for_update())
+        if row is None:
+            raise NotFound(f"there is no workspace {workspace_id!r}")
+        self._locked[workspace_id] = tables.workspace_of(row)
+        return self._locked[workspace_id]
+
+    def add_workspace(self, workspace: Workspace) -> None:
+        """Add a workspace, with all that it says of itself.
+
+        Raises:
+            FailedPrecondition: its id was used before, or its slot on its host is another's.
+            NotFound: there is no such policy.
+        """
+        known = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace.id))
+        if known is not None:
+            raise self._used_before(tables.workspace_of(known))
+        self._use_policy(workspace.policy)
+        self._use_owner(workspace.owner)
+        self._check_slot(workspace)
+        self._run(insert(tables.workspaces), tables.workspace_values(workspace))
+        self._locked[workspace.id] = workspace
+        self._touched.add(workspace.id)
+
+    def update_workspace(
+        self, workspace_id: str, *, now: datetime | None = None, **changes: Unpack[WorkspaceChanges]
+    ) -> Workspace:
+        """Change a workspace; what it is then.
+
+        The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy sets
+        anew when a dormant one is to be deleted, as `deletion_time` says.
+
+        Args:
+            now: From when on another policy holds. Default: by the clock of this host.
+
+        Raises:
+            NotFound: there is no such workspace or policy.
+            FailedPrecondition: the slot is another's, or a deleted one is to live again.
+            TypeError: no such field, or one that never changes.
+        """
+        unknown = changes.keys() - WorkspaceChanges.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{min(unknown)!r} of a workspace cannot be changed")
+        if "policy" in changes:
+            self._use_policy(changes["policy"])
+        if "owner" in changes:
+            self._use_owner(changes["owner"])
+        before = self.lock_workspace(workspace_id)
+        if changes.get("policy", before.policy) != before.policy and not _DORMANCY & changes.keys():
+            policies = self.policy(before.policy), self.policy(changes["policy"])
+            changes["deleting_at"] = renewed_deletion(before, *policies, now)
+        after = dataclasses.replace(before, **changes)
+        if before.state is WorkspaceState.DELETED and after.state is not before.state:
+            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted, which is for ever")
+        if not changes:
+            return after
+        if after.slot is not None and (after.host, after.slot) != (before.host, before.slot):
+            self._check_slot(after)
+        if after.state is not before.state and after.state is WorkspaceState.DELETED:
+            self._drop_history(workspace_id)
+        self._touched.add(workspace_id)
+        return self._change(after, changes)
+
+    def forget_workspace(self, workspace_id: str) -> None:
+        """Forget a workspace and all that belongs to it, its events too, as if there had never been one.
+
+        For a creation that failed; a deleted workspace keeps its row and its events. NotFound as `workspace`.
+        """
+        self.lock_workspace(workspace_id)
+        for table in (tables.versions, tables.snapshots, tables.runs, tables.events):
+            self._run(delete(table).where(table.c.workspace_id == workspace_id))
+        self._run(delete(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
+        self._locked.pop(workspace_id, None)
+        self._unwritten.pop(workspace_id, None)
+        self._touched.discard(workspace_id)
+
+    def begin_operation(self, workspace_id: str, operation: Operation) -> Workspace:
+        """Record what is under way on a workspace.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: it was deleted, or something is under way already.
+        """
+        workspace = self._alive(workspace_id)
+        under_way = workspace.operation
+        if under_way is not None:
+            raise FailedPrecondition(
+                f"workspace {workspace_id!r}: a {under_way.kind} is under way on {under_way.host!r} "
+                f"since {under_way.started_at:%Y-%m-%d %H:%M:%S} UTC: wait for it, or run recovery there"
+            )
+        after = dataclasses.replace(workspace, operation=operation)
+        return self._change(after, tables.operation_values(operation))
+
+    def end_operation(self, workspace_id: str, token: str, *, used_at: datetime | None = None) -> Workspace:
+        """Record that an operation is no longer under way.
+
+        Args:
+            used_at: When it has used the workspace, which also ends its dormancy; None: it has not.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: the operation of that token is not under way: somebody else ended it.
+        """
+        workspace = self.lock_workspace(workspace_id)
+        if workspace.operation is None or workspace.operation.token != token:
+            raise FailedPrecondition(
+                f"workspace {workspace_id!r}: the operation was ended by somebody else, so its lock was lost"
+            )
+        used: WorkspaceChanges = {}
+        if used_at is not None:
+            used = {"last_used_at": used_at, "dormant_at": None, "deleting_at": None}
+            self._touched.add(workspace_id)
+        after = dataclasses.replace(workspace, operation=None, **used)
+        return self._change(after, {**tables.operation_values(None), **used})
+
+    # Snapshots and versions, events and runs
+
+    def put_snapshot(self, record: SnapshotRecord) -> None:
+        """Add a snapshot, or replace what is known of it.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: its name is another workspace's, or its runtime name another snapshot's.
+        """
+        self.lock_workspace(record.workspace_id)
+        if not self._upsert(
+            tables.snapshots, tables.snapshot_values(record), key="name", same="workspace_id"
+        ):
+            owner = self.snapshot(record.name).workspace_id
+            raise FailedPrecondition(f"snapshot {record.name!r} belongs to workspace {owner!r}")
+
+    def set_snapshot_status(self, name: str, status: SnapshotStatus) -> None:
+        """Change how far a snapshot has come. NotFound when there is none of that name."""
+        self.lock_workspace(self.snapshot(name).workspace_id)
+        table = tables.snapshots
+        self._run(update(table).where(table.c.name == name), {"status": status})
+
+    def remove_snapshot(self, name: str) -> None:
+        """Forget a snapshot, and the version that it is; its number is not used again. Idempotent."""
+        try:
+            self.lock_workspace(self.snapshot(name).workspace_id)
+        except NotFound:
+            return
+        self._run(delete(tables.snapshots).where(tables.snapshots.c.name == name))
+
+    def add_version(
+        self, workspace_id: str, snapshot_name: str, created_at: datetime, display_name: str = ""
+    ) -> Version:
+        """Give a snapshot the next number of its workspace. Two transactions never get one number.
+
+        Raises:
+            NotFound: there is no such workspace or snapshot.
+            FailedPrecondition: the snapshot is another workspace's, not complete, or a version already.
+            ResourceExhausted: the last number was given.
+        """
+        workspace = self._alive(workspace_id)
+        number = workspace.last_version + 1
+        if number > MAX_VERSION:
+            raise ResourceExhausted(f"workspace {workspace_id!r} has had {MAX_VERSION} versions: fork it")
+        record = self.snapshot(snapshot_name)
+        if record.workspace_id != workspace_id or record.status is not SnapshotStatus.COMPLETE:
+            raise FailedPrecondition(
+                f"snapshot {snapshot_name!r} of workspace {record.workspace_id!r} is {record.status}: only a "
+                f"complete one of workspace {workspace_id!r} can be its version"
+            )
+        values = {
+            "workspace_id": workspace_id,
+            "number": number,
+            "snapshot_name": snapshot_name,
+            "display_name": display_name,
+            "created_at": created_at,
+        }
+        statement = self._insert(tables.versions).on_conflict_do_nothing(index_elements=["snapshot_name"])
+        with self._guarded():
+            row = self._connection.execute(statement.returning(tables.versions), values).first()
+        if row is None:
+            raise FailedPrecondition(f"snapshot {snapshot_name!r} is a version already")
+        self._change(dataclasses.replace(workspace, last_version=number), {"last_version": number})
+        return tables.version_of(row, record.runtime_name, record.source)
+
+    def reserve_versions(self, workspace_id: str, last: int) -> None:
+        """Never give the numbers up to `last`: they were given before this catalog knew of the workspace.
+
+        Raises:
+            NotFound: there is no such workspace.
+        """
+        workspace = self._alive(workspace_id)
+        if last > workspace.last_version:
+            self._change(dataclasses.replace(workspace, last_version=last), {"last_version": last})
+
+    def add_event(
+        self, workspace_id: str, event_type: str, payload: Mapping[str, Any], created_at: datetime
+    ) -> Event:
+        """Record that something happened to a workspace, a deleted one too.
+
+        Ids rise in the order in which events become visible, so writers of events follow one another.
+
+        Raises:
+            NotFound: there is no such workspace.
+            InvalidArgument: the payload is no JSON.
+        """
+        self.lock_workspace(workspace_id)
+        if self._is_postgresql:
+            self._run(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _EVENT_LOCK})
+        values = {
+            "workspace_id": workspace_id,
+            "type": event_type,
+            "payload": payload,
+            "created_at": created_at,
+        }
+        return tables.event_of(self._inserted(tables.events, values))
+
+    def add_run(
+        self,
+        workspace_id: str,
+        transition: RunTransition,
+        created_at: datetime,
+        reason: str,
+        deadline: datetime | None = None,
+    ) -> Run:
+        """Record that a start, stop or delete of a workspace begins. NotFound as `workspace`."""
+        self.lock_workspace(workspace_id)
+        values = {
+            "workspace_id": workspace_id,
+            "transition": transition,
+            "status": RunStatus.RUNNING,
+            "created_at": created_at,
+            "deadline": deadline,
+            "reason": reason,
+            "error": "",
+        }
+        self._touched.add(workspace_id)
+        return tables.run_of(self._inserted(tables.runs, values))
+
+    def finish_run(self, run_id: int, status: RunStatus, completed_at: datetime, error: str = "") -> Run:
+        """Record how a run ended.
+
+        Raises:
+            NotFound: there is no such run.
+            InvalidArgument: `status` is no end.
+            FailedPrecondition: it has ended before.
+        """
+        if status is RunStatus.RUNNING:
+            raise InvalidArgument("a run ends as succeeded or failed")
+        table = tables.runs
+        row = self._first(select(table.c.workspace_id).where(table.c.id == run_id))
+        if row is None:
+            raise NotFound(f"there is no run {run_id}")
+        self.lock_workspace(row.workspace_id)
+        changes = {"status": status, "completed_at": completed_at, "error": error}
+        running = update(table).where(table.c.id == run_id, table.c.status == RunStatus.RUNNING)
+        with self._guarded():
+            ended = self._connection.execute(running.values(changes).returning(table)).first()
+        if ended is None:
+            raise FailedPrecondition(f"run {run_id} of workspace {row.workspace_id!r} has ended before")
+        self._touched.add(row.workspace_id)
+        return tables.run_of(ended)
+
+    # Policies, owners and hosts
+
+    def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
+        """Add a policy, or replace the one of its name, for all workspaces that follow it.
+
+        When those that are dormant are to be deleted is set anew, as `deletion_time` says.
+
+        Args:
+            now: From when on it holds. Default: by the clock of this host.
+
+        Raises:
+            InvalidArgument: a duration is too long to be kept.
+        """
+        settings = policy.to_mapping()
+        if Policy.from_mapping(policy.name, settings) != policy:
+            raise InvalidArgument(f"a duration of policy {policy.name!r} cannot be kept to the microsecond")
+        before = self._first(
+            select(tables.policies).where(tables.policies.c.name == policy.name).with_for_update()
+        )
+        self._upsert(tables.policies, {"name": policy.name, "settings": settings}, key="name")
+        self._touched_policies.add(policy.name)
+        if before is not None:
+            self._renew_deletions(Policy.from_mapping(before.name, before.settings), policy, now)
+
+    def _renew_deletions(self, before: Policy, after: Policy, now: datetime | None) -> None:
+        if before.delete_after_dormant == after.delete_after_dormant:
+            return
+        table = tables.workspaces
+        dormant = (
+            select(table)
+            .where(table.c.policy == after.name, table.c.dormant_at.is_not(None))
+            .where(table.c.state != WorkspaceState.DELETED)
+            .order_by(table.c.id)
+            .with_for_update()
+        )
+        changes = [
+            {"changed": workspace.id, "deleting": renewed_deletion(workspace, before, after, now)}
+            for workspace in map(tables.workspace_of, self._all(dormant))
+        ]
+        if changes:
+            statement = update(table).where(table.c.id == bindparam("changed"))
+            self._run(statement.values(deleting_at=bindparam("deleting")), changes)
+            self._locked.clear()
+
+    def remove_policy(self, name: str) -> None:
+        """Forget a policy. Deleted workspaces that followed it follow the default one then.
+
+        Raises:
+            NotFound: there is no such policy.
+            FailedPrecondition: it is the default, or a workspace follows it.
+        """
+        if name == DEFAULT_POLICY:
+            raise FailedPrecondition(f"policy {name!r} exists always: change it instead")
+        if (
+            self._first(select(tables.policies).where(tables.policies.c.name == name).with_for_update())
+            is None
+        ):
+            raise NotFound(f"there is no policy {name!r}")
+        table = tables.workspaces
+        deleted = table.c.state == WorkspaceState.DELETED
+        follower = self._first(select(table.c.id).where(table.c.policy == name, ~deleted).limit(1))
+        if follower is not None:
+            raise FailedPrecondition(
+                f"policy {name!r} is followed by workspace {follower.id!r}: give its workspaces another first"
+            )
+        self._run(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
+        self._locked.clear()
+        self._run(delete(tables.policies).where(tables.policies.c.name == name))
+
+    def claim_host(
+        self,
+        host: str,
+        state_id: str,
+        state_directory: str,
+        place: Mapping[str, Any] | None = None,
+        *,
+        replace: bool = False,
+    ) -> None:
+        """Say which state directory a host works with.
+
+        Args:
+            state_id: The directory's.
+            state_directory: Its path, for people.
+            place: What tells it from a copy.
+            replace: Also when the host has another one.
+
+        Raises:
+            FailedPrecondition: the host has another one, or this one is another host's.
+        """
+        table = tables.hosts
+        shown = state_directory.encode(errors="backslashreplace").decode().replace("\0", "")
+        owner = self._first(select(table).where(table.c.state_id == state_id, table.c.name != host))
+        if owner is not None:
+            raise FailedPrecondition(
+                f"state directory {state_directory!r} is that of host {owner.name!r}, and this is host "
+                f"{host!r}: use that name for this host"
+            )
+        known = self._first(select(table).where(table.c.name == host).with_for_update())
+        if known is not None and known.state_id != state_id and not replace:
+            raise FailedPrecondition(
+                f"host {host!r} has its workspaces in state directory {known.state_directory!r}, and not in "
+                f"{state_directory!r}: use that one, or another name for this host. If it is lost for good, "
+                "recover with --rebind-state (or recover(rebind_state=True)) to go on without it"
+            )
+        row = {"name": host, "state_id": state_id, "state_directory": shown, "state_place": place}
+        self._upsert(table, row, key="name")
+
+    def note_tick(self, host: str, tick: datetime) -> Ticks:
+        """Write down that the lifecycle of a host has come to `tick`; its two latest ticks."""
+        table = tables.ticks
+        row = self._first(select(table).where(table.c.host == host).with_for_update())
+        before = Ticks(tick) if row is None else Ticks(row.latest_at, row.previous_at)
+        now = before.advanced(tick)
+        if row is None or now != before:
+            values = {"host": host, "latest_at": now.latest, "previous_at": now.previous}
+            self._upsert(table, values, key="host")
+        return now
+
+    def set_owner_status(self, owner: str, status: OwnerStatus) -> None:
+        """Say whether an owner may use workspaces. InvalidArgument for one without a name."""
+        if not owner:
+            raise InvalidArgument("workspaces without an owner cannot be suspended: name the owner")
+        self._upsert(tables.owners, {"name": owner, "status": status}, key="name")
+        self._touched_owners.add(owner)
+
+    # The end
+
+    def settle(self) -> None:
+        """Bring `due_at` of all that was touched up to date. Called by the catalog before it commits.
+
+        Raises:
+            FailedPrecondition: the database refused a change before, and the error was caught in the block.
+        """
+        if self._refusal is not None:
+            raise FailedPrecondition(
+                f"nothing was written, because of an earlier error: {self._refusal.message}"
+            ) from self._refusal
+        self._write_changes()
+        with self._guarded():
+            settle_due(self._connection, self._touched, self._touched_policies, self._touched_owners)
+
+    # What the methods above have in common
+
+    def _change(self, after: Workspace, columns: Mapping[str, Any]) -> Workspace:
+        """Change columns of a locked workspace, which is `after` then."""
+        types = tables.workspaces.c
+        with self._guarded():
+            for name, value in columns.items():
+                tables.check_value(types[name], value, self._connection.dialect)
+        self._unwritten.setdefault(after.id, {}).update(columns)
+        self._locked[after.id] = after
+        return after
+
+    def _write_changes(self) -> None:
+        table = tables.workspaces
+        while self._unwritten:
+            workspace_id, columns = self._unwritten.popitem()
+            self._run(update(table).where(table.c.id == workspace_id), columns)
+
+    def _execute(self, query: Executable) -> CursorResult[Any]:
+        self._write_changes()
+        return super()._execute(query)
+
+    def _drop_history(self, workspace_id: str) -> None:
+        versions, snapshots = tables.versions, tables.snapshots
+        self._run(delete(versions).where(versions.c.workspace_id == workspace_id))
+        self._run(
+            update(snapshots).where(snapshots.c.workspace_id == workspace_id),
+            {"status": SnapshotStatus.DELETING},
+        )
+
+    def _used_before(self, workspace: Workspace) -> FailedPrecondition:
+        used = f"since {workspace.created_at:%Y-%m-%d %H:%M} UTC"
+        if workspace.state is WorkspaceState.DELETED:
+            run = self.latest_run(workspace.id)
+            used += " until it was deleted"
+            if run is not None and run.completed_at is not None:
+                used += f" at {run.completed_at:%Y-%m-%d %H:%M} UTC"
+        return FailedPrecondition(
+            f"workspace id {workspace.id!r} was used before, {used}: ids are never used again, choose another"
+        )
+
+    def _use_policy(self, name: str) -> None:
+        # Shared with others who use it: who changes it waits, and then sees this workspace.
+        policy = select(tables.policies.c.name).where(tables.policies.c.name == name)
+        if self._first(policy.with_for_update(read=True)) is None:
+            raise NotFound(f"there is no policy {name!r}: add it first, or use {DEFAULT_POLICY!r}")
+
+    def _use_owner(self, name: str) -> None:
+        if not name:
+            return
+        known = {"name": name, "status": OwnerStatus.ACTIVE}
+        self._run(self._insert(tables.owners).on_conflict_do_nothing(), known)
+        owner = select(tables.owners.c.name).where(tables.owners.c.name == name)
+        self._only(owner.with_for_update(read=True))
+
+    def _check_slot(self, workspace: Workspace) -> None:
+        if workspace.slot is None:
+            return
+        table = tables.workspaces
+        holder = self._first(
+            select(table.c.id).where(
+                table.c.host == workspace.host, table.c.slot == workspace.slot, table.c.id != workspace.id
+            )
+        )
+        if holder is not None:
+            raise FailedPrecondition(
+                f"slot {workspace.slot} of host {workspace.host!r} is held by workspace {holder.id!r}"
+            )
+
+    def _alive(self, workspace_id: str) -> Workspace:
+        workspace = self.lock_workspace(workspace_id)
+        if workspace.state is WorkspaceState.DELETED:
+            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+        return workspace
+
+    def _insert(self, table: Table) -> Any:
+        return (postgresql if self._is_postgresql else sqlite).insert(table)
+
+    def _upsert(self, table: Table, values: Mapping[str, Any], *, key: str, same: str = "") -> bool:
+        """Add a row, or replace the one of that key; False: there is one with another value of `same`."""
+        statement = self._insert(table)
+        changes = {name: statement.excluded[name] for name in values if name != key}
+        condition = table.c[same] == statement.excluded[same] if same else None
+        upsert = statement.on_conflict_do_update(index_elements=[key], set_=changes, where=condition)
+        with self._guarded():
+            return self._connection.execute(upsert.returning(table.c[key]), values).first() is not None
+
+    def _inserted(self, table: Table, values: Mapping[str, Any]) -> Row[Any]:
+        with self._guarded():
+            return self._connection.execute(insert(table).returning(table), values).one()
+
+    def _only(self, query: Executable) -> Row[Any]:
+        return self._all(query)[0]
+
+    def _run(
+        self, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        with self._guarded():
+            self._connection.execute(statement, values)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            with super()._guarded():
+                yield
+        except SnaploaderError as error:
+            self._refusal = error
+            raise

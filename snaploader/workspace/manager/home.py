@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from snaploader.errors import FailedPrecondition, translate_os_errors
-from snaploader.filecache.flushing import flush_folder
+from snaploader.files import flush_folder
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.catalog.reader import HostState
 from snaploader.workspace.records import write_new

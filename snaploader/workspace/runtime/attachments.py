@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache.locks import ProcessExitStack
+from snaploader.formats.manifest import check_name
 from snaploader.loader import Snapshot, SnapshotLoader
-from snaploader.manifest import check_name
+from snaploader.locks import ProcessExitStack
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX
 from snaploader.workspace.runtime.files import read_file, replace_file
 from snaploader.workspace.runtime.layout import Folder, Layout

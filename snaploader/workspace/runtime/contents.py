@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from snaploader.dirtree import DirectoryTree
 from snaploader.errors import FailedPrecondition, InvalidArgument
+from snaploader.formats.dirtree import DirectoryTree
+from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.loader.place import write_restored_index
-from snaploader.manifest import check_name
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
 from snaploader.workspace.runtime.files import make_beneath
 from snaploader.workspace.runtime.layout import Folder

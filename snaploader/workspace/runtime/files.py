@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from cow import clone_range, data_extents
 from snaploader.errors import InvalidArgument, translate_os_errors
-from snaploader.filecache.content import copy_range
+from snaploader.files import copy_range
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_FDCWD = -100

@@ -18,10 +18,9 @@ from typing import Self
 from cow import COWStore
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache.flushing import flush_file_system, flush_folder
-from snaploader.filecache.locks import ProcessExitStack
-from snaploader.filecache.trash import remove_tree
+from snaploader.files import flush_file_system, flush_folder, remove_tree
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
+from snaploader.locks import ProcessExitStack
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.runtime import contents, files

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snaploader.filecache.locks import lock_new
+from snaploader.locks import lock_new
 
 _MODE = 0o600
 

@@ -10,7 +10,7 @@ import pytest
 
 from snaploader.cli.resources import WorkspaceSettings
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.catalog.address import file_of, parse_address, shown
+from snaploader.workspace.catalog.engines import file_of, parse_address, shown
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sqlalchemy import event, insert, select, text
 
 from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.catalog import Catalog, DueWorkspace, Transaction, tables
-from snaploader.workspace.catalog.rows import workspace_values
+from snaploader.workspace.catalog.tables import workspace_values
 from snaploader.workspace.decide import earliest_due
 from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy

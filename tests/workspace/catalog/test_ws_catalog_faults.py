@@ -166,12 +166,29 @@ except Exception as error:
             assert done.wait(300)
         thread.join()
 
+    def test_a_reader_waits_for_who_has_the_file_alone(self, catalog: Catalog, path: Path) -> None:
+        read = threading.Event()
+
+        def look() -> None:
+            with catalog.reading() as reader:
+                assert reader.workspaces() == []
+            read.set()
+
+        catalog.close_idle_connections()
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("PRAGMA locking_mode = EXCLUSIVE")
+            other.execute("BEGIN IMMEDIATE")
+            thread = threading.Thread(target=look)
+            thread.start()
+            assert not read.wait(0.05)
+        assert read.wait(300)
+        thread.join()
+
     def test_what_is_committed_is_on_the_disk(self, catalog: Catalog) -> None:
         with catalog.transaction() as transaction:
             connection = transaction._connection
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
             assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
-            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one() == 30_000
 
 
 @contextlib.contextmanager

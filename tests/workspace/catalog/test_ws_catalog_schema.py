@@ -17,7 +17,7 @@ from sqlalchemy import MetaData, UniqueConstraint, create_engine, inspect, text
 
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace.catalog import Catalog, engines, migrate, tables
-from snaploader.workspace.catalog.address import parse_address
+from snaploader.workspace.catalog.engines import parse_address
 from snaploader.workspace.model import WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 

@@ -1,0 +1,272 @@
+"""What is sent along with every call: custom headers, REAPI's RequestMetadata, and proof of who we are."""
+
+from __future__ import annotations
+
+import base64
+import json
+import netrc
+import os
+import re
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeAlias
+
+from snaploader._proto import remote_execution_pb2
+from snaploader._version import __version__
+from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
+
+Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+
+
+class Secret(str):
+    """A text that its `repr` does not show, as in a traceback with the values of variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'…'"
+
+
+REQUEST_METADATA_HEADER = "build.bazel.remote.execution.v2.requestmetadata-bin"
+"""Named by the REAPI, in the comment of RequestMetadata."""
+
+_NAME = re.compile(r"[0-9a-z_.-]{1,256}")
+_SECRET = re.compile(r"auth|cookie|key|passw|secret|token")
+_VALUE = re.compile(r"[\x20-\x7e]{0,8192}")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetadata:
+    """Who asks: for a server's logs, and to follow one task over several services (REAPI RequestMetadata)."""
+
+    action_id: str = ""
+    """The action a request belongs to."""
+    tool_invocation_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    """One run of the tool; a new UUID by default."""
+    correlated_invocations_id: str = ""
+    """Several runs that belong together, such as a build's."""
+    action_mnemonic: str = ""
+    target_id: str = ""
+    configuration_id: str = ""
+
+    def header(self) -> tuple[str, bytes]:
+        """As metadata of a call."""
+        message = remote_execution_pb2.RequestMetadata(
+            tool_details=remote_execution_pb2.ToolDetails(tool_name="snaploader", tool_version=__version__),
+            action_id=self.action_id,
+            tool_invocation_id=self.tool_invocation_id,
+            correlated_invocations_id=self.correlated_invocations_id,
+            action_mnemonic=self.action_mnemonic,
+            target_id=self.target_id,
+            configuration_id=self.configuration_id,
+        )
+        return REQUEST_METADATA_HEADER, message.SerializeToString()
+
+
+def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]) -> Headers:
+    """Headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
+
+    Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
+    """
+    items = headers.items() if isinstance(headers, Mapping) else headers
+    return tuple(_checked(name, value) for name, value in items)
+
+
+def _checked(name: str, value: str | bytes) -> tuple[str, str | bytes]:
+    name = name.strip().lower()
+    if not _NAME.fullmatch(name) or name.startswith("grpc-"):
+        raise InvalidArgument(
+            f"header name {name[:80]!r} is not allowed: use letters, digits, '-', '_' and '.'"
+        )
+    if name.endswith("-bin"):
+        if not isinstance(value, bytes):
+            raise InvalidArgument(f"header {name!r} ends in -bin, so its value must be bytes")
+    elif not isinstance(value, str) or not _VALUE.fullmatch(value):
+        raise InvalidArgument(f"the value of header {name!r} must be printable ASCII text of at most 8 KiB")
+    else:
+        value = Secret(value)
+    return name, value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a header of this name likely holds what should not be sent in the clear."""
+    return _SECRET.search(name) is not None
+
+
+_EXPIRY_MARGIN_S = 30.0
+_MAX_HELPER_OUTPUT = 1024 * 1024
+
+
+class Credentials(Protocol):
+    """Headers for calls. Thread-safe."""
+
+    def headers(self) -> Headers:
+        """What to send now. Unauthenticated when it cannot be had."""
+        ...
+
+    def refresh(self) -> bool:
+        """Forget what the server did not accept; False when nothing else could be sent."""
+        ...
+
+
+class NoCredentials:
+    """Sends nothing."""
+
+    def headers(self) -> Headers:
+        return ()
+
+    def refresh(self) -> bool:
+        return False
+
+
+class BearerToken:
+    """`authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
+
+    def __init__(self, token: str | Callable[[], str]) -> None:
+        if isinstance(token, str):
+            self._header(token)
+            token = Secret(token)
+        self._token = token
+
+    def headers(self) -> Headers:
+        return self._header(self._token if isinstance(self._token, str) else self._token())
+
+    def refresh(self) -> bool:
+        return not isinstance(self._token, str)
+
+    @staticmethod
+    def _header(token: str) -> Headers:
+        return checked_headers([("authorization", f"Bearer {token}")])
+
+
+class Netrc:
+    """`authorization: Basic …` for a host, from a .netrc file. Read once; read again after a refusal."""
+
+    def __init__(self, path: str | os.PathLike[str], host: str) -> None:
+        self._path = os.fspath(path)
+        self._host = host
+        self._lock = threading.Lock()
+        self._headers: Headers | None = None
+
+    def headers(self) -> Headers:
+        with self._lock:
+            if self._headers is None:
+                self._headers = self._read()
+            return self._headers
+
+    def refresh(self) -> bool:
+        with self._lock:
+            old, self._headers = self._headers, None
+        return self.headers() != old
+
+    def _read(self) -> Headers:
+        try:
+            entry = netrc.netrc(self._path).authenticators(self._host)
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
+            raise Unauthenticated(f"cannot read credentials from {self._path!r}: {error}") from error
+        if entry is None:
+            return ()
+        login, _account, password = entry
+        basic = base64.b64encode(f"{login}:{password}".encode()).decode()
+        return checked_headers([("authorization", f"Basic {basic}")])
+
+
+class CredentialHelper:
+    """Headers from a program, by Bazel's credential helper protocol.
+
+    Runs `HELPER get` with `{"uri": …}` on its standard input and expects `{"headers": {name:
+    [values…]}, "expires": RFC 3339 time}` on its standard output. The answer is kept until shortly
+    before it expires; without a time, until a server refuses it.
+
+    Args:
+        command: The program, found on PATH like any other.
+        uri: What it is asked for.
+        timeout_s: How long it may take.
+    """
+
+    def __init__(self, command: str | os.PathLike[str], uri: str, timeout_s: float) -> None:
+        self._command = os.fspath(command)
+        self._uri = uri
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._headers: Headers | None = None
+        self._expires = float("inf")
+
+    def headers(self) -> Headers:
+        with self._lock:
+            if self._headers is None or time.time() >= self._expires:
+                self._headers, self._expires = self._run()
+            return self._headers
+
+    def refresh(self) -> bool:
+        with self._lock:
+            self._headers = None
+        return True
+
+    def _run(self) -> tuple[Headers, float]:
+        question = json.dumps({"uri": self._uri}).encode()
+        try:
+            done = subprocess.run(
+                [self._command, "get"],
+                input=question,
+                capture_output=True,
+                timeout=self._timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Unauthenticated(
+                f"credential helper {self._command!r} gave no answer within {self._timeout_s:g} s"
+            ) from error
+        except OSError as error:
+            raise FailedPrecondition(
+                f"cannot run the credential helper {self._command!r}: {error}"
+            ) from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()[-500:]
+            raise Unauthenticated(f"credential helper {self._command!r} ended with {done.returncode}: {said}")
+        try:
+            return _parse_answer(done.stdout)
+        except (ValueError, TypeError, AttributeError) as error:
+            # The answer itself holds secrets: neither it nor the parser's message is shown.
+            raise Unauthenticated(
+                f"the answer of credential helper {self._command!r} is not understood: {type(error).__name__}"
+            ) from None
+
+
+def _parse_answer(answer: bytes) -> tuple[Headers, float]:
+    if len(answer) > _MAX_HELPER_OUTPUT:
+        raise ValueError("too long")
+    parsed: dict[str, Any] = json.loads(answer)
+    headers = [(name, value) for name, values in parsed.get("headers", {}).items() for value in values]
+    expires = float("inf")
+    if text := parsed.get("expires"):
+        moment = datetime.fromisoformat(text)
+        expires = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - _EXPIRY_MARGIN_S
+    return checked_headers(headers), expires
+
+
+def make_credentials(
+    *,
+    bearer_token: str | Callable[[], str] | None,
+    credential_helper: str | os.PathLike[str] | None,
+    netrc_file: str | os.PathLike[str] | None,
+    host: str,
+    uri: str,
+    helper_timeout_s: float,
+) -> Credentials:
+    """The source that was chosen. InvalidArgument for more than one."""
+    given = [x for x in (bearer_token, credential_helper, netrc_file) if x is not None]
+    if len(given) > 1:
+        raise InvalidArgument("give one of bearer_token, credential_helper and netrc, not several")
+    if bearer_token is not None:
+        return BearerToken(bearer_token)
+    if credential_helper is not None:
+        return CredentialHelper(credential_helper, uri, helper_timeout_s)
+    if netrc_file is not None:
+        return Netrc(netrc_file, host)
+    return NoCredentials()

@@ -1,0 +1,350 @@
+"""Calls to a server: metadata, deadlines, silence, counting, errors; with retries, by `Caller`."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from snaploader._proto import services
+from snaploader.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    SnaploaderError,
+    Unavailable,
+    translate_thread_errors,
+)
+from snaploader.remote.auth import Headers
+from snaploader.remote.bulk import BatchLimit
+from snaploader.remote.capabilities import RemoteCapabilities
+from snaploader.remote.config import Limits, Timeouts
+from snaploader.remote.retry import Attempts, Cancellation, Retrier
+from snaploader.remote.statistics import Recorder
+from snaploader.remote.status import from_rpc_error
+
+T = TypeVar("T")
+
+
+class Cancellable(Protocol):
+    """A call that can be ended from another thread."""
+
+    def cancel(self) -> bool: ...
+
+
+class Guard:
+    """Watches one stream; `touch` it at each message."""
+
+    def __init__(self, call: Cancellable) -> None:
+        self.call = call
+        self.touched = time.monotonic()
+        self.expired = False
+
+    def touch(self) -> None:
+        """The stream moved."""
+        self.touched = time.monotonic()
+
+    def pause(self) -> None:
+        """Wait for no message until the next `touch`."""
+        self.touched = math.inf
+
+
+class Watchdog:
+    """One thread for all streams of a cache, started with the first one. Thread-safe.
+
+    Args:
+        idle_s: The silence after which a stream is cancelled.
+    """
+
+    def __init__(self, idle_s: float) -> None:
+        self._idle_s = idle_s
+        self._condition = threading.Condition()
+        self._guards: set[Guard] = set()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @contextmanager
+    def watch(self, call: Cancellable) -> Iterator[Guard]:
+        """Watch a call while the block runs."""
+        guard = Guard(call)
+        with self._condition:
+            if self._thread is None and not self._closed:
+                thread = threading.Thread(target=self._run, name="snaploader-remote-watchdog", daemon=True)
+                with translate_thread_errors("the remote cache was closed"):
+                    thread.start()
+                self._thread = thread
+            self._guards.add(guard)
+            if len(self._guards) == 1:  # with others, it wakes before this one's time anyway
+                self._condition.notify()
+        try:
+            yield guard
+        finally:
+            with self._condition:
+                self._guards.discard(guard)
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        with self._condition:
+            while not self._closed:
+                limit = time.monotonic() - self._idle_s
+                expired = [guard for guard in self._guards if guard.touched <= limit]
+                for guard in expired:
+                    self._guards.discard(guard)
+                    guard.expired = True
+                    guard.call.cancel()
+                # A guard touched or resumed meanwhile has its whole time still to go: checking every
+                # `idle_s` at least, its silence is noticed at most that much late.
+                oldest = min((guard.touched for guard in self._guards), default=None)
+                self._condition.wait(None if oldest is None else min(self._idle_s, oldest - limit))
+
+
+_RAW = frozenset(("BatchUpdateBlobs", "Write"))
+"""Methods whose requests come serialised (snaploader.remote.codec)."""
+
+_NOT_CONNECTED = "failed to connect"
+_DISCONNECTED = "Socket closed"
+"""What gRPC says of a call for which there was no connection, and of one whose connection ended."""
+
+
+class Transport:
+    """The methods of the four services on one channel. Thread-safe.
+
+    A channel that could not connect is replaced, so that the next call tries again at once: when to try again
+    is for `snaploader.remote.retry` to say, and gRPC's own backoff may outlast it.
+
+    Args:
+        open_channel: Makes a channel, which is closed here.
+        headers: What to send along, asked for at every call.
+        tls_failure: Says why no connection could be made where TLS is to blame, which gRPC hardly tells.
+    """
+
+    def __init__(
+        self,
+        open_channel: Callable[[], grpc.Channel],
+        timeouts: Timeouts,
+        headers: Callable[[], Headers],
+        recorder: Recorder,
+        tls_failure: Callable[[], SnaploaderError | None],
+    ) -> None:
+        self._open_channel = open_channel
+        self._timeouts = timeouts
+        self._headers = headers
+        self._recorder = recorder
+        self._tls_failure = tls_failure
+        self._watchdog = Watchdog(timeouts.idle_s)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel = _Channel(open_channel())
+
+    def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
+        """The response to one request, within `Timeouts.call_s` and what is left of the budget."""
+        timeout_s = attempts.timeout_s(self._timeouts.call_s)
+        headers = self._headers()
+        self._recorder.call(method)
+        channel = self._channel
+        try:
+            return channel.stubs[method](request, timeout=timeout_s, metadata=headers)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._error(method, error, attempts, channel) from error
+
+    def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
+        """The messages of a server's stream. Close it (contextlib.closing) to end the call early."""
+        timeout_s = attempts.timeout_s(float("inf"))
+        headers = self._headers()
+        self._recorder.call(method)
+        channel = self._channel
+        try:
+            call = channel.stubs[method](request, timeout=timeout_s, metadata=headers)
+        except ValueError as error:
+            raise self._error(method, error, attempts, channel) from error
+        with self._watchdog.watch(call) as guard:
+            try:
+                for message in call:
+                    guard.pause()  # what the receiver does with it is not the server's silence
+                    yield message
+                    guard.touch()
+                    attempts.cancellation.check()
+            except grpc.RpcError as error:
+                raise self._error(method, error, attempts, channel, idle=guard.expired) from error
+            finally:
+                call.cancel()
+
+    def send(self, method: str, requests: Iterator[bytes], attempts: Attempts) -> Any:
+        """The response to a client's stream. What `requests` raises ends the call and is raised.
+
+        A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
+        """
+        timeout_s = attempts.timeout_s(float("inf"))
+        headers = self._headers()
+        self._recorder.call(method)
+        source = _Requests(requests)
+        channel = self._channel
+        try:
+            call = channel.stubs[method].future(source, timeout=timeout_s, metadata=headers)
+        except ValueError as error:
+            raise self._error(method, error, attempts, channel) from error
+        with self._watchdog.watch(call) as guard:
+            source.attach(call, guard, attempts)
+            try:
+                response = call.result()
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                if source.error is None:
+                    raise self._error(method, error, attempts, channel, idle=guard.expired) from error
+                response = None
+            finally:
+                call.cancel()
+        if source.error is not None:
+            self._recorder.failure(method)
+            raise source.error
+        return response
+
+    def close(self) -> None:
+        """Cancel every call and close the connection."""
+        with self._lock:
+            self._closed = True
+        self._channel.channel.close()
+        self._watchdog.close()
+
+    def _lost(self, channel: _Channel) -> None:
+        """Begin anew, with a channel that has nothing to back off from; once for one that cannot connect."""
+        with self._lock:
+            if self._closed or self._channel is not channel:
+                return
+            self._channel = _Channel(self._open_channel())
+        channel.channel.close()
+
+    def _error(
+        self, method: str, error: Exception, attempts: Attempts, channel: _Channel, *, idle: bool = False
+    ) -> SnaploaderError:
+        self._recorder.failure(method)
+        if attempts.cancellation.cancelled:
+            return Cancelled(f"{attempts.operation} was called off", transient=False)
+        if idle:
+            return DeadlineExceeded(
+                f"{attempts.operation} failed: the server was silent for {self._timeouts.idle_s:g} s"
+            )
+        if isinstance(error, grpc.RpcError):
+            typed = from_rpc_error(error, attempts.operation)
+            if not isinstance(typed, Unavailable):
+                return typed
+            if _NOT_CONNECTED in typed.message:
+                self._lost(channel)
+            elif _DISCONNECTED not in typed.message:
+                return typed
+            reason = self._tls_failure()
+            if reason is None:
+                return typed
+            reason.__cause__ = error
+            return reason
+        if not self._closed:
+            return Unavailable(f"{attempts.operation} failed: the connection was lost meanwhile")
+        return Cancelled(f"{attempts.operation} failed: the connection was closed", transient=False)
+
+
+class _Channel:
+    """A channel, and what to call on it."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.stubs: dict[str, Any] = {
+            method.name: self._stub(method)
+            for service in services.SERVICES
+            for method in services.methods(service).values()
+        }
+
+    def _stub(self, method: services.Method) -> Any:
+        kind = {
+            (False, False): self.channel.unary_unary,
+            (False, True): self.channel.unary_stream,
+            (True, False): self.channel.stream_unary,
+        }[method.client_streaming, method.server_streaming]
+        serializer = None if method.name in _RAW else method.request.SerializeToString
+        return kind(
+            method.path, request_serializer=serializer, response_deserializer=method.response.FromString
+        )
+
+
+class _Requests:
+    """An iterator whose failure cancels the call and is kept; gRPC would log it, and not say what it was."""
+
+    def __init__(self, requests: Iterator[bytes]) -> None:
+        self._requests = requests
+        self._call: Any = None
+        self._on_next: Callable[[], None] = lambda: None
+        self.error: BaseException | None = None
+
+    def attach(self, call: Any, guard: Guard, attempts: Attempts) -> None:
+        """The call these requests are for, which may have taken some of them already."""
+
+        def on_next() -> None:
+            guard.touch()
+            attempts.cancellation.check()
+
+        self._on_next = on_next
+        self._call = call
+        if self.error is not None:
+            call.cancel()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            self._on_next()
+            return next(self._requests)
+        except StopIteration:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised by send, on the caller's thread
+            self.error = error
+            if self._call is not None:
+                self._call.cancel()
+            raise StopIteration from None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Calls one instance on one server, with retries: what the clients of all services share. Thread-safe."""
+
+    url: str
+    """Names the server in messages."""
+    transport: Transport
+    retrier: Retrier
+    instance_name: str
+    timeouts: Timeouts
+    limits: Limits
+    recorder: Recorder
+    capabilities: RemoteCapabilities
+    """What was negotiated."""
+    batch_limit: BatchLimit
+
+    def unary(self, operation: str, method: str, request: Any, cancellation: Cancellation) -> Any:
+        """The response to one request. `operation` says what is being done, as in "reading 1f…/4096"."""
+
+        def attempt(attempts: Attempts) -> Any:
+            return self.transport.unary(method, request, attempts)
+
+        return self.with_retries(operation, attempt, cancellation)
+
+    def with_retries(
+        self,
+        operation: str,
+        attempt: Callable[[Attempts], T],
+        cancellation: Cancellation,
+        size_bytes: int = 0,
+    ) -> T:
+        """What `attempt` returns, called again while that helps; big transfers get more time."""
+        extra_s = size_bytes / self.timeouts.min_bytes_per_s
+        return self.retrier.run(operation, attempt, cancellation, extra_s=extra_s)

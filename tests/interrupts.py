@@ -1,0 +1,73 @@
+"""Interrupts (Ctrl-C) at every step of a piece of work, one after the other."""
+
+from __future__ import annotations
+
+import dis
+import itertools
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any, Self
+
+import pytest
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt at the nth step of this thread in these files where a signal could raise.
+
+    CPython looks for signals after calls, where functions start and where loops end, and nowhere else.
+    """
+
+    def __init__(self, at: int, *files: str | None) -> None:
+        self._left = at
+        self._files = files
+        self._before: dict[FrameType, str] = {}
+        self.fired = False
+
+    def __enter__(self) -> Self:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in self._files:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and not self.fired:
+            before = self._before.get(frame, "")
+            self._before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+                self._left -= 1
+                if not self._left:
+                    self.fired = True
+                    raise KeyboardInterrupt
+        return self._trace
+
+
+def interrupt_everywhere(work: Callable[[], object], *files: str | None) -> int:
+    """Do `work` with an interrupt at each of its steps in turn, and again after each; how many there were.
+
+    The test fails when it waits for ever.
+    """
+    steps = itertools.count(1)
+
+    def work_and_interrupt() -> None:
+        fired = True
+        while fired:
+            with Interrupter(next(steps), *files) as interrupter:
+                try:
+                    work()
+                except KeyboardInterrupt:
+                    assert interrupter.fired
+            work()
+            fired = interrupter.fired
+
+    with ThreadPoolExecutor(1) as watched:
+        try:
+            watched.submit(work_and_interrupt).result(timeout=100)
+        except TimeoutError:
+            pytest.fail(f"work interrupted at step {next(steps) - 1} waits for ever")
+    return next(steps) - 1
