@@ -26,13 +26,16 @@ from snaploader.cli.workspace.records import (
     version_record,
     workspace_record,
 )
-from snaploader.workspace import Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
+from snaploader.workspace import OperationKind, Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
 from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
 
 if TYPE_CHECKING:
     from snaploader.workspace.runtime import RuntimeStatus
 
 _COLUMNS = ("workspace", "host", "state", "version>", "exclusive>", "shared>", "used")
+
+_BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
+"""What is still being made is no workspace yet."""
 
 FORK_EVENT = "workspace_fork"
 """Tells which commit a workspace was forked from."""
@@ -70,17 +73,17 @@ def list_(
     Exclusive bytes are in chunks that no other workspace of this host refers to; shared ones are in chunks
     that others refer to as well.
     """
-    manager = workspaces.manager
-    found = manager.workspaces(
-        host=None if all_hosts else manager.host,
-        state=None if state is None else WorkspaceState(state),
-        owner=owner,
-        include_deleted=deleted,
-    )
+    with workspaces.catalog.reading() as reader:
+        found = reader.workspaces(
+            host=None if all_hosts else workspaces.host,
+            state=None if state is None else WorkspaceState(state),
+            owner=owner,
+            include_deleted=deleted,
+        )
+    found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
     measured = measure(workspaces.caches.file_cache) if sizes else None
-    costs = {
-        each.id: _size(measured, each) for each in found if measured is not None and each.host == manager.host
-    }
+    here = [each for each in found if each.host == workspaces.host]
+    costs = {} if measured is None else {each.id: _size(measured, each) for each in here}
     workspaces.output.json(
         {
             "workspaces": [
@@ -96,7 +99,7 @@ def list_(
     if tree:
         forks = _forks(workspaces)
         for each in found:
-            _print_tree(workspaces, each, manager.list_snapshots(each.id), forks)
+            _print_tree(workspaces, each, workspaces.manager.list_snapshots(each.id), forks)
         return
     rows = [
         {
@@ -144,7 +147,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
-    lines = _lines(found, run, size, status if found.host == workspaces.manager.host else None)
+    lines = _lines(found, run, size, status if found.host == workspaces.host else None)
     if status.pid is not None:
         lines["pid"] = str(status.pid)
     width = max(map(len, lines))
@@ -189,7 +192,7 @@ def _lines(
 
 def _status(workspaces: Workspaces, workspace: Workspace) -> RuntimeStatus | None:
     """What runs of a workspace that is to run on this host."""
-    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.manager.host:
+    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.host:
         return None
     return workspaces.runtime.status(workspace.id)
 
