@@ -17,7 +17,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 if TYPE_CHECKING:
     from snaploader.filecache import CacheEntry, FileCache
 
-KINDS = ("blob", "ref", "directory")
+KINDS = ("blob", "ref")
 SHORTEST_PREFIX = 6
 
 
@@ -94,8 +94,6 @@ def remove(caches: Caches, names: tuple[str, ...], force: bool, yes: bool, dry_r
     for entry in chosen.values():
         if entry.digest is not None:
             file_cache.remove(entry.digest)
-        elif entry.kind == "directory":
-            file_cache.remove_directory(entry.key)
         else:
             file_cache.delete_ref(entry.key)
     freed = sum(entry.disk_bytes for entry in chosen.values())

@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from snaploader.errors import FailedPrecondition, NotFound
-from snaploader.workspace.manager.commits import COMMIT
-from snaploader.workspace.manager.services import Services
+from snaploader.workspace.manager.commit import COMMIT
+from snaploader.workspace.manager.operation import Services, Work, give_slot_back, new_operation
 from snaploader.workspace.manager.snapshots import completed, new_record
-from snaploader.workspace.manager.undo import undone_on_failure
-from snaploader.workspace.manager.work import Work, give_slot_back, new_operation
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -68,7 +66,7 @@ def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None
     _check_nothing_is_here(services, plan.spec.workspace_id)
     has_content = source is not None
     work = _begin(services, plan, OperationKind.CREATE, Scope.FULL if has_content else None)
-    with undone_on_failure(work):
+    with work:
         services.runtime.create(plan.spec, source)
         work.reach("made")
         base = work.capture().record if has_content else None
@@ -81,7 +79,7 @@ def fork(services: Services, origin: SnapshotRecord, plan: Plan) -> Workspace:
     snapshot = services.content.find(origin)
     work = _begin(services, plan, OperationKind.FORK, origin.scope)
     assert work.pending is not None
-    with undone_on_failure(work):
+    with work:
         derived = services.content.derive(work.pending, snapshot, remote=False).record
         work.reach("derived")
         work.place(services.content.find(derived), None)
@@ -197,8 +195,8 @@ def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **p
             base_snapshot=name,
         )
         if plan.start:
-            work.run(tx, RunTransition.START)
-        work.event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
+            work.record_run(tx, RunTransition.START)
+        work.record_event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
         return tx.workspace(work.workspace_id)
 
 

@@ -2,27 +2,28 @@
 
 An operation is a first transaction that says what is under way, work that may take long, and a last
 transaction that makes all of its outcome visible at once. In between the workspace's lock keeps others out,
-and no transaction is open: SQLite has one writer. When the work fails, `undo` takes it back; when its process
-is killed, `repair` finishes it or takes it back.
+and no transaction is open: SQLite has one writer. When the work fails, it is taken back; when its process is
+killed, the next operation or a recovery finishes it or takes it back.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from snaploader.errors import NotFound, SnaploaderError
+from snaploader._environment import HostEnvironment
+from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.loader import Snapshot
-from snaploader.workspace.manager.content import Saved
-from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.snapshots import find_snapshot, let_go
-from snaploader.workspace.manager.states import ALIVE, check_ours, check_state
+from snaploader.workspace.manager.snapshots import Saved, SnapshotContent, find_snapshot, let_go
 from snaploader.workspace.model import (
     NO_CHECK,
     Operation,
@@ -36,11 +37,79 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
+from snaploader.workspace.records import PausedRecords
+from snaploader.workspace.runtime.protocol import Runtime
+from snaploader.workspace.slots import SlotPool
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Transaction
+    from snaploader.workspace.catalog import Catalog, Reader, Transaction
 
 log = logging.getLogger(__name__)
+
+
+ON_HOST = (WorkspaceState.RUNNING, WorkspaceState.STOPPED)
+"""States in which a workspace's files are on its host."""
+
+ALIVE = (*ON_HOST, WorkspaceState.PAUSED)
+
+_HINTS = {
+    WorkspaceState.RUNNING: "it is running: stop or pause it first",
+    WorkspaceState.STOPPED: "it is stopped: start it first",
+    WorkspaceState.PAUSED: "it is paused: resume it first",
+    WorkspaceState.DELETED: "it was deleted",
+}
+
+
+def check_ours(workspace: Workspace, host: str) -> None:
+    """FailedPrecondition when the workspace lives on another host."""
+    if workspace.host != host:
+        raise FailedPrecondition(
+            f"workspace {workspace.id!r} lives on host {workspace.host!r}, and this is host {host!r}: "
+            "work on it there"
+        )
+
+
+def check_state(workspace: Workspace, kind: str, allowed: Collection[WorkspaceState]) -> None:
+    """FailedPrecondition when an operation cannot be done in the workspace's state."""
+    if workspace.state not in allowed:
+        raise FailedPrecondition(
+            f"workspace {workspace.id!r}: no {kind} is possible, because {_HINTS[workspace.state]}"
+        )
+
+
+def utc_now() -> datetime:
+    """The time, as the catalog keeps it."""
+    return datetime.now(UTC)
+
+
+def no_guard(reader: Reader) -> None:
+    """Operations begin without further conditions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Immutable, and made of what is thread-safe."""
+
+    catalog: Catalog
+    runtime: Runtime
+    content: SnapshotContent
+    records: PausedRecords
+    slots: SlotPool
+    host: str
+    clock: Callable[[], datetime]
+    environment: HostEnvironment
+    stop_timeout_s: float
+    closing: threading.Event
+    """Set when the manager closes: nothing waits for readiness any more."""
+    undo: Callable[[Work, BaseException], None]
+    """Takes back an operation that failed, and never raises."""
+    guard: Callable[[Reader], None] = no_guard
+    """Called in the transaction that begins an operation; what it raises calls the operation off."""
+
+    def has_traces_of(self, workspace_id: str) -> bool:
+        """Whether this host has files of a workspace, or a record of it as paused, whole or not."""
+        return self.records.exists(workspace_id) or self.runtime.status(workspace_id).exists
+
 
 USER = "user"
 """The reason of what somebody asked for. Only that counts as a use of the workspace."""
@@ -50,7 +119,10 @@ Prepare = Callable[["Transaction", Workspace], SnapshotRecord]
 
 
 class Work:
-    """An operation that is under way. For one thread, under the workspace's lock."""
+    """An operation that is under way. For one thread, under the workspace's lock.
+
+    As a context manager it is taken back when the block raises; the error goes on to the caller.
+    """
 
     def __init__(
         self,
@@ -75,6 +147,17 @@ class Work:
         self.was_restarted = False
         """Whether it was tried to start the runtime again, because the operation failed."""
         self._left_behind: list[SnapshotRecord] = []
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A child that was forked in the middle leaves through here as well, and the work is its parent's.
+        if error is not None and os.getpid() == self._pid:
+            self.services.undo(self, error)
 
     @classmethod
     def begin(
@@ -213,13 +296,13 @@ class Work:
             tx.set_snapshot_status(before.name, SnapshotStatus.DELETING)
         self._left_behind.append(before)
 
-    def event(self, tx: Transaction, event_type: str, **payload: Any) -> None:
+    def record_event(self, tx: Transaction, event_type: str, **payload: Any) -> None:
         """Record what happened, with why when nobody asked for it."""
         if self.reason != USER:
             payload["reason"] = self.reason
         tx.add_event(self.workspace_id, event_type, payload, self.services.clock())
 
-    def run(self, tx: Transaction, transition: RunTransition, error: str = "") -> Run:
+    def record_run(self, tx: Transaction, transition: RunTransition, error: str = "") -> Run:
         """Record a start, stop or delete that this operation was: it succeeded, unless there is an error."""
         deadline = None
         if transition is RunTransition.START and not error:

@@ -1,8 +1,8 @@
-"""One open cache: proof of life for what it leaves lying about, and its staging folder.
+"""One open cache's hold on its folder: the sign that it lives, its staging files, the quarantine.
 
-A session is a locked file `tmp/<token>.lock`. Staging files lie in `tmp/<token>/`, leases are called
-`leases/<token>.<number>`. Whatever belongs to a token whose lock nobody holds is rubbish and is swept;
-age plays no part.
+An open cache, the owner, holds a lock on a file `tmp/<token>.lock`. Its staging files lie in `tmp/<token>/`,
+its leases are called `leases/<token>.<number>`. What belongs to a token whose lock nobody holds is rubbish
+and is swept; age plays no part.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ MAX_QUARANTINED = 16
 _logger = logging.getLogger(__name__)
 
 
-class Session:
-    """The session of one open cache. Thread-safe.
+class OpenFolder:
+    """The folder of one open cache. Thread-safe.
 
     Args:
-        base: A descriptor of the layout's base, which the session closes.
+        base: A descriptor of the layout's base, which is closed with this.
     """
 
     def __init__(self, layout: Layout, access: Access, base: int) -> None:
@@ -42,19 +42,19 @@ class Session:
         self.pid = os.getpid()
         self.token = f"{self.pid}-{secrets.token_hex(8)}"
         self._numbers = itertools.count()
-        self.staging = f"{layout.sessions}/{self.token}"
+        self.staging = f"{layout.owners}/{self.token}"
         self._fd = -1
         try:
             self._fd = locks.lock_new(self.staging + _LOCK, mode=access.file_mode)
-            with self.folder(layout.sessions) as sessions:
-                os.close(open_inner(self.token, sessions, access, self.staging))
+            with self.folder(layout.owners) as owners:
+                os.close(open_inner(self.token, owners, access, self.staging))
         except BaseException:
             self.close()
             raise
 
     @property
     def is_own(self) -> bool:
-        """Whether this is the process that began the session, not a forked child of it."""
+        """Whether this is the process that opened the folder, not a forked child of it."""
         return os.getpid() == self.pid
 
     def unique_name(self) -> str:
@@ -145,67 +145,67 @@ class Session:
         return status
 
     def close(self) -> None:
-        """End the session and remove its files. In a forked child it only drops the descriptors."""
+        """Remove this owner's files. A forked child only drops the descriptors."""
         if self._base < 0:
             return
         try:
             # The whole folder may have been removed while it was in use.
             if self._fd >= 0 and self.is_own and os.path.isdir(self._layout.leases):
                 with (
-                    self.folder(self._layout.sessions) as sessions,
+                    self.folder(self._layout.owners) as owners,
                     self.folder(self._layout.leases) as leases,
                 ):
-                    _remove_session(sessions, leases, self.token)
+                    _remove_owned(owners, leases, self.token)
         finally:
             if self._fd >= 0:
                 os.close(self._fd)
             os.close(self._base)
             self._fd = self._base = -1
 
-    def sweep(self) -> int:
-        """Remove what dead sessions left; how many there were. Any number of processes may do so."""
-        with self.folder(self._layout.sessions) as sessions, self.folder(self._layout.leases) as leases:
-            return _sweep(sessions, leases)
+    def sweep(self) -> None:
+        """Remove what dead owners left, and all in the trash. Any number of processes may do so."""
+        with self.folder(self._layout.owners) as owners, self.folder(self._layout.leases) as leases:
+            _sweep(owners, leases)
+        with self.folder(self._layout.trash) as trash:
+            for name in os.listdir(trash):
+                remove_tree(name, dir_fd=trash)
 
 
 def is_alive(layout: Layout, token: str) -> bool:
-    """Whether the session's owner still runs."""
-    return not locks.is_dead(f"{layout.sessions}/{token}{_LOCK}")
+    """Whether the owner of this token still has its cache open."""
+    return not locks.is_dead(f"{layout.owners}/{token}{_LOCK}")
 
 
-def _sweep(sessions: int, leases: int) -> int:
-    swept = 0
-    names = set(os.listdir(sessions))
+def _sweep(owners: int, leases: int) -> None:
+    names = set(os.listdir(owners))
     for name in names:
         if name.endswith(_LOCK):
             token = name.removesuffix(_LOCK)
-            fd = locks.try_lock(name, dir_fd=sessions)
+            fd = locks.try_lock(name, dir_fd=owners)
             if fd is not None:
                 try:
-                    _remove_session(sessions, leases, token)
+                    _remove_owned(owners, leases, token)
                 finally:
                     os.close(fd)
-                swept += 1
-            elif locks.is_odd(name, dir_fd=sessions):
-                _remove_session(sessions, leases, token)
+            elif locks.is_odd(name, dir_fd=owners):
+                _remove_owned(owners, leases, token)
     for name in os.listdir(leases):
         token = name.partition(".")[0]
-        if f"{token}{_LOCK}" not in names and locks.is_dead(f"{token}{_LOCK}", dir_fd=sessions):
+        if f"{token}{_LOCK}" not in names and locks.is_dead(f"{token}{_LOCK}", dir_fd=owners):
             remove_tree(name, dir_fd=leases)
-    return swept
 
 
-def _remove_session(sessions: int, leases: int, token: str) -> None:
-    """Remove a session's files, its lock last so that they stay findable. The caller holds the lock.
+def _remove_owned(owners: int, leases: int, token: str) -> None:
+    """Remove the files of an owner, its lock last so that they stay findable. The caller holds the lock.
 
     What only the user who made it may remove is left, with the lock, to a cache opened by that user.
     """
-    remove_tree(token, dir_fd=sessions)
+    remove_tree(token, dir_fd=owners)
     for name in os.listdir(leases):
         if name.partition(".")[0] == token:
             remove_tree(name, dir_fd=leases)
-    if not locks.exists(token, dir_fd=sessions):
-        remove_tree(token + _LOCK, dir_fd=sessions)
+    if not locks.exists(token, dir_fd=owners):
+        remove_tree(token + _LOCK, dir_fd=owners)
 
 
 def _kept_name(path: str) -> str:

@@ -1,4 +1,4 @@
-"""How many bytes the cache takes, shared by all processes, and the lock under which that changes.
+"""What a cache takes and counts: the ledger of bytes that all processes share, and statistics.
 
 The file `usage/ledger` is 48 bytes: a magic, the total of all entries in bytes of disk blocks, and four
 counters. Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under an
@@ -15,10 +15,16 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
-from snaploader.filecache.session import Session
+from snaploader._environment import HostEnvironment
+from snaploader.digest import Digest
+from snaploader.filecache.layout import Layout
+from snaploader.filecache.openfolder import OpenFolder
 from snaploader.files import remove_tree
 from snaploader.folders import OddEntry, open_regular
 from snaploader.locks import FileLock
@@ -114,10 +120,10 @@ class Section:
 class Ledger:
     """The shared count of a cache folder. Thread-safe, process-safe."""
 
-    def __init__(self, session: Session, folder: str) -> None:
-        self._session = session
-        self._journal = f"{folder}/journal"
-        self.lock = FileLock(session.open_written(f"{folder}/ledger"))
+    def __init__(self, folder: OpenFolder, path: str) -> None:
+        self._folder = folder
+        self._journal = f"{path}/journal"
+        self.lock = FileLock(folder.open_written(f"{path}/ledger"))
 
     @contextmanager
     def section(self) -> Iterator[Section]:
@@ -147,7 +153,7 @@ class Ledger:
     # For sections only
 
     def note(self, entry: str, new_bytes: int) -> None:
-        fd = self._session.open_written(self._journal, os.O_WRONLY | os.O_APPEND)
+        fd = self._folder.open_written(self._journal, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(fd, f"{new_bytes} {entry}\n".encode())
         finally:
@@ -169,3 +175,127 @@ class Ledger:
 
     def clear_journal(self) -> None:
         remove_tree(self._journal)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """Counts since this object was made, and what the folder holds now. Sizes are bytes."""
+
+    total_bytes: int | None
+    """Disk blocks of all entries of all groups; None until the first scan."""
+    max_bytes: int
+    hits: int
+    """Blobs opened or read."""
+    misses: int
+    """Blobs asked for and absent."""
+    added_blobs: int
+    added_bytes: int
+    """Content of the blobs added."""
+    present_blobs: int
+    """Blobs that were to be added and were there."""
+    verified_blobs: int
+    """Blobs hashed on their first use."""
+    quarantined_blobs: int
+    """Blobs with wrong bytes, taken out of use."""
+    evicted_entries: int
+    evicted_bytes: int
+    """Disk blocks of what was evicted."""
+    scans: int
+    """Times the whole folder was scanned."""
+    pins: int
+    """Names under which something is pinned now, in all groups."""
+    pinned_blobs: int
+    """Blobs that pins name, whether they are here or not; each counts once in a group."""
+    pinned_bytes: int
+    """Content of those of them whose size the pins tell."""
+    pinned_refs: int
+    damaged_pins: tuple[str, ...]
+    """Paths of pins that cannot be read. Of their groups nothing is evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """One entry of a group."""
+
+    kind: str
+    """"blob" or "ref"."""
+    key: str
+    """The hash of a blob or the key of a ref: 64 hexadecimal digits."""
+    digest: Digest | None
+    """Of a blob."""
+    disk_bytes: int
+    """Disk blocks taken."""
+    last_used_s: float
+    """Seconds since the epoch."""
+    pinned: bool = False
+    """Whether a pin names it, so that it is not evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `FileCache.verify` found in its group."""
+
+    blobs: int
+    content_bytes: int
+    bad_blobs: tuple[Digest, ...]
+    """Those that were wrong and are in quarantine now."""
+    refs: int
+    bad_refs: tuple[str, ...]
+    """Keys of refs that were damaged and are removed now."""
+    pins: int
+    bad_pins: tuple[str, ...]
+    """Names of pins that are damaged. Until they are mended or unpinned nothing of the group is evicted."""
+
+
+class PinTotals(NamedTuple):
+    """What the pins of all groups keep together."""
+
+    pins: int
+    blobs: int
+    content_bytes: int
+    """Of those blobs whose size the pins tell; each counts once in a group."""
+    refs: int
+    damaged: tuple[str, ...]
+    """Paths of pins that cannot be read, sorted."""
+
+
+class Counters:
+    """Running counts. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, int] = {}
+
+    def add(self, **counts: int) -> None:
+        """Add to counts, by the names of `CacheStatistics`."""
+        with self._lock:
+            for name, count in counts.items():
+                self._values[name] = self._values.get(name, 0) + count
+
+    def snapshot(self, total_bytes: int | None, max_bytes: int, pins: PinTotals) -> CacheStatistics:
+        """All counts at one moment."""
+        with self._lock:
+            values = dict(self._values)
+        stands: dict[str, Any] = {
+            "total_bytes": total_bytes,
+            "max_bytes": max_bytes,
+            "pins": pins.pins,
+            "pinned_blobs": pins.blobs,
+            "pinned_bytes": pins.content_bytes,
+            "pinned_refs": pins.refs,
+            "damaged_pins": pins.damaged,
+        }
+        counted = (field.name for field in fields(CacheStatistics) if field.name not in stands)
+        return CacheStatistics(**stands | {name: values.get(name, 0) for name in counted})
+
+
+@dataclass(frozen=True)
+class CacheContext:
+    """What the parts of one open cache share."""
+
+    layout: Layout
+    folder: OpenFolder
+    ledger: Ledger
+    max_bytes: int
+    host: HostEnvironment
+    counters: Counters = field(default_factory=Counters)

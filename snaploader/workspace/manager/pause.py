@@ -1,4 +1,7 @@
-"""Taking paused workspaces back from their records, at the start of a host."""
+"""Pausing a workspace into a snapshot and a record, resuming it, and taking it back from its record.
+
+All of it is local: the remote cache is not asked for anything.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,91 @@ from snaploader.errors import (
 )
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.locks import WorkspaceLocks
-from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.summary import Findings, Note
-from snaploader.workspace.model import SnapshotRecord, Workspace, WorkspaceState
+from snaploader.workspace.manager.operation import ON_HOST, USER, Services, Work, with_slot
+from snaploader.workspace.manager.repair import Findings, Note
+from snaploader.workspace.manager.snapshots import base_of, completed, new_record
+from snaploader.workspace.model import (
+    OperationKind,
+    RunTransition,
+    Scope,
+    SnapshotKind,
+    SnapshotRecord,
+    SnapshotResult,
+    Workspace,
+    WorkspaceState,
+)
 from snaploader.workspace.names import check_workspace_id
-from snaploader.workspace.recordformat import PausedRecord
-
-RESTORED = "workspace_restore"
+from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)
 
 
-def take_back(services: Services, locks: WorkspaceLocks, findings: Findings) -> None:
+PAUSE = "workspace_pause"
+RESUME = "workspace_resume"
+RESTORED = "workspace_restore"
+
+
+def pause(services: Services, workspace_id: str, reason: str = USER) -> SnapshotResult:
+    """Stop, capture, keep a record, record, remove the files. See `WorkspaceManager.pause`."""
+    with_slot(services, workspace_id)
+    work = Work.begin(
+        services,
+        workspace_id,
+        OperationKind.PAUSE,
+        allowed=ON_HOST,
+        reason=reason,
+        prepare=lambda tx, workspace: new_record(
+            tx, services, workspace, SnapshotKind.PAUSE, tx.policy(workspace.policy).scopes.on_pause
+        ),
+    )
+    with work:
+        work.stop()
+        saved = work.capture()
+        services.content.flush()  # its files, the only other copy, are removed
+        record = completed(saved.record)
+        paused = replace(
+            work.as_used, current_snapshot=record.name, state=WorkspaceState.PAUSED, paused_at=work.now
+        )
+        with services.catalog.reading() as reader:
+            kept = PausedRecord.of(reader, paused, record)
+        services.records.write(kept)
+        work.reach("kept")
+        with work.recording() as tx:
+            tx.put_snapshot(record)
+            work.go_on_from(tx, record, state=paused.state, paused_at=paused.paused_at)
+            work.record_run(tx, RunTransition.STOP)
+            work.record_event(tx, PAUSE, snapshot=record.name, scope=record.scope.value)
+    work.afterwards("its files", lambda: services.runtime.remove(workspace_id))
+    work.clean_up()
+    return saved.result()
+
+
+def resume(
+    services: Services, workspace_id: str, reason: str = USER, *, ready_timeout_s: float | None = None
+) -> Workspace:
+    """Place the snapshot, start, wait until it is ready, record. See `WorkspaceManager.resume`."""
+    work = Work.begin(
+        services, workspace_id, OperationKind.RESUME, allowed=[WorkspaceState.PAUSED], reason=reason
+    )
+    with work:
+        with services.catalog.reading() as reader:
+            current = reader.snapshot(work.workspace.current_snapshot)
+            base = base_of(reader, work.workspace, current)
+        work.place(services.content.find(current), None if base is None else services.content.find(base))
+        work.start()
+        if current.scope is Scope.DATA or not services.runtime.keeps_memory:
+            work.wait_ready(ready_timeout_s)
+        with work.recording() as tx:
+            tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING, paused_at=None)
+            work.record_run(tx, RunTransition.START)
+            work.record_event(tx, RESUME, snapshot=current.name, scope=current.scope.value)
+            workspace = tx.workspace(workspace_id)
+    work.afterwards("its record as paused", lambda: services.records.remove(workspace_id))
+    work.clean_up()
+    return workspace
+
+
+def restore_paused(services: Services, locks: WorkspaceLocks, findings: Findings) -> None:
     """Register every paused workspace whose record is good, with its slot; move the other records aside."""
     for name in services.records.strangers():
         log.warning("%r is no record of a paused workspace, and is left alone", services.records.path(name))

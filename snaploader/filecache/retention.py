@@ -1,4 +1,11 @@
-"""All pins of all groups, as eviction sees them: read once, then only what changed."""
+"""What eviction leaves alone: what a lease or a pin of any process names, and groups with a damaged pin.
+
+A lease keeps blobs while their user lives. It is a file `leases/<token>.<number>` with the first eight bytes
+of each hash, sorted, little-endian; two hashes that begin alike only protect each other. It holds as long as
+the owner of its token lives, so the lease of a killed process ends with it.
+
+Pins (`pins`) are read once, then only those that changed.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +14,122 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple, TypeAlias
+from types import TracebackType
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.filecache import pinfile, recency
-from snaploader.filecache.hashes import Prefixes, are_among, to_prefixes, to_words
+from snaploader.filecache import recency
+from snaploader.filecache.hashes import Prefixes, are_among, distinct, to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space
+from snaploader.filecache.openfolder import is_alive
+from snaploader.filecache.pins import UNKNOWN_SIZE, is_pin_name, load_pin
+from snaploader.filecache.scan import Scan
+from snaploader.filecache.usage import CacheContext, PinTotals, Section
+from snaploader.files import read_file
+from snaploader.folders import OddEntry, open_regular
+
+_MAX_LEASE_BYTES = 8 << 24
+"""Of hashes as many as a pin may keep; what is larger is no lease."""
+
+
+class Lease:
+    """Keeps blobs from eviction until it is released. A context manager. Thread-safe.
+
+    What is in the cache when the lease begins stays, and so does what is added while it lasts. It does not
+    keep a blob from `FileCache.remove` or from quarantine.
+    """
+
+    def __init__(self, context: CacheContext, prefixes: Prefixes) -> None:
+        folder, ledger = context.folder, context.ledger
+        self._ledger = ledger
+        self._path: str | None = None
+        if not len(prefixes):
+            return
+        path = f"{context.layout.leases}/{folder.unique_name()}"
+        # Evictions happen in sections too, so none is under way that has not seen this lease.
+        data = distinct(prefixes).astype("<u8").tobytes()
+        with folder.staged(data) as temporary, ledger.section() as section:
+            os.rename(temporary, path)
+            # Killed here, the lease ends with its owner.
+            try:
+                section.leases_changed()
+            except BaseException:
+                os.unlink(path)
+                raise
+        self._path = path
+
+    def release(self) -> None:
+        """End the lease. Again is fine."""
+        path, self._path = self._path, None
+        # Closing the cache ends its leases; a forked child has none.
+        if path is None or self._ledger.closed:
+            return
+        with self._ledger.section() as section:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            section.leases_changed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class LeaseTable:
+    """All leases of all processes, as the evictor sees them. For one thread at a time."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._generation = -1
+        self._prefixes: Prefixes = np.empty(0, dtype=np.uint64)
+
+    def refresh(self, generation: int, *, again: bool = False) -> bool:
+        """Read the leases if they changed; whether they did. The caller is in a section of the ledger.
+
+        Args:
+            again: Read them in any case: an owner may have died, which changes no generation.
+        """
+        if generation == self._generation and not again:
+            return False
+        held = [np.empty(0, dtype=np.uint64)]
+        alive: dict[str, bool] = {}
+        for name in os.listdir(self._layout.leases):
+            token = name.partition(".")[0]
+            if token not in alive:
+                alive[token] = is_alive(self._layout, token)
+            if alive[token]:
+                with suppress(FileNotFoundError, OddEntry):
+                    held.append(_load(f"{self._layout.leases}/{name}"))
+        self._prefixes = distinct(np.concatenate(held))
+        self._generation = generation
+        return True
+
+    def protected(self, prefixes: Prefixes) -> npt.NDArray[np.bool_]:
+        """For each whether it is leased."""
+        return are_among(prefixes, self._prefixes)
+
+
+def _load(path: str) -> Prefixes:
+    """What a lease keeps; nothing if no cache wrote such a file."""
+    fd, status = open_regular(path)
+    try:
+        if status.st_size > _MAX_LEASE_BYTES:
+            return np.empty(0, dtype=np.uint64)
+        data = read_file(fd, status.st_size)
+    finally:
+        os.close(fd)
+    return np.frombuffer(data, dtype="<u8", count=len(data) // 8).astype(np.uint64)
+
 
 _logger = logging.getLogger(__name__)
 
 _NO_KEYS: Prefixes = np.empty(0, dtype=np.uint64)
 _NO_NUMBERS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-
-
-class PinTotals(NamedTuple):
-    """What the pins of all groups keep together."""
-
-    pins: int
-    blobs: int
-    content_bytes: int
-    """Of those blobs whose size the pins tell; each counts once in a group."""
-    refs: int
-    damaged: tuple[str, ...]
-    """Paths of pins that cannot be read, sorted."""
 
 
 _Name: TypeAlias = "tuple[str, str]"
@@ -65,7 +163,7 @@ class CountedKeys:
         by = np.ones(len(keys), dtype=np.int64)
         by[: len(self.keys)] = self._counts
         by[len(self.keys) : len(keys) - sum(map(len, added))] = -1
-        sizes = np.full(len(keys), pinfile.UNKNOWN_SIZE, dtype=np.int64)
+        sizes = np.full(len(keys), UNKNOWN_SIZE, dtype=np.int64)
         sizes[: len(self.keys)] = self.sizes_bytes
         known = np.concatenate([_NO_NUMBERS, *sizes_bytes])
         sizes[len(keys) - len(known) :] = known
@@ -119,9 +217,7 @@ class PinTable:
                 self._generation = generation
 
     def pinned(self, space: Space, keys: Prefixes) -> npt.NDArray[np.bool_]:
-        """For each key whether a pin names an entry of that key. None of the directories is."""
-        if space is Space.TREES:
-            return np.zeros(len(keys), dtype=np.bool_)
+        """For each key whether a pin names an entry of that key."""
         with self._lock:
             pinned = (self._refs if space is Space.REFS else self._blobs).keys
         return are_among(keys, pinned)
@@ -173,7 +269,7 @@ class PinTable:
                 os.scandir(self._layout.pins(group)) as found,
             ):
                 for entry in found:
-                    if pinfile.is_name(entry.name):
+                    if is_pin_name(entry.name):
                         with suppress(FileNotFoundError):
                             yield (group, entry.name), _identity(entry.stat(follow_symlinks=False))
 
@@ -182,7 +278,7 @@ class PinTable:
         group = name[0]
         pin = None
         try:
-            status, pin = pinfile.load(self._path(name))
+            status, pin = load_pin(self._path(name))
             identity = _identity(status)
         except FileNotFoundError:
             raise
@@ -201,3 +297,41 @@ class PinTable:
 
 def _identity(status: os.stat_result) -> _Identity:
     return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+Rows = npt.NDArray[np.int64]
+"""Places in a scan."""
+
+
+class Protection:
+    """Leases and pins of all processes, as the evictor sees them. For one thread at a time."""
+
+    def __init__(self, layout: Layout, pins: PinTable) -> None:
+        self._leases = LeaseTable(layout)
+        self._pins = pins
+        self._pins_version = -1
+
+    def refresh(self, section: Section, *, again: bool = False) -> bool:
+        """Read what changed; whether anything did. What `again` does: see the tables."""
+        changed = self._leases.refresh(section.lease_generation, again=again)
+        self._pins.refresh(section.pin_generation)
+        if self._pins_version != self._pins.version:
+            self._pins_version = self._pins.version
+            changed = True
+        return changed
+
+    def holds(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
+        """For each of these entries whether it must stay."""
+        is_blob = scan.space[rows] <= Space.BLAKE3
+        return (self._leases.protected(scan.prefixes[rows]) & is_blob) | self.is_pinned(scan, rows)
+
+    def is_pinned(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
+        """For each of these entries whether a pin keeps it, or may have before it was damaged."""
+        space = scan.space[rows]
+        keys = scan.use_keys[rows]
+        pinned: npt.NDArray[np.bool_] = self._pins.pinned(Space.SHA256, keys) & (space <= Space.BLAKE3)
+        pinned |= self._pins.pinned(Space.REFS, keys) & (space == Space.REFS)
+        for group in self._pins.damaged_groups():
+            if group in scan.groups:
+                pinned |= scan.group[rows] == scan.groups.index(group)
+        return pinned

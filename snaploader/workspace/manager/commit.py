@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING
 
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition
-from snaploader.workspace.manager.content import Saved
-from snaploader.workspace.manager.pausing import record_of
-from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.snapshots import completed, let_go, new_record
-from snaploader.workspace.manager.states import ALIVE
-from snaploader.workspace.manager.undo import remove_unfinished, undone_on_failure
-from snaploader.workspace.manager.versions import result_of
-from snaploader.workspace.manager.work import Work
+from snaploader.workspace.manager.operation import ALIVE, Services, Work
+from snaploader.workspace.manager.snapshots import Saved, completed, let_go, new_record, remove_unfinished
 from snaploader.workspace.model import (
     OperationKind,
     Scope,
@@ -26,6 +20,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
+from snaploader.workspace.records import PausedRecord
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Transaction
@@ -60,7 +55,7 @@ def commit(services: Services, workspace_id: str, display_name: str) -> Snapshot
 
     work = Work.begin(services, workspace_id, OperationKind.COMMIT, allowed=ALIVE, prepare=prepare)
     is_paused = work.workspace.state is WorkspaceState.PAUSED
-    with undone_on_failure(work):
+    with work:
         saved = _upload_paused(work) if is_paused else _capture_and_upload(work)
         record = completed(saved.record)
         with work.recording() as tx:
@@ -70,7 +65,7 @@ def commit(services: Services, workspace_id: str, display_name: str) -> Snapshot
             orphans = tx.snapshots(workspace_id, statuses=[SnapshotStatus.ORPHANED])
             for orphan in orphans:
                 tx.set_snapshot_status(orphan.name, SnapshotStatus.DELETING)
-            work.event(tx, COMMIT, snapshot=record.name, scope=record.scope.value)
+            work.record_event(tx, COMMIT, snapshot=record.name, scope=record.scope.value)
     for orphan in orphans:
         gone = replace(orphan, status=SnapshotStatus.DELETING)
         work.afterwards(f"commit {gone.name!r}", partial(remove_unfinished, services, gone))
@@ -78,7 +73,7 @@ def commit(services: Services, workspace_id: str, display_name: str) -> Snapshot
         work.afterwards("its record as paused", partial(_rewrite_record, services, workspace_id))
         work.afterwards(f"snapshot {record.name!r}", partial(let_go, services, record))
     work.clean_up()
-    return result_of(saved)
+    return saved.result()
 
 
 def orphaned_uploads(services: Services, workspace_id: str) -> list[OrphanedUpload]:
@@ -139,5 +134,5 @@ def _check_holds(paused: SnapshotRecord, scope: Scope) -> None:
 
 def _rewrite_record(services: Services, workspace_id: str) -> None:
     with services.catalog.reading() as reader:
-        record = record_of(reader, reader.workspace(workspace_id))
+        record = PausedRecord.of(reader, reader.workspace(workspace_id))
     services.records.write(record)
