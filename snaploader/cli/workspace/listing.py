@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.commands import Command, option
+from snaploader.cli.options import with_workspaces
 from snaploader.cli.output import Branch
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
@@ -41,20 +43,19 @@ FORK_EVENT = "workspace_fork"
 """Tells which commit a workspace was forked from."""
 
 
+_ls_option = functools.partial(option, scope="workspace ls")
+
+
 @click.command("ls", cls=Command)
-@option(
-    "--state",
-    scope="workspace ls",
-    type=click.Choice([state.value for state in WorkspaceState]),
-    help="Only those in this state.",
+@_ls_option(
+    "--state", type=click.Choice([state.value for state in WorkspaceState]), help="Only those in this state."
 )
-@option("--owner", scope="workspace ls", help="Only those of this owner.")
-@option("--all-hosts", scope="workspace ls", is_flag=True, help="Those of other hosts too.")
-@option("--deleted", scope="workspace ls", is_flag=True, help="Deleted ones too.")
-@option("--tree", scope="workspace ls", is_flag=True, help="Show the history of each.")
-@option(
+@_ls_option("--owner", help="Only those of this owner.")
+@_ls_option("--all-hosts", is_flag=True, help="Those of other hosts too.")
+@_ls_option("--deleted", is_flag=True, help="Deleted ones too.")
+@_ls_option("--tree", is_flag=True, help="Show the history of each.")
+@_ls_option(
     "--sizes/--no-sizes",
-    scope="workspace ls",
     default=True,
     help="Tell what each costs, for which the chunks of all snapshots on this host are counted.",
 )
@@ -87,10 +88,7 @@ def list_(
     workspaces.output.json(
         {
             "workspaces": [
-                {
-                    **workspace_record(each),
-                    "size": size_record(costs[each.id]) if each.id in costs else None,
-                }
+                {**workspace_record(each), "size": size_record(costs[each.id]) if each.id in costs else None}
                 for each in found
             ],
             "stored_bytes": None if measured is None else measured.stored_bytes,
@@ -251,21 +249,20 @@ def versions(workspaces: Workspaces, workspace_id: str) -> None:
     )
 
 
+_events_option = functools.partial(option, scope="workspace events")
+
+
 @click.command("events", cls=Command)
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@option(
+@_events_option(
     "--after",
-    scope="workspace events",
     type=click.IntRange(0),
     metavar="ID",
     help="Only events later than the one of this id, beginning with the first of them.",
 )
-@option(
-    "--type", "types", scope="workspace events", multiple=True, help="Only events of this type; repeatable."
-)
-@option(
+@_events_option("--type", "types", multiple=True, help="Only events of this type; repeatable.")
+@_events_option(
     "--limit",
-    scope="workspace events",
     type=click.IntRange(1),
     default=1000,
     help="No more than so many: the newest, or with --after the first.",
@@ -302,13 +299,7 @@ def events(
 
 @click.command("log", cls=Command)
 @click.argument("workspace_id", metavar="WORKSPACE")
-@option(
-    "--max-size",
-    scope="workspace log",
-    type=SIZE,
-    default="64KiB",
-    help="No more than its last bytes.",
-)
+@option("--max-size", scope="workspace log", type=SIZE, default="64KiB", help="No more than its last bytes.")
 @with_workspaces
 def log(workspaces: Workspaces, workspace_id: str, max_size: int) -> None:
     """Print the end of what the command of a workspace has printed, byte for byte; of earlier runs too."""
