@@ -16,10 +16,14 @@ Sink: TypeAlias = Callable[[Digest, bytes], None]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A blob to store: its digest, and its bytes or a file that holds exactly them."""
+    """A blob to store."""
 
     digest: Digest
     source: Buffer | str | os.PathLike[str]
+    """Its bytes, or a file that holds exactly them."""
+    verified: bool = False
+    """Whether the caller has hashed these very bytes, as a file cache has what it gives out. A store may do
+    without hashing them once more then; sizes are compared in any case."""
 
 
 @dataclass(frozen=True, slots=True)

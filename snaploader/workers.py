@@ -52,6 +52,7 @@ class WorkerPool:
         items: Iterable[T],
         *,
         on_failure: Callable[[], object] = lambda: None,
+        waits_when_interrupted: bool = True,
     ) -> None:
         """Call `function` with every item, in parallel, taking items in order and only as they are needed.
 
@@ -65,6 +66,8 @@ class WorkerPool:
         Args:
             on_failure: Called at an error, on the thread that met it, to end early what is under way. May be
                 called several times.
+            waits_when_interrupted: Whether an interrupt (KeyboardInterrupt, SystemExit) is raised when all
+                that was under way has ended, as other errors are, or at once.
         """
         self._check_open()
         pid = os.getpid()
@@ -74,8 +77,9 @@ class WorkerPool:
         except BaseException as error:  # noqa: BLE001 - an interrupt; raised below, after the others ended
             work.fail(error)
         try:
+            is_interrupted = work.error is not None and not isinstance(work.error, Exception)
             # A child that was forked by what runs here has none of the threads to wait for.
-            if os.getpid() == pid:
+            if os.getpid() == pid and (waits_when_interrupted or not is_interrupted):
                 work.join()
         except BaseException as error:
             work.fail(error)

@@ -18,7 +18,7 @@ class ActionCacheClient:
         self._caller = caller
 
     def get(self, action_digest: Digest, cancellation: Cancellation) -> reapi.ActionResult:
-        """The result under a digest. NotFound when there is none, or it is no longer whole."""
+        """Return the result kept under a digest. NotFound when there is none, or it is no longer whole."""
         request = reapi.GetActionResultRequest(
             instance_name=self._caller.instance_name,
             action_digest=to_message(action_digest),
@@ -31,7 +31,7 @@ class ActionCacheClient:
         return result
 
     def update(self, action_digest: Digest, result: reapi.ActionResult, cancellation: Cancellation) -> None:
-        """Keep a result. FailedPrecondition where the server does not allow it."""
+        """Keep a result under a digest. FailedPrecondition where the server does not allow it."""
         if not self._caller.capabilities.update_enabled:
             raise _not_allowed(action_digest)
         request = reapi.UpdateActionResultRequest(

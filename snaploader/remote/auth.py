@@ -42,7 +42,7 @@ _VALUE = re.compile(r"[\x20-\x7e]{0,8192}")
 
 @dataclass(frozen=True, slots=True)
 class RequestMetadata:
-    """Who asks: for a server's logs, and to follow one task over several services (REAPI RequestMetadata)."""
+    """Says who asks, for a server's logs and to follow a task over several services (see the REAPI)."""
 
     action_id: str = ""
     """The action a request belongs to."""
@@ -55,7 +55,7 @@ class RequestMetadata:
     configuration_id: str = ""
 
     def header(self) -> tuple[str, bytes]:
-        """As metadata of a call."""
+        """Return this as the metadata of a call: a name and a value."""
         message = remote_execution_pb2.RequestMetadata(
             tool_details=remote_execution_pb2.ToolDetails(tool_name="snaploader", tool_version=__version__),
             action_id=self.action_id,
@@ -69,7 +69,7 @@ class RequestMetadata:
 
 
 def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]) -> Headers:
-    """Headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
+    """Return headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
 
     Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
     """
@@ -94,7 +94,7 @@ def _checked(name: str, value: str | bytes) -> tuple[str, str | bytes]:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a header of this name likely holds what should not be sent in the clear."""
+    """Tell whether a header of this name likely holds what should not be sent in the clear."""
     return _SECRET.search(name) is not None
 
 
@@ -103,10 +103,10 @@ _MAX_HELPER_OUTPUT = 1024 * 1024
 
 
 class Credentials(Protocol):
-    """Headers for calls. Thread-safe."""
+    """A source of headers that prove who we are. Thread-safe."""
 
     def headers(self) -> Headers:
-        """What to send now. Unauthenticated when it cannot be had."""
+        """Return what to send now. Unauthenticated when it cannot be had."""
         ...
 
     def refresh(self) -> bool:
@@ -125,7 +125,7 @@ class NoCredentials:
 
 
 class BearerToken:
-    """`authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
+    """Sends `authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
 
     def __init__(self, token: str | Callable[[], str]) -> None:
         if isinstance(token, str):
@@ -145,7 +145,7 @@ class BearerToken:
 
 
 class Netrc:
-    """`authorization: Basic …` for a host, from a .netrc file. Read once; read again after a refusal."""
+    """Sends `authorization: Basic …`, from a .netrc file that is read once, and again after a refusal."""
 
     def __init__(self, path: str | os.PathLike[str], host: str) -> None:
         self._path = os.fspath(path)
@@ -177,7 +177,7 @@ class Netrc:
 
 
 class CredentialHelper:
-    """Headers from a program, by Bazel's credential helper protocol.
+    """Asks a program for headers, by Bazel's credential helper protocol.
 
     Runs `HELPER get` with `{"uri": …}` on its standard input and expects `{"headers": {name:
     [values…]}, "expires": RFC 3339 time}` on its standard output. The answer is kept until shortly
@@ -259,7 +259,7 @@ def make_credentials(
     uri: str,
     helper_timeout_s: float,
 ) -> Credentials:
-    """The source that was chosen. InvalidArgument for more than one."""
+    """Make the source of credentials that was chosen. InvalidArgument for more than one."""
     given = [x for x in (bearer_token, credential_helper, netrc_file) if x is not None]
     if len(given) > 1:
         raise InvalidArgument("give one of bearer_token, credential_helper and netrc, not several")

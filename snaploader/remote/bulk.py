@@ -51,18 +51,18 @@ def batches(
 
 
 def chunked(items: Sequence[T], count: int) -> Iterator[Sequence[T]]:
-    """Slices of `count` items; the last may be shorter."""
+    """Cut items into slices of `count`; the last may be shorter."""
     return (items[start : start + count] for start in range(0, len(items), count))
 
 
 def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
-    """A group that was too large, as two."""
+    """Cut a group that was too large in two."""
     middle = (len(items) + 1) // 2
     return items[:middle], items[middle:]
 
 
 def distinct(digests: Iterable[Digest]) -> Iterator[Digest]:
-    """Each digest once, in order, without the empty blob, which exists everywhere."""
+    """Give each digest once, in order, without the empty blob, which exists everywhere."""
     return iter(dict.fromkeys(digest for digest in digests if digest.size_bytes))
 
 
@@ -74,11 +74,11 @@ class BatchLimit:
         self._limit = limit_bytes
 
     def __call__(self) -> int:
-        """The limit as known now."""
+        """Return the limit as known now."""
         return self._limit
 
     def fits(self, size_bytes: int) -> bool:
-        """Whether a blob of this size may go in a batch."""
+        """Tell whether a blob of this size may go in a batch."""
         return size_bytes + ITEM_OVERHEAD_BYTES <= self._limit
 
     def refused(self, batch_bytes: int) -> None:
@@ -123,14 +123,14 @@ class ByteBudget:
             share.wake.get()
 
     def release(self, share: Share) -> None:
-        """Give a share back, or ask for it no more. Again is fine."""
+        """Give a share back, or ask for it no more. May be called again."""
         with self._lock:
             self._shares.pop(share, None)
             self._grant()
 
     @property
     def used_bytes(self) -> int:
-        """What is out now."""
+        """The bytes that are granted now."""
         with self._lock:
             return self._used()
 
@@ -151,7 +151,8 @@ class ByteBudget:
 def run_all(tasks: Iterable[Task], pool: WorkerPool, budget: ByteBudget, parent: Cancellation) -> None:
     """Run tasks, taken one by one as threads are free. The first error calls off the rest and is raised.
 
-    Returns or raises after every task that began has ended, unless waiting for that is interrupted.
+    Returns or raises after every task that began has ended; but an interrupt is raised at once, as a server
+    that does not answer may keep the other threads for a while.
     """
     cancellation = parent.child()
     latest: dict[int, Share] = {}
@@ -168,7 +169,7 @@ def run_all(tasks: Iterable[Task], pool: WorkerPool, budget: ByteBudget, parent:
             budget.release(share)
 
     try:
-        pool.for_each(work, tasks, on_failure=cancellation.cancel)
+        pool.for_each(work, tasks, on_failure=cancellation.cancel, waits_when_interrupted=False)
     finally:
         # An interrupt may have kept this thread from giving its share back.
         if share := latest.get(threading.get_ident()):

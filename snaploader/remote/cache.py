@@ -40,17 +40,17 @@ T = TypeVar("T")
 
 
 class RemoteCache:
-    """A REAPI server: content-addressable storage and action cache of one instance.
+    """A client of one instance on a REAPI server: its content-addressable storage and its action cache.
 
     Making one does nothing but check its arguments; the connection is made at the first call.
     Thread-safe. A child of a fork makes its own connection at its first call, and leaves alone what
     it inherited. Fork while no call runs: gRPC promises nothing else.
 
-    Every blob that comes out is verified against its digest, every blob that goes in too. Transient
-    failures are retried (`RetryPolicy`); no call outlasts its budget. Errors are those of
-    `snaploader.errors`: Unavailable, DeadlineExceeded, Unauthenticated, PermissionDenied and so on
-    for what the server says, DataLoss for wrong bytes, Cancelled for what `close` interrupted,
-    FailedPrecondition for any use after `close`.
+    Every blob that comes out is verified against its digest; every blob that goes in too, unless the caller
+    has done so (`Upload.verified`). Transient failures are retried (`RetryPolicy`); no call outlasts its
+    budget. Errors are those of `snaploader.errors`: Unavailable, DeadlineExceeded, Unauthenticated,
+    PermissionDenied and so on for what the server says, DataLoss for wrong bytes, Cancelled for what `close`
+    interrupted, FailedPrecondition for any use after `close`.
 
     Args:
         url: grpc://host:port, grpcs://host:port (TLS) or unix:/path.
@@ -125,7 +125,7 @@ class RemoteCache:
         self._pid = os.getpid()
 
     def capabilities(self) -> RemoteCapabilities:
-        """What the server offers. Asked for once; a failure is not remembered."""
+        """Return what the server offers. It is asked once; a failure is not remembered."""
         return self._ensure_connection().clients.caller.capabilities
 
     @property
@@ -144,7 +144,7 @@ class RemoteCache:
         return self.capabilities().update_enabled
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
-        """Those of `digests` that the server does not hold. Servers count this as a use of those they do."""
+        """Return those of `digests` that the server does not hold. It counts this as a use of the others."""
         connection, clients = self._connect()
         by_function: dict[DigestFunction, list[Digest]] = defaultdict(list)
         for digest in distinct(digests):
@@ -164,7 +164,7 @@ class RemoteCache:
         return set().union(*missing)
 
     def read(self, digest: Digest) -> bytes:
-        """One blob, fetched on the caller's thread: it never waits for bulk transfers.
+        """Fetch one blob on the caller's thread, which never waits for bulk transfers.
 
         NotFound when the server does not hold it, DataLoss when its bytes are wrong.
         """
@@ -206,7 +206,7 @@ class RemoteCache:
         """Hand each blob to `sink`, from several threads, in any order, each once.
 
         Each blob is in memory as a whole: for big ones see `read_to`. The first error calls off the
-        rest and is raised, when all have stopped.
+        rest and is raised, when all have stopped. `sink` must not call bulk methods of this cache.
         """
         connection, clients = self._connect()
 
@@ -277,7 +277,7 @@ class RemoteCache:
         return total
 
     def get_action_result(self, action_digest: Digest) -> remote_execution_pb2.ActionResult:
-        """The result kept under a digest. NotFound when there is none, or when a blob it names is gone."""
+        """Return the result kept under a digest. NotFound when there is none, or a blob it names is gone."""
         connection, clients = self._connect()
         clients.check(action_digest)
         return clients.actions.get(action_digest, connection.cancellation)
@@ -285,7 +285,7 @@ class RemoteCache:
     def update_action_result(
         self, action_digest: Digest, action_result: remote_execution_pb2.ActionResult
     ) -> None:
-        """Keep a result under a digest, replacing what stood there.
+        """Keep a result under a digest, in place of what stood there.
 
         FailedPrecondition or PermissionDenied where that is not allowed. Some servers pretend
         success for read-only credentials: read it back where it matters.
@@ -295,7 +295,7 @@ class RemoteCache:
         clients.actions.update(action_digest, action_result, connection.cancellation)
 
     def statistics(self) -> RemoteStatistics:
-        """What was done so far. Works after `close` too."""
+        """Return counters of what was done so far. Works after `close` too."""
         return self._recorder.snapshot()
 
     def close(self) -> None:
@@ -322,7 +322,7 @@ class RemoteCache:
         return f"RemoteCache({self.url!r}, instance_name={self.instance_name!r})"
 
     def _connect(self) -> tuple[Connection, Clients]:
-        """The connection, and what is to be called on it; asks for the server's capabilities at first."""
+        """Return the connection and the clients on it; asks for the server's capabilities at first."""
         connection = self._ensure_connection()
         return connection, connection.clients
 
@@ -336,7 +336,7 @@ class RemoteCache:
             return self._connection
 
     def _leave_inherited(self) -> None:
-        """In a child of a fork: leave alone what the parent had, its lock too, which may be held for ever."""
+        """Leave alone, in a child of a fork, what the parent had; its lock too, which may be held forever."""
         if self._pid != os.getpid():
             if self._connection is not None:
                 _inherited.append(self._connection)
@@ -355,7 +355,7 @@ def _sink_errors() -> Iterator[None]:
 
 
 def _batches(caller: Caller, items: Iterable[T], digest_of: Callable[[T], Digest]) -> Iterator[list[T]]:
-    """Batches of items whose digests have one function, since a message names only one."""
+    """Group items into batches whose digests have one function, since a message names only one."""
     for _function, same in itertools.groupby(items, key=lambda item: digest_of(item).function):
         yield from batches(
             same,

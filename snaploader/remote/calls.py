@@ -37,7 +37,7 @@ class Cancellable(Protocol):
     def cancel(self) -> bool: ...
 
 
-class Guard:
+class StreamGuard:
     """Watches one stream; `touch` it at each message."""
 
     def __init__(self, call: Cancellable) -> None:
@@ -46,7 +46,7 @@ class Guard:
         self.expired = False
 
     def touch(self) -> None:
-        """The stream moved."""
+        """Note that the stream moved."""
         self.touched = time.monotonic()
 
     def pause(self) -> None:
@@ -55,7 +55,9 @@ class Guard:
 
 
 class Watchdog:
-    """One thread for all streams of a cache, started with the first one. Thread-safe.
+    """Ends streams that fall silent: gRPC's deadlines cover a whole call, not the time between two messages.
+
+    One thread, started with the first stream, watches all streams of a cache. Thread-safe.
 
     Args:
         idle_s: The silence after which a stream is cancelled.
@@ -64,14 +66,14 @@ class Watchdog:
     def __init__(self, idle_s: float) -> None:
         self._idle_s = idle_s
         self._condition = threading.Condition()
-        self._guards: set[Guard] = set()
+        self._guards: set[StreamGuard] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @contextmanager
-    def watch(self, call: Cancellable) -> Iterator[Guard]:
+    def watch(self, call: Cancellable) -> Iterator[StreamGuard]:
         """Watch a call while the block runs."""
-        guard = Guard(call)
+        guard = StreamGuard(call)
         with self._condition:
             if self._thread is None and not self._closed:
                 thread = threading.Thread(target=self._run, name="snaploader-remote-watchdog", daemon=True)
@@ -150,7 +152,7 @@ class Transport:
         self._channel = _Channel(open_channel())
 
     def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
-        """The response to one request, within `Timeouts.call_s` and what is left of the budget."""
+        """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
         timeout_s = attempts.timeout_s(self._timeouts.call_s)
         headers = self._headers()
         self._recorder.call(method)
@@ -161,7 +163,7 @@ class Transport:
             raise self._error(method, error, attempts, channel) from error
 
     def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
-        """The messages of a server's stream. Close it (contextlib.closing) to end the call early."""
+        """Send one request; gives the messages of the server's stream. Close it to end the call early."""
         timeout_s = attempts.timeout_s(float("inf"))
         headers = self._headers()
         self._recorder.call(method)
@@ -183,7 +185,7 @@ class Transport:
                 call.cancel()
 
     def send(self, method: str, requests: Iterator[bytes], attempts: Attempts) -> Any:
-        """The response to a client's stream. What `requests` raises ends the call and is raised.
+        """Send a stream; returns the response. What `requests` raises ends the call and is raised.
 
         A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
         """
@@ -218,8 +220,8 @@ class Transport:
         self._channel.channel.close()
         self._watchdog.close()
 
-    def _lost(self, channel: _Channel) -> None:
-        """Begin anew, with a channel that has nothing to back off from; once for one that cannot connect."""
+    def _replace(self, channel: _Channel) -> None:
+        """Replace a channel that cannot connect, once, by one that has nothing to back off from."""
         with self._lock:
             if self._closed or self._channel is not channel:
                 return
@@ -241,7 +243,7 @@ class Transport:
             if not isinstance(typed, Unavailable):
                 return typed
             if _NOT_CONNECTED in typed.message:
-                self._lost(channel)
+                self._replace(channel)
             elif _DISCONNECTED not in typed.message:
                 return typed
             reason = self._tls_failure()
@@ -286,8 +288,8 @@ class _Requests:
         self._on_next: Callable[[], None] = lambda: None
         self.error: BaseException | None = None
 
-    def attach(self, call: Any, guard: Guard, attempts: Attempts) -> None:
-        """The call these requests are for, which may have taken some of them already."""
+    def attach(self, call: Any, guard: StreamGuard, attempts: Attempts) -> None:
+        """Name the call these requests are for, which may have taken some of them already."""
 
         def on_next() -> None:
             guard.touch()
@@ -331,7 +333,7 @@ class Caller:
     batch_limit: BatchLimit
 
     def unary(self, operation: str, method: str, request: Any, cancellation: Cancellation) -> Any:
-        """The response to one request. `operation` says what is being done, as in "reading 1f…/4096"."""
+        """Send one request, with retries; `operation` says what is being done, as in "reading 1f…/4096"."""
 
         def attempt(attempts: Attempts) -> Any:
             return self.transport.unary(method, request, attempts)
@@ -345,6 +347,6 @@ class Caller:
         cancellation: Cancellation,
         size_bytes: int = 0,
     ) -> T:
-        """What `attempt` returns, called again while that helps; big transfers get more time."""
+        """Call `attempt` until it succeeds, or fails for good; big transfers get more time."""
         extra_s = size_bytes / self.timeouts.min_bytes_per_s
         return self.retrier.run(operation, attempt, cancellation, extra_s=extra_s)

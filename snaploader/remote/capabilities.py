@@ -48,7 +48,7 @@ class RemoteCapabilities:
 def negotiate(
     server: reapi.ServerCapabilities, *, wanted: DigestFunction | None, compression: bool
 ) -> RemoteCapabilities:
-    """What to use of what a server offers.
+    """Choose what to use of what a server offers.
 
     Args:
         server: Its own words.
@@ -87,7 +87,7 @@ def negotiate(
 
 
 def without_capabilities(wanted: DigestFunction | None) -> RemoteCapabilities:
-    """What to assume of a server that has no Capabilities service: the least."""
+    """Assume the least, of a server that has no Capabilities service."""
     offered = frozenset((DigestFunction.SHA256,))
     return RemoteCapabilities(digest_functions=offered, digest_function=_choose(offered, wanted))
 

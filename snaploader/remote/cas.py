@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class CASClient:
-    """Batches of blobs. Thread-safe. All digests of one call have the same function.
+    """Finds, reads and writes blobs in batches. Thread-safe. All digests of one call have the same function.
 
     Args:
         stream_read: Reads a blob alone, where it turns out too big for any batch.
-        stream_write: Writes one so.
+        stream_write: Writes a blob alone, where its batch is refused.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class CASClient:
         self._may_warn = threading.Lock()  # taken by the one who does, and kept
 
     def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
-        """Those the server does not hold."""
+        """Return those the server does not hold."""
         asked = {(digest.hash, digest.size_bytes): digest for digest in digests}
         request = reapi.FindMissingBlobsRequest(
             instance_name=self._caller.instance_name,
@@ -100,12 +100,12 @@ class CASClient:
             refusal = error
         if len(rest) == 1:
             done = self._stream_write(rest[0].upload, cancellation)
-            self._tell_refusal(rest[0].digest, refusal)
+            self._warn_of_refusal(rest[0].digest, refusal)
             return batch.done + done
         first, second = halves(rest)
         return batch.done + self.update(first, cancellation) + self.update(second, cancellation)
 
-    def _tell_refusal(self, digest: Digest, refusal: SnaploaderError) -> None:
+    def _warn_of_refusal(self, digest: Digest, refusal: SnaploaderError) -> None:
         """Warn, once, of a server that refuses in batches what it takes as a stream, which is slower."""
         if status.is_of_whole_call(refusal) or not isinstance(refusal, InvalidArgument):
             return

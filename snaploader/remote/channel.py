@@ -24,7 +24,7 @@ _MAX_RECONNECT_MS = 5_000
 
 
 def channel_options(timeouts: Timeouts, limits: Limits, server_name: str = "") -> list[tuple[str, str | int]]:
-    """gRPC's channel arguments."""
+    """Return gRPC's channel arguments."""
     options: list[tuple[str, str | int]] = [
         ("grpc.primary_user_agent", f"snaploader/{__version__}"),
         ("grpc.max_send_message_length", -1),
@@ -50,7 +50,7 @@ def channel_options(timeouts: Timeouts, limits: Limits, server_name: str = "") -
 
 
 def open_channel(endpoint: Endpoint, tls: TLSConfig, timeouts: Timeouts, limits: Limits) -> grpc.Channel:
-    """A channel to the endpoint; it connects at the first call. InvalidArgument for unusable certificates."""
+    """Make a channel, which connects at its first call. InvalidArgument for unusable certificates."""
     options = channel_options(timeouts, limits, tls.server_name if endpoint.secure else "")
     if not endpoint.secure:
         return grpc.insecure_channel(endpoint.target, options)
@@ -63,7 +63,7 @@ def open_channel(endpoint: Endpoint, tls: TLSConfig, timeouts: Timeouts, limits:
 
 
 def tls_failure(endpoint: Endpoint, tls: TLSConfig, timeout_s: float) -> SnaploaderError | None:
-    """Why no TLS connection to the endpoint can be made; None when that cannot be told, or TLS works.
+    """Find out why no TLS connection can be made; None when that cannot be told, or TLS works.
 
     gRPC tells a certificate that is not accepted, on either side, like any lost connection. So shake hands
     once more, with the same certificates, and see.
@@ -95,7 +95,7 @@ def tls_failure(endpoint: Endpoint, tls: TLSConfig, timeout_s: float) -> Snaploa
 
 
 def _hangs_up(endpoint: Endpoint, context: ssl.SSLContext, server_name: str, timeout_s: float) -> bool:
-    """Whether the server ends a connection after the client's part of the handshake, without a word.
+    """Tell whether the server ends a connection after the client's part of the handshake, without a word.
 
     Raises ssl.SSLError where it, or the client, says why.
     """
@@ -119,7 +119,7 @@ def _refused(endpoint: Endpoint, reason: str) -> Unauthenticated:
 
 
 def _ssl_context(tls: TLSConfig) -> ssl.SSLContext:
-    """What gRPC does with the same settings, in Python's terms. Raises OSError for unusable certificates."""
+    """Do what gRPC does with the same settings, in Python's terms. OSError for unusable certificates."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     # Certificates are ASCII; remarks between them need not be, and Python refuses those.
@@ -166,7 +166,7 @@ _SETTINGS = ((_M_ARENA_MAX, 1), (_M_TRIM_THRESHOLD, 512 * 1024 * 1024), (_M_MMAP
 
 
 def tune_malloc() -> bool:
-    """Tell glibc to keep and reuse big buffers; whether it did (other C libraries have no such call).
+    """Tell glibc to keep and reuse big buffers; False where the C library has no such call.
 
     By default glibc maps every buffer of a message anew and pays with page faults: with this,
     transfers through gRPC cost about half the processor time. It holds for the whole process, up

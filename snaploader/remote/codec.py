@@ -23,12 +23,12 @@ from snaploader.formats.wire import varint
 
 
 def read_name(instance_name: str, digest: Digest, *, zstd: bool = False) -> str:
-    """Under which a blob is read; with `zstd`, its compressed form."""
+    """Return the name under which a blob is read; with `zstd`, its compressed form."""
     return _join(instance_name, _blob(digest, zstd=zstd))
 
 
 def upload_name(instance_name: str, digest: Digest, *, zstd: bool = False) -> str:
-    """Under which a blob is written. A new name at every call: it identifies one upload."""
+    """Return a name to write a blob under, a new one at every call: it identifies one upload."""
     return _join(instance_name, f"uploads/{uuid.uuid4()}/{_blob(digest, zstd=zstd)}")
 
 
@@ -47,7 +47,7 @@ _RESERVED = frozenset(
 
 
 def instance_name_error(instance_name: str) -> str | None:
-    """What is wrong with an instance name by the REAPI's rules; None when it is fine."""
+    """Say what is wrong with an instance name by the REAPI's rules; None when it is fine."""
     parts = instance_name.split("/") if instance_name else []
     if any(not part or not part.isprintable() for part in parts):
         return "has empty or unprintable parts"
@@ -56,12 +56,12 @@ def instance_name_error(instance_name: str) -> str | None:
 
 
 def to_message(digest: Digest) -> reapi.Digest:
-    """A digest as a message."""
+    """Return a digest as a message."""
     return reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes)
 
 
 def function_field(function: DigestFunction) -> reapi.DigestFunction.Value:
-    """The field digest_function: unset for SHA-256, which older servers infer from the hash's length."""
+    """Return the field digest_function: unset for SHA-256, which older servers infer from the hash."""
     number = 0 if function is DigestFunction.SHA256 else function.value
     return cast("reapi.DigestFunction.Value", number)
 
@@ -78,7 +78,7 @@ _local = threading.local()
 
 
 def compress(data: Buffer) -> bytes | None:
-    """One zstd frame; None when that is not smaller. Releases the GIL."""
+    """Compress to one zstd frame; None when that is not smaller. Releases the GIL."""
     if len(data) < MIN_BYTES:
         return None
     compressor = getattr(_local, "compressor", None)  # contexts are costly to make, and not thread-safe
@@ -89,12 +89,12 @@ def compress(data: Buffer) -> bytes | None:
 
 
 def decompress(data: Buffer, size_bytes: int) -> bytes:
-    """The content of zstd frames, which must have this size. DataLoss for any other, or no zstd."""
+    """Decompress zstd frames whose content must have this size. DataLoss for any other, or no zstd."""
     return b"".join(decompress_frames([data], size_bytes))
 
 
 def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[bytes]:
-    """A compressed stream in pieces of `frame_bytes`, the last one shorter, from content in pieces."""
+    """Compress content that comes in pieces, into pieces of `frame_bytes`, the last one shorter."""
     compressor = zstandard.ZstdCompressor(level=LEVEL).compressobj()
     pending = bytearray()
     for piece in content:
@@ -108,7 +108,7 @@ def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[byt
 
 
 def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
-    """The content of a compressed stream, piece by piece, as it comes.
+    """Decompress a stream, piece by piece, as it comes.
 
     Args:
         compressed: The stream in pieces of any size; may hold several zstd frames, also skippable ones.
@@ -158,7 +158,7 @@ class _Pieces:
 
 
 def load(upload: Upload) -> Buffer:
-    """The whole content, verified. DataLoss when it does not have the digest."""
+    """Read the whole content, verified if it was not before. DataLoss when it does not have the digest."""
     digest = upload.digest
     if isinstance(upload.source, str | os.PathLike):
         path = os.fspath(upload.source)
@@ -169,7 +169,7 @@ def load(upload: Upload) -> Buffer:
     else:
         data = memoryview(upload.source).cast("B")
     _check_size(digest, len(data), upload.source)
-    if digest.function.hash(data) != digest.hash:
+    if not upload.verified and digest.function.hash(data) != digest.hash:
         raise _mismatch(digest, upload.source)
     return data
 
@@ -177,9 +177,11 @@ def load(upload: Upload) -> Buffer:
 class Content:
     """Content that is read in pieces, from any offset, more than once, by one thread at a time.
 
-    The hash is checked the first time the end is reached, before the last piece is given out. A
-    thread of gRPC's may still be reading when a call has ended: `close` waits for its read and
-    ends its iterator with Cancelled, so the descriptor is never used after.
+    Unless it was verified before, the hash is checked the first time the end is reached, before the last
+    piece is given out.
+
+    A thread of gRPC's may still be reading when a call has ended: `close` waits for its read and ends its
+    iterator with Cancelled, so the descriptor is never used after.
     """
 
     def __init__(self, upload: Upload) -> None:
@@ -187,8 +189,8 @@ class Content:
         self._source = upload.source
         self._lock = threading.Lock()
         self._closed = False
-        self._hasher = upload.digest.function.hasher()
-        self._hashed = 0
+        self._hasher = None if upload.verified else upload.digest.function.hasher()
+        self._read_bytes = 0
         self._fd = -1
         self._view = memoryview(b"")
         if isinstance(self._source, str | os.PathLike):
@@ -206,7 +208,7 @@ class Content:
             raise
 
     def pieces(self, offset: int, piece_bytes: int) -> Iterator[Buffer]:
-        """The content from `offset` on. DataLoss, before the last piece, when the hash is wrong."""
+        """Give the content from `offset` on. DataLoss, before the last piece, when the hash is wrong."""
         size = self._digest.size_bytes
         while offset < size:
             with self._lock:
@@ -226,9 +228,9 @@ class Content:
                 self._fd = -1
 
     @property
-    def hashed_bytes(self) -> int:
-        """How far the content was read and hashed."""
-        return self._hashed
+    def read_bytes(self) -> int:
+        """How far the content was read."""
+        return self._read_bytes
 
     def _piece(self, offset: int, length: int) -> Buffer:
         if self._fd < 0:
@@ -240,12 +242,15 @@ class Content:
         return piece
 
     def _check(self, offset: int, piece: Buffer) -> None:
-        if offset <= self._hashed < offset + len(piece):
-            self._hasher.update(memoryview(piece)[self._hashed - offset :])
-            self._hashed = offset + len(piece)
-            if self._hashed == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
-                self._hashed, self._hasher = 0, self._digest.function.hasher()
+        end = offset + len(piece)
+        if not offset <= self._read_bytes < end:
+            return
+        if self._hasher is not None:
+            self._hasher.update(memoryview(piece)[self._read_bytes - offset :])
+            if end == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
+                self._read_bytes, self._hasher = 0, self._digest.function.hasher()
                 raise _mismatch(self._digest, self._source)
+        self._read_bytes = end
 
 
 def _check_size(digest: Digest, size: int, source: object) -> None:
@@ -278,7 +283,7 @@ class Item(NamedTuple):
 
     @classmethod
     def of(cls, upload: Upload, *, zstd: bool) -> Item:
-        """The item for an upload, compressed where that is wanted and helps. DataLoss as `load`."""
+        """Load an upload and compress it, where that is wanted and helps. DataLoss as `load`."""
         data = load(upload)
         compressed = compress(data) if zstd else None
         return cls(upload, data if compressed is None else compressed, compressed is not None)
@@ -289,7 +294,7 @@ ITEM_OVERHEAD_BYTES = 128
 
 
 def batch_update_request(instance_name: str, items: Iterable[Item], function: DigestFunction) -> bytes:
-    """A serialised BatchUpdateBlobsRequest."""
+    """Serialise a BatchUpdateBlobsRequest."""
     instance = instance_name.encode()
     parts: list[Buffer] = [b"\x0a", varint(len(instance)), instance] if instance else []
     for item in items:
@@ -306,7 +311,7 @@ def batch_update_request(instance_name: str, items: Iterable[Item], function: Di
 
 
 def write_request(resource_name: str, offset: int, data: Buffer, *, finish: bool) -> bytes:
-    """A serialised WriteRequest; the name is left out when empty, as all but the first may."""
+    """Serialise a WriteRequest; the name is left out when empty, as in all but the first of a stream."""
     parts: list[Buffer] = []
     if resource_name:
         name = resource_name.encode()

@@ -17,7 +17,7 @@ PEM: TypeAlias = "bytes | str | os.PathLike[str]"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class TLSConfig:
-    """How a `grpcs://` connection is secured. Files are read when the connection is first made.
+    """Certificates for `grpcs://`. Files are read when the connection is first made.
 
     InvalidArgument when a client certificate comes without its key, or the reverse.
     """
@@ -115,7 +115,7 @@ class Limits:
     """Sizes and counts, in bytes where the name says so. Servers' own limits apply on top."""
 
     workers: int = 8
-    """Threads for bulk transfers; more did not measure faster."""
+    """Threads at work for one bulk transfer, the calling one included; more did not measure faster."""
     in_flight_bytes: int = 16 * 1024 * 1024
     """Content in memory for bulk transfers, at most; a bigger single blob goes alone."""
     batch_bytes: int = 1024 * 1024 + 64 * 1024
@@ -170,7 +170,7 @@ class Endpoint(NamedTuple):
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """The endpoint that `url` names: grpc://host[:port], grpcs://host[:port] or unix:/path of a socket.
+    """Parse a URL: grpc://host[:port], grpcs://host[:port] or unix:/path of a socket.
 
     The port is 80 or, with TLS, 443 when the URL has none, as Bazel has it. InvalidArgument for
     anything else, with what to write instead.

@@ -50,7 +50,7 @@ class Once(Generic[T]):
         self._future: Future[T] | None = None
 
     def get(self) -> T:
-        """The value, made now if need be."""
+        """Return the value, made now if need be."""
         with self._lock:
             future = self._future
             is_maker = future is None
@@ -104,13 +104,13 @@ class Clients:
     actions: ActionCacheClient
 
     def check(self, digest: Digest) -> Digest:
-        """The digest itself. Unimplemented when the server does not know its function."""
+        """Return the digest itself. Unimplemented when the server does not know its function."""
         if digest.function not in self.caller.capabilities.digest_functions:
             raise Unimplemented(f"the server does not offer {digest.function.name} digests, as {digest} has")
         return digest
 
     def check_upload(self, upload: Upload) -> None:
-        """As `check`; ResourceExhausted when the blob is bigger than the server takes."""
+        """Check the digest and its size: ResourceExhausted when the server takes no blob so big."""
         digest = self.check(upload.digest)
         if 0 < self.caller.capabilities.max_blob_bytes < digest.size_bytes:
             raise ResourceExhausted(
@@ -120,7 +120,7 @@ class Clients:
             )
 
     def held_bytes(self, upload: Upload) -> int:
-        """What an upload keeps in memory: streamed ones only a few frames."""
+        """Return what an upload keeps in memory: when streamed, a few frames only."""
         size = upload.digest.size_bytes
         if self.caller.batch_limit.fits(size):
             return size
@@ -137,7 +137,7 @@ class Clients:
 class Connection:
     """One process's connection: the whole stack is put together here. Thread-safe.
 
-    A process that was forked makes its own session; what gRPC and threads held is not shared.
+    A process that was forked makes its own; what gRPC and threads held is not shared.
     """
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
@@ -148,6 +148,7 @@ class Connection:
         self.budget = ByteBudget(settings.limits.in_flight_bytes)
         self._settings = settings
         self._recorder = recorder
+        self._is_open_to_others = not (settings.endpoint.secure or settings.endpoint.is_on_this_host)
         self._may_warn = threading.Lock()  # taken by the one who does, and kept
         self._transport = Transport(
             settings.open_channel
@@ -177,15 +178,14 @@ class Connection:
 
     def _headers(self) -> Headers:
         headers = self._settings.headers + self._settings.credentials.headers()
-        endpoint = self._settings.endpoint
-        if not self._may_warn.locked() and not endpoint.secure and not endpoint.is_on_this_host:
+        if self._is_open_to_others and not self._may_warn.locked():
             secrets = sorted({name for name, _ in headers if is_secret(name)})
             if secrets and self._may_warn.acquire(blocking=False):
                 log.warning(
                     "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
                     "use a grpcs:// URL where the server offers TLS",
                     ", ".join(secrets),
-                    endpoint.url,
+                    self._settings.endpoint.url,
                 )
         return headers
 

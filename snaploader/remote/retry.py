@@ -23,7 +23,7 @@ from snaploader.remote.status import retry_after_s
 
 
 class Cancellation:
-    """Set once, by `cancel`; its children are set with it. Thread-safe."""
+    """A flag that calls work off: set once, by `cancel`, and its children with it. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -32,7 +32,7 @@ class Cancellation:
         self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
 
     def child(self) -> Cancellation:
-        """A flag that is set with this one, or alone."""
+        """Make a flag that is set with this one, or alone."""
         child = Cancellation()
         with self._lock:
             self._children.add(child)
@@ -68,7 +68,7 @@ T = TypeVar("T")
 
 
 class Attempts:
-    """The attempts at one operation: how many failed, what time is left. Of one thread."""
+    """The attempts at one operation: how many failed, what time is left. Not thread-safe."""
 
     def __init__(
         self, operation: str, policy: RetryPolicy, extra_s: float, cancellation: Cancellation
@@ -89,18 +89,18 @@ class Attempts:
         return self._deadline - time.monotonic()
 
     def timeout_s(self, wanted: float) -> float:
-        """The time for one call: `wanted`, or what is left. DeadlineExceeded when nothing is."""
+        """Return the time for one call: `wanted`, or what is left. DeadlineExceeded when nothing is."""
         remaining = self.remaining_s
         if remaining <= 0:
             raise DeadlineExceeded(f"{self.operation} failed: its time budget is used up", transient=False)
         return min(wanted, remaining)
 
     def progressed(self) -> None:
-        """This attempt moved something for good: should it fail, counting starts anew."""
+        """Note that this attempt moved something for good: should it fail, counting starts anew."""
         self._progressed = True
 
     def failed(self) -> None:
-        """This attempt failed."""
+        """Note that this attempt failed."""
         self.fruitless = 1 if self._progressed else self.fruitless + 1
         self._progressed = False
         self.share = random.random()  # noqa: S311 - spreads load, keeps no secret
@@ -186,7 +186,7 @@ class Retrier:
         *,
         extra_s: float = 0.0,
     ) -> T:
-        """The result of `attempt`, called until it returns or raises what is not worth another try.
+        """Call `attempt` until it returns, or raises what is not worth another try.
 
         Args:
             operation: For messages and events, such as "reading 1f…/4096".

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class RemoteStatistics:
-    """What was done since the cache was made: a snapshot that does not change."""
+    """Counters since a cache was made, at one moment. Immutable."""
 
     calls: Mapping[str, int] = field(default_factory=dict)
     """Calls begun, by method, retries included."""
@@ -35,7 +35,7 @@ class RemoteStatistics:
 
 
 class Recorder:
-    """Counts. Thread-safe; meant to be called per batch, not per byte."""
+    """Counts what a remote cache does. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -44,12 +44,12 @@ class Recorder:
         self._numbers: Counter[str] = Counter()
 
     def call(self, method: str) -> None:
-        """A call begins."""
+        """Count a call that begins."""
         with self._lock:
             self._calls[method] += 1
 
     def failure(self, method: str) -> None:
-        """A call failed."""
+        """Count a call that failed."""
         with self._lock:
             self._failed[method] += 1
 
@@ -60,6 +60,6 @@ class Recorder:
                 self._numbers[name] += number
 
     def snapshot(self) -> RemoteStatistics:
-        """The state of now."""
+        """Return the counters as they are now."""
         with self._lock:
             return RemoteStatistics(dict(self._calls), dict(self._failed), **self._numbers)

@@ -76,7 +76,7 @@ class MessageStatus(Exception):
 
 
 def from_rpc_error(error: grpc.RpcError, what: str) -> SnaploaderError:
-    """The typed error for a failed call; `what` says what was being done, as in "reading 1f…/4096"."""
+    """Translate the error of a call; `what` says what was being done, as in "reading 1f…/4096"."""
     call = _call(error)
     if call is None:
         return _typed(Code.UNKNOWN, str(error), what, error)
@@ -84,7 +84,7 @@ def from_rpc_error(error: grpc.RpcError, what: str) -> SnaploaderError:
 
 
 def from_message(status: status_pb2.Status, what: str) -> SnaploaderError:
-    """The typed error for a status, not OK, inside a response."""
+    """Translate a status, not OK, inside a response."""
     cause = MessageStatus(status)
     return _typed(cause.code, status.message, what, cause)
 
@@ -100,7 +100,7 @@ def _typed(code: grpc.StatusCode, details: str, what: str, cause: Exception) -> 
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:
-    """The gRPC code behind a typed error; None when there is none."""
+    """Return the gRPC code behind a typed error; None when there is none."""
     cause = error.__cause__
     if isinstance(cause, MessageStatus):
         return cause.code
@@ -109,12 +109,12 @@ def code_of(error: BaseException) -> grpc.StatusCode | None:
 
 
 def is_of_whole_call(error: BaseException) -> bool:
-    """Whether a call as such failed, rather than one blob in it."""
+    """Tell whether a call as such failed, rather than one blob in it."""
     return _call(error.__cause__) is not None
 
 
 def is_too_large(error: BaseException) -> bool:
-    """Whether a request or its response may have been refused for its size.
+    """Tell whether a request or its response may have been refused for its size.
 
     buildbox-casd and BuildGrid answer INVALID_ARGUMENT to a batch above their limit without
     naming it, so that code alone counts.
@@ -131,7 +131,7 @@ def _says_too_large(details: str) -> bool:
 
 
 def retry_after_s(error: BaseException) -> float | None:
-    """How long the server asks to wait before a retry (google.rpc.RetryInfo); None when it does not."""
+    """Return how long the server asks to wait before a retry (RetryInfo); None when it does not."""
     cause = error.__cause__
     try:
         if isinstance(cause, MessageStatus):

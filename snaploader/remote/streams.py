@@ -39,7 +39,7 @@ class StreamReader:
         self._caller = caller
 
     def read(self, digest: Digest, cancellation: Cancellation) -> bytes:
-        """A whole blob in memory, verified. Wrong bytes are fetched once more, then DataLoss."""
+        """Read a whole blob into memory, verified. Wrong bytes are fetched once more, then DataLoss."""
         pieces: list[Buffer] = []
         try:
             self._transfer(digest, pieces.append, cancellation)
@@ -225,7 +225,7 @@ class _Upload:
         return _Frames(self._name, offset, compress_frames(pieces, frame_bytes) if self._zstd else pieces)
 
     def _resume_offset(self, attempts: Attempts) -> int:
-        """Where to go on. Compressed uploads start again: an offset into them means nothing to us."""
+        """Find out where to go on. Compressed uploads start again: servers differ about offsets into them."""
         instance = self._caller.instance_name
         if self._name and not self._zstd:
             request = bytestream_pb2.QueryWriteStatusRequest(resource_name=self._name)
@@ -236,7 +236,7 @@ class _Upload:
             if known is not None:
                 size = self._digest.size_bytes
                 committed = size if known.complete else known.committed_size
-                if 0 < committed <= self._content.hashed_bytes or known.complete:
+                if 0 < committed <= self._content.read_bytes or known.complete:
                     if committed > self._committed:
                         self._committed = committed
                         attempts.progressed()
@@ -269,7 +269,7 @@ class _Frames:
         self._frames = frames
 
     def requests(self) -> Iterator[bytes]:
-        """The messages, serialised."""
+        """Give the messages, serialised."""
         name, offset = self._name, self._offset
         frame = next(self._frames, None)
         while frame is not None:

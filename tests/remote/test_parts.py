@@ -232,7 +232,7 @@ def test_content_can_be_read_again_from_anywhere(tmp_path: Path) -> None:
     for source in (data, path):
         content = Content(Upload(digest, source))
         assert b"".join(content.pieces(0, 333)) == data
-        assert content.hashed_bytes == 1000
+        assert content.read_bytes == 1000
         assert b"".join(content.pieces(500, 333)) == data[500:]
         rest = content.pieces(0, 400)
         next(rest)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hashing import count_hashed_bytes
 from remote_data import BLAKE3, KIB, MIB, SHA256, MakeRemote, MakeServer, named, noise, text, uploads
 
 from snaploader._proto import remote_execution_pb2 as reapi
@@ -402,6 +403,50 @@ def test_unix_socket_serves_as_well(make_remote: MakeRemote, tmp_path: Path) -> 
         (digest,) = named(b"x")
         remote.write(digest, b"x")
         assert remote.read(digest) == b"x"
+
+
+@pytest.mark.parametrize("compression", [True, False])
+def test_every_byte_is_hashed_once_on_its_way(
+    compression: bool,
+    tmp_path: Path,
+    make_server: MakeServer,
+    make_remote: MakeRemote,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = make_server()
+    remote = make_remote(server, limits=SMALL_LIMITS, compression=compression)
+    blobs = named(*(noise(100 * KIB, n) for n in range(5)), text(MIB), noise(MIB))
+    total = sum(map(len, blobs.values()))
+    path = tmp_path / "blob"
+    path.write_bytes(noise(MIB))
+    hashed = count_hashed_bytes(monkeypatch)
+
+    remote.write_many(uploads(blobs))
+    assert hashed["remote"] == total
+    remote.write_many([Upload(digest, data, verified=True) for digest, data in blobs.items()])
+    remote.write_many(
+        [Upload(digest, path, verified=True) for digest, data in blobs.items() if data == noise(MIB)]
+    )
+    assert hashed["remote"] == total
+
+    hashed.clear()
+    remote.read_many(blobs, lambda *_: None)
+    assert hashed["remote"] == total
+
+
+def test_verified_content_of_another_size_is_never_stored(
+    tmp_path: Path, make_server: MakeServer, make_remote: MakeRemote
+) -> None:
+    server = make_server()
+    remote = make_remote(server, limits=SMALL_LIMITS)
+    path = tmp_path / "blob"
+    for size in (1000, MIB):
+        ((digest, data),) = named(noise(size)).items()
+        path.write_bytes(data[:-1])
+        for source in (data[:-1], path):
+            with pytest.raises(DataLoss, match="nothing was stored"):
+                remote.write_many([Upload(digest, source, verified=True)])
+    assert server.blobs() == []
 
 
 def test_in_flight_bytes_are_bounded(make_server: MakeServer, make_remote: MakeRemote) -> None:
