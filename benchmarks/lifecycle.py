@@ -32,13 +32,12 @@ import snaploader
 from benchmarks.floors import Cost, timed
 from snaploader import FileCache, SnapshotLoader
 from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.decide import Transition
+from snaploader.workspace.decide import Situation, Transition
 from snaploader.workspace.lifecycle import LifecycleExecutor
 from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.model import RunStatus, RunTransition, Workspace, WorkspaceSpec, WorkspaceState
 from snaploader.workspace.policy import Policy
 from snaploader.workspace.testing import FakeRuntime
-from snaploader.workspace.transitions import Standing
 
 HOST = "benchmark"
 NOW = datetime(2026, 5, 11, 12, 0, tzinfo=UTC)
@@ -132,7 +131,7 @@ class Host:
         """What a lifecycle without the index would do to know what is due, for `count` workspaces."""
         with self.catalog.reading() as reader:
             for workspace in reader.workspaces(host=HOST, limit=count):
-                Standing.read(reader, workspace.id).decide(NOW)
+                Situation.read(reader, workspace.id).decide(NOW)
 
     def plan(self) -> str:
         """How the database finds what is due."""

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.errors import InvalidArgument
 
 if TYPE_CHECKING:
+    from snaploader._proto.snaploader_pb2 import VMMetadata
     from snaploader.keys import SnapshotKey
 
 DEFAULT_MAX_STALE_FALLBACK_AGE_S = 24 * 3600.0

@@ -10,7 +10,6 @@ not go together.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import signal
 import sys
@@ -23,8 +22,8 @@ from typing import Any
 from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
 from snaploader.digest import Digest, DigestFunction
-from snaploader.loader.pool import WorkerPool
 from snaploader.locks import FileLock
+from snaploader.workers import WorkerPool
 
 CHUNK = 4096
 BLOB = b"only here" * 1000
@@ -114,7 +113,7 @@ def cache_while_a_thread_has_its_locks(folder: Path) -> Iterator[Check]:
     held, release = threading.Event(), threading.Event()
 
     def hold() -> None:
-        ledger: Any = opened._env.ledger
+        ledger: Any = opened._context.ledger
         with opened._evictor._lock.held(), ledger.section():
             held.set()
             release.wait()
@@ -168,22 +167,6 @@ def blob_writer_without_o_tmpfile(folder: Path) -> Iterator[Check]:
             yield check
     finally:
         os.O_TMPFILE = flag
-
-
-@contextmanager
-def directory(folder: Path) -> Iterator[Check]:
-    key = hashlib.sha256(b"key").hexdigest()
-    (folder / "new").mkdir()
-    (folder / "new" / "file").touch()
-    with FileCache(folder / "cache") as made:
-        made.add_directory(key, folder / "new")  # closing waits for what this has put into the trash
-    with FileCache(folder / "cache") as opened, opened.acquire_directory(key) as handle:
-
-        def check() -> None:
-            opened.prune()
-            assert os.listdir(handle.path) == ["file"]
-
-        yield check
 
 
 @contextmanager
@@ -391,7 +374,6 @@ BLOCKS: dict[str, Callable[[Path], Any]] = {
         lease,
         blob_writer,
         blob_writer_without_o_tmpfile,
-        directory,
         file_lock,
         pool,
         loader,

@@ -1,16 +1,28 @@
-"""The command line. Needs the `cli` extra (click and rich); nothing else of the library imports it.
+"""The command line. Needs the `cli` extra (click, platformdirs, rich); no other part imports it.
 
-`app.py` is the root command, `options.py` the options that commands share, `config.py` the configuration
-file, `session.py` makes caches and a loader from them, `output.py` is all that prints, `exits.py` turns
-errors into messages and exit codes. Each command has a module in `commands/`.
+    app                        the root command, and running it
+    options, config, values    what a command line, the environment and a configuration file may say
+    resources                  caches, a loader, a catalog: made from the options when a command asks for them
+    output, drawing            all that is printed; tables, trees and bars, by rich
+    exits, process             errors as messages and exit codes; standard streams, signals, libraries
+    save, load, show           snapshots: `save`; `restore` and `read`; `show` and `invalidate`
+    lookup                     which snapshot is meant, and how it is described
+    cache, serve               the commands of these names
+    doctor, doctor_checks      `doctor`, and its checks of the file cache and the remote cache
+    demo, demo_story, demo_image
+                               `demo`, the story it plays, and the disk image that it is about
+    workspace                  the commands of workspaces, a package
+
+A command's module is imported when the command is chosen, and what takes long to import (numpy, gRPC,
+SQLAlchemy, rich) by the function that needs it: `snaploader --version` needs none of it.
 """
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import sys
 
-from snaploader.cli.streams import complete_standard_streams
+from snaploader.cli.process import complete_standard_streams, spare_threads
 
 MISSING_EXTRA_EXIT_CODE = 4
 """That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
@@ -21,34 +33,17 @@ INTERRUPTED_EXIT_CODE = 130
 def main() -> None:
     """Entry point of the console script. Ends the process."""
     complete_standard_streams()
-    _silence_grpc()
+    spare_threads()
+    for package in ("click", "platformdirs", "rich"):
+        if importlib.util.find_spec(package) is None:
+            sys.stderr.write(
+                f"snaploader: the command line needs the Python package {package!r}, "
+                "which is not installed.\nInstall it with: pip install 'snaploader[cli]'\n"
+            )
+            sys.exit(MISSING_EXTRA_EXIT_CODE)
     try:
-        from snaploader.cli.app import run
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in {"click", "rich"}:
-            raise
-        sys.stderr.write(
-            f"snaploader: the command line needs the Python package {missing!r}, which is not installed.\n"
-            "Install it with: pip install 'snaploader[cli]'\n"
-        )
-        sys.exit(MISSING_EXTRA_EXIT_CODE)
+        from snaploader.cli.app import run_command
     except KeyboardInterrupt:
         sys.stderr.write("snaploader: error: interrupted\n")
         sys.exit(INTERRUPTED_EXIT_CODE)
-    sys.exit(run(sys.argv[1:]))
-
-
-def _silence_grpc() -> None:
-    """Keep gRPC's core from writing lines of its own to stderr, unless GRPC_VERBOSITY says what it should.
-
-    It reads that variable once, when it is imported; the programs that this one starts do not get to see it.
-    """
-    name = "GRPC_VERBOSITY"
-    if name in os.environ:
-        return
-    os.environ[name] = "NONE"
-    try:
-        import grpc  # noqa: F401
-    finally:
-        del os.environ[name]
+    sys.exit(run_command(sys.argv[1:]))

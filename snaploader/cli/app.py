@@ -13,21 +13,36 @@ from types import FrameType
 import click
 
 from snaploader._version import __version__
-from snaploader.cli.commands.cache import cache
-from snaploader.cli.commands.demo import demo
-from snaploader.cli.commands.doctor import doctor
-from snaploader.cli.commands.invalidate import invalidate
-from snaploader.cli.commands.read import read
-from snaploader.cli.commands.restore import restore
-from snaploader.cli.commands.save import save
-from snaploader.cli.commands.serve import serve
-from snaploader.cli.commands.show import show
-from snaploader.cli.commands.workspace import workspace
 from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
-from snaploader.cli.options import Group, Invocation, NoCommand, shared_options, workspace_options
+from snaploader.cli.options import (
+    CommandsOnDemand,
+    Group,
+    Invocation,
+    NoCommand,
+    shared_options,
+    workspace_options,
+)
 from snaploader.cli.output import Output
-from snaploader.cli.streams import let_go, writing_to_stdout
-from snaploader.remote import tune_malloc
+from snaploader.cli.process import let_go, writing_to_stdout
+
+COMMANDS = {
+    "save": ("save:save", "Save files and directories as the snapshot of a branch."),
+    "restore": ("load:restore", "Write the files of the best snapshot to a folder."),
+    "read": ("load:read", "Write a part of one file to stdout, loading only what it needs."),
+    "show": ("show:show", "Show keys, manifests, files, and where their chunks are."),
+    "invalidate": ("show:invalidate", "Drop all snapshots of a platform and configuration."),
+    "cache": (
+        "cache:cache",
+        "Look at the local cache (ls, pins), remove from it (rm, prune, unpin), check it (verify).",
+    ),
+    "workspace": (
+        "workspace:workspace",
+        "Long-lived sandboxes: versions, rollback, pause, commit, fork, lifecycle.",
+    ),
+    "doctor": ("doctor:doctor", "Exercise the caches and say what is wrong."),
+    "serve": ("serve:serve", "Run a small REAPI cache server."),
+    "demo": ("demo:demo", "A snapshot's life on real input, with every claim checked."),
+}
 
 
 class Root(Group):
@@ -41,7 +56,11 @@ class Root(Group):
             raise ReaderLeft from error
 
 
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Root,
+    on_demand=CommandsOnDemand("snaploader.cli", COMMANDS),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="snaploader")
 @workspace_options
 @shared_options
@@ -53,13 +72,8 @@ def app(**_shared: object) -> None:
     """
 
 
-for command in (save, restore, read, show, invalidate, cache, workspace, doctor, serve, demo):
-    app.add_command(command)
-
-
-def run(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    tune_malloc()
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     # Until the options are parsed; usage errors come before that.
     invocation = Invocation(Output(as_json="--json" in own, verbose=2 if "-vv" in own else 0))

@@ -19,13 +19,14 @@ silently without effect costs hours.
 from __future__ import annotations
 
 import difflib
-import os
+import functools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import platformdirs
 
 from snaploader.cli.values import Duration, KeyValue, Size, check_file
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -48,73 +49,102 @@ def environment_variable(long_name: str, scope: str = "") -> str:
 
 def default_path() -> Path:
     """Where the file is looked for when nobody says where: in the user's configuration folder."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return Path(base, "snaploader", "config.toml")
+    return platformdirs.user_config_path("snaploader", appauthor=False) / "config.toml"
 
 
-def default_map(path: Path, root: click.Group) -> dict[str, Any]:
-    """The file's values as defaults for `root` and all its commands, in the form click wants.
+class Defaults(dict[str, Any]):
+    """Defaults in the form that click wants: by the names of parameters, and of the commands in a group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later: dict[str, Callable[[], Defaults]] = {}
+        """Makes those of each command, which is imported for it, when they are asked for."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The default, or the defaults of a command."""
+        return self.later[name]() if name in self.later else super().get(name, default)
+
+
+class ConfigFile:
+    """What one file says. Of the commands only those that it has tables of are imported.
+
+    Args:
+        shared: The options that may stand at its top, and in every table, by long name.
 
     Raises:
-        InvalidArgument: There is no such file, it is not TOML, or a key or a value in it is not known.
+        InvalidArgument: There is no such file, or it is not TOML.
         PermissionDenied: It may not be read.
     """
-    check_file("--config", path)
-    with translate_os_errors(f"cannot read the configuration file {str(path)!r}"), path.open("rb") as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise InvalidArgument(f"the configuration file {str(path)!r} is larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        content = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"the configuration file {str(path)!r} is not TOML: {error}") from error
-    return _Reader(path).group(root, content, shared={}, prefix="")
 
-
-class _Reader:
-    """Turns the tables of one file into defaults."""
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: Mapping[str, click.Option]) -> None:
         self._path = path
+        self._shared = shared
+        check_file("--config", path)
+        what = f"the configuration file {str(path)!r}"
+        with translate_os_errors(f"cannot read {what}"), path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise InvalidArgument(f"{what} is larger than {MAX_CONFIG_BYTES} bytes")
+        try:
+            self._content: dict[str, Any] = tomllib.loads(data.decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"{what} is not TOML: {error}") from error
 
-    def group(
-        self, group: click.Group, table: Mapping[str, Any], shared: Mapping[str, Any], prefix: str
-    ) -> dict[str, Any]:
-        """The defaults of a group of commands: its options by name, and one dict for each command."""
-        own = {key: value for key, value in table.items() if key not in group.commands}
-        shareable = _shareable(group)
-        self._check_known(own, [*shareable, *group.commands], prefix)
-        shared = {
-            **shared,
-            **{_name(key): self._value(shareable[_name(key)], own[key], prefix + key) for key in own},
-        }
-        defaults: dict[str, Any] = dict(shared)
-        for name, command in group.commands.items():
-            inner = table.get(name, {})
-            if not isinstance(inner, dict):
-                self._fail(prefix + name, "is the name of a command, so it must be a table")
-            defaults[name] = self._command(command, inner, shared, f"{prefix}{name}.")
-        return defaults
+    def check(self, root: click.Group) -> None:
+        """InvalidArgument unless all that it says is known, and of the right type."""
+        self._check(root, self._content, "")
 
-    def _command(
-        self, command: click.Command, table: Mapping[str, Any], shared: Mapping[str, Any], prefix: str
-    ) -> dict[str, Any]:
-        if isinstance(command, click.Group):
-            return self.group(command, table, shared, prefix)
+    def _check(self, command: click.Command, table: Mapping[str, Any], prefix: str) -> None:
+        commands = command.commands if isinstance(command, click.Group) else {}
+        own = [key for key in table if key not in commands]
+        if own:
+            known = self._known(command, is_root=not prefix)
+            self._check_known(own, [*known, *commands], prefix)
+            for key in own:
+                self._value(known[_name(key)], table[key], prefix + key)
+        for name in table:
+            if name in commands:
+                if not isinstance(table[name], dict):
+                    self._fail(prefix + name, "is the name of a command, so it must be a table")
+                self._check(commands[name], table[name], f"{prefix}{name}.")
+
+    def defaults(self, root: click.Group, path: Sequence[str]) -> Defaults:
+        """The defaults of the options of a command, and of those in it.
+
+        Args:
+            path: The names of the groups that the command is in, and its own; without any it is `root`.
+        """
+        command: click.Command = root
+        tables: list[tuple[click.Command, Mapping[str, Any]]] = [(root, self._content)]
+        for name in path:
+            assert isinstance(command, click.Group)
+            command = command.commands[name]
+            tables.append((command, tables[-1][1].get(name, {})))
         options = _options(command)
-        self._check_known(table, list(options), prefix)
-        own = {
-            _name(key): self._value(options[_name(key)], value, prefix + key) for key, value in table.items()
-        }
-        # By the parameter's own name, which differs from the option's in "--json" and the like.
-        values = {**shared, **own}
-        return {
-            str(options[key].name): value
-            for key, value in values.items()
-            if key in own or (key in options and _is_shared(key, options[key]))
-        }
+        found = Defaults()
+        for holder, table in tables:
+            for key, value in table.items():
+                name = _name(key)
+                # By the parameter's own name, which differs from the option's in "--json" and the like.
+                if name in options and (holder is command or _is_shared(name, options[name])):
+                    found[str(options[name].name)] = self._value(options[name], value, key)
+        if isinstance(command, click.Group):
+            for name in command.commands:
+                found.later[name] = functools.partial(self.defaults, root, [*path, name])
+        return found
 
-    def _check_known(self, table: Mapping[str, Any], known: list[str], prefix: str) -> None:
+    def _known(self, command: click.Command, *, is_root: bool) -> dict[str, click.Option]:
+        """What may stand in the table of a command; in that of a group, what its commands share."""
+        known = _options(command)
+        if is_root:
+            known.update(self._shared)
+        elif isinstance(command, click.Group):
+            for inner in command.commands.values():
+                options = self._known(inner, is_root=False)
+                known.update({name: option for name, option in options.items() if _is_shared(name, option)})
+        return known
+
+    def _check_known(self, table: Iterable[str], known: list[str], prefix: str) -> None:
         for key in table:
             if _name(key) not in known:
                 near = difflib.get_close_matches(_name(key), known, n=1)
@@ -180,15 +210,6 @@ def _options(command: click.Command) -> dict[str, click.Option]:
         if isinstance(param, click.Option) and param.name not in {"config", "help", "version"}:
             long = next(name for name in param.opts if name.startswith("--"))
             found[long.removeprefix("--")] = param
-    return found
-
-
-def _shareable(group: click.Group) -> dict[str, click.Option]:
-    """The options that may stand at the top level: those that are not of one command only."""
-    found = _options(group)
-    for command in group.commands.values():
-        inner = _shareable(command) if isinstance(command, click.Group) else _options(command)
-        found.update({name: option for name, option in inner.items() if _is_shared(name, option)})
     return found
 
 

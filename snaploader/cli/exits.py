@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import click
 
-import cow
 from snaploader import errors
 
 CHECK_FAILED = 13
@@ -15,13 +14,14 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 TERMINATED = 143
 
-_COW_ERRORS: tuple[tuple[type[cow.COWError], type[errors.SnaploaderError]], ...] = (
-    (cow.OutOfBounds, errors.InvalidArgument),
-    (cow.StoreInUse, errors.FailedPrecondition),
-    (cow.CheckpointConflict, errors.FailedPrecondition),
-    (cow.TruncatedFile, errors.DataLoss),
-    (cow.COWError, errors.Internal),
-)
+_COW_ERRORS = {
+    "OutOfBounds": errors.InvalidArgument,
+    "StoreInUse": errors.FailedPrecondition,
+    "CheckpointConflict": errors.FailedPrecondition,
+    "TruncatedFile": errors.DataLoss,
+    "COWError": errors.Internal,
+}
+"""By name, because what has raised none has not imported `cow`; the nearest one counts."""
 
 
 class CheckFailed(Exception):
@@ -67,9 +67,10 @@ def explain(error: BaseException) -> Failure:
         )
     if isinstance(error, BrokenPipeError | ReaderLeft):
         return Failure("BrokenPipe", "", BROKEN_PIPE)
-    if isinstance(error, cow.COWError):
-        kind_of = next(ours for theirs, ours in _COW_ERRORS if isinstance(error, theirs))
-        return Failure(type(error).__name__, str(error), kind_of.exit_code)
+    names = [each.__name__ for each in type(error).__mro__ if each.__module__.partition(".")[0] == "cow"]
+    if "COWError" in names:
+        ours = next(_COW_ERRORS[name] for name in names if name in _COW_ERRORS)
+        return Failure(type(error).__name__, str(error), ours.exit_code)
     if isinstance(error, OSError):
         translated = errors.from_os_error(error, "the system refused")
         if isinstance(translated, errors.NotFound):

@@ -1,4 +1,4 @@
-"""The options that commands share, and how they reach a command.
+"""Commands, their groups, and the options that they share.
 
 Every option is looked for on the command line, in the environment as SNAPLOADER_ and its name in
 capitals, in the configuration file, and has a default otherwise. The shared ones may stand before or
@@ -8,21 +8,21 @@ after the name of the command.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from snaploader.cli import config
+from snaploader.cli.config import ConfigFile, default_path, environment_variable
 from snaploader.cli.output import Output
-from snaploader.cli.session import Session, Settings
+from snaploader.cli.resources import Caches, Settings, Workspaces, WorkspaceSettings
 from snaploader.cli.values import DURATION, KEY_VALUE, MODE, Size
-from snaploader.cli.workspaces import Workspaces, WorkspaceSettings
 from snaploader.errors import InvalidArgument
-from snaploader.policy import PolicyOverrides, ReadPolicy
+from snaploader.policy import PolicyOverrides, ReadPolicy, SavePolicy
 from snaploader.task import SnapshotTask
 
 P = ParamSpec("P")
@@ -85,8 +85,51 @@ class NoCommand(click.UsageError):
     """A group of commands stands alone. Its help is the message."""
 
 
+class CommandsOnDemand(Mapping[str, click.Command]):
+    """Commands by name, each imported when it is asked for.
+
+    Args:
+        package: The package that they are in.
+        homes: Module and attribute of each command, as in "cache:list_", and the line that the help of its
+            group has about it.
+    """
+
+    def __init__(self, package: str, homes: Mapping[str, tuple[str, str]]) -> None:
+        self._package = package
+        self._homes = homes
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, _, attribute = self._homes[name][0].partition(":")
+        command: click.Command = getattr(import_module(f"{self._package}.{module}"), attribute)
+        return command
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def help_lines(self) -> list[tuple[str, str]]:
+        """What the help says of each, sorted by name. Nothing is imported."""
+        return [(name, self._homes[name][1]) for name in sorted(self._homes)]
+
+
 class Group(click.Group):
-    """A group of commands that tells which there are when it stands alone."""
+    """A group of commands that tells which there are when it stands alone.
+
+    Args:
+        on_demand: Its commands, where they are in modules of their own.
+    """
+
+    command_class = Command
+
+    def __init__(self, *args: Any, on_demand: CommandsOnDemand | None = None, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        if on_demand is not None:
+            self.commands = on_demand  # type: ignore[assignment]  # nothing is added to them
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments up to the command's name."""
@@ -94,17 +137,33 @@ class Group(click.Group):
             raise NoCommand(f"{ctx.command_path} needs the name of a command: see --help", ctx)
         return super().parse_args(ctx, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands to the help page."""
+        commands: object = self.commands
+        if isinstance(commands, CommandsOnDemand):
+            with formatter.section("Commands"):
+                formatter.write_dl(commands.help_lines())
+        else:
+            super().format_commands(ctx, formatter)
+
 
 def option(*names: str, scope: str = "", section: str = OWN, **attributes: Any) -> Callable[[F], F]:
-    """A click option with its environment variable.
+    """A click option with its environment variable. Its help shows the default, unless that is empty.
 
     Args:
         scope: Name of the command, for options that only one command has.
         section: Heading in the help.
     """
     long = next(name for name in names if name.startswith("--")).partition("/")[0].removeprefix("--")
-    variable = config.environment_variable(long, scope)
-    return click.option(*names, cls=Option, section=section, envvar=variable, show_envvar=True, **attributes)
+    attributes.setdefault("show_default", attributes.get("default") not in {None, ""})
+    return click.option(
+        *names,
+        cls=Option,
+        section=section,
+        envvar=environment_variable(long, scope),
+        show_envvar=True,
+        **attributes,
+    )
 
 
 def destructive(scope: str) -> Callable[[F], F]:
@@ -127,19 +186,17 @@ class Invocation:
 
 
 def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
-    """Runs before other options are looked at, and sets their defaults."""
+    """Runs before other options of a command are looked at, and sets their defaults."""
     root = ctx.find_root()
-    if path is None:
-        if ctx is not root or not config.default_path().is_file():
-            return None
-        path = config.default_path()
-    if ctx is not root and _source(ctx, "config") is not ParameterSource.COMMANDLINE:
-        return path  # the root command has loaded it
     assert isinstance(root.command, click.Group)
-    defaults: dict[str, Any] = config.default_map(path, root.command)
-    for name in _command_path(ctx):
-        defaults = defaults[name]
-    ctx.default_map = defaults
+    if ctx is not root and _source(ctx, "config") is not ParameterSource.COMMANDLINE:
+        return path  # a command that this one is in has loaded it
+    if path is None and default_path().is_file():
+        path = default_path()
+    if path is not None:
+        loaded = ConfigFile(path, SHARED_OPTIONS)
+        loaded.check(root.command)
+        ctx.default_map = loaded.defaults(root.command, _command_path(ctx))
     return path
 
 
@@ -172,18 +229,11 @@ _COMMON = (
     _shared(
         "--cache-dir", type=FILE, help="Folder of the local cache.  [default: $XDG_CACHE_HOME/snaploader]"
     ),
-    _shared(
-        "--max-cache-size",
-        type=Size(1),
-        default="10GiB",
-        show_default=True,
-        help="Bound on the local cache's size.",
-    ),
+    _shared("--max-cache-size", type=Size(1), default="10GiB", help="Bound on the local cache's size."),
     _shared(
         "--cache-mode",
         type=MODE,
         default="0700",
-        show_default=True,
         help="Who may use the local cache, as the mode of its folders: 2770 for a group.",
     ),
     _shared("--group-id", default="", help="Partition of the local cache; groups do not see each other."),
@@ -194,24 +244,11 @@ _COMMON = (
     _shared(
         "--remote-header", multiple=True, type=KEY_VALUE, help="Header of every remote call; repeatable."
     ),
-    _shared(
-        "--remote-timeout",
-        type=DURATION,
-        default="60s",
-        show_default=True,
-        help="Deadline of one remote call.",
-    ),
-    _shared(
-        "--remote-retries",
-        type=click.IntRange(0, 100),
-        default=5,
-        show_default=True,
-        help="Retries of a remote call.",
-    ),
+    _shared("--remote-timeout", type=DURATION, default="60s", help="Deadline of one remote call."),
+    _shared("--remote-retries", type=click.IntRange(0, 100), default=5, help="Retries of a remote call."),
     _shared(
         "--remote-cache-compression/--no-remote-cache-compression",
         default=True,
-        show_default=True,
         help="Compress blobs on the wire where the server can.",
     ),
     _shared(
@@ -235,7 +272,6 @@ _COMMON = (
         "--digest-function",
         type=click.Choice(["auto", "sha256", "blake3"], case_sensitive=False),
         default="auto",
-        show_default=True,
         help="auto: BLAKE3, or what the server knows.",
     ),
     _shared("--json", "as_json", is_flag=True, help="Print one JSON object."),
@@ -251,12 +287,12 @@ def shared_options(function: F) -> F:
     return function
 
 
-def common(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
-    """The options of all commands; the function gets a Session made from them, which ends with it."""
+def common(function: Callable[Concatenate[Caches, P], R]) -> Callable[P, R]:
+    """The options of all commands; the function gets `Caches` made from them, which end with it."""
 
     @click.pass_context
     @functools.wraps(function)
-    def with_session(ctx: click.Context, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def with_caches(ctx: click.Context, /, *args: P.args, **kwargs: P.kwargs) -> R:
         for name in (*(field.name for field in fields(Settings)), "as_json", "quiet", "verbose"):
             kwargs.pop(name, None)
         output = output_of(ctx)
@@ -264,10 +300,10 @@ def common(function: Callable[Concatenate[Session, P], R]) -> Callable[P, R]:
             ctx.obj.output = output
         settings = settings_of(ctx)
         settings.check_files([field.name for field in fields(Settings) if _said(ctx, field.name) is not None])
-        with Session(settings, output) as session, output.logging():
-            return function(session, *args, **kwargs)
+        with Caches(settings, output) as caches, output.logging():
+            return function(caches, *args, **kwargs)
 
-    return shared_options(with_session)
+    return shared_options(with_caches)
 
 
 def output_of(ctx: click.Context) -> Output:
@@ -346,16 +382,10 @@ _TASK = (
         "--configuration-hash", default="", metavar="HASH", help="Hash of all else that makes the machine."
     ),
     _which("--runner-id", default="", metavar="ID", help="The runner, where snapshots are not shared."),
-    _which(
-        "--share/--no-share",
-        default=True,
-        show_default=True,
-        help="Share snapshots between runners, by branch.",
-    ),
+    _which("--share/--no-share", default=True, help="Share snapshots between runners, by branch."),
     _which(
         "--universal-fallback/--no-universal-fallback",
         default=False,
-        show_default=True,
         help="Keep and use a snapshot of any branch as the last fallback.",
     ),
 )
@@ -413,6 +443,27 @@ def read_options(function: Callable[..., R]) -> Callable[..., R]:
     return with_read
 
 
+_SAVE = (
+    option(
+        "--save-policy",
+        type=click.Choice([str(policy) for policy in SavePolicy]),
+        help="Whether a snapshot that stands remotely is replaced.  [default: always]",
+    ),
+    option(
+        "--min-refresh-interval",
+        type=DURATION,
+        help="Leave the default branch's remote snapshot alone when it is younger.  [default: 0s]",
+    ),
+)
+
+
+def save_options(function: F) -> F:
+    """What is saved remotely, and when; the function gets `save_policy` and `min_refresh_interval`."""
+    for decorate in reversed(_SAVE):
+        function = decorate(function)
+    return function
+
+
 _WORKSPACES = (
     _where(
         "--catalog",
@@ -453,12 +504,12 @@ def with_workspaces(function: Callable[Concatenate[Workspaces, P], R]) -> Callab
     """The options of all commands and where workspaces are; the function gets what is made from them."""
 
     @functools.wraps(function)
-    def opened(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def opened(caches: Caches, /, *args: P.args, **kwargs: P.kwargs) -> R:
         for item in fields(WorkspaceSettings):
             kwargs.pop(item.name, None)
         settings = workspace_settings_of(click.get_current_context())
         try:
-            return function(Workspaces(session, settings), *args, **kwargs)
+            return function(Workspaces(caches, settings), *args, **kwargs)
         except KeyboardInterrupt as interrupt:
             workspace_id = kwargs.get("workspace_id")
             look = f"show {workspace_id}" if workspace_id else "ls"
@@ -469,3 +520,17 @@ def with_workspaces(function: Callable[Concatenate[Workspaces, P], R]) -> Callab
             raise
 
     return workspace_options(common(opened))
+
+
+def _shared_by_name() -> dict[str, click.Option]:
+    def bare() -> None: ...
+
+    function: Callable[..., Any] = bare
+    for decorate in (*_COMMON, *_TASK, *_READ, *_SAVE, *_WORKSPACES):
+        function = decorate(function)
+    shared = {option.opts[0].removeprefix("--"): option for option in function.__click_params__}  # type: ignore[attr-defined]
+    return {name: option for name, option in shared.items() if name != "config"}
+
+
+SHARED_OPTIONS = _shared_by_name()
+"""Options that several commands may have, by long name: what may stand at the top of a configuration file."""

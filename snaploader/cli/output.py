@@ -1,4 +1,7 @@
-"""All that the command line prints: data on stdout, talk on stderr, bars on a terminal only."""
+"""All that the command line prints: data on stdout, talk on stderr, bars on a terminal only.
+
+What needs rich is in `drawing`.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,20 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
-
-from rich.cells import cell_len
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
-from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
+from typing import IO, TYPE_CHECKING, Any
 
 from snaploader.cli.exits import Failure
-from snaploader.cli.streams import writing_to_stdout
+from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.values import printable
 from snaploader.errors import Cancelled, FailedPrecondition
-from snaploader.loader.progress import Progress as Step
-from snaploader.loader.progress import ProgressCallback
 
-PIPE_WIDTH = 200
-"""Columns of tables that go to no terminal; rows must not break where programs read them."""
-
-_NARROWEST = 10
-"""Columns of text are not folded to fewer characters than this; see `Output.table`."""
+if TYPE_CHECKING:
+    from snaploader.loader import Progress
 
 _LINES = "\n\t"
 """Messages may have several lines. Names in them are quoted."""
-
-_STAGES = {"store": "storing", "upload": "uploading", "fetch": "fetching", "write": "writing"}
 
 
 class Output:
@@ -86,32 +75,17 @@ class Output:
         On a terminal where the columns of text would be too narrow to be read, or the others be cut, each
         row is a list of its cells instead.
         """
-        if self.as_json:
-            return
-        cells = [[printable(cell) for cell in row] for row in rows]
-        names = [column.removesuffix(">") for column in columns]
-        listed = sys.stdout.isatty() and _least_width(columns, cells) > Console(file=sys.stdout).width
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=not listed)
-        if listed:
-            table.add_column(no_wrap=True, style="bold")
-            table.add_column(overflow="fold")
-            for number, row in enumerate(cells):
-                if number:
-                    table.add_row()
-                for name, cell in zip(names, row, strict=True):
-                    table.add_row(name, cell)
-        else:
-            for column, name in zip(columns, names, strict=True):
-                right = column.endswith(">")
-                table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
-            for row in cells:
-                table.add_row(*row)
-        _draw(table)
+        if not self.as_json:
+            from snaploader.cli.drawing import draw_table
+
+            draw_table(columns, [[printable(cell) for cell in row] for row in rows], title)
 
     def tree(self, root: Branch) -> None:
         """A tree for people, folded to the width of the terminal; 80 columns where there is none."""
         if not self.as_json:
-            _draw(_tree(root), folded=True)
+            from snaploader.cli.drawing import draw_tree
+
+            draw_tree(root)
 
     def talk(self, message: str) -> None:
         """Something for the person who watches; not with --quiet."""
@@ -166,29 +140,14 @@ class Output:
             sys.stderr.write(f"snaploader: error: {printable(failure.message, keep=_LINES)}\n")
 
     @contextlib.contextmanager
-    def bars(self) -> Iterator[ProgressCallback | None]:
+    def bars(self) -> Iterator[Callable[[Progress], None] | None]:
         """A callback that draws a bar per stage while the block runs; None where there is no terminal."""
         if self.quiet or not sys.stderr.isatty():
             yield None
             return
-        progress = Progress(
-            TextColumn("{task.description:>9}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            console=Console(file=sys.stderr),
-            transient=True,
-        )
-        tasks: dict[str, TaskID] = {}
+        from snaploader.cli.drawing import drawn_bars
 
-        def show(step: Step) -> None:
-            if step.stage not in tasks:
-                tasks[step.stage] = progress.add_task(
-                    _STAGES.get(step.stage, step.stage), total=step.total_bytes
-                )
-            progress.update(tasks[step.stage], completed=step.done_bytes, total=step.total_bytes)
-
-        with progress:
+        with drawn_bars() as show:
             yield show
 
     @contextlib.contextmanager
@@ -223,40 +182,6 @@ class Branch:
 
     label: str
     branches: Sequence[Branch] = ()
-
-
-def _tree(root: Branch) -> Tree:
-    tree = Tree(Text(printable(root.label)))
-    waiting = [(tree, root)]
-    while waiting:  # a history may be deeper than Python's stack
-        above, branch = waiting.pop()
-        waiting += [(above.add(Text(printable(below.label))), below) for below in branch.branches]
-    return tree
-
-
-def _least_width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """How many columns of a terminal a table needs to be readable."""
-    widths = []
-    for number, column in enumerate(columns):
-        width = max(cell_len(text) for text in (column.removesuffix(">"), *(row[number] for row in rows)))
-        widths.append(width if column.endswith(">") else min(width, _NARROWEST))
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
-def _draw(what: RenderableType, *, folded: bool = False) -> None:
-    """Print what rich draws.
-
-    Args:
-        folded: Not to be wider than a terminal, also where it goes to a pager or a file.
-    """
-    width = None if folded or sys.stdout.isatty() else PIPE_WIDTH
-    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-    # Written by ourselves, because rich ends the program when the reader has left. The end of the capture
-    # flushes stdout, and with it what was printed before.
-    with writing_to_stdout():
-        with console.capture() as capture:
-            console.print(what)
-        sys.stdout.writelines(line.rstrip() + "\n" for line in capture.get().splitlines())
 
 
 class _Brief(logging.Formatter):

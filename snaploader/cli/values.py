@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from snaploader.errors import InvalidArgument, translate_os_errors
-from snaploader.formats.chunktable import check_geometry
 from snaploader.policy import parse_duration_s
 
 if TYPE_CHECKING:
@@ -116,6 +115,8 @@ class ChunkSize(Size):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of bytes; a usage error when chunks cannot be of this size."""
+        from snaploader.formats.chunktable import check_geometry
+
         size = super().convert(value, param, ctx)
         try:
             check_geometry(0, size)

@@ -1,4 +1,4 @@
-"""The file cache: blobs, refs and directories in a folder of this host, shared by its processes.
+"""The file cache: blobs and refs in a folder of this host, shared by its processes.
 
     from snaploader.filecache import FileCache
 
@@ -11,11 +11,10 @@ The file system is the only truth; there is no database beside it that could dis
     <root>/v1/
       groups/<group>/blobs/<sha256|blake3>/<2 hex>/<62 hex>   immutable, mode 0400, named by hash
       groups/<group>/refs/<2 hex>/<62 hex>                    mutable, replaced in one step
-      groups/<group>/trees/<2 hex>/<62 hex>/                  a tracked directory and its lock
       tmp/<token>/, tmp/<token>.lock                          staging files of an open cache
       groups/<group>/pins/<name>                              what is kept until it is unpinned
       leases/<token>.<number>                                 blobs that must not be evicted
-      trash/                                                  removed directories, on their way out
+      trash/                                                  folders on their way out
       quarantine/                                             the last 16 files that had wrong bytes
       usage/                                                  the bytes in use, uses in bulk, locks
       state                                                   what a power failure may have damaged
@@ -32,24 +31,35 @@ The group "" is the folder `_default`. Promises:
 - After a power failure, blobs that may not have reached the disk are verified before they count as
   present.
 
-Each module explains its part: `layout`, `session` (life and staging), `ledger` (bytes in use), `blobs`,
-`exchange` (files in and out), `refs`, `directories`, `evict`, `candidates`, `scan`, `recency`, `leases`,
-`pins`, `pinfile`, `pintable`, `protection`, `listing`, `durability`.
+Where to look:
+
+    cache       FileCache, which puts the parts together
+    blobs       looking blobs up, opening them verified, publishing them
+    exchange    how bytes come in, whole or in pieces, and files go out
+    refs        small mutable values
+    pins        what is kept until its name is unpinned, and the file of a pin
+    retention   what eviction leaves alone: leases and pins of all processes
+    evict       making room, in order of last use
+    scan        looking at many entries at once
+    recency     when entries were last used
+    usage       bytes in use, under the lock of all changes; statistics
+    durability  what a power failure may have damaged
+    openfolder  an open cache's hold on its folder: staging, quarantine, sweeping
+    layout      where everything lies
+    hashes      many hashes as arrays
 """
 
 from snaploader.filecache.cache import DEFAULT_MAX_BYTES, FileCache
-from snaploader.filecache.directories import DirectoryHandle
-from snaploader.filecache.leases import Lease
-from snaploader.filecache.pinfile import Pin
-from snaploader.filecache.statistics import CacheEntry, CacheStatistics, VerifyReport
-from snaploader.filecache.writer import BlobWriter
+from snaploader.filecache.exchange import BlobWriter
+from snaploader.filecache.pins import Pin
+from snaploader.filecache.retention import Lease
+from snaploader.filecache.usage import CacheEntry, CacheStatistics, VerifyReport
 
 __all__ = [
     "DEFAULT_MAX_BYTES",
     "BlobWriter",
     "CacheEntry",
     "CacheStatistics",
-    "DirectoryHandle",
     "FileCache",
     "Lease",
     "Pin",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from array import array
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import itemgetter
@@ -16,16 +17,48 @@ from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.environment import Environment
 from snaploader.filecache.hashes import to_words
 from snaploader.filecache.layout import space_of
-from snaploader.filecache.ledger import Section
-from snaploader.filecache.listing import ShardListings
-from snaploader.filecache.memo import VerifiedMemo
 from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import disk_bytes, entry_name, set_aside_odd
+from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
+from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import NamelessFile
 from snaploader.folders import OddEntry, open_regular
+
+SLOTS = 1 << 19
+
+
+class VerifiedMemo:
+    """Remembers verified files by inode, size and time of last write. Thread-safe.
+
+    A table of fixed size (4 MiB) with two places per entry; the older makes room. A forgotten entry costs
+    one more hash. Fingerprints have 64 bits under Python's per-process random hash seed, so that an
+    entry is not mistaken for another by chance or by design.
+    """
+
+    def __init__(self) -> None:
+        self._table = array("Q", bytes(8 * SLOTS))
+
+    def knows(self, digest: Digest, status: os.stat_result) -> bool:
+        """Whether this very file was found to have this digest, and was not written to since."""
+        print_, slot = _fingerprint(digest, status)
+        return print_ in (self._table[slot], self._table[slot + 1])
+
+    def add(self, digest: Digest, status: os.stat_result) -> None:
+        """Remember that the file has this digest."""
+        print_, slot = _fingerprint(digest, status)
+        if self._table[slot] != print_:
+            self._table[slot + 1] = self._table[slot]
+            self._table[slot] = print_
+
+
+def _fingerprint(digest: Digest, status: os.stat_result) -> tuple[int, int]:
+    key = (digest.hash, digest.size_bytes, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    # Zero marks a free place, hence the lowest bit. The slot comes from other bits than those compared
+    # would miss: all 64 are compared.
+    value = hash(key) & 0xFFFF_FFFF_FFFF_FFFF | 1
+    return value, (value >> 20) % (SLOTS // 2) * 2
+
 
 BULK_DIGESTS = 1024
 """From this many digests on, folders are listed instead of each file being looked at."""
@@ -43,30 +76,30 @@ class BlobSpace:
 
     def __init__(
         self,
-        environment: Environment,
+        context: CacheContext,
         durability: Durability,
         uses: UseLog,
         make_room: Callable[[int], None],
     ) -> None:
-        self._env = environment
+        self._context = context
         self._durability = durability
         self._uses = uses
         self._make_room = make_room
         self._memo = VerifiedMemo()
-        self._listings = ShardListings(environment.layout, durability)
+        self._listings = ShardListings(context.layout, durability)
 
     @property
     def mode(self) -> int:
         """Permission bits of the files."""
-        return self._env.session.access.readonly_mode
+        return self._context.folder.access.readonly_mode
 
     def path(self, digest: Digest) -> str:
         """Where the file of a blob is, or would be."""
-        return self._env.layout.blob(digest)
+        return self._context.layout.blob(digest)
 
     def step_done(self, step: str) -> None:
         """A step was done; see `HostEnvironment.after_step`."""
-        self._env.host.after_step(step)
+        self._context.host.after_step(step)
 
     # Looking up
 
@@ -95,12 +128,12 @@ class BlobSpace:
             # Listings leave suspects out, so that each is looked at here.
             missing = {digest for digest in missing if not self.touch(digest)}
         if present.any():
-            self._uses.append(self._env.layout.group, words[present, 0], self._env.host.now_ns())
+            self._uses.append(self._context.layout.group, words[present, 0], self._context.host.now_ns())
         return missing
 
     def touch(self, digest: Digest) -> bool:
         """Whether a blob is present; if so, this is a use of it. Suspects of a power failure are read."""
-        path = self._env.layout.blob(digest)
+        path = self._context.layout.blob(digest)
         try:
             status = os.stat(path, follow_symlinks=False)
             if (
@@ -108,7 +141,7 @@ class BlobSpace:
                 and status.st_size == digest.size_bytes
                 and not self._durability.is_suspect(status)
             ):
-                recency.touch(path, status, self._env.host.now_ns())
+                recency.touch(path, status, self._context.host.now_ns())
             else:
                 os.close(self._open(digest))
         except (FileNotFoundError, NotADirectoryError, NotFound, DataLoss):
@@ -122,13 +155,13 @@ class BlobSpace:
         try:
             fd = self._open(digest)
         except NotFound:
-            self._env.counters.add(misses=1)
+            self._context.counters.add(misses=1)
             raise
-        self._env.counters.add(hits=1)
+        self._context.counters.add(hits=1)
         return fd
 
     def _open(self, digest: Digest) -> int:
-        path = self._env.layout.blob(digest)
+        path = self._context.layout.blob(digest)
         with translate_os_errors(f"cannot open blob {digest}"):
             try:
                 fd, status = open_regular(path)
@@ -137,12 +170,12 @@ class BlobSpace:
                     return self._open_new_empty(digest)
                 raise NotFound(f"blob {digest} is not in the file cache") from None
             except OddEntry as error:
-                set_aside_odd(self._env, path)
+                set_aside_odd(self._context, path)
                 raise NotFound(f"blob {digest} is not in the file cache: {error}") from error
             try:
                 if not self._memo.knows(digest, status):
                     status = self._verify(digest, fd, status)
-                recency.touch(fd, status, self._env.host.now_ns())
+                recency.touch(fd, status, self._context.host.now_ns())
             except BaseException:
                 os.close(fd)
                 raise
@@ -166,12 +199,12 @@ class BlobSpace:
             found, size = files.hash_file(fd, digest.function)
         else:
             found, size = "", status.st_size
-        self._env.counters.add(verified_blobs=1)
+        self._context.counters.add(verified_blobs=1)
         if found == digest.hash and size == digest.size_bytes:
             if self._durability.is_suspect(status):
                 # It proved right: it is written anew, as it were, outside the window of suspicion.
                 with suppress(PermissionError):
-                    os.utime(fd, ns=(status.st_atime_ns, self._env.host.now_ns()))
+                    os.utime(fd, ns=(status.st_atime_ns, self._context.host.now_ns()))
                 status = os.fstat(fd)
             self._memo.add(digest, status)
             return status
@@ -187,7 +220,7 @@ class BlobSpace:
 
     def _is_hollow(self, status: os.stat_result) -> bool:
         """Whether a file is larger than all the cache may hold, and mostly a hole: reading it takes hours."""
-        return status.st_size > max(self._env.max_bytes, disk_bytes(status))
+        return status.st_size > max(self._context.max_bytes, disk_bytes(status))
 
     def _is_other_size(self, digest: Digest, fd: int, status: os.stat_result) -> bool:
         """Whether the file is right and the size in the digest is wrong."""
@@ -208,15 +241,15 @@ class BlobSpace:
 
     def stage(self, digest: Digest | None = None) -> NamelessFile:
         """A new empty file to become a blob, near its place if the digest is known already."""
-        layout = self._env.layout
+        layout = self._context.layout
         folder = layout.group_path() if digest is None else os.path.dirname(layout.blob(digest))
-        return self._env.session.nameless_file(folder)
+        return self._context.folder.nameless_file(folder)
 
     def check_fits(self, size: int) -> None:
         """ResourceExhausted for a blob that can never fit."""
-        if size > self._env.max_bytes:
+        if size > self._context.max_bytes:
             raise ResourceExhausted(
-                f"a blob of {size} bytes does not fit into a file cache of {self._env.max_bytes}: "
+                f"a blob of {size} bytes does not fit into a file cache of {self._context.max_bytes}: "
                 "raise its max_bytes"
             )
 
@@ -225,22 +258,22 @@ class BlobSpace:
 
         What is there is verified, or else good bytes at hand would be dropped in favour of bad ones.
         """
-        path = self._env.layout.blob(digest)
+        path = self._context.layout.blob(digest)
         # Cheap for what is not there, which is the common case.
         if not os.path.exists(path):
             return False
         for _ in range(PRESENT_TRIES):
             # Evictions happen in sections too: none takes the file between the look at it and its use.
-            with self._env.ledger.section():
+            with self._context.ledger.section():
                 try:
                     status = os.stat(path, follow_symlinks=False)
                 except (FileNotFoundError, NotADirectoryError):
                     return False
                 is_known = self._memo.knows(digest, status)
                 if is_known:
-                    recency.touch(path, status, self._env.host.now_ns())
+                    recency.touch(path, status, self._context.host.now_ns())
             if is_known:
-                self._env.counters.add(present_blobs=1)
+                self._context.counters.add(present_blobs=1)
                 return True
             try:
                 # Takes long for a big blob, so that it is not done in a section; and then it is known.
@@ -262,48 +295,48 @@ class BlobSpace:
         os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
-        recency.touch(fd, status, self._env.host.now_ns())
+        recency.touch(fd, status, self._context.host.now_ns())
         size = disk_bytes(status)
         while True:
-            with self._env.ledger.section() as section:
+            with self._context.ledger.section() as section:
                 total = section.total_bytes
-                if total is not None and total + size <= self._env.max_bytes:
+                if total is not None and total + size <= self._context.max_bytes:
                     added = self._link(section, digest, size, link)
                     break
             self._make_room(size)
         if added:
             self._memo.add(digest, status)
-            self._env.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
+            self._context.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
         else:
-            self._env.counters.add(present_blobs=1)
+            self._context.counters.add(present_blobs=1)
         return added
 
     def _link(self, section: Section, digest: Digest, size: int, link: Callable[[str], None]) -> bool:
-        target = self._env.layout.blob(digest)
+        target = self._context.layout.blob(digest)
         name = self._name(digest)
         with suppress(FileNotFoundError, NotADirectoryError):
             status = os.stat(target, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                recency.touch(target, status, self._env.host.now_ns())
+                recency.touch(target, status, self._context.host.now_ns())
                 return False
-            self._env.session.set_aside(target)
+            self._context.folder.set_aside(target)
         section.change(name, 0, size)
         try:
-            self._env.host.after_step("blob.counted")
+            self._context.host.after_step("blob.counted")
             try:
                 link(target)
             except (FileNotFoundError, NotADirectoryError):
-                self._env.session.make_folder(os.path.dirname(target))
+                self._context.folder.make_folder(os.path.dirname(target))
                 link(target)
         except BaseException:
             section.change(name, size, 0)
             raise
-        self._env.host.after_step("blob.linked")
+        self._context.host.after_step("blob.linked")
         return True
 
     def check(self, hash_: str, function: DigestFunction) -> tuple[Digest, bool] | None:
         """Hash the blob of this name whatever is known of it; whether it is right, None if gone."""
-        path = self._env.layout.entry(space_of(function), hash_)
+        path = self._context.layout.entry(space_of(function), hash_)
         with translate_os_errors(f"cannot verify blob {hash_}"):
             try:
                 fd, status = open_regular(path)
@@ -327,12 +360,12 @@ class BlobSpace:
 
     def remove(self, digest: Digest) -> bool:
         """See `FileCache.remove`."""
-        path = self._env.layout.blob(digest)
-        with translate_os_errors(f"cannot remove blob {digest}"), self._env.ledger.section() as section:
+        path = self._context.layout.blob(digest)
+        with translate_os_errors(f"cannot remove blob {digest}"), self._context.ledger.section() as section:
             try:
                 status = os.stat(path, follow_symlinks=False)
                 if not stat.S_ISREG(status.st_mode):
-                    self._env.session.set_aside(path)
+                    self._context.folder.set_aside(path)
                     return True
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -342,17 +375,19 @@ class BlobSpace:
 
     def quarantine(self, digest: Digest, status: os.stat_result) -> None:
         """Take a bad file out of use, unless another stands in its place by now."""
-        path = self._env.layout.blob(digest)
-        with self._env.ledger.section() as section:
-            now = self._env.session.set_aside(path, known=status)
+        path = self._context.layout.blob(digest)
+        with self._context.ledger.section() as section:
+            now = self._context.folder.set_aside(path, known=status)
             if now is None:
                 return
             section.change(self._name(digest), disk_bytes(now), 0)
-        self._env.counters.add(quarantined_blobs=1)
-        _logger.warning("blob %s had wrong bytes and was moved to %s", digest, self._env.layout.quarantine)
+        self._context.counters.add(quarantined_blobs=1)
+        _logger.warning(
+            "blob %s had wrong bytes and was moved to %s", digest, self._context.layout.quarantine
+        )
 
     def _name(self, digest: Digest) -> str:
-        return entry_name(self._env.layout.group, space_of(digest.function), digest.hash)
+        return entry_name(self._context.layout.group, space_of(digest.function), digest.hash)
 
 
 def _is_empty_blob(digest: Digest) -> bool:

@@ -17,23 +17,17 @@ from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import exchange, recency, scan
 from snaploader.filecache.blobs import BlobSpace
-from snaploader.filecache.directories import DirectoryHandle, DirectoryStore
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.environment import Environment
 from snaploader.filecache.evict import Evictor
+from snaploader.filecache.exchange import BlobWriter
 from snaploader.filecache.hashes import to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space, group_folder
-from snaploader.filecache.leases import Lease
-from snaploader.filecache.ledger import Ledger
-from snaploader.filecache.pinfile import Pin
-from snaploader.filecache.pins import PinSpace
-from snaploader.filecache.pintable import PinTable
+from snaploader.filecache.openfolder import OpenFolder
+from snaploader.filecache.pins import Pin, PinSpace
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.refs import RefSpace
-from snaploader.filecache.session import Session
-from snaploader.filecache.statistics import CacheEntry, CacheStatistics, VerifyReport, kind_name
-from snaploader.filecache.trash import TrashCan
-from snaploader.filecache.writer import BlobWriter
+from snaploader.filecache.retention import Lease, PinTable
+from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics, Ledger, VerifyReport
 from snaploader.folders import PRIVATE, Access
 from snaploader.locks import FileLock
 
@@ -41,7 +35,7 @@ DEFAULT_MAX_BYTES = 10 << 30
 
 
 class FileCache:
-    """Blobs, refs and directories in a folder of this host, shared by threads and processes.
+    """Blobs and refs in a folder of this host, shared by threads and processes.
 
     A `snaploader.blobstore.BlobStore`. See the package's docstring for the layout and the promises.
     Thread-safe. Not to be used in a forked child: make another one there, on the same folder.
@@ -85,7 +79,7 @@ class FileCache:
         access = Access(cache_mode, "cache_mode")
         base = layout.create(access)
         with translate_os_errors(f"cannot open the file cache {layout.root!r}"), ExitStack() as undo:
-            own = Session(layout, access, base)
+            own = OpenFolder(layout, access, base)
             undo.callback(own.close)
             ledger = Ledger(own, layout.usage)
             undo.callback(ledger.close)
@@ -100,20 +94,16 @@ class FileCache:
                 layout, own, _environment.boot_id(), rebooted, used_before=used_before
             )
             undo.callback(self._durability.close)
-            self._env = Environment(layout, own, ledger, max_bytes, _environment)
-            self._trash = TrashCan(layout.trash, own)
-            undo.callback(self._trash.close)
+            self._context = CacheContext(layout, own, ledger, max_bytes, _environment)
             uses = UseLog(layout.uses, use_lock, own)
             self._pin_table = PinTable(layout)
-            self._evictor = Evictor(self._env, self._durability, self._trash, uses, self._pin_table)
+            self._evictor = Evictor(self._context, self._durability, uses, self._pin_table)
             undo.callback(self._evictor.close)
             make_room = self._evictor.make_room
-            self._blobs = BlobSpace(self._env, self._durability, uses, make_room)
-            self._refs = RefSpace(self._env, make_room)
-            self._pins = PinSpace(self._env)
-            self._directories = DirectoryStore(self._env, self._trash, make_room)
+            self._blobs = BlobSpace(self._context, self._durability, uses, make_room)
+            self._refs = RefSpace(self._context, make_room)
+            self._pins = PinSpace(self._context)
             own.sweep()
-            self._trash.sweep()
             self._close = undo.pop_all().close
 
     @property
@@ -283,7 +273,7 @@ class FileCache:
         with translate_os_errors("cannot lease blobs"):
             first = to_words([digest.hash for digest in digests])[:, 0]
             prefixes = np.concatenate([first, *map(to_prefixes, hashes)])
-            return Lease(self._env.layout, self._env.session, self._env.ledger, prefixes)
+            return Lease(self._context, prefixes)
 
     # Refs
 
@@ -362,29 +352,6 @@ class FileCache:
         self._check()
         return self._pins.get(name)
 
-    # Directories
-
-    def add_directory(self, key: str, path: str | os.PathLike[str]) -> bool:
-        """Move a directory into the cache under a key; False, and the directory untouched, when there is one.
-
-        Its size is measured now; it counts and ages like a blob, and is evicted whole, when nobody uses it.
-        """
-        self._check()
-        return self._directories.add(key, os.path.abspath(os.fspath(path)))
-
-    def acquire_directory(self, key: str) -> DirectoryHandle:
-        """Use a directory: it stays until the handle is released, or this process ends.
-
-        One that was removed while others use it is kept after all. NotFound when there is none.
-        """
-        self._check()
-        return self._directories.acquire(key)
-
-    def remove_directory(self, key: str) -> bool:
-        """Remove a directory, at once or when its last user leaves; whether there was one."""
-        self._check()
-        return self._directories.remove(key)
-
     # Upkeep
 
     def entries(self) -> list[CacheEntry]:
@@ -392,7 +359,7 @@ class FileCache:
         self._check()
         with translate_os_errors("cannot list the file cache"):
             found = sorted(
-                scan.entries(self._env.layout, self._env.layout.group), key=lambda one: one.used_ns
+                scan.entries(self._context.layout, self._context.layout.group), key=lambda one: one.used_ns
             )
             return [self._entry(*one) for one in zip(found, self._pinned(found), strict=True)]
 
@@ -400,10 +367,10 @@ class FileCache:
         """Counts at this moment. Reads pins that are new since the last call or eviction."""
         self._check()
         with translate_os_errors("cannot read the statistics of the file cache"):
-            with self._env.ledger.section() as section:
+            with self._context.ledger.section() as section:
                 total_bytes, generation = section.total_bytes, section.pin_generation
             self._pin_table.refresh(generation)
-        return self._env.counters.snapshot(total_bytes, self._max_bytes, self._pin_table.totals())
+        return self._context.counters.snapshot(total_bytes, self._max_bytes, self._pin_table.totals())
 
     def prune(self, target_bytes: int = 0) -> int:
         """Evict, of all groups, down to `target_bytes` of disk blocks; the size then.
@@ -430,7 +397,7 @@ class FileCache:
         bad: list[Digest] = []
         bad_refs: list[str] = []
         odd: list[str] = []
-        for found in scan.entries(self._env.layout, self._env.layout.group, odd.append):
+        for found in scan.entries(self._context.layout, self._context.layout.group, odd.append):
             if found.space is Space.REFS:
                 refs += 1
                 try:
@@ -446,7 +413,7 @@ class FileCache:
                         bad.append(digest)
         with translate_os_errors("cannot set aside what is no entry of the file cache"):
             for path in odd:
-                scan.set_aside_odd(self._env, path)
+                scan.set_aside_odd(self._context, path)
         pins, bad_pins = self._pins.verify()
         return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs), pins, tuple(bad_pins))
 
@@ -492,8 +459,8 @@ class FileCache:
 
     def _pinned(self, found: list[scan.Found]) -> list[bool]:
         """For each entry whether a pin names it."""
-        self._pin_table.refresh(self._env.ledger.pin_generation())
-        keys = recency.keys(self._env.layout.group, to_words([one.hash for one in found])[:, 0])
+        self._pin_table.refresh(self._context.ledger.pin_generation())
+        keys = recency.keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
         spaces = np.array([one.space for one in found], dtype=np.uint8)
         pinned = np.zeros(len(found), dtype=np.bool_)
         for space in Space:
@@ -503,10 +470,10 @@ class FileCache:
     def _entry(self, found: scan.Found, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None
         if found.space.function is not None:
-            path = self._env.layout.entry(found.space, found.hash, group)
+            path = self._context.layout.entry(found.space, found.hash, group)
             try:
                 digest = Digest(found.hash, os.stat(path).st_size, found.space.function)
             except FileNotFoundError:
                 digest = None
-        kind = kind_name(found.space)
+        kind = "ref" if found.space is Space.REFS else "blob"
         return CacheEntry(kind, found.hash, digest, found.disk_bytes, found.used_ns / 1e9, pinned)

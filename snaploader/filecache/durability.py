@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from snaploader.filecache.layout import Layout
-from snaploader.filecache.session import Session
+from snaploader.filecache.openfolder import OpenFolder
 from snaploader.files import flush_file_system
 from snaploader.folders import OddEntry, open_regular
 from snaploader.locks import FileLock, is_odd
@@ -43,7 +43,7 @@ class Durability:
     def __init__(
         self,
         layout: Layout,
-        session: Session,
+        folder: OpenFolder,
         boot_id: str,
         rebooted: Callable[[], None],
         *,
@@ -51,9 +51,9 @@ class Durability:
     ) -> None:
         self._path = layout.state
         self._base = layout.base
-        self._session = session
+        self._folder = folder
         self._boot_id = boot_id
-        self._lock = FileLock(session.open_written(f"{layout.usage}/state.lock"))
+        self._lock = FileLock(folder.open_written(f"{layout.usage}/state.lock"))
         try:
             with self._lock.held():
                 boot, flushed_ns, self._windows = self._load()
@@ -123,7 +123,7 @@ class Durability:
         }
         text = json.dumps(state, sort_keys=True)
         data = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode()
-        with self._session.staged(data, flush=True) as temporary:
+        with self._folder.staged(data, flush=True) as temporary:
             if is_odd(self._path):
-                self._session.set_aside(self._path)
+                self._folder.set_aside(self._path)
             os.rename(temporary, self._path)

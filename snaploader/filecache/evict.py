@@ -8,28 +8,23 @@ When only entries that were used since are left, the next scan makes a new list.
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 import time
-from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from snaploader import locks
 from snaploader.errors import ResourceExhausted, translate_os_errors
-from snaploader.filecache import directories
-from snaploader.filecache.candidates import Candidates
+from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Space
-from snaploader.filecache.ledger import Section
-from snaploader.filecache.pintable import PinTable
-from snaploader.filecache.protection import Protection
-from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import Found, Scan, disk_bytes, entry_name, group_names, set_aside_odd
-from snaploader.filecache.trash import TrashCan
-from snaploader.folders import OddEntry
+from snaploader.filecache.recency import Position, UseLog
+from snaploader.filecache.retention import PinTable, Protection
+from snaploader.filecache.scan import Found, Scan, disk_bytes, entry_name, set_aside_odd, sweep_trees
+from snaploader.filecache.usage import CacheContext, Section
 from snaploader.locks import FileLock
 
 MAX_FRUITLESS_SCANS = 3
@@ -54,40 +49,38 @@ class Evictor:
 
     def __init__(
         self,
-        environment: Environment,
+        context: CacheContext,
         durability: Durability,
-        trash: TrashCan,
         uses: UseLog,
         pins: PinTable,
     ) -> None:
-        self._env = environment
+        self._context = context
         self._durability = durability
-        self._trash = trash
         self._uses = uses
         self._pins = pins
-        self._protection = Protection(environment.layout, pins)
+        self._protection = Protection(context.layout, pins)
         self._candidates: Candidates | None = None
         self._exhausted: _Exhausted | None = None
-        self._lock = FileLock(environment.session.open_written(f"{environment.layout.usage}/evict.lock"))
+        self._lock = FileLock(context.folder.open_written(f"{context.layout.usage}/evict.lock"))
         with self._lock.held_now() as held:
             if held:
                 # Nobody scans; if the ledger says so, that process was killed.
-                with environment.ledger.section() as section:
+                with context.ledger.section() as section:
                     section.abandon_scan()
 
     def make_room(self, extra_bytes: int) -> None:
         """Evict until `extra_bytes` more fit. ResourceExhausted when they cannot."""
-        limit = self._env.max_bytes - extra_bytes
+        limit = self._context.max_bytes - extra_bytes
         if limit < 0:
             raise ResourceExhausted(
-                f"{extra_bytes} bytes do not fit into a file cache of {self._env.max_bytes}: "
+                f"{extra_bytes} bytes do not fit into a file cache of {self._context.max_bytes}: "
                 "raise its max_bytes"
             )
         left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
                 f"the file cache is full: of {left} bytes all that could go is in use by running work"
-                f"{self._tell_pins()}, and {extra_bytes} more do not fit into its {self._env.max_bytes}: "
+                f"{self._tell_pins()}, and {extra_bytes} more do not fit into its {self._context.max_bytes}: "
                 "raise its max_bytes"
             )
 
@@ -96,7 +89,7 @@ class Evictor:
         with translate_os_errors("cannot prune the file cache"), self._lock.held():
             self._rescan()
         self._reduce(target_bytes)
-        return self._env.ledger.total_bytes() or 0
+        return self._context.ledger.total_bytes() or 0
 
     def plan(self, target_bytes: int) -> list[tuple[str, Found]]:
         """What `prune` would evict now, in that order: the group's folder and the entry. Evicts nothing."""
@@ -105,16 +98,11 @@ class Evictor:
             self._rescan()
             candidates, self._candidates = self._candidates, None  # used up below
             assert candidates is not None
-            candidates.read_uses(self._uses, self._env.host.now_ns())
+            candidates.read_uses(self._uses, self._context.host.now_ns())
             scan = candidates.scan
-            left = self._env.ledger.total_bytes() or 0
+            left = self._context.ledger.total_bytes() or 0
             while left > target_bytes and (row := candidates.next_row(is_fresh=True)) is not None:
                 group, space, hash_ = scan.name(row)
-                if space is Space.TREES:
-                    lock = locks.try_lock(f"{self._env.layout.entry(space, hash_, group)}/lock")
-                    if lock is None:
-                        continue  # in use
-                    os.close(lock)
                 size = int(scan.disk_bytes[row])
                 planned.append((group, Found(space, hash_, size, int(scan.used_ns[row]), None)))
                 left -= size
@@ -130,10 +118,10 @@ class Evictor:
             scanned = False
             fruitless = 0
             # Reading pins may take a while, for which nobody should have to wait: sections find them read.
-            self._pins.refresh(self._env.ledger.pin_generation())
+            self._pins.refresh(self._context.ledger.pin_generation())
             while True:
                 candidates = self._candidates
-                with self._env.ledger.section() as section:
+                with self._context.ledger.section() as section:
                     total = section.total_bytes
                     state = (section.lease_generation, section.changes, section.pin_generation)
                     # Else an entry that others added since the scan began may go, and the next scan finds it.
@@ -149,7 +137,7 @@ class Evictor:
                     scanned = True
                     fruitless += 1
                     continue
-                candidates.read_uses(self._uses, self._env.host.now_ns())
+                candidates.read_uses(self._uses, self._context.host.now_ns())
                 if self._evict_one(candidates, is_fresh=scanned):
                     fruitless = 0
                     continue
@@ -184,14 +172,11 @@ class Evictor:
         """Evict the next entry that may go; False when there is none."""
         while (row := candidates.next_row(is_fresh=is_fresh)) is not None:
             group, space, hash_ = candidates.scan.name(row)
-            if space is Space.TREES:
-                size = self._evict_directory(group, hash_, candidates, row)
-            else:
-                with self._env.ledger.section() as section:
-                    size = self._evict_file(section, group, space, hash_, candidates, row)
+            with self._context.ledger.section() as section:
+                size = self._evict_file(section, group, space, hash_, candidates, row)
             if size is not None:
                 candidates.changes += 1
-                self._env.counters.add(evicted_entries=1, evicted_bytes=size)
+                self._context.counters.add(evicted_entries=1, evicted_bytes=size)
                 return True
         return False
 
@@ -202,11 +187,11 @@ class Evictor:
         if self._protection.holds(candidates.scan, np.array([row]))[0]:
             candidates.set_aside(row)
             return None
-        path = self._env.layout.entry(space, hash_, group)
+        path = self._context.layout.entry(space, hash_, group)
         try:
             status = os.stat(path, follow_symlinks=False)
             if not stat.S_ISREG(status.st_mode):
-                self._env.session.set_aside(path)
+                self._context.folder.set_aside(path)
                 return None
             if status.st_atime_ns > candidates.scan.used_ns[row]:
                 candidates.put_back(row, status.st_atime_ns)
@@ -214,19 +199,10 @@ class Evictor:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        self._env.host.after_step("evict.unlinked")
+        self._context.host.after_step("evict.unlinked")
         size = disk_bytes(status)
         section.change(entry_name(group, space, hash_), size, 0)
         return size
-
-    def _evict_directory(self, group: str, hash_: str, candidates: Candidates, row: int) -> int | None:
-        entry = self._env.layout.entry(Space.TREES, hash_, group)
-        with suppress(FileNotFoundError, NotADirectoryError, OddEntry):
-            _, used_ns = directories.measure_entry(entry)
-            if used_ns <= candidates.scan.used_ns[row]:
-                return directories.discard_entry(self._env, self._trash, entry)
-            candidates.put_back(row, used_ns)
-        return None
 
     def _refresh_protection(self, section: Section, candidates: Candidates) -> None:
         if self._protection.refresh(section):
@@ -234,21 +210,20 @@ class Evictor:
 
     def _rescan(self) -> None:
         """Scan, set the ledger right, and order what was found. The caller holds the eviction lock."""
-        layout = self._env.layout
-        self._env.session.sweep()
-        for group in group_names(layout):
-            directories.sweep_doomed(self._env, self._trash, layout, group)
-        ledger = self._env.ledger
+        layout = self._context.layout
+        self._context.folder.sweep()
+        trees_bytes = sweep_trees(self._context)
+        ledger = self._context.ledger
         # Here too, so that nobody waits; and again, as some hand may have moved files.
         self._pins.refresh(ledger.pin_generation(), again=True)
         with ledger.section() as section:
             section.begin_scan()
             changes = section.changes
         try:
-            self._env.host.after_step("scan.begun")
-            begun_ns = self._env.host.now_ns()
+            self._context.host.after_step("scan.begun")
+            begun_ns = self._context.host.now_ns()
             scan = Scan(layout, self._durability.is_suspect)
-            self._env.host.after_step("scan.listed")
+            self._context.host.after_step("scan.listed")
         except BaseException:
             with ledger.section() as section:
                 section.abandon_scan()
@@ -256,14 +231,93 @@ class Evictor:
         with ledger.section() as section:
             changed = section.end_scan()
             seen = scan.sizes_by_entry(set(changed))
-            total = int(scan.disk_bytes.sum())
+            total = trees_bytes + int(scan.disk_bytes.sum())
             total += sum(size - seen.get(name, 0) for name, size in changed.items())
             section.set_total(total)
             self._protection.refresh(section, again=True)
-        self._env.counters.add(scans=1)
+        self._context.counters.add(scans=1)
         for path in scan.odd:
-            set_aside_odd(self._env, path)
+            set_aside_odd(self._context, path)
         if not scan.suspects and self._durability.any_suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)
         self._exhausted = None
+
+
+class Candidates:
+    """The entries that a scan found, in order of last use, and how far they are used up.
+
+    For one thread at a time.
+
+    Args:
+        begun_ns: When the scan began, in nanoseconds since the epoch.
+        changes: The ledger's count of changes when the scan began.
+    """
+
+    def __init__(self, scan: Scan, protection: Protection, begun_ns: int, changes: int) -> None:
+        self.scan = scan
+        self.changes = changes
+        """The ledger's count, if nothing was added since the scan began that is not known here."""
+        self._begun_ns = begun_ns
+        self._order = list(range(len(scan)))
+        self._next = 0
+        self._later: list[tuple[int, int]] = []
+        """Heap of (time, row) of entries that were used after the scan."""
+        self._aside: list[int] = []
+        """Protected."""
+        self._log = Position()
+        self.set_protection(protection)
+
+    def next_row(self, *, is_fresh: bool) -> int | None:
+        """The row of the entry that was used longest ago; it is not a candidate any more.
+
+        None when that was after the scan: what was added since is not known here and may have been used
+        longer ago. A scan that `is_fresh` knows all there is, whatever the clock says.
+        """
+        used_ns, row = self._later[0] if self._later else (None, -1)
+        if self._next < len(self._order):
+            first = self._order[self._next]
+            first_ns = int(self.scan.used_ns[first])
+            if used_ns is None or first_ns <= used_ns:
+                if first_ns < self._begun_ns or is_fresh:
+                    self._next += 1
+                    return first
+                return None
+        if used_ns is None or (used_ns >= self._begun_ns and not is_fresh):
+            return None
+        heapq.heappop(self._later)
+        return row
+
+    def put_back(self, row: int, used_ns: int) -> None:
+        """The entry was used at this time."""
+        self.scan.used_ns[row] = used_ns
+        heapq.heappush(self._later, (used_ns, row))
+
+    def set_aside(self, row: int) -> None:
+        """The entry is leased or pinned."""
+        self._aside.append(row)
+
+    def set_protection(self, protection: Protection) -> None:
+        """Leases or pins changed: what they protect is set aside, what they do not comes back."""
+        rest = self._take_rest() + self._aside
+        rows = np.array(rest, dtype=np.int64)
+        held = protection.holds(self.scan, rows)
+        self._aside = rows[held].tolist()
+        self._sort(rows[~held])
+
+    def read_uses(self, log: UseLog, now_ns: int) -> None:
+        """Take in what the log of uses says since last time."""
+        if not log.grew(self._log):
+            return
+        records, self._log = log.read(self._log)
+        scan = self.scan
+        scan.used_ns = recency.apply(scan.used_ns, scan.use_keys, records, now_ns)
+        self._sort(np.array(self._take_rest(), dtype=np.int64))
+
+    def _take_rest(self) -> list[int]:
+        return self._order[self._next :] + [row for _, row in self._later]
+
+    def _sort(self, rows: npt.NDArray[np.int64]) -> None:
+        self._later = []
+        self._next = 0
+        self._order = rows[np.argsort(self.scan.used_ns[rows], kind="stable")].tolist()

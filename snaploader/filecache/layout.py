@@ -29,7 +29,6 @@ class Space(enum.IntEnum):
     SHA256 = 0
     BLAKE3 = 1
     REFS = 2
-    TREES = 3
 
     @property
     def folder(self) -> str:
@@ -38,11 +37,11 @@ class Space(enum.IntEnum):
 
     @property
     def function(self) -> DigestFunction | None:
-        """The function that names the blobs of this space; None for refs and directories."""
+        """The function that names the blobs of this space; None for refs."""
         return _FUNCTIONS.get(self)
 
 
-_FOLDERS = ("blobs/sha256", "blobs/blake3", "refs", "trees")
+_FOLDERS = ("blobs/sha256", "blobs/blake3", "refs")
 _FUNCTIONS = {Space.SHA256: DigestFunction.SHA256, Space.BLAKE3: DigestFunction.BLAKE3}
 _SPACES = {function: space for space, function in _FUNCTIONS.items()}
 
@@ -89,7 +88,7 @@ class Layout:
         return f"{self.base}/groups"
 
     @property
-    def sessions(self) -> str:
+    def owners(self) -> str:
         return f"{self.base}/tmp"  # noqa: S108
 
     @property
@@ -120,12 +119,16 @@ class Layout:
         """The folder of a group, by folder name; this layout's own by default."""
         return f"{self.groups}/{group or self.group}"
 
+    def trees(self, group: str) -> str:
+        """Where earlier releases kept tracked directories; see `scan.sweep_trees`."""
+        return f"{self.group_path(group)}/trees"
+
     def pins(self, group: str | None = None) -> str:
         """The folder of a group's pins."""
         return f"{self.group_path(group)}/pins"
 
     def entry(self, space: Space, hash_: str, group: str | None = None) -> str:
-        """The file (or, for a tracked directory, the folder) of one entry."""
+        """The file of one entry."""
         return f"{self.groups}/{group or self.group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
 
     def blob(self, digest: Digest) -> str:
@@ -152,7 +155,7 @@ class Layout:
             base = open_inner(FORMAT, root, access, self.base)
             with ExitStack() as undo:
                 undo.callback(os.close, base)
-                for path in (self.sessions, self.trash, self.quarantine, self.leases, self.usage):
+                for path in (self.owners, self.trash, self.quarantine, self.leases, self.usage):
                     inner(os.path.basename(path), base, path)
                 group = inner(self.group, inner("groups", base, self.groups), self.group_path())
                 for name in ("blobs", "refs", "trees", "pins"):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache.hashes import Prefixes
-from snaploader.filecache.session import Session
+from snaploader.filecache.openfolder import OpenFolder
 from snaploader.folders import OddEntry, open_regular
 from snaploader.locks import FileLock
 
@@ -50,10 +50,10 @@ class Position(NamedTuple):
 class UseLog:
     """Uses in bulk. Thread-safe, process-safe."""
 
-    def __init__(self, path: str, lock: FileLock, session: Session) -> None:
+    def __init__(self, path: str, lock: FileLock, folder: OpenFolder) -> None:
         self._path = path
         self._lock = lock
-        self._session = session
+        self._folder = folder
 
     def append(self, group: str, prefixes: Prefixes, now_ns: int) -> None:
         """Record that all of these entries of a group were used now."""
@@ -61,7 +61,7 @@ class UseLog:
         records["key"] = keys(group, prefixes)
         records["time_ns"] = now_ns
         with self._lock.held():
-            fd = self._session.open_written(self._path)
+            fd = self._folder.open_written(self._path)
             try:
                 size = os.fstat(fd).st_size
                 if size > COMPACT_BYTES:
@@ -107,9 +107,9 @@ class UseLog:
         if latest.nbytes > COMPACT_BYTES // 2:
             # More than any cache holds blobs: the ones unused for longest do not matter any more.
             latest = latest[np.argsort(latest["time_ns"])][-(COMPACT_BYTES // 2 // _RECORD.itemsize) :]
-        with self._session.staged(latest.tobytes()) as temporary:
+        with self._folder.staged(latest.tobytes()) as temporary:
             os.rename(temporary, self._path)
-        return self._session.open_written(self._path), latest.nbytes
+        return self._folder.open_written(self._path), latest.nbytes
 
 
 def keys(group: str, prefixes: Prefixes) -> Prefixes:

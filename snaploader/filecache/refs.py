@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from snaploader import files
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import recency
-from snaploader.filecache.environment import Environment
 from snaploader.filecache.layout import Space, check_hash
-from snaploader.filecache.ledger import Section
 from snaploader.filecache.scan import disk_bytes, entries, entry_name, set_aside_odd
+from snaploader.filecache.usage import CacheContext, Section
 from snaploader.folders import OddEntry, open_regular
 
 _MAGIC = b"snapref1"
@@ -47,8 +46,8 @@ def decode(data: bytes) -> bytes | None:
 class RefSpace:
     """The refs of one group. Thread-safe, process-safe."""
 
-    def __init__(self, environment: Environment, make_room: Callable[[int], None]) -> None:
-        self._env = environment
+    def __init__(self, context: CacheContext, make_room: Callable[[int], None]) -> None:
+        self._context = context
         self._make_room = make_room
 
     def get(self, key: str, *, use: bool = True) -> bytes:
@@ -61,12 +60,12 @@ class RefSpace:
             except (FileNotFoundError, NotADirectoryError):
                 raise NotFound(absent) from None
             except OddEntry as error:
-                set_aside_odd(self._env, path)
+                set_aside_odd(self._context, path)
                 raise NotFound(f"{absent}: {error}") from error
             try:
                 value = decode(files.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
                 if value is not None:
-                    recency.touch(fd, status, self._env.host.now_ns() if use else status.st_atime_ns)
+                    recency.touch(fd, status, self._context.host.now_ns() if use else status.st_atime_ns)
             finally:
                 os.close(fd)
             if value is None:
@@ -84,15 +83,15 @@ class RefSpace:
             return False
         with (
             translate_os_errors(f"cannot write ref {key}"),
-            self._env.session.staged(encode(value)) as temporary,
+            self._context.folder.staged(encode(value)) as temporary,
         ):
             status = os.stat(temporary)
-            recency.touch(temporary, status, self._env.host.now_ns())
-            self._env.host.after_step("ref.written")
+            recency.touch(temporary, status, self._context.host.now_ns())
+            self._context.host.after_step("ref.written")
             while True:
-                with self._env.ledger.section() as section:
+                with self._context.ledger.section() as section:
                     total = section.total_bytes
-                    if total is not None and total + disk_bytes(status) <= self._env.max_bytes:
+                    if total is not None and total + disk_bytes(status) <= self._context.max_bytes:
                         return self._publish(section, key, temporary, path, disk_bytes(status), overwrite)
                 self._make_room(disk_bytes(status))
 
@@ -103,16 +102,16 @@ class RefSpace:
             found = os.stat(path, follow_symlinks=False)
             old = disk_bytes(found)
             if not stat.S_ISREG(found.st_mode):
-                self._env.session.set_aside(path)
+                self._context.folder.set_aside(path)
             elif not overwrite:
                 return False
         except (FileNotFoundError, NotADirectoryError):
             old = 0
-            self._env.session.make_folder(os.path.dirname(path))
+            self._context.folder.make_folder(os.path.dirname(path))
         section.change(self._name(key), old, size)
-        self._env.host.after_step("ref.counted")
+        self._context.host.after_step("ref.counted")
         os.rename(temporary, path)
-        self._env.host.after_step("ref.renamed")
+        self._context.host.after_step("ref.renamed")
         return True
 
     def delete(self, key: str) -> bool:
@@ -122,7 +121,7 @@ class RefSpace:
 
     def keys(self) -> Iterator[str]:
         """The keys of all refs."""
-        layout = self._env.layout
+        layout = self._context.layout
         return (found.hash for found in entries(layout, layout.group) if found.space is Space.REFS)
 
     def _stands(self, key: str) -> bool:
@@ -135,13 +134,13 @@ class RefSpace:
     def _remove(self, key: str, inode: int | None) -> bool:
         """Remove a ref; if `inode` is given, only that very file."""
         path = self._path(key)
-        with self._env.ledger.section() as section:
+        with self._context.ledger.section() as section:
             try:
                 status = os.stat(path, follow_symlinks=False)
                 if inode is not None and status.st_ino != inode:
                     return False
                 if not stat.S_ISREG(status.st_mode):
-                    self._env.session.set_aside(path)
+                    self._context.folder.set_aside(path)
                 else:
                     os.unlink(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -150,7 +149,7 @@ class RefSpace:
         return True
 
     def _path(self, key: str) -> str:
-        return self._env.layout.entry(Space.REFS, check_hash(key))
+        return self._context.layout.entry(Space.REFS, check_hash(key))
 
     def _name(self, key: str) -> str:
-        return entry_name(self._env.layout.group, Space.REFS, key)
+        return entry_name(self._context.layout.group, Space.REFS, key)

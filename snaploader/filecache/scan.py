@@ -1,10 +1,20 @@
-"""Looking at every entry of every group: what there is, how big, and when it was last used."""
+"""Looking at many entries at once: scans of every group, and listings of one group's blob folders.
+
+A scan finds what there is, how big it is and when it was last used. A listing answers which of many blobs
+exist. It is kept as long as its folder stands still: a folder's modification time changes when a name in it
+appears or goes, whoever does it, so a listing holds for as long as one stat(2) gives the same time. File
+systems keep that time in steps of up to some ten milliseconds: a change soon after the listing may leave the
+time as it was. So a listing made less than RACY_NS after the folder's last change is not trusted a second
+time.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
+import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,11 +23,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.filecache import directories, recency
-from snaploader.filecache.environment import Environment
-from snaploader.filecache.hashes import Prefixes, to_hex, to_words
-from snaploader.filecache.layout import Layout, Space
-from snaploader.folders import OddEntry
+from snaploader.errors import InvalidArgument
+from snaploader.filecache import recency
+from snaploader.filecache.durability import Durability
+from snaploader.filecache.hashes import HashSet, Prefixes, Words, to_hex, to_words
+from snaploader.filecache.layout import SHARDS, Layout, Space
+from snaploader.filecache.usage import CacheContext
+from snaploader.files import read_file, remove_tree
+from snaploader.folders import OddEntry, open_regular
+from snaploader.locks import is_dead, try_lock
 
 BLOCK_BYTES = 512
 """Unit of st_blocks; see stat(2)."""
@@ -35,7 +49,7 @@ class Found(NamedTuple):
     disk_bytes: int
     used_ns: int
     status: os.stat_result | None
-    """Of a blob or ref."""
+    """None where nobody asks for it."""
 
 
 def disk_bytes(status: os.stat_result) -> int:
@@ -77,14 +91,6 @@ def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], Non
             if not _NAME.fullmatch(entry.name):
                 continue
             with suppress(FileNotFoundError):
-                if space is Space.TREES:
-                    try:
-                        size, used_ns = directories.measure_entry(entry.path)
-                    except (NotADirectoryError, OddEntry):
-                        odd(entry.path)
-                    else:
-                        yield Found(space, shard + entry.name, size, used_ns, None)
-                    continue
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode):
                     yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
@@ -92,17 +98,61 @@ def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], Non
                     odd(entry.path)
 
 
-def set_aside_odd(environment: Environment, path: str) -> None:
+def set_aside_odd(context: CacheContext, path: str) -> None:
     """Move what is called like an entry and is none to the quarantine. It counted for nothing."""
     # In a section no entry takes its place meanwhile.
-    with environment.ledger.section():
+    with context.ledger.section():
         try:
             status = os.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
             return
-        is_entry = len(os.path.basename(path)) == _NAME_LENGTH and f"/{Space.TREES.folder}/" not in path
-        if not (is_entry and stat.S_ISREG(status.st_mode)):
-            environment.session.set_aside(path)
+        if not (len(os.path.basename(path)) == _NAME_LENGTH and stat.S_ISREG(status.st_mode)):
+            context.folder.set_aside(path)
+
+
+def sweep_trees(context: CacheContext) -> int:
+    """Remove the tracked directories of all groups; the disk blocks, in bytes, of those that are in use.
+
+    Earlier releases kept whole directories as entries `trees/<2 hex>/<62 hex>/`, with `data/`, their `size`
+    as text, and a `lock` that their users hold (flock). One that a process of such a release uses stays.
+    """
+    layout, in_use_bytes = context.layout, 0
+    for group in group_names(layout):
+        for shard in _folders(layout.trees(group)):
+            for entry in _folders(shard):
+                lock = try_lock(f"{entry}/lock")
+                if lock is None and not is_dead(f"{entry}/lock"):
+                    in_use_bytes += _recorded_bytes(f"{entry}/size")
+                    continue
+                try:
+                    removed = f"{layout.trash}/{context.folder.unique_name()}"
+                    with suppress(FileNotFoundError):
+                        os.rename(entry, removed)
+                finally:
+                    if lock is not None:
+                        os.close(lock)
+                remove_tree(removed)
+    return in_use_bytes
+
+
+def _folders(path: str) -> list[str]:
+    """The paths of the folders in a folder; none when it is not there, or a link."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if not os.path.islink(path):
+            with os.scandir(path) as found:
+                return [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+    return []
+
+
+def _recorded_bytes(path: str) -> int:
+    with suppress(FileNotFoundError, OddEntry):
+        fd = open_regular(path)[0]
+        try:
+            text = read_file(fd, 32)
+        finally:
+            os.close(fd)
+        return int(text) if text.isdigit() else 0
+    return 0
 
 
 class Scan:
@@ -166,3 +216,81 @@ class Scan:
 def entry_name(group: str, space: Space, hash_: str) -> str:
     """How the ledger names an entry: its path relative to the folder of all groups."""
     return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
+
+
+RACY_NS = 20_000_000
+_NAME = re.compile(r"[0-9a-f]{62}")
+_EMPTY = HashSet(np.empty((0, 4), dtype=np.uint64))
+
+
+class _Listing(NamedTuple):
+    modified_ns: int
+    trusted: bool
+    hashes: HashSet
+
+
+class ShardListings:
+    """The listings of one group's blob folders. 32 bytes per blob. Thread-safe.
+
+    Names vouch for their files, since only whole, verified files get a name here. Where a power failure may
+    have undone that, suspects are left out of the listing, at the cost of a stat(2) for each file.
+    """
+
+    def __init__(self, layout: Layout, durability: Durability) -> None:
+        self._layout = layout
+        self._durability = durability
+        self._lock = threading.Lock()
+        self._listings: dict[str, _Listing] = {}
+
+    def contains(self, space: Space, words: Words) -> npt.NDArray[np.bool_]:
+        """For each hash whether a blob of this name exists."""
+        present = np.zeros(len(words), dtype=np.bool_)
+        # Bytes are sorted by radix, thirty times faster than words.
+        shards = (words[:, 0] >> np.uint64(56)).astype(np.uint8)
+        order = np.argsort(shards, kind="stable")
+        bounds = np.searchsorted(shards[order], np.arange(257))
+        for number, shard in enumerate(SHARDS):
+            rows = order[bounds[number] : bounds[number + 1]]
+            if len(rows):
+                hashes = self._hashes(space, shard)
+                if len(hashes):
+                    present[rows] = hashes.contains(words[rows])
+        return present
+
+    def _hashes(self, space: Space, shard: str) -> HashSet:
+        path = f"{self._layout.group_path()}/{space.folder}/{shard}"
+        try:
+            modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
+        except (FileNotFoundError, NotADirectoryError):
+            return _EMPTY
+        known = self._listings.get(path)
+        if known is not None and known.trusted and known.modified_ns == modified_ns:
+            return known.hashes
+        trusted = abs(time.time_ns() - modified_ns) > RACY_NS
+        try:
+            with os.scandir(path) as found:
+                names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+            if self._durability.any_suspects:
+                names = self._without_suspects(path, names)
+            hashes = HashSet(_to_words(shard, names))
+        except (FileNotFoundError, NotADirectoryError):
+            return _EMPTY
+        with self._lock:
+            self._listings[path] = _Listing(modified_ns, trusted, hashes)
+        return hashes
+
+    def _without_suspects(self, path: str, names: list[str]) -> list[str]:
+        vouched = []
+        for name in names:
+            with suppress(FileNotFoundError):
+                if not self._durability.is_suspect(os.stat(f"{path}/{name}", follow_symlinks=False)):
+                    vouched.append(name)
+        return vouched
+
+
+def _to_words(shard: str, names: list[str]) -> Words:
+    try:
+        return to_words([shard + name for name in names])
+    except InvalidArgument:
+        # Something that is no blob lies in the folder.
+        return to_words([shard + name for name in names if _NAME.fullmatch(name)])

@@ -1,14 +1,15 @@
 """The loader: from a task to its machine's state, and back. `SnapshotLoader` is the way in."""
 
-from snaploader.loader.capture import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
 from snaploader.loader.delete import DeleteResult
 from snaploader.loader.derive import DeriveResult
+from snaploader.loader.directory import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
 from snaploader.loader.loader import SnapshotLoader
-from snaploader.loader.progress import Progress, ProgressCallback
 from snaploader.loader.restore import RestoreResult
 from snaploader.loader.results import (
     KeyFailure,
     ManifestSource,
+    Progress,
+    ProgressCallback,
     SavedDirectory,
     SavedFile,
     SaveResult,

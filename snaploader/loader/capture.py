@@ -1,386 +1,341 @@
-"""Saving a directory: its files become blobs in the file cache, and it becomes a tree."""
+"""Saving, the local part: files become blobs in the file cache, and tables of chunks."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import tempfile
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
+from typing import Self
 
+from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+    translate_os_errors,
+)
 from snaploader.filecache import FileCache
-from snaploader.formats.chunktable import ChunkTable, check_geometry
-from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, Entry, FileEntry
-from snaploader.formats.dirtreecodec import encode_directory_tree
-from snaploader.loader.bigfile import BigFileReader, read_ranges
-from snaploader.loader.captureindex import (
-    CaptureIndex,
-    Content,
-    is_settled,
-    read_index,
-    try_write_index,
-)
-from snaploader.loader.pool import ThreadBuffers
-from snaploader.loader.progress import ProgressMeter
-from snaploader.loader.results import SavedDirectory
-from snaploader.loader.scan import (
-    FileIdentity,
-    FoundFile,
-    changed,
-    check_directories,
-    open_directory,
-    scan,
-    shown_path,
-)
-
-DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
-"""Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
-
-_IN_MEMORY_BYTES = 4 << 20
-"""Files that are kept whole are read in one piece up to this size; bigger ones are streamed."""
-
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
-"""What opening a file says that was removed or has become a symbolic link."""
+from snaploader.files import remove_tree
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import DEFAULT_MODE, encode_tree
+from snaploader.formats.dirtree import DirectoryTree, check_entry_count
+from snaploader.formats.manifest import PlainFile
+from snaploader.loader.directory import DirectoryCapture, DirectorySource
+from snaploader.loader.fetch import SnapshotChunkSource
+from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
+from snaploader.locks import ProcessExitStack
+from snaploader.workers import ThreadBuffers, WorkerPool
 
 
-@dataclass(frozen=True, slots=True)
-class DirectorySource:
-    """A directory to save, and how. Immutable.
+@dataclass
+class ChunkedSave:
+    """A chunked file on its way into the file cache."""
 
-    Raises:
-        InvalidArgument: An excluded path is not relative and plain, or the threshold is not positive.
-    """
+    name: str
+    checkpoint: Checkpoint
+    known: ChunkTable | None
+    """What the store held when it was last saved or loaded, if that is known with this digest function."""
+    unchanged: Callable[[], None]
+    """Raises FailedPrecondition when the file behind a checkpoint of a path was changed meanwhile."""
+    allow_remote: bool
+    """Whether the store may fetch chunks from the remote store."""
+    mode: int
+    """Permission bits of the file."""
+    hashes: dict[int, bytes | None] = field(default_factory=dict)
+    """Of every chunk that was read; None is a hole."""
+    hashed_bytes: int = 0
+    stored_bytes: int = 0
+    deduplicated_bytes: int = 0
 
-    path: str | os.PathLike[str]
-    """Of the directory, which must not change during the save. Symbolic links in it are kept as such and
-    not followed. Files with several names become files of their own."""
-    exclude: Collection[str] = ()
-    """Paths relative to it. Of a directory named here only the directory is kept, empty; of anything else
-    nothing."""
-    index: str | os.PathLike[str] | None = None
-    """A file outside the directory that remembers what the last save found. With it, only files that
-    changed since are read again. Written anew by every save; None reads everything. Not for files that a
-    process keeps mapped for writing (mmap(2)) from one save to the next: their times need not tell."""
-    chunk_threshold_bytes: int = DEFAULT_CHUNK_THRESHOLD_BYTES
-    """Files of this size or more are kept in chunks, their holes left out. Default: 4 MiB."""
+    def pending(self) -> list[int]:
+        """The chunks whose content has no known digest, in order."""
+        if self.known is not None:
+            return [int(index) for index in self.checkpoint.chunks]
+        return [index for index in range(self.checkpoint.chunk_count) if not self.checkpoint.is_hole(index)]
 
-    def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):
-            raise InvalidArgument("exclude is a list of paths, not one path")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        for path in self.exclude:
-            if any(name in {"", ".", ".."} for name in path.split("/")):
-                raise InvalidArgument(
-                    f"{path!r} cannot be excluded: name it relative to the directory, as in 'var/cache'"
-                )
-        if self.chunk_threshold_bytes < 1:
-            raise InvalidArgument(f"chunk_threshold_bytes is {self.chunk_threshold_bytes}, not positive")
+    def table(self, function: DigestFunction) -> ChunkTable:
+        """All chunks of the file; only whole after every pending chunk was hashed."""
+        base = self.known or ChunkTable.empty(self.checkpoint.size, self.checkpoint.chunk_size, function)
+        return base.replace(self.hashes, size=self.checkpoint.size)
 
 
-class DirectoryCapture:
-    """A directory on its way into the file cache. It is looked through when this is made.
+class LocalSaver:
+    """Reads, hashes and keeps in the file cache what is not known yet. One object per save.
 
-    To be closed. `tasks` are for several threads, everything else is for one.
-
-    Raises:
-        SnaploaderError: As `scan`; NotFound when there is no such directory.
-        InvalidArgument: The index or the file cache is inside the directory.
+    A context manager: all files are opened when it is made and each store's chunks are frozen at that
+    moment; leaving it without `commit` gives them back to their stores as unsaved.
     """
 
     def __init__(
         self,
-        name: str,
-        source: DirectorySource,
         file_cache: FileCache,
         function: DigestFunction,
-        chunk_size: int,
+        pool: WorkerPool,
+        *,
+        files: Mapping[str, str | os.PathLike[str]],
+        chunked_files: Mapping[str, COWStore | str | os.PathLike[str]],
+        directories: Mapping[str, DirectorySource],
+        chunk_size: int | None,
+        progress: ProgressCallback | None,
     ) -> None:
-        self._name = name
-        self._where = os.path.abspath(os.fspath(source.path))
-        self._threshold = source.chunk_threshold_bytes
         self._file_cache = file_cache
         self._function = function
-        self._chunk_size = chunk_size
-        self._index_path = None if source.index is None else os.path.abspath(os.fspath(source.index))
+        self._pool = pool
+        self._files = {name: os.fspath(path) for name, path in files.items()}
+        self._progress = progress
         self._lock = threading.Lock()
         self._buffers = ThreadBuffers()
-        self._contents: dict[str, Content] = {}
-        self._readers: set[BigFileReader] = set()
-        self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
-        self._tree: DirectoryTree | None = None
-        self._digest: Digest | None = None
-        self._check_places(source.exclude)
-        self._started_ns = time.time_ns()
-        self._root = open_directory(self._where)
-        try:
-            self._found = scan(self._root, self._where, source.exclude)
-        except BaseException:
-            os.close(self._root)
-            raise
-        self._pending = self._changed_files()
+        self._saved: dict[str, SavedFile] = {}
+        self._open = ProcessExitStack()
+        self.plain_files: dict[str, PlainFile] = {}
+        """What the manifest says of every plain file; filled by `run`."""
+        self.tables: dict[str, ChunkTable] = {}
+        """The chunks of every chunked file; filled by `run`."""
+        self._chunked: list[ChunkedSave] = []
+        self.directories: dict[str, DirectoryCapture] = {}
+        """Every directory; their trees are made by `run`."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._open.close)
+            for name, source in chunked_files.items():
+                with _translate_cow_errors(name):
+                    self._chunked.append(self._begin(name, source, chunk_size))
+            for name, directory in directories.items():
+                size = chunk_size or DEFAULT_CHUNK_SIZE
+                capture = DirectoryCapture(name, directory, file_cache, function, size)
+                self._open.callback(capture.close)
+                self.directories[name] = capture
+                check_entry_count(sum(one.entry_count for one in self.directories.values()))
+            undo.pop_all()
+
+    def run(self) -> dict[str, SavedFile]:
+        """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
+        meter = ProgressMeter(self._progress, "store", self._total_bytes())
+        self._pool.for_each(lambda task: task(), self._tasks(meter))
+        for save in self._chunked:
+            save.unchanged()
+            self._finish(save)
+        for capture in self.directories.values():
+            capture.finish()
+        trees = self.trees.values()
+        check_entry_count(sum(map(len, trees)), sum(tree.decoded_bytes for tree in trees))
+        return self._saved
 
     @property
-    def entry_count(self) -> int:
-        """All that the tree will hold."""
-        return self._found.entry_count
+    def trees(self) -> dict[str, DirectoryTree]:
+        """What is in every directory; there after `run`."""
+        return {name: capture.tree for name, capture in self.directories.items()}
 
-    @property
-    def pending_bytes(self) -> int:
-        """Of the files that have to be read."""
-        return sum(file.identity.size_bytes for file in self._pending)
+    def commit(self, make_source: Callable[..., SnapshotChunkSource]) -> None:
+        """Tell the stores that their chunks are saved: they are clean from now on.
 
-    @property
-    def tree(self) -> DirectoryTree:
-        """What is in the directory; there after `finish`."""
-        assert self._tree is not None
-        return self._tree
-
-    @property
-    def digest(self) -> Digest:
-        """Of the tree; there after `finish`."""
-        assert self._digest is not None
-        return self._digest
-
-    def tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
-        """What has to be read: a call for each small file and for each chunk of a big one.
-
-        A big file is opened when its first call is taken, so few are open at a time.
+        Args:
+            make_source: Called with a name, its table, and `allow_remote` and `mode`, which a store keeps.
         """
-        for file in self._pending:
-            if self._is_chunked(file):
-                yield from self._chunk_tasks(file, meter)
-            else:
-                yield partial(self._store_file, file, meter)
+        for save in self._chunked:
+            source = make_source(
+                save.name, self.tables[save.name], allow_remote=save.allow_remote, mode=save.mode
+            )
+            with _translate_cow_errors(save.name):
+                save.checkpoint.commit(source)
 
-    def finish(self) -> None:
-        """Make the tree, when all tasks are done, and keep it in the file cache.
+    def rescue(self, digests: Collection[Digest]) -> None:
+        """Put blobs into the file cache again that are in no cache, from what is being saved.
 
-        FailedPrecondition when a directory changed meanwhile, InvalidArgument when there is too much in it.
+        NotFound, DataLoss or FailedPrecondition when something does not hold any more what it did.
         """
-        check_directories(self._root, self._where, self._found)
-        entries: dict[str, Entry] = {**self._found.directories, **self._found.symlinks}
-        for file in self._found.files:
-            content = self._contents[file.path]
-            if isinstance(content, ChunkTable):
-                entries[file.path] = ChunkedEntry(content, file.mode, file.mtime_ns)
-            else:
-                entries[file.path] = FileEntry(content, file.mode, file.mtime_ns)
-        self._tree = DirectoryTree(entries, self._function)
-        data = encode_directory_tree(self._tree)
-        self._digest = Digest.of(data, self._function)
-        self._file_cache.put_verified(self._digest, data)
+        wanted = set(digests)
+        self.rescue_from_directories(wanted)
+        for digest, name, index in self._places(wanted):
+            try:
+                self._file_cache.write(digest, self._read_chunk(name, index))
+            except (NotFound, DataLoss) as error:
+                raise type(error)(
+                    f"chunk {index} of {name!r} ({digest}), which did not change since it was loaded, is "
+                    f"in no cache any more: {error.message}"
+                ) from error
 
-    def rescue(self, wanted: set[Digest]) -> None:
-        """Put blobs into the file cache again that are in no cache, from the files that hold them.
+    def rescue_from_directories(self, wanted: set[Digest]) -> None:
+        """The same for what is in directories, which is taken out of `wanted`."""
+        for capture in self.directories.values():
+            capture.rescue(wanted)
 
-        Those that were found are taken out of `wanted`.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            FailedPrecondition: A file does not hold any more what it did.
-        """
-        for file in self._found.files:
-            if not wanted:
-                return
-            content = self._contents[file.path]
-            if isinstance(content, Digest):
-                if content in wanted:
-                    self._put_back(file, content, 0, content.size_bytes)
-                    wanted.remove(content)
-                continue
-            for index, digest in zip(content.indices.tolist(), content.digests(), strict=True):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def _places(self, digests: Collection[Digest]) -> Iterator[tuple[Digest, str, int]]:
+        """For each of `digests` that is a chunk: a file and an index where it stands."""
+        wanted = set(digests)
+        for name, table in self.tables.items():
+            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
                 if digest in wanted:
-                    self._put_back(file, digest, index * content.chunk_size, digest.size_bytes)
                     wanted.remove(digest)
+                    yield digest, name, index
 
-    def remember(self) -> str:
-        """Write the index, if there is to be one; what went wrong, or an empty string."""
-        if self._index_path is None:
-            return ""
-        settled = (
-            (file.path, file.identity, self._contents[file.path])
-            for file in self._found.files
-            if is_settled(file.identity, self._started_ns)
+    def _read_chunk(self, name: str, index: int) -> bytes:
+        """The frozen content of a chunk, from its store."""
+        checkpoint = next(save.checkpoint for save in self._chunked if save.name == name)
+        buffer = bytearray(checkpoint.chunk_length(index))
+        checkpoint.readinto(index, buffer)
+        return bytes(buffer)
+
+    def _begin(
+        self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
+    ) -> ChunkedSave:
+        unchanged: Callable[[], None] = lambda: None  # noqa: E731
+        mode = DEFAULT_MODE
+        if isinstance(source, COWStore):
+            store = source
+        else:
+            path = os.fspath(source)
+            unchanged = _change_detector(path, name)
+            mode = os.stat(path).st_mode & 0o777
+            # Nothing is written to the store, so its folder stays empty.
+            scratch = tempfile.mkdtemp(prefix="snaploader-")
+            self._open.callback(remove_tree, scratch)
+            size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
+            store = COWStore.from_file(path, scratch, size, copy=False)
+            self._open.enter_context(store)
+        checkpoint = self._open.enter_context(store.checkpoint())
+        loaded = store.source if isinstance(store.source, SnapshotChunkSource) else None
+        known = None
+        if loaded is not None and loaded.table.function is self._function:
+            known = loaded.table
+        allow_remote = loaded is None or loaded.allow_remote
+        mode = mode if loaded is None else loaded.mode
+        return ChunkedSave(name, checkpoint, known, unchanged, allow_remote, mode)
+
+    def _total_bytes(self) -> int:
+        with translate_os_errors("cannot read a file to save"):
+            plain = sum(os.stat(path).st_size for path in self._files.values())
+        chunked = sum(
+            save.checkpoint.chunk_length(index) for save in self._chunked for index in save.pending()
         )
-        return try_write_index(self._index_path, settled, self._function)
+        return plain + chunked + sum(capture.pending_bytes for capture in self.directories.values())
 
-    def result(self) -> SavedDirectory:
-        """What was done."""
-        directories = sum(isinstance(entry, DirectoryEntry) for entry in self.tree.values())
-        return SavedDirectory(
-            name=self._name,
-            digest=self.digest,
-            files=len(self._found.files),
-            directories=directories - 1,
-            symlinks=len(self._found.symlinks),
-            size_bytes=self.tree.size_bytes,
-            read_bytes=self._read_bytes,
-            hashed_bytes=self._hashed_bytes,
-            stored_bytes=self._stored_bytes,
-            deduplicated_bytes=self._deduplicated_bytes,
-            hole_bytes=self.tree.hole_bytes,
-            skipped=tuple(self._found.skipped),
+    def _tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
+        for name, path in self._files.items():
+            yield partial(self._store_plain, name, path, meter)
+        for save in self._chunked:
+            for index in save.pending():
+                yield partial(self._store_chunk, save, index, meter)
+        for capture in self.directories.values():
+            yield from capture.tasks(meter)
+
+    def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
+        with translate_os_errors(f"cannot read {name!r}"):
+            mode = os.stat(path).st_mode & 0o777
+        unchanged = _change_detector(path, name)
+        digest, added = self._file_cache.add_file(path, self._function)
+        unchanged()
+        size = digest.size_bytes
+        saved = SavedFile(
+            name,
+            size,
+            chunked=False,
+            digest=digest,
+            hashed_bytes=size,
+            stored_bytes=size if added else 0,
+            deduplicated_bytes=0 if added else size,
         )
-
-    def close(self) -> None:
-        """Close all files. No task may be running."""
-        for reader in self._readers:
-            reader.close()
-        self._readers.clear()
-        os.close(self._root)
-
-    def _check_places(self, exclude: Collection[str]) -> None:
-        """InvalidArgument when the directory holds what this save writes to."""
-        if self._index_path is not None and self._would_save(os.path.dirname(self._index_path), exclude):
-            raise InvalidArgument(
-                f"the capture index {self._index_path!r} is in the directory to be saved: keep it elsewhere"
-            )
-        if self._would_save(self._file_cache.root, exclude):
-            raise InvalidArgument(
-                f"the file cache {self._file_cache.root!r} is in the directory to be saved, {self._where!r}: "
-                "keep it elsewhere, or exclude it"
-            )
-
-    def _would_save(self, folder: str, exclude: Collection[str]) -> bool:
-        """Whether a folder is the directory, or in it and not excluded."""
-        inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(self._where))
-        excluded = any(inside == path or inside.startswith(f"{path}/") for path in exclude)
-        return inside.split("/")[0] != ".." and not excluded
-
-    def _changed_files(self) -> list[FoundFile]:
-        """The files to read; the contents of the others are taken from the index."""
-        index = CaptureIndex()
-        if self._index_path is not None:
-            index = read_index(self._index_path, self._function)
-        pending = []
-        for file in self._found.files:
-            content = index.get(file.path, file.identity)
-            if content is None or not self._is_kept_so(file, content):
-                pending.append(file)
-            else:
-                self._contents[file.path] = content
-        return pending
-
-    def _is_chunked(self, file: FoundFile) -> bool:
-        return file.identity.size_bytes >= self._threshold
-
-    def _is_kept_so(self, file: FoundFile, content: Content) -> bool:
-        """Whether a file would be cut into the same pieces today."""
-        if isinstance(content, ChunkTable):
-            return self._is_chunked(file) and content.chunk_size == self._chunk_size
-        return not self._is_chunked(file)
-
-    def _store_file(self, file: FoundFile, meter: ProgressMeter) -> None:
-        size = file.identity.size_bytes
-        with self._opened(file) as fd:
-            if size > _IN_MEMORY_BYTES:
-                # By descriptor, so that it is this very file.
-                digest, added = self._file_cache.add_file(f"/proc/self/fd/{fd}", self._function)
-                self._check_unchanged(file, fd)
-            else:
-                data = _read(fd, size)
-                self._check_unchanged(file, fd)
-                digest = Digest.of(data, self._function)
-                added = bool(data) and self._file_cache.put_verified(digest, data)
         with self._lock:
-            self._contents[file.path] = digest
-            self._read_bytes += size
-            self._count(size, added=added)
+            self._saved[name] = saved
+            self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
 
-    def _chunk_tasks(self, file: FoundFile, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
-        size = file.identity.size_bytes
+    def _store_chunk(self, save: ChunkedSave, index: int, meter: ProgressMeter) -> None:
+        buffer = self._buffers.get(save.checkpoint.chunk_size)
+        with _translate_cow_errors(save.name):
+            count = save.checkpoint.readinto(index, buffer)
+        data = buffer[:count]
+        hash_ = None
+        added = False
+        # Looking for zeros is several times faster than hashing them.
+        if not is_zero(data):
+            digest = Digest.of(data, self._function)
+            hash_ = bytes.fromhex(digest.hash)
+            path = save.checkpoint.path(index)
+            if path is not None:
+                added = self._file_cache.put_file(digest, path, link=True, verify=False)
+            else:
+                added = self._file_cache.put_verified(digest, data)
+        with self._lock:
+            save.hashes[index] = hash_
+            if hash_ is not None:
+                save.hashed_bytes += count
+                if added:
+                    save.stored_bytes += count
+                else:
+                    save.deduplicated_bytes += count
+        meter.add(count)
 
-        def put(digest: Digest, data: memoryview) -> None:
-            added = self._file_cache.put_verified(digest, data)
-            with self._lock:
-                self._count(len(data), added=added)
-
-        def finished(reader: BigFileReader) -> None:
-            self._check_unchanged(file, reader.fd)
-            reader.close()
-            with self._lock:
-                self._readers.discard(reader)
-                self._contents[file.path] = reader.table()
-                self._read_bytes += reader.read_bytes
-            meter.add(size - reader.read_bytes)
-
-        check_geometry(size, self._chunk_size)
-        reader = BigFileReader(
-            self._open(file), size, self._chunk_size, self._function, self._buffers, put, finished
+    def _finish(self, save: ChunkedSave) -> None:
+        table = save.table(self._function)
+        tree = encode_tree(table, save.mode)
+        digest = Digest.of(tree, self._function)
+        self._file_cache.put_verified(digest, tree)
+        self.tables[save.name] = table
+        hashed = sum(1 for hash_ in save.hashes.values() if hash_ is not None)
+        self._saved[save.name] = SavedFile(
+            save.name,
+            table.size,
+            chunked=True,
+            digest=digest,
+            chunks=len(table.indices),
+            hashed_chunks=hashed,
+            hashed_bytes=save.hashed_bytes,
+            hole_bytes=table.hole_bytes,
+            stored_bytes=save.stored_bytes,
+            deduplicated_bytes=save.deduplicated_bytes,
         )
-        with self._lock:
-            self._readers.add(reader)
-        with translate_os_errors(f"cannot find the holes of {shown_path(self._where, file.path)}"):
-            for read_chunk in reader.chunks():
-                yield partial(self._store_chunk, file, read_chunk, meter)
-
-    def _store_chunk(self, file: FoundFile, read_chunk: Callable[[], int], meter: ProgressMeter) -> None:
-        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-            meter.add(read_chunk())
-
-    def _count(self, size: int, *, added: bool) -> None:
-        self._hashed_bytes += size
-        if added:
-            self._stored_bytes += size
-        else:
-            self._deduplicated_bytes += size
-
-    def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
-        data = bytearray(size)
-        with self._opened(file) as fd:
-            count = read_ranges(fd, memoryview(data), offset, [(offset, offset + size)])
-        with self._lock:
-            self._read_bytes += count
-        try:
-            self._file_cache.write(digest, data)
-        except DataLoss as error:
-            raise FailedPrecondition(
-                f"{shown_path(self._where, file.path)} has other content than when it was last saved, and "
-                f"the same size and times: remove the capture index {self._index_path!r} and save again"
-            ) from error
-
-    def _open(self, file: FoundFile) -> int:
-        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-            try:
-                fd = os.open(file.path, _FILE, dir_fd=self._root)
-            except OSError as error:
-                if error.errno in _GONE:
-                    raise changed(self._where, file.path) from None
-                raise
-        # Also tells when a directory on the way has become a link to elsewhere.
-        try:
-            self._check_unchanged(file, fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    @contextlib.contextmanager
-    def _opened(self, file: FoundFile) -> Iterator[int]:
-        fd = self._open(file)
-        try:
-            with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-                yield fd
-        finally:
-            os.close(fd)
-
-    def _check_unchanged(self, file: FoundFile, fd: int) -> None:
-        if FileIdentity.of(os.fstat(fd)) != file.identity:
-            raise changed(self._where, file.path)
 
 
-def _read(fd: int, size: int) -> bytes:
-    """The whole content of a file that should have `size` bytes."""
-    data = os.pread(fd, size + 1, 0)
-    while 0 < len(data) < size:
-        more = os.pread(fd, size - len(data), len(data))
-        if not more:
-            break
-        data += more
-    return data
+@contextlib.contextmanager
+def _translate_cow_errors(name: str) -> Iterator[None]:
+    """Raise what `cow` and the operating system say of a file as errors of this library."""
+    try:
+        with translate_os_errors(f"cannot save {name!r}"):
+            yield
+    except TruncatedFile as error:
+        raise FailedPrecondition(
+            f"{name!r} was cut short while it was saved: stop what writes to it and save again ({error})"
+        ) from error
+    except COWError as error:
+        raise FailedPrecondition(f"cannot save {name!r}: {error}") from error
+    except SnaploaderError:
+        raise
+    except ValueError as error:
+        raise InvalidArgument(f"cannot save {name!r} in chunks: {error}") from error
+
+
+def _change_detector(path: str, name: str) -> Callable[[], None]:
+    """A check that the file is what it was when this was called."""
+
+    def identity() -> tuple[int, int, int, int]:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    with translate_os_errors(f"cannot read {name!r}"):
+        before = identity()
+
+    def check() -> None:
+        with translate_os_errors(f"cannot look at {name!r} again after reading it"):
+            if identity() != before:
+                raise FailedPrecondition(
+                    f"{path!r} was changed while it was saved, so no consistent snapshot of it was taken: "
+                    "stop what writes to it and save again"
+                )
+
+    return check

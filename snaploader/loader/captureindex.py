@@ -16,7 +16,9 @@ import logging
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import SnaploaderError, translate_os_errors
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import decode_tree, encode_tree
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry
 from snaploader.loader.scan import FileIdentity
 
 log = logging.getLogger(__name__)
@@ -166,3 +169,25 @@ def try_write_index(
     except SnaploaderError as error:
         return f"{error.message}; the next capture will read all files again"
     return ""
+
+
+def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
+    """Write a capture index of a directory as it was just restored; what went wrong, or an empty string.
+
+    Waits until no later write can go unnoticed, at most some milliseconds more than `GRANULARITY_NS`. What
+    was written to meanwhile, and so has another time or size than the tree says, is left out.
+    """
+    time.sleep(GRANULARITY_NS / 1e9 * 1.1)
+    looked_ns = time.time_ns()
+    files = []
+    for name, entry in tree.items():
+        if isinstance(entry, FileEntry | ChunkedEntry):
+            content = entry.digest if isinstance(entry, FileEntry) else entry.table
+            try:
+                identity = FileIdentity.of(os.lstat(root / name))
+            except OSError:
+                continue
+            as_written = (identity.size_bytes, identity.mtime_ns) == (entry.size_bytes, entry.mtime_ns)
+            if as_written and is_settled(identity, looked_ns):
+                files.append((name, identity, content))
+    return try_write_index(path, files, tree.function)

@@ -23,7 +23,6 @@ from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pinning import pin_before, pinned
-from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import (
     publish_manifest,
     retract_manifest,
@@ -32,7 +31,7 @@ from snaploader.loader.publish import (
     upload_child_directories,
     upload_source,
 )
-from snaploader.loader.results import ManifestSource, Snapshot
+from snaploader.loader.results import ManifestSource, ProgressCallback, Snapshot
 from snaploader.loader.tombstone import tombstone_result
 from snaploader.loader.versions import REMOTE_READONLY
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from cow import OpenedChunk, write_all
+from cow.sync import SingleFlight
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Buffer, Digest
-from snaploader.errors import DataLoss, NotFound, SnaploaderError, translate_os_errors
+from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.loader.flight import Flight, flights_into
-from snaploader.loader.pool import WorkerPool
-from snaploader.loader.prefetch import Prefetcher
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktree import DEFAULT_MODE
+from snaploader.loader.prefetch import BlobFlight, BlobFlights, Prefetcher
 from snaploader.locks import ProcessExitStack
+from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +53,12 @@ class BlobFetcher:
                 return opened
             if self.remote is None or not allow_remote:
                 raise local_error or NotFound(f"blob {digest} is not in the file cache")
-            flight, is_owner = self._flights.board(digest)
-            if is_owner:
-                return self._open_as_owner(self.remote, flight, local_error)
+            flight, leads = self._flights.join(digest)
+            if leads:
+                return self._open_as_leader(self.remote, flight, local_error)
             flight.wait()
-            if flight.data is not None:
-                return OpenedChunk(_in_memory_file(flight.data), REMOTE)
+            if flight.result is not None:
+                return OpenedChunk(_in_memory_file(flight.result), REMOTE)
             _raise_again(flight)
 
     def read(self, digest: Digest, *, allow_remote: bool = True) -> bytes:
@@ -131,18 +135,18 @@ class BlobFetcher:
             fd = self.file_cache.open(digest)
         except (NotFound, DataLoss) as error:
             return None, error
-        if self._prefetcher is not None and self._prefetcher.take_credit(digest):
+        if self._prefetcher is not None and self._prefetcher.is_first_use(digest):
             return OpenedChunk(fd, REMOTE, prefetched=True), None
         return OpenedChunk(fd, FILE_CACHE), None
 
-    def _open_as_owner(
-        self, remote: RemoteStore, flight: Flight, local_error: SnaploaderError | None
+    def _open_as_leader(
+        self, remote: RemoteStore, flight: BlobFlight, local_error: SnaploaderError | None
     ) -> OpenedChunk:
-        digest = flight.digest
+        digest = flight.key
         error: BaseException | None = None
         uncached: bytes | None = None
         try:
-            # Whoever flew before may have landed since this thread looked.
+            # Another flight may have ended since this thread looked.
             opened, _ = self._open_local(digest)
             if opened is not None:
                 return opened
@@ -156,7 +160,7 @@ class BlobFetcher:
             error = caught
             raise
         finally:
-            self._flights.land(flight, error, uncached)
+            self._flights.finish(flight, uncached, error)
 
     def _fetch(self, remote: RemoteStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
         demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
@@ -178,8 +182,8 @@ class BlobFetcher:
             except (NotFound, DataLoss):
                 if self.remote is None or not allow_remote:
                     raise
-            flight, is_owner = self._flights.board(digest)
-            if not is_owner:
+            flight, leads = self._flights.join(digest)
+            if not leads:
                 flight.wait()
                 _raise_again(flight)
                 continue
@@ -191,7 +195,7 @@ class BlobFetcher:
                 error = caught
                 raise
             finally:
-                self._flights.land(flight, error)
+                self._flights.finish(flight, error=error)
 
     def _stream_to_cache(self, remote: RemoteStore, digest: Digest) -> None:
         def attempt() -> None:
@@ -227,6 +231,16 @@ class BlobFetcher:
                     undo.pop_all()
 
         _twice(attempt)
+
+
+_flights_by_cache: weakref.WeakKeyDictionary[FileCache, BlobFlights] = weakref.WeakKeyDictionary()
+_flights_lock = threading.Lock()
+
+
+def flights_into(file_cache: FileCache) -> BlobFlights:
+    """The fetches under way of all loaders that share this file cache: one for each blob."""
+    with _flights_lock:
+        return _flights_by_cache.setdefault(file_cache, SingleFlight())
 
 
 class _CacheRefused(Exception):
@@ -266,14 +280,14 @@ def _twice(attempt: Callable[[], None]) -> None:
         attempt()
 
 
-def _raise_again(flight: Flight) -> None:
+def _raise_again(flight: BlobFlight) -> None:
     """Raise what another thread's flight failed with, with a traceback of this thread's own.
 
     Nothing is raised where the failure was that thread's alone: a prefetch, an interrupt, or a cache that
     refused the blob. The caller tries for itself then.
     """
     error = flight.error
-    if isinstance(error, SnaploaderError) and not flight.background:
+    if isinstance(error, SnaploaderError):
         raise type(error)(error.message, transient=error.transient) from error
 
 
@@ -286,3 +300,46 @@ def _in_memory_file(data: bytes) -> int:
             os.close(fd)
             raise
     return fd
+
+
+class SnapshotChunkSource:
+    """Implements `cow.ChunkSource` with the chunks of a table. Thread-safe, immutable.
+
+    Args:
+        mode: Permission bits of the file, which the next save of its store keeps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: ChunkTable,
+        fetcher: BlobFetcher,
+        *,
+        allow_remote: bool,
+        mode: int = DEFAULT_MODE,
+    ) -> None:
+        self.name = name
+        self.table = table
+        self.mode = mode
+        self._fetcher = fetcher
+        self.allow_remote = allow_remote
+
+    def open_chunk(self, index: int) -> OpenedChunk:
+        """Open the chunk, from the nearest tier. Errors say which chunk of which file it was."""
+        digest = self._digest(index)
+        try:
+            return self._fetcher.open(digest, allow_remote=self.allow_remote)
+        except SnaploaderError as error:
+            error.add_note(f"needed for chunk {index} of {self.name!r}")
+            raise
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Pass the hint on to the fetcher."""
+        if self.allow_remote:
+            self._fetcher.prefetch([self._digest(index) for index in indices])
+
+    def _digest(self, index: int) -> Digest:
+        digest = self.table.get(index)
+        if digest is None:
+            raise Internal(f"chunk {index} of {self.name!r} is a hole and was asked for")
+        return digest

@@ -15,21 +15,20 @@ from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.capture import DirectorySource
 from snaploader.loader.delete import DeleteResult, SnapshotDeleter
 from snaploader.loader.derive import DeriveOptions, DeriveResult, SnapshotDeriver
+from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
-from snaploader.loader.pool import DEFAULT_WORKERS, WorkerPool
-from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.restore import RestoreResult, restore, restore_directory
-from snaploader.loader.results import SaveResult, Snapshot
+from snaploader.loader.results import ProgressCallback, SaveResult, Snapshot
 from snaploader.loader.save import SaveOptions, SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, unpack
 from snaploader.loader.versions import VersionStore
 from snaploader.locks import ProcessExitStack
 from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy
 from snaploader.task import SnapshotTask
+from snaploader.workers import DEFAULT_WORKERS, WorkerPool
 
 DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3
 """Where no remote store has a say. A remote store that speaks only SHA-256 cannot take such snapshots."""

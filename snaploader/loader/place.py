@@ -1,10 +1,10 @@
-"""Writing a directory out: everything in a private folder first, then in its place.
+"""Writing files and directories of a snapshot out, in private places first, then where they are to be.
 
-What a tree says comes from outside. Its paths are plain names below directories that are directories
-(`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and symbolic links
-come last: so nothing is ever written through one. Modes come after that, and times at the very end, as
-both would be in the way, or changed, before. That folder is found by its path, so whoever may rename it, by
-owning the folder it is made in, can lead the writing elsewhere.
+What the tree of a directory says comes from outside. Its paths are plain names below directories that are
+directories (`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and
+symbolic links come last: so nothing is ever written through one. Modes come after that, and times at the
+very end, as both would be in the way, or changed, before. That folder is found by its path, so whoever may
+rename it, by owning the folder it is made in, can lead the writing elsewhere.
 """
 
 from __future__ import annotations
@@ -13,25 +13,29 @@ import contextlib
 import os
 import stat
 import tempfile
-import time
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from cow import clone_range, write_all, write_nonzero
+from cow import (
+    TruncatedFile,
+    clone_range,
+    read_all,
+    write_all,
+    write_nonzero,
+)
 from cow.fileio import Copier
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import remove_tree
+from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
-from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, try_write_index
-from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
+from snaploader.formats.manifest import Manifest
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
-from snaploader.loader.pool import WorkerPool
-from snaploader.loader.progress import ProgressMeter
-from snaploader.loader.results import Snapshot
-from snaploader.loader.scan import FileIdentity
+from snaploader.loader.results import ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
+from snaploader.workers import ThreadBuffers, WorkerPool
 
 SMALL_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""
@@ -41,6 +45,166 @@ _HOLES_FROM_BYTES = 64 << 10
 
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PRIVATE = 0o700
+
+
+class FetchCounter:
+    """Blobs and bytes that came from the remote store. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.blobs = 0
+        self.bytes = 0
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self.blobs += 1
+            self.bytes += size
+
+
+class ChunkedFileWriter:
+    """Writes one chunked file: chunks at hand are cloned or copied from the file cache, the others are
+    fetched in bulk and written as they arrive. Pages of zeros become holes, also inside a chunk."""
+
+    def __init__(
+        self,
+        name: str,
+        table: ChunkTable,
+        mode: int,
+        fetcher: BlobFetcher,
+        pool: WorkerPool,
+        *,
+        allow_remote: bool,
+        fetched: FetchCounter,
+        meter: ProgressMeter,
+    ) -> None:
+        self._name = name
+        self._table = table
+        self._mode = mode
+        self._allow_remote = allow_remote
+        self._fetcher = fetcher
+        self._pool = pool
+        self._fetched = fetched
+        self._meter = meter
+        self._can_clone = True
+        self._buffers = ThreadBuffers()
+
+    def write(self, target: Path) -> None:
+        """Make `target` appear, whole, or raise and leave nothing."""
+        with translate_os_errors(f"cannot write {str(target)!r}"):
+            fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
+            with ProcessExitStack() as undo:
+                undo.callback(os.unlink, temporary)
+                try:
+                    os.ftruncate(fd, self._table.size)
+                    self._fill(fd)
+                finally:
+                    os.close(fd)
+                os.chmod(temporary, self._mode)
+                os.rename(temporary, target)
+                undo.pop_all()
+
+    def _fill(self, fd: int) -> None:
+        table = self._table
+        digests = list(table.digests())
+        missing = self._fetcher.file_cache.find_missing(digests)
+        places: dict[Digest, list[int]] = defaultdict(list)
+        present = []
+        for index, digest in zip(table.indices.tolist(), digests, strict=True):
+            offset = index * table.chunk_size
+            if digest in missing:
+                places[digest].append(offset)
+            else:
+                present.append((digest, offset))
+        self._pool.for_each(lambda chunk: self._copy(*chunk, fd), present)
+        if places:
+            self._fetch(fd, places)
+
+    def _copy(self, digest: Digest, offset: int, fd: int) -> None:
+        opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
+        try:
+            self._copy_chunk(opened.fd, digest, fd, offset)
+        except TruncatedFile as error:
+            raise DataLoss(f"{error}: it was cut while it was copied; try again") from error
+        finally:
+            os.close(opened.fd)
+        if opened.origin == REMOTE:
+            self._fetched.add(digest.size_bytes)
+        self._meter.add(digest.size_bytes)
+
+    def _copy_chunk(self, source: int, digest: Digest, fd: int, offset: int) -> None:
+        # Shared blocks take less than holes spare. A file system that cannot share says so at once.
+        if self._can_clone and clone_range(source, 0, digest.size_bytes, fd, offset):
+            return
+        self._can_clone = False
+        content = self._buffers.get(self._table.chunk_size)[: digest.size_bytes]
+        read_all(source, content, 0, f"the cached blob {digest}")
+        write_nonzero(fd, content, offset)
+
+    def _fetch(self, fd: int, places: Mapping[Digest, list[int]]) -> None:
+        remote = self._fetcher.remote
+        if remote is None or not self._allow_remote:
+            raise NotFound(f"{len(places)} chunks of {self._name!r} are not in the file cache")
+
+        def keep(digest: Digest, data: bytes) -> None:
+            self._fetcher.keep(digest, data)
+            self._fetched.add(digest.size_bytes)
+            for offset in places[digest]:
+                write_nonzero(fd, data, offset)
+                self._meter.add(digest.size_bytes)
+
+        with lost_blobs():
+            remote.read_many(places, keep)
+
+
+def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
+    """The folder, made if need be, in which none of `names` exists yet.
+
+    `undo` removes what was made, unless somebody else put something there.
+    """
+    root = Path(path).absolute()
+    with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
+        made = [folder for folder in (root, *root.parents) if not folder.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+    undo.callback(_remove_empty, made)
+    for name in names:
+        if os.path.lexists(root / name):
+            raise FailedPrecondition(
+                f"{str(root / name)!r} exists already: choose an empty output folder, or remove it"
+            )
+    return root
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def place_files(
+    manifest: Manifest,
+    root: Path,
+    fetcher: BlobFetcher,
+    snapshot: Snapshot,
+    undo: contextlib.ExitStack,
+    *,
+    writable: bool,
+    fetched: Callable[[int], None] | None = None,
+) -> dict[str, Path]:
+    """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
+    placed = {}
+    for name, file in manifest.files.items():
+        target = root / name
+        fetcher.place(
+            file.digest,
+            target,
+            writable=writable,
+            mode=file.mode if file.mode is not None else 0o755 if file.is_executable else 0o644,
+            allow_remote=snapshot.allow_remote,
+            fetched=fetched,
+        )
+        undo.callback(target.unlink, missing_ok=True)
+        placed[name] = target
+    return placed
 
 
 def write_directory(
@@ -238,28 +402,6 @@ def check_vacant(target: Path) -> bool:
     raise FailedPrecondition(
         f"{str(target)!r} exists and is no empty directory: choose another place, or remove it"
     )
-
-
-def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
-    """Write a capture index of a directory as it was just restored; what went wrong, or an empty string.
-
-    Waits until no later write can go unnoticed, at most some milliseconds more than `GRANULARITY_NS`. What
-    was written to meanwhile, and so has another time or size than the tree says, is left out.
-    """
-    time.sleep(GRANULARITY_NS / 1e9 * 1.1)
-    looked_ns = time.time_ns()
-    files = []
-    for name, entry in tree.items():
-        if isinstance(entry, FileEntry | ChunkedEntry):
-            content = entry.digest if isinstance(entry, FileEntry) else entry.table
-            try:
-                identity = FileIdentity.of(os.lstat(root / name))
-            except OSError:
-                continue
-            as_written = (identity.size_bytes, identity.mtime_ns) == (entry.size_bytes, entry.mtime_ns)
-            if as_written and is_settled(identity, looked_ns):
-                files.append((name, identity, content))
-    return try_write_index(path, files, tree.function)
 
 
 def _write(fd: int, data: bytes) -> None:

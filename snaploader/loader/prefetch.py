@@ -14,13 +14,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
+from cow.sync import Flight, SingleFlight
 from snaploader.blobstore import BlobStore
 from snaploader.digest import Digest
 from snaploader.errors import Cancelled, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
-from snaploader.loader.flight import Flight, SingleFlight
-from snaploader.loader.pool import WorkerPool
+from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,21 @@ MAX_REMEMBERED = 65_536
 """Prefetched blobs whose first use is still to be counted."""
 
 
+BlobFlight: TypeAlias = "Flight[Digest, bytes]"
+"""A blob on its way. Its result is its bytes where no cache took them; otherwise the file cache has them."""
+
+BlobFlights: TypeAlias = "SingleFlight[Digest, bytes]"
+
+
+class PrefetchFailedError(Exception):
+    """How the flight of a prefetch ends that failed: who waits for the blob fetches it, and sees why."""
+
+
 class Prefetcher:
     """Fetches hinted blobs from the remote store into the file cache. Thread-safe."""
 
     def __init__(
-        self, file_cache: FileCache, remote: BlobStore, pool: WorkerPool, flights: SingleFlight
+        self, file_cache: FileCache, remote: BlobStore, pool: WorkerPool, flights: BlobFlights
     ) -> None:
         self._file_cache = file_cache
         self._remote = remote
@@ -76,8 +87,8 @@ class Prefetcher:
                 self._demands -= 1
             self._start()
 
-    def take_credit(self, digest: Digest) -> bool:
-        """Whether `digest` is here because of a hint; says so once."""
+    def is_first_use(self, digest: Digest) -> bool:
+        """Whether `digest` was brought by a prefetch and is used for the first time."""
         with self._lock:
             if digest not in self._unused:
                 return False
@@ -99,7 +110,7 @@ class Prefetcher:
         if not batch:
             return
         try:
-            future = self._pool.submit(lambda: self._run(batch))
+            future = self._pool.submit(lambda: self._fetch(batch))
         except SnaploaderError as error:
             self._give_up(batch, error)
             return
@@ -107,34 +118,34 @@ class Prefetcher:
         closed = Cancelled("the loader was closed")
         future.add_done_callback(lambda done: self._give_up(batch, closed) if done.cancelled() else None)
 
-    def _take_batch(self) -> dict[Digest, Flight]:
-        batch: dict[Digest, Flight] = {}
+    def _take_batch(self) -> dict[Digest, BlobFlight]:
+        batch: dict[Digest, BlobFlight] = {}
         size = 0
         while self._queue:
             digest = next(iter(self._queue))
             if batch and size + digest.size_bytes > MAX_BATCH_BYTES:
                 break
             del self._queue[digest]
-            boarding = self._flights.board(digest, background=True)
-            if boarding.is_owner:
-                batch[digest] = boarding.flight
+            flight, leads = self._flights.join(digest)
+            if leads:
+                batch[digest] = flight
                 size += digest.size_bytes
         return batch
 
-    def _run(self, batch: dict[Digest, Flight]) -> None:
+    def _fetch(self, batch: dict[Digest, BlobFlight]) -> None:
         error: SnaploaderError | None = None
 
         def keep(digest: Digest, data: bytes) -> None:
             if self._closed:
                 raise Cancelled("the loader was closed")
             self._keep(digest, data)
-            self._flights.land(batch[digest])
+            self._flights.finish(batch[digest])
 
         try:
             missing = self._file_cache.find_missing(batch)
             for digest, flight in batch.items():
                 if digest not in missing:
-                    self._flights.land(flight)
+                    self._flights.finish(flight)
             if missing:
                 self._remote.read_many([d for d in batch if d in missing], keep)
         except SnaploaderError as caught:
@@ -154,13 +165,13 @@ class Prefetcher:
         try:
             added = self._file_cache.put_verified(digest, data)
         except BaseException:
-            self.take_credit(digest)
+            self.is_first_use(digest)
             raise
         if not added:
-            self.take_credit(digest)
+            self.is_first_use(digest)
 
-    def _give_up(self, batch: dict[Digest, Flight], error: SnaploaderError) -> None:
+    def _give_up(self, batch: dict[Digest, BlobFlight], error: SnaploaderError) -> None:
         for flight in batch.values():
-            self._flights.land(flight, error)
+            self._flights.finish(flight, error=PrefetchFailedError(str(error)))
         with self._lock:
             self._busy = False

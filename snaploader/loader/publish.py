@@ -32,8 +32,7 @@ from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.dirtreecodec import child_directories
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey
-from snaploader.loader.progress import ProgressCallback, ProgressMeter
-from snaploader.loader.results import RemoteManifest
+from snaploader.loader.results import ProgressCallback, ProgressMeter, RemoteManifest
 
 log = logging.getLogger(__name__)
 

@@ -11,19 +11,21 @@ from pathlib import Path
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
-from snaploader.loader.chunkwriter import ChunkedFileWriter, FetchCounter
+from snaploader.loader.captureindex import write_restored_index
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import (
+    ChunkedFileWriter,
+    FetchCounter,
     check_vacant,
+    output_folder,
+    place_files,
     stored_bytes,
     write_directory,
-    write_restored_index,
 )
-from snaploader.loader.pool import WorkerPool
-from snaploader.loader.progress import ProgressCallback, ProgressMeter
-from snaploader.loader.results import Snapshot
-from snaploader.loader.unpack import hold, output_folder, place_files
+from snaploader.loader.results import ProgressCallback, ProgressMeter, Snapshot
+from snaploader.loader.unpack import hold
 from snaploader.locks import ProcessExitStack
+from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 

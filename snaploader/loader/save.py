@@ -31,12 +31,11 @@ from snaploader.errors import (
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.capture import DirectorySource
-from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.capture import LocalSaver
+from snaploader.loader.directory import DirectorySource
+from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.pinning import pin_before, pinned
-from snaploader.loader.pool import WorkerPool
-from snaploader.loader.progress import ProgressCallback
 from snaploader.loader.publish import (
     check_kept,
     holds_version,
@@ -46,12 +45,11 @@ from snaploader.loader.publish import (
     upload_child_directories,
     upload_source,
 )
-from snaploader.loader.results import RemoteManifest, SaveResult, artefacts, vm_metadata_of
-from snaploader.loader.source import SnapshotChunkSource
-from snaploader.loader.store import LocalSaver
+from snaploader.loader.results import ProgressCallback, RemoteManifest, SaveResult, artefacts, vm_metadata_of
 from snaploader.loader.versions import REMOTE_READONLY
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 from snaploader.task import SnapshotTask
+from snaploader.workers import WorkerPool
 
 
 @dataclass(frozen=True)

@@ -6,25 +6,21 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cow import COWStore, MappingBudget, StoreStatistics
-from snaploader.errors import FailedPrecondition, NotFound, translate_os_errors
+from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
-from snaploader.formats.manifest import Manifest
-from snaploader.loader.chunkwriter import FetchCounter
-from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.place import write_directory
-from snaploader.loader.pool import WorkerPool
-from snaploader.loader.progress import ProgressMeter
-from snaploader.loader.results import ManifestSource, Snapshot
-from snaploader.loader.source import SnapshotChunkSource
+from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
+from snaploader.loader.place import FetchCounter, output_folder, place_files, write_directory
+from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
+from snaploader.workers import WorkerPool
 
 
 class UnpackedSnapshot:
@@ -89,57 +85,6 @@ def unpack(
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
         undo.pop_all()
     return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
-
-
-def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
-    """The folder, made if need be, in which none of `names` exists yet.
-
-    `undo` removes what was made, unless somebody else put something there.
-    """
-    root = Path(path).absolute()
-    with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
-        made = [folder for folder in (root, *root.parents) if not folder.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-    undo.callback(_remove_empty, made)
-    for name in names:
-        if os.path.lexists(root / name):
-            raise FailedPrecondition(
-                f"{str(root / name)!r} exists already: choose an empty output folder, or remove it"
-            )
-    return root
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def place_files(
-    manifest: Manifest,
-    root: Path,
-    fetcher: BlobFetcher,
-    snapshot: Snapshot,
-    undo: contextlib.ExitStack,
-    *,
-    writable: bool,
-    fetched: Callable[[int], None] | None = None,
-) -> dict[str, Path]:
-    """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
-    placed = {}
-    for name, file in manifest.files.items():
-        target = root / name
-        fetcher.place(
-            file.digest,
-            target,
-            writable=writable,
-            mode=file.mode if file.mode is not None else 0o755 if file.is_executable else 0o644,
-            allow_remote=snapshot.allow_remote,
-            fetched=fetched,
-        )
-        undo.callback(target.unlink, missing_ok=True)
-        placed[name] = target
-    return placed
 
 
 def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:

@@ -5,6 +5,7 @@ from snaploader.workspace.check import (
 from snaploader.workspace.check import (
     FindingKind as FindingKind,
 )
+from snaploader.workspace.decide import Schedule as Schedule
 from snaploader.workspace.decide import Transition as Transition
 from snaploader.workspace.hooks import (
     AuditRecord as AuditRecord,
@@ -133,7 +134,6 @@ from snaploader.workspace.runtime import (
 from snaploader.workspace.runtime import (
     StopOutcome as StopOutcome,
 )
-from snaploader.workspace.schedule import Schedule as Schedule
 from snaploader.workspace.sizes import (
     HostSizes as HostSizes,
 )

@@ -15,9 +15,14 @@ What counts as what:
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
-from typing import NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Self
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim, CronSimError
 
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.model import (
@@ -30,7 +35,9 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.policy import Policy, StopAction
-from snaploader.workspace.schedule import parse_schedule
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
 
 ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
 """From when on a rule holds that waits for no time; there are no ticks before it."""
@@ -73,20 +80,15 @@ def decide(
         owner: Status of its owner.
         tick: Now, aware; not before 1970.
     """
-    case = _Case(workspace, run, policy, owner)
-    for transition, due_at in _RULES.items():
-        due = due_at(case)
-        if due is not None and tick >= due:
-            return transition
-    return None
+    return Situation(workspace, run, policy, owner).decide(tick)
 
 
 def earliest_due(
     workspace: Workspace, run: Run | None, policy: Policy, owner: OwnerStatus
 ) -> datetime | None:
     """The first tick at which `decide` says something; at each later one it does too. None: never."""
-    case = _Case(workspace, run, policy, owner)
-    return min((due for due_at in _RULES.values() if (due := due_at(case)) is not None), default=None)
+    situation = Situation(workspace, run, policy, owner)
+    return min((due for due_at in _RULES.values() if (due := due_at(situation)) is not None), default=None)
 
 
 def is_irreversible(transition: Transition, policy: Policy) -> bool:
@@ -138,11 +140,33 @@ def deletion_time(
         return None
 
 
-class _Case(NamedTuple):
+class Situation(NamedTuple):
+    """Everything that the lifecycle decides by."""
+
     workspace: Workspace
     run: Run | None
+    """The latest one."""
     policy: Policy
     owner: OwnerStatus
+
+    @classmethod
+    def read(cls, reader: Reader, workspace_id: str) -> Situation:
+        """What the catalog says of a workspace now. NotFound when there is none of that id."""
+        workspace = reader.workspace(workspace_id)
+        return cls(
+            workspace,
+            reader.latest_run(workspace_id),
+            reader.policy(workspace.policy),
+            reader.owner_status(workspace.owner),
+        )
+
+    def decide(self, tick: datetime) -> Transition | None:
+        """What to do with the workspace at `tick`; see the function of that name."""
+        for transition, due_at in _RULES.items():
+            due = due_at(self)
+            if due is not None and tick >= due:
+                return transition
+        return None
 
     @property
     def is_dormant(self) -> bool:
@@ -156,58 +180,66 @@ class _Case(NamedTuple):
         return self.has_failed and self.run is not None and self.run.transition is transition
 
 
-def _autostop(case: _Case) -> datetime | None:
-    if case.workspace.state is not WorkspaceState.RUNNING or case.is_dormant or case.has_failed:
+def _autostop(situation: Situation) -> datetime | None:
+    if (
+        situation.workspace.state is not WorkspaceState.RUNNING
+        or situation.is_dormant
+        or situation.has_failed
+    ):
         return None
-    if case.owner is OwnerStatus.SUSPENDED:
+    if situation.owner is OwnerStatus.SUSPENDED:
         return ALWAYS
-    return None if case.run is None else case.run.deadline
+    return None if situation.run is None else situation.run.deadline
 
 
-def _autostart(case: _Case) -> datetime | None:
-    workspace = case.workspace
-    if case.owner is not OwnerStatus.ACTIVE or case.is_dormant or case.has_failed:
+def _autostart(situation: Situation) -> datetime | None:
+    workspace = situation.workspace
+    if situation.owner is not OwnerStatus.ACTIVE or situation.is_dormant or situation.has_failed:
         return None
     if workspace.state not in {WorkspaceState.STOPPED, WorkspaceState.PAUSED}:
         return None
-    if not case.policy.autostart_allowed or not workspace.autostart_schedule:
+    if not situation.policy.autostart_allowed or not workspace.autostart_schedule:
         return None
     try:
         schedule = parse_schedule(workspace.autostart_schedule)
     except InvalidArgument:
         return None
-    return schedule.next_after(workspace.created_at if case.run is None else case.run.created_at)
+    return schedule.next_after(workspace.created_at if situation.run is None else situation.run.created_at)
 
 
-def _failed_stop(case: _Case) -> datetime | None:
-    if case.workspace.state is WorkspaceState.DELETED or case.policy.failure_ttl is None:
+def _failed_stop(situation: Situation) -> datetime | None:
+    if situation.workspace.state is WorkspaceState.DELETED or situation.policy.failure_ttl is None:
         return None
-    if case.run is None or case.run.completed_at is None or not case.has_failed_to(RunTransition.START):
+    if (
+        situation.run is None
+        or situation.run.completed_at is None
+        or not situation.has_failed_to(RunTransition.START)
+    ):
         return None
-    return _past(case.run.completed_at, case.policy.failure_ttl)
+    return _past(situation.run.completed_at, situation.policy.failure_ttl)
 
 
-def _dormancy(case: _Case) -> datetime | None:
-    if case.workspace.state is WorkspaceState.DELETED or case.is_dormant:
+def _dormancy(situation: Situation) -> datetime | None:
+    if situation.workspace.state is WorkspaceState.DELETED or situation.is_dormant:
         return None
-    if case.policy.time_until_dormant is None:
+    if situation.policy.time_until_dormant is None:
         return None
-    return _past(case.workspace.last_used_at, case.policy.time_until_dormant)
+    return _past(situation.workspace.last_used_at, situation.policy.time_until_dormant)
 
 
-def _delete(case: _Case) -> datetime | None:
-    workspace = case.workspace
-    if workspace.state is WorkspaceState.DELETED or not case.is_dormant or workspace.deleting_at is None:
+def _delete(situation: Situation) -> datetime | None:
+    workspace = situation.workspace
+    if workspace.state is WorkspaceState.DELETED or not situation.is_dormant or workspace.deleting_at is None:
         return None
-    if case.policy.delete_after_dormant is None:
+    if situation.policy.delete_after_dormant is None:
         return None
     due = _past(workspace.deleting_at, timedelta(0))
-    if due is None or case.run is None or not case.has_failed_to(RunTransition.DELETE):
+    if due is None or situation.run is None or not situation.has_failed_to(RunTransition.DELETE):
         return due
-    return max(due, (case.run.completed_at or case.run.created_at) + RETRY_DELETE_AFTER)
+    return max(due, (situation.run.completed_at or situation.run.created_at) + RETRY_DELETE_AFTER)
 
 
-_RULES: dict[Transition, Callable[[_Case], datetime | None]] = {
+_RULES: dict[Transition, Callable[[Situation], datetime | None]] = {
     Transition.AUTOSTOP: _autostop,
     Transition.AUTOSTART: _autostart,
     Transition.FAILED_STOP: _failed_stop,
@@ -223,3 +255,123 @@ def _past(moment: datetime, duration: timedelta) -> datetime | None:
         return moment + duration + _RESOLUTION
     except OverflowError:
         return None
+
+
+MAX_SCHEDULE_LENGTH = 256
+"""Longest schedule, in characters."""
+
+_PREFIX = "CRON_TZ="
+_MINUTE = timedelta(minutes=1)
+_SOME_DAY = datetime(2000, 1, 1)
+"""From which a schedule must have a time within fifty years, or it has none at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Times that come again and again, written as cron does: `CRON_TZ=Europe/Berlin 30 9 * * 1-5`.
+
+    Immutable; make one with `parse`.
+
+    Five fields: minute, hour, day of month, month, day of week (0 and 7 are Sunday; names such as MON and JAN
+    are understood, and so are lists, ranges, steps, `L` and `MON#2`). As in Debian's cron, both day fields
+    must match when one of them begins with a star, else one suffices. Without `CRON_TZ=` the zone is UTC.
+
+    When clocks are put forward, a time that is skipped counts at the end of the gap. When they are put back,
+    a time that comes twice counts at its first; of a schedule whose minute or hour begins with a star, which
+    repeats through the day, it counts both times.
+    """
+
+    text: str
+    """As it was given."""
+    _fields: str = field(repr=False)
+    _zone: tzinfo = field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The schedule that `text` describes.
+
+        Raises:
+            InvalidArgument: it is no schedule, its time never comes, or its zone is not known on this host.
+        """
+        if not isinstance(text, str) or len(text) > MAX_SCHEDULE_LENGTH:
+            raise InvalidArgument(f"a schedule is a text of at most {MAX_SCHEDULE_LENGTH} characters")
+        zone, fields = _split(text)
+        try:
+            next(CronSim(" ".join(fields), _SOME_DAY))
+        except (CronSimError, ValueError) as error:
+            raise InvalidArgument(
+                f"{text!r} is no schedule: {error}. Write it as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'"
+            ) from error
+        except StopIteration:
+            raise InvalidArgument(f"the time of schedule {text!r} never comes") from None
+        return cls(text, " ".join(fields), zone)
+
+    def next_after(self, moment: datetime) -> datetime:
+        """The first time of the schedule that is later than `moment` (aware), in UTC."""
+        local = moment.astimezone(self._zone)
+        wall = local.replace(tzinfo=None, fold=0)
+        if not self._repeats_through_the_day:
+            return self._first(wall, 0, moment)
+        found = self._first(wall, local.fold, moment)
+        put_back = _offset(local) - _offset(local.replace(fold=1))
+        if put_back > timedelta(0):
+            # This is the first pass of an hour that comes twice: what was passed already comes again.
+            found = min(found, self._first(wall - put_back, 1, moment))
+        return found
+
+    @property
+    def _repeats_through_the_day(self) -> bool:
+        return any(part.startswith("*") for part in self._fields.split()[:2])
+
+    def _first(self, wall: datetime, fold: int, moment: datetime) -> datetime:
+        """The first time after `wall` on the zone's clock that is later than `moment` too.
+
+        The cron library is given the clock's time alone, without zone: its own steps across changes of half
+        an hour miss times.
+        """
+        times = CronSim(self._fields, wall)
+        while (found := self._in_utc(next(times), fold)) <= moment:
+            continue
+        return found
+
+    def _in_utc(self, wall: datetime, fold: int) -> datetime:
+        while True:
+            found = wall.replace(tzinfo=self._zone, fold=fold).astimezone(UTC)
+            if found.astimezone(self._zone).replace(tzinfo=None) == wall:
+                return found
+            wall += _MINUTE  # skipped on this zone's clock
+
+
+@lru_cache(maxsize=1024)
+def parse_schedule(text: str) -> Schedule:
+    """Like `Schedule.parse`, and remembers."""
+    return Schedule.parse(text)
+
+
+def _split(text: str) -> tuple[tzinfo, list[str]]:
+    fields = text.split()
+    zone: tzinfo = UTC
+    if fields and fields[0].startswith(_PREFIX):
+        zone = _zone(fields.pop(0).removeprefix(_PREFIX), text)
+    if len(fields) != 5:
+        raise InvalidArgument(
+            f"{text!r} is no schedule: it has {len(fields)} fields and not 5: minute, hour, day of month, "
+            "month, day of week"
+        )
+    return zone, fields
+
+
+def _zone(name: str, text: str) -> tzinfo:
+    try:
+        return ZoneInfo(name)
+    except (LookupError, ValueError, OSError) as error:
+        raise InvalidArgument(
+            f"the time zone {name!r} of schedule {text!r} is not known on this host: use a name such as "
+            "Europe/Berlin; if the host has no time zones at all, install its package tzdata"
+        ) from error
+
+
+def _offset(local: datetime) -> timedelta:
+    offset = local.utcoffset()
+    assert offset is not None
+    return offset

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from snaploader.errors import Cancelled, InvalidArgument
-from snaploader.workspace.decide import Ticks, Transition, is_irreversible
+from snaploader.workspace.decide import Situation, Ticks, Transition, is_irreversible
 from snaploader.workspace.hooks import (
     CLOSE_TIMEOUT_S,
     NO_HOOKS,
@@ -39,16 +39,18 @@ from snaploader.workspace.hooks import (
     Hooks,
     Notification,
 )
-from snaploader.workspace.ticker import Wait
-from snaploader.workspace.ticker import ticks as wall_clock_ticks
-from snaploader.workspace.transitions import HeldWorkspace, Made, Standing, TransitionMaker
+from snaploader.workspace.transitions import HeldWorkspace, TransitionMaker, TransitionResult
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Catalog
     from snaploader.workspace.metrics import Metrics
 
+
 MAX_CONCURRENCY = 10
 """How many workspaces are worked on at once, unless told otherwise."""
+
+Wait = Callable[[threading.Event, float], bool]
+"""Waits for an event for so many seconds, and says whether it is set: `threading.Event.wait`."""
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Stats:
     tick: datetime
     """It was decided by this time, cut to the minute."""
     transitions: Mapping[str, Transition]
-    """Made, by workspace id."""
+    """TransitionResult, by workspace id."""
     errors: Mapping[str, str]
     """What failed, by workspace id."""
     skipped: Mapping[str, Skip]
@@ -236,54 +238,54 @@ class LifecycleExecutor:
 
     def _attend_held(self, held: HeldWorkspace, workspace_id: str, ticks: Ticks) -> _Outcome:
         tick = ticks.latest
-        standing = self._standing(workspace_id)
-        if standing.workspace.operation is not None:
+        situation = self._situation(workspace_id)
+        if situation.workspace.operation is not None:
             held.settle()  # the lock proves that whoever was at it is gone
-            standing = self._standing(workspace_id)
-        transition = standing.decide(tick)
+            situation = self._situation(workspace_id)
+        transition = situation.decide(tick)
         if transition is None:
             return _Outcome(Skip.CHANGED)
-        if is_irreversible(transition, standing.policy) and not ticks.agree:
+        if is_irreversible(transition, situation.policy) and not ticks.agree:
             return _Outcome(Skip.UNCONFIRMED)
         try:
-            made = self._maker.make(held, standing, transition, tick)
+            made = self._maker.make(held, situation, transition, tick)
         except Cancelled:
             raise
         except Exception as error:
             logger.warning("%s of workspace %r failed", transition, workspace_id, exc_info=True)
             failure = _Failure.of(error)
-            self._note_failure(workspace_id, transition, standing, failure)
-            return _Outcome(failure, (self._audit(standing, transition, None, failure.text),))
+            self._note_failure(workspace_id, transition, situation, failure)
+            return _Outcome(failure, (self._audit(situation, transition, None, failure.text),))
         if made is None:
             return _Outcome(Skip.CHANGED)
         return _Outcome(
-            transition, (self._notification(standing, made), self._audit(standing, transition, made))
+            transition, (self._notification(situation, made), self._audit(situation, transition, made))
         )
 
-    def _standing(self, workspace_id: str) -> Standing:
+    def _situation(self, workspace_id: str) -> Situation:
         with self._manager.catalog.reading() as reader:
-            return Standing.read(reader, workspace_id)
+            return Situation.read(reader, workspace_id)
 
     def _note_failure(
-        self, workspace_id: str, transition: Transition, standing: Standing, failure: _Failure
+        self, workspace_id: str, transition: Transition, situation: Situation, failure: _Failure
     ) -> None:
         try:
-            self._maker.note_failure(workspace_id, transition, standing.run, failure.text)
+            self._maker.note_failure(workspace_id, transition, situation.run, failure.text)
         except Exception:
             logger.warning(
                 "the failed %s of %r could not be written down", transition, workspace_id, exc_info=True
             )
 
-    def _notification(self, standing: Standing, made: Made) -> Notification:
-        workspace = standing.workspace
+    def _notification(self, situation: Situation, made: TransitionResult) -> Notification:
+        workspace = situation.workspace
         return Notification(
             workspace.id, workspace.owner, made.transition, made.state, self._clock(), made.deleting_at
         )
 
     def _audit(
-        self, standing: Standing, transition: Transition, made: Made | None, error: str = ""
+        self, situation: Situation, transition: Transition, made: TransitionResult | None, error: str = ""
     ) -> AuditRecord:
-        workspace = standing.workspace
+        workspace = situation.workspace
         return AuditRecord(
             workspace.id,
             workspace.owner,
@@ -328,3 +330,29 @@ def _stats(tick: datetime, results: Mapping[str, _Result], elapsed_s: float) -> 
         MappingProxyType({each: result for each, result in results.items() if isinstance(result, Skip)}),
         elapsed_s,
     )
+
+
+def wall_clock_ticks(
+    stop: threading.Event, interval_s: float, *, clock: Callable[[], datetime], wait: Wait
+) -> Iterator[datetime]:
+    """The time at once, then at each multiple of `interval_s` since 1970, until `stop` is set.
+
+    The next tick is looked for when the one before was dealt with: two never overlap, those that were missed
+    are left out, and delays do not add up. A clock that is set to another time gives a tick at once or within
+    one interval.
+
+    Raises:
+        InvalidArgument: the interval is not above zero.
+    """
+    if not 0 < interval_s < float("inf"):
+        raise InvalidArgument(f"the interval of ticks must be above 0 s: it is {interval_s!r}")
+    last = None
+    while not stop.is_set():
+        now = clock()
+        number = now.timestamp() // interval_s
+        if number != last:  # else it was woken a little early
+            last = number
+            yield now
+        left_s = interval_s - clock().timestamp() % interval_s
+        if wait(stop, left_s):
+            return

@@ -11,13 +11,15 @@ from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.targets import parse_address, parse_url
 
 MAX_VERSION = 2**31 - 1
 """Largest version number."""
 
+
+_MAX_PORT = 65535
 
 NO_CHECK = "none"
 """Kind of the readiness check of a workspace that is ready as soon as it runs."""
@@ -141,7 +143,7 @@ class OwnerStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A durable directory. `snaploader.workspace.volumes.check_volumes` checks several together."""
+    """A durable directory. `snaploader.workspace.names.check_volumes` checks several together."""
 
     name: str
     durable_dir: str
@@ -223,7 +225,7 @@ class Workspace:
     policy: str = "default"
     """Name of its policy."""
     autostart_schedule: str = ""
-    """Cron expression with a time zone (see `snaploader.workspace.schedule`); empty: no autostart."""
+    """Cron expression with a time zone (see `Schedule`); empty: no autostart."""
     slot: int | None = None
     """Scarce resource of its host that it holds, such as a network index."""
     current_snapshot: str = ""
@@ -343,3 +345,47 @@ class SnapshotInfo:
     version: int | None = None
     display_name: str = ""
     """As given, or "Version N"."""
+
+
+@dataclass(frozen=True, slots=True)
+class HTTPTarget:
+    """A URL to get."""
+
+    is_encrypted: bool
+    host: str
+    port: int | None
+    """None: that of its scheme."""
+    path: str
+    """With the query."""
+
+
+def parse_address(target: str) -> tuple[str, int]:
+    """Host and port of "host:port". No host means this machine; that of IPv6 may be in square brackets.
+
+    Raises:
+        InvalidArgument: it is something else, or the port is not within 1 to 65535.
+    """
+    host, colon, port = target.rpartition(":")
+    is_number = port.isascii() and port.isdecimal() and len(port) <= len(str(_MAX_PORT))
+    if not colon or not is_number or not 0 < int(port) <= _MAX_PORT:
+        raise InvalidArgument(
+            f"{target!r} is no address to connect to: use host:port, with a port of 1 to {_MAX_PORT}"
+        )
+    return host.removeprefix("[").removesuffix("]") or "localhost", int(port)
+
+
+def parse_url(target: str) -> HTTPTarget:
+    """The parts of an HTTP URL.
+
+    Raises:
+        InvalidArgument: it is something else, or has no host.
+    """
+    try:
+        parts = urlsplit(target)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise InvalidArgument(f"{target!r} is no URL: {error}") from error
+    if parts.scheme not in {"http", "https"} or not host:
+        raise InvalidArgument(f"{target!r} is no URL to get: begin it with http:// or https:// and a host")
+    path = parts.path or "/"
+    return HTTPTarget(parts.scheme == "https", host, port, f"{path}?{parts.query}" if parts.query else path)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
-from snaploader.workspace.decide import Transition, decide, deletion_time
-from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy, StopAction
+from snaploader.workspace.decide import Situation, Transition, deletion_time
+from snaploader.workspace.model import Run, RunStatus, RunTransition, WorkspaceState
+from snaploader.workspace.policy import StopAction
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Catalog, Reader
@@ -60,32 +60,7 @@ class HeldWorkspace(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """All that the lifecycle decides by."""
-
-    workspace: Workspace
-    run: Run | None
-    policy: Policy
-    owner: OwnerStatus
-
-    @classmethod
-    def read(cls, reader: Reader, workspace_id: str) -> Standing:
-        """The standing of a workspace now. NotFound when there is none of that id."""
-        workspace = reader.workspace(workspace_id)
-        return cls(
-            workspace,
-            reader.latest_run(workspace_id),
-            reader.policy(workspace.policy),
-            reader.owner_status(workspace.owner),
-        )
-
-    def decide(self, tick: datetime) -> Transition | None:
-        """What is to be done at `tick`."""
-        return decide(self.workspace, self.run, self.policy, self.owner, tick)
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
+class TransitionResult:
     """A transition that was made, and what came of it."""
 
     transition: Transition
@@ -94,47 +69,47 @@ class Made:
 
 
 class TransitionMaker:
-    """Thread-safe."""
+    """Makes transitions of workspaces whose locks are held. Thread-safe."""
 
     def __init__(self, catalog: Catalog, clock: Callable[[], datetime]) -> None:
         self._catalog = catalog
         self._clock = clock
 
     def make(
-        self, held: HeldWorkspace, standing: Standing, transition: Transition, tick: datetime
-    ) -> Made | None:
+        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
+    ) -> TransitionResult | None:
         """Make the transition that was decided. None: it was no longer to be made when it was about to begin.
 
         Raises whatever the manager and the catalog do.
         """
-        workspace_id = standing.workspace.id
+        workspace_id = situation.workspace.id
 
         def guard(reader: Reader) -> None:
-            if Standing.read(reader, workspace_id).decide(tick) is not transition:
-                raise _OvertakenError
+            if Situation.read(reader, workspace_id).decide(tick) is not transition:
+                raise _DecisionChanged
 
         try:
-            return self._make(held.guarded(guard), standing, transition, tick)
-        except _OvertakenError:
+            return self._make(held.guarded(guard), situation, transition, tick)
+        except _DecisionChanged:
             return None
 
     def _make(
-        self, held: HeldWorkspace, standing: Standing, transition: Transition, tick: datetime
-    ) -> Made | None:
-        workspace_id, state = standing.workspace.id, standing.workspace.state
+        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
+    ) -> TransitionResult | None:
+        workspace_id, state = situation.workspace.id, situation.workspace.state
         match transition:
-            case Transition.AUTOSTOP if standing.policy.autostop_action is StopAction.PAUSE:
+            case Transition.AUTOSTOP if situation.policy.autostop_action is StopAction.PAUSE:
                 held.pause(reason=transition)
-                return Made(transition, WorkspaceState.PAUSED)
+                return TransitionResult(transition, WorkspaceState.PAUSED)
             case Transition.AUTOSTOP:
                 held.stop(reason=transition)
-                return Made(transition, WorkspaceState.STOPPED)
+                return TransitionResult(transition, WorkspaceState.STOPPED)
             case Transition.AUTOSTART:
                 (held.resume if state is WorkspaceState.PAUSED else held.start)(reason=transition)
-                return Made(transition, WorkspaceState.RUNNING)
+                return TransitionResult(transition, WorkspaceState.RUNNING)
             case Transition.FAILED_STOP if state is WorkspaceState.RUNNING:
                 held.stop(reason=transition)
-                return Made(transition, WorkspaceState.STOPPED)
+                return TransitionResult(transition, WorkspaceState.STOPPED)
             case Transition.FAILED_STOP:
                 return self._note_stopped(workspace_id, tick)
             case Transition.DORMANCY:
@@ -143,7 +118,7 @@ class TransitionMaker:
                 return self._mark_dormant(workspace_id, tick)
             case Transition.DELETE:
                 held.delete(reason=transition)
-                return Made(transition, WorkspaceState.DELETED)
+                return TransitionResult(transition, WorkspaceState.DELETED)
 
     def note_failure(self, workspace_id: str, transition: Transition, before: Run | None, error: str) -> None:
         """Write down a failed run, unless the operation that failed has done so itself since `before`."""
@@ -156,31 +131,31 @@ class TransitionMaker:
             run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
             changes.finish_run(run.id, RunStatus.FAILED, now, error)
 
-    def _note_stopped(self, workspace_id: str, tick: datetime) -> Made | None:
+    def _note_stopped(self, workspace_id: str, tick: datetime) -> TransitionResult | None:
         """A start failed and left nothing running: a run that succeeded ends the failure."""
         with self._catalog.transaction() as changes:
             changes.lock_workspace(workspace_id)
-            standing = Standing.read(changes, workspace_id)
-            if standing.decide(tick) is not Transition.FAILED_STOP:
+            situation = Situation.read(changes, workspace_id)
+            if situation.decide(tick) is not Transition.FAILED_STOP:
                 return None
             now = self._clock()
             run = changes.add_run(workspace_id, RunTransition.STOP, now, Transition.FAILED_STOP)
             changes.finish_run(run.id, RunStatus.SUCCEEDED, now)
             changes.add_event(workspace_id, STOP_EVENT, {"reason": Transition.FAILED_STOP.value}, now)
-            return Made(Transition.FAILED_STOP, standing.workspace.state)
+            return TransitionResult(Transition.FAILED_STOP, situation.workspace.state)
 
-    def _mark_dormant(self, workspace_id: str, tick: datetime) -> Made | None:
+    def _mark_dormant(self, workspace_id: str, tick: datetime) -> TransitionResult | None:
         with self._catalog.transaction() as changes:
             changes.lock_workspace(workspace_id)
-            standing = Standing.read(changes, workspace_id)
-            if standing.decide(tick) is not Transition.DORMANCY:
+            situation = Situation.read(changes, workspace_id)
+            if situation.decide(tick) is not Transition.DORMANCY:
                 return None
-            deleting_at = deletion_time(tick, None, standing.policy.delete_after_dormant, tick)
+            deleting_at = deletion_time(tick, None, situation.policy.delete_after_dormant, tick)
             changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
             shown = None if deleting_at is None else deleting_at.isoformat()
             changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, self._clock())
-            return Made(Transition.DORMANCY, standing.workspace.state, deleting_at)
+            return TransitionResult(Transition.DORMANCY, situation.workspace.state, deleting_at)
 
 
-class _OvertakenError(Exception):
+class _DecisionChanged(Exception):
     """Something else is to be done with the workspace now, or nothing."""

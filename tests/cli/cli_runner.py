@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from snaploader.cli.app import run
+from snaploader.cli.app import run_command
 
 COMMAND = [sys.executable, "-m", "snaploader.cli"]
 
@@ -46,12 +46,12 @@ class CommandLine:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "xdg-cache"))
         monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
         # The tests share this process with all others, whose allocator stays as it is.
-        monkeypatch.setattr("snaploader.cli.app.tune_malloc", lambda: None)
+        monkeypatch.setattr("snaploader.remote.tune_malloc", lambda: None)
         self._capture = capture
 
     def __call__(self, *arguments: object) -> Outcome:
         self._capture.readouterr()
-        code = run([str(argument) for argument in arguments])
+        code = run_command([str(argument) for argument in arguments])
         out, err = self._capture.readouterr()
         outcome = Outcome(code, out, err.decode())
         assert "Traceback" not in outcome.stderr

@@ -29,7 +29,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
             settings.append(value)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("snaploader.cli.options.Session", Seen)
+    monkeypatch.setattr("snaploader.cli.options.Caches", Seen)
     return settings
 
 

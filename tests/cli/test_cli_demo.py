@@ -10,8 +10,8 @@ import pytest
 from cli_runner import CommandLine
 
 from cow import COWStore
-from snaploader.cli.demo import ext4, image
-from snaploader.cli.demo.window import Window
+from snaploader.cli import demo_image
+from snaploader.cli.demo_image import Window
 from snaploader.errors import FailedPrecondition, Internal
 from snaploader.loader.loader import SnapshotLoader
 
@@ -60,7 +60,7 @@ def test_a_wrong_byte_is_caught(cli: CommandLine, tmp_path: Path, monkeypatch: p
 def test_missing_tools_are_named_with_their_package(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ext4, "_find", lambda _tool: None)
+    monkeypatch.setattr(demo_image, "_find", lambda _tool: None)
     outcome = cli("demo", "--work-dir", tmp_path)
     assert outcome.exit_code == 4
     assert "apt-get install e2fsprogs" in outcome.stderr
@@ -79,7 +79,7 @@ def small_image(tmp_path: Path) -> Path:
         file.seek(100_000)
         file.write(b"end")
     path = tmp_path / "image"
-    ext4.make_image(path, tree, 16 << 20)
+    demo_image.make_image(path, tree, 16 << 20)
     return path
 
 
@@ -110,12 +110,12 @@ def test_a_window_onto_a_damaged_image_is_an_error(small_image: Path, tmp_path: 
 
 @needs_e2fsprogs
 def test_e2fsck_sees_damage(small_image: Path) -> None:
-    assert ext4.is_clean(small_image)[0]
-    block = ext4.inode_block(small_image, "/a") * 4096
+    assert demo_image.is_clean(small_image)[0]
+    block = demo_image.inode_block(small_image, "/a") * 4096
     with small_image.open("r+b") as file:
         file.seek(block)
         file.write(b"\xff" * 4096)
-    assert not ext4.is_clean(small_image)[0]
+    assert not demo_image.is_clean(small_image)[0]
 
 
 @needs_e2fsprogs
@@ -123,9 +123,9 @@ def test_an_image_that_is_too_small_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_bytes(b"x" * (4 << 20))
     with pytest.raises(FailedPrecondition, match="mke2fs failed"):
-        ext4.make_image(tmp_path / "image", tmp_path / "tree", 1 << 20)
+        demo_image.make_image(tmp_path / "image", tmp_path / "tree", 1 << 20)
 
 
 def test_a_budget_without_room_for_a_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FailedPrecondition, match="--data"):
-        image.build_image(tmp_path / "image", 64 << 20, 1, tmp_path)
+        demo_image.build_image(tmp_path / "image", 64 << 20, 1, tmp_path)

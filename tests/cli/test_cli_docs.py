@@ -11,6 +11,8 @@ import pytest
 
 from snaploader.cli.app import app
 from snaploader.cli.config import environment_variable
+from snaploader.cli.serve import LIKE
+from snaploader.testing import PRESETS
 
 PAGE = (Path(__file__).parents[2] / "docs/cli.md").read_text()
 BUILT_IN = {"--help", "--version"}
@@ -25,6 +27,10 @@ def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Co
 
 
 COMMANDS = dict(commands(app))
+
+
+def test_serve_offers_every_preset() -> None:
+    assert sorted(PRESETS) == list(LIKE)
 
 
 def long_names(command: click.Command) -> set[str]:

@@ -342,7 +342,7 @@ def test_nobody_can_be_asked_where_the_question_is_not_seen(environment: dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", ["click", "rich"])
+@pytest.mark.parametrize("missing", ["click", "platformdirs", "rich"])
 def test_without_the_extra_it_says_what_to_install(environment: dict[str, str], missing: str) -> None:
     program = f"import sys; sys.modules[{missing!r}] = None; import snaploader.cli; snaploader.cli.main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from snaploader.cli.commands.workspace.history import history
 from snaploader.cli.output import Branch
+from snaploader.cli.workspace.records import history
 from snaploader.workspace.model import (
     Scope,
     SnapshotInfo,

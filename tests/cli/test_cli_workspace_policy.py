@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cli_runner import CommandLine
 
-from snaploader.cli.commands.workspace.policy import parse_field
+from snaploader.cli.workspace.policies import parse_field
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.model import Workspace, WorkspaceSpec, WorkspaceState

@@ -74,8 +74,8 @@ def imported_by(environment: dict[str, str], *arguments: str) -> set[str]:
     """The names of all modules that a command imports."""
     program = f"""
 import sys
-from snaploader.cli.app import run
-code = run({list(arguments)!r})
+from snaploader.cli.app import run_command
+code = run_command({list(arguments)!r})
 print("\\n".join(["", *sys.modules]), file=sys.stderr)
 sys.exit(code)
 """

@@ -13,7 +13,7 @@ import click
 import pytest
 from cli_runner import CommandLine
 
-from snaploader.cli.commands.workspace import workspace
+from snaploader.cli.workspace import workspace
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.runtime import ProcessRuntime
 

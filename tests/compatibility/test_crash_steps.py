@@ -76,7 +76,7 @@ def runtime_steps(base: Path) -> Steps:
     source.base.mkdir()
     driver.make_snapshot(source, base / "id")
     snapshot_id = (base / "id").read_text()
-    exchange = driver.files.exchange
+    exchange = driver.folders.exchange
     found: Steps = {}
     operations = ("create", "remove", "start", "stop", "place", "place-by-renames", "place-anew")
     for number, operation in enumerate(operations, 1):
@@ -86,7 +86,7 @@ def runtime_steps(base: Path) -> Steps:
             driver.make_old(world)
         if operation == "stop":
             world.runtime().start(world.spec)
-        driver.files.exchange = (lambda *_: False) if operation == "place-by-renames" else exchange
+        driver.folders.exchange = (lambda *_: False) if operation == "place-by-renames" else exchange
         runtime = world.runtime(recorder.step)
         recorder.arm(1)
         if operation.startswith("place"):

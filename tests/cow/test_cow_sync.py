@@ -113,3 +113,24 @@ def test_a_flight_that_another_thread_finishes_has_one_outcome():
     assert (flight.result, flight.error) == (7, None)
     assert len(flights) == 0
     assert flights.run("key", lambda: 8) == 8
+
+
+def test_of_many_threads_one_leads_a_flight_and_the_others_learn_why_it_failed():
+    flights: SingleFlight[str, int] = SingleFlight()
+    together = threading.Barrier(16, timeout=PATIENCE)
+
+    def ask() -> bool:
+        together.wait()
+        flight, leads = flights.join("key")
+        if leads:
+            while flight.waiters < 15:
+                threading.Event().wait(0.001)
+            flights.finish(flight, error=ValueError("gone"))
+        flight.wait()
+        assert isinstance(flight.error, ValueError)
+        return leads
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(lambda _: ask(), range(16))) == 1
+    _, leads = flights.join("key")
+    assert leads

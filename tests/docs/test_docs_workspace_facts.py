@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from snaploader.workspace import names, slots, volumes
+from snaploader.workspace import names, slots
 from snaploader.workspace.decide import RETRY_DELETE_AFTER
 from snaploader.workspace.lifecycle import MAX_CONCURRENCY
-from snaploader.workspace.manager import WorkspaceManager, manager, sections
+from snaploader.workspace.manager import WorkspaceManager, held_workspace, manager
 from snaploader.workspace.model import MAX_VERSION
 from snaploader.workspace.policy import Policy
 from snaploader.workspace.runtime import Runtime
@@ -49,9 +49,9 @@ def test_numbers_are_those_of_the_code() -> None:
     assert f"up to {names.MAX_DISPLAY_NAME_LENGTH} printable characters" in WORDS
     assert f"go up to {MAX_VERSION}" in WORDS
     assert f"A host has {slots.DEFAULT_SLOTS:,} slots" in WORDS
-    assert f"works on {sections.DEFAULT_WORKERS} at once" in WORDS
+    assert f"works on {held_workspace.DEFAULT_WORKERS} at once" in WORDS
     assert f"at most {MAX_CONCURRENCY} at once" in WORDS
-    assert f"Up to {volumes.MAX_VOLUMES};" in WORDS
+    assert f"Up to {names.MAX_VOLUMES};" in WORDS
     assert f"waited for up to {manager.DEFAULT_LOCK_TIMEOUT_S / 60:.0f} minutes" in WORDS
     assert f"after {DEFAULT_STOP_TIMEOUT_S:.0f} s by force" in WORDS
     assert f"{RETRY_DELETE_AFTER.total_seconds() / 3600:.0f} hours after a" in WORDS

@@ -34,7 +34,7 @@ def put(cache: FileCache, seed: int | str, size: int = 5000) -> Digest:
 
 
 def key(name: str) -> str:
-    """A key for refs and directories."""
+    """A key for refs."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
@@ -51,6 +51,17 @@ def damage(path: Path, content: bytes) -> None:
     os.chmod(path, 0o600)
     path.write_bytes(content)
     os.chmod(path, 0o400)
+
+
+def tracked_directory(root: str | os.PathLike[str], name: str, group: str = "_default") -> Path:
+    """Put a tracked directory into a cache folder, as earlier releases did."""
+    entry = Path(root, "v1/groups", group, "trees", key(name)[:2], key(name)[2:])
+    (entry / "data/sub").mkdir(parents=True)
+    (entry / "data/sub/file").write_bytes(b"x" * 5000)
+    (entry / "data/link").symlink_to("/")
+    (entry / "size").write_text("12288")
+    (entry / "lock").touch(0o600)
+    return entry
 
 
 def disk_bytes_below(root: str | os.PathLike[str], *folders: str) -> int:

@@ -27,7 +27,7 @@ from snaploader.blobstore import Upload
 from snaploader.digest import Digest, empty_digest
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from snaploader.filecache import FileCache
-from snaploader.filecache.memo import VerifiedMemo
+from snaploader.filecache.blobs import VerifiedMemo
 
 
 @pytest.fixture

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from filecache_helpers import blob, child, disk_bytes_below, key, leftovers, put
+from filecache_helpers import blob, child, disk_bytes_below, key, leftovers, put, tracked_directory
 
 from snaploader.errors import NotFound
 from snaploader.filecache import FileCache
 
-MAX_BYTES = 14 * 4096
+MAX_BYTES = 9 * 4096
 STEPS = Path(__file__).parents[1] / "compatibility/crash_steps.json"
 """See `test_crash_steps.py` beside it."""
 OLD = [f"old {number}" for number in range(6)]
 NEW = ["piece", "file", *(f"new {number}" for number in range(4))]
 
 WORK = """
-import itertools, os, shutil, signal, sys
+import itertools, os, signal, sys
 from filecache_helpers import blob, key, put
 from snaploader._environment import HostEnvironment
 from snaploader.filecache import FileCache
@@ -45,11 +45,6 @@ def work(root, fatal, max_bytes):
             with open(root + "/mine", "wb") as file:
                 file.write(data)
             cache.put_file(digest, root + "/mine", move=True)
-            os.makedirs(root + "/d/sub", exist_ok=True)
-            with open(root + "/d/sub/file", "wb") as file:
-                file.write(b"x" * 9000)
-            if not cache.add_directory(key("new"), root + "/d"):
-                shutil.rmtree(root + "/d")
             for number in range(4):
                 put(cache, f"new {number}", 100)
             cache.put_ref(key("other"), b"new" * 100, overwrite=False)
@@ -57,7 +52,6 @@ def work(root, fatal, max_bytes):
             cache.pin("mine", [blob("new 1", 100)[0]], refs=[key("other")])
             cache.prune(4 * 4096)
             cache.unpin("mine")
-            cache.remove_directory(key("new"))
     print("done", flush=True)
 
 # Forking costs much less than starting a process for each step.
@@ -92,12 +86,10 @@ def work() -> Iterator[Callable[[Path, int], str]]:
 
 def prepare(root: Path) -> None:
     with FileCache(root, max_bytes=MAX_BYTES) as cache:
-        (root / "d").mkdir()
-        (root / "d" / "file").write_bytes(b"x")
-        cache.add_directory(key("old"), root / "d")
         cache.put_ref(key("ref"), b"one" * 100)
         for seed in OLD:
             put(cache, seed, 100)
+    tracked_directory(root, "old")
 
 
 def check(root: Path) -> None:
@@ -113,12 +105,9 @@ def check(root: Path) -> None:
                 assert cache.read(digest) == data
         with contextlib.suppress(NotFound):
             assert cache.get_ref(key("ref")) in (b"one" * 100, b"two" * 100)
-        for name, file in (("old", "file"), ("new", "sub/file")):
-            with contextlib.suppress(NotFound), cache.acquire_directory(key(name)) as handle:
-                assert Path(handle.path, file).stat().st_size in (1, 9000)
         total = cache.prune(1 << 30)
-        directories = sum(entry.disk_bytes for entry in cache.entries() if entry.kind == "directory")
-        assert total == disk_bytes_below(root) + directories <= MAX_BYTES
+        assert total == disk_bytes_below(root) <= MAX_BYTES
+        assert list(root.glob("v1/groups/*/trees/*/*")) == []
         for seed in OLD + NEW:
             put(cache, seed, 100)
             assert cache.read(blob(seed, 100)[0]) == blob(seed, 100)[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filecache_helpers import HERE, blob, blob_file, key, leftovers, put
+from filecache_helpers import HERE, blob, blob_file, key, leftovers, put, tracked_directory
 
 from snaploader import files
 from snaploader.errors import (
@@ -42,14 +42,11 @@ def modes(root: Path) -> dict[str, set[int]]:
     return found
 
 
-def fill(cache: FileCache, folder: Path) -> None:
+def fill(cache: FileCache) -> None:
     """Use everything that makes files."""
     put(cache, "blob")
     cache.put_ref(key("ref"), b"value")
     cache.pin("pin", [blob("blob")[0]])
-    folder.mkdir()
-    folder.chmod(0o700)
-    cache.add_directory(key("directory"), folder)
     cache.find_missing([blob(f"{number}", 1)[0] for number in range(1024)] + [blob("blob")[0]])
     cache.prune(1 << 40)
 
@@ -59,7 +56,7 @@ def test_all_that_is_made_is_for_the_owner_alone_whatever_the_umask(tmp_path, um
     before = os.umask(umask)
     try:
         with FileCache(tmp_path / "cache") as cache:
-            fill(cache, tmp_path / "folder")
+            fill(cache)
             with cache.lease([blob("blob")[0]]):
                 found = modes(tmp_path / "cache")
     finally:
@@ -71,12 +68,11 @@ def test_group_that_shares_a_cache_may_use_all_of_it(tmp_path):
     before = os.umask(0o077)
     try:
         with FileCache(tmp_path / "cache", cache_mode=0o2770) as cache:
-            fill(cache, tmp_path / "folder")
+            fill(cache)
             found = modes(tmp_path / "cache" / "v1")
     finally:
         os.umask(before)
-    # What is given to the cache as a directory keeps its own mode.
-    assert found == {"folder": {0o2770, 0o700}, "file": {0o660, 0o440}}
+    assert found == {"folder": {0o2770}, "file": {0o660, 0o440}}
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o070, 0o720, 0o1777, 0o7777])
@@ -326,8 +322,7 @@ def test_odd_entry_stops_nothing(tmp_path, kind):
             put(cache, "a")
             cache.put_ref(key("ref"), b"value")
             cache.pin("pin", [digest])
-            (tmp_path / "folder").mkdir()
-            cache.add_directory(key("directory"), tmp_path / "folder")
+        tracked_directory(root, "directory")
         make_odd(root / path.format(**names), kind)
         running[place] = subprocess.run(
             [sys.executable, "-c", WORK, str(root)],
@@ -352,13 +347,11 @@ def test_odd_entry_in_the_place_of_a_blob_is_kept_for_a_look(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["open", "write", "rename"])
-@pytest.mark.parametrize("what", ["lease", "ref", "pin", "directory"])
+@pytest.mark.parametrize("what", ["lease", "ref", "pin"])
 def test_full_disk_leaves_nothing_of_what_was_to_be_made(tmp_path, monkeypatch, step, what):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    folder = tmp_path / "folder"
-    folder.mkdir()
     with FileCache(tmp_path / "cache") as cache:
         digest = put(cache, 1)
         before = sorted((tmp_path / "cache").rglob("*"))
@@ -366,7 +359,6 @@ def test_full_disk_leaves_nothing_of_what_was_to_be_made(tmp_path, monkeypatch, 
             "lease": lambda: cache.lease([digest], hashes=[np.zeros((1000, 32), np.uint8)]),
             "ref": lambda: cache.put_ref(key("ref"), b"value"),
             "pin": lambda: cache.pin("pin", [digest]),
-            "directory": lambda: cache.add_directory(key("directory"), folder),
         }
         opened, renamed = os.open, os.rename
 

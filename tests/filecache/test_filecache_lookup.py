@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument
-from snaploader.filecache import FileCache, blobs, listing, recency
+from snaploader.filecache import FileCache, blobs, recency, scan
+from snaploader.filecache.blobs import VerifiedMemo
 from snaploader.filecache.hashes import HashSet, to_hex, to_words
 from snaploader.filecache.layout import Layout
-from snaploader.filecache.memo import VerifiedMemo
+from snaploader.filecache.openfolder import OpenFolder
 from snaploader.filecache.recency import Position, UseLog
-from snaploader.filecache.session import Session
 from snaploader.folders import Access
 from snaploader.locks import FileLock
 
@@ -108,10 +108,10 @@ def test_listing_made_right_after_a_change_is_not_trusted(tmp_path, monkeypatch)
         digest = put(cache, 1, 10)
         folder = blob_file(cache, digest).parent
         now = time.time_ns()
-        for age_ns, noticed in ((listing.RACY_NS // 2, True), (listing.RACY_NS * 2, False)):
+        for age_ns, noticed in ((scan.RACY_NS // 2, True), (scan.RACY_NS * 2, False)):
             put(cache, 1, 10)
             os.utime(folder, ns=(now, now))
-            monkeypatch.setattr(listing.time, "time_ns", lambda age_ns=age_ns: now + age_ns)
+            monkeypatch.setattr(scan.time, "time_ns", lambda age_ns=age_ns: now + age_ns)
             assert cache.find_missing(padding | {digest}) == padding
             blob_file(cache, digest).unlink()
             os.utime(folder, ns=(now, now))
@@ -126,7 +126,7 @@ def test_listing_is_kept_while_the_folder_stands_still(tmp_path, monkeypatch):
         os.utime(blob_file(cache, digest).parent, ns=(0, 0))
         cache.find_missing(padding | {digest})
         with monkeypatch.context() as patched:
-            patched.setattr(listing.os, "listdir", None)
+            patched.setattr(scan.os, "listdir", None)
             assert cache.find_missing(padding | {digest}) == padding
 
 
@@ -144,11 +144,11 @@ def test_strange_names_in_a_blob_folder_are_passed_over(tmp_path):
 @pytest.fixture
 def log(tmp_path):
     layout = Layout(str(tmp_path), "_default")
-    session = Session(layout, Access(), layout.create(Access()))
-    lock = FileLock(session.open_written(str(tmp_path / "lock")))
-    yield UseLog(str(tmp_path / "uses"), lock, session)
+    folder = OpenFolder(layout, Access(), layout.create(Access()))
+    lock = FileLock(folder.open_written(str(tmp_path / "lock")))
+    yield UseLog(str(tmp_path / "uses"), lock, folder)
     lock.close()
-    session.close()
+    folder.close()
 
 
 def prefixes(*numbers: int):

@@ -21,7 +21,7 @@ from snaploader.errors import (
     NotFound,
     ResourceExhausted,
 )
-from snaploader.filecache import FileCache, pinfile, pins, pintable
+from snaploader.filecache import FileCache, pins, retention
 
 BLOCK = 4096
 
@@ -290,22 +290,22 @@ def test_pin_that_cannot_be_read_for_a_moment_is_not_damaged_for_ever(tmp_path, 
     with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache:
         cache.pin("p", [small(cache, "a")])
         small(cache, "b")
-        load = pinfile.load
+        load = retention.load_pin
 
         def too_many_open(path):
             raise OSError(errno.EMFILE, "too many open files", path)
 
-        monkeypatch.setattr(pinfile, "load", too_many_open)
+        monkeypatch.setattr(retention, "load_pin", too_many_open)
         assert len(cache.statistics().damaged_pins) == 1
-        monkeypatch.setattr(pinfile, "load", load)
+        monkeypatch.setattr(retention, "load_pin", load)
         small(cache, "c")
         assert present(cache, *"abc") == set("ac")
         assert cache.statistics().damaged_pins == ()
 
 
 def test_pin_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
-    listed = pintable.PinTable._listed
-    monkeypatch.setattr(pintable.PinTable, "_listed", lambda self: [*listed(self), *listed(self)])
+    listed = retention.PinTable._listed
+    monkeypatch.setattr(retention.PinTable, "_listed", lambda self: [*listed(self), *listed(self)])
     with FileCache(tmp_path) as cache:
         cache.pin("p", [small(cache, "a")])
         assert cache.prune() == BLOCK
@@ -326,13 +326,13 @@ def test_file_with_another_name_is_no_pin(tmp_path):
 
 def test_only_new_and_changed_pins_are_read(tmp_path, monkeypatch):
     read = []
-    load = pinfile.load
+    load = retention.load_pin
 
     def counting(path):
         read.append(os.path.basename(path))
         return load(path)
 
-    monkeypatch.setattr(pinfile, "load", counting)
+    monkeypatch.setattr(retention, "load_pin", counting)
     with FileCache(tmp_path) as cache:
         for number in range(5):
             cache.pin(f"p{number}", [small(cache, number)])
@@ -443,16 +443,6 @@ def test_verify_reports_damaged_pins_and_leaves_them(tmp_path):
         # Nothing told the ledger; the next scan looks for itself.
         cache.prune()
         assert cache.statistics().damaged_pins == (str(pin_file(cache, "bad")), str(pin_file(cache, "worse")))
-
-
-def test_directories_are_not_held_by_pins(tmp_path):
-    folder = tmp_path / "d"
-    folder.mkdir()
-    (folder / "file").write_bytes(b"x")
-    with FileCache(tmp_path / "cache") as cache:
-        cache.add_directory(key("d"), folder)
-        cache.pin("p", [blob("a")[0]._replace(hash=key("d"))], refs=[key("d")])
-        assert cache.prune() == 0
 
 
 KILLED = """

@@ -106,19 +106,14 @@ def test_groups_see_nothing_of_each_other_also_after_reopening(tmp_path):
             assert cache.find_missing([digest]) == {digest}
             assert cache.refs() == []
             assert cache.entries() == []
-            with pytest.raises(NotFound):
-                cache.acquire_directory(key("d"))
             cache.put_verified(digest, data)
             cache.put_ref(key("r"), group.encode())
-            (tmp_path / "d").mkdir()
-            cache.add_directory(key("d"), tmp_path / "d")
     for group in groups:
         with FileCache(tmp_path, group_id=group) as cache:
             assert cache.get_ref(key("r")) == group.encode()
-            assert len(cache.entries()) == 3
+            assert len(cache.entries()) == 2
             cache.remove(digest)
             cache.delete_ref(key("r"))
-            cache.remove_directory(key("d"))
             assert cache.entries() == []
 
 

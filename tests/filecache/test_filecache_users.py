@@ -140,11 +140,3 @@ def test_lease_of_a_dead_session_in_a_folder_with_the_sticky_bit_hinders_nobody(
     with FileCache(root, cache_mode=0o777):
         pass
     assert leftovers(root) == []
-
-
-def test_directory_that_one_user_added_is_read_by_another(root):
-    folder = root.parent / "folder"
-    with opened(root, FIRST) as first, opened(root, SECOND) as second:
-        first.does(f"(os.mkdir({str(folder)!r}), os.chmod({str(folder)!r}, 0o755))")
-        assert first.does(f"cache.add_directory(key('d'), {str(folder)!r})") == "True"
-        assert second.does("os.listdir(cache.acquire_directory(key('d')).path)") == "[]"

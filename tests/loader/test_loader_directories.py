@@ -17,7 +17,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 from snaploader.filecache import pins
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry
 from snaploader.formats.dirtreecodec import child_directories
-from snaploader.loader import capture
+from snaploader.loader import directory
 from snaploader.testing import EmbeddedServer
 
 
@@ -481,7 +481,7 @@ def test_a_pin_that_cannot_be_put_back_does_not_hide_why_the_save_failed(
     host.cache.pin("mine", refs=["a" * 64])
 
     def fail(*_: object, **__: object) -> bool:
-        monkeypatch.setattr(pins.pinfile, "encode", full_disk)
+        monkeypatch.setattr(pins, "encode_pin", full_disk)
         raise FailedPrecondition("no refs today")
 
     def full_disk(*_: object) -> bytes:
@@ -500,7 +500,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
     make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = make_host("a")
-    read = capture._read
+    read = directory._read
 
     def read_and_change(fd: int, size: int) -> bytes:
         data = read(fd, size)
@@ -508,7 +508,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
             file.write(b"more")
         return data
 
-    monkeypatch.setattr(capture, "_read", read_and_change)
+    monkeypatch.setattr(directory, "_read", read_and_change)
     with pytest.raises(FailedPrecondition, match="was changed while it was saved"):
         save_directory(host, home)
     assert host.cache.refs() == []
@@ -519,7 +519,7 @@ def test_a_file_that_changes_before_it_is_read_is_an_error(
     make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     host = make_host("a")
-    scan = capture.scan
+    scan = directory.scan
 
     def scan_and_change(*arguments: object) -> object:
         found = scan(*arguments)  # type: ignore[arg-type]
@@ -534,7 +534,7 @@ def test_a_file_that_changes_before_it_is_read_is_an_error(
             (home / "disk").symlink_to(home / "plain")
         return found
 
-    monkeypatch.setattr(capture, "scan", scan_and_change)
+    monkeypatch.setattr(directory, "scan", scan_and_change)
     with pytest.raises(FailedPrecondition, match="disk' was changed"):
         save_directory(host, home)
     assert host.cache.refs() == []
@@ -545,7 +545,7 @@ def test_a_directory_that_is_exchanged_for_a_link_leads_nowhere(
 ) -> None:
     """Another directory with the same names must not be read in its place."""
     host = make_host("a")
-    scan = capture.scan
+    scan = directory.scan
 
     def scan_and_change(*arguments: object) -> object:
         found = scan(*arguments)  # type: ignore[arg-type]
@@ -554,7 +554,7 @@ def test_a_directory_that_is_exchanged_for_a_link_leads_nowhere(
         (home / "etc").symlink_to(tmp_path / "decoy/etc")
         return found
 
-    monkeypatch.setattr(capture, "scan", scan_and_change)
+    monkeypatch.setattr(directory, "scan", scan_and_change)
     with pytest.raises(FailedPrecondition, match="was changed while it was saved"):
         save_directory(host, home)
 
@@ -563,13 +563,13 @@ def test_a_directory_that_changes_meanwhile_is_an_error(
     make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = make_host("a")
-    read = capture._read
+    read = directory._read
 
     def read_and_change(fd: int, size: int) -> bytes:
         (home / "etc/new").touch()
         return read(fd, size)
 
-    monkeypatch.setattr(capture, "_read", read_and_change)
+    monkeypatch.setattr(directory, "_read", read_and_change)
     with pytest.raises(FailedPrecondition, match=r"etc.*was changed while it was saved"):
         save_directory(host, home)
 

@@ -32,7 +32,7 @@ from snaploader import DigestFunction
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unavailable
 from snaploader.filecache import FileCache
-from snaploader.loader import SnapshotLoader, capture, captureindex, place
+from snaploader.loader import SnapshotLoader, captureindex, directory
 from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, read_index, write_index
 from snaploader.loader.scan import FileIdentity
 from snaploader.testing import EmbeddedServer
@@ -124,9 +124,9 @@ def test_what_was_written_a_moment_ago_is_read_again(
     assert len(read_index(str(index), BLAKE3)) == 0
 
     now = (home / "old").stat().st_ctime_ns
-    monkeypatch.setattr(capture.time, "time_ns", lambda: now + GRANULARITY_NS + 1)
+    monkeypatch.setattr(directory.time, "time_ns", lambda: now + GRANULARITY_NS + 1)
     set_time(home / "young", now + GRANULARITY_NS)
-    monkeypatch.setattr(capture, "is_settled", lambda identity, looked: identity.mtime_ns < now + 1)
+    monkeypatch.setattr(directory, "is_settled", lambda identity, looked: identity.mtime_ns < now + 1)
     save_directory(host, home, index=index)
     assert read_again(host, home, index) == 5
 
@@ -414,7 +414,7 @@ def test_a_file_that_went_after_the_restore_is_not_in_its_index(
     host = make_host("a")
     snapshot = find(host, save_directory(host, home))
     out = tmp_path / "out"
-    monkeypatch.setattr(place.time, "sleep", lambda _: (out / "plain").unlink())
+    monkeypatch.setattr(captureindex.time, "sleep", lambda _: (out / "plain").unlink())
     monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     assert len(read_index(str(index), host.loader._saver._local_function)) == 6
@@ -437,7 +437,7 @@ def test_a_file_written_to_before_the_restore_returned_is_not_in_its_index(
         with (out / name).open("r+b") as file:
             file.write(b"changed")
 
-    monkeypatch.setattr(place.time, "sleep", write_meanwhile)
+    monkeypatch.setattr(captureindex.time, "sleep", write_meanwhile)
     monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     host.loader.restore_directory(find(host, save_directory(host, out, index=index)), "home", tmp_path / "2")

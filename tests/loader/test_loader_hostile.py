@@ -20,7 +20,7 @@ from snaploader import keys as key_names
 from snaploader._proto import any_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.snaploader_pb2 import DirectoryNames
-from snaploader.cli.describe import snapshot_record, vm_configuration_record
+from snaploader.cli.lookup import snapshot_record, vm_configuration_record
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, SnaploaderError
 from snaploader.formats import wire

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loader_hosts import CHUNK, HostFactory, image
 
+from cow.sync import Flight
 from snaploader import FileCache, SnapshotLoader
 from snaploader.digest import Buffer, Digest, DigestFunction
-from snaploader.errors import Cancelled, SnaploaderError
-from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.flight import Flight, flights_into
-from snaploader.loader.pool import WorkerPool
+from snaploader.errors import SnaploaderError
+from snaploader.loader.fetch import BlobFetcher, flights_into
 from snaploader.testing import EmbeddedServer, FakeCAS
+from snaploader.workers import WorkerPool
 
 TIMEOUT_S = 300
 
@@ -68,7 +68,7 @@ def boarded(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     semaphore = threading.Semaphore(0)
     wait = Flight.wait
 
-    def announce_and_wait(flight: Flight) -> None:
+    def announce_and_wait(flight: Flight[Digest, bytes]) -> None:
         semaphore.release()
         wait(flight)
 
@@ -146,7 +146,8 @@ def test_a_late_landing_of_a_prefetch_leaves_the_flight_of_another_alone(
         assert cas.reading.wait(TIMEOUT_S)
         may_end.set()
         pool.submit(lambda: None).result(TIMEOUT_S)  # Behind the prefetch, which is over now.
-        assert not flights_into(cache).board(first).is_owner
+        _, leads = flights_into(cache).join(first)
+        assert not leads
         cas.may_read.set()
         assert demand.result(TIMEOUT_S) == b"first" * 100
     assert cas.reads[first] == 1
@@ -234,46 +235,6 @@ def test_a_chunk_that_is_gone_from_the_cache_right_after_it_was_kept_is_served(
     cas.may_read.set()
     assert BlobFetcher(cache, cas, pool).read(digest) == b"chunk" * 100
     assert cas.reads[digest] == 1
-
-
-def test_a_pool_that_closes_while_work_is_handed_out_calls_it_off() -> None:
-    pool = WorkerPool(2)
-    done: list[int] = []
-
-    class ClosingItems:
-        def __iter__(self) -> Iterator[int]:
-            pool.close()
-            return iter(range(10))
-
-    with pytest.raises(Cancelled):
-        pool.for_each(done.append, ClosingItems())
-    assert done == []
-
-
-def test_an_error_on_the_calling_thread_waits_for_the_others(
-    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caller = threading.get_ident()
-    under_way, awaited = threading.Event(), threading.Event()
-    ended: list[int] = []
-    result = Future.result
-
-    def announce_and_await(future: Future[Any], timeout: float | None = None) -> Any:
-        awaited.set()
-        return result(future, timeout)
-
-    def work(item: int) -> None:
-        if threading.get_ident() == caller:
-            assert under_way.wait(TIMEOUT_S)
-            raise RuntimeError("the caller failed")
-        under_way.set()
-        assert awaited.wait(TIMEOUT_S)
-        ended.append(item)
-
-    monkeypatch.setattr(Future, "result", announce_and_await)
-    with pytest.raises(RuntimeError, match="the caller failed"):
-        pool.for_each(work, range(10))
-    assert len(ended) == 1
 
 
 def test_a_fetch_that_fails_fails_every_reader_with_an_error_of_its_own(

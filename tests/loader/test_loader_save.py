@@ -13,7 +13,7 @@ from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image, metadata
 
 from cow import COWStore
 from snaploader import SnapshotTask, VMConfiguration, VMMetadata
-from snaploader.cli.describe import snapshot_record
+from snaploader.cli.lookup import snapshot_record
 from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,

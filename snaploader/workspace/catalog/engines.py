@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -57,77 +58,11 @@ _NEARLY_A_URL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """What a URL becomes by a slip, and libpq's `password=…`: as a path it would be repeated in every message."""
+_YES = frozenset({"true", "yes", "on", "y", "t", "1"})
+"""What SQLAlchemy takes for `uri=true`."""
+_NEVER_CREATED = ("ro", "rw")
+"""Modes of SQLite's URIs in which a file must be there."""
 _USER = re.compile(r"[^/]*:[^/]*@")
-
-
-def parse_address(address: str | os.PathLike[str]) -> URL:
-    """The URL of a catalog; text that looks like no URL is a path.
-
-    Raises:
-        InvalidArgument: no such kind of database, no file named, or no URL. The message repeats no password.
-    """
-    if not isinstance(address, str):
-        return _of_file(os.fspath(address))
-    scheme, is_url, _ = address.partition("://")
-    if not is_url and not _NEARLY_A_URL.match(address):
-        return _of_file(address)
-    if not is_url or not _SCHEME.fullmatch(scheme):
-        raise InvalidArgument(
-            "this is neither the URL nor the path of a catalog: write sqlite:///PATH, postgresql://HOST/NAME "
-            "or the path of a file with its folder, such as ./NAME"
-        )
-    if scheme not in _DRIVERS:
-        raise InvalidArgument(
-            f"{scheme[:40]!r} is no database for a catalog: name a file, sqlite:///PATH or postgresql://HOST/NAME"
-        )
-    try:
-        url = make_url(address).set(drivername=_DRIVERS[scheme])
-    except (ArgumentError, ValueError):  # their text may repeat the password
-        raise _unreadable(scheme) from None
-    if url.get_backend_name() == POSTGRESQL and ("@" in (url.host or "") or _USER.match(url.database or "")):
-        raise _unreadable(scheme)  # a password would be taken for something else, and shown
-    if url.get_backend_name() == SQLITE:
-        _check_file("" if url.query.get("mode") == "memory" else url.database)
-    return url
-
-
-def _unreadable(scheme: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"this {scheme} URL cannot be read: write {scheme}://…, with special characters of user and "
-        "password percent-encoded"
-    )
-
-
-def shown(url: URL) -> str:
-    """The URL for people and logs: without its secrets."""
-    query: Mapping[str, str | tuple[str, ...]] = {
-        name: "***" if name in _SECRETS else value for name, value in url.query.items()
-    }
-    return url.set(query=query).render_as_string(hide_password=True)
-
-
-def file_of(url: URL) -> str | None:
-    """Path of an SQLite file, None if the URL names it in SQLite's own way (`file:…?uri=true`)."""
-    if url.get_backend_name() != SQLITE or url.database is None or url.database.startswith("file:"):
-        return None
-    return url.database
-
-
-def _of_file(path: str | bytes) -> URL:
-    if not isinstance(path, str):
-        raise TypeError("the path of a catalog must be a str")
-    _check_file(path)
-    return URL.create(SQLITE, database=os.path.abspath(path))
-
-
-def _check_file(path: str | None) -> None:
-    if not path or ":memory:" in path:
-        raise InvalidArgument(
-            "a catalog needs a file: name one, as in sqlite:////var/lib/snaploader/catalog.db"
-        )
-    if "\0" in path:
-        raise InvalidArgument(f"{path[:80]!r} is no path")
-
 
 BUSY_TIMEOUT_S = 30.0
 """How long a writer waits for others, and a reader for a database that is being recovered."""
@@ -160,6 +95,93 @@ _POSTGRESQL_LOCK_SESSION = (
 
 _WRITES = "snaploader_writes"
 """Execution option of a connection whose transactions write."""
+
+_LOOK_EVERY_S = 0.25
+"""How often a waiting one looks whether it is called off."""
+
+_LOCK_NOT_AVAILABLE = "55P03"
+
+_log = logging.getLogger(__name__)
+
+_inherited: list[Connection] = []
+"""Connections of a parent process that hold its locks."""
+
+
+def parse_address(address: str | os.PathLike[str]) -> URL:
+    """The URL of a catalog; text that looks like no URL is a path.
+
+    Raises:
+        InvalidArgument: no such kind of database, no file named, or no URL. The message repeats no password.
+    """
+    if not isinstance(address, str):
+        return _of_file(os.fspath(address))
+    scheme, is_url, _ = address.partition("://")
+    if not is_url and not _NEARLY_A_URL.match(address):
+        return _of_file(address)
+    if not is_url or not _SCHEME.fullmatch(scheme):
+        raise InvalidArgument(
+            "this is neither the URL nor the path of a catalog: write sqlite:///PATH, postgresql://HOST/NAME "
+            "or the path of a file with its folder, such as ./NAME"
+        )
+    if scheme not in _DRIVERS:
+        raise InvalidArgument(
+            f"{scheme[:40]!r} is no database for a catalog: name a file, sqlite:///PATH or postgresql://HOST/NAME"
+        )
+    try:
+        url = make_url(address).set(drivername=_DRIVERS[scheme])
+    except (ArgumentError, ValueError):  # their text may repeat the password
+        raise _unreadable(scheme) from None
+    if url.get_backend_name() == POSTGRESQL and ("@" in (url.host or "") or _USER.match(url.database or "")):
+        raise _unreadable(scheme)  # a password would be taken for something else, and shown
+    if url.get_backend_name() == SQLITE:
+        _check_file("" if url.query.get("mode") == "memory" else file_of(url))
+    return url
+
+
+def _unreadable(scheme: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"this {scheme} URL cannot be read: write {scheme}://…, with special characters of user and "
+        "password percent-encoded"
+    )
+
+
+def shown(url: URL) -> str:
+    """The URL for people and logs: without its secrets."""
+    query: Mapping[str, str | tuple[str, ...]] = {
+        name: "***" if name in _SECRETS else value for name, value in url.query.items()
+    }
+    return url.set(query=query).render_as_string(hide_password=True)
+
+
+def file_of(url: URL) -> str:
+    """Path of the file that an SQLite URL names, also in SQLite's own way: `file:PATH` with `uri=true`."""
+    path = url.database or ""
+    if not _is_uri(url):
+        return path
+    path = re.split("[?#]", path.removeprefix("file:"))[0]
+    if path.startswith("//"):  # and a host, which can only be this one
+        path = "/" + path[2:].partition("/")[2]
+    return unquote(path)
+
+
+def _is_uri(url: URL) -> bool:
+    return (url.database or "").startswith("file:") and str(url.query.get("uri")).lower() in _YES
+
+
+def _of_file(path: str | bytes) -> URL:
+    if not isinstance(path, str):
+        raise TypeError("the path of a catalog must be a str")
+    _check_file(path)
+    return URL.create(SQLITE, database=os.path.abspath(path))
+
+
+def _check_file(path: str | None) -> None:
+    if not path or ":memory:" in path:
+        raise InvalidArgument(
+            "a catalog needs a file: name one, as in sqlite:////var/lib/snaploader/catalog.db"
+        )
+    if "\0" in path:
+        raise InvalidArgument(f"{path[:80]!r} is no path")
 
 
 def make_engine(url: URL) -> Engine:
@@ -211,9 +233,8 @@ def prepare_database(engine: Engine) -> None:
     """
     if engine.dialect.name != SQLITE:
         return
-    path = file_of(engine.url)
-    if path is not None:
-        _create_file(path)
+    if not (_is_uri(engine.url) and engine.url.query.get("mode") in _NEVER_CREATED):
+        _create_file(file_of(engine.url))
     with contextlib.closing(engine.raw_connection()) as connection:
         cursor = connection.cursor()
         # Each may have to wait for others that open the file for the first time too: SQLite's own
@@ -305,17 +326,6 @@ def _session(statements: str) -> Callable[[Any, object], None]:
         connection.autocommit = was_autocommit
 
     return set_up
-
-
-_LOOK_EVERY_S = 0.25
-"""How often a waiting one looks whether it is called off."""
-
-_LOCK_NOT_AVAILABLE = "55P03"
-
-_log = logging.getLogger(__name__)
-
-_inherited: list[Connection] = []
-"""Connections of a parent process that hold its locks."""
 
 
 @contextmanager

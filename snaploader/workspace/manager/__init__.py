@@ -1,8 +1,16 @@
-"""The manager of workspaces: everything that can be done to them. `WorkspaceManager` is the way in."""
+"""Everything that can be done to workspaces. `WorkspaceManager` is the way in.
 
-from snaploader.workspace.manager.commits import OrphanedUpload
-from snaploader.workspace.manager.held import HeldWorkspace
+`manager` says what there is to do, and takes locks; `held_workspace` does it to a workspace whose lock is
+held, on threads of its own. Each operation reads from top to bottom in one file: `create` (and fork),
+`lifetime` (start, stop, delete), `versions` (and rollback), `pause` (and resume), `commit`. What they share
+is in `operation` (how one begins, is recorded and fails) and `snapshots` (records in the catalog, content in
+the caches). `undo` takes back what failed, `repair` puts one workspace right, `recovery` a whole host; `home`
+tells which state directory is the host's.
+"""
+
+from snaploader.workspace.manager.commit import OrphanedUpload
+from snaploader.workspace.manager.held_workspace import HeldWorkspace
 from snaploader.workspace.manager.manager import WorkspaceManager
-from snaploader.workspace.manager.summary import Note, RecoverySummary
+from snaploader.workspace.manager.repair import Note, RecoverySummary
 
 __all__ = ["HeldWorkspace", "Note", "OrphanedUpload", "RecoverySummary", "WorkspaceManager"]

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from snaploader._environment import read_boot_id
 from snaploader.errors import FailedPrecondition, translate_os_errors
 from snaploader.files import flush_folder
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.catalog.reader import HostState
 from snaploader.workspace.records import write_new
-from snaploader.workspace.runtime.supervisor import read_boot_id
 
 _FILE = "state-id"
 

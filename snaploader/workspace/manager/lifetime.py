@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from snaploader.errors import NotFound, SnaploaderError
-from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.snapshots import base_of, find_snapshot
-from snaploader.workspace.manager.states import ALIVE
-from snaploader.workspace.manager.undo import forget_remote, remove_unfinished, undone_on_failure
-from snaploader.workspace.manager.work import USER, Work, with_slot
+from snaploader.workspace.manager.operation import ALIVE, USER, Services, Work, with_slot
+from snaploader.workspace.manager.snapshots import base_of, find_snapshot, forget_remote, remove_unfinished
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -35,7 +32,7 @@ def start(services: Services, workspace_id: str, reason: str = USER) -> Workspac
     work = Work.begin(
         services, workspace_id, OperationKind.START, allowed=[WorkspaceState.STOPPED], reason=reason
     )
-    with undone_on_failure(work):
+    with work:
         if not services.runtime.status(workspace_id).exists:
             bring_back(services, work.workspace, work.operation.token)
             work.reach("placed")
@@ -43,8 +40,8 @@ def start(services: Services, workspace_id: str, reason: str = USER) -> Workspac
         work.wait_ready()
         with work.recording() as tx:
             tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
-            work.run(tx, RunTransition.START)
-            work.event(tx, START)
+            work.record_run(tx, RunTransition.START)
+            work.record_event(tx, START)
             return tx.workspace(workspace_id)
 
 
@@ -53,12 +50,12 @@ def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace
     work = Work.begin(
         services, workspace_id, OperationKind.STOP, allowed=[WorkspaceState.RUNNING], reason=reason
     )
-    with undone_on_failure(work):
+    with work:
         work.stop()
         with work.recording() as tx:
             tx.update_workspace(workspace_id, state=WorkspaceState.STOPPED)
-            work.run(tx, RunTransition.STOP)
-            work.event(tx, STOP)
+            work.record_run(tx, RunTransition.STOP)
+            work.record_event(tx, STOP)
             return tx.workspace(workspace_id)
 
 
@@ -67,7 +64,7 @@ def delete(
 ) -> Workspace:
     """Stop, record, remove everything. See `WorkspaceManager.delete`."""
     work = Work.begin(services, workspace_id, OperationKind.DELETE, allowed=ALIVE, reason=reason)
-    with undone_on_failure(work):
+    with work:
         with services.catalog.reading() as reader:
             records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
         commits = [each for each in records if each.kind is SnapshotKind.COMMIT and each.is_remote]
@@ -77,8 +74,8 @@ def delete(
         with work.recording() as tx:
             for record in commits if without_remote else ():
                 forget_remote(tx, record, services.clock())
-            work.run(tx, RunTransition.DELETE)
-            work.event(tx, DELETE)
+            work.record_run(tx, RunTransition.DELETE)
+            work.record_event(tx, DELETE)
             workspace = tx.update_workspace(
                 workspace_id,
                 state=WorkspaceState.DELETED,

@@ -4,50 +4,58 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
+from types import MappingProxyType, TracebackType
+from typing import Final, Self
 
 from snaploader._environment import HOST, HostEnvironment
-from snaploader.errors import FailedPrecondition, SnaploaderError
+from snaploader.errors import Cancelled, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
+from snaploader.workspace import sizes
 from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.locks import WorkspaceLocks
-from snaploader.workspace.manager import births
-from snaploader.workspace.manager.content import SnapshotContent
-from snaploader.workspace.manager.holding import WorkspaceHolder
+from snaploader.workspace.decide import parse_schedule
+from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.manager import commit, create
+from snaploader.workspace.manager.commit import OrphanedUpload
+from snaploader.workspace.manager.held_workspace import DEFAULT_WORKERS, CriticalSections, HeldWorkspace
 from snaploader.workspace.manager.home import HostHome
+from snaploader.workspace.manager.operation import ALIVE, Services, check_state, count_as_used, utc_now
 from snaploader.workspace.manager.recovery import recover
-from snaploader.workspace.manager.sections import DEFAULT_WORKERS, CriticalSections
-from snaploader.workspace.manager.services import Services, utc_now
-from snaploader.workspace.manager.states import ALIVE, check_state
-from snaploader.workspace.manager.summary import Note, RecoverySummary
+from snaploader.workspace.manager.repair import Note, RecoverySummary
+from snaploader.workspace.manager.snapshots import SnapshotContent, list_snapshots
+from snaploader.workspace.manager.undo import undo_failed
 from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
-from snaploader.workspace.manager.work import count_as_used
 from snaploader.workspace.model import (
+    Event,
     OperationKind,
     Readiness,
     Scope,
+    SnapshotInfo,
     SnapshotResult,
     SnapshotSource,
+    Version,
     Volume,
     Workspace,
     WorkspaceSpec,
+    WorkspaceState,
 )
-from snaploader.workspace.names import check_display_name, check_workspace_id, new_workspace_id
+from snaploader.workspace.names import check_display_name, check_volumes, check_workspace_id, new_workspace_id
 from snaploader.workspace.policy import DEFAULT_POLICY
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtime
-from snaploader.workspace.schedule import parse_schedule
 from snaploader.workspace.slots import SlotPool
-from snaploader.workspace.volumes import check_volumes
+
+_MAKING = (OperationKind.CREATE, OperationKind.FORK)
 
 DEFAULT_LOCK_TIMEOUT_S = 600.0
 """How long an operation waits for the workspace's lock."""
 
 
-class WorkspaceManager(WorkspaceHolder):
+class WorkspaceManager:
     """Does things to workspaces. Thread-safe; several processes may manage one host's workspaces together.
 
     Every operation on a workspace runs under its lock, which holds between threads, processes and, where the
@@ -66,8 +74,8 @@ class WorkspaceManager(WorkspaceHolder):
         state_directory: Of locks, slots and records of paused workspaces; made if absent, for the user's eyes
             alone. One for all processes of the host: operations with another one are refused.
         host: Name of this host in the catalog. Default: the machine's host name.
-        slots: Of which each workspace that is not deleted holds one. Default: as many as there are numbers of
-            network ports, in the state directory.
+        slots: The slots of this host; each workspace that is not deleted holds one. Default: as many as there
+            are numbers of network ports, in the state directory.
         instance_name: Of the remote cache; part of every snapshot's key.
         clock: Tells the time, aware, in UTC.
         workers: Most operations at one time.
@@ -93,7 +101,7 @@ class WorkspaceManager(WorkspaceHolder):
         _environment: HostEnvironment = HOST,
     ) -> None:
         folder = os.fspath(state_directory)
-        services = Services(
+        self._services = Services(
             catalog,
             runtime,
             SnapshotContent(loader, file_cache, instance_name),
@@ -104,10 +112,46 @@ class WorkspaceManager(WorkspaceHolder):
             _environment,
             stop_timeout_s,
             threading.Event(),
+            undo_failed,
         )
-        locks = WorkspaceLocks(f"{folder}/locks", catalog)
-        home = HostHome(folder, catalog, services.host)
-        super().__init__(services, locks, CriticalSections(workers), home, lock_timeout_s)
+        self.catalog: Final = catalog
+        """Where workspaces are written down."""
+        self.loader: Final = loader
+        """Saves and finds their snapshots."""
+        self.file_cache: Final = file_cache
+        """Keeps their snapshots on this host."""
+        self.runtime: Final = runtime
+        """Runs the workspaces of this host."""
+        self.host: Final = self._services.host
+        """Name of this host in the catalog."""
+        self.instance_name: Final = instance_name
+        """Of the remote cache."""
+        self.records: Final = self._services.records
+        """Records of paused workspaces."""
+        self.slots: Final = self._services.slots
+        """The slots of this host; each workspace that is not deleted holds one."""
+        self.locks: Final = WorkspaceLocks(f"{folder}/locks", catalog)
+        """One lock for each workspace."""
+        self._home = HostHome(folder, catalog, self.host)
+        self._sections = CriticalSections(workers)
+        self._lock_timeout_s = lock_timeout_s
+        self._closing = self._services.closing
+
+    def close(self) -> None:
+        """Wait for the operations under way, and end the manager's threads. Idempotent.
+
+        Workspaces go on running. Whoever waits for a lock or for readiness gets Cancelled.
+        """
+        self._closing.set()
+        self._sections.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     # Making workspaces
 
@@ -167,8 +211,8 @@ class WorkspaceManager(WorkspaceHolder):
             check_volumes(volumes),
             readiness or Readiness(),
         )
-        plan = births.Plan(spec, owner, base, policy, autostart_schedule, start)
-        return self._bear(spec, partial(births.create, self._services, plan, source))
+        plan = create.Plan(spec, owner, base, policy, autostart_schedule, start)
+        return self._make(spec, partial(create.create, self._services, plan, source))
 
     def fork(
         self,
@@ -203,11 +247,11 @@ class WorkspaceManager(WorkspaceHolder):
         if autostart_schedule:
             parse_schedule(autostart_schedule)
         with self.catalog.reading() as reader:
-            commit = births.find_commit(reader, origin)
+            commit = create.find_commit(reader, origin)
             parent = reader.workspace(commit.workspace_id)
         new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
-        spec = births.forked_spec(parent.spec, new_id, environment)
-        plan = births.Plan(
+        spec = create.forked_spec(parent.spec, new_id, environment)
+        plan = create.Plan(
             spec,
             parent.owner if owner is None else owner,
             parent.base,
@@ -215,11 +259,11 @@ class WorkspaceManager(WorkspaceHolder):
             autostart_schedule,
             start,
         )
-        return self._bear(spec, partial(births.fork, self._services, commit, plan))
+        return self._make(spec, partial(create.fork, self._services, commit, plan))
 
-    def _bear(self, spec: WorkspaceSpec, make: Callable[[], Workspace]) -> Workspace:
+    def _make(self, spec: WorkspaceSpec, make: Callable[[], Workspace]) -> Workspace:
         with self._locked(spec.workspace_id) as lock:
-            return self._sections.run(lock, make)
+            return self._sections.run_to_end(lock, make)
 
     # Versions
 
@@ -415,4 +459,186 @@ class WorkspaceManager(WorkspaceHolder):
             self._home.claim(replace=rebind_state)
         except SnaploaderError as error:
             return RecoverySummary(problems=(Note(f"host {self.host}", error.message),))
-        return recover(self._services, self._locks, without_remote=forget_remote)
+        return recover(self._services, self.locks, without_remote=forget_remote)
+
+    # Asking: no lock is taken, and what is shown is one consistent state of the catalog
+
+    def workspace(self, workspace_id: str) -> Workspace:
+        """The workspace of that id, a deleted one too. NotFound when there is none."""
+        with self.catalog.reading() as reader:
+            return reader.workspace(workspace_id)
+
+    def workspaces(
+        self,
+        *,
+        host: str | None = None,
+        state: WorkspaceState | None = None,
+        owner: str | None = None,
+        include_deleted: bool = False,
+    ) -> list[Workspace]:
+        """Workspaces by id, of all hosts unless one is named, without those that are still being made."""
+        with self.catalog.reading() as reader:
+            found = reader.workspaces(host=host, state=state, owner=owner, include_deleted=include_deleted)
+        return [each for each in found if each.operation is None or each.operation.kind not in _MAKING]
+
+    def list_snapshots(self, workspace_id: str) -> list[SnapshotInfo]:
+        """All snapshots of a workspace, oldest first.
+
+        What the caches hold is joined with what the catalog manages. A snapshot that only the file cache
+        knows, because the catalog was lost or replaced, is listed last and marked as unmanaged.
+
+        Raises:
+            NotFound: there is no such workspace.
+        """
+        return list_snapshots(self._services, workspace_id)
+
+    def list_versions(self, workspace_id: str) -> list[Version]:
+        """The numbered snapshots of a workspace, by number. NotFound when there is no such workspace."""
+        with self.catalog.reading() as reader:
+            reader.workspace(workspace_id)
+            return reader.versions(workspace_id)
+
+    def version_snapshot_name(self, workspace_id: str, version: int) -> str:
+        """The runtime name behind a number: what the loader calls the snapshot.
+
+        Raises:
+            InvalidArgument: the number is not between 1 and 2**31 - 1.
+            NotFound: there is no such workspace, or it has no such version.
+        """
+        check_number(version)
+        with self.catalog.reading() as reader:
+            reader.workspace(workspace_id)
+            return reader.version(workspace_id, version).runtime_name
+
+    def events(
+        self,
+        workspace_id: str = "",
+        *,
+        after: int = 0,
+        types: Collection[str] = (),
+        limit: int | None = 1000,
+        newest: bool = False,
+    ) -> list[Event]:
+        """What happened, in order: to one workspace, or to all.
+
+        Args:
+            after: Only events behind the one of this id.
+            types: Only events of these types; empty: all.
+            limit: At most so many; None: all.
+            newest: When there are more than `limit`, leave out the oldest and not the newest.
+        """
+        with self.catalog.reading() as reader:
+            return reader.events(workspace_id, after=after, types=types, limit=limit, newest=newest)
+
+    def sizes(self, workspace_ids: Iterable[str] | None = None) -> Mapping[str, sizes.WorkspaceSize]:
+        """What the snapshots of this host's workspaces take, by id: exclusive and shared bytes.
+
+        Args:
+            workspace_ids: Of which; default: of all that have a snapshot here.
+        """
+        measured = sizes.measure(self.file_cache).workspaces
+        if workspace_ids is None:
+            return measured
+        nothing = sizes.WorkspaceSize()
+        return MappingProxyType({each: measured.get(each, nothing) for each in workspace_ids})
+
+    def orphaned_uploads(self, workspace_id: str = "") -> list[OrphanedUpload]:
+        """What commits of this host that failed have left in the remote cache; the next commit reuses it.
+
+        Nothing of it is visible there. The next commit that succeeds clears the list. Asks the remote cache.
+
+        Args:
+            workspace_id: Of which workspace; empty: of all.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: there is no remote cache to ask.
+        """
+        return commit.orphaned_uploads(self._services, workspace_id)
+
+    # Locks
+
+    @contextmanager
+    def hold(
+        self,
+        workspace_id: str,
+        *,
+        timeout_s: float | None = None,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[HeldWorkspace]:
+        """The workspace under its lock, for several operations in a row with nothing in between.
+
+        An operation that is under way when the block is left goes on under the lock.
+
+        Args:
+            timeout_s: How long to wait for the lock, in seconds. Default: `lock_timeout_s`.
+            cancelled: Set from elsewhere to call the waiting off.
+
+        Raises:
+            NotFound: there is no such workspace.
+            FailedPrecondition: it was deleted.
+            DeadlineExceeded: the lock was not had in time.
+            Cancelled: the waiting was called off, or the manager is closed.
+        """
+        self._check_alive(workspace_id)
+        with self._locked(workspace_id, timeout_s, cancelled) as lock:
+            yield HeldWorkspace(self._services, self._sections, lock)
+
+    @contextmanager
+    def try_hold(self, workspace_id: str) -> Iterator[HeldWorkspace | None]:
+        """The same without waiting; None when somebody else has the lock."""
+        self._check_open()
+        self._check_alive(workspace_id)
+        self._home.claim()
+        lock = self.locks.try_acquire(workspace_id)
+        if lock is None:
+            yield None
+            return
+        with self._releasing(lock):
+            yield HeldWorkspace(self._services, self._sections, lock)
+
+    @contextmanager
+    def _locked(
+        self, workspace_id: str, timeout_s: float | None = None, cancelled: threading.Event | None = None
+    ) -> Iterator[HeldLock]:
+        self._check_open()
+        self._home.claim()
+        lock = self.locks.acquire(
+            workspace_id,
+            timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,
+            cancelled=cancelled or self._closing,
+        )
+        with self._releasing(lock):
+            yield lock
+
+    @contextmanager
+    def _releasing(self, lock: HeldLock) -> Iterator[None]:
+        """Release a lock at the end. A workspace that turned out to be gone leaves no lock file.
+
+        That of one which only this catalog does not know is left alone, as all else of it.
+        """
+        try:
+            yield
+        except SnaploaderError:
+            with suppress(SnaploaderError):
+                workspace_id = lock.workspace_id
+                if not self._is_alive(workspace_id) and not self._services.has_traces_of(workspace_id):
+                    lock.remove_file()
+            raise
+        finally:
+            lock.release()
+
+    def _check_alive(self, workspace_id: str) -> None:
+        """What does not exist, or not any more, gets no lock file."""
+        if self.workspace(check_workspace_id(workspace_id)).state is WorkspaceState.DELETED:
+            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+
+    def _is_alive(self, workspace_id: str) -> bool:
+        try:
+            return self.workspace(workspace_id).state is not WorkspaceState.DELETED
+        except NotFound:
+            return False
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise Cancelled("the manager of the workspaces was closed")

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
 from snaploader.workspace.locks import WorkspaceLocks
-from snaploader.workspace.manager import parked, reconcile, repair
+from snaploader.workspace.manager import pause, repair
 from snaploader.workspace.manager.lifetime import finish_deletion
-from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.summary import Findings, Note, RecoverySummary
-from snaploader.workspace.manager.undo import forget_remote, remove_unfinished
+from snaploader.workspace.manager.operation import Services
+from snaploader.workspace.manager.repair import Findings, Note, RecoverySummary
+from snaploader.workspace.manager.snapshots import forget_remote, remove_unfinished
 from snaploader.workspace.model import SnapshotKind, SnapshotRecord, SnapshotStatus, WorkspaceState
 from snaploader.workspace.names import check_workspace_id
-from snaploader.workspace.recordformat import PausedRecord
-from snaploader.workspace.records import TRASH, owner_of
+from snaploader.workspace.records import TRASH, PausedRecord, owner_of
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Reader
@@ -108,7 +107,7 @@ class _Recovery:
             self.findings.repaired.append(Note(workspace_id, f"a {operation.kind} had been interrupted"))
 
     def _take_paused_back(self) -> None:
-        parked.take_back(self.services, self.locks, self.findings)
+        pause.restore_paused(self.services, self.locks, self.findings)
 
     def _reconcile_workspaces(self) -> None:
         with self.services.catalog.reading() as reader:
@@ -117,7 +116,7 @@ class _Recovery:
             with self.findings.guarding(workspace_id, log.warning):
                 self._under_lock(
                     workspace_id,
-                    partial(reconcile.reconcile, self.services, workspace_id, self.findings),
+                    partial(repair.reconcile, self.services, workspace_id, self.findings),
                 )
 
     def _forget_remote(self) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from snaploader.errors import Cancelled, NotFound, SnaploaderError
-from snaploader.workspace.manager.placed import carry_on, is_placed
-from snaploader.workspace.manager.services import Services
-from snaploader.workspace.manager.work import USER, Work, runs_nevertheless
+from snaploader.workspace.manager.operation import USER, Work, runs_nevertheless
+from snaploader.workspace.manager.snapshots import remove_unfinished
+from snaploader.workspace.manager.versions import carry_on, is_placed
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -29,7 +27,6 @@ log = logging.getLogger(__name__)
 
 FAILED = "operation_failed"
 RECOVERED = "operation_recovered"
-REMOTE_ORPHAN = "remote_orphan"
 
 _TRANSITIONS = {
     OperationKind.START: RunTransition.START,
@@ -41,16 +38,6 @@ _TRANSITIONS = {
 
 _ENDING = frozenset({OperationKind.STOP, OperationKind.PAUSE, OperationKind.DELETE})
 """After which nothing runs: if they may have been recorded, nothing is started again before that is known."""
-
-
-@contextmanager
-def undone_on_failure(work: Work) -> Iterator[None]:
-    """Take the operation back when the block raises; the error goes on to the caller."""
-    try:
-        yield
-    except BaseException as error:
-        undo_failed(work, error)
-        raise
 
 
 def undo_failed(work: Work, error: BaseException) -> None:
@@ -100,34 +87,6 @@ def undo(work: Work, error: BaseException | None = None) -> None:
                 error.add_note(f"snapshot {record.name!r} is not removed yet, recovery will: {problem}")
 
 
-def remove_unfinished(services: Services, record: SnapshotRecord) -> None:
-    """Finish what the catalog says of a snapshot that is on its way out, or of a commit that failed.
-
-    A commit that failed stays known, and its blobs stay pinned, for the next try to find. `is_remote` of it
-    says that it may be visible in the remote cache, and is to be taken back there.
-    """
-    if record.kind is SnapshotKind.COMMIT and record.is_remote:
-        services.content.need_remote(f"removing commit {record.name!r}")
-        services.content.withdraw(record)
-    if record.status is SnapshotStatus.ORPHANED:
-        services.content.hide(record)
-        with services.catalog.transaction() as tx:
-            tx.put_snapshot(replace(record, is_remote=False))
-        return
-    services.content.drop(record)
-    with services.catalog.transaction() as tx:
-        tx.remove_snapshot(record.name)
-
-
-def forget_remote(tx: Transaction, record: SnapshotRecord, now: datetime) -> SnapshotRecord:
-    """Give up what the remote cache may have of a commit, and write down what may be left there for ever."""
-    forgotten = replace(record, is_remote=False)
-    tx.put_snapshot(forgotten)
-    payload = {"snapshot": record.name, "runtime_name": record.runtime_name}
-    tx.add_event(record.workspace_id, REMOTE_ORPHAN, payload, now)
-    return forgotten
-
-
 def _is_under_way(work: Work) -> bool:
     with work.services.catalog.reading() as reader:
         try:
@@ -171,13 +130,13 @@ def _record(
             unfinished += _superseded_orphans(tx, work.workspace_id, {record.name for record in unfinished})
         if restart_error is not None:
             tx.update_workspace(work.workspace_id, state=WorkspaceState.STOPPED)
-            work.run(tx, RunTransition.START, error=_text(restart_error))
+            work.record_run(tx, RunTransition.START, error=_text(restart_error))
         elif error is not None and _is_failed_run(work, error):
-            work.run(tx, _TRANSITIONS[kind], error=_text(error))
+            work.record_run(tx, _TRANSITIONS[kind], error=_text(error))
         if error is None:
-            work.event(tx, RECOVERED, operation=kind.value, outcome="undone")
+            work.record_event(tx, RECOVERED, operation=kind.value, outcome="undone")
         else:
-            work.event(tx, FAILED, operation=kind.value, error=_text(error))
+            work.record_event(tx, FAILED, operation=kind.value, error=_text(error))
     return unfinished
 
 

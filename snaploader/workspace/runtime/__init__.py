@@ -1,8 +1,8 @@
 """Runtimes: what runs a workspace. `Runtime` is the interface, `ProcessRuntime` needs no hypervisor."""
 
-from snaploader.workspace.runtime.probes import ProbedWorkspace, ReadinessProbe
 from snaploader.workspace.runtime.process import ProcessRuntime
 from snaploader.workspace.runtime.protocol import Attachment, Capture, Runtime, RuntimeStatus, StopOutcome
+from snaploader.workspace.runtime.readiness import ProbedWorkspace, ReadinessProbe
 
 __all__ = [
     "Attachment",

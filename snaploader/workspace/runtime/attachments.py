@@ -20,12 +20,11 @@ from typing import Any, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.files import replace_file
 from snaploader.formats.manifest import check_name
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.locks import ProcessExitStack
-from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX
-from snaploader.workspace.runtime.files import read_file, replace_file
-from snaploader.workspace.runtime.layout import Folder, Layout
+from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX, Folder, Layout, read_file
 from snaploader.workspace.runtime.processes import ProcessIdentity
 from snaploader.workspace.runtime.protocol import Attachment
 

@@ -1,28 +1,250 @@
-"""What a workspace's folder holds and what its snapshots do: the same, in directories of their own.
+"""What lies where in the folder of a runtime, and how the folder of a workspace is filled.
 
-The command runs as the user who captures it, and a snapshot may come from anywhere, so both may hold symbolic
-links to other places. Durable directories are reached without following any.
+    <base>/workspaces/<id>/root/             what the workspace sees; a durable directory /a/b is root/a/b
+                           state/placed      token of the last `place`
+                           state/attachments.json
+                           state/index/      capture indexes
+                           state/nothing/    empty, for a snapshot that has no volumes to hold
+                           state/run.json, end.json, log, log.1      of the latest run
+    <base>/workspaces/<id>.staging-<unique>  being built
+                      <id>.trash-<unique>    being removed
+                      <id>.replaced          the state before, between two renames of `place`
+    <base>/locks/<id>                        locked by whoever changes the workspace
+    <base>/stores/<id>.<pid>-<start>-<unique>/    written chunks of stores that a process has open
+
+An id holds no dot, so what has one is left over from a call that is under way, or was killed.
+
+A workspace's folder and its snapshots hold the same, in directories of their own. The command runs as the
+user who captures it, and a snapshot may come from anywhere, so both may hold symbolic links to other places.
+Durable directories are reached without following any.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import secrets
+import shutil
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from snaploader.errors import FailedPrecondition, InvalidArgument
+from cow import clone_range, data_extents
+from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.files import copy_range
+from snaploader.folders import open_private
 from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
-from snaploader.loader.place import write_restored_index
+from snaploader.loader.captureindex import write_restored_index
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
-from snaploader.workspace.runtime.files import make_beneath
-from snaploader.workspace.runtime.layout import Folder
-from snaploader.workspace.volumes import check_volumes
+from snaploader.workspace.names import check_volumes
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """The folder of one workspace, or one that is to be."""
+
+    path: str
+
+    @property
+    def root(self) -> str:
+        """What the workspace sees."""
+        return f"{self.path}/root"
+
+    @property
+    def state(self) -> str:
+        """What the runtime keeps of it."""
+        return f"{self.path}/state"
+
+    @property
+    def placed(self) -> str:
+        """The file with the token of the last `place`."""
+        return f"{self.state}/placed"
+
+    @property
+    def attachments(self) -> str:
+        """The file that names the attachments."""
+        return f"{self.state}/attachments.json"
+
+    @property
+    def run(self) -> str:
+        """The file about the latest run."""
+        return f"{self.state}/run.json"
+
+    @property
+    def end(self) -> str:
+        """The file about the end of the latest run."""
+        return f"{self.state}/end.json"
+
+    @property
+    def log(self) -> str:
+        """The output of the command."""
+        return f"{self.state}/log"
+
+    @property
+    def nothing(self) -> str:
+        """A folder that is always empty."""
+        return f"{self.state}/nothing"
+
+    def index(self, entry: str) -> str:
+        """The capture index of a directory of snapshots; its name may be as long as a file's."""
+        return f"{self.state}/index/{hashlib.sha256(entry.encode()).hexdigest()[:32]}"
+
+    def make(self) -> None:
+        """Make the folders that all workspaces have. Raises OSError."""
+        for path in (self.path, self.state, f"{self.state}/index", self.nothing):
+            os.mkdir(path, mode=0o700)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of a runtime."""
+
+    base: str
+
+    @property
+    def workspaces(self) -> str:
+        """The folder of the workspaces."""
+        return f"{self.base}/workspaces"
+
+    @property
+    def locks(self) -> str:
+        """The folder of the lock files."""
+        return f"{self.base}/locks"
+
+    @property
+    def stores(self) -> str:
+        """The folder of open stores."""
+        return f"{self.base}/stores"
+
+    def folder(self, workspace_id: str) -> Folder:
+        """The workspace's."""
+        return Folder(f"{self.workspaces}/{workspace_id}")
+
+    def lock(self, workspace_id: str) -> str:
+        """The workspace's lock file."""
+        return f"{self.locks}/{workspace_id}"
+
+    def staging(self, workspace_id: str) -> Folder:
+        """A new path to build the workspace's folder at."""
+        return Folder(f"{self.workspaces}/{workspace_id}.staging-{_unique()}")
+
+    def trash(self, workspace_id: str) -> str:
+        """A new path to move what is to be removed to."""
+        return f"{self.workspaces}/{workspace_id}.trash-{_unique()}"
+
+    def replaced(self, workspace_id: str) -> str:
+        """Where the state before stands between two renames."""
+        return f"{self.workspaces}/{workspace_id}.replaced"
+
+    def store_folder(self, workspace_id: str, pid: int, start_ticks: int) -> str:
+        """A new path for stores that a process has open."""
+        return f"{self.stores}/{workspace_id}.{pid}-{start_ticks}-{_unique()}"
+
+    def make(self) -> None:
+        """Make the folders. Raises OSError."""
+        for path in (self.base, self.workspaces, self.locks, self.stores):
+            open_private(path, "a folder of the runtime")
+
+
+def _unique() -> str:
+    return secrets.token_hex(8)
+
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def read_file(path: str) -> bytes | None:
+    """What a file holds; None when it is not there. Raises OSError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def make_beneath(root: str, path: str) -> None:
+    """Make a folder and those above it, up to `root`. What is there already stays.
+
+    Raises:
+        OSError: NotADirectoryError when anything on the way is a symbolic link or a file: no link is
+            followed, so nothing is made outside of `root`.
+    """
+    fd = os.open(root, _FOLDER)
+    try:
+        for part in path.split("/"):
+            with suppress(FileExistsError):
+                os.mkdir(part, 0o755, dir_fd=fd)
+            inner = os.open(part, _FOLDER, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    finally:
+        os.close(fd)
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copy the content of a folder to a new one: modes, times and symbolic links too; blocks are shared
+    where the disk can, and holes stay holes.
+
+    Raises:
+        InvalidArgument: there is something else than files, folders and symbolic links, or a name that is
+            not UTF-8, which no snapshot can hold.
+        NotFound, ResourceExhausted, …: as the operating system says.
+    """
+    with translate_os_errors(f"cannot copy {source!r}"):
+        if not stat.S_ISDIR(os.stat(source).st_mode):
+            raise InvalidArgument(f"{source!r} is no folder that a workspace could begin with")
+        _check_names(source)
+        try:
+            shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
+        except shutil.Error as error:
+            _, _, reason = error.args[0][0]
+            raise InvalidArgument(f"cannot copy {source!r}: {reason}") from error
+
+
+def _check_names(source: str) -> None:
+    """Find a name that no snapshot can hold before there is anything to be removed again."""
+    for folder, folders, others in os.walk(source):
+        for name in (*folders, *others):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                path = os.path.join(folder, name)
+                raise InvalidArgument(
+                    f"cannot copy {path!r}: its name is not valid UTF-8. Rename it"
+                ) from None
+
+
+def _copy_file(source: str, target: str) -> None:
+    status = os.stat(source, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode):
+        # Not through an OSError, of which copytree keeps nothing but the text.
+        raise InvalidArgument(f"{source!r} is no file, folder or symbolic link, and cannot be copied")
+    reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            _copy_content(reader, writer, os.fstat(reader).st_size)
+        finally:
+            os.close(writer)
+    finally:
+        os.close(reader)
+    shutil.copystat(source, target, follow_symlinks=False)
+
+
+def _copy_content(source: int, target: int, size: int) -> None:
+    """Make the empty file `target` hold the bytes of `source`, with holes where it has some."""
+    whole = 0  # as a length: up to the end
+    if not clone_range(source, 0, whole, target, 0):
+        for start, end in data_extents(source, size):
+            copy_range(source, target, start, end)
+    os.ftruncate(target, size)
+
 
 ROOT = "root"
 """Name of the directory in a snapshot that holds all but the volumes."""

@@ -2,12 +2,15 @@
 
 What runs in them is for subclasses to say. Every change is built beside the workspace and moved into place
 in one step, under the workspace's lock; what a killed process leaves is told by its name (see
-`snaploader.workspace.runtime.layout`).
+`snaploader.workspace.runtime.contents`).
 """
 
 from __future__ import annotations
 
 import abc
+import ctypes
+import errno
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,16 +21,20 @@ from typing import Self
 from cow import COWStore
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.files import flush_file_system, flush_folder, remove_tree
+from snaploader.files import flush_file_system, flush_folder, remove_tree, replace_file
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
-from snaploader.locks import ProcessExitStack
+from snaploader.locks import ProcessExitStack, lock_new
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.names import check_workspace_id
-from snaploader.workspace.runtime import contents, files
+from snaploader.workspace.runtime import contents
 from snaploader.workspace.runtime.attachments import Attachments, drop
-from snaploader.workspace.runtime.layout import Folder, Layout
-from snaploader.workspace.runtime.locking import locked, locked_now
+from snaploader.workspace.runtime.contents import Folder, Layout
 from snaploader.workspace.runtime.protocol import Attachment, Capture
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+"""What renameat2(2) says where the kernel or the file system cannot exchange."""
 
 
 class FolderRuntime(abc.ABC):
@@ -82,7 +89,7 @@ class FolderRuntime(abc.ABC):
                 if source is None:
                     os.mkdir(staging.root, 0o755)
                 else:
-                    files.copy_tree(self._outside(source), staging.root)
+                    contents.copy_tree(self._outside(source), staging.root)
                 contents.make_durable(staging, volumes, InvalidArgument)
                 self._host.after_step("create.built")
                 self._install(staging, folder, has_content=source is not None)
@@ -137,7 +144,7 @@ class FolderRuntime(abc.ABC):
                 self._host.after_step("place.restored")
                 opened = self._attachments.open_from(workspace_id, loader, rest or snapshot, staging)
                 undo.callback(drop, opened)
-                files.replace_file(staging.placed, token.encode())
+                replace_file(staging.placed, token.encode())
                 if os.path.lexists(folder.path):
                     self._carry_over(folder, staging)
                 self._host.after_step("place.built")
@@ -181,8 +188,8 @@ class FolderRuntime(abc.ABC):
                 workspace_id, dot, _ = name.partition(".")
                 if not dot:
                     continue
-                with locked_now(self._layout.lock(workspace_id)) as is_held:
-                    if is_held:
+                with locked(self._layout.lock(workspace_id), wait=False) as held:
+                    if held is not None:
                         self._tidy(workspace_id, name)
                         swept.append(name)
             self._sweep_locks()
@@ -243,7 +250,7 @@ class FolderRuntime(abc.ABC):
     def _placed(self, folder: Folder) -> str:
         """The token of the last `place`."""
         with translate_os_errors(f"cannot look at {folder.path!r}"):
-            return (files.read_file(folder.placed) or b"").decode(errors="replace")
+            return (contents.read_file(folder.placed) or b"").decode(errors="replace")
 
     def _check_stopped(self, workspace_id: str, what: str) -> None:
         if os.path.lexists(self._layout.folder(workspace_id).path) and self._is_running(workspace_id):
@@ -254,6 +261,7 @@ class FolderRuntime(abc.ABC):
         """Hold the workspace's lock, with the folder whole; gives the lock's descriptor."""
         path = self._layout.lock(check_workspace_id(workspace_id))
         with translate_os_errors(what), locked(path) as fd:
+            assert fd is not None
             replaced = self._layout.replaced(workspace_id)
             if os.path.lexists(replaced):
                 self._tidy(workspace_id, os.path.basename(replaced))
@@ -274,7 +282,7 @@ class FolderRuntime(abc.ABC):
             flush_file_system(staging.path)
         if not os.path.lexists(folder.path):
             os.rename(staging.path, folder.path)
-        elif files.exchange(staging.path, folder.path):
+        elif exchange(staging.path, folder.path):
             self._host.after_step("place.exchanged")
         else:
             replaced = self._layout.replaced(os.path.basename(folder.path))
@@ -299,10 +307,51 @@ class FolderRuntime(abc.ABC):
         known = {name.partition(".")[0] for name in os.listdir(self._layout.workspaces)}
         for workspace_id in set(os.listdir(self._layout.locks)) - known:
             path = self._layout.lock(workspace_id)
-            with locked_now(path) as is_held:
-                if is_held and not os.path.lexists(self._layout.folder(workspace_id).path):
+            with locked(path, wait=False) as held:
+                if held is not None and not os.path.lexists(self._layout.folder(workspace_id).path):
                     os.unlink(path)
 
 
 def _is_whole(name: str) -> bool:
     return "." not in name or name.endswith(".replaced")
+
+
+@contextmanager
+def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
+    """Hold the lock of a workspace: flock(2) on a small file. Gives its descriptor. Raises OSError.
+
+    A lock goes with the processes that hold its descriptor. The supervisor of a workspace inherits it until
+    it has written down what it started, so nobody can find the workspace half started, whoever is killed.
+
+    Args:
+        wait: Wait for the lock; without, None is given where another holds it.
+    """
+    try:
+        fd = lock_new(path, wait=wait)
+    except BlockingIOError:
+        yield None
+        return
+    pid = os.getpid()
+    try:
+        yield fd
+        # At once, also where a process that was forked meanwhile has the descriptor too, which leaves the
+        # lock to its parent. Not after an error: a supervisor that is still starting goes on to hold it.
+        if os.getpid() == pid:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
+
+
+def exchange(first: str, second: str) -> bool:
+    """Let two paths change places, in one step; False where that cannot be done. Raises OSError."""
+    library = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(library, "renameat2", None)
+    if rename is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    if rename(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), first)

@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
-from snaploader._environment import HOST, HostEnvironment
-from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader._environment import HOST, HostEnvironment, read_boot_id
+from snaploader.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    translate_os_errors,
+)
 from snaploader.workspace.model import WorkspaceSpec
-from snaploader.workspace.runtime import runs
-from snaploader.workspace.runtime.contents import make_durable_again, volumes_of
-from snaploader.workspace.runtime.ending import end_run, kill_leftovers
-from snaploader.workspace.runtime.folder import FolderRuntime
-from snaploader.workspace.runtime.launch import environment_of, launch
-from snaploader.workspace.runtime.layout import Folder
-from snaploader.workspace.runtime.locking import locked_now
-from snaploader.workspace.runtime.probes import PROBES, ProbedWorkspace, ReadinessProbe
+from snaploader.workspace.runtime import supervisor
+from snaploader.workspace.runtime.contents import Folder, make_durable_again, volumes_of
+from snaploader.workspace.runtime.folder import FolderRuntime, locked
+from snaploader.workspace.runtime.processes import is_readable
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, RuntimeStatus, StopOutcome
-from snaploader.workspace.runtime.readiness import RunWatch, wait_ready
+from snaploader.workspace.runtime.readiness import (
+    PROBES,
+    ProbedWorkspace,
+    ReadinessProbe,
+    RunWatch,
+    wait_ready,
+)
+from snaploader.workspace.runtime.runs import (
+    RUN_VARIABLE,
+    end_run,
+    kill_leftovers,
+    read_log,
+    read_run,
+    write_end,
+    write_run_without_command,
+)
 
 DEFAULT_GRACE_S = 5.0
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where commands are looked for, unless the environment given says otherwise."""
+
+_HANDSHAKE_TIMEOUT_S = 60.0
+_MAX_ANSWER_BYTES = 1000
 
 
 class ProcessRuntime(FolderRuntime):
@@ -80,7 +103,7 @@ class ProcessRuntime(FolderRuntime):
         workspace_id = spec.workspace_id
         with self._changing(workspace_id, f"cannot start workspace {workspace_id!r}") as lock:
             folder = self._existing(workspace_id)
-            run = runs.read_run(folder)
+            run = read_run(folder)
             if run is not None and run.is_running:
                 return
             if run is not None and run.was_cut_off:
@@ -88,10 +111,10 @@ class ProcessRuntime(FolderRuntime):
             make_durable_again(folder, volumes_of(spec))
             token = secrets.token_hex(16)
             if not spec.command:
-                runs.write_run_without_command(folder, token)
+                write_run_without_command(folder, token)
                 return
-            environment = environment_of(spec, folder, token, self._environment)
-            launch(
+            environment = _environment_of(spec, folder, token, self._environment)
+            _launch(
                 spec,
                 folder,
                 token,
@@ -110,7 +133,7 @@ class ProcessRuntime(FolderRuntime):
             return StopOutcome.NOT_RUNNING
         with self._changing(workspace_id, f"cannot stop workspace {workspace_id!r}"):
             folder = self._find(workspace_id)
-            run = None if folder is None else runs.read_run(folder)
+            run = None if folder is None else read_run(folder)
             if folder is None or run is None:
                 return StopOutcome.NOT_RUNNING
             if not run.is_running:
@@ -118,7 +141,7 @@ class ProcessRuntime(FolderRuntime):
                     return StopOutcome.KILLED
                 return StopOutcome.NOT_RUNNING
             if not run.processes:
-                runs.write_end(folder, run, None)
+                write_end(folder, run, None)
                 return StopOutcome.STOPPED
             return end_run(workspace_id, folder, run, timeout_s, force=force)
 
@@ -128,7 +151,7 @@ class ProcessRuntime(FolderRuntime):
         if folder is None:
             return RuntimeStatus(workspace_id)
         with translate_os_errors(f"cannot look at workspace {workspace_id!r}"):
-            run = runs.read_run(folder)
+            run = read_run(folder)
         if run is None:
             return RuntimeStatus(workspace_id, exists=True, placed=self._placed(folder))
         is_running = run.is_running
@@ -159,14 +182,14 @@ class ProcessRuntime(FolderRuntime):
         timeout_s = readiness.timeout_s if timeout_s is None else timeout_s
         folder = self._existing(spec.workspace_id)
         with RunWatch(spec.workspace_id, folder, self._grace_s) as watch:
-            environment = environment_of(spec, folder, watch.run.token, self._environment)
+            environment = _environment_of(spec, folder, watch.run.token, self._environment)
             workspace = ProbedWorkspace(spec.workspace_id, readiness.target, Path(folder.root), environment)
             wait_ready(watch, workspace, readiness, probe, timeout_s, cancelled)
 
     def log_tail(self, workspace_id: str, max_bytes: int = 1 << 16) -> bytes:
-        """The last bytes that the workspace's command printed, in its latest runs. NotFound as `root`."""
+        """The last bytes that the workspace's command printed, in its latest  NotFound as `root`."""
         with translate_os_errors(f"cannot read the log of workspace {workspace_id!r}"):
-            return runs.read_log(self._existing(workspace_id), max_bytes)
+            return read_log(self._existing(workspace_id), max_bytes)
 
     def sweep(self) -> list[str]:
         """See `Runtime.sweep`. Also kills what is left of runs whose supervisor was killed."""
@@ -175,18 +198,136 @@ class ProcessRuntime(FolderRuntime):
             folder = self._layout.folder(workspace_id)
             with (
                 translate_os_errors(f"cannot clean up workspace {workspace_id!r}"),
-                locked_now(self._layout.lock(workspace_id)) as is_held,
+                locked(self._layout.lock(workspace_id), wait=False) as held,
             ):
-                run = runs.read_run(folder) if is_held else None
+                run = read_run(folder) if held is not None else None
                 if run is not None and run.was_cut_off and kill_leftovers(workspace_id, folder, run):
                     swept.append(workspace_id)
         return sorted(swept)
 
     def _is_running(self, workspace_id: str) -> bool:
-        run = runs.read_run(self._layout.folder(workspace_id))
+        run = read_run(self._layout.folder(workspace_id))
         return run is not None and run.is_running
 
     def _carry_over(self, old: Folder, new: Folder) -> None:
         for path, kept in ((old.log, new.log), (f"{old.log}.1", f"{new.log}.1")):
             with suppress(FileNotFoundError):
                 os.link(path, kept)
+
+
+def _environment_of(
+    spec: WorkspaceSpec, folder: Folder, token: str, common: Mapping[str, str]
+) -> dict[str, str]:
+    """The whole environment of a workspace's command: nothing is inherited."""
+    return {
+        "PATH": DEFAULT_PATH,
+        "HOME": folder.root,
+        "LANG": "C.UTF-8",
+        "WORKSPACE_ID": spec.workspace_id,
+        **common,
+        **spec.environment,
+        RUN_VARIABLE: token,
+    }
+
+
+def _launch(
+    spec: WorkspaceSpec,
+    folder: Folder,
+    token: str,
+    environment: Mapping[str, str],
+    *,
+    lock: int,
+    grace_s: float,
+    interpreter: str,
+    after_step: Callable[[str], None],
+) -> None:
+    """Start the command under a supervisor of its own; returns when it runs and that is written down.
+
+    Args:
+        lock: Descriptor of the workspace's lock, which the supervisor holds too until then.
+        grace_s: How long processes may take to end that outlive the command.
+        interpreter: Path of the Python that runs it.
+
+    Raises:
+        FailedPrecondition: The command cannot be executed.
+        DeadlineExceeded: The supervisor does not answer.
+        OSError: The run cannot be written down.
+    """
+    orders = _encode_orders(spec, folder, token, environment, grace_s)
+    handshake, answer = os.pipe2(os.O_CLOEXEC)
+    try:
+        try:
+            _spawn(orders, folder, answer, lock, interpreter, after_step)
+        finally:
+            os.close(answer)
+        if not is_readable(handshake, _HANDSHAKE_TIMEOUT_S):
+            raise DeadlineExceeded(
+                f"the supervisor of workspace {spec.workspace_id!r} gave no answer within "
+                f"{_HANDSHAKE_TIMEOUT_S:g} s; see {folder.log!r}"
+            )
+        reply = os.read(handshake, _MAX_ANSWER_BYTES).decode()
+        after_step("start.answered")
+    finally:
+        os.close(handshake)
+    if reply == "ok":
+        return
+    code, _, what = reply.partition(" ")
+    if not code.isdecimal():
+        raise Internal(f"the supervisor of workspace {spec.workspace_id!r} failed; see {folder.log!r}")
+    if what != supervisor.NOT_EXECUTED:
+        raise OSError(int(code), os.strerror(int(code)), folder.run)
+    raise FailedPrecondition(
+        f"command {spec.command[0]!r} of workspace {spec.workspace_id!r} {what}: {os.strerror(int(code))}. "
+        f"A path is relative to {folder.root!r}; a name is looked for in {environment['PATH']!r}"
+    )
+
+
+def _spawn(
+    orders: bytes, folder: Folder, answer: int, lock: int, interpreter: str, after_step: Callable[[str], None]
+) -> None:
+    log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        # The process started here ends as soon as it has left the guard and the supervisor behind, who
+        # are thereby not this process's children.
+        with translate_os_errors("cannot start a supervisor", absent=FailedPrecondition):
+            first = subprocess.Popen(
+                [interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd=folder.root,
+                env={},
+                pass_fds=(answer, lock),
+                start_new_session=True,
+            )
+    finally:
+        os.close(log)
+    try:
+        after_step("start.spawned")
+        first.communicate(orders)
+        after_step("start.ordered")
+    except BaseException:
+        first.kill()
+        first.wait()
+        raise
+
+
+def _encode_orders(
+    spec: WorkspaceSpec, folder: Folder, token: str, environment: Mapping[str, str], grace_s: float
+) -> bytes:
+    for name in environment:
+        if not name or "=" in name:
+            raise InvalidArgument(
+                f"{name!r} cannot be an environment variable of workspace {spec.workspace_id!r}"
+            )
+    variables = [f"{name}={value}" for name, value in environment.items()]
+    fields = [folder.run, folder.end, folder.log, token, read_boot_id(), str(grace_s)]
+    fields += [str(len(spec.command)), *spec.command, *variables]
+    fields.insert(0, str(len(fields)))  # so that orders cut short by a starter's end are not followed
+    for field in fields:
+        if "\0" in field:
+            raise InvalidArgument(
+                f"{field[:80]!r} cannot be given to a process of workspace {spec.workspace_id!r}: it holds a "
+                "NUL character"
+            )
+    return b"".join(os.fsencode(field) + b"\0" for field in fields)

@@ -1,4 +1,9 @@
-"""Processes of this host, told apart for ever: a pid alone is used again."""
+"""Processes of this host, told apart for ever: a pid alone is used again.
+
+A process is known by its pid, the clock tick at which it began and the boot of the host, which never change.
+psutil tells the time of its beginning instead, which moves when the host's clock is set; so what is needed of
+/proc is read by the supervisor's functions, which cannot use psutil either.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Self
 
-from snaploader.workspace.runtime.supervisor import descendants, read_boot_id, read_stat
+from snaploader._environment import read_boot_id
+from snaploader.workspace.runtime.supervisor import descendants, read_stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class ProcessIdentity:
         """Whether it runs still."""
         return self == ProcessIdentity.of(self.pid)
 
-    def open(self) -> int | None:
+    def open_pidfd(self) -> int | None:
         """A descriptor of the process, readable when it has ended (pidfd_open(2)); None when it has."""
         try:
             fd = os.pidfd_open(self.pid)
@@ -58,7 +64,7 @@ class ProcessIdentity:
 
     def send(self, number: int) -> None:
         """Send it a signal, if it runs still."""
-        fd = self.open()
+        fd = self.open_pidfd()
         if fd is None:
             return
         try:
@@ -72,7 +78,7 @@ def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
     """Wait until all of them have ended; whether they have in this time."""
     give_up_at = time.monotonic() + timeout_s
     with ExitStack() as opened:
-        for fd in [fd for process in processes if (fd := process.open()) is not None]:
+        for fd in [fd for process in processes if (fd := process.open_pidfd()) is not None]:
             opened.callback(os.close, fd)
             left_s = max(0.0, give_up_at - time.monotonic())
             if not is_readable(fd, left_s):

@@ -1,19 +1,31 @@
-"""What is written down of a workspace's latest run, by its supervisor or in its place."""
+"""A run of a workspace's command: what is written down of it, and how it is ended.
+
+Its supervisor writes both files, or whoever finds it gone. See `snaploader.workspace.runtime.supervisor`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from snaploader.errors import DataLoss
+from snaploader._environment import read_boot_id
+from snaploader.errors import DataLoss, DeadlineExceeded
+from snaploader.files import replace_file
 from snaploader.workspace.runtime import supervisor
-from snaploader.workspace.runtime.files import read_file, replace_file
-from snaploader.workspace.runtime.layout import Folder
-from snaploader.workspace.runtime.processes import ProcessIdentity
+from snaploader.workspace.runtime.contents import Folder, read_file
+from snaploader.workspace.runtime.processes import ProcessIdentity, kill_marked, kill_trees, wait_ended
+from snaploader.workspace.runtime.protocol import StopOutcome
+
+RUN_VARIABLE = "WORKSPACE_RUN"
+"""Environment variable with the token of the run: processes are found by it whose supervisor was killed."""
+
+_KILL_TIMEOUT_S = 10.0
+"""How long killed processes may take to end; only one that waits for a broken device takes long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +55,13 @@ class Run:
         if self.has_ended:
             return False
         if not self.processes:
-            return self.boot_id == supervisor.read_boot_id()
+            return self.boot_id == read_boot_id()
         return any(process.is_alive for process in self.processes)
 
     @property
     def was_cut_off(self) -> bool:
         """Whether nobody saw its end, so that processes may be left."""
-        return not self.has_ended and self.boot_id == supervisor.read_boot_id() and not self.is_running
+        return not self.has_ended and self.boot_id == read_boot_id() and not self.is_running
 
 
 def read_run(folder: Folder) -> Run | None:
@@ -83,7 +95,7 @@ def write_run_without_command(folder: Folder, token: str) -> None:
     """Write down that a workspace runs that has no command. Raises OSError."""
     run = {
         "token": token,
-        "boot_id": supervisor.read_boot_id(),
+        "boot_id": read_boot_id(),
         "started_at_us": time.time_ns() // 1000,
     }
     replace_file(folder.run, json.dumps(run).encode())
@@ -126,3 +138,48 @@ def _identity(run: dict[str, Any], name: str) -> ProcessIdentity | None:
         return None
     pid, start_ticks = run[name]
     return ProcessIdentity(pid, start_ticks, run["boot_id"])
+
+
+def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, force: bool) -> StopOutcome:
+    """Stop a run that has processes; see `Runtime.stop`."""
+    outcome = StopOutcome.STOPPED
+    if run.supervisor is not None:
+        run.supervisor.send(signal.SIGTERM)
+    if not wait_ended(run.processes, max(0.0, timeout_s)):
+        if not force:
+            raise DeadlineExceeded(
+                f"workspace {workspace_id!r} still runs {timeout_s:g} s after it was asked to stop: give it "
+                "more time, or force it"
+            )
+        outcome = StopOutcome.KILLED
+        _kill(workspace_id, run)
+    now = read_run(folder)
+    if now is not None and not now.has_ended and kill_leftovers(workspace_id, folder, now):
+        return StopOutcome.KILLED
+    return outcome
+
+
+def kill_leftovers(workspace_id: str, folder: Folder, run: Run) -> bool:
+    """Kill what a run left whose supervisor and guard were both killed; whether there was anything."""
+    found, is_done = kill_marked(f"{RUN_VARIABLE}={run.token}".encode(), _KILL_TIMEOUT_S)
+    if not is_done:
+        raise _unkillable(workspace_id)
+    write_end(folder, run, None)
+    return found
+
+
+def _kill(workspace_id: str, run: Run) -> None:
+    outer = [process for process in (run.guard, run.supervisor) if process is not None]
+    for process in outer:
+        process.send(signal.SIGCONT)  # one that was stopped takes no other signal
+    if run.supervisor is not None:
+        run.supervisor.send(signal.SIGQUIT)
+    if not wait_ended(run.processes, _KILL_TIMEOUT_S) and not kill_trees(outer, _KILL_TIMEOUT_S):
+        raise _unkillable(workspace_id)
+
+
+def _unkillable(workspace_id: str) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"processes of workspace {workspace_id!r} did not end {_KILL_TIMEOUT_S:g} s after they were killed: "
+        "they wait for a device, or belong to another user"
+    )

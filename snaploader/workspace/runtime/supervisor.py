@@ -1,7 +1,8 @@
 """The program that starts a workspace's command, stays beside it and sees that nothing of it is left.
 
 Run as `python -I -S supervisor.py HANDSHAKE_FD LOCK_FD`, with its orders on standard input: fields that end
-with a NUL byte, see `Orders`. It needs the standard library alone, and little of that, to start quickly.
+with a NUL byte, see `Orders`. Any Python from 3.11 on runs it, without this library or another being
+installed there: it imports the standard library alone, and little of that, to start quickly.
 
 Two processes stay, each of which adopts what its descendants orphan (PR_SET_CHILD_SUBREAPER, prctl(2)), so
 a process cannot leave the tree by forking twice or by a session of its own:
@@ -32,7 +33,6 @@ MAX_LOG_BYTES = 1 << 20
 NOT_EXECUTED = "cannot be executed"
 """In the handshake: it is the command that is at fault."""
 
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _READ_BYTES = 1 << 16
@@ -92,12 +92,6 @@ def send(pid: int, number: int) -> None:
         pass
 
 
-def read_boot_id() -> str:
-    """An id that changes with every boot of the machine; see random(4)."""
-    with open(_BOOT_ID, encoding="ascii") as file:
-        return file.read().strip()
-
-
 def replace_file(path: str, text: str) -> None:
     """Give a file new content, in one step, for its owner's eyes alone."""
     temporary = f"{path}.{os.getpid()}"
@@ -117,17 +111,18 @@ def write_end(path: str, token: str, exit_code: int | None) -> None:
 class Orders:
     """What to run: the fields of standard input.
 
-    Number of all that follow, run file, end file, log file, token, grace in seconds, number of arguments,
-    arguments, environment ("NAME=value"). ValueError when they are not whole, because the starter was killed.
+    Number of all that follow, run file, end file, log file, token, id of the boot of the host, grace in
+    seconds, number of arguments, arguments, environment ("NAME=value"). ValueError when they are not whole,
+    because the starter was killed.
     """
 
     def __init__(self, data: bytes) -> None:
         total, *fields = data.split(b"\0")[:-1]
         if len(fields) != int(total):
             raise ValueError("the orders are cut short")
-        run, end, log, token, grace, count, *rest = fields
+        run, end, log, token, boot_id, grace, count, *rest = fields
         self.run, self.end, self.log = os.fsdecode(run), os.fsdecode(end), os.fsdecode(log)
-        self.token = token.decode()
+        self.token, self.boot_id = token.decode(), boot_id.decode()
         self.grace_s = float(grace)
         self.arguments = rest[: int(count)]
         self.environment = dict(entry.split(b"=", 1) for entry in rest[int(count) :])
@@ -209,7 +204,7 @@ class Supervisor:
         os.close(failure_reader)
         return OSError(int(failure), os.strerror(int(failure))) if failure else None
 
-    def run(self) -> int:
+    def run_to_end(self) -> int:
         """Stay until nothing is left of the command; its exit code, negative for a signal."""
         while self._reap():
             if self._is_killing:
@@ -254,7 +249,7 @@ class Supervisor:
         )
         replace_file(
             self._orders.run,
-            f'{{"token": "{self._orders.token}", "boot_id": "{read_boot_id()}", '
+            f'{{"token": "{self._orders.token}", "boot_id": "{self._orders.boot_id}", '
             f'"started_at_us": {time.time_ns() // 1000}, {processes}}}\n',
         )
 
@@ -353,7 +348,7 @@ def supervise(orders: Orders, guard_pid: int, handshake: int, lock: int) -> None
         return
     _answer(handshake, None, "")
     os.close(lock)
-    write_end(orders.end, orders.token, supervisor.run())
+    write_end(orders.end, orders.token, supervisor.run_to_end())
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ from typing import Any
 from cow import COWStore
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition
+from snaploader.files import replace_file
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec
-from snaploader.workspace.runtime.files import read_file, replace_file
+from snaploader.workspace.runtime.contents import Folder, read_file
 from snaploader.workspace.runtime.folder import FolderRuntime
-from snaploader.workspace.runtime.layout import Folder
 from snaploader.workspace.runtime.protocol import (
     DEFAULT_STOP_TIMEOUT_S,
     Attachment,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snaploader.cli.workspaces import WorkspaceSettings
+from snaploader.cli.resources import WorkspaceSettings
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.catalog.engines import file_of, parse_address, shown
 
@@ -43,6 +43,20 @@ def test_a_path_may_have_any_characters(path: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("sqlite:///file:/tmp/a.db?uri=true", "/tmp/a.db"),
+        ("sqlite:///file:///tmp/a%20b.db?uri=1&cache=private", "/tmp/a b.db"),
+        ("sqlite:///file://localhost/tmp/a.db?uri=true", "/tmp/a.db"),
+        ("sqlite:///file:a.db?uri=true", "a.db"),
+        ("sqlite:///file:a.db", "file:a.db"),
+    ],
+)
+def test_a_file_may_be_named_in_the_way_of_sqlite(url: str, path: str) -> None:
+    assert file_of(parse_address(url)) == path
+
+
+@pytest.mark.parametrize(
     "address",
     [
         "",
@@ -51,6 +65,8 @@ def test_a_path_may_have_any_characters(path: str) -> None:
         ":memory:",
         "sqlite:///:memory:",
         "sqlite:///file:x?mode=memory&uri=true",
+        "sqlite:///file:?uri=true",
+        "sqlite:///file:%3Amemory:?uri=true",
     ],
 )
 def test_a_catalog_needs_a_file(address: str) -> None:

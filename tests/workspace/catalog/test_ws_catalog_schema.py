@@ -223,11 +223,12 @@ def _set_revision(catalog: Catalog, revision: str) -> None:
         connection.execute(text("UPDATE alembic_version SET version_num = :it"), {"it": revision})
 
 
-def test_an_sqlite_catalog_is_for_its_owner_only_and_in_wal_mode(tmp_path: Path) -> None:
+@pytest.mark.parametrize("address", ["{}", "sqlite:///{}", "sqlite:///file:{}?uri=true"])
+def test_an_sqlite_catalog_is_for_its_owner_only_and_in_wal_mode(tmp_path: Path, address: str) -> None:
     path = tmp_path / "catalog.db"
     umask = os.umask(0)
     try:
-        opened = Catalog.open(path)
+        opened = Catalog.open(address.format(path))
     finally:
         os.umask(umask)
     with opened as catalog:

@@ -15,7 +15,7 @@ from chaos_world import BUSY_S, DATA, Place, World, fill, opened
 
 from snaploader.errors import Cancelled, FailedPrecondition, Unavailable
 from snaploader.workspace.manager import WorkspaceManager
-from snaploader.workspace.manager.held import HeldWorkspace
+from snaploader.workspace.manager.held_workspace import HeldWorkspace
 from snaploader.workspace.manager.versions import VersionRequest
 from snaploader.workspace.testing import FakeRuntime, Gate
 

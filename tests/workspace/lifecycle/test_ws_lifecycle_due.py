@@ -8,10 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
-from snaploader.workspace.decide import Transition, decide, earliest_due
+from snaploader.workspace.decide import Schedule, Transition, decide, earliest_due
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import Policy, StopAction
-from snaploader.workspace.schedule import Schedule
 
 # Few distinct times, so that they often meet exactly.
 STEP = timedelta(hours=6)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.schedule import MAX_LENGTH, Schedule
+from snaploader.workspace.decide import MAX_SCHEDULE_LENGTH, Schedule
 
 
 def at(text: str) -> datetime:
@@ -183,8 +183,8 @@ def test_clock_changes(schedule, after, expected):
         "CRON_TZ=/etc/localtime 30 9 * * *",
         "CRON_TZ=Europe 30 9 * * *",
         "TZ=Europe/Berlin 30 9 * * *",
-        "30 9 * * * " + "#" * MAX_LENGTH,
-        "CRON_TZ=" + "x" * (MAX_LENGTH - 30) + " 30 9 * * *",
+        "30 9 * * * " + "#" * MAX_SCHEDULE_LENGTH,
+        "CRON_TZ=" + "x" * (MAX_SCHEDULE_LENGTH - 30) + " 30 9 * * *",
         "² 9 * * *",
         "30 9 * * 1\0",
     ],

@@ -11,9 +11,8 @@ from lifecycle_values import NOW
 from prometheus_client import CollectorRegistry
 
 from snaploader.errors import InvalidArgument, Unavailable
-from snaploader.workspace.lifecycle import LifecycleExecutor
+from snaploader.workspace.lifecycle import LifecycleExecutor, wall_clock_ticks
 from snaploader.workspace.metrics import Metrics
-from snaploader.workspace.ticker import ticks
 
 
 class Time:
@@ -39,8 +38,8 @@ class Time:
     def pass_by(self, seconds):
         self.now += timedelta(seconds=seconds)
 
-    def ticks(self, interval_s=60.0):
-        return ticks(threading.Event(), interval_s, clock=self.clock, wait=self.wait)
+    def wall_clock_ticks(self, interval_s=60.0):
+        return wall_clock_ticks(threading.Event(), interval_s, clock=self.clock, wait=self.wait)
 
 
 def seconds_since_now(moments):
@@ -49,12 +48,12 @@ def seconds_since_now(moments):
 
 def test_the_first_tick_is_at_once_and_the_others_at_whole_minutes():
     time = Time(NOW + timedelta(seconds=42.5), rounds=4)
-    assert seconds_since_now(time.ticks()) == [42.5, 60, 120, 180]
+    assert seconds_since_now(time.wall_clock_ticks()) == [42.5, 60, 120, 180]
 
 
 def test_time_spent_on_a_tick_does_not_add_up():
     time, seen = Time(rounds=4), []
-    for tick in time.ticks():
+    for tick in time.wall_clock_ticks():
         seen.append(tick)
         time.pass_by(13.25)
     assert seconds_since_now(seen) == [0, 60, 120, 180]
@@ -63,7 +62,7 @@ def test_time_spent_on_a_tick_does_not_add_up():
 
 def test_ticks_that_were_missed_are_left_out():
     time, seen = Time(rounds=3), []
-    for tick in time.ticks():
+    for tick in time.wall_clock_ticks():
         seen.append(tick)
         time.pass_by(150)
     assert seconds_since_now(seen) == [0, 180, 360]
@@ -71,14 +70,14 @@ def test_ticks_that_were_missed_are_left_out():
 
 def test_waking_a_little_early_gives_no_tick_twice():
     time = Time(rounds=5, early_s=0.01)
-    found = seconds_since_now(time.ticks())
+    found = seconds_since_now(time.wall_clock_ticks())
     assert found == [0, 60, 120]
     assert len({number // 60 for number in found}) == len(found)
 
 
 def test_a_clock_that_is_set_back_gives_a_tick_within_one_interval():
     time, seen = Time(rounds=3), []
-    for tick in time.ticks():
+    for tick in time.wall_clock_ticks():
         seen.append(tick)
         if len(seen) == 1:
             time.pass_by(-3600)
@@ -89,13 +88,13 @@ def test_a_clock_that_is_set_back_gives_a_tick_within_one_interval():
 def test_nothing_ticks_once_stop_is_set():
     stop = threading.Event()
     stop.set()
-    assert list(ticks(stop, 60, clock=Time().clock, wait=Time().wait)) == []
+    assert list(wall_clock_ticks(stop, 60, clock=Time().clock, wait=Time().wait)) == []
 
 
 @pytest.mark.parametrize("interval_s", [0, -1, float("nan"), float("inf")])
 def test_an_interval_that_is_none_is_refused(interval_s):
     with pytest.raises(InvalidArgument, match="above 0 s"):
-        next(Time().ticks(interval_s))
+        next(Time().wall_clock_ticks(interval_s))
 
 
 # The executor

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from manager_hosts import Host, HostFactory
 
 from snaploader.errors import FailedPrecondition, Unavailable
-from snaploader.workspace.manager import births
+from snaploader.workspace.manager.operation import Work
 from snaploader.workspace.model import Workspace, WorkspaceState
 from snaploader.workspace.runtime import ProcessRuntime
 
@@ -131,7 +130,7 @@ def test_a_creation_whose_process_died_is_not_in_its_own_way(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(births, "undone_on_failure", lambda _: nullcontext())
+        patch.setattr(Work, "__exit__", lambda *_: None)
         host.runtime.fail_next("start", Unavailable("killed"), after_effect=True)
         with pytest.raises(Unavailable):
             host.create("one")

@@ -24,6 +24,8 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.testing import FakeCAS
+from snaploader.workspace.manager import versions
+from snaploader.workspace.manager.operation import Work
 from snaploader.workspace.model import (
     RunStatus,
     RunTransition,
@@ -471,6 +473,31 @@ def test_a_manager_made_before_a_fork_is_refused_in_the_child(host: Host) -> Non
     assert host.manager.stop("one").state is WorkspaceState.STOPPED
 
 
+def test_a_forked_child_that_leaves_an_operation_does_not_take_back_its_parent_s(host: Host) -> None:
+    host.create()
+    services = host.manager._services
+    children = []
+
+    def fork(step: str) -> None:
+        if step == "snapshot.captured":
+            pid = os.fork()
+            if not pid:
+                raise SystemExit
+            children.append(os.waitpid(pid, 0))
+
+    object.__setattr__(services, "environment", HostEnvironment(after_step=fork))
+    with host.manager.hold("one"):
+        try:
+            # On this thread, so that the child ends where it left the operation.
+            taken = versions.take(services, "one", versions.VersionRequest())
+        except SystemExit:
+            os._exit(0)
+    assert children
+    assert taken.version == 1
+    assert host.events() == ["workspace_create", "version_create"]
+    assert (host.findings(), host.leftovers()) == ([], [])
+
+
 def test_a_workspace_of_another_host_is_not_worked_on_and_its_host_is_named(make_host: HostFactory) -> None:
     home, other = make_host("host-a"), make_host("host-b")
     home.create()
@@ -502,7 +529,7 @@ def test_an_operation_left_by_another_process_is_put_right_by_the_next_one(host:
     object.__setattr__(services, "environment", HostEnvironment(after_step=die))
     undo = host.manager.create_version
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("snaploader.workspace.manager.undo.undo_failed", lambda work, error: None)
+        patch.setattr(Work, "__exit__", lambda *_: None)
         with pytest.raises(SystemExit):
             undo("one")
     object.__setattr__(services, "environment", HostEnvironment(after_step=lambda step: None))

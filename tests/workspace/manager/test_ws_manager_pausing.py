@@ -19,7 +19,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.testing import FakeCAS
-from snaploader.workspace.manager.services import utc_now
+from snaploader.workspace.manager.operation import utc_now
 from snaploader.workspace.model import (
     Readiness,
     RunStatus,

@@ -28,7 +28,7 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     WorkspaceState,
 )
-from snaploader.workspace.recordformat import PausedRecord
+from snaploader.workspace.records import PausedRecord
 from snaploader.workspace.slots import SlotPool
 
 
@@ -605,7 +605,7 @@ def test_what_the_catalog_does_not_know_is_left_alone(host: Host) -> None:
 
 @pytest.mark.parametrize("kind", list(OperationKind))
 def test_an_operation_that_nobody_is_at_is_taken_back(host: Host, kind: OperationKind) -> None:
-    from snaploader.workspace.manager.work import new_operation
+    from snaploader.workspace.manager.operation import new_operation
 
     host.create("other")
     if kind is OperationKind.RESUME:
@@ -639,7 +639,7 @@ def test_an_operation_that_is_under_way_is_left_alone(make_host: HostFactory) ->
 def test_an_operation_of_another_host_is_left_alone(make_host: HostFactory) -> None:
     host, other = make_host("host-a"), make_host("host-b")
     host.create()
-    from snaploader.workspace.manager.work import new_operation
+    from snaploader.workspace.manager.operation import new_operation
 
     with host.catalog.transaction() as tx:
         tx.begin_operation("one", new_operation(host.manager._services, OperationKind.SNAPSHOT))

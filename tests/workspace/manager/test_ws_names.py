@@ -10,7 +10,7 @@ import pytest
 
 from snaploader import FileCache
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.model import Readiness, WorkspaceSpec
+from snaploader.workspace.model import HTTPTarget, Readiness, WorkspaceSpec, parse_address, parse_url
 from snaploader.workspace.names import (
     check_display_name,
     check_workspace_id,
@@ -19,7 +19,6 @@ from snaploader.workspace.names import (
     pin_name,
     runtime_name,
 )
-from snaploader.workspace.targets import HTTPTarget, parse_address, parse_url
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

@@ -24,8 +24,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.policy import Policy, ScopePolicy, StopAction
-from snaploader.workspace.recordformat import KeptVersion, PausedRecord
-from snaploader.workspace.records import PausedRecords, owner_of
+from snaploader.workspace.records import KeptVersion, PausedRecord, PausedRecords, owner_of
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, 123456, UTC)
 

@@ -9,7 +9,7 @@ import pytest
 
 from snaploader.errors import Cancelled
 from snaploader.workspace.locks import HeldLock, WorkspaceLocks
-from snaploader.workspace.manager.sections import CriticalSections
+from snaploader.workspace.manager.held_workspace import CriticalSections
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def is_free(locks: WorkspaceLocks) -> bool:
 
 def test_the_result_of_the_work_is_handed_over(locks: WorkspaceLocks, hold: HeldLock) -> None:
     sections = CriticalSections()
-    assert sections.run(hold, lambda: 7) == 7
+    assert sections.run_to_end(hold, lambda: 7) == 7
     sections.close()
     assert not is_free(locks)
     hold.release()
@@ -44,7 +44,7 @@ def test_the_error_of_the_work_is_raised_to_the_caller(hold: HeldLock) -> None:
 
     sections = CriticalSections()
     with pytest.raises(ValueError, match="broken"):
-        sections.run(hold, fail)
+        sections.run_to_end(hold, fail)
     sections.close()
     hold.release()
 
@@ -57,7 +57,7 @@ def test_work_holds_the_lock_after_its_caller_released_it(locks: WorkspaceLocks,
         began.set()
         assert go_on.wait(300)
 
-    caller = threading.Thread(target=sections.run, args=(hold, work))
+    caller = threading.Thread(target=sections.run_to_end, args=(hold, work))
     caller.start()
     assert began.wait(300)
     hold.release()
@@ -73,7 +73,7 @@ def test_closed_sections_do_nothing_and_keep_no_lock(locks: WorkspaceLocks, hold
     sections.close()
     sections.close()
     with pytest.raises(Cancelled, match="closed"):
-        sections.run(hold, lambda: pytest.fail("it ran"))
+        sections.run_to_end(hold, lambda: pytest.fail("it ran"))
     hold.release()
     assert is_free(locks)
 
@@ -92,7 +92,7 @@ def test_work_whose_caller_is_interrupted_while_handing_it_over_runs_once_or_nev
 
     monkeypatch.setattr(sections._pool, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sections.run(hold, lambda: ran.append(1))
+        sections.run_to_end(hold, lambda: ran.append(1))
     hold.release()
     sections.close()
     assert ran == [1]
@@ -111,7 +111,7 @@ def test_work_that_was_given_up_before_it_began_never_runs(
 
     monkeypatch.setattr(sections._pool, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sections.run(hold, lambda: pytest.fail("it ran"))
+        sections.run_to_end(hold, lambda: pytest.fail("it ran"))
     hold.release()
     assert is_free(locks)
     with pytest.raises(Cancelled, match="before it began"):
@@ -129,10 +129,10 @@ def test_what_is_asked_for_next_under_one_lock_waits_for_work_whose_caller_gave_
         assert go_on.wait(300)
         done.append("first")
 
-    abandoned = threading.Thread(target=sections.run, args=(hold, first))
+    abandoned = threading.Thread(target=sections.run_to_end, args=(hold, first))
     abandoned.start()
     assert began.wait(300)
-    following = threading.Thread(target=sections.run, args=(hold, lambda: done.append("second")))
+    following = threading.Thread(target=sections.run_to_end, args=(hold, lambda: done.append("second")))
     following.start()
     following.join(0.05)
     assert done == []

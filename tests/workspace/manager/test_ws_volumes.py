@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.model import Volume
-from snaploader.workspace.volumes import MAX_VOLUMES, check_volumes
+from snaploader.workspace.names import MAX_VOLUMES, check_volumes
 
 
 def volumes(*paths: str) -> list[Volume]:

@@ -26,7 +26,8 @@ from snaploader import FileCache, Snapshot, SnapshotLoader
 from snaploader._environment import HostEnvironment
 from snaploader.errors import SnaploaderError
 from snaploader.workspace.model import Volume, WorkspaceSpec
-from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, files
+from snaploader.workspace.runtime import ProcessRuntime, StopOutcome
+from snaploader.workspace.runtime import folder as folders
 
 EVENTS = frozenset(
     {"open", "shutil.rmtree", "subprocess.Popen", "fcntl.flock"}
@@ -222,7 +223,7 @@ def run(operation: str, folder: Path, stride: int) -> int:
     in_child(lambda: make_snapshot(first, folder / "id"))
     snapshot_id = (folder / "id").read_text()
     if operation == "place-by-renames":
-        files.exchange = lambda *_: False
+        folders.exchange = lambda *_: False
     for kills, number in enumerate(itertools.count(1, stride or 1)):
         world = World(folder, number)
         world.base.mkdir()

@@ -14,10 +14,10 @@ from snaploader import Progress, SnapshotKey, SnapshotLoader, VMConfiguration
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from snaploader.loader import DirectorySource
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
-from snaploader.workspace.runtime import ProcessRuntime, files
+from snaploader.workspace.runtime import ProcessRuntime, contents
 from snaploader.workspace.runtime import folder as folders
-from snaploader.workspace.runtime.layout import Layout
-from snaploader.workspace.runtime.locking import locked, locked_now
+from snaploader.workspace.runtime.contents import Layout
+from snaploader.workspace.runtime.folder import locked
 from snaploader.workspace.testing import FakeRuntime
 
 ID = "ws"
@@ -271,7 +271,7 @@ def test_holes_of_a_source_stay_holes(
         os.pwrite(target, b"cloned", 0)
         return True
 
-    monkeypatch.setattr(files, "clone_range", clone if can_clone else lambda *_: False)
+    monkeypatch.setattr(contents, "clone_range", clone if can_clone else lambda *_: False)
     source = tmp_path / "source"
     source.mkdir()
     with open(source / "sparse", "wb") as sparse:
@@ -295,7 +295,7 @@ def test_a_name_that_no_snapshot_can_hold_is_refused_before_anything_is_copied(
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     (source / "inner" / os.fsdecode(b"b\xff")).touch()
-    monkeypatch.setattr(files, "_copy_file", lambda *_: pytest.fail("something was copied"))
+    monkeypatch.setattr(contents, "_copy_file", lambda *_: pytest.fail("something was copied"))
     (source / "a").touch()
     with pytest.raises(InvalidArgument, match=r"inner/b\\udcff' *: its name is not valid UTF-8"):
         fake.create(WorkspaceSpec(ID), source)
@@ -356,7 +356,7 @@ def test_exchange_falls_back_to_two_renames(
     (fake.root(ID) / "old").touch()
     snapshot = find(loader, save(fake, loader, SPEC))
     (fake.root(ID) / "new").touch()
-    monkeypatch.setattr(files, "exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
     fake.place(SPEC, loader, snapshot, token="t")
     assert (fake.root(ID) / "old").exists()
     assert not (fake.root(ID) / "new").exists()
@@ -408,10 +408,10 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
         os.unlink(path)
     assert entered.wait(300)
     waiting.join()
-    with locked_now(path) as is_held:
-        assert is_held
-        with locked_now(path) as is_held_twice:
-            assert not is_held_twice
+    with locked(path, wait=False) as held:
+        assert held is not None
+        with locked(path, wait=False) as held_twice:
+            assert held_twice is None
 
 
 def test_the_log_stays_over_a_placement(runtime: ProcessRuntime, loader: SnapshotLoader) -> None:

@@ -328,7 +328,7 @@ def test_a_process_is_known_by_more_than_its_pid() -> None:
         ProcessIdentity(me.pid, me.start_ticks, "another-boot"),
     ):
         assert not other.is_alive
-        assert other.open() is None
+        assert other.open_pidfd() is None
         other.send(signal.SIGKILL)
     assert processes.wait_ended([ProcessIdentity(me.pid, 0, me.boot_id)], 0)
     assert not processes.wait_ended([me], 0)

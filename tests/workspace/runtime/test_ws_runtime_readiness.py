@@ -14,7 +14,7 @@ import pytest
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidArgument
 from snaploader.workspace.model import Readiness, WorkspaceSpec
 from snaploader.workspace.runtime import ProbedWorkspace, ProcessRuntime
-from snaploader.workspace.runtime.probes import ReadinessProbe, probe_command, probe_http, probe_tcp
+from snaploader.workspace.runtime.readiness import ReadinessProbe, probe_command, probe_http, probe_tcp
 
 ID = "ws"
 SLEEP = ("sleep", "1000")

@@ -15,7 +15,7 @@ from runtime_harness import Fifo, wait_gone
 from snaploader.errors import FailedPrecondition, SnaploaderError
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, runs, supervisor
-from snaploader.workspace.runtime.layout import Layout
+from snaploader.workspace.runtime.contents import Layout
 from snaploader.workspace.runtime.processes import ProcessIdentity, wait_ended
 
 ID = "ws"
@@ -112,7 +112,7 @@ def test_a_supervisor_that_was_stopped_is_forced_all_the_same(
 def test_a_supervisor_that_does_not_react_is_killed_with_its_tree(
     running: Running, runtime: ProcessRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snaploader.workspace.runtime.ending._KILL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("snaploader.workspace.runtime.runs._KILL_TIMEOUT_S", 0.2)
     send = ProcessIdentity.send
 
     def send_all_but_requests(process: ProcessIdentity, number: int) -> None:
@@ -157,11 +157,11 @@ def test_an_interpreter_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_orders_that_were_cut_short_are_not_followed() -> None:
-    fields = ["run", "end", "log", "token", "2.5", "1", "true", "A=1", "B=2"]
+    fields = ["run", "end", "log", "token", "boot", "2.5", "1", "true", "A=1", "B=2"]
     whole = b"".join(field.encode() + b"\0" for field in (str(len(fields)), *fields))
     orders = supervisor.Orders(whole)
     assert orders.arguments == [b"true"]
-    assert orders.grace_s == 2.5
+    assert (orders.token, orders.boot_id, orders.grace_s) == ("token", "boot", 2.5)
     assert orders.environment == {b"A": b"1", b"B": b"2"}
     for length in range(len(whole)):
         with pytest.raises(ValueError):

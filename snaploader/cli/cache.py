@@ -1,0 +1,296 @@
+"""`snaploader cache`: the local cache itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snaploader.cli.options import Group, common, destructive, option, shared_options
+from snaploader.cli.resources import Caches
+from snaploader.cli.values import SIZE, format_size
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
+
+if TYPE_CHECKING:
+    from snaploader.filecache import CacheEntry, FileCache
+
+KINDS = ("blob", "ref")
+SHORTEST_PREFIX = 6
+
+
+@click.group(cls=Group)
+@shared_options
+def cache(**_shared: object) -> None:
+    """Look at the local cache, remove things from it, check it."""
+
+
+@cache.command("ls")
+@option("--kind", scope="cache ls", type=click.Choice(KINDS), help="Only entries of this kind.")
+@common
+def list_(caches: Caches, kind: str | None) -> None:
+    """List what the local cache holds of the group, least recently used first."""
+    output = caches.output
+    entries = sorted(
+        (entry for entry in caches.file_cache.entries() if kind in {None, entry.kind}),
+        key=lambda entry: (entry.last_used_s, entry.key),
+    )
+    output.json(
+        {
+            "entries": [
+                {
+                    "kind": entry.kind,
+                    "key": entry.key,
+                    "digest": None if entry.digest is None else str(entry.digest),
+                    "digest_function": None if entry.digest is None else entry.digest.function.name,
+                    "disk_bytes": entry.disk_bytes,
+                    "last_used": _time(entry),
+                    "pinned": entry.pinned,
+                }
+                for entry in entries
+            ],
+            "disk_bytes": sum(entry.disk_bytes for entry in entries),
+            "max_cache_size_bytes": caches.settings.max_cache_size,
+        }
+    )
+    for entry in entries:
+        name = entry.key if entry.digest is None else str(entry.digest)
+        pinned = "  pinned" if entry.pinned else ""
+        output.text(f"{entry.kind:<9}  {_time(entry)}  {format_size(entry.disk_bytes):>10}  {name}{pinned}")
+    total = format_size(sum(entry.disk_bytes for entry in entries))
+    output.detail(
+        f"{len(entries)} entries, {total} on disk, {format_size(caches.settings.max_cache_size)} allowed"
+    )
+
+
+@cache.command("rm")
+@click.argument("names", nargs=-1, required=True, metavar="KEY…")
+@option("--force", scope="cache rm", is_flag=True, help="Also what is pinned, which may exist nowhere else.")
+@destructive("cache rm")
+@common
+def remove(caches: Caches, names: tuple[str, ...], force: bool, yes: bool, dry_run: bool) -> None:
+    """Remove entries by what `cache ls` calls them; a unique beginning is enough.
+
+    What still needs them finds them missing, and fetches them again or starts cold. What is pinned is
+    refused, and nothing removed then.
+    """
+    file_cache = caches.file_cache
+    entries = list(file_cache.entries())
+    chosen = {name: _match(name, entries) for name in names}
+    pinned = [entry for entry in chosen.values() if entry.pinned]
+    if pinned and not force:
+        raise FailedPrecondition(
+            f"{pinned[0].kind} {pinned[0].key} is pinned by {_pins_of(file_cache, pinned[0])}: it may exist "
+            "nowhere else. Nothing was removed; --force removes it all the same"
+        )
+    if dry_run or caches.output.must_ask(yes=yes):
+        going = _Going(caches, list(chosen.values()))
+        if dry_run:
+            going.print()
+            return
+        caches.output.confirm(f"Remove {going.summary()}?")
+    for entry in chosen.values():
+        if entry.digest is not None:
+            file_cache.remove(entry.digest)
+        else:
+            file_cache.delete_ref(entry.key)
+    freed = sum(entry.disk_bytes for entry in chosen.values())
+    caches.output.json({"removed": [entry.key for entry in chosen.values()], "freed_bytes": freed})
+    for entry in chosen.values():
+        caches.output.text(f"removed {entry.kind} {entry.key}")
+
+
+@cache.command("prune")
+@option(
+    "--target-size", scope="cache prune", type=SIZE, help="Size to come down to.  [default: --max-cache-size]"
+)
+@destructive("cache prune")
+@common
+def prune(caches: Caches, target_size: int | None, yes: bool, dry_run: bool) -> None:
+    """Remove what was used least recently, of all groups, until the cache is no larger than a size.
+
+    What a running program needs stays, and so does what is pinned. A size of 0 removes all else.
+    """
+    file_cache = caches.file_cache
+    target = caches.settings.max_cache_size if target_size is None else target_size
+    if dry_run or caches.output.must_ask(yes=yes):
+        going = _Going(caches, file_cache.prune_plan(target))
+        if dry_run:
+            going.print()
+            return
+        if going.entries:
+            caches.output.confirm(f"Evict {going.summary()}?")
+    file_cache.prune(target)
+    statistics = file_cache.statistics()
+    freed, total = statistics.evicted_bytes, statistics.total_bytes
+    caches.output.json({"freed_bytes": freed, "disk_bytes": total})
+    caches.output.text(f"freed {format_size(freed)}; {format_size(total or 0)} remain")
+
+
+@cache.command("verify")
+@common
+def verify(caches: Caches) -> None:
+    """Hash every blob of the group, and read its refs and pins; what is wrong is taken out of use.
+
+    Ends with exit code 10 when something was wrong. It is fetched again, or missed, when it is needed.
+    A damaged pin stays, and nothing of the group is evicted until it is pinned again or unpinned.
+    """
+    report = caches.file_cache.verify()
+    caches.output.json(
+        {
+            "blobs": report.blobs,
+            "content_bytes": report.content_bytes,
+            "bad_blobs": [str(digest) for digest in report.bad_blobs],
+            "refs": report.refs,
+            "bad_refs": list(report.bad_refs),
+            "pins": report.pins,
+            "bad_pins": list(report.bad_pins),
+        }
+    )
+    caches.output.text(
+        f"verified {report.blobs} blobs ({format_size(report.content_bytes)}) and {report.refs} refs"
+    )
+    for digest in report.bad_blobs:
+        caches.output.text(f"bad blob {digest}, now in quarantine")
+    for key in report.bad_refs:
+        caches.output.text(f"bad ref {key}, now removed")
+    for name in report.bad_pins:
+        caches.output.text(f"bad pin {name}: nothing is evicted until it is pinned again or unpinned")
+    bad = len(report.bad_blobs) + len(report.bad_refs)
+    if bad:
+        raise DataLoss(
+            f"{bad} entries of the cache were damaged and are out of use: check the disk of "
+            f"{str(caches.settings.cache_folder)!r}"
+        )
+    if report.bad_pins:
+        raise DataLoss(
+            f"{len(report.bad_pins)} pins of the cache are damaged: pin again what they kept, or give it up "
+            "with `snaploader cache unpin`"
+        )
+
+
+@cache.command("pins")
+@common
+def pins(caches: Caches) -> None:
+    """List what is pinned in the group, by name: it is never evicted."""
+    file_cache, output = caches.file_cache, caches.output
+    rows = [_pin_row(file_cache, name) for name in file_cache.pins()]
+    output.json({"pins": rows})
+    for row in rows:
+        if row["damaged"]:
+            output.text(f"{row['name']}  damaged: nothing of the group is evicted")
+        else:
+            size = format_size(row["content_bytes"])
+            output.text(f"{row['name']}  {row['blobs']} blobs, {size}, {row['refs']} refs")
+
+
+@cache.command("unpin")
+@click.argument("names", nargs=-1, required=True, metavar="NAME…")
+@common
+def unpin(caches: Caches, names: tuple[str, ...]) -> None:
+    """Let go what is pinned under names, as `cache pins` lists them; also where a pin is damaged.
+
+    What they kept may be evicted from then on, and may exist nowhere else: a workspace may lose a version.
+    """
+    file_cache = caches.file_cache
+    absent = set(names) - set(file_cache.pins())
+    if absent:
+        raise NotFound(f"nothing is pinned as {min(absent)!r}: see `snaploader cache pins`")
+    unpinned = [name for name in dict.fromkeys(names) if file_cache.unpin(name)]
+    caches.output.json({"unpinned": unpinned})
+    for name in unpinned:
+        caches.output.text(f"unpinned {name}")
+
+
+class _Going:
+    """Entries that are to go, and whether the remote cache has them."""
+
+    def __init__(self, caches: Caches, entries: Sequence[CacheEntry]) -> None:
+        self._output = caches.output
+        self.entries = entries
+        self._missing = caches.missing_remotely(
+            {entry.digest for entry in entries if entry.digest is not None}
+        )
+
+    def _is_remote(self, entry: CacheEntry) -> bool | None:
+        """None where it was not asked: refs and directories have other names there."""
+        if entry.digest is None or self._missing is None:
+            return None
+        return entry.digest not in self._missing
+
+    def summary(self) -> str:
+        """How much it is, for people."""
+        size = format_size(sum(entry.disk_bytes for entry in self.entries))
+        blobs = sum(entry.digest is not None for entry in self.entries)
+        remote = sum(bool(self._is_remote(entry)) for entry in self.entries)
+        known = "no server was asked" if self._missing is None else f"the server has {remote}"
+        return f"{len(self.entries)} entries ({size}), {blobs} of them blobs, of which {known}"
+
+    def print(self) -> None:
+        """The list, for --dry-run."""
+        self._output.json(
+            {
+                "would_remove": [
+                    {
+                        "kind": entry.kind,
+                        "key": entry.key,
+                        "disk_bytes": entry.disk_bytes,
+                        "remote": self._is_remote(entry),
+                    }
+                    for entry in self.entries
+                ],
+                "would_free_bytes": sum(entry.disk_bytes for entry in self.entries),
+            }
+        )
+        words = {None: "", True: "  on the server", False: "  not on the server"}
+        for entry in self.entries:
+            self._output.text(
+                f"would remove {entry.kind} {entry.key}  {format_size(entry.disk_bytes)}"
+                f"{words[self._is_remote(entry)]}"
+            )
+        self._output.text(f"would remove {self.summary()}")
+
+
+def _pin_row(file_cache: FileCache, name: str) -> dict[str, Any]:
+    """What one name keeps. Sizes that a pin does not tell count as nothing."""
+    try:
+        pin = file_cache.pinned(name)
+    except SnaploaderError:
+        return {"name": name, "blobs": 0, "content_bytes": 0, "refs": 0, "damaged": True}
+    return {
+        "name": name,
+        "blobs": len(pin.hashes),
+        "content_bytes": int(pin.sizes_bytes[pin.sizes_bytes > 0].sum()),
+        "refs": len(pin.refs),
+        "damaged": False,
+    }
+
+
+def _match(name: str, entries: Iterable[CacheEntry]) -> CacheEntry:
+    """The one entry that `name` means."""
+    prefix = name.partition("/")[0]
+    if len(prefix) < SHORTEST_PREFIX:
+        raise InvalidArgument(f"{name!r} is too short: give at least {SHORTEST_PREFIX} characters")
+    found = [entry for entry in entries if entry.key.startswith(prefix)]
+    if not found:
+        raise NotFound(f"the local cache has no entry {name!r}: see `snaploader cache ls`")
+    if len(found) > 1:
+        raise InvalidArgument(f"{name!r} means {len(found)} entries: give more of it")
+    return found[0]
+
+
+def _pins_of(file_cache: FileCache, entry: CacheEntry) -> str:
+    """The names of the pins that keep an entry, for people."""
+    names = []
+    for name in file_cache.pins():
+        # One may go meanwhile, or be damaged.
+        with suppress(NotFound, DataLoss):
+            if file_cache.pinned(name).keeps(entry.key):
+                names.append(name)
+    return ", ".join(map(repr, names)) or "nothing any more"
+
+
+def _time(entry: CacheEntry) -> str:
+    return datetime.fromtimestamp(int(entry.last_used_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,207 @@
+"""`snaploader restore` and `snaploader read`: what a snapshot holds, in full and in part."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from snaploader.cli.lookup import check_there, file_names, file_size, find, served_line, snapshot_record
+from snaploader.cli.options import (
+    Command,
+    ReadOptions,
+    TaskOptions,
+    common,
+    option,
+    read_options,
+    task_options,
+)
+from snaploader.cli.process import Nowhere, writing_to_stdout
+from snaploader.cli.resources import Caches
+from snaploader.cli.values import SIZE, format_size, format_time
+from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.formats.chunktable import ChunkTable
+from snaploader.loader import UnpackedSnapshot
+
+PIECE_BYTES = 1 << 20
+"""Bytes of `read` that are held in memory at a time."""
+
+ReadAt = Callable[[int, int], bytes]
+
+
+@click.command(cls=Command)
+@task_options
+@read_options
+@option(
+    "--only",
+    "names",
+    scope="restore",
+    multiple=True,
+    metavar="NAME",
+    help="Only this file or directory, or what stands in one, as in home/etc; repeatable.",
+)
+@click.argument("output_dir", type=click.Path(path_type=Path), metavar="OUTPUT_DIR")
+@common
+def restore(
+    caches: Caches,
+    task_options: TaskOptions,
+    read_options: ReadOptions,
+    names: tuple[str, ...],
+    output_dir: Path,
+) -> None:
+    """Write the files and directories of the best snapshot to a folder, holes as holes.
+
+    Looks for a snapshot of --ref, then of --base-ref, then of --default-ref, and says which of them served.
+    All files appear, or none; only when it is killed, some may be there, and temporary files .snaploader-….
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InvalidArgument(f"the output folder {str(output_dir)!r} is not a folder")
+    output = caches.output
+    begin = time.monotonic()
+    loader, snapshot = find(caches, task_options, read_options)
+    if names:
+        for name in names:
+            check_there(snapshot, name)
+        snapshot = snapshot.only(names)
+    record = snapshot_record(snapshot)
+    with output.bars() as progress:
+        result = loader.restore_snapshot(snapshot, output_dir, progress=progress)
+    seconds = time.monotonic() - begin
+    placed = sorted((*result.files.items(), *result.directories.items()))
+    output.json(
+        {
+            **record,
+            "output_directory": str(output_dir),
+            "files": [
+                {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
+                for name, path in sorted(result.files.items())
+            ],
+            "directories": [
+                {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
+                for name, path in sorted(result.directories.items())
+            ],
+            "written_bytes": result.written_bytes,
+            "hole_bytes": result.hole_bytes,
+            "fetched_blobs": result.fetched_blobs,
+            "fetched_bytes": result.fetched_bytes,
+            "seconds": round(seconds, 6),
+        }
+    )
+    output.text(f"restored  {served_line(snapshot)}")
+    output.table(
+        ["file", "size>", "path"],
+        [[name, format_size(file_size(snapshot, name)), str(path)] for name, path in placed],
+    )
+    output.text(
+        f"written   {format_size(result.written_bytes)}, holes {format_size(result.hole_bytes)}, "
+        f"fetched {format_size(result.fetched_bytes)} in {result.fetched_blobs} blobs"
+    )
+    output.detail(f"restored in {format_time(seconds)}")
+
+
+@click.command(cls=Command)
+@task_options
+@read_options
+@option("--offset", scope="read", type=SIZE, default="0", help="Where to begin.")
+@option("--size", scope="read", type=SIZE, help="How many bytes.  [default: to the end]")
+@click.argument("name", metavar="NAME")
+@common
+def read(
+    caches: Caches,
+    task_options: TaskOptions,
+    read_options: ReadOptions,
+    offset: int,
+    size: int | None,
+    name: str,
+) -> None:
+    """Write a part of one file of the best snapshot to stdout, loading only the chunks it lies in.
+
+    A file in a directory is named by its path: home/etc/hosts.
+
+    With --json the report goes to stderr, because stdout carries the bytes.
+    """
+    if isinstance(sys.stdout, Nowhere):
+        raise FailedPrecondition("stdout is closed, and the bytes would be lost: send it to a file or a pipe")
+    loader, snapshot = find(caches, task_options, read_options)
+    check_there(snapshot, name)
+    try:
+        snapshot = snapshot.file(name)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{error.message}: write it out with `restore --only {name}`") from error
+    (file,) = file_names(snapshot)
+    length = file_size(snapshot, file)
+    if size is None:
+        size = max(length - offset, 0)
+    if offset + size > length:
+        raise InvalidArgument(
+            f"bytes {offset} to {offset + size} are not all in {name!r}, which has {length}: "
+            "choose another --offset or --size"
+        )
+    if file in snapshot.tables:
+        table = _narrowed(snapshot.tables[file], offset, size)
+        snapshot = dataclasses.replace(snapshot, tables={file: table})
+    with (
+        tempfile.TemporaryDirectory(prefix="snaploader-read-") as folder,
+        loader.unpack_snapshot(snapshot, folder) as unpacked,
+    ):
+        _copy_out(_reader(unpacked, file), offset, size)
+        _report(caches, unpacked, name, size)
+
+
+def _narrowed(table: ChunkTable, offset: int, size: int) -> ChunkTable:
+    """The table without the chunks outside of a range, so that readahead does not fetch them."""
+    first, end = offset // table.chunk_size, -(-(offset + size) // table.chunk_size)
+    kept = (table.indices >= first) & (table.indices < end)
+    return dataclasses.replace(table, indices=table.indices[kept], hashes=table.hashes[kept])
+
+
+def _reader(unpacked: UnpackedSnapshot, name: str) -> ReadAt:
+    """How to read from the file."""
+    store = unpacked.chunked_files.get(name)
+    if store is not None:
+        return store.read_at
+    path = unpacked.files[name]
+
+    def read_at(offset: int, size: int) -> bytes:
+        with translate_os_errors(f"cannot read {name!r}"), path.open("rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    return read_at
+
+
+def _copy_out(read_at: ReadAt, offset: int, size: int) -> None:
+    end = offset + size
+    while offset < end:
+        data = read_at(offset, min(PIECE_BYTES, end - offset))
+        with writing_to_stdout():
+            sys.stdout.buffer.write(data)
+        offset += len(data)
+    with writing_to_stdout():
+        sys.stdout.buffer.flush()
+
+
+def _report(caches: Caches, unpacked: UnpackedSnapshot, name: str, size: int) -> None:
+    """What was loaded. On stderr in any case."""
+    output = caches.output
+    statistics = next(iter(unpacked.statistics().values()), None)
+    origins = {} if statistics is None else dict(sorted(statistics.origins.items()))
+    output.report(
+        {
+            **snapshot_record(unpacked.snapshot),
+            "name": name,
+            "size_bytes": size,
+            "origins": {
+                origin: {"chunks": count.chunks, "bytes": count.bytes, "prefetched": count.prefetched}
+                for origin, count in origins.items()
+            },
+        }
+    )
+    parts = ", ".join(f"{count.chunks} chunks from {origin}" for origin, count in origins.items())
+    kept = "kept whole" if statistics is None else parts or "no chunk touched"
+    output.detail(f"read {format_size(size)} of {name!r}: {kept}")

@@ -1,0 +1,277 @@
+"""`snaploader save`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
+from snaploader.cli.lookup import key_record
+from snaploader.cli.options import (
+    Command,
+    TaskOptions,
+    common,
+    first_given,
+    option,
+    save_options,
+    task_options,
+)
+from snaploader.cli.resources import Caches
+from snaploader.cli.values import KEY_VALUE, ChunkSize, Size, format_size, format_time
+from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.formats.manifest import check_name
+from snaploader.keys import SnapshotKey
+from snaploader.loader import (
+    DEFAULT_CHUNK_THRESHOLD_BYTES,
+    DirectorySource,
+    SavedDirectory,
+    SavedFile,
+    SaveResult,
+)
+from snaploader.policy import SavePolicy
+from snaploader.workspace.names import pin_name
+
+WORKSPACE_PINS = pin_name("")
+"""How the pins of workspaces begin. A save that took such a name would let go what the workspace needs."""
+
+
+class SaveCommand(Command):
+    """Refuses options that contradict each other. For click they are one, of which the last counts."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the command's arguments."""
+        options = args[: args.index("--")] if "--" in args else args
+        if {"--chunked", "--plain"} <= {*options}:
+            raise click.UsageError("--chunked and --plain exclude each other", ctx)
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=SaveCommand)
+@task_options
+@option(
+    "--chunked/--plain", "chunked", scope="save", default=None, help="Keep all files in chunks, or all whole."
+)
+@option(
+    "--chunk-threshold",
+    scope="save",
+    type=Size(),
+    default=f"{DEFAULT_CHUNK_THRESHOLD_BYTES >> 20}MiB",
+    help="Files of this size or more are kept in chunks.",
+)
+@option(
+    "--chunk-size",
+    scope="save",
+    type=ChunkSize(),
+    help="Size of a chunk: a power of two, 4KiB to 64MiB.",
+)
+@option(
+    "--snapshot-id",
+    "new_snapshot_id",
+    scope="save",
+    metavar="ID",
+    help="Id of the snapshot.  [default: new UUID]",
+)
+@save_options
+@option(
+    "--property",
+    "properties",
+    scope="save",
+    multiple=True,
+    type=KEY_VALUE,
+    help="Property kept with the snapshot.",
+)
+@option(
+    "--pin",
+    scope="save",
+    metavar="NAME",
+    help="Keep the snapshot from eviction on this host until `cache unpin NAME`.",
+)
+@click.argument("files", nargs=-1, required=True, metavar="FILE|DIR…")
+@common
+def save(
+    caches: Caches,
+    task_options: TaskOptions,
+    files: tuple[str, ...],
+    chunked: bool | None,
+    chunk_threshold: int,
+    chunk_size: int | None,
+    new_snapshot_id: str | None,
+    save_policy: str | None,
+    min_refresh_interval: float | None,
+    properties: tuple[tuple[str, str], ...],
+    pin: str | None,
+) -> None:
+    """Save files and directories as the snapshot of a branch.
+
+    A file is saved under its base name; NAME=PATH gives it another. A directory is saved with all that is in
+    it. The snapshot goes to the local cache, then to the remote cache if there is one.
+    """
+    if pin is not None and pin.startswith(WORKSPACE_PINS):
+        raise InvalidArgument(f"--pin {pin!r}: names that begin with {WORKSPACE_PINS!r} belong to workspaces")
+    paths = named_files(files)
+    plain, in_chunks, directories = _divide(paths, chunked, chunk_threshold)
+    output = caches.output
+    loader = caches.loader(share_snapshots=task_options.share, universal_ref=task_options.universal_fallback)
+    begin = time.monotonic()
+    key_set = loader.snapshot_key_set(
+        task_options.task(caches.settings), task_options.configuration_hash, task_options.runner_id
+    )
+    assert key_set.write_key is not None
+    snapshot_id = new_snapshot_id or str(uuid.uuid4())
+    with output.bars() as progress:
+        result = loader.cache_snapshot(
+            key_set.write_key,
+            files=plain,
+            chunked_files=in_chunks,
+            directories=directories,
+            vm_configuration=VMConfiguration(properties=dict(properties)),
+            vm_metadata=_metadata(key_set.write_key, snapshot_id),
+            snapshot_id=snapshot_id,
+            save_policy=save_policy or task_options.wishes.save_policy or SavePolicy.ALWAYS,
+            key_set=key_set,
+            default_ref=task_options.default_ref,
+            min_refresh_interval_s=first_given(
+                min_refresh_interval, task_options.wishes.refresh_interval_s, 0.0
+            ),
+            chunk_size=chunk_size,
+            pin=pin,
+            progress=progress,
+        )
+    _print(caches, result, time.monotonic() - begin, pin)
+
+
+def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
+    """The files by the names they get in the snapshot; InvalidArgument when two get the same one."""
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or "/" in name or os.path.lexists(argument):
+            name, path = os.path.basename(argument.rstrip("/")), argument
+        if name in {"", ".", ".."}:
+            raise InvalidArgument(f"{argument!r} has no name of its own: give it one, as in NAME={argument}")
+        check_name(name)
+        if name in named:
+            raise InvalidArgument(
+                f"{str(named[name])!r} and {path!r} would both be saved as {name!r}: write NAME=PATH for one"
+            )
+        named[name] = Path(path)
+    return named
+
+
+def _divide(
+    paths: dict[str, Path], chunked: bool | None, threshold: int
+) -> tuple[dict[str, Path], dict[str, Path], dict[str, DirectorySource]]:
+    """Which files are kept whole, which in chunks, and what is a directory."""
+    plain: dict[str, Path] = {}
+    in_chunks: dict[str, Path] = {}
+    directories: dict[str, DirectorySource] = {}
+    # In chunks means all but files without bytes, which have none; whole means none, however big.
+    from_size = threshold if chunked is None else 1 if chunked else sys.maxsize
+    for name, path in paths.items():
+        with translate_os_errors(f"cannot save {str(path)!r}"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                raise InvalidArgument(f"cannot save {str(path)!r}: there is no such file") from None
+        if stat.S_ISDIR(status.st_mode):
+            directories[name] = DirectorySource(path, chunk_threshold_bytes=max(1, from_size))
+        elif not stat.S_ISREG(status.st_mode):
+            raise InvalidArgument(
+                f"cannot save {str(path)!r}: only regular files and directories can be saved"
+            )
+        elif status.st_size and status.st_size >= from_size:
+            in_chunks[name] = path
+        else:
+            plain[name] = path
+    return plain, in_chunks, directories
+
+
+def _metadata(key: SnapshotKey, snapshot_id: str) -> VMMetadata:
+    """Where the snapshot comes from. As a fallback it is as old as this moment."""
+    metadata = VMMetadata(snapshot_id=snapshot_id, snapshot_key=key.to_proto())
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    metadata.created_timestamp.seconds = seconds
+    metadata.created_timestamp.nanos = nanoseconds
+    metadata.last_executed_task.completed_timestamp.CopyFrom(metadata.created_timestamp)
+    return metadata
+
+
+def _print(caches: Caches, result: SaveResult, seconds: float, pin: str | None) -> None:
+    output = caches.output
+    for warning in result.warnings:
+        output.warn(warning)
+    for directory in result.directories:
+        for path in directory.skipped:
+            output.warn(f"{path!r} in {directory.name!r} is a socket, FIFO or device and was not saved")
+    record: dict[str, Any] = {
+        "snapshot_id": result.snapshot_id,
+        "ref": result.key.ref,
+        "key": key_record(result.key),
+        "files": [_record(file) for file in result.files],
+        "directories": [_record(directory) for directory in result.directories],
+        "size_bytes": result.size_bytes,
+        "hashed_bytes": result.hashed_bytes,
+        "hole_bytes": result.hole_bytes,
+        "stored_bytes": result.stored_bytes,
+        "deduplicated_bytes": result.deduplicated_bytes,
+        "uploaded_blobs": result.uploaded_blobs,
+        "uploaded_bytes": result.uploaded_bytes,
+        "uploaded_wire_bytes": result.uploaded_wire_bytes,
+        "saved_locally": result.saved_locally,
+        "saved_remotely": result.saved_remotely,
+        "remote_skipped": result.remote_skipped,
+        "remote_manifest": None
+        if result.remote_manifest is None
+        else {"digest": str(result.remote_manifest.digest), "is_ours": result.remote_manifest.is_ours},
+        "pin": pin,
+        "warnings": list(result.warnings),
+        "seconds": round(seconds, 6),
+    }
+    output.json(record)
+    output.text(f"snapshot  {result.snapshot_id}")
+    output.text(f"ref       {result.key.ref or '(none)'}")
+    everything: list[SavedFile | SavedDirectory] = [*result.files, *result.directories]
+    output.table(
+        ["file", "kept", "size>", "holes>", "stored>", "deduplicated>"],
+        [
+            [
+                saved.name,
+                _kept(saved),
+                format_size(saved.size_bytes),
+                format_size(saved.hole_bytes),
+                format_size(saved.stored_bytes),
+                format_size(saved.deduplicated_bytes),
+            ]
+            for saved in everything
+        ],
+    )
+    if result.saved_remotely:
+        output.text(f"uploaded  {format_size(result.uploaded_bytes)} in {result.uploaded_blobs} blobs")
+    elif result.remote_skipped:
+        output.text(f"uploaded  nothing: {result.remote_skipped}")
+    if pin is not None:
+        output.text(f"pinned    as {pin}: never evicted here, until `snaploader cache unpin {pin}`")
+    elif not result.saved_remotely and not result.remote_skipped:
+        output.text(
+            "uploaded  nothing: without --remote-cache this is the only copy, and it is evicted once it is "
+            "unused for long. Save with --pin NAME to keep it on this host"
+        )
+    output.detail(f"saved in {format_time(seconds)}")
+
+
+def _record(saved: SavedFile | SavedDirectory) -> dict[str, Any]:
+    return {**dataclasses.asdict(saved), "digest": str(saved.digest)}
+
+
+def _kept(saved: SavedFile | SavedDirectory) -> str:
+    if isinstance(saved, SavedDirectory):
+        return f"{saved.files} files"
+    return f"{saved.chunks} chunks" if saved.chunked else "whole"

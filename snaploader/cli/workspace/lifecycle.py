@@ -1,0 +1,253 @@
+"""`snaploader workspace lifecycle` and `recover`: what keeps workspaces in order by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from snaploader.cli.exits import CheckFailed
+from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.process import stop_signal
+from snaploader.cli.resources import Workspaces, needing_an_extra
+from snaploader.cli.values import DURATION, parse_address
+from snaploader.cli.workspace.records import time_record
+from snaploader.errors import InvalidArgument, Unavailable
+
+if TYPE_CHECKING:
+    from snaploader.workspace import AuditRecord, LifecycleExecutor, Metrics, RecoverySummary, Stats
+
+
+@click.command("lifecycle", cls=Command)
+@option("--once", scope="workspace lifecycle", is_flag=True, help="Look at all workspaces once, and end.")
+@option(
+    "--tick",
+    scope="workspace lifecycle",
+    metavar="TIME",
+    help="With --once: decide as of this time, ISO 8601, UTC if it names no zone.  [default: now]",
+)
+@option(
+    "--interval",
+    scope="workspace lifecycle",
+    type=DURATION,
+    default="60s",
+    help="Between two looks.",
+)
+@option(
+    "--max-concurrency",
+    scope="workspace lifecycle",
+    type=click.IntRange(1),
+    default=10,
+    help="Workspaces that are worked on at once.",
+)
+@option(
+    "--metrics-listen",
+    scope="workspace lifecycle",
+    metavar="HOST:PORT",
+    help="Serve metrics to prometheus there; port 0 takes a free one.",
+)
+@with_workspaces
+def lifecycle(
+    workspaces: Workspaces,
+    once: bool,
+    tick: str | None,
+    interval: float,
+    max_concurrency: int,
+    metrics_listen: str | None,
+) -> None:
+    """Stop, start, pause, mark and delete the workspaces of this host as their policies say.
+
+    First recovers, as `recover` does, then works until SIGINT or SIGTERM; what is under way then is
+    finished. Each transition is printed; with --json it is an object on a line of its own.
+    """
+    if tick is not None and not once:
+        raise InvalidArgument("--tick goes with --once only")
+    if once:
+        at = None if tick is None else parse_time(tick)
+        with _executor(workspaces, max_concurrency) as executor:
+            _print_stats(workspaces, executor.run_once(at))
+        return
+    if interval <= 0:
+        raise InvalidArgument("--interval must be above 0")
+    with stop_signal() as stopped, _metrics(workspaces, metrics_listen) as metrics:
+        for line in summary_lines(workspaces.manager.recover()):
+            workspaces.output.talk(line)
+        show = functools.partial(_print_record, workspaces)
+        with (
+            _executor(workspaces, max_concurrency, metrics=metrics, show=show) as executor,
+            _running(executor, interval, ended=stopped.wake),
+        ):
+            workspaces.output.talk(f"looking every {interval:g} s; stop with Ctrl-C")
+            stopped.wait()
+    workspaces.output.talk("stopped")
+
+
+@contextlib.contextmanager
+def _executor(
+    workspaces: Workspaces,
+    max_concurrency: int,
+    *,
+    metrics: Metrics | None = None,
+    show: Callable[[AuditRecord], None] | None = None,
+) -> Iterator[LifecycleExecutor]:
+    """What makes the transitions; `show` is told of each."""
+    with needing_an_extra("workspaces need"):
+        from snaploader.workspace.hooks import Hooks
+        from snaploader.workspace.lifecycle import LifecycleExecutor
+    hooks = Hooks() if show is None else Hooks(audit=(show,))
+    with LifecycleExecutor(
+        workspaces.manager, max_concurrency=max_concurrency, hooks=hooks, metrics=metrics
+    ) as executor:
+        yield executor
+
+
+@contextlib.contextmanager
+def _running(executor: LifecycleExecutor, interval_s: float, ended: Callable[[], None]) -> Iterator[None]:
+    """Let it look again and again on a thread of its own while the block runs, and finish what it is at."""
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            executor.run(stop, interval_s)
+        except BaseException as error:  # noqa: BLE001  raised below, on the main thread
+            errors.append(error)
+        finally:
+            ended()
+
+    thread = threading.Thread(target=run, name="snaploader-lifecycle")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    for error in errors:
+        raise error
+
+
+@contextlib.contextmanager
+def _metrics(workspaces: Workspaces, listen: str | None) -> Iterator[Metrics | None]:
+    """Metrics of the lifecycle, served while the block runs; None when they are not asked for."""
+    if listen is None:
+        yield None
+        return
+    host, port = parse_address(listen, "--metrics-listen")
+    with needing_an_extra("workspaces need"):
+        from snaploader.workspace.metrics import Metrics
+    with needing_an_extra("--metrics-listen needs"):
+        from prometheus_client import CollectorRegistry, start_http_server
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise Unavailable(f"--metrics-listen: cannot listen on {listen}: {error.strerror}") from error
+    try:
+        workspaces.output.talk(f"metrics on http://{host}:{server.server_port}/metrics")
+        yield metrics
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def parse_time(text: str) -> datetime:
+    """A time in ISO 8601; in UTC where it names no zone."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidArgument(f"--tick {text[:80]!r} is no time: write it as 2026-01-31T09:30") from None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+
+
+def _print_record(workspaces: Workspaces, record: AuditRecord) -> None:
+    output = workspaces.output
+    output.line(
+        {
+            "workspace_id": record.workspace_id,
+            "owner": record.owner,
+            "transition": str(record.transition),
+            "state_before": str(record.state_before),
+            "state_after": None if record.state_after is None else str(record.state_after),
+            "created_at": time_record(record.created_at),
+            "error": record.error,
+        }
+    )
+    outcome = record.error or f"{record.state_before} → {record.state_after}"
+    output.text(
+        f"{record.created_at:%Y-%m-%d %H:%M:%S}  {record.workspace_id}  {record.transition}: {outcome}"
+    )
+    output.flush()
+
+
+def _print_stats(workspaces: Workspaces, stats: Stats) -> None:
+    output = workspaces.output
+    output.json(
+        {
+            "tick": time_record(stats.tick),
+            "transitions": {name: str(transition) for name, transition in stats.transitions.items()},
+            "errors": dict(stats.errors),
+            "skipped": {name: str(why) for name, why in stats.skipped.items()},
+            "elapsed_s": stats.elapsed_s,
+        }
+    )
+    for name, transition in stats.transitions.items():
+        output.text(f"{name}  {transition}")
+    for name, why in stats.skipped.items():
+        output.detail(f"{name} was left alone: {why}")
+    for name, error in stats.errors.items():
+        output.warn(f"{name}: {error}")
+
+
+@click.command("recover", cls=Command)
+@option(
+    "--rebind-state",
+    scope="workspace recover",
+    is_flag=True,
+    help="Go on with this state directory: the one that the catalog knows for this host is lost for good.",
+)
+@option(
+    "--forget-remote",
+    scope="workspace recover",
+    is_flag=True,
+    help="Give up what a remote cache that is gone for good has of commits that failed or were deleted.",
+)
+@with_workspaces
+def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) -> None:
+    """Bring the catalog and what is on this host together again, after a crash or a restart.
+
+    To be run before workspaces are used; `lifecycle` does it by itself. What somebody works on is left alone.
+    What the catalog says is running is started again, also a command that had ended by itself.
+    Ends with exit code 13 when something could not be put right.
+    """
+    summary = workspaces.manager.recover(rebind_state=rebind_state, forget_remote=forget_remote)
+    workspaces.output.json(dataclasses.asdict(summary))
+    for line in summary_lines(summary):
+        workspaces.output.text(line)
+    if summary.problems:
+        count = len(summary.problems)
+        things = "1 thing" if count == 1 else f"{count} things"
+        raise CheckFailed(f"{things} could not be put right")
+
+
+def summary_lines(summary: RecoverySummary) -> list[str]:
+    """What was found and done, for people."""
+    lines = [f"paused    {workspace_id}: {_how(summary, workspace_id)}" for workspace_id in summary.restored]
+    lines += [f"repaired  {note.name}: {note.reason}" for note in summary.repaired]
+    lines += [f"removed   {note.name}: {note.reason}" for note in summary.pruned]
+    lines += [f"trashed   {note.name}: {note.reason}" for note in summary.trashed]
+    lines += [f"left      {note.name}: {note.reason}" for note in summary.unknown]
+    lines += [f"busy      {workspace_id}: somebody works on it" for workspace_id in summary.busy]
+    lines += [f"problem   {note.name}: {note.reason}" for note in summary.problems]
+    return lines or ["there was nothing to recover"]
+
+
+def _how(summary: RecoverySummary, workspace_id: str) -> str:
+    return "taken back, as the catalog had lost it" if workspace_id in summary.adopted else "whole"

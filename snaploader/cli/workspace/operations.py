@@ -1,0 +1,356 @@
+"""What is done to workspaces: making them, running them, taking snapshots and going back, removing them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from snaploader.cli.options import Command, destructive, option, with_workspaces
+from snaploader.cli.resources import Workspaces
+from snaploader.cli.values import DURATION, KEY_VALUE, format_size
+from snaploader.cli.workspace.records import result_record, snapshot_record, workspace_record
+from snaploader.errors import InvalidArgument
+from snaploader.workspace import Readiness, Scope, SnapshotResult, SnapshotSource, Volume, Workspace
+
+_DEFAULT = Readiness()
+
+
+class WithCommand(Command):
+    """Takes what stands after `--` for the command that is to run, whatever stands before."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments up to `--`."""
+        if "--" in args:
+            at = args.index("--")
+            args, ctx.meta[_COMMAND] = args[:at], tuple(args[at + 1 :])
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """What the usage line shows."""
+        return [*super().collect_usage_pieces(ctx), "[-- COMMAND…]"]
+
+
+_COMMAND = f"{__name__}.command"
+
+
+@click.command("create", cls=WithCommand)
+@click.argument("workspace_id", metavar="[WORKSPACE]", default="")
+@option(
+    "--volume",
+    scope="workspace create",
+    multiple=True,
+    type=KEY_VALUE,
+    metavar="NAME=/DIR",
+    help="Durable directory: its name, and where the command sees it; repeatable.",
+)
+@option("--env", scope="workspace create", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
+@option("--ready-tcp", scope="workspace create", metavar="HOST:PORT", help="Ready when it takes connections.")
+@option("--ready-http", scope="workspace create", metavar="URL", help="Ready when it answers 200 to 399.")
+@option(
+    "--ready-command", scope="workspace create", metavar="SHELL", help="Ready when this exits with 0 in it."
+)
+@option(
+    "--ready-interval",
+    scope="workspace create",
+    type=DURATION,
+    default=f"{_DEFAULT.interval_s:g}s",
+    help="Between two tries.",
+)
+@option(
+    "--ready-timeout",
+    scope="workspace create",
+    type=DURATION,
+    default=f"{_DEFAULT.timeout_s:g}s",
+    help="How long to try.",
+)
+@option("--owner", scope="workspace create", default="", help="Whose it is.")
+@option("--base", scope="workspace create", default="", metavar="NAME", help="Template it is made from.")
+@option("--policy", scope="workspace create", default="default", help="Its policy.")
+@option(
+    "--schedule",
+    scope="workspace create",
+    default="",
+    metavar="CRON",
+    help="When to start it, as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'.",
+)
+@option(
+    "--from",
+    "source",
+    scope="workspace create",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Its first content, which is copied.",
+)
+@option("--no-start", scope="workspace create", is_flag=True, help="Leave it stopped.")
+@with_workspaces
+def create(
+    workspaces: Workspaces,
+    workspace_id: str,
+    volume: tuple[tuple[str, str], ...],
+    env: tuple[tuple[str, str], ...],
+    ready_tcp: str | None,
+    ready_http: str | None,
+    ready_command: str | None,
+    ready_interval: float,
+    ready_timeout: float,
+    owner: str,
+    base: str,
+    policy: str,
+    schedule: str,
+    source: Path | None,
+    no_start: bool,
+) -> None:
+    """Make a workspace and start the command in it, which goes on running; its id is printed.
+
+    The command begins in the workspace's folder. Without one nothing runs, and the workspace counts as
+    started.
+    """
+    checks = {"tcp": ready_tcp, "http": ready_http, "command": ready_command}
+    readiness = _readiness(checks, ready_interval, ready_timeout)
+    if source is not None and not source.is_dir():
+        raise InvalidArgument(f"--from: there is no folder {str(source)!r}")
+    workspace = workspaces.manager.create(
+        workspace_id,
+        command=click.get_current_context().meta.get(_COMMAND, ()),
+        environment=dict(env),
+        volumes=tuple(Volume(name, directory) for name, directory in volume),
+        readiness=readiness,
+        owner=owner,
+        base=base,
+        policy=policy,
+        autostart_schedule=schedule,
+        source=source,
+        start=not no_start,
+    )
+    _print_new(workspaces, workspace)
+
+
+@click.command("fork", cls=Command)
+@click.argument("origin", metavar="SNAPSHOT|WORKSPACE")
+@click.argument("workspace_id", metavar="[WORKSPACE]", default="")
+@option("--owner", scope="workspace fork", help="Whose it is.  [default: that of the origin]")
+@option("--policy", scope="workspace fork", help="Its policy.  [default: that of the origin]")
+@option(
+    "--env",
+    scope="workspace fork",
+    multiple=True,
+    type=KEY_VALUE,
+    help="Changes to the origin's environment; repeatable.",
+)
+@option("--schedule", scope="workspace fork", default="", metavar="CRON", help="When to start it.")
+@option("--no-start", scope="workspace fork", is_flag=True, help="Leave it stopped.")
+@with_workspaces
+def fork(
+    workspaces: Workspaces,
+    origin: str,
+    workspace_id: str,
+    owner: str | None,
+    policy: str | None,
+    env: tuple[tuple[str, str], ...],
+    schedule: str,
+    no_start: bool,
+) -> None:
+    """Make a workspace from a committed snapshot, or from the latest one of a workspace; its id is printed.
+
+    It runs the same command and shares all content with its origin, but does not depend on it.
+    """
+    workspace = workspaces.manager.fork(
+        origin,
+        workspace_id,
+        environment=dict(env),
+        owner=owner,
+        policy=policy,
+        autostart_schedule=schedule,
+        start=not no_start,
+    )
+    _print_new(workspaces, workspace)
+
+
+def _readiness(checks: dict[str, str | None], interval_s: float, timeout_s: float) -> Readiness:
+    given = {kind: target for kind, target in checks.items() if target is not None}
+    if len(given) > 1:
+        names = " and ".join(f"--ready-{kind}" for kind in given)
+        raise InvalidArgument(f"{names} exclude each other: give one")
+    for kind, target in given.items():
+        return Readiness(kind, target, interval_s, timeout_s)
+    return Readiness(interval_s=interval_s, timeout_s=timeout_s)
+
+
+def _print_new(workspaces: Workspaces, workspace: Workspace) -> None:
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(workspace.id)
+    workspaces.output.detail(f"{workspace.id} is {workspace.state}")
+
+
+@click.command("pause", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def pause(workspaces: Workspaces, workspace_id: str) -> None:
+    """Park a workspace: its state becomes a snapshot on this host, and its processes and files go.
+
+    What the snapshot holds is its policy's onPause. `resume` brings it back.
+    """
+    result = workspaces.manager.pause(workspace_id)
+    workspaces.output.json(result_record(result))
+    workspaces.output.text(
+        f"paused {workspace_id}: {result.scope}, {format_size(result.stored_bytes)} stored"
+    )
+
+
+@click.command("resume", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@option(
+    "--ready-timeout",
+    scope="workspace resume",
+    type=DURATION,
+    help="How long it may take to be ready.  [default: as given to create]",
+)
+@with_workspaces
+def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
+    """Bring a paused workspace back, and wait until it is ready."""
+    workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"resumed {workspace_id}")
+
+
+@click.command("start", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def start(workspaces: Workspaces, workspace_id: str) -> None:
+    """Start a workspace that was stopped, and wait until it is ready. A paused one is resumed instead."""
+    workspace = workspaces.manager.start(workspace_id)
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"started {workspace_id}")
+
+
+@click.command("stop", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def stop(workspaces: Workspaces, workspace_id: str) -> None:
+    """Stop what runs in a workspace, by force what still runs after 10 seconds. Its files stay."""
+    workspace = workspaces.manager.stop(workspace_id)
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"stopped {workspace_id}")
+
+
+@click.command("rm", cls=Command)
+@click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
+@option(
+    "--forget-remote",
+    scope="workspace rm",
+    is_flag=True,
+    help="Leave commits in the remote cache, which may be gone for good.",
+)
+@destructive("workspace rm")
+@with_workspaces
+def remove(
+    workspaces: Workspaces, workspace_ids: tuple[str, ...], *, forget_remote: bool, yes: bool, dry_run: bool
+) -> None:
+    """Delete workspaces: what runs, their files, and their snapshots here and in the remote cache.
+
+    Their events stay, and their ids are not used again. Forks keep all they have.
+    """
+    output = workspaces.output
+    if dry_run or output.must_ask(yes=yes):
+        snapshots = {each: workspaces.manager.list_snapshots(each) for each in workspace_ids}
+        lines = []
+        for workspace_id, infos in snapshots.items():
+            remote = sum(info.record is not None and info.record.is_remote for info in infos)
+            lines.append(
+                f"{workspace_id}: its files and {len(infos)} snapshots, {remote} of them on the server"
+            )
+        if dry_run:
+            output.json(
+                {
+                    "would_delete": [
+                        {"id": each, "snapshots": [snapshot_record(info) for info in infos]}
+                        for each, infos in snapshots.items()
+                    ]
+                }
+            )
+            for line in lines:
+                output.text(f"would delete {line}")
+            return
+        where = "but leave the commits on the server" if forget_remote else "also on the server"
+        output.confirm("\n".join([*lines, f"Delete this, {where}?"]))
+    for workspace_id in workspace_ids:
+        workspaces.manager.delete(workspace_id, forget_remote=forget_remote)
+        workspaces.output.text(f"deleted {workspace_id}; its name cannot be used again")
+    workspaces.output.json({"deleted": list(workspace_ids)})
+
+
+@click.command("snapshot", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@option("--name", scope="workspace snapshot", default="", help='What lists call it.  [default: "Version N"]')
+@option(
+    "--source",
+    scope="workspace snapshot",
+    type=click.Choice([source.value for source in SnapshotSource]),
+    default=SnapshotSource.MANUAL.value,
+    help="Why it is taken.",
+)
+@option(
+    "--scope",
+    scope="workspace snapshot",
+    type=click.Choice([scope.value for scope in Scope], case_sensitive=False),
+    default=Scope.FULL.value,
+    help="Full: everything. Data: the durable directories alone.",
+)
+@with_workspaces
+def snapshot(workspaces: Workspaces, workspace_id: str, name: str, source: str, scope: str) -> None:
+    """Take a snapshot of a workspace, as its next version. It is stopped meanwhile."""
+    result = workspaces.manager.create_snapshot(workspace_id, name, source, scope=Scope.parse(scope))
+    _print_version(workspaces, result)
+
+
+@click.command("version", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@with_workspaces
+def version(workspaces: Workspaces, workspace_id: str) -> None:
+    """Take a snapshot with source pre_exec and no name, as its next version. It is stopped meanwhile."""
+    _print_version(workspaces, workspaces.manager.create_version(workspace_id))
+
+
+@click.command("rollback", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@click.argument("number", metavar="VERSION", type=int)
+@option(
+    "--keep-current",
+    scope="workspace rollback",
+    is_flag=True,
+    help="First keep the present state as a version.",
+)
+@with_workspaces
+def rollback(workspaces: Workspaces, workspace_id: str, number: int, keep_current: bool) -> None:
+    """Go back to a version of a workspace. Its present state is lost, unless it is kept.
+
+    Versions stay as they are, and the next one gets the next number.
+    """
+    workspace = workspaces.manager.rollback(workspace_id, number, keep_current=keep_current)
+    workspaces.output.json({**workspace_record(workspace), "version": number})
+    workspaces.output.text(f"{workspace_id} goes on from version {number}")
+
+
+@click.command("commit", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@option("--name", scope="workspace commit", default="", help="What lists call it.")
+@with_workspaces
+def commit(workspaces: Workspaces, workspace_id: str, name: str) -> None:
+    """Take a snapshot and put it into the remote cache, where workspaces can be forked from it.
+
+    What it holds is its policy's onCommit. A paused workspace stays paused.
+    """
+    result = workspaces.manager.commit(workspace_id, name)
+    workspaces.output.json(result_record(result))
+    workspaces.output.text(
+        f"committed {result.snapshot_name}: {result.scope}, {format_size(result.uploaded_bytes)} uploaded"
+    )
+
+
+def _print_version(workspaces: Workspaces, result: SnapshotResult) -> None:
+    workspaces.output.json(result_record(result))
+    workspaces.output.text(
+        f"version {result.version} of {result.workspace_id}: {result.scope}, "
+        f"{format_size(result.read_bytes)} read, {format_size(result.stored_bytes)} stored"
+    )

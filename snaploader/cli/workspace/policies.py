@@ -1,0 +1,162 @@
+"""What the lifecycle goes by: named policies, the status of owners, and what a workspace has of its own."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from snaploader.cli.options import Command, Group, option, shared_options, with_workspaces, workspace_options
+from snaploader.cli.resources import Workspaces, needing_an_extra
+from snaploader.cli.workspace.records import workspace_record
+from snaploader.errors import InvalidArgument, NotFound
+from snaploader.policy import parse_duration_s
+from snaploader.workspace import OwnerStatus, Policy
+
+CHANGE_EVENT = "workspace_change"
+
+
+@click.group(cls=Group)
+@workspace_options
+@shared_options
+def policy(**_shared: object) -> None:
+    """Named policies: what pausing and committing hold, when the lifecycle stops, parks and deletes."""
+
+
+@policy.command("set", short_help="Make or change a policy.")
+@click.argument("name", metavar="POLICY")
+@click.argument("values", metavar="FIELD=VALUE…", nargs=-1)
+@with_workspaces
+def set_policy(workspaces: Workspaces, name: str, values: tuple[str, ...]) -> None:
+    """Make a policy, or change the fields that are given: onPause=Full onCommit=Data autostopAfterSeconds=8h.
+
+    Durations are seconds, or a number and s, m, h or d. `FIELD=` goes back to the default.
+    """
+    changes = dict(parse_field(value) for value in values)
+    with workspaces.catalog.transaction() as transaction:
+        try:
+            before = transaction.policy(name).to_mapping()
+        except NotFound:
+            before = {}
+        merged = {field: value for field, value in {**before, **changes}.items() if value is not None}
+        changed = Policy.from_mapping(name, merged)
+        transaction.put_policy(changed)
+    _print(workspaces, changed)
+
+
+@policy.command("show", short_help="Show a policy.")
+@click.argument("name", metavar="POLICY")
+@with_workspaces
+def show_policy(workspaces: Workspaces, name: str) -> None:
+    """Show the fields of a policy; rules that are off are left out."""
+    with workspaces.catalog.reading() as reader:
+        found = reader.policy(name)
+    _print(workspaces, found)
+
+
+@policy.command("ls", short_help="List the policies.")
+@with_workspaces
+def list_policies(workspaces: Workspaces) -> None:
+    """List the policies."""
+    with workspaces.catalog.reading() as reader:
+        found = reader.policies()
+    workspaces.output.json({"policies": [_record(each) for each in found]})
+    workspaces.output.table(["policy", "fields"], [[each.name, " ".join(_fields(each))] for each in found])
+
+
+@policy.command("rm", short_help="Remove a policy that nothing uses.")
+@click.argument("name", metavar="POLICY")
+@with_workspaces
+def remove_policy(workspaces: Workspaces, name: str) -> None:
+    """Remove a policy that no workspace has."""
+    with workspaces.catalog.transaction() as transaction:
+        transaction.remove_policy(name)
+    workspaces.output.json({"removed": name})
+    workspaces.output.text(f"removed policy {name}")
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """A field and its value as `Policy.from_mapping` takes them; None where the value is empty."""
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise InvalidArgument(f"{text[:80]!r} is not FIELD=VALUE, such as onPause=Full")
+    if not value:
+        return field, None
+    if value in {"true", "false"}:
+        return field, value == "true"
+    if field.endswith("Seconds"):
+        try:
+            return field, parse_duration_s(value)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{field}: {error.message}") from error
+    return field, value
+
+
+def _record(policy: Policy) -> dict[str, Any]:
+    return {"name": policy.name, **_values(policy)}
+
+
+def _values(policy: Policy) -> dict[str, Any]:
+    """The fields that are set; whole seconds as integers."""
+    values = policy.to_mapping()
+    return {
+        field: int(value) if isinstance(value, float) and value.is_integer() else value
+        for field, value in values.items()
+    }
+
+
+def _fields(policy: Policy) -> list[str]:
+    """The fields as `set` takes them."""
+    values = _values(policy).items()
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values]
+
+
+def _print(workspaces: Workspaces, policy: Policy) -> None:
+    workspaces.output.json(_record(policy))
+    for field in _fields(policy):
+        workspaces.output.text(field)
+
+
+@click.command("owner", cls=Command)
+@click.argument("name", metavar="OWNER")
+@click.argument("status", required=False, type=click.Choice([status.value for status in OwnerStatus]))
+@with_workspaces
+def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
+    """Show whether an owner is active or suspended, or make it so.
+
+    The lifecycle stops the running workspaces of a suspended owner, and starts none.
+    """
+    if status is not None:
+        with workspaces.catalog.transaction() as transaction:
+            transaction.set_owner_status(name, OwnerStatus(status))
+    with workspaces.catalog.reading() as reader:
+        found = reader.owner_status(name)
+    workspaces.output.json({"owner": name, "status": str(found)})
+    workspaces.output.text(f"{name}: {found}")
+
+
+@click.command("set", cls=Command)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@option("--policy", scope="workspace set", help="Name of its policy.")
+@option("--owner", scope="workspace set", help="Whose it is; empty: nobody's.")
+@option("--schedule", scope="workspace set", metavar="CRON", help="When to start it; empty: never.")
+@with_workspaces
+def set_(
+    workspaces: Workspaces, workspace_id: str, policy: str | None, owner: str | None, schedule: str | None
+) -> None:
+    """Change what the lifecycle goes by. All else of a workspace is as it was made."""
+    if schedule:
+        with needing_an_extra("workspaces need"):
+            from snaploader.workspace.decide import parse_schedule
+        parse_schedule(schedule)
+    given = {"policy": policy, "owner": owner, "autostart_schedule": schedule}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        raise InvalidArgument("there is nothing to change: give --policy, --owner or --schedule")
+    with workspaces.catalog.transaction() as transaction:
+        workspace = transaction.update_workspace(workspace_id, **changes)
+        transaction.add_event(workspace_id, CHANGE_EVENT, changes, datetime.now(UTC))
+    workspaces.output.json(workspace_record(workspace))
+    workspaces.output.text(f"changed {workspace_id}")

@@ -1,0 +1,288 @@
+"""Workspaces, snapshots and what happens to them: as JSON records, as words, and as a tree of snapshots.
+
+In the tree, what follows one after the other stands one below the other. Where a workspace went on twice
+from one snapshot, after a rollback, the line that leads to its present state goes on, and what a rollback
+left hangs from the snapshot it went on from. So a long history is not a deep one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from snaploader.cli.output import Branch
+from snaploader.cli.values import format_size
+from snaploader.workspace import (
+    Event,
+    Operation,
+    Run,
+    SnapshotInfo,
+    SnapshotKind,
+    SnapshotRecord,
+    SnapshotResult,
+    Version,
+    Workspace,
+    WorkspaceState,
+)
+
+if TYPE_CHECKING:
+    from snaploader.workspace import WorkspaceSize
+
+_NOW = ""
+"""Stands for the present state, which is no snapshot; all of those have names."""
+
+
+def time_record(time: datetime | None) -> str | None:
+    """A time in ISO 8601, in UTC."""
+    return None if time is None else time.isoformat()
+
+
+def time_words(time: datetime | None) -> str:
+    """A time to the minute, in UTC."""
+    return "-" if time is None else f"{time:%Y-%m-%d %H:%M}"
+
+
+def exit_words(exit_code: int) -> str:
+    """How a command ended: its exit status, or the negative number of the signal."""
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+
+
+def workspace_record(workspace: Workspace) -> dict[str, Any]:
+    """All that the catalog knows of a workspace itself."""
+    spec = workspace.spec
+    return {
+        "id": workspace.id,
+        "state": str(workspace.state),
+        "host": workspace.host,
+        "owner": workspace.owner,
+        "base": workspace.base,
+        "policy": workspace.policy,
+        "autostart_schedule": workspace.autostart_schedule,
+        "command": list(spec.command),
+        "environment": dict(spec.environment),
+        "volumes": [{"name": volume.name, "durable_dir": volume.durable_dir} for volume in spec.volumes],
+        "readiness": {
+            "kind": spec.readiness.kind,
+            "target": spec.readiness.target,
+            "interval_s": spec.readiness.interval_s,
+            "timeout_s": spec.readiness.timeout_s,
+        },
+        "slot": workspace.slot,
+        "last_version": workspace.last_version,
+        "current_snapshot": workspace.current_snapshot,
+        "base_snapshot": workspace.base_snapshot,
+        "created_at": time_record(workspace.created_at),
+        "last_used_at": time_record(workspace.last_used_at),
+        "paused_at": time_record(workspace.paused_at),
+        "dormant_at": time_record(workspace.dormant_at),
+        "deleting_at": time_record(workspace.deleting_at),
+        "operation": _operation_record(workspace.operation),
+    }
+
+
+def _operation_record(operation: Operation | None) -> dict[str, Any] | None:
+    if operation is None:
+        return None
+    return {
+        "kind": str(operation.kind),
+        "host": operation.host,
+        "started_at": time_record(operation.started_at),
+        "snapshot_name": operation.snapshot_name,
+        "version": operation.version,
+    }
+
+
+def size_record(size: WorkspaceSize) -> dict[str, int]:
+    """What a workspace takes on this host."""
+    return {
+        "exclusive_bytes": size.exclusive_bytes,
+        "shared_bytes": size.shared_bytes,
+        "snapshots": size.snapshots,
+    }
+
+
+def snapshot_record(info: SnapshotInfo) -> dict[str, Any]:
+    """A snapshot of a workspace; one that the catalog does not manage has little more than its name."""
+    record = info.record
+    values: dict[str, Any] = {
+        "runtime_name": info.runtime_name,
+        "is_managed": info.is_managed,
+        "is_local": info.is_local,
+        "version": info.version,
+        "display_name": info.display_name,
+    }
+    if record is not None:
+        values |= {
+            "name": record.name,
+            "kind": str(record.kind),
+            "scope": str(record.scope),
+            "source": str(record.source),
+            "created_at": time_record(record.created_at),
+            "parent": record.parent,
+            "is_remote": record.is_remote,
+            "size_bytes": record.size_bytes,
+        }
+    return values
+
+
+def result_record(result: SnapshotResult) -> dict[str, Any]:
+    """What taking a snapshot returned."""
+    return {
+        "workspace_id": result.workspace_id,
+        "snapshot_name": result.snapshot_name,
+        "runtime_name": result.runtime_name,
+        "display_name": result.display_name,
+        "version": result.version,
+        "created_at": time_record(result.created_at),
+        "scope": str(result.scope),
+        "read_bytes": result.read_bytes,
+        "stored_bytes": result.stored_bytes,
+        "uploaded_bytes": result.uploaded_bytes,
+    }
+
+
+def version_record(version: Version) -> dict[str, Any]:
+    """A version."""
+    return {
+        "id": version.id,
+        "number": version.number,
+        "display_name": version.display_name,
+        "source": str(version.source),
+        "snapshot_name": version.snapshot_name,
+        "runtime_name": version.runtime_name,
+        "created_at": time_record(version.created_at),
+    }
+
+
+def run_record(run: Run | None) -> dict[str, Any] | None:
+    """The latest start, stop or delete."""
+    if run is None:
+        return None
+    return {
+        "transition": str(run.transition),
+        "status": str(run.status),
+        "reason": run.reason,
+        "created_at": time_record(run.created_at),
+        "completed_at": time_record(run.completed_at),
+        "deadline": time_record(run.deadline),
+        "error": run.error,
+    }
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """An event."""
+    return {
+        "id": event.id,
+        "workspace_id": event.workspace_id,
+        "type": event.type,
+        "payload": dict(event.payload),
+        "created_at": time_record(event.created_at),
+    }
+
+
+def history(
+    workspace: Workspace,
+    snapshots: Iterable[SnapshotInfo],
+    forks: Mapping[str, Collection[str]] | None = None,
+) -> list[Branch]:
+    """The snapshots by parent, oldest first, and where the workspace stands now.
+
+    A snapshot whose parent is not there any more begins a line of its own. Those that the catalog does not
+    manage have no place in it.
+
+    Args:
+        forks: Ids of workspaces that were forked from a snapshot, by its name.
+    """
+    return _History(workspace, snapshots, forks or {}).branches()
+
+
+class _History:
+    """The entries of one workspace, by name."""
+
+    def __init__(
+        self, workspace: Workspace, snapshots: Iterable[SnapshotInfo], forks: Mapping[str, Collection[str]]
+    ) -> None:
+        self._workspace = workspace
+        self._forks = forks
+        managed = [(info.record, info) for info in snapshots if info.record is not None]
+        managed.sort(key=lambda pair: (pair[0].created_at, pair[0].name))
+        self._infos = {record.name: info for record, info in managed}
+        parents = {record.name: record.parent for record, _ in managed}
+        if workspace.state is not WorkspaceState.DELETED:
+            parents[_NOW] = workspace.current_snapshot
+        self._parents = {name: parent for name, parent in parents.items() if parent in self._infos}
+        self._children: dict[str, list[str]] = {}
+        for name, parent in self._parents.items():
+            self._children.setdefault(parent, []).append(name)
+        self._roots = [name for name in parents if name not in self._parents]
+        self._trunk = self._path(_NOW) if _NOW in parents else set()
+
+    def branches(self) -> list[Branch]:
+        """The line to the present state, below the others that begin without a parent."""
+        if not self._roots:
+            return []
+        main = self._next(self._roots)
+        others = [self._line(name) for name in self._roots if name != main]
+        return [*(Branch(_heading(line), line) for line in others), *self._line(main)]
+
+    def _path(self, name: str) -> set[str]:
+        """An entry and all that it goes back to."""
+        path = {name}
+        while name in self._parents and self._parents[name] not in path:
+            name = self._parents[name]
+            path.add(name)
+        return path
+
+    def _next(self, names: list[str]) -> str:
+        """The one that leads to the present state, or else the newest."""
+        return next((name for name in names if name in self._trunk), names[-1])
+
+    def _line(self, name: str) -> list[Branch]:
+        """An entry and what follows it."""
+        line = []
+        while True:
+            children = self._children.get(name, [])
+            following = self._next(children) if children else None
+            beside = self._aside(child for child in children if child != following)
+            line.append(Branch(self._label(name), [*self._notes(name), *beside]))
+            if following is None:
+                return line
+            name = following
+
+    def _aside(self, names: Iterable[str]) -> list[Branch]:
+        """Lines that end elsewhere; one of several entries has a heading."""
+        lines = [self._line(name) for name in names]
+        return [line[0] if len(line) == 1 else Branch(_heading(line), line) for line in lines]
+
+    def _label(self, name: str) -> str:
+        if name == _NOW:
+            return f"now: {self._workspace.state}"
+        info = self._infos[name]
+        assert info.record is not None
+        return snapshot_label(info.record, info.version)
+
+    def _notes(self, name: str) -> list[Branch]:
+        if name == _NOW:
+            return []
+        record = self._infos[name].record
+        assert record is not None
+        notes = [record.name] if record.kind is SnapshotKind.COMMIT else []
+        notes += [f"fork {workspace_id}" for workspace_id in sorted(self._forks.get(name, ()))]
+        return [Branch(note) for note in notes]
+
+
+def _heading(line: list[Branch]) -> str:
+    return "1 snapshot on its own" if len(line) == 1 else f"{len(line)} snapshots, one after the other"
+
+
+def snapshot_label(record: SnapshotRecord, version: int | None) -> str:
+    """A snapshot in one line."""
+    what = str(record.kind) if version is None else f"{record.kind} {version}"
+    words = [str(record.scope), time_words(record.created_at), format_size(record.size_bytes)]
+    if record.kind is SnapshotKind.VERSION:
+        words.append(str(record.source))
+    if record.is_remote:
+        words.append("remote")
+    name = f' "{record.display_name}"' if record.display_name else ""
+    return f"{what}{name}  {', '.join(words)}"

@@ -1,0 +1,488 @@
+"""Saving a directory: its files become blobs in the file cache, and it becomes a tree."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from cow import is_zero
+from cow.fileio import chunk_extents
+from snaploader.digest import HASH_BYTES, Digest, DigestFunction
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.filecache import FileCache
+from snaploader.formats.chunktable import ChunkTable, check_geometry
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, Entry, FileEntry
+from snaploader.formats.dirtreecodec import encode_directory_tree
+from snaploader.loader.captureindex import CaptureIndex, Content, is_settled, read_index, try_write_index
+from snaploader.loader.results import ProgressMeter, SavedDirectory
+from snaploader.loader.scan import (
+    FileIdentity,
+    FoundFile,
+    changed,
+    check_directories,
+    open_directory,
+    scan,
+    shown_path,
+)
+from snaploader.workers import ThreadBuffers
+
+DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
+"""Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
+
+_IN_MEMORY_BYTES = 4 << 20
+"""Files that are kept whole are read in one piece up to this size; bigger ones are streamed."""
+
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""What opening a file says that was removed or has become a symbolic link."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectorySource:
+    """A directory to save, and how. Immutable.
+
+    Raises:
+        InvalidArgument: An excluded path is not relative and plain, or the threshold is not positive.
+    """
+
+    path: str | os.PathLike[str]
+    """Of the directory, which must not change during the save. Symbolic links in it are kept as such and
+    not followed. Files with several names become files of their own."""
+    exclude: Collection[str] = ()
+    """Paths relative to it. Of a directory named here only the directory is kept, empty; of anything else
+    nothing."""
+    index: str | os.PathLike[str] | None = None
+    """A file outside the directory that remembers what the last save found. With it, only files that
+    changed since are read again. Written anew by every save; None reads everything. Not for files that a
+    process keeps mapped for writing (mmap(2)) from one save to the next: their times need not tell."""
+    chunk_threshold_bytes: int = DEFAULT_CHUNK_THRESHOLD_BYTES
+    """Files of this size or more are kept in chunks, their holes left out. Default: 4 MiB."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):
+            raise InvalidArgument("exclude is a list of paths, not one path")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for path in self.exclude:
+            if any(name in {"", ".", ".."} for name in path.split("/")):
+                raise InvalidArgument(
+                    f"{path!r} cannot be excluded: name it relative to the directory, as in 'var/cache'"
+                )
+        if self.chunk_threshold_bytes < 1:
+            raise InvalidArgument(f"chunk_threshold_bytes is {self.chunk_threshold_bytes}, not positive")
+
+
+class DirectoryCapture:
+    """A directory on its way into the file cache. It is looked through when this is made.
+
+    To be closed. `tasks` are for several threads, everything else is for one.
+
+    Raises:
+        SnaploaderError: As `scan`; NotFound when there is no such directory.
+        InvalidArgument: The index or the file cache is inside the directory.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: DirectorySource,
+        file_cache: FileCache,
+        function: DigestFunction,
+        chunk_size: int,
+    ) -> None:
+        self._name = name
+        self._where = os.path.abspath(os.fspath(source.path))
+        self._threshold = source.chunk_threshold_bytes
+        self._file_cache = file_cache
+        self._function = function
+        self._chunk_size = chunk_size
+        self._index_path = None if source.index is None else os.path.abspath(os.fspath(source.index))
+        self._lock = threading.Lock()
+        self._buffers = ThreadBuffers()
+        self._contents: dict[str, Content] = {}
+        self._readers: set[BigFileReader] = set()
+        self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
+        self._tree: DirectoryTree | None = None
+        self._digest: Digest | None = None
+        self._check_places(source.exclude)
+        self._started_ns = time.time_ns()
+        self._root = open_directory(self._where)
+        try:
+            self._found = scan(self._root, self._where, source.exclude)
+        except BaseException:
+            os.close(self._root)
+            raise
+        self._pending = self._changed_files()
+
+    @property
+    def entry_count(self) -> int:
+        """All that the tree will hold."""
+        return self._found.entry_count
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of the files that have to be read."""
+        return sum(file.identity.size_bytes for file in self._pending)
+
+    @property
+    def tree(self) -> DirectoryTree:
+        """What is in the directory; there after `finish`."""
+        assert self._tree is not None
+        return self._tree
+
+    @property
+    def digest(self) -> Digest:
+        """Of the tree; there after `finish`."""
+        assert self._digest is not None
+        return self._digest
+
+    def tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
+        """What has to be read: a call for each small file and for each chunk of a big one.
+
+        A big file is opened when its first call is taken, so few are open at a time.
+        """
+        for file in self._pending:
+            if self._is_chunked(file):
+                yield from self._chunk_tasks(file, meter)
+            else:
+                yield partial(self._store_file, file, meter)
+
+    def finish(self) -> None:
+        """Make the tree, when all tasks are done, and keep it in the file cache.
+
+        FailedPrecondition when a directory changed meanwhile, InvalidArgument when there is too much in it.
+        """
+        check_directories(self._root, self._where, self._found)
+        entries: dict[str, Entry] = {**self._found.directories, **self._found.symlinks}
+        for file in self._found.files:
+            content = self._contents[file.path]
+            if isinstance(content, ChunkTable):
+                entries[file.path] = ChunkedEntry(content, file.mode, file.mtime_ns)
+            else:
+                entries[file.path] = FileEntry(content, file.mode, file.mtime_ns)
+        self._tree = DirectoryTree(entries, self._function)
+        data = encode_directory_tree(self._tree)
+        self._digest = Digest.of(data, self._function)
+        self._file_cache.put_verified(self._digest, data)
+
+    def rescue(self, wanted: set[Digest]) -> None:
+        """Put blobs into the file cache again that are in no cache, from the files that hold them.
+
+        Those that were found are taken out of `wanted`.
+
+        Raises:
+            FailedPrecondition: A file does not hold any more what it did.
+        """
+        for file in self._found.files:
+            if not wanted:
+                return
+            content = self._contents[file.path]
+            if isinstance(content, Digest):
+                if content in wanted:
+                    self._put_back(file, content, 0, content.size_bytes)
+                    wanted.remove(content)
+                continue
+            for index, digest in zip(content.indices.tolist(), content.digests(), strict=True):
+                if digest in wanted:
+                    self._put_back(file, digest, index * content.chunk_size, digest.size_bytes)
+                    wanted.remove(digest)
+
+    def remember(self) -> str:
+        """Write the index, if there is to be one; what went wrong, or an empty string."""
+        if self._index_path is None:
+            return ""
+        settled = (
+            (file.path, file.identity, self._contents[file.path])
+            for file in self._found.files
+            if is_settled(file.identity, self._started_ns)
+        )
+        return try_write_index(self._index_path, settled, self._function)
+
+    def result(self) -> SavedDirectory:
+        """What was done."""
+        directories = sum(isinstance(entry, DirectoryEntry) for entry in self.tree.values())
+        return SavedDirectory(
+            name=self._name,
+            digest=self.digest,
+            files=len(self._found.files),
+            directories=directories - 1,
+            symlinks=len(self._found.symlinks),
+            size_bytes=self.tree.size_bytes,
+            read_bytes=self._read_bytes,
+            hashed_bytes=self._hashed_bytes,
+            stored_bytes=self._stored_bytes,
+            deduplicated_bytes=self._deduplicated_bytes,
+            hole_bytes=self.tree.hole_bytes,
+            skipped=tuple(self._found.skipped),
+        )
+
+    def close(self) -> None:
+        """Close all files. No task may be running."""
+        for reader in self._readers:
+            reader.close()
+        self._readers.clear()
+        os.close(self._root)
+
+    def _check_places(self, exclude: Collection[str]) -> None:
+        """InvalidArgument when the directory holds what this save writes to."""
+        if self._index_path is not None and self._would_save(os.path.dirname(self._index_path), exclude):
+            raise InvalidArgument(
+                f"the capture index {self._index_path!r} is in the directory to be saved: keep it elsewhere"
+            )
+        if self._would_save(self._file_cache.root, exclude):
+            raise InvalidArgument(
+                f"the file cache {self._file_cache.root!r} is in the directory to be saved, {self._where!r}: "
+                "keep it elsewhere, or exclude it"
+            )
+
+    def _would_save(self, folder: str, exclude: Collection[str]) -> bool:
+        """Whether a folder is the directory, or in it and not excluded."""
+        inside = os.path.relpath(os.path.realpath(folder), os.path.realpath(self._where))
+        excluded = any(inside == path or inside.startswith(f"{path}/") for path in exclude)
+        return inside.split("/")[0] != ".." and not excluded
+
+    def _changed_files(self) -> list[FoundFile]:
+        """The files to read; the contents of the others are taken from the index."""
+        index = CaptureIndex()
+        if self._index_path is not None:
+            index = read_index(self._index_path, self._function)
+        pending = []
+        for file in self._found.files:
+            content = index.get(file.path, file.identity)
+            if content is None or not self._is_kept_so(file, content):
+                pending.append(file)
+            else:
+                self._contents[file.path] = content
+        return pending
+
+    def _is_chunked(self, file: FoundFile) -> bool:
+        return file.identity.size_bytes >= self._threshold
+
+    def _is_kept_so(self, file: FoundFile, content: Content) -> bool:
+        """Whether a file would be cut into the same pieces today."""
+        if isinstance(content, ChunkTable):
+            return self._is_chunked(file) and content.chunk_size == self._chunk_size
+        return not self._is_chunked(file)
+
+    def _store_file(self, file: FoundFile, meter: ProgressMeter) -> None:
+        size = file.identity.size_bytes
+        with self._opened(file) as fd:
+            if size > _IN_MEMORY_BYTES:
+                # By descriptor, so that it is this very file.
+                digest, added = self._file_cache.add_file(f"/proc/self/fd/{fd}", self._function)
+                self._check_unchanged(file, fd)
+            else:
+                data = _read(fd, size)
+                self._check_unchanged(file, fd)
+                digest = Digest.of(data, self._function)
+                added = bool(data) and self._file_cache.put_verified(digest, data)
+        with self._lock:
+            self._contents[file.path] = digest
+            self._read_bytes += size
+            self._count(size, added=added)
+        meter.add(size)
+
+    def _chunk_tasks(self, file: FoundFile, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
+        size = file.identity.size_bytes
+
+        def put(digest: Digest, data: memoryview) -> None:
+            added = self._file_cache.put_verified(digest, data)
+            with self._lock:
+                self._count(len(data), added=added)
+
+        def finished(reader: BigFileReader) -> None:
+            self._check_unchanged(file, reader.fd)
+            reader.close()
+            with self._lock:
+                self._readers.discard(reader)
+                self._contents[file.path] = reader.table()
+                self._read_bytes += reader.read_bytes
+            meter.add(size - reader.read_bytes)
+
+        check_geometry(size, self._chunk_size)
+        reader = BigFileReader(
+            self._open(file), size, self._chunk_size, self._function, self._buffers, put, finished
+        )
+        with self._lock:
+            self._readers.add(reader)
+        with translate_os_errors(f"cannot find the holes of {shown_path(self._where, file.path)}"):
+            for read_chunk in reader.chunks():
+                yield partial(self._store_chunk, file, read_chunk, meter)
+
+    def _store_chunk(self, file: FoundFile, read_chunk: Callable[[], int], meter: ProgressMeter) -> None:
+        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
+            meter.add(read_chunk())
+
+    def _count(self, size: int, *, added: bool) -> None:
+        self._hashed_bytes += size
+        if added:
+            self._stored_bytes += size
+        else:
+            self._deduplicated_bytes += size
+
+    def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
+        data = bytearray(size)
+        with self._opened(file) as fd:
+            count = read_ranges(fd, memoryview(data), offset, [(offset, offset + size)])
+        with self._lock:
+            self._read_bytes += count
+        try:
+            self._file_cache.write(digest, data)
+        except DataLoss as error:
+            raise FailedPrecondition(
+                f"{shown_path(self._where, file.path)} has other content than when it was last saved, and "
+                f"the same size and times: remove the capture index {self._index_path!r} and save again"
+            ) from error
+
+    def _open(self, file: FoundFile) -> int:
+        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
+            try:
+                fd = os.open(file.path, _FILE, dir_fd=self._root)
+            except OSError as error:
+                if error.errno in _GONE:
+                    raise changed(self._where, file.path) from None
+                raise
+        # Also tells when a directory on the way has become a link to elsewhere.
+        try:
+            self._check_unchanged(file, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    @contextlib.contextmanager
+    def _opened(self, file: FoundFile) -> Iterator[int]:
+        fd = self._open(file)
+        try:
+            with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
+                yield fd
+        finally:
+            os.close(fd)
+
+    def _check_unchanged(self, file: FoundFile, fd: int) -> None:
+        if FileIdentity.of(os.fstat(fd)) != file.identity:
+            raise changed(self._where, file.path)
+
+
+def _read(fd: int, size: int) -> bytes:
+    """The whole content of a file that should have `size` bytes."""
+    data = os.pread(fd, size + 1, 0)
+    while 0 < len(data) < size:
+        more = os.pread(fd, size - len(data), len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+PutChunk = Callable[[Digest, memoryview], object]
+"""Takes a chunk that was hashed."""
+
+
+class BigFileReader:
+    """Hashes the chunks of an open file that hold data; holes are not read. Thread-safe.
+
+    Args:
+        fd: Of the file; closed by the reader.
+        chunk_size: In bytes, as a ChunkTable has it.
+        buffers: What chunks are read into.
+        put: Called with every chunk that is not zeros.
+        finished: Called with the reader when all chunks that `chunks` gave were read, on the thread
+            that read the last one.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        size: int,
+        chunk_size: int,
+        function: DigestFunction,
+        buffers: ThreadBuffers,
+        put: PutChunk,
+        finished: Callable[[BigFileReader], None],
+    ) -> None:
+        self.fd = fd
+        self._size = size
+        self._chunk_size = chunk_size
+        self._function = function
+        self._buffers = buffers
+        self._put = put
+        self._finished = finished
+        self._lock = threading.Lock()
+        self._pending = 1  # the listing of chunks itself
+        self._hashes: dict[int, bytes] = {}
+        self.read_bytes = 0
+        """What was read so far."""
+
+    def chunks(self) -> Iterator[Callable[[], int]]:
+        """A call for each chunk that may hold data, which reads it and returns how many bytes were read."""
+        for index, ranges in chunk_extents(self.fd, self._size, self._chunk_size):
+            with self._lock:
+                self._pending += 1
+            yield partial(self._read, index, ranges)
+        self._done()
+
+    def table(self) -> ChunkTable:
+        """All chunks; whole when it is finished."""
+        indices = sorted(self._hashes)
+        rows = b"".join(self._hashes[index] for index in indices)
+        hashes = np.frombuffer(rows, np.uint8).reshape(-1, HASH_BYTES)
+        return ChunkTable(
+            self._size, self._chunk_size, self._function, np.array(indices, dtype=np.int64), hashes
+        )
+
+    def close(self) -> None:
+        """Close the file. Idempotent; not while chunks are being read."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _read(self, index: int, ranges: list[tuple[int, int]]) -> int:
+        offset = index * self._chunk_size
+        data = self._buffers.get(min(self._chunk_size, self._size - offset))
+        count = read_ranges(self.fd, data, offset, ranges)
+        # Looking for zeros is several times faster than hashing them.
+        hash_ = b""
+        if not is_zero(data):
+            digest = Digest.of(data, self._function)
+            self._put(digest, data)
+            hash_ = bytes.fromhex(digest.hash)
+        with self._lock:
+            self.read_bytes += count
+            if hash_:
+                self._hashes[index] = hash_
+        self._done()
+        return count
+
+    def _done(self) -> None:
+        with self._lock:
+            self._pending -= 1
+            is_last = not self._pending
+        if is_last:
+            self._finished(self)
+
+
+def read_ranges(fd: int, data: memoryview, offset: int, ranges: list[tuple[int, int]]) -> int:
+    """Fill `data` with the file's content from `offset` on, zeros but for `ranges`; the bytes read.
+
+    What is past the end of a file that was cut short reads as zeros; its identity tells of it.
+    """
+    position = count = 0
+    for start, end in ranges:
+        data[position : start - offset] = bytes(start - offset - position)
+        position = start - offset
+        while position < end - offset:
+            done = os.preadv(fd, [data[position : end - offset]], offset + position)
+            if not done:
+                break
+            position += done
+            count += done
+    data[position:] = bytes(len(data) - position)
+    return count

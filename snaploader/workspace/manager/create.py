@@ -1,0 +1,208 @@
+"""New workspaces: created from nothing or a folder, or forked from a commit.
+
+From its first transaction on a new workspace has its row, with an operation on it; until that has ended it
+is not shown. A creation that fails, or whose process is killed, leaves nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from snaploader.errors import FailedPrecondition, NotFound
+from snaploader.workspace.manager.commit import COMMIT
+from snaploader.workspace.manager.operation import Services, Work, give_slot_back, new_operation
+from snaploader.workspace.manager.snapshots import completed, new_record
+from snaploader.workspace.model import (
+    OperationKind,
+    RunTransition,
+    Scope,
+    SnapshotKind,
+    SnapshotRecord,
+    SnapshotStatus,
+    Workspace,
+    WorkspaceSpec,
+    WorkspaceState,
+)
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
+
+CREATE = "workspace_create"
+FORK = "workspace_fork"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a new workspace is to be.
+
+    Raises:
+        TypeError: its command or environment holds something else than text.
+    """
+
+    spec: WorkspaceSpec
+    owner: str = ""
+    base: str = ""
+    policy: str = "default"
+    autostart_schedule: str = ""
+    start: bool = True
+
+    def __post_init__(self) -> None:
+        environment = self.spec.environment
+        for what, texts in (
+            ("command", self.spec.command),
+            ("environment", [*environment, *environment.values()]),
+        ):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
+
+
+def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None) -> Workspace:
+    """Reserve, make the files, keep what it began as, start, record. See `WorkspaceManager.create`."""
+    _check_nothing_is_here(services, plan.spec.workspace_id)
+    has_content = source is not None
+    work = _begin(services, plan, OperationKind.CREATE, Scope.FULL if has_content else None)
+    with work:
+        services.runtime.create(plan.spec, source)
+        work.reach("made")
+        base = work.capture().record if has_content else None
+        return _finish(work, plan, CREATE, base, template=plan.base)
+
+
+def fork(services: Services, origin: SnapshotRecord, plan: Plan) -> Workspace:
+    """Reserve, derive, place, start, record. See `WorkspaceManager.fork`."""
+    _check_nothing_is_here(services, plan.spec.workspace_id)
+    snapshot = services.content.find(origin)
+    work = _begin(services, plan, OperationKind.FORK, origin.scope)
+    assert work.pending is not None
+    with work:
+        derived = services.content.derive(work.pending, snapshot, remote=False).record
+        work.reach("derived")
+        work.place(services.content.find(derived), None)
+        derived = replace(derived, size_bytes=origin.size_bytes)
+        return _finish(work, plan, FORK, derived, origin=origin.name, origin_workspace=origin.workspace_id)
+
+
+def find_commit(reader: Reader, name: str) -> SnapshotRecord:
+    """The commit of that name, or the latest commit of the workspace of that id.
+
+    Raises:
+        NotFound: There is none.
+        FailedPrecondition: It is no commit, or not complete.
+    """
+    if "." not in name:
+        reader.workspace(name)
+        commits = [record for record in reader.snapshots(name) if record.kind is SnapshotKind.COMMIT]
+        if not commits:
+            raise NotFound(f"workspace {name!r} has no commit to fork from: commit it first")
+        # Not by their times alone: clocks may be set back.
+        events = reader.events(name, types=[COMMIT], limit=None)
+        order = {event.payload["snapshot"]: event.id for event in events}
+        return max(commits, key=lambda commit: (order.get(commit.name, 0), commit.created_at))
+    record = reader.snapshot(name)
+    if record.kind is not SnapshotKind.COMMIT:
+        raise FailedPrecondition(
+            f"snapshot {name!r} is a {record.kind}, and only a commit can be forked: "
+            f"commit workspace {record.workspace_id!r} first"
+        )
+    if record.status is not SnapshotStatus.COMPLETE:
+        raise FailedPrecondition(f"commit {name!r} is {record.status}: it cannot be forked")
+    return record
+
+
+def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
+    """Refuse an id of which this host has something that the catalog does not know: it may be the wrong one.
+
+    To be called before the operation begins. From then on, what is here of that id is what the operation
+    made, and goes when it is taken back.
+
+    Raises:
+        FailedPrecondition: There are files of it, or a record of it as paused, whole or not.
+    """
+    if not services.has_traces_of(workspace_id):
+        return
+    with services.catalog.reading() as reader, suppress(NotFound):
+        reader.workspace(workspace_id)
+        return  # the catalog knows it, and refuses the id itself
+    if services.records.exists(workspace_id):
+        what = f"a record of it as paused, {services.records.path(workspace_id)!r},"
+        remedy = "if that one is lost, let `recover` take the workspace back; "
+    else:
+        what = "files of it"
+        remedy = ""
+    raise FailedPrecondition(
+        f"workspace {workspace_id!r} cannot be made: this host has {what} which this catalog does not know. "
+        f"Use the catalog that does; {remedy}or stop it and remove what is here of it by hand"
+    )
+
+
+def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scope | None) -> Work:
+    """Take a slot and the id, and say what is under way.
+
+    Args:
+        base_scope: Of the snapshot that the workspace begins as; None: it begins with nothing.
+    """
+    workspace_id = plan.spec.workspace_id
+    slot = services.slots.acquire(workspace_id)
+    try:
+        with services.catalog.transaction() as tx:
+            now = services.clock()
+            workspace = Workspace(
+                plan.spec,
+                services.host,
+                WorkspaceState.STOPPED,
+                created_at=now,
+                last_used_at=now,
+                owner=plan.owner,
+                base=plan.base,
+                policy=plan.policy,
+                autostart_schedule=plan.autostart_schedule,
+                slot=slot,
+            )
+            tx.add_workspace(workspace)
+            pending = None
+            if base_scope is not None:
+                pending = new_record(tx, services, workspace, SnapshotKind.BASE, base_scope)
+            operation = new_operation(services, kind, "" if pending is None else pending.name)
+            tx.begin_operation(workspace_id, operation)
+            if pending is not None:
+                tx.put_snapshot(pending)
+    except BaseException:
+        give_slot_back(services, slot, workspace_id)
+        raise
+    work = Work(services, workspace, operation, pending=pending)
+    work.reach("begun")
+    return work
+
+
+def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **payload: str) -> Workspace:
+    """Start the new workspace, if it is to be, and show it once it is ready."""
+    if plan.start:
+        work.start()
+        work.wait_ready()
+    name = "" if base is None else base.name
+    with work.recording() as tx:
+        if base is not None:
+            tx.put_snapshot(completed(base))
+        tx.update_workspace(
+            work.workspace_id,
+            state=WorkspaceState.RUNNING if plan.start else WorkspaceState.STOPPED,
+            current_snapshot=name,
+            base_snapshot=name,
+        )
+        if plan.start:
+            work.record_run(tx, RunTransition.START)
+        work.record_event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
+        return tx.workspace(work.workspace_id)
+
+
+def forked_spec(
+    origin: WorkspaceSpec, workspace_id: str, environment: Mapping[str, str] | None
+) -> WorkspaceSpec:
+    """The spec of a workspace that runs what another one does."""
+    merged = {**origin.environment, **(environment or {})}
+    return replace(origin, workspace_id=workspace_id, environment=merged)

@@ -1,0 +1,167 @@
+"""A workspace whose lock is held: what can be done to it, and the threads on which that is done."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
+from snaploader.workspace.locks import HeldLock
+from snaploader.workspace.manager import commit, lifetime, pause, repair, versions
+from snaploader.workspace.manager.operation import USER, Services
+from snaploader.workspace.model import SnapshotResult, Workspace
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
+
+
+T = TypeVar("T")
+
+DEFAULT_WORKERS = 16
+"""Most operations of a manager at one time."""
+
+
+class HeldWorkspace:
+    """Operations on one workspace, under a lock that is held already. Made by `WorkspaceManager.hold`.
+
+    Each runs to its end, also when waiting for it is interrupted: the lock is held until then. `reason` is
+    kept with the run and the event; only what has the reason "user" counts as a use of the workspace. What
+    each does and raises is described by the method of that name of `WorkspaceManager`, whose own operations
+    would wait for this lock in vain. Thread-safe; one operation waits for the other.
+    """
+
+    def __init__(self, services: Services, sections: CriticalSections, lock: HeldLock) -> None:
+        self._services = services
+        self._sections = sections
+        self._lock = lock
+
+    @property
+    def workspace_id(self) -> str:
+        """Of the workspace."""
+        return self._lock.workspace_id
+
+    def guarded(self, guard: Callable[[Reader], None]) -> HeldWorkspace:
+        """The same, under a condition: `guard` is called in the transaction that begins an operation.
+
+        What it raises calls the operation off, and goes on to the caller.
+        """
+        return HeldWorkspace(replace(self._services, guard=guard), self._sections, self._lock)
+
+    def settle(self) -> None:
+        """Finish or take back what a process that died left in the middle, as every operation does first."""
+        self._sections.run_to_end(self._lock, partial(repair.settle, self._services, self.workspace_id))
+
+    def take_version(self, request: versions.VersionRequest) -> SnapshotResult:
+        """Capture the workspace as its next version."""
+        return self._complete(partial(versions.take, request=request))
+
+    def rollback(self, version: int, *, keep_current: bool = False) -> Workspace:
+        """Go back to a version."""
+        return self._complete(partial(versions.rollback, number=version, keep_current=keep_current))
+
+    def pause(self, *, reason: str = USER) -> SnapshotResult:
+        """Park the workspace."""
+        return self._complete(partial(pause.pause, reason=reason))
+
+    def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:
+        """Bring a paused workspace back."""
+        return self._complete(partial(pause.resume, reason=reason, ready_timeout_s=ready_timeout_s))
+
+    def commit(self, name: str = "") -> SnapshotResult:
+        """Put the workspace's state into the remote cache."""
+        return self._complete(partial(commit.commit, display_name=name))
+
+    def start(self, *, reason: str = USER) -> Workspace:
+        """Start a stopped workspace."""
+        return self._complete(partial(lifetime.start, reason=reason))
+
+    def stop(self, *, reason: str = USER) -> Workspace:
+        """Stop a running workspace."""
+        return self._complete(partial(lifetime.stop, reason=reason))
+
+    def delete(self, *, reason: str = USER, forget_remote: bool = False) -> Workspace:
+        """Delete the workspace."""
+
+        def delete_with_lock(services: Services, workspace_id: str) -> Workspace:
+            workspace = lifetime.delete(services, workspace_id, reason, without_remote=forget_remote)
+            # Ids are never used again, so nobody needs the lock any more.
+            self._lock.remove_file()
+            return workspace
+
+        return self._complete(delete_with_lock)
+
+    def _complete(self, operation: Callable[[Services, str], T]) -> T:
+        def settled() -> T:
+            repair.settle(self._services, self.workspace_id)
+            return operation(self._services, self.workspace_id)
+
+        return self._sections.run_to_end(self._lock, settled)
+
+
+class CriticalSections:
+    """Threads on which operations run to their end, whatever becomes of those who asked for them.
+
+    An operation stops a workspace, works and starts it again: it must not be left in the middle because its
+    caller was interrupted. So it runs on a thread of the manager, which shares the workspace's lock, while
+    the caller only waits for the result. Under one lock they follow one another. The first thread starts
+    with the first operation. Thread-safe.
+
+    Args:
+        workers: Most operations at one time; further ones wait, holding their locks.
+    """
+
+    def __init__(self, workers: int = DEFAULT_WORKERS) -> None:
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="snaploader-workspace")
+        self._pid = os.getpid()
+
+    def run_to_end(self, hold: HeldLock, work: Callable[[], T]) -> T:
+        """The result of `work`, which goes on under the lock also when waiting for it is interrupted.
+
+        Raises:
+            Cancelled: The manager was closed; nothing was done.
+        """
+        if os.getpid() != self._pid:
+            raise FailedPrecondition("this manager was made before a fork: make another one in the child")
+        section = _Section(hold.share(), work)
+        try:
+            with translate_thread_errors("the manager of the workspaces was closed"):
+                future = self._pool.submit(section.run)
+        except BaseException:
+            section.give_up()
+            raise
+        return future.result()
+
+    def close(self) -> None:
+        """Wait for all operations under way, and end the threads. Idempotent; nothing in a forked child."""
+        if os.getpid() == self._pid:
+            self._pool.shutdown(wait=True)
+
+
+class _Section(Generic[T]):
+    """Work and its share of a lock, which is released once: when the work ended or was never begun."""
+
+    def __init__(self, hold: HeldLock, work: Callable[[], T]) -> None:
+        self._hold = hold
+        self._work = work
+        self._unclaimed = threading.Lock()
+
+    def run(self) -> T:
+        """Do the work, unless it was given up."""
+        if not self._unclaimed.acquire(blocking=False):
+            raise Cancelled("the operation was called off before it began")
+        try:
+            # Whoever gave up waiting for one operation may ask for the next under the same lock.
+            with self._hold.turn:
+                return self._work()
+        finally:
+            self._hold.release()
+
+    def give_up(self) -> None:
+        """Release the lock if the work has not begun; it never will then."""
+        if self._unclaimed.acquire(blocking=False):
+            self._hold.release()
