@@ -478,7 +478,7 @@ class FileCache:
             raise DataLoss(f"the bytes for blob {digest} have the digest {found}")
         return self.put_verified(digest, data)
 
-    def _pinned(self, found: list[scan.Found]) -> list[bool]:
+    def _pinned(self, found: list[scan.FoundEntry]) -> list[bool]:
         """Tell for each entry whether a pin names it."""
         self._pin_table.refresh(self._context.ledger.pin_generation())
         keys = recency.keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
@@ -488,7 +488,7 @@ class FileCache:
             pinned |= self._pin_table.pinned(space, keys) & (spaces == space)
         return pinned.tolist()
 
-    def _entry(self, found: scan.Found, pinned: bool, group: str | None = None) -> CacheEntry:
+    def _entry(self, found: scan.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None
         if found.space.function is not None:
             path = self._context.layout.entry(found.space, found.hash, group)

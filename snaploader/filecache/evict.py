@@ -30,7 +30,7 @@ from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import Space
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.filecache.retention import PinTable, Protection
-from snaploader.filecache.scan import Found, Scan, disk_bytes, entry_name, set_aside_odd, sweep_trees
+from snaploader.filecache.scan import FoundEntry, Scan, disk_bytes, entry_name, set_aside_odd, sweep_trees
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.locks import FileLock
 
@@ -80,7 +80,7 @@ class Evictor:
         self._goal_bytes = context.max_bytes - ahead_bytes
         self._evict_from_bytes = context.max_bytes - ahead_bytes // 2
         self._scan_from_bytes = context.max_bytes - 4 * ahead_bytes
-        self._ahead = _Ahead(self._evict_ahead, self._is_closing) if ahead_bytes else None
+        self._background = _BackgroundEviction(self._evict_ahead, self._is_closing) if ahead_bytes else None
         self._durability = durability
         self._uses = uses
         self._pins = pins
@@ -109,8 +109,8 @@ class Evictor:
                     break
             self._make_room(size_bytes)
         total += size_bytes
-        if self._ahead is not None and (total > self._evict_from_bytes or self._should_scan(total)):
-            self._ahead.begin()
+        if self._background is not None and (total > self._evict_from_bytes or self._should_scan(total)):
+            self._background.begin()
         return is_put
 
     def _should_scan(self, total_bytes: int) -> bool:
@@ -145,7 +145,7 @@ class Evictor:
         self._reduce(target_bytes)
         return self._context.ledger.total_bytes() or 0
 
-    def plan(self, target_bytes: int) -> list[tuple[str, Found]]:
+    def plan(self, target_bytes: int) -> list[tuple[str, FoundEntry]]:
         """List what `prune` would evict now, in that order: the group's folder and the entry."""
         planned = []
         with translate_os_errors("cannot look through the file cache"), self._lock.held():
@@ -158,7 +158,7 @@ class Evictor:
             while left > target_bytes and (row := candidates.next_row(is_fresh=True)) is not None:
                 group, space, hash_ = scan.name(row)
                 size = int(scan.disk_bytes[row])
-                planned.append((group, Found(space, hash_, size, int(scan.used_ns[row]), None)))
+                planned.append((group, FoundEntry(space, hash_, size, int(scan.used_ns[row]), None)))
                 left -= size
         return planned
 
@@ -166,8 +166,8 @@ class Evictor:
         """End the thread and give up the descriptor. A forked child leaves the thread to its parent."""
         if self._context.folder.is_own:
             self._is_closing.set()
-            if self._ahead is not None:
-                self._ahead.close()
+            if self._background is not None:
+                self._background.close()
         self._lock.close()
 
     def _reduce(self, limit: int) -> int | None:
@@ -331,7 +331,7 @@ class Evictor:
         self._exhausted = None
 
 
-class _Ahead:
+class _BackgroundEviction:
     """A thread that evicts in the background, and ends when nothing is left to do. Thread-safe.
 
     Args:

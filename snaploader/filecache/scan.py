@@ -41,7 +41,7 @@ _NAME_LENGTH = 62
 _NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}")
 
 
-class Found(NamedTuple):
+class FoundEntry(NamedTuple):
     """One entry, as a scan sees it."""
 
     space: Space
@@ -63,7 +63,7 @@ def group_names(layout: Layout) -> list[str]:
         return sorted(entry.name for entry in found if entry.is_dir(follow_symlinks=False))
 
 
-def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[Found]:
+def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[FoundEntry]:
     """Yield all entries of a group, by folder name, in no order. What goes meanwhile is left out.
 
     Args:
@@ -85,7 +85,7 @@ def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: N
                         odd(shard.path)
 
 
-def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], None]) -> Iterator[Found]:
+def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], None]) -> Iterator[FoundEntry]:
     with suppress(FileNotFoundError), os.scandir(path) as found:
         for entry in found:
             if not _NAME.fullmatch(entry.name):
@@ -95,7 +95,7 @@ def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], Non
             except FileNotFoundError:
                 continue
             if stat.S_ISREG(status.st_mode):
-                yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
+                yield FoundEntry(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
             else:
                 odd(entry.path)
 
