@@ -175,28 +175,22 @@ class NamelessFile:
 
 
 @contextmanager
-def replacing(
-    path: str | os.PathLike[str], *, mode: int = 0o600, prefix: str = ".snaploader-", flush: bool = False
-) -> Iterator[int]:
+def replacing(path: str | os.PathLike[str], *, mode: int = 0o600) -> Iterator[int]:
     """Open a new file that takes the place of `path`, in one step, when the block ends well.
 
-    Until then it has a temporary name beside it. If the block raises, that is removed, and what stood at
-    `path` still stands. A forked child that leaves the block does neither.
+    Gives its descriptor. Until then it has a temporary name beside `path`. If the block raises, that is
+    removed, and what stood at `path` still stands. A forked child that leaves the block does neither. Nothing
+    is flushed to disk.
 
     Args:
         mode: Permission bits of the file, whatever the umask says.
-        prefix: What the temporary name begins with.
-        flush: Have the bytes on disk before the file is in its place; the name is so only after
-            `flush_folder`.
     """
     pid = os.getpid()
-    fd, temporary = tempfile.mkstemp(prefix=prefix, dir=os.path.dirname(path) or ".")
+    fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=os.path.dirname(path) or ".")
     try:
         try:
             yield fd
             os.fchmod(fd, mode)
-            if flush:
-                os.fsync(fd)
         finally:
             os.close(fd)
         if os.getpid() == pid:
@@ -208,19 +202,9 @@ def replacing(
         raise
 
 
-def replace_file(
-    path: str | os.PathLike[str],
-    data: Buffer,
-    *,
-    mode: int = 0o600,
-    prefix: str = ".snaploader-",
-    flush: bool = False,
-) -> None:
-    """Give a file new content, in one step: whoever reads it sees all of the old or all of the new.
-
-    Arguments as for `replacing`.
-    """
-    with replacing(path, mode=mode, prefix=prefix, flush=flush) as fd:
+def replace_file(path: str | os.PathLike[str], data: Buffer) -> None:
+    """Give a file, of mode 0600, new content: whoever reads it sees all of the old or all of the new."""
+    with replacing(path) as fd:
         write_all(fd, data)
 
 

@@ -29,7 +29,7 @@ from cow import (
 from cow.fileio import Copier
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.files import remove_tree
+from snaploader.files import remove_tree, replacing
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
@@ -156,18 +156,9 @@ class _ChunkedFileWriter:
 
     def write(self, target: Path, mode: int) -> None:
         """See `SnapshotWriter.write_chunked_file`."""
-        with translate_os_errors(f"cannot write {str(target)!r}"):
-            fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
-            with ProcessExitStack() as undo:
-                undo.callback(os.unlink, temporary)
-                try:
-                    os.ftruncate(fd, self._table.size)
-                    self._fill(fd)
-                finally:
-                    os.close(fd)
-                os.chmod(temporary, mode)
-                os.rename(temporary, target)
-                undo.pop_all()
+        with translate_os_errors(f"cannot write {str(target)!r}"), replacing(target, mode=mode) as fd:
+            os.ftruncate(fd, self._table.size)
+            self._fill(fd)
 
     def _fill(self, fd: int) -> None:
         table = self._table
