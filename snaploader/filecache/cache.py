@@ -248,10 +248,14 @@ class FileCache:
         self._check()
         return exchange.add_file(self._blobs, os.fspath(path), function)
 
-    def writer(self, digest: Digest) -> BlobWriter:
-        """Return a writer that adds a blob which arrives in pieces."""
+    def writer(self, digest: Digest, *, verify: bool = True) -> BlobWriter:
+        """Return a writer that adds a blob which arrives in pieces.
+
+        Args:
+            verify: Hash what is written. False when the caller hashes it, and commits only what is right.
+        """
         self._check()
-        return BlobWriter(self._blobs, digest)
+        return BlobWriter(self._blobs, digest, verify=verify)
 
     def materialize(
         self,

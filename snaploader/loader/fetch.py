@@ -203,7 +203,7 @@ class BlobFetcher:
     def _stream_to_cache(self, remote: BlobStore, digest: Digest) -> None:
         def attempt() -> None:
             with _refusals():
-                writer = self.file_cache.writer(digest)
+                writer = self.file_cache.writer(digest, verify=False)  # `read_to` does
             with writer:
 
                 def write(data: Buffer) -> None:

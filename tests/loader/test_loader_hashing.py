@@ -29,10 +29,16 @@ def test_a_save_with_a_server_hashes_every_byte_once(
 def test_a_restore_hashes_every_byte_once(
     server: EmbeddedServer, make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = image(1, chunks=500)
-    make_host("a", server).save(content)
+    content, other = image(1, chunks=500), image(2, chunks=1500)
+    first = make_host("a", server)
+    plain = first.folder / "plain"
+    plain.write_bytes(other)
+    first.save(content, files={"plain": plain})
     host = make_host("b", server)
     hashed = count_hashed_bytes(monkeypatch)
-    assert host.load() == content
+    host.loader.restore_snapshot(host.find(), host.folder / "out")
+    assert (host.folder / "out" / "disk").read_bytes() == content
+    assert (host.folder / "out" / "plain").read_bytes() == other
     del hashed["testing"], hashed["tests"]
-    assert 0.9 * len(content) < sum(hashed.values()) < len(content) + OTHERS, hashed
+    size = len(content) + len(other)
+    assert 0.9 * size < sum(hashed.values()) < size + OTHERS, hashed
