@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import lifecycle, paths, run, scale, store
+from benchmarks import lifecycle, opening, paths, run, scale, store
 
 if __name__ == "__main__":
     run.main()
     store.main(["--json", "benchmarks/results/store.json"])
+    opening.main(["--json", "benchmarks/results/opening.json"])
     paths.main(["--output", "benchmarks/results/paths.json"])
     sys.exit(max(scale.main(), lifecycle.main()))

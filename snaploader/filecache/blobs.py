@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from array import array
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import itemgetter
 
 import numpy as np
+import numpy.typing as npt
 
 from snaploader import files
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.hashes import to_rows, to_words
+from snaploader.filecache.hashes import Words, to_rows, to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
@@ -38,7 +38,8 @@ class VerifiedMemo:
     """
 
     def __init__(self) -> None:
-        self._table = array("Q", bytes(8 * SLOTS))
+        # Zeros that take neither memory nor time before they are touched. A memoryview hands out plain ints.
+        self._table = np.zeros(SLOTS, np.uint64).data
 
     def knows(self, digest: Digest, status: os.stat_result) -> bool:
         """Whether this very file was found to have this digest, and was not written to since."""
@@ -124,18 +125,23 @@ class BlobSpace:
 
     def _find_missing_of(self, function: DigestFunction, digests: list[Digest] | DigestArray) -> set[Digest]:
         if isinstance(digests, DigestArray):
-            words = to_rows(digests.hashes)
+            present = self._are_listed(function, to_rows(digests.hashes))
+            missing = set(digests.take(~present))
         else:
-            words = to_words(list(map(_HASH_OF, digests)))
-        present = self._listings.contains(space_of(function), words)
-        missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
+            present = self._are_listed(function, to_words(list(map(_HASH_OF, digests))))
+            missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
         missing.discard(empty_digest(function))
         if self._durability.any_suspects:
             # Listings leave suspects out, so that each is looked at here.
             missing = {digest for digest in missing if not self.touch(digest)}
+        return missing
+
+    def _are_listed(self, function: DigestFunction, words: Words) -> npt.NDArray[np.bool_]:
+        """For each hash whether a blob of that name is listed; if so, this is a use of it."""
+        present = self._listings.contains(space_of(function), words)
         if present.any():
             self._uses.append(self._context.layout.group, words[present, 0], self._context.host.now_ns())
-        return missing
+        return present
 
     def touch(self, digest: Digest) -> bool:
         """Whether a blob is present; if so, this is a use of it. Suspects of a power failure are read."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -219,14 +219,17 @@ def entry_name(group: str, space: Space, hash_: str) -> str:
 
 
 RACY_NS = 20_000_000
-_NAME = re.compile(r"[0-9a-f]{62}")
-_EMPTY = HashSet(np.empty((0, 4), dtype=np.uint64))
+_GROUP = 32
+"""Folders that are looked through at once. Numpy takes longer to be called than to look through one of them;
+all of them at once would take as much memory again as their listings."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NOTHING: Words = np.empty((0, 4), dtype=np.uint64)
 
 
 class _Listing(NamedTuple):
     modified_ns: int
     trusted: bool
-    hashes: HashSet
+    words: Words
 
 
 class ShardListings:
@@ -239,7 +242,6 @@ class ShardListings:
     def __init__(self, layout: Layout, durability: Durability) -> None:
         self._layout = layout
         self._durability = durability
-        self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
 
     def contains(self, space: Space, words: Words) -> npt.NDArray[np.bool_]:
@@ -248,36 +250,42 @@ class ShardListings:
         # Bytes are sorted by radix, thirty times faster than words.
         shards = (words[:, 0] >> np.uint64(56)).astype(np.uint8)
         order = np.argsort(shards, kind="stable")
-        bounds = np.searchsorted(shards[order], np.arange(257))
-        for number, shard in enumerate(SHARDS):
-            rows = order[bounds[number] : bounds[number + 1]]
+        bounds = np.searchsorted(shards[order], np.arange(0, len(SHARDS) + 1, _GROUP))
+        for number, (start, end) in enumerate(pairwise(bounds.tolist())):
+            rows = order[start:end]
             if len(rows):
-                hashes = self._hashes(space, shard)
-                if len(hashes):
-                    present[rows] = hashes.contains(words[rows])
+                listed = self._listed(space, SHARDS[number * _GROUP : (number + 1) * _GROUP])
+                present[rows] = HashSet(listed).contains(words[rows])
         return present
 
-    def _hashes(self, space: Space, shard: str) -> HashSet:
-        path = f"{self._layout.group_path()}/{space.folder}/{shard}"
-        try:
-            modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
-        except (FileNotFoundError, NotADirectoryError):
-            return _EMPTY
-        known = self._listings.get(path)
-        if known is not None and known.trusted and known.modified_ns == modified_ns:
-            return known.hashes
-        trusted = abs(time.time_ns() - modified_ns) > RACY_NS
-        try:
-            with os.scandir(path) as found:
-                names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
-            if self._durability.any_suspects:
-                names = self._without_suspects(path, names)
-            hashes = HashSet(_to_words(shard, names))
-        except (FileNotFoundError, NotADirectoryError):
-            return _EMPTY
-        with self._lock:
-            self._listings[path] = _Listing(modified_ns, trusted, hashes)
-        return hashes
+    def _listed(self, space: Space, shards: Sequence[str]) -> Words:
+        """The hashes of all that lies in some folders."""
+        listed: list[Words] = [_NOTHING]
+        fresh: list[tuple[str, int, bool]] = []
+        names: list[list[str]] = []
+        for shard in shards:
+            path = f"{self._layout.group_path()}/{space.folder}/{shard}"
+            try:
+                modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
+                known = self._listings.get(path)
+                if known is not None and known.trusted and known.modified_ns == modified_ns:
+                    listed.append(known.words)
+                    continue
+                trusted = abs(time.time_ns() - modified_ns) > RACY_NS
+                found = self._names(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            fresh.append((path, modified_ns, trusted))
+            names.append([shard + name for name in found])
+        for (path, modified_ns, trusted), words in zip(fresh, _to_words(names), strict=True):
+            self._listings[path] = _Listing(modified_ns, trusted, words)
+            listed.append(words)
+        return np.concatenate(listed)
+
+    def _names(self, path: str) -> list[str]:
+        with os.scandir(path) as found:
+            names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+        return self._without_suspects(path, names) if self._durability.any_suspects else names
 
     def _without_suspects(self, path: str, names: list[str]) -> list[str]:
         vouched = []
@@ -288,9 +296,14 @@ class ShardListings:
         return vouched
 
 
-def _to_words(shard: str, names: list[str]) -> Words:
+def _to_words(names: list[list[str]]) -> list[Words]:
+    """The hashes that are the names in each folder, decoded all at once."""
     try:
-        return to_words([shard + name for name in names])
+        words = to_words(list(chain.from_iterable(names)))
     except InvalidArgument:
-        # Something that is no blob lies in the folder.
-        return to_words([shard + name for name in names if _NAME.fullmatch(name)])
+        # Something that is no blob lies in a folder.
+        names = [list(filter(_HASH.fullmatch, each)) for each in names]
+        words = to_words(list(chain.from_iterable(names)))
+    ends = list(accumulate(map(len, names)))
+    # Copies, as a part of an array would keep all of it.
+    return [words[start:end].copy() for start, end in zip([0, *ends], ends, strict=False)]
