@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from snaploader import keys
+from snaploader.cli.commands import Command, destructive
 from snaploader.cli.lookup import (
     Lookup,
     file_names,
@@ -21,15 +22,7 @@ from snaploader.cli.lookup import (
     snapshot_record,
     vm_configuration_record,
 )
-from snaploader.cli.options import (
-    Command,
-    ReadOptions,
-    TaskOptions,
-    common,
-    destructive,
-    read_options,
-    task_options,
-)
+from snaploader.cli.options import ReadOptions, TaskOptions, common, read_options, task_options
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import format_size
 from snaploader.digest import Digest

@@ -28,7 +28,7 @@ from snaploader.loader.upload import upload_snapshot, upload_source
 
 @dataclass(frozen=True, slots=True)
 class DeriveResult:
-    """What `derive_snapshot` made."""
+    """What `derive_snapshot` made, or `upload_snapshot` completed."""
 
     snapshot: Snapshot
     """The new snapshot, as if it had been found."""
@@ -137,18 +137,40 @@ class SnapshotDeriver:
             tuple(warnings),
         )
 
+    def upload(self, snapshot: Snapshot, progress: ProgressCallback | None) -> DeriveResult:
+        """See `SnapshotLoader.upload_snapshot`."""
+        if self._readonly:
+            raise FailedPrecondition("this loader is read-only: it cannot upload snapshots")
+        if self._remote is None:
+            raise InvalidArgument("a snapshot is to be uploaded and the loader has no remote cache")
+        if self._remote_readonly:
+            raise FailedPrecondition(REMOTE_READONLY)
+        if not snapshot.key.snapshot_id:
+            raise InvalidArgument(
+                f"the snapshot of {snapshot.key} was not found by its id: look for it by that"
+            )
+        self._check_digests(snapshot, self._remote)
+        blobs = snapshot.digest_array()
+        with self._file_cache.lease((), hashes=[blobs.hashes]):
+            uploaded = self._save_remotely(self._remote, snapshot, blobs, progress)
+        return DeriveResult(snapshot, True, True, uploaded.blobs, uploaded.content_bytes, uploaded.wire_bytes)
+
     def _check_unused(self, key: SnapshotKey, derived: Snapshot, remote: RemoteStore | None) -> None:
         self._manifests.check_unused(key)
         if remote is None:
             return
-        function = derived.manifest.digest_function
+        self._check_digests(derived, remote)
+        if self._manifests.is_taken_remotely(key):
+            raise taken(key)
+
+    @staticmethod
+    def _check_digests(snapshot: Snapshot, remote: RemoteStore) -> None:
+        function = snapshot.manifest.digest_function
         if remote.digest_function is not function:
             raise FailedPrecondition(
                 f"the snapshot has {function.name} digests and the remote cache wants "
                 f"{remote.digest_function.name}: restore it and save it again"
             )
-        if self._manifests.is_taken_remotely(key):
-            raise taken(key)
 
     def _check_whole(self, derived: Snapshot, absent: set[Digest]) -> list[str]:
         """NotFound unless each blob is in some cache. What cannot be told is a warning."""

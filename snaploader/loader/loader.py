@@ -418,6 +418,28 @@ class SnapshotLoader:
         )
         return self._deriver.derive(snapshot, options)
 
+    def upload_snapshot(
+        self, snapshot: Snapshot, *, progress: ProgressCallback | None = None
+    ) -> DeriveResult:
+        """Put a snapshot that this host saved into the remote cache, under the id that it has here.
+
+        So a machine can run on between the save (`remote=False`) and the upload, which may take long. What
+        the remote cache lacks is uploaded first. If anything fails, the snapshot is not found there, and
+        stays here. Where the manifest may have arrived nevertheless, the id is given up there: derive another
+        snapshot then.
+
+        Args:
+            snapshot: One that was found by its id.
+
+        Raises:
+            InvalidArgument: it was found by another key, or the loader has no remote cache.
+            NotFound: a blob of it is gone from every cache.
+            FailedPrecondition: the loader is read-only, the id is taken remotely or was, or the remote cache
+                takes no updates or wants other digests.
+            SnaploaderError: the remote cache failed. `uploaded` of the error tells what was on its way there.
+        """
+        return self._deriver.upload(snapshot, progress)
+
     def delete_snapshot(
         self, snapshot_id: str, *, instance_name: str = "", remote: bool | None = None
     ) -> DeleteResult:
