@@ -129,7 +129,10 @@ class BlobSpace:
         else:
             words = to_words(list(map(_HASH_OF, digests)))
         present = self._listings.contains(space_of(function), words)
-        missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
+        if isinstance(digests, DigestArray):
+            missing = set(digests.take(~present))
+        else:
+            missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
         missing.discard(empty_digest(function))
         if self._durability.any_suspects:
             # Listings leave suspects out, so that each is looked at here.

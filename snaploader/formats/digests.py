@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import final, overload
+from typing import Any, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -69,12 +69,17 @@ class DigestArray(Sequence[Digest]):
         parts = [cls.of((), function), *arrays]
         hashes = np.concatenate([part.hashes for part in parts])
         sizes = np.concatenate([part.sizes for part in parts])
-        words = np.ascontiguousarray(hashes).view(">u8").astype(np.uint64)
-        order = np.lexsort((sizes, *words.T[::-1]))
-        words, sizes = words[order], sizes[order]
-        is_first = np.ones(len(order), np.bool_)
-        is_first[1:] = (words[1:] != words[:-1]).any(axis=1) | (sizes[1:] != sizes[:-1])
-        return cls(hashes[order[is_first]], sizes[is_first], function)
+        words = np.ascontiguousarray(hashes).view(">u8")
+        first = words[:, 0].astype(np.uint64)
+        order = np.argsort(first, kind="stable")
+        # Hashes with one first word are equal but by rare chance, when all columns are sorted by.
+        alike = np.flatnonzero(first[order[1:]] == first[order[:-1]])
+        if not _are_equal(words, sizes, order[alike], order[alike + 1]).all():
+            order = np.lexsort((sizes, *words.astype(np.uint64).T[::-1]))
+            alike = np.flatnonzero(_are_equal(words, sizes, order[:-1], order[1:]))
+        kept = np.ones(len(order), np.bool_)
+        kept[alike + 1] = False
+        return cls(hashes[order[kept]], sizes[order[kept]], function)
 
     @property
     def size_bytes(self) -> int:
@@ -148,6 +153,18 @@ class DigestArray(Sequence[Digest]):
 
     def __repr__(self) -> str:
         return f"DigestArray({len(self)} digests, {self.function.name})"
+
+
+def _are_equal(
+    words: npt.NDArray[Any],
+    sizes: npt.NDArray[np.int64],
+    some: npt.NDArray[np.intp],
+    others: npt.NDArray[np.intp],
+) -> npt.NDArray[np.bool_]:
+    """Whether the digest in each of some rows is that in another row."""
+    is_equal: npt.NDArray[np.bool_] = (words[some] == words[others]).all(axis=1)
+    is_equal &= sizes[some] == sizes[others]
+    return is_equal
 
 
 def _with_sizes(digests: DigestArray) -> npt.NDArray[np.uint8]:
