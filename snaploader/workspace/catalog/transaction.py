@@ -364,7 +364,7 @@ class Transaction(Reader):
     def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
         """Add a policy, or replace the one of its name, for all workspaces that follow it.
 
-        When those that are dormant are to be deleted is set anew, as `deletion_time` says.
+        The time at which dormant ones are deleted is set anew, as `deletion_time` says.
 
         Args:
             now: From when on it holds. Default: by the clock of this host.

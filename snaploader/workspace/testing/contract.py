@@ -337,7 +337,7 @@ def what_is_placed_can_be_run_and_captured(harness: Harness) -> None:
 
 @check
 def a_failed_placement_changes_nothing(harness: Harness) -> None:
-    """When content is not to be had, state and token stay as they were."""
+    """When content cannot be fetched, state and token stay as they were."""
     with workspace(harness) as spec:
         write(harness, spec, {"/srv/data/a": b"1"})
         snapshot = capture(harness, spec, Scope.FULL)
@@ -395,7 +395,9 @@ def an_attached_store_is_in_full_snapshots(harness: Harness) -> None:
         require(isinstance(placed, COWStore) and placed is not store, f"the disk came back as {placed}")
         assert isinstance(placed, COWStore)
         lazy = placed.statistics().lazy_chunks
-        require(lazy == 1, f"{lazy} chunks of the disk are to be fetched, and not the one that has data")
+        require(
+            lazy == 1, f"{lazy} chunks of the disk are fetched when touched, and not the one that has data"
+        )
         require(placed.read_at(0, 5) == bytes(5), "the disk has what was written after the snapshot")
         require(placed.read_at(CHUNK, CHUNK) == content, "the disk came back with other content")
         placed.write_at(0, b"changed")

@@ -5,14 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from catalog_data import HOST, NOON, add, full_workspace, later, operation, snapshot, workspace
+from sqlalchemy.event import listen, remove
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.catalog import Catalog, Transaction
 from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, SnapshotStatus, WorkspaceState
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_each_test_gets_an_empty_catalog_of_its_own(catalog: Catalog, database: str, attempt: int) -> None:
+    with catalog.transaction() as transaction:
+        transaction.set_owner_status("someone", transaction.owner_status(str(attempt)))
+    with catalog.reading() as reader:
+        assert reader.workspaces() == []
+        assert [policy.name for policy in reader.policies()] == [DEFAULT_POLICY]
+    assert catalog.dialect == database
 
 
 def test_a_workspace_comes_back_as_it_was_added(catalog: Catalog) -> None:
@@ -41,6 +53,47 @@ def test_a_transaction_reads_what_it_wrote_and_nobody_else_does(catalog: Catalog
         assert transaction.workspace("ws") == workspace()
         with catalog.reading() as reader:
             assert reader.workspaces() == []
+
+
+def test_all_changes_of_a_workspace_are_written_in_one_statement(catalog: Catalog) -> None:
+    add(catalog, workspace())
+    updates: list[str] = []
+
+    def see(*about: Any) -> None:
+        if about[2].startswith("UPDATE workspaces"):
+            updates.append(about[2])
+
+    listen(catalog._engine, "before_cursor_execute", see)
+    with catalog.transaction() as transaction:
+        transaction.begin_operation("ws", operation())
+        transaction.reserve_versions("ws", 4)
+        after = transaction.update_workspace("ws", base="other")
+    remove(catalog._engine, "before_cursor_execute", see)
+    assert len(updates) == 1
+    with catalog.reading() as reader:
+        assert (
+            reader.workspace("ws") == after == workspace(base="other", last_version=4, operation=operation())
+        )
+
+
+def test_a_change_that_is_not_written_yet_is_found_by_every_query(catalog: Catalog) -> None:
+    add(catalog, workspace("a"), workspace("b"))
+    with catalog.transaction() as transaction:
+        for name in ("a", "b"):
+            transaction.update_workspace(name, host="host-b")
+        assert [each.id for each in transaction.workspaces(host="host-b")] == ["a", "b"]
+        transaction.begin_operation("b", operation())
+        assert [each.id for each in transaction.workspaces_with_operation(HOST)] == ["b"]
+
+
+def test_a_value_that_cannot_be_kept_is_refused_at_once(catalog: Catalog) -> None:
+    add(catalog, workspace())
+    with pytest.raises(FailedPrecondition, match="nothing was written"), catalog.transaction() as transaction:
+        transaction.update_workspace("ws", slot=1)
+        with pytest.raises(InvalidArgument, match="no more than 255"):
+            transaction.update_workspace("ws", base="x" * 256)
+    with catalog.reading() as reader:
+        assert reader.workspace("ws") == workspace()
 
 
 def test_a_reader_sees_one_state_while_others_write(catalog: Catalog) -> None:
