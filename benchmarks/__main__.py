@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import lifecycle, paths, run, scale, store
+from benchmarks import lifecycle, paths, run, scale, startup, store
 
 if __name__ == "__main__":
     run.main()
     store.main(["--json", "benchmarks/results/store.json"])
     paths.main(["--output", "benchmarks/results/paths.json"])
+    startup.main(["--output", "benchmarks/results/startup.json"])
     sys.exit(max(scale.main(), lifecycle.main()))

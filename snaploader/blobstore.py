@@ -6,13 +6,15 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from snaploader._proto import remote_execution_pb2
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, NotFound, SnaploaderError
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from snaploader._proto import remote_execution_pb2
 
 Sink: TypeAlias = Callable[[Digest, bytes], None]
 """Receives verified blobs, from any thread, each once; what it raises ends the transfer and is raised."""

@@ -25,7 +25,6 @@ from snaploader.loader.manifests import (
     Entry,
     ManifestStore,
     tombstone_result,
-    update_result,
 )
 
 log = logging.getLogger(__name__)
@@ -111,13 +110,11 @@ class SnapshotDeleter:
                 shows nothing: it may hide a manifest because a blob of it is gone, until that is uploaded
                 again.
         """
-        name = keys.remote_manifest_digest(key, remote.digest_function)
-        before = self._manifests.remote_entry(remote, key)
+        before = self._manifests.remote_entry(key)
         if before is Entry.TOMBSTONE or (before is Entry.NOTHING and not is_known):
             return before
         try:
-            is_there = before is Entry.SNAPSHOT
-            update_result(remote, name, tombstone, f"snapshot {key.snapshot_id!r}", replaces=is_there)
+            self._manifests.bury_remote(remote, key, tombstone, replaces=before is Entry.SNAPSHOT)
         except MAY_ONLY_READ as error:
             if before is Entry.NOTHING:
                 # Nobody sees it, and nobody with these credentials can have saved it there.
@@ -129,7 +126,7 @@ class SnapshotDeleter:
             )
             raise
         # Some servers accept an update from a caller who may not make one, and drop it.
-        if before is Entry.SNAPSHOT and self._manifests.remote_entry(remote, key) is Entry.SNAPSHOT:
+        if before is Entry.SNAPSHOT and self._manifests.remote_entry(key) is Entry.SNAPSHOT:
             raise FailedPrecondition(
                 f"the remote cache accepted the deletion of snapshot {key.snapshot_id!r} and still returns "
                 "it: it may be read-only for these credentials. Nothing was deleted locally"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from cow import OpenedChunk, write_all
 from cow.sync import SingleFlight
+from snaploader import files
 from snaploader.blobstore import BlobStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
@@ -24,7 +24,6 @@ from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.prefetch import BlobFlight, BlobFlights, Prefetcher
-from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -223,16 +222,12 @@ class BlobFetcher:
         assert remote is not None
 
         def attempt() -> None:
-            with translate_os_errors(f"cannot write {str(target)!r}"):
-                fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
-                with ProcessExitStack() as undo:
-                    undo.callback(os.unlink, temporary)
-                    with os.fdopen(fd, "wb") as file, lost_blobs():
-                        write: Callable[[Buffer], object] = file.write
-                        remote.read_to(digest, write)
-                        os.fchmod(file.fileno(), mode)
-                    os.rename(temporary, target)
-                    undo.pop_all()
+            with (
+                translate_os_errors(f"cannot write {str(target)!r}"),
+                files.replacing(target, mode=mode) as fd,
+                lost_blobs(),
+            ):
+                remote.read_to(digest, lambda data: files.write_all(fd, data))
 
         _twice(attempt)
 

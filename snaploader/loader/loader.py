@@ -94,7 +94,7 @@ class SnapshotLoader:
             behind = TieredStore(peer, behind)
         self._fetcher = BlobFetcher(file_cache, behind, self._pool)
         self._open.callback(self._fetcher.close)
-        manifests = ManifestStore(file_cache, remote_cache, readonly=readonly)
+        self._manifests = manifests = ManifestStore(file_cache, remote_cache, readonly=readonly)
         self._versions = VersionStore(
             file_cache, remote_cache, readonly=readonly, remote_readonly=remote_readonly
         )
@@ -135,6 +135,11 @@ class SnapshotLoader:
     def remote_cache(self) -> RemoteStore | None:
         """Where snapshots are shared between hosts; None: on this host alone."""
         return self._remote
+
+    @property
+    def manifests(self) -> ManifestStore:
+        """What stands under the keys of snapshots, on this host and remotely."""
+        return self._manifests
 
     def snapshot_key_set(
         self,

@@ -62,7 +62,7 @@ class Deleted(NotFound):
 
 
 class Entry(Enum):
-    """What stands under the id of a snapshot."""
+    """What stands under the key of a snapshot."""
 
     NOTHING = auto()
     TOMBSTONE = auto()
@@ -125,10 +125,10 @@ class ManifestStore:
         if self.local_entry(id_key) is not Entry.NOTHING:
             raise taken(id_key)
 
-    def local_entry(self, id_key: SnapshotKey) -> Entry:
-        """What stands under an id on this host."""
+    def local_entry(self, key: SnapshotKey) -> Entry:
+        """What stands under a key on this host."""
         try:
-            data = self._file_cache.get_ref(self.local_ref(id_key))
+            data = self._file_cache.get_ref(self.local_ref(key))
         except NotFound:
             return Entry.NOTHING
         return Entry.TOMBSTONE if is_local_tombstone(data) else Entry.SNAPSHOT
@@ -173,9 +173,9 @@ class ManifestStore:
         except Deleted:
             return True
 
-    def remote_entry(self, remote: RemoteStore, id_key: SnapshotKey) -> Entry:
-        """What stands under an id in the remote cache."""
-        result = self._look(remote, id_key)
+    def remote_entry(self, key: SnapshotKey) -> Entry:
+        """What stands under a key in the remote cache, if there is one. Raises as that does."""
+        result = None if self._remote is None else self._look(self._remote, key)
         if result is None:
             return Entry.NOTHING
         return Entry.TOMBSTONE if is_tombstone(result) else Entry.SNAPSHOT
@@ -247,6 +247,13 @@ class ManifestStore:
         if stands is None or _content(stands) == _content(manifest.to_action_result()):
             name = keys.remote_manifest_digest(id_key, remote.digest_function)
             remote.update_action_result(name, tombstone_result(id_key.snapshot_id, now_s))
+
+    def bury_remote(
+        self, remote: RemoteStore, id_key: SnapshotKey, tombstone: ActionResult, *, replaces: bool
+    ) -> None:
+        """Replace the remote manifest. Errors as `update_result`."""
+        name = keys.remote_manifest_digest(id_key, remote.digest_function)
+        update_result(remote, name, tombstone, f"snapshot {id_key.snapshot_id!r}", replaces=replaces)
 
     def _look(self, remote: RemoteStore, key: SnapshotKey) -> ActionResult | None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain
 
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
@@ -85,7 +86,7 @@ def upload_snapshot(
     missing = remote.find_missing(wanted)
 
     def uploads(digests: Iterable[Digest], meter: ProgressMeter) -> Iterator[Upload]:
-        for digest in sorted(digests):
+        for digest in digests:
             try:
                 source = children[digest] if digest in children else read(digest)
             except (NotFound, DataLoss) as error:
@@ -101,11 +102,11 @@ def upload_snapshot(
     def upload(digests: Collection[Digest]) -> TransferStatistics:
         total = sum(digest.size_bytes for digest in digests)
         meter = ProgressMeter(progress, "upload", total)
-        steps = [digests]
-        if total > ONE_BATCH_BYTES or len(digests) > ONE_BATCH_BLOBS:
-            below = [digest for digest in digests if digest in children and digest not in trees]
-            last = [digest for digest in digests if digest in trees]
-            steps = [set(digests).difference(below, last), below, last]
+        below = {digest for digest in digests if digest in children and digest not in trees}
+        last = {digest for digest in digests if digest in trees}
+        steps: list[list[Digest]] = [sorted({*digests} - below - last), sorted(below), sorted(last)]
+        if total <= ONE_BATCH_BYTES and len(digests) <= ONE_BATCH_BLOBS:
+            steps = [list(chain(*steps))]
         done = TransferStatistics()
         for step in filter(None, steps):
             done += remote.write_many(uploads(step, meter))

@@ -198,17 +198,6 @@ class RemoteCache:
             with _sink_errors():
                 clients.reader.read_to(digest, write, connection.cancellation)
 
-    def read_into_file(self, digest: Digest, fd: int) -> None:
-        """Write one blob, of any size, to the start of a file; verified when this returns.
-
-        The descriptor's position is not used. After an error the file's content is undefined.
-        """
-        connection, clients = self._connect()
-        clients.check(digest)
-        if digest.size_bytes:
-            with _sink_errors():
-                clients.reader.read_into_file(digest, fd, connection.cancellation)
-
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Hand each blob to `sink`, from several threads, in any order, each once.
 

@@ -261,17 +261,6 @@ def test_upload_missing_counts_what_was_there(make_server: MakeServer, make_remo
     assert (done.blobs, done.present_blobs) == (6, 4)
 
 
-def test_reading_into_a_file_leaves_its_position(
-    make_server: MakeServer, make_remote: MakeRemote, tmp_path: Path
-) -> None:
-    server = make_server()
-    digest = server.put_blob(text(3_000_000), BLAKE3)
-    with (tmp_path / "out").open("w+b") as file:
-        make_remote(server).read_into_file(digest, file.fileno())
-        assert file.tell() == 0
-        assert file.read() == text(3_000_000)
-
-
 def test_absent_blob_is_not_found(make_server: MakeServer, make_remote: MakeRemote) -> None:
     remote = make_remote(make_server(), limits=SMALL_LIMITS)
     for size in (10, 500_000):

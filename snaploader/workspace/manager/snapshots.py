@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snaploader import keys
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest
@@ -219,12 +218,8 @@ class SnapshotContent:
 
     def check_remote(self, record: SnapshotRecord) -> None:
         """Raise whatever the remote cache raises when it is asked for a snapshot; its absence is fine."""
-        remote = self.need_remote(f"deleting the committed snapshot {record.name!r}")
-        key = keys.snapshot_id_key(self._key(record.runtime_name))
-        try:
-            remote.get_action_result(keys.remote_manifest_digest(key, remote.digest_function))
-        except NotFound:
-            return
+        self.need_remote(f"deleting the committed snapshot {record.name!r}")
+        self.loader.manifests.remote_entry(self._key(record.runtime_name))
 
     # Removing
 
@@ -260,8 +255,7 @@ class SnapshotContent:
 
     def manifest_ref(self, runtime_name: str) -> str:
         """Key of the snapshot's manifest in the local cache."""
-        key = keys.snapshot_id_key(self._key(runtime_name))
-        return keys.local_manifest_key(self.file_cache.group_id, key)
+        return self.loader.manifests.local_ref(self._key(runtime_name))
 
     def _key(self, runtime_name: str) -> SnapshotKey:
         return SnapshotKey(instance_name=self.instance_name, snapshot_id=runtime_name)
