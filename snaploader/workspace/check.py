@@ -12,7 +12,7 @@ from enum import StrEnum
 from itertools import filterfalse
 from typing import TYPE_CHECKING, TypeAlias
 
-from snaploader.errors import DataLoss, InvalidArgument, NotFound
+from snaploader.errors import DataLoss, NotFound
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.model import (
     SnapshotRecord,
@@ -20,7 +20,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.names import check_workspace_id, pin_name
+from snaploader.workspace.names import is_workspace_id, pin_name
 from snaploader.workspace.records import TRASH
 from snaploader.workspace.runtime import RuntimeStatus
 from snaploader.workspace.sizes import workspace_id_of
@@ -116,18 +116,18 @@ def _workspace_ids(manager: WorkspaceManager, here: _Here) -> list[str]:
         ids = {each.id for each in reader.workspaces(host=manager.host)}
         ids.update(record.workspace_id for record in reader.unfinished_snapshots(manager.host))
     ids.update(here.pins, here.slots, here.records, here.leftovers, manager.runtime.workspaces())
-    return sorted(filter(_is_id, ids))
+    return sorted(filter(is_workspace_id, ids))
 
 
 def _nameless(here: _Here) -> _Wrong:
     """What cannot be any workspace's."""
     for owner, pins in here.pins.items():
-        if not _is_id(owner):
+        if not is_workspace_id(owner):
             yield from ((FindingKind.UNMANAGED, f"pin {name!r} is of no workspace") for name in sorted(pins))
-    for name in sorted({*here.strangers, *filterfalse(_is_id, here.records)}):
+    for name in sorted({*here.strangers, *filterfalse(is_workspace_id, here.records)}):
         yield FindingKind.RECORD, f"{name!r} is no record of a paused workspace"
     for owner, names in here.leftovers.items():
-        if not _is_id(owner):
+        if not is_workspace_id(owner):
             yield from ((FindingKind.LEFTOVER, f"{name!r} was left") for name in names)
 
 
@@ -285,11 +285,3 @@ def _leftovers(here: _Here, workspace_id: str) -> _Wrong:
     """What was half made or half removed; its maker would hold the workspace's lock."""
     for name in here.leftovers.get(workspace_id, ()):
         yield FindingKind.LEFTOVER, f"{name!r} was left half made or half removed"
-
-
-def _is_id(text: str) -> bool:
-    try:
-        check_workspace_id(text)
-    except InvalidArgument:
-        return False
-    return True

@@ -20,13 +20,18 @@ _ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
 
 
 def check_workspace_id(workspace_id: str) -> str:
-    """`workspace_id`, if it is one: 1 to 64 lower-case letters, digits and inner hyphens."""
-    if not isinstance(workspace_id, str) or not _ID.fullmatch(workspace_id):
+    """Return `workspace_id` if it is one (see `is_workspace_id`). InvalidArgument when it is none."""
+    if not is_workspace_id(workspace_id):
         raise InvalidArgument(
             f"{str(workspace_id)[:80]!r} is no workspace id: use 1 to {MAX_ID_LENGTH} lower-case letters, "
             "digits and hyphens, beginning and ending with a letter or digit"
         )
     return workspace_id
+
+
+def is_workspace_id(text: object) -> bool:
+    """Whether this can be a workspace's id: 1 to 64 lower-case letters, digits and inner hyphens."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None
 
 
 def new_workspace_id() -> str:
@@ -40,12 +45,12 @@ def new_snapshot_name(workspace_id: str, now: datetime) -> str:
 
 
 def runtime_name(workspace_id: str, snapshot_name: str) -> str:
-    """What the loader calls a workspace's snapshot: its snapshot id."""
+    """The snapshot id by which the loader knows a workspace's snapshot."""
     return f"workspaces/{workspace_id}/{snapshot_name}"
 
 
 def check_display_name(name: str) -> str:
-    """`name` if a snapshot can be shown under it, which an empty one leaves to others."""
+    """Return `name` if a snapshot can be shown under it, or if it is empty. InvalidArgument otherwise."""
     if not isinstance(name, str) or len(name) > MAX_DISPLAY_NAME_LENGTH or not name.isprintable():
         raise InvalidArgument(
             f"{str(name)[:80]!r} is no name for a snapshot: use up to {MAX_DISPLAY_NAME_LENGTH} printable "
@@ -67,7 +72,7 @@ MAX_PATH_BYTES = 4095
 
 
 def check_volumes(volumes: Iterable[Volume]) -> tuple[Volume, ...]:
-    """The volumes, with their paths in normal form, if a workspace can have them together.
+    """Return the volumes with their paths in normal form, if a workspace can have them together.
 
     Raises:
         InvalidArgument: a name or a path is repeated, a path is not absolute, has a component `..`, is

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import flush_folder
 from snaploader.folders import PRIVATE, open_new, open_private
 from snaploader.workspace.model import (
@@ -37,7 +37,7 @@ from snaploader.workspace.model import (
     WorkspaceSpec,
     WorkspaceState,
 )
-from snaploader.workspace.names import check_volumes, check_workspace_id
+from snaploader.workspace.names import check_volumes, check_workspace_id, is_workspace_id
 from snaploader.workspace.policy import Policy
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class PausedRecords:
                     found = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
             except (FileNotFoundError, PermissionError):
                 return False  # it is gone, or another user's
-        return found == {_FILE: False} or (not found and (is_leftover(name) or _is_id(name)))
+        return found == {_FILE: False} or (not found and (is_leftover(name) or is_workspace_id(name)))
 
     def _names(self) -> list[str]:
         with translate_os_errors(f"cannot list {self._folder!r}"):
@@ -251,14 +251,6 @@ def write_new(path: str, data: bytes) -> None:
 def _open_without_waiting(path: str, flags: int) -> int:
     """Opens as open(2) does, without waiting: what lies there may be a pipe that nobody writes to."""
     return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _is_id(name: str) -> bool:
-    try:
-        check_workspace_id(name)
-    except InvalidArgument:
-        return False
-    return True
 
 
 def is_leftover(name: str) -> bool:

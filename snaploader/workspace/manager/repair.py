@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
-from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
+from snaploader.errors import DataLoss, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back
@@ -27,7 +27,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.names import is_workspace_id
 from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)
@@ -92,11 +92,8 @@ class Findings:
 
         One lock at a time: each takes a descriptor, and with PostgreSQL a connection.
         """
-        try:
-            check_workspace_id(workspace_id)
-        except InvalidArgument:
-            # No workspace can have this name, so nobody works on it.
-            action()
+        if not is_workspace_id(workspace_id):
+            action()  # no workspace can have this name, so nobody works on it
             return True
         lock = locks.try_acquire(workspace_id)
         if lock is None:

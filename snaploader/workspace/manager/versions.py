@@ -115,7 +115,7 @@ def rollback(services: Services, workspace_id: str, number: int, *, keep_current
 
 
 def check_number(number: int) -> int:
-    """`number` if a version can have it, else InvalidArgument."""
+    """Return `number` if a version can have it. InvalidArgument otherwise."""
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_VERSION:
         raise InvalidArgument(f"{number!r} is no version: versions are whole numbers from 1 to {MAX_VERSION}")
     return number
