@@ -1,10 +1,12 @@
 """What reads and writes of a copy-on-write store cost, beside the same system calls on a plain file.
 
-    python -m benchmarks.store [--mib 1331] [--json FILE] [--against CHECKOUT] [--scratch DIR]
+    python -m benchmarks.store [--mib 2048] [--json FILE] [--against CHECKOUT] [--scratch DIR]
 
 Processor time of this process, everything in the page cache, one thread. A store's chunks are files of
-512 KiB that a `ChunkSource` opens. Each figure is the median of several rounds, and its floor, `os.pread` or
-`os.pwrite` of as many bytes at the same offsets of one plain file, is measured between them: read the ratios.
+512 KiB that a `ChunkSource` opens; its budget is the default of a process that may open 1,024 files. Each
+figure is the median of several rounds, and its floor, `os.pread` or `os.pwrite` of as many bytes at the same
+offsets of one plain file, is measured between them: read the ratios. Beside reads stands the resident memory
+of the process, some 60 MiB of which are Python's and numpy's.
 
 `--against` runs this script on the package `cow` of another checkout as well, in a process of its own, and
 prints both. It goes by the public interface only, so that an older one can be measured.
@@ -22,18 +24,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from typing import NamedTuple
 
 import numpy as np
 
 import cow
 from benchmarks.floors import MIB, median, timed
-from cow import COWStore, OpenedChunk
+from cow import COWStore, MappingBudget, OpenedChunk
 
 CHUNK = 512 << 10
 PAGE = 4096
 ROUNDS = 5
-SMALL_MIB = 100
+READ_MIB = (64, 128, 256, 512, 1024, 2048)
+WRITTEN_CHUNKS = (50, 200, 1000)
+MAX_OPEN_FILES = 1024
 
 
 class Row(NamedTuple):
@@ -42,6 +47,8 @@ class Row(NamedTuple):
     name: str
     us: float
     floor_us: float
+    resident_mib: int | None = None
+    """Resident memory of the whole process afterwards, for reads."""
 
     @property
     def ratio(self) -> float:
@@ -69,6 +76,12 @@ def compare(name: str, operations: int, work: Callable[[], object], floor: Calla
     return Row(name, ours, floors)
 
 
+def resident_mib() -> int:
+    """Resident memory of this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * PAGE // MIB
+
+
 def offsets(size: int, count: int) -> list[int]:
     """Random page-aligned offsets."""
     pages = np.random.default_rng(1).integers(0, size // PAGE, count)
@@ -79,7 +92,12 @@ def offsets(size: int, count: int) -> list[int]:
 def lazy_store(scratch: Path, size: int) -> Iterator[COWStore]:
     chunks = size // CHUNK
     with COWStore(
-        scratch / "store", size=size, chunk_size=CHUNK, chunks=range(chunks), source=Files(scratch / "chunks")
+        scratch / "store",
+        size=size,
+        chunk_size=CHUNK,
+        chunks=range(chunks),
+        source=Files(scratch / "chunks"),
+        budget=MappingBudget(),
     ) as store:
         yield store
 
@@ -104,11 +122,16 @@ def random_reads(scratch: Path, plain: int, size: int, count: int) -> Iterator[R
 
         for offset in range(0, size, CHUNK):
             store.read_at(offset, CHUNK)
+        where = f"random 4 KiB over {size // MIB} MiB"
+        most = resident_mib()
         read()
         floor()
-        where = f"random 4 KiB over {size // MIB} MiB"
-        yield compare(f"read_at, {where}", count, read, floor)
-        yield compare(f"readinto_at, {where}", count, readinto, floor)
+        for row in (
+            compare(f"read_at, {where}", count, read, floor),
+            compare(f"readinto_at, {where}", count, readinto, floor),
+        ):
+            most = max(most, resident_mib())
+            yield row._replace(resident_mib=most)
 
 
 def random_writes(scratch: Path, chunks: int, count: int) -> Iterator[Row]:
@@ -119,7 +142,7 @@ def random_writes(scratch: Path, chunks: int, count: int) -> Iterator[Row]:
     plain = os.open(scratch / "written", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC)
     try:
         os.ftruncate(plain, size)
-        with COWStore(scratch / "store", size=size, chunk_size=CHUNK) as store:
+        with COWStore(scratch / "store", size=size, chunk_size=CHUNK, budget=MappingBudget()) as store:
 
             def write() -> None:
                 for offset in places:
@@ -174,12 +197,13 @@ def measure(scratch: Path, size: int, count: int) -> Iterator[Row]:
     make_files(scratch, size)
     plain = os.open(scratch / "plain", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        yield from random_reads(scratch, plain, min(SMALL_MIB * MIB, size), count)
-        yield from random_reads(scratch, plain, size, count)
+        for mib in READ_MIB:
+            if mib * MIB <= size:
+                yield from random_reads(scratch, plain, mib * MIB, count)
         yield from sequential_reads(scratch, plain, min(256 * MIB, size))
     finally:
         os.close(plain)
-    for chunks in (50, 1000):
+    for chunks in WRITTEN_CHUNKS:
         yield from random_writes(scratch, chunks, count)
 
 
@@ -198,20 +222,28 @@ def measure_other(checkout: Path, arguments: argparse.Namespace) -> list[Row]:
         report = json.loads(result.read_text())
     if not Path(report["package"]).is_relative_to(checkout.resolve()):
         raise RuntimeError(f"{checkout} has no package cow: {report['package']} was measured")
-    return [Row(row["name"], row["us"], row["floor_us"]) for row in report["rows"]]
+    return [Row(row["name"], row["us"], row["floor_us"], row["resident_mib"]) for row in report["rows"]]
+
+
+def shown(row: Row) -> str:
+    """A row for people, without its name."""
+    memory = f"{row.resident_mib:5} MiB" if row.resident_mib is not None else " " * 9
+    return f"{row.us:8.2f} µs  floor {row.floor_us:7.2f}  × {row.ratio:5.2f} {memory}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.store", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--mib", type=int, default=1331, help="size of the big store (default 1331, 1.3 GiB)")
+    parser.add_argument("--mib", type=int, default=READ_MIB[-1], help="of the biggest store (default 2048)")
     parser.add_argument("--count", type=int, default=20_000, help="operations a round (default 20000)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     parser.add_argument("--against", metavar="CHECKOUT", type=Path, help="measure another checkout as well")
     parser.add_argument("--scratch", help="where to make about twice as many bytes of files")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
     arguments = parser.parse_args(argv)
+    _, hard = getrlimit(RLIMIT_NOFILE)
+    setrlimit(RLIMIT_NOFILE, (MAX_OPEN_FILES, hard))
     earlier = measure_other(arguments.against, arguments) if arguments.against else None
     scratch = Path(tempfile.mkdtemp(prefix="cow-benchmark-", dir=arguments.scratch))
     rows: list[Row] = []
@@ -220,10 +252,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
             if arguments.quiet:
                 continue
-            line = f"{row.name:44} {row.us:8.2f} µs  floor {row.floor_us:7.2f}  × {row.ratio:5.2f}"
+            line = f"{row.name:44} {shown(row)}"
             if earlier is not None:
-                was = next(other for other in earlier if other.name == row.name)
-                line += f"   before {was.us:8.2f} µs  floor {was.floor_us:7.2f}  × {was.ratio:5.2f}"
+                line += f"   before {shown(next(other for other in earlier if other.name == row.name))}"
             print(line, flush=True)
     finally:
         shutil.rmtree(scratch)

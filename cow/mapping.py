@@ -456,18 +456,26 @@ class MappingBudget:
         self._files.trim()
 
 
-_default = MappingBudget()
+_default: MappingBudget | None = None
+_default_lock = threading.Lock()
 
 
 def default_budget() -> MappingBudget:
-    """The budget of all stores that were not given one. One per process: a forked child has its own."""
-    return _default
+    """The budget of all stores that were not given one, made when it is first asked for.
 
-
-def _renew() -> None:
-    # Another thread of the parent may have held the old budget's lock at the moment of the fork.
+    One per process: a forked child has its own.
+    """
     global _default
-    _default = MappingBudget()
+    with _default_lock:
+        # Not at import: programs raise their RLIMIT_NOFILE after it.
+        _default = _default or MappingBudget()
+        return _default
 
 
-os.register_at_fork(after_in_child=_renew)
+def _forget_default() -> None:
+    # Another thread of the parent may have held one of the locks at the moment of the fork.
+    global _default, _default_lock
+    _default, _default_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_default)

@@ -31,7 +31,7 @@ class ChunkWriter:
             state.gate.check()
             return
         index, start = divmod(offset, state.chunk_size)
-        if start + size <= state.chunk_size and self._write_open(index, start, data):
+        if start + size <= state.chunk_size and self._write_private(index, start, data):
             return
         with state.gate.reading():
             fetched = self._fetch_edges(offset, size)
@@ -82,17 +82,24 @@ class ChunkWriter:
                 fetched[index] = mapping
         return fetched
 
-    def _write_open(self, index: int, start: int, data: memoryview) -> bool:
-        """Write into a chunk whose private file is open: what is done most often, in the fewest steps.
+    def _write_private(self, index: int, start: int, data: memoryview) -> bool:
+        """Write a part of a chunk that has a private file: what is done most often, in the fewest steps.
 
         False, and nothing done, when it is otherwise, or when the chunk might become a hole.
         """
         state = self._state
         state.gate.enter_write()
         try:
-            file = self._descriptors.get(index)
-            if file is None or (not start and len(data) == state.length(index)):
+            if not start and len(data) == state.length(index):
                 return False
+            file = self._descriptors.get(index)
+            if file is None:
+                if state.chunks.kind_of[index] != PRIVATE:
+                    return False
+                with state.locks.hold(index):
+                    if state.chunks.kind_of[index] != PRIVATE:
+                        return False
+                    file = self._open_private(index)
             self._write_in_place(index, start, data, file)
             return True
         finally:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ _NAME_LENGTH = 62
 _NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}")
 
 
-class Found(NamedTuple):
+class FoundEntry(NamedTuple):
     """One entry, as a scan sees it."""
 
     space: Space
@@ -53,18 +53,18 @@ class Found(NamedTuple):
 
 
 def disk_bytes(status: os.stat_result) -> int:
-    """The disk blocks of a file, in bytes."""
+    """Return the disk blocks of a file, in bytes."""
     return status.st_blocks * BLOCK_BYTES
 
 
 def group_names(layout: Layout) -> list[str]:
-    """The folder names of all groups, sorted."""
+    """Return the folder names of all groups, sorted."""
     with os.scandir(layout.groups) as found:
         return sorted(entry.name for entry in found if entry.is_dir(follow_symlinks=False))
 
 
-def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[Found]:
-    """All entries of a group, by folder name, in no order. What goes while it looks is left out.
+def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[FoundEntry]:
+    """Yield all entries of a group, by folder name, in no order. What goes meanwhile is left out.
 
     Args:
         odd: Called with the path of what is called like an entry, or a folder of entries, and is none.
@@ -85,21 +85,23 @@ def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: N
                         odd(shard.path)
 
 
-def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], None]) -> Iterator[Found]:
+def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], None]) -> Iterator[FoundEntry]:
     with suppress(FileNotFoundError), os.scandir(path) as found:
         for entry in found:
             if not _NAME.fullmatch(entry.name):
                 continue
-            with suppress(FileNotFoundError):
+            try:
                 status = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
-                else:
-                    odd(entry.path)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield FoundEntry(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
+            else:
+                odd(entry.path)
 
 
 def set_aside_odd(context: CacheContext, path: str) -> None:
-    """Move what is called like an entry and is none to the quarantine. It counted for nothing."""
+    """Move what is called like an entry and is none to the quarantine. It was not counted."""
     # In a section no entry takes its place meanwhile.
     with context.ledger.section():
         try:
@@ -111,7 +113,7 @@ def set_aside_odd(context: CacheContext, path: str) -> None:
 
 
 def sweep_trees(context: CacheContext) -> int:
-    """Remove the tracked directories of all groups; the disk blocks, in bytes, of those that are in use.
+    """Remove the tracked directories of all groups; return the disk blocks, in bytes, of those in use.
 
     Earlier releases kept whole directories as entries `trees/<2 hex>/<62 hex>/`, with `data/`, their `size`
     as text, and a `lock` that their users hold (flock). One that a process of such a release uses stays.
@@ -136,7 +138,7 @@ def sweep_trees(context: CacheContext) -> int:
 
 
 def _folders(path: str) -> list[str]:
-    """The paths of the folders in a folder; none when it is not there, or a link."""
+    """Return the paths of the folders in a folder; none when it is not there, or a link."""
     with suppress(FileNotFoundError, NotADirectoryError):
         if not os.path.islink(path):
             with os.scandir(path) as found:
@@ -156,9 +158,19 @@ def _recorded_bytes(path: str) -> int:
 
 
 class Scan:
-    """Every entry of every group, as columns: 58 bytes each."""
+    """Every entry of every group, as columns: 58 bytes each.
 
-    def __init__(self, layout: Layout, is_suspect: Callable[[os.stat_result], bool]) -> None:
+    Args:
+        is_suspect: Tells whether a power failure may have damaged a blob; None where it damaged none.
+        check_open: Called now and then; it raises to call the scan off.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        is_suspect: Callable[[os.stat_result], bool] | None,
+        check_open: Callable[[], None],
+    ) -> None:
         self.suspects = 0
         """Blobs that a power failure may have damaged."""
         self.odd: list[str] = []
@@ -168,16 +180,20 @@ class Scan:
         """Folder names."""
         hashes: list[str] = []
         columns = (array("H"), array("B"), array("q"), array("q"))
+        add_group, add_space, add_size, add_use = (column.append for column in columns)
         words = [np.empty((0, 4), dtype=np.uint64)]
         for number, group in enumerate(self.groups):
             for found in entries(layout, group, self.odd.append):
-                values = (number, found.space, found.disk_bytes, found.used_ns)
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
-                if found.status is not None and found.space is not Space.REFS:
-                    self.suspects += is_suspect(found.status)
-                hashes.append(found.hash)
+                space, hash_, size, used_ns, status = found
+                add_group(number)
+                add_space(space)
+                add_size(size)
+                add_use(used_ns)
+                hashes.append(hash_)
+                if is_suspect is not None and status is not None and space is not Space.REFS:
+                    self.suspects += is_suspect(status)
                 if len(hashes) == 4096:
+                    check_open()
                     words.append(to_words(hashes))
                     hashes.clear()
         words.append(to_words(hashes))
@@ -197,11 +213,11 @@ class Scan:
         return len(self.group)
 
     def name(self, row: int) -> tuple[str, Space, str]:
-        """Group folder, space and hash of an entry."""
+        """Return the group's folder, the space and the hash of an entry."""
         return self.groups[self.group[row]], Space(int(self.space[row])), to_hex(self.words[row])
 
     def sizes_by_entry(self, names: set[str]) -> dict[str, int]:
-        """The sizes of those of the named entries (as the ledger names them) that the scan saw."""
+        """Return the sizes of the named entries (as the ledger names them) that the scan saw."""
         if not names:
             return {}
         wanted = np.array([int(name.replace("/", "")[-64:][:16], 16) for name in names], dtype=np.uint64)
@@ -214,19 +230,22 @@ class Scan:
 
 
 def entry_name(group: str, space: Space, hash_: str) -> str:
-    """How the ledger names an entry: its path relative to the folder of all groups."""
+    """Return the ledger's name of an entry: its path relative to the folder of all groups."""
     return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
 
 
 RACY_NS = 20_000_000
-_NAME = re.compile(r"[0-9a-f]{62}")
-_EMPTY = HashSet(np.empty((0, 4), dtype=np.uint64))
+_GROUP = 32
+"""Folders that are looked through at once. Numpy takes longer to be called than to look through one of them;
+all of them at once would take as much memory again as their listings."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NOTHING: Words = np.empty((0, 4), dtype=np.uint64)
 
 
 class _Listing(NamedTuple):
     modified_ns: int
     trusted: bool
-    hashes: HashSet
+    words: Words
 
 
 class ShardListings:
@@ -239,45 +258,50 @@ class ShardListings:
     def __init__(self, layout: Layout, durability: Durability) -> None:
         self._layout = layout
         self._durability = durability
-        self._lock = threading.Lock()
         self._listings: dict[str, _Listing] = {}
 
     def contains(self, space: Space, words: Words) -> npt.NDArray[np.bool_]:
-        """For each hash whether a blob of this name exists."""
+        """Tell of each hash whether a blob of this name exists."""
         present = np.zeros(len(words), dtype=np.bool_)
         # Bytes are sorted by radix, thirty times faster than words.
         shards = (words[:, 0] >> np.uint64(56)).astype(np.uint8)
         order = np.argsort(shards, kind="stable")
-        bounds = np.searchsorted(shards[order], np.arange(257))
-        for number, shard in enumerate(SHARDS):
-            rows = order[bounds[number] : bounds[number + 1]]
+        bounds = np.searchsorted(shards[order], np.arange(0, len(SHARDS) + 1, _GROUP))
+        for number, (start, end) in enumerate(pairwise(bounds.tolist())):
+            rows = order[start:end]
             if len(rows):
-                hashes = self._hashes(space, shard)
-                if len(hashes):
-                    present[rows] = hashes.contains(words[rows])
+                listed = self._listed(space, SHARDS[number * _GROUP : (number + 1) * _GROUP])
+                present[rows] = HashSet(listed).contains(words[rows])
         return present
 
-    def _hashes(self, space: Space, shard: str) -> HashSet:
-        path = f"{self._layout.group_path()}/{space.folder}/{shard}"
-        try:
-            modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
-        except (FileNotFoundError, NotADirectoryError):
-            return _EMPTY
-        known = self._listings.get(path)
-        if known is not None and known.trusted and known.modified_ns == modified_ns:
-            return known.hashes
-        trusted = abs(time.time_ns() - modified_ns) > RACY_NS
-        try:
-            with os.scandir(path) as found:
-                names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
-            if self._durability.any_suspects:
-                names = self._without_suspects(path, names)
-            hashes = HashSet(_to_words(shard, names))
-        except (FileNotFoundError, NotADirectoryError):
-            return _EMPTY
-        with self._lock:
-            self._listings[path] = _Listing(modified_ns, trusted, hashes)
-        return hashes
+    def _listed(self, space: Space, shards: Sequence[str]) -> Words:
+        """Return the hashes of all that lies in some folders."""
+        listed: list[Words] = [_NOTHING]
+        fresh: list[tuple[str, int, bool]] = []
+        names: list[list[str]] = []
+        for shard in shards:
+            path = f"{self._layout.group_path()}/{space.folder}/{shard}"
+            try:
+                modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
+                known = self._listings.get(path)
+                if known is not None and known.trusted and known.modified_ns == modified_ns:
+                    listed.append(known.words)
+                    continue
+                trusted = abs(time.time_ns() - modified_ns) > RACY_NS
+                found = self._names(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            fresh.append((path, modified_ns, trusted))
+            names.append([shard + name for name in found])
+        for (path, modified_ns, trusted), words in zip(fresh, _to_words(names), strict=True):
+            self._listings[path] = _Listing(modified_ns, trusted, words)
+            listed.append(words)
+        return np.concatenate(listed)
+
+    def _names(self, path: str) -> list[str]:
+        with os.scandir(path) as found:
+            names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+        return self._without_suspects(path, names) if self._durability.any_suspects else names
 
     def _without_suspects(self, path: str, names: list[str]) -> list[str]:
         vouched = []
@@ -288,9 +312,14 @@ class ShardListings:
         return vouched
 
 
-def _to_words(shard: str, names: list[str]) -> Words:
+def _to_words(names: list[list[str]]) -> list[Words]:
+    """Return the hashes that are the names in each folder, decoded all at once."""
     try:
-        return to_words([shard + name for name in names])
+        words = to_words(list(chain.from_iterable(names)))
     except InvalidArgument:
-        # Something that is no blob lies in the folder.
-        return to_words([shard + name for name in names if _NAME.fullmatch(name)])
+        # Something that is no blob lies in a folder.
+        names = [list(filter(_HASH.fullmatch, each)) for each in names]
+        words = to_words(list(chain.from_iterable(names)))
+    ends = list(accumulate(map(len, names)))
+    # Copies, as a part of an array would keep all of it.
+    return [words[start:end].copy() for start, end in zip([0, *ends], ends, strict=False)]

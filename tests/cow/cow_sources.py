@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -38,6 +39,14 @@ def pattern(size: int, seed: int = 1) -> bytes:
     import numpy as np
 
     return np.random.default_rng(seed).integers(1, 256, size, np.uint8).tobytes()
+
+
+def wait_until(condition: Callable[[], bool], patience_s: float = 60) -> None:
+    """Wait for what another thread does."""
+    give_up_at = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < give_up_at, "nothing happened"
+        time.sleep(0.001)
 
 
 def open_files() -> int:

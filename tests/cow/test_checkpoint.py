@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cow_sources import MemorySource, pattern, read_chunk
+from cow_sources import MemorySource, pattern, read_chunk, wait_until
 
 from cow import CheckpointConflict, COWStore, MappingBudget, OutOfBounds, TruncatedFile
 
@@ -226,8 +226,7 @@ def test_a_commit_waits_for_readers_of_the_checkpoint(store):
         reading = pool.submit(checkpoint.readinto, 0, bytearray(CHUNK))
         assert begun.wait(PATIENCE)
         ending = pool.submit(checkpoint.commit)
-        while not checkpoint._gate.closed:
-            threading.Event().wait(0.001)
+        wait_until(lambda: checkpoint._gate.closed)
         assert not ending.done()
         store.write_at(CHUNK * 7, b"writes go on")
         release.set()

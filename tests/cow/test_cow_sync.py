@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cow_sources import wait_until
 
 from cow.sync import Gate, SingleFlight
 
@@ -104,8 +105,7 @@ def test_a_flight_that_another_thread_finishes_has_one_outcome():
     assert len(flights) == 1
     with ThreadPoolExecutor(1) as pool:
         waiter = pool.submit(flights.run, "key", lambda: 0)
-        while flight.waiters < 2:
-            threading.Event().wait(0.001)
+        wait_until(lambda: flight.waiters == 2)
         flights.finish(flight, 7)
         assert waiter.result(PATIENCE) == 7
     flights.finish(flight, error=ValueError("too late"))
@@ -123,9 +123,10 @@ def test_of_many_threads_one_leads_a_flight_and_the_others_learn_why_it_failed()
         together.wait()
         flight, leads = flights.join("key")
         if leads:
-            while flight.waiters < 15:
-                threading.Event().wait(0.001)
-            flights.finish(flight, error=ValueError("gone"))
+            try:
+                wait_until(lambda: flight.waiters == 15)
+            finally:
+                flights.finish(flight, error=ValueError("gone"))
         flight.wait()
         assert isinstance(flight.error, ValueError)
         return leads

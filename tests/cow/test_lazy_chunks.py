@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cow_sources import MemorySource, open_files, pattern, read_chunk
+from cow_sources import MemorySource, open_files, pattern, read_chunk, wait_until
 
 from cow import COWStore, MappingBudget, OpenedChunk, TruncatedFile
 
@@ -132,8 +132,7 @@ def test_many_readers_of_a_chunk_cause_one_fetch(store, source):
     with ThreadPoolExecutor(8) as pool:
         reads = [pool.submit(read_chunk, store, 2) for _ in range(8)]
         assert begun.wait(PATIENCE)
-        while store._reader._flights._flights[2].waiters < 7:
-            threading.Event().wait(0.001)
+        wait_until(lambda: store._reader._flights._flights[2].waiters == 7)
         release.set()
         assert {read.result(PATIENCE) for read in reads} == {CONTENT[2 * CHUNK : 3 * CHUNK]}
     assert source.opens == {2: 1}
@@ -150,8 +149,8 @@ def test_a_failed_fetch_fails_all_who_wait_and_the_next_one_tries_again(store, s
     source.before_open = fail
     with ThreadPoolExecutor(4) as pool:
         reads = [pool.submit(read_chunk, store, 2) for _ in range(4)]
-        while len(store._reader._flights._flights) < 1 or store._reader._flights._flights[2].waiters < 3:
-            threading.Event().wait(0.001)
+        flights = store._reader._flights._flights
+        wait_until(lambda: list(flights) == [2] and flights[2].waiters == 3)
         release.set()
         for read in reads:
             with pytest.raises(LookupError):
@@ -185,8 +184,7 @@ def test_when_the_fetching_thread_is_interrupted_a_waiter_takes_over(store, sour
     assert first.wait(PATIENCE)
     with ThreadPoolExecutor(1) as pool:
         follower = pool.submit(read_chunk, store, 2)
-        while store._reader._flights._flights[2].waiters < 1:
-            threading.Event().wait(0.001)
+        wait_until(lambda: store._reader._flights._flights[2].waiters == 1)
         release.set()
         assert follower.result(PATIENCE) == CONTENT[2 * CHUNK : 3 * CHUNK]
     leader.join(PATIENCE)

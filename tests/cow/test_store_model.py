@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 import pytest
-from cow_sources import MemorySource, open_files, pattern, read_chunk
+from cow_sources import MemorySource, open_files, pattern, read_chunk, wait_until
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -340,8 +340,7 @@ def test_closing_waits_for_what_is_in_progress(tmp_path):
     assert begun.wait(PATIENCE)
     closer = threading.Thread(target=store.close)
     closer.start()
-    while not store.closed:
-        threading.Event().wait(0.001)
+    wait_until(lambda: store.closed)
     assert closer.is_alive()
     release.set()
     reader.join(PATIENCE)
