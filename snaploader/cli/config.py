@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import platformdirs
 
 from snaploader.cli.values import Duration, KeyValue, Size, check_file
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -49,6 +48,8 @@ def environment_variable(long_name: str, scope: str = "") -> str:
 
 def default_path() -> Path:
     """Where the file is looked for when nobody says where: in the user's configuration folder."""
+    import platformdirs
+
     return platformdirs.user_config_path("snaploader", appauthor=False) / "config.toml"
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import platformdirs
-
 from snaploader.cli.output import Output
 from snaploader.cli.process import load_grpc
 from snaploader.cli.values import check_file, format_time
@@ -75,6 +73,8 @@ class Settings:
         """The folder of the local cache."""
         if self.cache_dir is not None:
             return self.cache_dir
+        import platformdirs
+
         return platformdirs.user_cache_path("snaploader", appauthor=False)
 
     @property
@@ -258,6 +258,8 @@ class WorkspaceSettings:
         """The folder of this host's workspaces."""
         if self.state_dir is not None:
             return self.state_dir
+        import platformdirs
+
         return platformdirs.user_state_path("snaploader", appauthor=False)
 
     @property

@@ -29,10 +29,10 @@ from snaploader.cli.workspace.records import (
     workspace_record,
 )
 from snaploader.workspace import OperationKind, Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
-from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
 
 if TYPE_CHECKING:
     from snaploader.workspace.runtime import RuntimeStatus
+    from snaploader.workspace.sizes import HostSizes, WorkspaceSize
 
 _COLUMNS = ("workspace", "host", "state", "version>", "exclusive>", "shared>", "used")
 
@@ -82,7 +82,7 @@ def list_(
             include_deleted=deleted,
         )
     found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
-    measured = measure(workspaces.caches.file_cache) if sizes else None
+    measured = _measure(workspaces) if sizes else None
     here = [each for each in found if each.host == workspaces.host]
     costs = {} if measured is None else {each.id: _size(measured, each) for each in here}
     workspaces.output.json(
@@ -133,7 +133,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
     snapshots = (
         [] if found.state is WorkspaceState.DELETED else workspaces.manager.list_snapshots(workspace_id)
     )
-    size = _size(measure(workspaces.caches.file_cache), found)
+    size = _size(_measure(workspaces), found)
     status = workspaces.runtime.status(workspace_id)
     workspaces.output.json(
         {
@@ -210,7 +210,15 @@ def _state(workspace: Workspace, status: RuntimeStatus | None) -> str:
     return f"{state}; its command has ended, {exit_words(status.exit_code)}"
 
 
+def _measure(workspaces: Workspaces) -> HostSizes:
+    from snaploader.workspace.sizes import measure  # with numpy, which --no-sizes does without
+
+    return measure(workspaces.caches.file_cache)
+
+
 def _size(sizes: HostSizes, workspace: Workspace) -> WorkspaceSize:
+    from snaploader.workspace.sizes import WorkspaceSize
+
     return sizes.workspaces.get(workspace.id, WorkspaceSize())
 
 

@@ -21,7 +21,6 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from snaploader.errors import (
     FailedPrecondition,
@@ -576,7 +575,14 @@ class Transaction(Reader):
         return workspace
 
     def _insert(self, table: Table) -> Any:
-        return (postgresql if self._is_postgresql else sqlite).insert(table)
+        # The dialect's own, imported when it is used: that of PostgreSQL is big.
+        if self._is_postgresql:
+            from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+
+            return postgresql_insert(table)
+        from sqlalchemy.dialects.sqlite import insert
+
+        return insert(table)
 
     def _upsert(self, table: Table, values: Mapping[str, Any], *, key: str, same: str = "") -> bool:
         """Add a row, or replace the one of that key; False: there is one with another value of `same`."""
