@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import lifecycle, opening, paths, run, scale, store
+from benchmarks import lifecycle, opening, paths, run, scale, startup, store
 
 if __name__ == "__main__":
     run.main()
     store.main(["--json", "benchmarks/results/store.json"])
     opening.main(["--json", "benchmarks/results/opening.json"])
     paths.main(["--output", "benchmarks/results/paths.json"])
+    startup.main(["--output", "benchmarks/results/startup.json"])
     sys.exit(max(scale.main(), lifecycle.main()))

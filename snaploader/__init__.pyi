@@ -12,6 +12,9 @@ from snaploader.blobstore import (
     RemoteStore as RemoteStore,
 )
 from snaploader.blobstore import (
+    TieredStore as TieredStore,
+)
+from snaploader.blobstore import (
     TransferStatistics as TransferStatistics,
 )
 from snaploader.blobstore import (

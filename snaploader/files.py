@@ -31,7 +31,7 @@ _local = threading.local()
 
 
 def buffer() -> memoryview:
-    """This thread's buffer of BUFFER_BYTES: a fresh one each time would cost its page faults each time."""
+    """Return this thread's buffer of BUFFER_BYTES. A fresh one would cost its page faults each time."""
     view: memoryview | None = getattr(_local, "view", None)
     if view is None:
         view = _local.view = memoryview(bytearray(BUFFER_BYTES))
@@ -39,7 +39,7 @@ def buffer() -> memoryview:
 
 
 def hash_file(fd: int, function: DigestFunction) -> tuple[str, int]:
-    """The hash of a whole file and the number of bytes hashed. Leaves the file's position alone."""
+    """Return the hash of a whole file and the number of bytes hashed. The file's position stays."""
     view = buffer()
     count = os.preadv(fd, [view], 0)
     if count < len(view):
@@ -58,7 +58,7 @@ def hash_file(fd: int, function: DigestFunction) -> tuple[str, int]:
 
 
 def read_file(fd: int, size: int) -> bytes:
-    """The bytes of a file, at most one more than `size`."""
+    """Return the bytes of a file, at most one more than `size`."""
     parts = []
     done = 0
     while done <= size:
@@ -78,7 +78,7 @@ def write_all(fd: int, data: Buffer) -> None:
 
 
 def copy_hashing(source: int, target: int, hasher: Hasher, limit: int | None = None) -> int:
-    """Append the whole of `source` to `target` and to the hash; the number of bytes copied.
+    """Append the whole of `source` to `target` and to the hash; return the number of bytes copied.
 
     What is hashed is what was written, also when `source` changes meanwhile. Stops after `limit` + 1 bytes.
     """
@@ -178,7 +178,7 @@ class NamelessFile:
 def replacing(
     path: str | os.PathLike[str], *, mode: int = 0o600, prefix: str = ".snaploader-", flush: bool = False
 ) -> Iterator[int]:
-    """A descriptor of a new file that takes the place of `path`, in one step, when the block ends well.
+    """Open a new file that takes the place of `path`, in one step, when the block ends well.
 
     Until then it has a temporary name beside it. If the block raises, that is removed, and what stood at
     `path` still stands. A forked child that leaves the block does neither.
@@ -225,13 +225,13 @@ def replace_file(
 
 
 def flush_folder(path: str) -> None:
-    """fsync(2) of a folder: the names in it are on disk afterwards. Raises OSError."""
+    """Flush the names in a folder to disk; see fsync(2)."""
     with _opened(path) as fd:
         os.fsync(fd)
 
 
 def flush_file_system(path: str) -> None:
-    """syncfs(2): what was written to the file system of a folder is on disk afterwards. Raises OSError."""
+    """Flush all that was written to the file system of a folder to disk; see syncfs(2)."""
     with _opened(path) as fd:
         if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
             code = ctypes.get_errno()
@@ -248,7 +248,7 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
-    """Remove a file or folder, also when others do so too or its modes forbid it; as far as that can be.
+    """Remove a file or folder as far as possible, also when others do so too or its modes forbid it.
 
     No symbolic link is followed, also if somebody puts one in the place of a folder meanwhile.
 

@@ -79,7 +79,7 @@ class Access:
         return self.mode & 0o444
 
     def check(self, status: os.stat_result, path: str) -> None:
-        """PermissionDenied when the owner of a folder or file is not to be trusted.
+        """Raise PermissionDenied when the owner of a folder or file is not to be trusted.
 
         To be trusted are this user and root, and in a shared folder its group's members or everyone.
         """
@@ -132,7 +132,7 @@ class Access:
 
 
 def open_root(path: str, access: Access, what: str) -> int:
-    """A descriptor of a folder that the user named, made if absent, after looking at what it is.
+    """Open a folder that the user named, made if absent, after checking what it is; return its descriptor.
 
     Args:
         what: How messages call it.
@@ -149,7 +149,7 @@ def open_root(path: str, access: Access, what: str) -> int:
 
 
 def open_inner(name: str, dir_fd: int, access: Access, path: str) -> int:
-    """A descriptor of a folder in an open folder, made if absent. Errors as `open_root`.
+    """Open a folder in an open folder, made if absent; return its descriptor. Errors as `open_root`.
 
     Args:
         path: Where it is, for messages.
@@ -158,7 +158,7 @@ def open_inner(name: str, dir_fd: int, access: Access, path: str) -> int:
 
 
 def check_inner(name: str, dir_fd: int, access: Access, path: str) -> None:
-    """As `open_inner`, but of a folder that is only looked at. FileNotFoundError when it is not there."""
+    """Check a folder in an open folder, as `open_inner` does. FileNotFoundError when it is not there."""
     if not stat.S_ISREG(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
         os.close(open_inner(name, dir_fd, access, path))
 
@@ -197,7 +197,7 @@ def open_private(root: str, what: str, *names: str) -> None:
 
 
 def open_new(path: str, mode: int, flags: int = os.O_RDWR) -> int:
-    """A descriptor of a new file with these permissions, whatever the umask says. FileExistsError."""
+    """Make a file with these permissions, whatever the umask says; return its descriptor. FileExistsError."""
     fd = os.open(path, flags | _FILE | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.fchmod(fd, mode)
@@ -208,7 +208,7 @@ def open_new(path: str, mode: int, flags: int = os.O_RDWR) -> int:
 
 
 def open_regular(path: str, *, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
-    """A descriptor of a regular file, for reading, and its status.
+    """Open a regular file for reading; return its descriptor and status.
 
     Raises:
         OddEntry: It is something else.
@@ -218,7 +218,7 @@ def open_regular(path: str, *, dir_fd: int | None = None) -> tuple[int, os.stat_
 
 
 def open_written(path: str, flags: int, access: Access) -> int:
-    """A descriptor of a regular file that is written in place, made if absent.
+    """Open a regular file that is written in place, made if absent; return its descriptor.
 
     Raises:
         OddEntry: It is something else.
@@ -237,7 +237,7 @@ def open_written(path: str, flags: int, access: Access) -> int:
 
 
 def kind_of(status: os.stat_result) -> str:
-    """What is no regular file, in words."""
+    """Say in words what kind of thing is no regular file."""
     return _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
 
 

@@ -7,7 +7,6 @@ description, so whatever unlocks or removes something asks first whose it is.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import stat
@@ -43,7 +42,7 @@ class ProcessExitStack(ExitStack):
 
 
 class FileLock:
-    """Mutual exclusion among threads and processes. Not reentrant. In a forked child it counts as closed.
+    """A lock among threads and processes. Not reentrant. In a forked child it counts as closed.
 
     Args:
         fd: Of the lock file, which is never removed. It is closed with the lock.
@@ -72,7 +71,7 @@ class FileLock:
 
     @contextmanager
     def held_now(self) -> Iterator[bool]:
-        """Hold the lock if that needs no waiting; whether it is held."""
+        """Hold the lock if that needs no waiting; tell whether it is held."""
         held = self._threads.acquire(blocking=False)
         try:
             if held:
@@ -108,7 +107,7 @@ class FileLock:
 
 
 def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:
-    """The descriptor of a lock file, locked, which is made if absent, and which others may remove.
+    """Lock a file that is made if absent and that others may remove; return its descriptor.
 
     Args:
         mode: Its permissions if it is this user's, whatever the umask says.
@@ -133,12 +132,12 @@ def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:
 
 
 def exists(path: str, *, dir_fd: int | None = None) -> bool:
-    """Whether anything is there, be it a link that leads nowhere."""
+    """Tell whether anything is there, be it a link that leads nowhere."""
     return _lstat(path, dir_fd) is not None
 
 
 def is_odd(path: str, *, dir_fd: int | None = None) -> bool:
-    """Whether something is there that is no regular file, so that it is nobody's lock."""
+    """Tell whether something is there that is no regular file, so that it is nobody's lock."""
     status = _lstat(path, dir_fd)
     return status is not None and not stat.S_ISREG(status.st_mode)
 
@@ -151,7 +150,7 @@ def _lstat(path: str, dir_fd: int | None) -> os.stat_result | None:
 
 
 def is_dead(path: str, *, dir_fd: int | None = None) -> bool:
-    """Whether nobody holds the lock file: its owner ended, or it is gone. An unreadable one is held."""
+    """Tell whether nobody holds a lock file: its owner ended, or it is gone. An unreadable one is held."""
     fd = try_lock(path, dir_fd=dir_fd)
     if fd is None:
         status = _lstat(path, dir_fd)
@@ -160,8 +159,8 @@ def is_dead(path: str, *, dir_fd: int | None = None) -> bool:
     return True
 
 
-def try_lock(path: str, *, shared: bool = False, dir_fd: int | None = None) -> int | None:
-    """The descriptor of an existing lock file, locked; None when another holds it or it is gone.
+def try_lock(path: str, *, dir_fd: int | None = None) -> int | None:
+    """Lock an existing lock file; return its descriptor, or None when another holds it or it is gone.
 
     Nor when it may not be read: another user made it, who may hold it; nor when it is no regular file.
     """
@@ -170,7 +169,7 @@ def try_lock(path: str, *, shared: bool = False, dir_fd: int | None = None) -> i
     except (FileNotFoundError, PermissionError, NotADirectoryError, OddEntry):
         return None
     try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_nlink:
             return fd
     except BlockingIOError:
@@ -180,17 +179,3 @@ def try_lock(path: str, *, shared: bool = False, dir_fd: int | None = None) -> i
         raise
     os.close(fd)
     return None
-
-
-def lock_existing(path: str, *, shared: bool = False) -> int:
-    """The descriptor of an existing lock file, after waiting for the lock. FileNotFoundError when it goes."""
-    fd = open_regular(path)[0]
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return fd
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)

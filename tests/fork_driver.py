@@ -21,6 +21,7 @@ from typing import Any
 
 from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
+from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest, DigestFunction
 from snaploader.locks import FileLock
 from snaploader.workers import WorkerPool
@@ -126,6 +127,32 @@ def cache_while_a_thread_has_its_locks(folder: Path) -> Iterator[Check]:
         def check() -> None:
             release.set()
             thread.join()
+            opened.write(DIGEST, BLOB)
+
+        try:
+            yield check
+        finally:
+            release.set()
+
+
+@contextmanager
+def cache_while_it_evicts_in_the_background(folder: Path) -> Iterator[Check]:
+    reached, release = threading.Event(), threading.Event()
+
+    def step(name: str) -> None:
+        if name == "scan.begun" and threading.current_thread() is not threading.main_thread():
+            reached.set()
+            release.wait()
+
+    host = HostEnvironment(after_step=step)
+    bounds = {"max_bytes": 100_000, "evict_ahead_bytes": 100_000}
+    with FileCache(folder / "cache", **bounds, _environment=host) as opened:
+        for number in range(20):
+            opened.write(Digest.of(b"%d" % number, DigestFunction.SHA256), b"%d" % number)
+        reached.wait()
+
+        def check() -> None:
+            release.set()
             opened.write(DIGEST, BLOB)
 
         try:
@@ -371,6 +398,7 @@ BLOCKS: dict[str, Callable[[Path], Any]] = {
         checkpoint,
         cache,
         cache_while_a_thread_has_its_locks,
+        cache_while_it_evicts_in_the_background,
         lease,
         blob_writer,
         blob_writer_without_o_tmpfile,

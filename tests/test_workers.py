@@ -212,4 +212,4 @@ def test_an_interrupt_at_any_step_leaves_nothing_to_wait_for() -> None:
         assert sorted(done) == [0, 1, 2]
 
     with WorkerPool(3) as pool:
-        assert interrupt_everywhere(work, workers.__file__) > 50
+        assert interrupt_everywhere(work, workers.__file__) > 20

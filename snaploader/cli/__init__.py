@@ -1,6 +1,7 @@
 """The command line. Needs the `cli` extra (click, platformdirs, rich); no other part imports it.
 
     app                        the root command, and running it
+    commands                   commands, groups of them, options
     options, config, values    what a command line, the environment and a configuration file may say
     resources                  caches, a loader, a catalog: made from the options when a command asks for them
     output, drawing            all that is printed; tables, trees and bars, by rich

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snaploader.cli.options import Group, common, destructive, option, shared_options
+from snaploader.cli.commands import Group, destructive, option
+from snaploader.cli.options import common, shared_options
+from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import SIZE, format_size
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
@@ -138,17 +140,8 @@ def verify(caches: Caches) -> None:
     A damaged pin stays, and nothing of the group is evicted until it is pinned again or unpinned.
     """
     report = caches.file_cache.verify()
-    caches.output.json(
-        {
-            "blobs": report.blobs,
-            "content_bytes": report.content_bytes,
-            "bad_blobs": [str(digest) for digest in report.bad_blobs],
-            "refs": report.refs,
-            "bad_refs": list(report.bad_refs),
-            "pins": report.pins,
-            "bad_pins": list(report.bad_pins),
-        }
-    )
+    counts = record(report, "blobs", "content_bytes", "refs", "bad_refs", "pins", "bad_pins")
+    caches.output.json({**counts, "bad_blobs": [str(digest) for digest in report.bad_blobs]})
     caches.output.text(
         f"verified {report.blobs} blobs ({format_size(report.content_bytes)}) and {report.refs} refs"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -12,36 +13,27 @@ from pathlib import Path
 
 import click
 
+from snaploader.cli.commands import Command, option
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import Command, common, option
+from snaploader.cli.options import common
 from snaploader.cli.process import load_grpc
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import Size, format_size, format_time
 from snaploader.errors import translate_os_errors
 
+_demo_option = functools.partial(option, scope="demo")
+
 
 @click.command(cls=Command)
-@option(
-    "--size",
-    scope="demo",
-    type=Size(64 << 20),
-    default="256MiB",
-    help="Size of the image.",
-)
-@option(
+@_demo_option("--size", type=Size(64 << 20), default="256MiB", help="Size of the image.")
+@_demo_option(
     "--data",
     "data_bytes",
-    scope="demo",
     type=Size(16 << 20),
     default="64MiB",
     help="About how many bytes of files go into it.",
 )
-@option(
-    "--work-dir",
-    scope="demo",
-    type=click.Path(path_type=Path),
-    help="Folder to work in.  [default: temporary]",
-)
+@_demo_option("--work-dir", type=click.Path(path_type=Path), help="Folder to work in.  [default: temporary]")
 @common
 def demo(caches: Caches, size: int, data_bytes: int, work_dir: Path | None) -> None:
     """Save a real disk image on one host, load it lazily on another, and prove every byte right.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from snaploader.cli.commands import Command, option
 from snaploader.cli.doctor_checks import (
     Check,
     Finding,
@@ -23,7 +24,7 @@ from snaploader.cli.doctor_checks import (
     run_checks,
 )
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.options import with_workspaces
 from snaploader.cli.resources import Caches, Settings, Workspaces, read_secret
 from snaploader.cli.values import format_time
 from snaploader.errors import InvalidArgument, translate_os_errors

@@ -7,27 +7,22 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
+from snaploader.cli.commands import Command, option
 from snaploader.cli.lookup import check_there, file_names, file_size, find, served_line, snapshot_record
-from snaploader.cli.options import (
-    Command,
-    ReadOptions,
-    TaskOptions,
-    common,
-    option,
-    read_options,
-    task_options,
-)
+from snaploader.cli.options import ReadOptions, TaskOptions, common, read_options, task_options
+from snaploader.cli.output import record
 from snaploader.cli.process import Nowhere, writing_to_stdout
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import SIZE, format_size, format_time
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.formats.chunktable import ChunkTable
-from snaploader.loader import UnpackedSnapshot
+from snaploader.loader import Snapshot, UnpackedSnapshot
 
 PIECE_BYTES = 1 << 20
 """Bytes of `read` that are held in memory at a time."""
@@ -69,27 +64,17 @@ def restore(
         for name in names:
             check_there(snapshot, name)
         snapshot = snapshot.only(names)
-    record = snapshot_record(snapshot)
     with output.bars() as progress:
         result = loader.restore_snapshot(snapshot, output_dir, progress=progress)
     seconds = time.monotonic() - begin
     placed = sorted((*result.files.items(), *result.directories.items()))
     output.json(
         {
-            **record,
+            **snapshot_record(snapshot),
             "output_directory": str(output_dir),
-            "files": [
-                {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
-                for name, path in sorted(result.files.items())
-            ],
-            "directories": [
-                {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
-                for name, path in sorted(result.directories.items())
-            ],
-            "written_bytes": result.written_bytes,
-            "hole_bytes": result.hole_bytes,
-            "fetched_blobs": result.fetched_blobs,
-            "fetched_bytes": result.fetched_bytes,
+            "files": _placed(snapshot, result.files),
+            "directories": _placed(snapshot, result.directories),
+            **record(result, "written_bytes", "hole_bytes", "fetched_blobs", "fetched_bytes"),
             "seconds": round(seconds, 6),
         }
     )
@@ -103,6 +88,13 @@ def restore(
         f"fetched {format_size(result.fetched_bytes)} in {result.fetched_blobs} blobs"
     )
     output.detail(f"restored in {format_time(seconds)}")
+
+
+def _placed(snapshot: Snapshot, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "path": str(path), "size_bytes": file_size(snapshot, name)}
+        for name, path in sorted(paths.items())
+    ]
 
 
 @click.command(cls=Command)
@@ -197,8 +189,7 @@ def _report(caches: Caches, unpacked: UnpackedSnapshot, name: str, size: int) ->
             "name": name,
             "size_bytes": size,
             "origins": {
-                origin: {"chunks": count.chunks, "bytes": count.bytes, "prefetched": count.prefetched}
-                for origin, count in origins.items()
+                origin: record(count, "chunks", "bytes", "prefetched") for origin, count in origins.items()
             },
         }
     )

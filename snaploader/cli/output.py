@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import IO, TYPE_CHECKING, Any
 
 from snaploader.cli.exits import Failure
@@ -49,13 +50,13 @@ class Output:
         """The data for programs; nothing without --json."""
         if self.as_json:
             with writing_to_stdout():
-                sys.stdout.write(json.dumps(data, indent=2) + "\n")
+                sys.stdout.write(json.dumps(data, indent=2, default=_for_json) + "\n")
 
     def line(self, data: Mapping[str, Any]) -> None:
         """One of many objects of data for programs, on a line of its own; nothing without --json."""
         if self.as_json:
             with writing_to_stdout():
-                sys.stdout.write(json.dumps(data) + "\n")
+                sys.stdout.write(json.dumps(data, default=_for_json) + "\n")
 
     def flush(self) -> None:
         """Hand the data out now; a program that reads it may be waiting."""
@@ -182,6 +183,20 @@ class Branch:
 
     label: str
     branches: Sequence[Branch] = ()
+
+
+def record(thing: object, *names: str) -> dict[str, Any]:
+    """Some attributes of a thing, for `Output.json`."""
+    return {name: getattr(thing, name) for name in names}
+
+
+def _for_json(value: object) -> Any:
+    """What JSON has no word for: times in ISO 8601, read-only mappings as objects."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
 
 
 class _Brief(logging.Formatter):

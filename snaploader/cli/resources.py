@@ -6,6 +6,7 @@ Nothing of it is imported before, because it takes its time, and workspaces need
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -281,6 +282,11 @@ class Workspaces:
     def output(self) -> Output:
         """Where the command says things."""
         return self.caches.output
+
+    @property
+    def host(self) -> str:
+        """What the catalog calls this host. The manager, which says so too, takes longer to import."""
+        return self.settings.host_name or os.uname().nodename
 
     @cached_property
     def catalog(self) -> Catalog:

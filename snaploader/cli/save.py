@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import stat
 import sys
@@ -14,16 +15,10 @@ from typing import Any
 import click
 
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
+from snaploader.cli.commands import Command, option
 from snaploader.cli.lookup import key_record
-from snaploader.cli.options import (
-    Command,
-    TaskOptions,
-    common,
-    first_given,
-    option,
-    save_options,
-    task_options,
-)
+from snaploader.cli.options import TaskOptions, common, first_given, save_options, task_options
+from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import KEY_VALUE, ChunkSize, Size, format_size, format_time
 from snaploader.errors import InvalidArgument, translate_os_errors
@@ -54,45 +49,28 @@ class SaveCommand(Command):
         return super().parse_args(ctx, args)
 
 
+_save_option = functools.partial(option, scope="save")
+
+
 @click.command(cls=SaveCommand)
 @task_options
-@option(
-    "--chunked/--plain", "chunked", scope="save", default=None, help="Keep all files in chunks, or all whole."
-)
-@option(
+@_save_option("--chunked/--plain", "chunked", default=None, help="Keep all files in chunks, or all whole.")
+@_save_option(
     "--chunk-threshold",
-    scope="save",
     type=Size(),
     default=f"{DEFAULT_CHUNK_THRESHOLD_BYTES >> 20}MiB",
     help="Files of this size or more are kept in chunks.",
 )
-@option(
-    "--chunk-size",
-    scope="save",
-    type=ChunkSize(),
-    help="Size of a chunk: a power of two, 4KiB to 64MiB.",
-)
-@option(
-    "--snapshot-id",
-    "new_snapshot_id",
-    scope="save",
-    metavar="ID",
-    help="Id of the snapshot.  [default: new UUID]",
+@_save_option("--chunk-size", type=ChunkSize(), help="Size of a chunk: a power of two, 4KiB to 64MiB.")
+@_save_option(
+    "--snapshot-id", "new_snapshot_id", metavar="ID", help="Id of the snapshot.  [default: new UUID]"
 )
 @save_options
-@option(
-    "--property",
-    "properties",
-    scope="save",
-    multiple=True,
-    type=KEY_VALUE,
-    help="Property kept with the snapshot.",
+@_save_option(
+    "--property", "properties", multiple=True, type=KEY_VALUE, help="Property kept with the snapshot."
 )
-@option(
-    "--pin",
-    scope="save",
-    metavar="NAME",
-    help="Keep the snapshot from eviction on this host until `cache unpin NAME`.",
+@_save_option(
+    "--pin", metavar="NAME", help="Keep the snapshot from eviction on this host until `cache unpin NAME`."
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE|DIR…")
 @common
@@ -211,31 +189,23 @@ def _print(caches: Caches, result: SaveResult, seconds: float, pin: str | None) 
     for directory in result.directories:
         for path in directory.skipped:
             output.warn(f"{path!r} in {directory.name!r} is a socket, FIFO or device and was not saved")
-    record: dict[str, Any] = {
-        "snapshot_id": result.snapshot_id,
-        "ref": result.key.ref,
-        "key": key_record(result.key),
-        "files": [_record(file) for file in result.files],
-        "directories": [_record(directory) for directory in result.directories],
-        "size_bytes": result.size_bytes,
-        "hashed_bytes": result.hashed_bytes,
-        "hole_bytes": result.hole_bytes,
-        "stored_bytes": result.stored_bytes,
-        "deduplicated_bytes": result.deduplicated_bytes,
-        "uploaded_blobs": result.uploaded_blobs,
-        "uploaded_bytes": result.uploaded_bytes,
-        "uploaded_wire_bytes": result.uploaded_wire_bytes,
-        "saved_locally": result.saved_locally,
-        "saved_remotely": result.saved_remotely,
-        "remote_skipped": result.remote_skipped,
-        "remote_manifest": None
-        if result.remote_manifest is None
-        else {"digest": str(result.remote_manifest.digest), "is_ours": result.remote_manifest.is_ours},
-        "pin": pin,
-        "warnings": list(result.warnings),
-        "seconds": round(seconds, 6),
-    }
-    output.json(record)
+    sizes = ("size_bytes", "hashed_bytes", "hole_bytes", "stored_bytes", "deduplicated_bytes")
+    uploads = ("uploaded_blobs", "uploaded_bytes", "uploaded_wire_bytes")
+    stands = result.remote_manifest
+    output.json(
+        {
+            "snapshot_id": result.snapshot_id,
+            "ref": result.key.ref,
+            "key": key_record(result.key),
+            "files": [_record(file) for file in result.files],
+            "directories": [_record(directory) for directory in result.directories],
+            **record(result, *sizes, *uploads, "saved_locally", "saved_remotely", "remote_skipped"),
+            "remote_manifest": stands and {"digest": str(stands.digest), "is_ours": stands.is_ours},
+            "pin": pin,
+            "warnings": result.warnings,
+            "seconds": round(seconds, 6),
+        }
+    )
     output.text(f"snapshot  {result.snapshot_id}")
     output.text(f"ref       {result.key.ref or '(none)'}")
     everything: list[SavedFile | SavedDirectory] = [*result.files, *result.directories]

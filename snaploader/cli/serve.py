@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
 import click
 
-from snaploader.cli.options import Command, common, option
+from snaploader.cli.commands import Command, option
+from snaploader.cli.options import common
 from snaploader.cli.process import load_grpc, stop_signal
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import parse_address
@@ -19,27 +21,20 @@ _DRAIN_S = 5.0
 """What calls under way get to end after a signal."""
 
 
+_serve_option = functools.partial(option, scope="serve")
+
+
 @click.command(cls=Command)
-@option(
+@_serve_option(
     "--listen",
-    scope="serve",
     default="127.0.0.1:8980",
     metavar="HOST:PORT",
     help="Where to listen; port 0 takes a free one.",
 )
-@option(
-    "--root",
-    scope="serve",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Keeps what is stored.  [default: memory]",
+@_serve_option(
+    "--root", type=click.Path(path_type=Path), metavar="DIR", help="Keeps what is stored.  [default: memory]"
 )
-@option(
-    "--like",
-    scope="serve",
-    type=click.Choice(LIKE),
-    help="Behave as this server does, with its limits.",
-)
+@_serve_option("--like", type=click.Choice(LIKE), help="Behave as this server does, with its limits.")
 @common
 def serve(caches: Caches, listen: str, root: Path | None, like: str | None) -> None:
     """Run a small REAPI cache (CAS, ByteStream, ActionCache) until SIGINT or SIGTERM.

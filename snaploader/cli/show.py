@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from snaploader import keys
+from snaploader.cli.commands import Command, destructive
 from snaploader.cli.lookup import (
     Lookup,
     file_names,
@@ -21,21 +22,14 @@ from snaploader.cli.lookup import (
     snapshot_record,
     vm_configuration_record,
 )
-from snaploader.cli.options import (
-    Command,
-    ReadOptions,
-    TaskOptions,
-    common,
-    destructive,
-    read_options,
-    task_options,
-)
+from snaploader.cli.options import ReadOptions, TaskOptions, common, read_options, task_options
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import format_size
 from snaploader.digest import Digest
 from snaploader.errors import NotFound, SnaploaderError
 from snaploader.keys import SnapshotKey
 from snaploader.loader import Snapshot
+from snaploader.loader.manifests import Entry
 from snaploader.policy import ReadPolicy
 
 
@@ -110,31 +104,23 @@ def _manifest_places(caches: Caches, looking: Lookup) -> list[Place]:
     else:
         candidates = list(looking.key_set)
     return [
-        Place(key, _stands_locally(caches, key), _stands_remotely(caches, looking, key)) for key in candidates
+        Place(key, _stands_locally(looking, key), _stands_remotely(caches, looking, key))
+        for key in candidates
     ]
 
 
-def _stands_locally(caches: Caches, key: SnapshotKey) -> bool:
-    cache = caches.file_cache
-    try:
-        cache.get_ref(keys.local_manifest_key(cache.group_id, key))
-    except NotFound:
-        return False
-    return True
+def _stands_locally(looking: Lookup, key: SnapshotKey) -> bool:
+    return looking.loader.manifests.local_entry(key) is not Entry.NOTHING
 
 
 def _stands_remotely(caches: Caches, looking: Lookup, key: SnapshotKey) -> bool | None:
-    remote = caches.remote_cache
-    if remote is None or looking.read_policy is ReadPolicy.LOCAL_ONLY:
+    if caches.remote_cache is None or looking.read_policy is ReadPolicy.LOCAL_ONLY:
         return None
     try:
-        remote.get_action_result(keys.remote_manifest_digest(key, remote.digest_function))
-    except NotFound:
-        return False
+        return looking.loader.manifests.remote_entry(key) is not Entry.NOTHING
     except SnaploaderError as error:
         caches.output.warn(f"cannot ask the remote cache for {key_name(key)}: {error.message}")
         return None
-    return True
 
 
 def _files(caches: Caches, snapshot: Snapshot) -> list[ShownFile]:

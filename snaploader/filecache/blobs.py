@@ -5,29 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from snaploader import files
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.hashes import Words, to_words
+from snaploader.filecache.evict import Evictor
+from snaploader.filecache.hashes import to_rows, to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import NamelessFile
 from snaploader.folders import OddEntry, open_regular
-
-if TYPE_CHECKING:
-    from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.digests import DigestArray
 
 SLOTS = 1 << 19
 
@@ -45,7 +42,7 @@ class VerifiedMemo:
         self._table = np.zeros(SLOTS, np.uint64).data
 
     def knows(self, digest: Digest, status: os.stat_result) -> bool:
-        """Whether this very file was found to have this digest, and was not written to since."""
+        """Tell whether this very file was found to have this digest, and was not written to since."""
         print_, slot = _fingerprint(digest, status)
         return print_ in (self._table[slot], self._table[slot + 1])
 
@@ -84,26 +81,26 @@ class BlobSpace:
         context: CacheContext,
         durability: Durability,
         uses: UseLog,
-        make_room: Callable[[int], None],
+        evictor: Evictor,
     ) -> None:
         self._context = context
         self._durability = durability
         self._uses = uses
-        self._make_room = make_room
+        self._evictor = evictor
         self._memo = VerifiedMemo()
         self._listings = ShardListings(context.layout, durability)
 
     @property
     def mode(self) -> int:
-        """Permission bits of the files."""
+        """The permission bits of the files."""
         return self._context.folder.access.readonly_mode
 
     def path(self, digest: Digest) -> str:
-        """Where the file of a blob is, or would be."""
+        """Tell where the file of a blob is, or would be."""
         return self._context.layout.blob(digest)
 
     def step_done(self, step: str) -> None:
-        """A step was done; see `HostEnvironment.after_step`."""
+        """Tell that a step was done; see `HostEnvironment.after_step`."""
         self._context.host.after_step(step)
 
     # Looking up
@@ -113,6 +110,8 @@ class BlobSpace:
         with translate_os_errors("cannot look up blobs in the file cache"):
             if len(digests) < BULK_DIGESTS:
                 return {digest for digest in digests if not _is_empty_blob(digest) and not self.touch(digest)}
+            if isinstance(digests, DigestArray):
+                return self._find_missing_of(digests.function, digests)
             return self._find_missing_bulk(list(digests))
 
     def _find_missing_bulk(self, digests: list[Digest]) -> set[Digest]:
@@ -124,35 +123,23 @@ class BlobSpace:
             missing |= self._find_missing_of(function, [one for one in digests if one.function is function])
         return missing
 
-    def find_missing_rows(self, table: ChunkTable) -> list[int]:
-        """See `FileCache.find_missing_rows`."""
-        rows: Iterable[int] = range(table.stored_count)
-        with translate_os_errors("cannot look up blobs in the file cache"):
-            if table.stored_count >= BULK_DIGESTS:
-                words = table.hashes.view(">u8").astype(np.uint64)
-                rows = np.flatnonzero(~self._are_listed(table.function, words)).tolist()
-                if not self._durability.any_suspects:
-                    return rows
-            return [row for row in rows if not self.touch(table.digest(row))]
-
-    def _find_missing_of(self, function: DigestFunction, digests: list[Digest]) -> set[Digest]:
-        present = self._are_listed(function, to_words(list(map(_HASH_OF, digests))))
+    def _find_missing_of(self, function: DigestFunction, digests: list[Digest] | DigestArray) -> set[Digest]:
+        if isinstance(digests, DigestArray):
+            words = to_rows(digests.hashes)
+        else:
+            words = to_words(list(map(_HASH_OF, digests)))
+        present = self._listings.contains(space_of(function), words)
         missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
         missing.discard(empty_digest(function))
         if self._durability.any_suspects:
             # Listings leave suspects out, so that each is looked at here.
             missing = {digest for digest in missing if not self.touch(digest)}
-        return missing
-
-    def _are_listed(self, function: DigestFunction, words: Words) -> npt.NDArray[np.bool_]:
-        """For each hash whether a blob of that name is listed; if so, this is a use of it."""
-        present = self._listings.contains(space_of(function), words)
         if present.any():
             self._uses.append(self._context.layout.group, words[present, 0], self._context.host.now_ns())
-        return present
+        return missing
 
     def touch(self, digest: Digest) -> bool:
-        """Whether a blob is present; if so, this is a use of it. Suspects of a power failure are read."""
+        """Tell whether a blob is here, which counts as a use. Suspects of a power failure are read."""
         path = self._context.layout.blob(digest)
         try:
             status = os.stat(path, follow_symlinks=False)
@@ -214,7 +201,7 @@ class BlobSpace:
         return data
 
     def _verify(self, digest: Digest, fd: int, status: os.stat_result) -> os.stat_result:
-        """Hash an open file, DataLoss when it is bad; its status, which changes if it was a suspect."""
+        """Hash an open file; return its status, which changes if it was suspect. DataLoss when it is bad."""
         if status.st_size == digest.size_bytes:
             found, size = files.hash_file(fd, digest.function)
         else:
@@ -239,11 +226,11 @@ class BlobSpace:
         )
 
     def _is_hollow(self, status: os.stat_result) -> bool:
-        """Whether a file is larger than all the cache may hold, and mostly a hole: reading it takes hours."""
+        """Tell whether a file is larger than the cache and mostly a hole, so that reading it takes hours."""
         return status.st_size > max(self._context.max_bytes, disk_bytes(status))
 
     def _is_other_size(self, digest: Digest, fd: int, status: os.stat_result) -> bool:
-        """Whether the file is right and the size in the digest is wrong."""
+        """Tell whether the file is right and the size in the digest is wrong."""
         real = Digest(digest.hash, status.st_size, digest.function)
         if self._memo.knows(real, status):
             return True
@@ -260,13 +247,13 @@ class BlobSpace:
     # Writing
 
     def stage(self, digest: Digest | None = None) -> NamelessFile:
-        """A new empty file to become a blob, near its place if the digest is known already."""
+        """Make an empty file that is to become a blob, near its place if the digest is known already."""
         layout = self._context.layout
         folder = layout.group_path() if digest is None else os.path.dirname(layout.blob(digest))
         return self._context.folder.nameless_file(folder)
 
     def check_fits(self, size: int) -> None:
-        """ResourceExhausted for a blob that can never fit."""
+        """Raise ResourceExhausted for a blob that can never fit."""
         if size > self._context.max_bytes:
             raise ResourceExhausted(
                 f"a blob of {size} bytes does not fit into a file cache of {self._context.max_bytes}: "
@@ -274,7 +261,7 @@ class BlobSpace:
             )
 
     def present(self, digest: Digest) -> bool:
-        """Whether a blob that is to be added is there already and verified; this is a use of it then.
+        """Tell whether a blob that is to be added is here already and verified, which counts as a use.
 
         What is there is verified, or else good bytes at hand would be dropped in favour of bad ones.
         """
@@ -304,7 +291,7 @@ class BlobSpace:
         return False
 
     def publish(self, digest: Digest, fd: int, link: Callable[[str], None]) -> bool:
-        """Make a whole, verified file the blob; False when there was one already.
+        """Make a whole, verified file the blob; return False when there was one already.
 
         It appears under its name in one step, by link(2), which never replaces what is there.
 
@@ -315,15 +302,9 @@ class BlobSpace:
         os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
-        recency.touch(fd, status, self._context.host.now_ns())
+        recency.set_used(fd, status, self._context.host.now_ns())
         size = disk_bytes(status)
-        while True:
-            with self._context.ledger.section() as section:
-                total = section.total_bytes
-                if total is not None and total + size <= self._context.max_bytes:
-                    added = self._link(section, digest, size, link)
-                    break
-            self._make_room(size)
+        added = self._evictor.add(size, lambda section: self._link(section, digest, size, link))
         if added:
             self._memo.add(digest, status)
             self._context.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
@@ -355,7 +336,7 @@ class BlobSpace:
         return True
 
     def check(self, hash_: str, function: DigestFunction) -> tuple[Digest, bool] | None:
-        """Hash the blob of this name whatever is known of it; whether it is right, None if gone."""
+        """Hash the blob of this name whatever is known of it; return whether it is right, None if gone."""
         path = self._context.layout.entry(space_of(function), hash_)
         with translate_os_errors(f"cannot verify blob {hash_}"):
             try:
@@ -369,7 +350,7 @@ class BlobSpace:
                     return digest, False
                 self._verify(digest, fd, status)
                 # Reading may have set the time of last access, and this was no use.
-                recency.touch(fd, os.fstat(fd), status.st_atime_ns)
+                recency.set_used(fd, os.fstat(fd), status.st_atime_ns)
             except DataLoss:
                 return digest, False
             finally:

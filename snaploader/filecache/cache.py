@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 from snaploader.filecache import exchange, recency, scan
 from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.evict import Evictor
+from snaploader.filecache.evict import AHEAD_PART, EVICTS_AHEAD_FROM_BYTES, Evictor
 from snaploader.filecache.exchange import BlobWriter
 from snaploader.filecache.hashes import to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space, group_folder
@@ -31,10 +31,8 @@ from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics
 from snaploader.folders import PRIVATE, Access
 from snaploader.locks import FileLock
 
-if TYPE_CHECKING:
-    from snaploader.formats.chunktable import ChunkTable
-
 DEFAULT_MAX_BYTES = 10 << 30
+_PIECE_BYTES = 1 << 20
 
 
 class FileCache:
@@ -47,6 +45,9 @@ class FileCache:
         root: The folder; made if absent. All on one file system that knows hard links.
         max_bytes: Bound of what all entries of all groups take, in bytes of disk blocks. Each process goes by
             its own; default 10 GiB.
+        evict_ahead_bytes: How much of that is kept free, by a thread that evicts before an addition needs the
+            room. 0: there is no such thread, and each addition makes its own room. Default: a sixteenth of a
+            cache of 1 GiB or more, and 0 for a smaller one.
         cache_mode: Permission bits of the folders, whatever the umask says; files get those of them that
             files have. Default 0o700: this user alone. 0o2770 lets a group of users share the cache, 0o777
             all of them: each must trust the others, and give the same mode. See docs/operating.md.
@@ -54,7 +55,8 @@ class FileCache:
             digits and . _ @ + - or empty, which is a partition too.
 
     Raises:
-        InvalidArgument: The group id or the mode is malformed, or `max_bytes` is not positive.
+        InvalidArgument: The group id or the mode is malformed, `max_bytes` is not positive, or
+            `evict_ahead_bytes` is negative or more than that.
         FailedPrecondition: The folder, or one in it, is a symbolic link.
         PermissionDenied: It cannot be made or written, belongs to somebody unexpected, or others may write
             to it.
@@ -66,12 +68,19 @@ class FileCache:
         root: str | os.PathLike[str],
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
+        evict_ahead_bytes: int | None = None,
         cache_mode: int = PRIVATE,
         group_id: str = "",
         _environment: HostEnvironment = HOST,
     ) -> None:
         if max_bytes <= 0:
             raise InvalidArgument(f"max_bytes is {max_bytes}: a file cache needs room")
+        if evict_ahead_bytes is None:
+            evict_ahead_bytes = max_bytes // AHEAD_PART if max_bytes >= EVICTS_AHEAD_FROM_BYTES else 0
+        if not 0 <= evict_ahead_bytes <= max_bytes:
+            raise InvalidArgument(
+                f"evict_ahead_bytes is {evict_ahead_bytes}: 0 to {max_bytes} can be kept free"
+            )
         layout = Layout(os.path.abspath(os.fspath(root)), group_folder(group_id))
         self._root = layout.root
         self._group_id = group_id
@@ -100,11 +109,10 @@ class FileCache:
             self._context = CacheContext(layout, own, ledger, max_bytes, _environment)
             uses = UseLog(layout.uses, use_lock, own)
             self._pin_table = PinTable(layout)
-            self._evictor = Evictor(self._context, self._durability, uses, self._pin_table)
+            self._evictor = Evictor(self._context, self._durability, uses, self._pin_table, evict_ahead_bytes)
             undo.callback(self._evictor.close)
-            make_room = self._evictor.make_room
-            self._blobs = BlobSpace(self._context, self._durability, uses, make_room)
-            self._refs = RefSpace(self._context, make_room)
+            self._blobs = BlobSpace(self._context, self._durability, uses, self._evictor)
+            self._refs = RefSpace(self._context, self._evictor)
             self._pins = PinSpace(self._context)
             own.sweep()
             self._close = undo.pop_all().close
@@ -127,7 +135,7 @@ class FileCache:
     # Blobs: the BlobStore interface
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
-        """Those of `digests` that are not here. Counts as a use of those that are.
+        """Return those of `digests` that are not here. This counts as a use of those that are.
 
         Exact, also when files were removed behind the cache's back. Costs a look at each file for a few
         digests, and one at each of 256 folders for many (then a wrong size in a digest of a known hash is
@@ -136,15 +144,20 @@ class FileCache:
         self._check()
         return self._blobs.find_missing(digests)
 
-    def find_missing_rows(self, table: ChunkTable) -> list[int]:
-        """The rows of a table whose chunks are not here; as `find_missing`, without a `Digest` of each."""
-        self._check()
-        return self._blobs.find_missing_rows(table)
-
     def read(self, digest: Digest) -> bytes:
-        """The bytes of a blob. Errors as `open`."""
+        """Return the bytes of a blob. Errors as `open`."""
         self._check()
         return self._blobs.read(digest)
+
+    def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
+        """Hand a blob, of any size, to `write` piece by piece. Errors as `open`."""
+        with translate_os_errors(f"cannot read blob {digest}"), open(self.open(digest), "rb") as file:
+            count = 0
+            while piece := file.read(_PIECE_BYTES):
+                count += len(piece)
+                write(piece)
+            if count != digest.size_bytes:
+                raise DataLoss(f"blob {digest} was cut to {count} bytes while it was read; try again")
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Hand each blob to `sink`, in order, on this thread. The first error ends it and is raised."""
@@ -177,7 +190,7 @@ class FileCache:
     # Blobs: files in and out
 
     def open(self, digest: Digest) -> int:
-        """A read-only descriptor of a blob's file, for the caller to close. Counts as a use.
+        """Return a read-only descriptor of a blob's file, for the caller to close. This counts as a use.
 
         The file is hashed at its first use in this process. What stays open stays whole, also when the
         blob is evicted.
@@ -191,16 +204,16 @@ class FileCache:
         return self._blobs.open(digest)
 
     def path(self, digest: Digest) -> str:
-        """The file of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
+        """Return the path of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
         os.close(self.open(digest))
         return self._blobs.path(digest)
 
     def put_verified(self, digest: Digest, data: Buffer) -> bool:
-        """Add bytes that the caller has just hashed, trusting the digest; False when the blob was here."""
+        """Add bytes that the caller has just hashed, on trust; return False when the blob was here."""
         self._check()
         size = len(memoryview(data).cast("B"))
         if size != digest.size_bytes:
-            raise DataLoss(f"{size} bytes are to be blob {digest}")
+            raise DataLoss(f"blob {digest}: {size} bytes were given for it")
         return exchange.put_bytes(self._blobs, digest, data)
 
     def put_file(
@@ -212,7 +225,7 @@ class FileCache:
         link: bool = False,
         verify: bool = True,
     ) -> bool:
-        """Add a file; False when the blob was here. It is verified before it is visible.
+        """Add a file, verified before it is visible; return False when the blob was here.
 
         Args:
             move: Take the file away from its old place, without copying where that can be done.
@@ -231,12 +244,12 @@ class FileCache:
     def add_file(
         self, path: str | os.PathLike[str], function: DigestFunction = DigestFunction.SHA256
     ) -> tuple[Digest, bool]:
-        """Add a copy of a file; its digest, and whether it was new here. Reads it once."""
+        """Add a copy of a file, which is read once; return its digest, and whether it was new here."""
         self._check()
         return exchange.add_file(self._blobs, os.fspath(path), function)
 
     def writer(self, digest: Digest) -> BlobWriter:
-        """Adds a blob that arrives in pieces."""
+        """Return a writer that adds a blob which arrives in pieces."""
         self._check()
         return BlobWriter(self._blobs, digest)
 
@@ -264,7 +277,7 @@ class FileCache:
         exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable, mode=mode)
 
     def remove(self, digest: Digest) -> bool:
-        """Remove a blob, leased, pinned or neither; whether it was here.
+        """Remove a blob, leased, pinned or neither; return whether it was here.
 
         Open files and links keep their bytes.
         """
@@ -286,7 +299,7 @@ class FileCache:
     # Refs
 
     def get_ref(self, key: str) -> bytes:
-        """The value of a ref. Counts as a use. NotFound when there is none, or it was damaged.
+        """Return the value of a ref, which counts as a use. NotFound when there is none, or it was damaged.
 
         Args:
             key: 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
@@ -295,17 +308,17 @@ class FileCache:
         return self._refs.get(key)
 
     def put_ref(self, key: str, data: bytes, *, overwrite: bool = True) -> bool:
-        """Set a ref in one step; whether it was set, which without `overwrite` one that stands prevents."""
+        """Set a ref in one step; return whether it was set. Without `overwrite` a ref that stands stays."""
         self._check()
         return self._refs.put(key, data, overwrite=overwrite)
 
     def delete_ref(self, key: str) -> bool:
-        """Remove a ref; whether there was one."""
+        """Remove a ref; return whether there was one."""
         self._check()
         return self._refs.delete(key)
 
     def refs(self) -> list[str]:
-        """The keys of all refs of this group, sorted."""
+        """Return the keys of all refs of this group, sorted."""
         self._check()
         with translate_os_errors("cannot list refs"):
             return sorted(self._refs.keys())
@@ -341,17 +354,17 @@ class FileCache:
         self._pins.pin(name, digests, hashes, refs)
 
     def unpin(self, name: str) -> bool:
-        """Let go what a name keeps, also when its pin is damaged; whether there was one."""
+        """Let go what a name keeps, also when its pin is damaged; return whether there was one."""
         self._check()
         return self._pins.unpin(name)
 
     def pins(self, prefix: str = "") -> list[str]:
-        """The names of this group's pins that begin with `prefix`, sorted, damaged ones too."""
+        """Return the names of this group's pins that begin with `prefix`, sorted, damaged ones too."""
         self._check()
         return self._pins.names(prefix)
 
     def pinned(self, name: str) -> Pin:
-        """What a name keeps.
+        """Return what a name keeps from eviction.
 
         Raises:
             NotFound: There is no such pin.
@@ -363,7 +376,7 @@ class FileCache:
     # Upkeep
 
     def entries(self) -> list[CacheEntry]:
-        """All entries of this group, the longest unused first."""
+        """List all entries of this group, the longest unused first."""
         self._check()
         with translate_os_errors("cannot list the file cache"):
             found = sorted(
@@ -372,7 +385,7 @@ class FileCache:
             return [self._entry(*one) for one in zip(found, self._pinned(found), strict=True)]
 
     def statistics(self) -> CacheStatistics:
-        """Counts at this moment. Reads pins that are new since the last call or eviction."""
+        """Return the counts of this moment. Pins that are new since the last call or eviction are read."""
         self._check()
         with translate_os_errors("cannot read the statistics of the file cache"):
             with self._context.ledger.section() as section:
@@ -381,7 +394,7 @@ class FileCache:
         return self._context.counters.snapshot(total_bytes, self._max_bytes, self._pin_table.totals())
 
     def prune(self, target_bytes: int = 0) -> int:
-        """Evict, of all groups, down to `target_bytes` of disk blocks; the size then.
+        """Evict, of all groups, down to `target_bytes` of disk blocks; return the size then.
 
         What is leased or pinned stays.
         """
@@ -389,7 +402,7 @@ class FileCache:
         return self._evictor.prune(target_bytes)
 
     def prune_plan(self, target_bytes: int = 0) -> list[CacheEntry]:
-        """What `prune` would evict now, of all groups, in that order. Evicts nothing."""
+        """List what `prune` would evict now, of all groups, in that order. Nothing is evicted."""
         self._check()
         return [
             self._entry(found, pinned=False, group=group) for group, found in self._evictor.plan(target_bytes)
@@ -465,8 +478,8 @@ class FileCache:
             raise DataLoss(f"the bytes for blob {digest} have the digest {found}")
         return self.put_verified(digest, data)
 
-    def _pinned(self, found: list[scan.Found]) -> list[bool]:
-        """For each entry whether a pin names it."""
+    def _pinned(self, found: list[scan.FoundEntry]) -> list[bool]:
+        """Tell for each entry whether a pin names it."""
         self._pin_table.refresh(self._context.ledger.pin_generation())
         keys = recency.keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
         spaces = np.array([one.space for one in found], dtype=np.uint8)
@@ -475,7 +488,7 @@ class FileCache:
             pinned |= self._pin_table.pinned(space, keys) & (spaces == space)
         return pinned.tolist()
 
-    def _entry(self, found: scan.Found, pinned: bool, group: str | None = None) -> CacheEntry:
+    def _entry(self, found: scan.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None
         if found.space.function is not None:
             path = self._context.layout.entry(found.space, found.hash, group)

@@ -70,7 +70,7 @@ class Durability:
             raise
 
     def is_suspect(self, status: os.stat_result) -> bool:
-        """Whether a file may have been damaged by a power failure since it was written."""
+        """Tell whether a power failure may have damaged a file since it was written."""
         modified_ns = status.st_mtime_ns
         return any(start - CLOCK_SLACK_NS <= modified_ns <= end for start, end in self._windows)
 
@@ -90,7 +90,7 @@ class Durability:
                 self._store(max(now_ns, flushed_ns))
 
     def clear(self) -> None:
-        """There are no suspects left in the windows known so far."""
+        """Forget the windows known so far, in which no suspects are left."""
         cleared = set(self._windows)
         with self._lock.held():
             boot, flushed_ns, windows = self._load()

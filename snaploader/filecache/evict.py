@@ -4,6 +4,10 @@ A scan gives all entries in order of last use; the list is kept and used up over
 in the right order: an entry used since has a later time than all that were not, which is seen when its
 turn comes and sends it to the back; an entry added since is younger than all that were not used since.
 When only entries that were used since are left, the next scan makes a new list. One process evicts at a time.
+
+A big cache is scanned for a second, so a thread does that ahead, and evicts, before an addition waits for
+room: it scans when a quarter of the room is left and the list is missing or nearly used up, and evicts when
+little room is left. In a small cache each addition makes its own room.
 """
 
 from __future__ import annotations
@@ -11,19 +15,22 @@ from __future__ import annotations
 import heapq
 import os
 import stat
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.errors import ResourceExhausted, translate_os_errors
+from snaploader.errors import Cancelled, ResourceExhausted, SnaploaderError, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import Space
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.filecache.retention import PinTable, Protection
-from snaploader.filecache.scan import Found, Scan, disk_bytes, entry_name, set_aside_odd, sweep_trees
+from snaploader.filecache.scan import FoundEntry, Scan, disk_bytes, entry_name, set_aside_odd, sweep_trees
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.locks import FileLock
 
@@ -32,12 +39,25 @@ MAX_FRUITLESS_SCANS = 3
 RETRY_SCAN_S = 1.0
 """How long a scan that found nothing to evict is believed while no entry, lease or pin changes."""
 
+EVICTS_AHEAD_FROM_BYTES = 1 << 30
+"""Size of a cache from which a part of it is kept free, unless the user says how much."""
+AHEAD_PART = 16
+"""Which part of it that is."""
+AHEAD_ENTRIES = 64
+"""Entries that the thread evicts before it lets others have the lock."""
+AHEAD_PAUSE_S = 0.001
+"""How long it then lets them."""
+AHEAD_REST = 4
+"""How long the thread rests after its work, as a multiple of the time that it took."""
+AHEAD_LONG_REST = 40
+"""The same when the work was of no use, as when nearly all is leased or pinned."""
+
 _State: TypeAlias = "tuple[int, int, int]"
 """The ledger's counts of leases, changes and pins."""
 
 
 class _Exhausted(NamedTuple):
-    """A scan found that nothing can go."""
+    """What a scan found when nothing could go."""
 
     state: _State
     when_s: float
@@ -53,13 +73,20 @@ class Evictor:
         durability: Durability,
         uses: UseLog,
         pins: PinTable,
+        ahead_bytes: int,
     ) -> None:
         self._context = context
+        self._is_closing = threading.Event()
+        self._goal_bytes = context.max_bytes - ahead_bytes
+        self._evict_from_bytes = context.max_bytes - ahead_bytes // 2
+        self._scan_from_bytes = context.max_bytes - 4 * ahead_bytes
+        self._background = _BackgroundEviction(self._evict_ahead, self._is_closing) if ahead_bytes else None
         self._durability = durability
         self._uses = uses
         self._pins = pins
         self._protection = Protection(context.layout, pins)
         self._candidates: Candidates | None = None
+        self._added_bytes = 0
         self._exhausted: _Exhausted | None = None
         self._lock = FileLock(context.folder.open_written(f"{context.layout.usage}/evict.lock"))
         with self._lock.held_now() as held:
@@ -68,8 +95,35 @@ class Evictor:
                 with context.ledger.section() as section:
                     section.abandon_scan()
 
-    def make_room(self, extra_bytes: int) -> None:
-        """Evict until `extra_bytes` more fit. ResourceExhausted when they cannot."""
+    def add(self, size_bytes: int, put: Callable[[Section], bool]) -> bool:
+        """Call `put` in a section of the ledger in which so many more bytes fit; return what it returns.
+
+        Evicts until they do. ResourceExhausted when they cannot.
+        """
+        while True:
+            with self._context.ledger.section() as section:
+                total = section.total_bytes
+                if total is not None and total + size_bytes <= self._context.max_bytes:
+                    is_put = put(section)
+                    self._added_bytes += size_bytes
+                    break
+            self._make_room(size_bytes)
+        total += size_bytes
+        if self._background is not None and (total > self._evict_from_bytes or self._should_scan(total)):
+            self._background.begin()
+        return is_put
+
+    def _should_scan(self, total_bytes: int) -> bool:
+        """Tell whether this process may need candidates soon: it adds much, and there is little room left."""
+        candidates = self._candidates
+        room_bytes = self._context.max_bytes - total_bytes
+        return (
+            total_bytes > self._scan_from_bytes
+            and 4 * self._added_bytes > room_bytes
+            and (candidates is None or candidates.are_few)
+        )
+
+    def _make_room(self, extra_bytes: int) -> None:
         limit = self._context.max_bytes - extra_bytes
         if limit < 0:
             raise ResourceExhausted(
@@ -85,14 +139,14 @@ class Evictor:
             )
 
     def prune(self, target_bytes: int) -> int:
-        """Evict until the cache takes no more than this, or all else is in use; its size then."""
+        """Evict until the cache takes no more than this, or all else is in use; return its size then."""
         with translate_os_errors("cannot prune the file cache"), self._lock.held():
             self._rescan()
         self._reduce(target_bytes)
         return self._context.ledger.total_bytes() or 0
 
-    def plan(self, target_bytes: int) -> list[tuple[str, Found]]:
-        """What `prune` would evict now, in that order: the group's folder and the entry. Evicts nothing."""
+    def plan(self, target_bytes: int) -> list[tuple[str, FoundEntry]]:
+        """List what `prune` would evict now, in that order: the group's folder and the entry."""
         planned = []
         with translate_os_errors("cannot look through the file cache"), self._lock.held():
             self._rescan()
@@ -104,59 +158,91 @@ class Evictor:
             while left > target_bytes and (row := candidates.next_row(is_fresh=True)) is not None:
                 group, space, hash_ = scan.name(row)
                 size = int(scan.disk_bytes[row])
-                planned.append((group, Found(space, hash_, size, int(scan.used_ns[row]), None)))
+                planned.append((group, FoundEntry(space, hash_, size, int(scan.used_ns[row]), None)))
                 left -= size
         return planned
 
     def close(self) -> None:
-        """Give up the descriptor."""
+        """End the thread and give up the descriptor. A forked child leaves the thread to its parent."""
+        if self._context.folder.is_own:
+            self._is_closing.set()
+            if self._background is not None:
+                self._background.close()
         self._lock.close()
 
     def _reduce(self, limit: int) -> int | None:
-        """Evict down to `limit` bytes; None, or the size that was left when there was nothing to evict."""
+        """Evict down to `limit` bytes; return the size when no more could go, and None otherwise."""
         with translate_os_errors("cannot evict from the file cache"), self._lock.held():
-            scanned = False
-            fruitless = 0
-            # Reading pins may take a while, for which nobody should have to wait: sections find them read.
-            self._pins.refresh(self._context.ledger.pin_generation())
-            while True:
-                candidates = self._candidates
-                with self._context.ledger.section() as section:
-                    total = section.total_bytes
-                    state = (section.lease_generation, section.changes, section.pin_generation)
-                    # Else an entry that others added since the scan began may go, and the next scan finds it.
-                    is_complete = candidates is not None and candidates.changes == section.changes
-                    if candidates is not None:
-                        self._refresh_protection(section, candidates)
-                if total is not None and total <= limit:
-                    return None
-                if total is not None and self._still_exhausted(state):
-                    return total
-                if total is None or candidates is None:
+            return self._reduce_held(limit)
+
+    def _evict_ahead(self) -> bool:
+        """Scan if it is time, and evict to the goal, in turns with others; return whether it was of use."""
+        with translate_os_errors("cannot evict from the file cache"):
+            total = self._context.ledger.total_bytes() or 0
+            with self._lock.held_now() as held:
+                if held and self._should_scan(total):
                     self._rescan()
-                    scanned = True
-                    fruitless += 1
-                    continue
-                candidates.read_uses(self._uses, self._context.host.now_ns())
-                if self._evict_one(candidates, is_fresh=scanned):
-                    fruitless = 0
-                    continue
-                pinned_bytes = self._pinned_bytes(candidates.scan)
-                self._candidates = None
-                if scanned and (is_complete or fruitless >= MAX_FRUITLESS_SCANS):
-                    self._exhausted = _Exhausted(state, time.monotonic(), pinned_bytes)
-                    return total
+                    if self._should_scan(total):
+                        return False
+            if total <= self._evict_from_bytes:
+                return held
+            while not self._is_closing.wait(AHEAD_PAUSE_S):
+                if (self._context.ledger.total_bytes() or 0) <= self._goal_bytes:
+                    return True
+                with self._lock.held_now() as held:
+                    if not held or self._reduce_held(self._goal_bytes, AHEAD_ENTRIES) is not None:
+                        return False
+        return True
+
+    def _check_open(self) -> None:
+        if self._is_closing.is_set():
+            raise Cancelled("the file cache was closed while it was used")
+
+    def _reduce_held(self, limit: int, most: int | None = None) -> int | None:
+        """Do as `_reduce` with the lock held. Ends, with None, also after `most` evictions."""
+        scanned = False
+        fruitless = 0
+        # Reading pins may take a while, for which nobody should have to wait: sections find them read.
+        self._pins.refresh(self._context.ledger.pin_generation())
+        while True:
+            candidates = self._candidates
+            with self._context.ledger.section() as section:
+                total = section.total_bytes
+                state = (section.lease_generation, section.changes, section.pin_generation)
+                # Else an entry that others added since the scan began may go, and the next scan finds it.
+                is_complete = candidates is not None and candidates.changes == section.changes
+                if candidates is not None:
+                    self._refresh_protection(section, candidates)
+            if (total is not None and total <= limit) or most == 0:
+                return None
+            if total is not None and self._still_exhausted(state):
+                return total
+            if total is None or candidates is None:
+                self._rescan()
+                scanned = True
+                fruitless += 1
+                continue
+            candidates.read_uses(self._uses, self._context.host.now_ns())
+            if self._evict_one(candidates, is_fresh=scanned):
+                fruitless = 0
+                most = None if most is None else most - 1
+                continue
+            pinned_bytes = self._pinned_bytes(candidates.scan)
+            self._candidates = None
+            if scanned and (is_complete or fruitless >= MAX_FRUITLESS_SCANS):
+                self._exhausted = _Exhausted(state, time.monotonic(), pinned_bytes)
+                return total
 
     def _still_exhausted(self, state: _State) -> bool:
         known = self._exhausted
         return known is not None and known.state == state and time.monotonic() < known.when_s + RETRY_SCAN_S
 
     def _pinned_bytes(self, scan: Scan) -> int:
-        """Disk blocks, in bytes, of the entries that pins keep."""
+        """Sum up the disk blocks, in bytes, of the entries that pins keep."""
         return int(scan.disk_bytes[self._protection.is_pinned(scan, np.arange(len(scan)))].sum())
 
     def _tell_pins(self) -> str:
-        """What an error says of pins."""
+        """Return what an error says of pins."""
         totals = self._pins.totals()
         if totals.damaged:
             return (
@@ -169,7 +255,7 @@ class Evictor:
         return f" or pinned ({pinned_bytes} bytes by {totals.pins} pins)"
 
     def _evict_one(self, candidates: Candidates, *, is_fresh: bool) -> bool:
-        """Evict the next entry that may go; False when there is none."""
+        """Evict the next entry that may go; return False when there is none."""
         while (row := candidates.next_row(is_fresh=is_fresh)) is not None:
             group, space, hash_ = candidates.scan.name(row)
             with self._context.ledger.section() as section:
@@ -222,7 +308,8 @@ class Evictor:
         try:
             self._context.host.after_step("scan.begun")
             begun_ns = self._context.host.now_ns()
-            scan = Scan(layout, self._durability.is_suspect)
+            is_suspect = self._durability.is_suspect if self._durability.any_suspects else None
+            scan = Scan(layout, is_suspect, self._check_open)
             self._context.host.after_step("scan.listed")
         except BaseException:
             with ledger.section() as section:
@@ -238,10 +325,53 @@ class Evictor:
         self._context.counters.add(scans=1)
         for path in scan.odd:
             set_aside_odd(self._context, path)
-        if not scan.suspects and self._durability.any_suspects:
+        if is_suspect is not None and not scan.suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)
         self._exhausted = None
+
+
+class _BackgroundEviction:
+    """A thread that evicts in the background, and ends when nothing is left to do. Thread-safe.
+
+    Args:
+        evict: Does it, and ends early when the event is set; whether it was of use.
+    """
+
+    def __init__(self, evict: Callable[[], bool], is_closing: threading.Event) -> None:
+        self._evict = evict
+        self._lock = threading.Lock()
+        self._is_closing = is_closing
+        self._thread: threading.Thread | None = None
+        self._rests_until_s = 0.0
+
+    def begin(self) -> None:
+        """Start the thread, unless it runs already or rests."""
+        if self._thread is not None or time.monotonic() < self._rests_until_s:
+            return
+        with self._lock:
+            if self._thread is None and not self._is_closing.is_set():
+                self._thread = threading.Thread(target=self._work, name="snaploader-evict", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the thread, which the event tells to end."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _work(self) -> None:
+        begun_s = time.monotonic()
+        is_of_use = False
+        # Whoever adds something and needs the room meets the same error, and can be told.
+        with suppress(SnaploaderError):
+            is_of_use = self._evict()
+        ended_s = time.monotonic()
+        rest = AHEAD_REST if is_of_use else AHEAD_LONG_REST
+        with self._lock:
+            self._rests_until_s = ended_s + rest * (ended_s - begun_s)
+            self._thread = None
 
 
 class Candidates:
@@ -268,8 +398,13 @@ class Candidates:
         self._log = Position()
         self.set_protection(protection)
 
+    @property
+    def are_few(self) -> bool:
+        """Whether nearly all of them are used up or set aside."""
+        return len(self._order) - self._next + len(self._later) <= len(self.scan) // AHEAD_PART
+
     def next_row(self, *, is_fresh: bool) -> int | None:
-        """The row of the entry that was used longest ago; it is not a candidate any more.
+        """Return the row of the entry that was used longest ago, which is then no candidate any more.
 
         None when that was after the scan: what was added since is not known here and may have been used
         longer ago. A scan that `is_fresh` knows all there is, whatever the clock says.
@@ -289,16 +424,16 @@ class Candidates:
         return row
 
     def put_back(self, row: int, used_ns: int) -> None:
-        """The entry was used at this time."""
+        """Make an entry a candidate again, last used at this time."""
         self.scan.used_ns[row] = used_ns
         heapq.heappush(self._later, (used_ns, row))
 
     def set_aside(self, row: int) -> None:
-        """The entry is leased or pinned."""
+        """Keep an entry that is leased or pinned for later."""
         self._aside.append(row)
 
     def set_protection(self, protection: Protection) -> None:
-        """Leases or pins changed: what they protect is set aside, what they do not comes back."""
+        """Set aside what leases and pins protect now, and take back what they do not."""
         rest = self._take_rest() + self._aside
         rows = np.array(rest, dtype=np.int64)
         held = protection.holds(self.scan, rows)

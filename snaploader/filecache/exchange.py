@@ -20,7 +20,7 @@ from snaploader.files import suppress_errnos
 
 
 class BlobWriter:
-    """Takes the bytes of one blob, in order, and adds it when they are all there. For one thread.
+    """A writer of one blob, which adds it when all its bytes came, in order. For one thread.
 
     A context manager; leaving it without `commit` drops what was written.
     """
@@ -45,7 +45,7 @@ class BlobWriter:
             files.write_all(self._staged.fd, data)
 
     def commit(self) -> bool:
-        """Add the blob; False when the cache had it. DataLoss when the bytes do not have the digest."""
+        """Add the blob; return False when it was here. DataLoss when the bytes do not have the digest."""
         self._check_open()
         if self._size != self._digest.size_bytes:
             raise DataLoss(f"blob {self._digest}: only {self._size} bytes came")
@@ -85,7 +85,7 @@ WRITABLE_MODE = 0o600
 
 
 def put_bytes(blobs: BlobSpace, digest: Digest, data: Buffer) -> bool:
-    """Add bytes whose hash was checked; False when the blob was there."""
+    """Add bytes whose hash was checked; return False when the blob was here."""
     blobs.check_fits(digest.size_bytes)
     with translate_os_errors(f"cannot add blob {digest}"):
         if blobs.present(digest):
@@ -105,7 +105,7 @@ def put_file(blobs: BlobSpace, digest: Digest, path: str, *, move: bool, link: b
             _check_regular(fd, path)
             size = os.fstat(fd).st_size
             if size != digest.size_bytes:
-                raise DataLoss(f"{path!r} has {size} bytes and is to be blob {digest}")
+                raise DataLoss(f"{path!r} has {size} bytes, so it is not blob {digest}")
             if blobs.present(digest):
                 added = False
             elif not (move or link):
@@ -183,7 +183,7 @@ def materialize(
 
 
 def _link_out(blobs: BlobSpace, digest: Digest, fd: int, destination: str) -> bool:
-    """Link the verified file to its destination; False when only a copy will do."""
+    """Link the verified file to its destination; return False when only a copy will do."""
     source = blobs.path(digest)
     # Evicted between opening and linking, or on another file system, or linked too often already.
     with suppress_errnos(_NO_LINK | {errno.ENOENT}):

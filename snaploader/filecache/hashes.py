@@ -22,7 +22,7 @@ _PIECE = 4096
 
 
 def to_words(hashes: Sequence[str]) -> Words:
-    """Hashes in hexadecimal as an array of shape (n, 4). InvalidArgument when one is malformed."""
+    """Convert hashes in hexadecimal to an array of shape (n, 4). InvalidArgument when one is malformed."""
     words = np.empty((len(hashes), 4), dtype=np.uint64)
     for start in range(0, len(hashes), _PIECE):
         words[start : start + _PIECE] = _piece_to_words(hashes[start : start + _PIECE])
@@ -41,13 +41,18 @@ def _piece_to_words(hashes: Sequence[str]) -> Words:
     return np.frombuffer(raw, dtype=">u8").reshape(-1, 4)
 
 
+def to_rows(hashes: npt.NDArray[np.uint8]) -> Words:
+    """Hashes that are rows of 32 bytes as an array of shape (n, 4)."""
+    return np.ascontiguousarray(hashes).view(">u8").astype(np.uint64)
+
+
 def to_prefixes(hashes: npt.NDArray[np.uint8]) -> Prefixes:
-    """The prefixes of hashes that are rows of 32 bytes."""
+    """Return the prefixes of hashes that are rows of 32 bytes."""
     return np.ascontiguousarray(hashes[:, :8]).view(">u8")[:, 0].astype(np.uint64)
 
 
 def are_among(prefixes: Prefixes, known: Prefixes) -> npt.NDArray[np.bool_]:
-    """For each whether it is among `known`, which is sorted. Few are found without a look at all known."""
+    """Tell of each whether it is among `known`, which is sorted. A few are found without a look at all."""
     places = np.searchsorted(known, prefixes)
     found = places < len(known)
     found[found] = known[places[found]] == prefixes[found]
@@ -55,7 +60,7 @@ def are_among(prefixes: Prefixes, known: Prefixes) -> npt.NDArray[np.bool_]:
 
 
 def distinct(prefixes: Prefixes) -> Prefixes:
-    """Each of them once, sorted. `np.unique` imports `numpy.ma` first, which takes some 15 ms."""
+    """Return each of them once, sorted. (`np.unique` imports `numpy.ma` first, which takes some 15 ms.)"""
     ordered = np.sort(prefixes)
     is_first = np.ones(len(ordered), dtype=np.bool_)
     is_first[1:] = ordered[1:] != ordered[:-1]
@@ -63,7 +68,7 @@ def distinct(prefixes: Prefixes) -> Prefixes:
 
 
 def to_hex(words: Words) -> str:
-    """The hash of one row."""
+    """Return the hash of one row in hexadecimal."""
     return words.astype(">u8").tobytes().hex()
 
 
@@ -76,7 +81,7 @@ class HashSet:
 
     @classmethod
     def of(cls, digests: Iterable[Digest] = ()) -> Self:
-        """The hashes of distinct blobs. Holds no object for each of them, however many there are."""
+        """Make the set of the hashes of distinct blobs. No object is held for each, however many they are."""
         rows = bytearray()
         for digest in digests:
             rows += bytes.fromhex(digest.hash)
@@ -98,12 +103,11 @@ class HashSet:
     __hash__ = None  # type: ignore[assignment]
 
     def others(self, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Those of `hashes`, rows of 32 bytes, that are not in the set."""
-        words = np.ascontiguousarray(hashes).view(">u8").astype(np.uint64)
-        return hashes[~self.contains(words)]
+        """Return those of `hashes`, rows of 32 bytes, that are not in the set."""
+        return hashes[~self.contains(to_rows(hashes))]
 
     def contains(self, words: Words) -> npt.NDArray[np.bool_]:
-        """For each row whether it is in the set. Compares whole hashes."""
+        """Tell of each row whether it is in the set. Whole hashes are compared."""
         found = np.zeros(len(words), dtype=np.bool_)
         rows = np.arange(len(words))
         places = np.searchsorted(self._first, words[:, 0], side="left")

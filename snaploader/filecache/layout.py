@@ -47,19 +47,19 @@ _SPACES = {function: space for space, function in _FUNCTIONS.items()}
 
 
 def space_of(function: DigestFunction) -> Space:
-    """Where the blobs of a digest function are."""
+    """Return the space of the blobs of a digest function."""
     return _SPACES[function]
 
 
 def check_hash(text: str) -> str:
-    """`text` if it is 64 lower-case hexadecimal digits, else InvalidArgument: it becomes a file name."""
+    """Return `text`, which becomes a file name. InvalidArgument unless it is 64 lower-case hex digits."""
     if not _HASH.fullmatch(text):
         raise InvalidArgument(f"{text[:80]!r} is not 64 lower-case hexadecimal digits")
     return text
 
 
 def group_folder(group_id: str) -> str:
-    """The folder name of a group. InvalidArgument unless the id is well formed."""
+    """Return the folder name of a group. InvalidArgument unless the id is well formed."""
     if not group_id:
         return DEFAULT_GROUP_NAME
     if not _GROUP_ID.fullmatch(group_id):
@@ -116,27 +116,27 @@ class Layout:
         return f"{self.usage}/uses"
 
     def group_path(self, group: str | None = None) -> str:
-        """The folder of a group, by folder name; this layout's own by default."""
+        """Return the folder of a group, by folder name; this layout's own by default."""
         return f"{self.groups}/{group or self.group}"
 
     def trees(self, group: str) -> str:
-        """Where earlier releases kept tracked directories; see `scan.sweep_trees`."""
+        """Return where earlier releases kept tracked directories; see `scan.sweep_trees`."""
         return f"{self.group_path(group)}/trees"
 
     def pins(self, group: str | None = None) -> str:
-        """The folder of a group's pins."""
+        """Return the folder of a group's pins."""
         return f"{self.group_path(group)}/pins"
 
     def entry(self, space: Space, hash_: str, group: str | None = None) -> str:
-        """The file of one entry."""
+        """Return the file of one entry."""
         return f"{self.groups}/{group or self.group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
 
     def blob(self, digest: Digest) -> str:
-        """The file of a blob of this group. InvalidArgument when the digest is malformed."""
+        """Return the file of a blob of this group. InvalidArgument when the digest is malformed."""
         return self.entry(_SPACES[digest.function], check_hash(digest.hash))
 
     def create(self, access: Access) -> int:
-        """Make the folders that always exist, and look at those that are there; a descriptor of `base`.
+        """Make the folders that always exist, check those that are there, and return a descriptor of `base`.
 
         Those of the group's entries are made when something is stored. Errors as `open_root`.
         """

@@ -58,15 +58,15 @@ class OpenFolder:
         return os.getpid() == self.pid
 
     def unique_name(self) -> str:
-        """A name that nothing else has, also not after a crash."""
+        """Return a name that nothing else has, also not after a crash."""
         return f"{self.token}.{next(self._numbers)}"
 
     def temp_path(self) -> str:
-        """A new path in the staging folder."""
+        """Return a new path in the staging folder."""
         return f"{self.staging}/{next(self._numbers)}"
 
     def nameless_file(self, folder: str) -> NamelessFile:
-        """A new empty file in a folder of the layout, made if absent, to get its name there when it is whole.
+        """Make an empty file without a name in a folder of the layout, which is made if absent.
 
         The folder matters: ext4 puts a new file's inode near its folder's, and making all files in one folder
         to move them out crowds one place of the disk (2.5 times slower over 30,000 files).
@@ -79,7 +79,7 @@ class OpenFolder:
 
     @contextmanager
     def staged(self, data: Buffer, *, flush: bool = False) -> Iterator[str]:
-        """The path of a new file in the staging folder, which is removed at the end unless it was renamed.
+        """Make a file in the staging folder; give its path. It is removed at the end unless it was renamed.
 
         Args:
             flush: Have the bytes on disk first.
@@ -100,7 +100,7 @@ class OpenFolder:
 
     @contextmanager
     def folder(self, path: str) -> Iterator[int]:
-        """A descriptor of a folder in the layout's base, looked at again: others may have replaced it."""
+        """Open a folder in the layout's base, and check it again: others may have replaced it."""
         name = os.path.basename(path)
         fd = open_inner(name, self._base, self.access, path)
         try:
@@ -109,7 +109,7 @@ class OpenFolder:
             os.close(fd)
 
     def open_written(self, path: str, flags: int = os.O_RDWR) -> int:
-        """A descriptor of a file that is written in place, made if absent. What is no file is set aside."""
+        """Open a file that is written in place, made if absent. What is no file is set aside."""
         with suppress(OddEntry):
             return open_written(path, flags, self.access)
         self.set_aside(path)
@@ -125,7 +125,7 @@ class OpenFolder:
                 self.set_aside(os.fsdecode(error.filename))
 
     def set_aside(self, path: str, *, known: os.stat_result | None = None) -> os.stat_result | None:
-        """Move what should not be where it is to the quarantine; its status, None when it is gone.
+        """Move what should not be where it is to the quarantine; return its status, None when it is gone.
 
         Args:
             known: Only if it is still that very file.
@@ -172,7 +172,7 @@ class OpenFolder:
 
 
 def is_alive(layout: Layout, token: str) -> bool:
-    """Whether the owner of this token still has its cache open."""
+    """Tell whether the owner of this token still has its cache open."""
     return not locks.is_dead(f"{layout.owners}/{token}{_LOCK}")
 
 
@@ -209,7 +209,7 @@ def _remove_owned(owners: int, leases: int, token: str) -> None:
 
 
 def _kept_name(path: str) -> str:
-    """How a path below the base is called in the quarantine."""
+    """Return what a path below the base is called in the quarantine."""
     folder, name = os.path.split(path)
     return (os.path.basename(folder) + name)[-120:]
 

@@ -61,18 +61,18 @@ class Pin:
     """Keys of the refs, sorted."""
 
     def keeps(self, key: str) -> bool:
-        """Whether a blob of this hash, or a ref of this key, is kept. 64 hexadecimal digits."""
+        """Tell whether a blob of this hash, or a ref of this key (64 hexadecimal digits), is kept."""
         row = np.frombuffer(bytes.fromhex(check_hash(key)), np.uint8)
         return key in self.refs or bool((self.hashes == row).all(axis=1).any())
 
 
 def is_pin_name(text: str) -> bool:
-    """Whether this may be a pin's name."""
+    """Tell whether this may be a pin's name."""
     return _NAME.fullmatch(text) is not None
 
 
 def check_pin_name(text: str) -> str:
-    """`text` if it may be a pin's name, else InvalidArgument: it becomes a file name."""
+    """Return `text`, which becomes a file name. InvalidArgument unless it may be a pin's name."""
     if not is_pin_name(text):
         raise InvalidArgument(
             f"pin name {text[:220]!r} is not 1 to {MAX_NAME_LENGTH} letters, digits or any of . _ @ - "
@@ -82,7 +82,7 @@ def check_pin_name(text: str) -> str:
 
 
 def encode_pin(words: Words, sizes_bytes: npt.NDArray[np.int64], refs: Words) -> bytes:
-    """The file of a pin. Rows are sorted and without repetitions."""
+    """Return the file of a pin. The rows are sorted and without repetitions."""
     rest = b"".join(
         (
             _COUNTS.pack(len(words), len(refs)),
@@ -95,7 +95,7 @@ def encode_pin(words: Words, sizes_bytes: npt.NDArray[np.int64], refs: Words) ->
 
 
 def decode_pin(name: str, data: bytes) -> Pin | None:
-    """The pin in a file; None when the file is damaged."""
+    """Return the pin in a file; None when the file is damaged."""
     if len(data) < _HEADER_BYTES or data[: len(_MAGIC)] != _MAGIC:
         return None
     rest = memoryview(data)[_CHECKED_FROM:]
@@ -121,7 +121,7 @@ def _has_size(header: bytes, size: int) -> bool:
 
 
 def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
-    """What stands in a pin's file, and the file's status; None for a damaged one. Raises OSError."""
+    """Read a pin's file; return its status and the pin, None when it is damaged. Raises OSError."""
     try:
         fd, status = open_regular(path)
     except OddEntry:
@@ -216,7 +216,7 @@ class PinSpace:
         return pin
 
     def verify(self) -> tuple[int, list[str]]:
-        """Read all pins; how many there are, and the names of those that are damaged."""
+        """Read all pins; return how many there are, and the names of those that are damaged."""
         names = self.names("")
         bad = []
         for name in names:
@@ -245,7 +245,7 @@ class PinSpace:
 def _sorted_hashes(
     digests: list[Digest], hashes: Iterable[npt.NDArray[np.uint8]]
 ) -> tuple[Words, npt.NDArray[np.int64]]:
-    """All hashes once, sorted, and their sizes."""
+    """Return each hash once, sorted, and their sizes."""
     words = [to_words([digest.hash for digest in digests])]
     sizes = [np.array([digest.size_bytes for digest in digests], dtype=np.int64)]
     if len(digests) and not 0 <= int(sizes[0].min()) <= int(sizes[0].max()) <= MAX_BLOB_BYTES:

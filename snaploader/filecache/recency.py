@@ -1,7 +1,8 @@
 """When entries were last used.
 
 The access time of an entry's file says it, set explicitly (mount options such as noatime do not matter)
-and so it survives restarts. Setting it for each of 200,000 blobs takes most of a second, so uses in
+and so it survives restarts. It is set once a second at most, so the order of entries that are used again
+within a second is not exact. Setting it for each of 200,000 blobs takes most of a second, so uses in
 bulk are appended to one file instead, `usage/uses`: records of 16 bytes, a key and the time in
 nanoseconds since the epoch, little-endian. The key is the first eight bytes of the hash, exclusive or
 those of the SHA-256 of the group's folder name; two entries of one key only keep each other young.
@@ -25,13 +26,25 @@ from snaploader.locks import FileLock
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
 Records = npt.NDArray[np.void]
+GRANULARITY_NS = 1_000_000_000
+"""Uses of a file closer together than this count as one: setting its time of use costs a write each time."""
 COMPACT_BYTES = 32 << 20
 """Size from which the log is rewritten with one record per key."""
 _MAX_READ_BYTES = 1 << 30
 
 
 def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
-    """Record a use in the file itself. Its time of last write stays, for it is part of its identity."""
+    """Record a use in the file itself, unless it was used within GRANULARITY_NS before.
+
+    Args:
+        status: Of the file.
+    """
+    if not 0 <= now_ns - status.st_atime_ns < GRANULARITY_NS:
+        set_used(path, status, now_ns)
+
+
+def set_used(path: str | int, status: os.stat_result, now_ns: int) -> None:
+    """Set when a file was last used. Its time of last write stays, for it is part of its identity."""
     # A cache shared with another user can be read without owning its files.
     with suppress(PermissionError):
         if isinstance(path, int):
@@ -78,7 +91,7 @@ class UseLog:
                 os.close(fd)
 
     def read(self, since: Position = Position()) -> tuple[Records, Position]:  # noqa: B008
-        """The records after `since`, or all when the log was rewritten; and how far they go."""
+        """Return the records after `since`, or all when the log was rewritten, and how far they go."""
         try:
             fd, status = open_regular(self._path)
         except (FileNotFoundError, OddEntry):
@@ -94,7 +107,7 @@ class UseLog:
         return np.frombuffer(data[:whole], dtype=_RECORD), Position(status.st_ino, offset + whole)
 
     def grew(self, since: Position) -> bool:
-        """Whether there is anything after `since`."""
+        """Tell whether there is anything after `since`."""
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
@@ -102,7 +115,7 @@ class UseLog:
         return status.st_ino != since.inode or status.st_size >= since.offset + _RECORD.itemsize
 
     def _compacted(self) -> tuple[int, int]:
-        """Replace the log by one with the newest record of each key; its descriptor and size."""
+        """Replace the log by one with the newest record of each key; return its descriptor and size."""
         latest = newest(self.read()[0])
         if latest.nbytes > COMPACT_BYTES // 2:
             # More than any cache holds blobs: the ones unused for longest do not matter any more.
@@ -113,13 +126,13 @@ class UseLog:
 
 
 def keys(group: str, prefixes: Prefixes) -> Prefixes:
-    """The log's keys for entries of a group, by folder name."""
+    """Return the log's keys for entries of a group, by folder name."""
     salt = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
     return prefixes ^ np.uint64(salt)
 
 
 def newest(records: Records) -> Records:
-    """One record per key, the newest, sorted by key."""
+    """Return the newest record of each key, sorted by key."""
     order = np.argsort(records["key"])
     ordered = records["key"][order]
     first = np.ones(len(ordered), dtype=np.bool_)
@@ -134,7 +147,7 @@ def newest(records: Records) -> Records:
 def apply(
     times_ns: npt.NDArray[np.int64], entry_keys: Prefixes, records: Records, now_ns: int
 ) -> npt.NDArray[np.int64]:
-    """Each time, or that of the newest record of its key if later. Times in the future count as now."""
+    """Return each time, or that of the newest record of its key if later. A future time counts as now."""
     if not len(records):
         return times_ns
     latest = newest(records)

@@ -14,11 +14,12 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from snaploader import files
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import recency
+from snaploader.filecache.evict import Evictor
 from snaploader.filecache.layout import Space, check_hash
 from snaploader.filecache.scan import disk_bytes, entries, entry_name, set_aside_odd
 from snaploader.filecache.usage import CacheContext, Section
@@ -32,12 +33,12 @@ _logger = logging.getLogger(__name__)
 
 
 def encode(value: bytes) -> bytes:
-    """The file that holds a value."""
+    """Return the file that holds a value."""
     return _MAGIC + hashlib.sha256(value).digest() + value
 
 
 def decode(data: bytes) -> bytes | None:
-    """The value in a file; None when the file is damaged."""
+    """Return the value in a file; None when the file is damaged."""
     value = data[_HEADER_BYTES:]
     header = _MAGIC + hashlib.sha256(value).digest()
     return value if data[:_HEADER_BYTES] == header else None
@@ -46,9 +47,9 @@ def decode(data: bytes) -> bytes | None:
 class RefSpace:
     """The refs of one group. Thread-safe, process-safe."""
 
-    def __init__(self, context: CacheContext, make_room: Callable[[int], None]) -> None:
+    def __init__(self, context: CacheContext, evictor: Evictor) -> None:
         self._context = context
-        self._make_room = make_room
+        self._evictor = evictor
 
     def get(self, key: str, *, use: bool = True) -> bytes:
         """See `FileCache.get_ref`. Without `use` its time of last use stays."""
@@ -65,7 +66,10 @@ class RefSpace:
             try:
                 value = decode(files.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES))
                 if value is not None:
-                    recency.touch(fd, status, self._context.host.now_ns() if use else status.st_atime_ns)
+                    if use:
+                        recency.touch(fd, status, self._context.host.now_ns())
+                    else:
+                        recency.set_used(fd, status, status.st_atime_ns)
             finally:
                 os.close(fd)
             if value is None:
@@ -86,14 +90,12 @@ class RefSpace:
             self._context.folder.staged(encode(value)) as temporary,
         ):
             status = os.stat(temporary)
-            recency.touch(temporary, status, self._context.host.now_ns())
+            recency.set_used(temporary, status, self._context.host.now_ns())
             self._context.host.after_step("ref.written")
-            while True:
-                with self._context.ledger.section() as section:
-                    total = section.total_bytes
-                    if total is not None and total + disk_bytes(status) <= self._context.max_bytes:
-                        return self._publish(section, key, temporary, path, disk_bytes(status), overwrite)
-                self._make_room(disk_bytes(status))
+            size = disk_bytes(status)
+            return self._evictor.add(
+                size, lambda section: self._publish(section, key, temporary, path, size, overwrite)
+            )
 
     def _publish(
         self, section: Section, key: str, temporary: str, path: str, size: int, overwrite: bool
@@ -120,7 +122,7 @@ class RefSpace:
             return self._remove(key, None)
 
     def keys(self) -> Iterator[str]:
-        """The keys of all refs."""
+        """Yield the keys of all refs."""
         layout = self._context.layout
         return (found.hash for found in entries(layout, layout.group) if found.space is Space.REFS)
 

@@ -35,7 +35,7 @@ _MAX_LEASE_BYTES = 8 << 24
 
 
 class Lease:
-    """Keeps blobs from eviction until it is released. A context manager. Thread-safe.
+    """A promise that blobs are not evicted until it is released. A context manager. Thread-safe.
 
     What is in the cache when the lease begins stays, and so does what is added while it lasts. It does not
     keep a blob from `FileCache.remove` or from quarantine.
@@ -89,7 +89,7 @@ class LeaseTable:
         self._prefixes: Prefixes = np.empty(0, dtype=np.uint64)
 
     def refresh(self, generation: int, *, again: bool = False) -> bool:
-        """Read the leases if they changed; whether they did. The caller is in a section of the ledger.
+        """Read the leases if they changed, in a section of the ledger; return whether they did.
 
         Args:
             again: Read them in any case: an owner may have died, which changes no generation.
@@ -110,12 +110,12 @@ class LeaseTable:
         return True
 
     def protected(self, prefixes: Prefixes) -> npt.NDArray[np.bool_]:
-        """For each whether it is leased."""
+        """Tell of each whether it is leased."""
         return are_among(prefixes, self._prefixes)
 
 
 def _load(path: str) -> Prefixes:
-    """What a lease keeps; nothing if no cache wrote such a file."""
+    """Read what a lease keeps; nothing if no cache wrote such a file."""
     fd, status = open_regular(path)
     try:
         if status.st_size > _MAX_LEASE_BYTES:
@@ -154,7 +154,7 @@ class CountedKeys:
     def change(
         self, removed: list[Prefixes], added: list[Prefixes], sizes_bytes: list[npt.NDArray[np.int64]]
     ) -> None:
-        """Pins with these keys went and came. What none names any more is forgotten.
+        """Take in that pins with these keys went and came. What none names any more is forgotten.
 
         Args:
             sizes_bytes: Of the blobs added; unknown when there are none.
@@ -188,7 +188,7 @@ class _Known(NamedTuple):
 
 
 class PinTable:
-    """Takes 8 bytes for each hash of each pin, and 24 for each blob that is pinned. Thread-safe.
+    """All pins of all groups: 8 bytes for each hash of each pin, 24 for each pinned blob. Thread-safe.
 
     Entries go by the key that the log of uses gives them (`recency.keys`): a pin keeps only what is in its
     own group, and two entries whose keys are equal by chance only protect each other.
@@ -217,18 +217,18 @@ class PinTable:
                 self._generation = generation
 
     def pinned(self, space: Space, keys: Prefixes) -> npt.NDArray[np.bool_]:
-        """For each key whether a pin names an entry of that key."""
+        """Tell of each key whether a pin names an entry of that key."""
         with self._lock:
             pinned = (self._refs if space is Space.REFS else self._blobs).keys
         return are_among(keys, pinned)
 
     def damaged_groups(self) -> set[str]:
-        """Folder names of the groups with a damaged pin: what it was to keep may be anything there."""
+        """Return the folder names of groups with a damaged pin, which may have kept anything there."""
         with self._lock:
             return {group for (group, _), known in self._known.items() if known.is_damaged}
 
     def totals(self) -> PinTotals:
-        """As of the last refresh."""
+        """Return what the pins kept together at the last refresh."""
         with self._lock:
             sizes = self._blobs.sizes_bytes
             damaged = (self._path(name) for name, known in self._known.items() if known.is_damaged)
@@ -274,7 +274,7 @@ class PinTable:
                             yield (group, entry.name), _identity(entry.stat(follow_symlinks=False))
 
     def _read(self, name: _Name, identity: _Identity) -> tuple[_Known, npt.NDArray[np.int64]]:
-        """What is to be known of a pin, and the sizes of its blobs. Raises FileNotFoundError."""
+        """Read a pin; return what is kept of it, and the sizes of its blobs. Raises FileNotFoundError."""
         group = name[0]
         pin = None
         try:
@@ -312,7 +312,7 @@ class Protection:
         self._pins_version = -1
 
     def refresh(self, section: Section, *, again: bool = False) -> bool:
-        """Read what changed; whether anything did. What `again` does: see the tables."""
+        """Read what changed; return whether anything did. What `again` does: see the tables."""
         changed = self._leases.refresh(section.lease_generation, again=again)
         self._pins.refresh(section.pin_generation)
         if self._pins_version != self._pins.version:
@@ -321,12 +321,12 @@ class Protection:
         return changed
 
     def holds(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
-        """For each of these entries whether it must stay."""
+        """Tell of each of these entries whether it must stay."""
         is_blob = scan.space[rows] <= Space.BLAKE3
         return (self._leases.protected(scan.prefixes[rows]) & is_blob) | self.is_pinned(scan, rows)
 
     def is_pinned(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
-        """For each of these entries whether a pin keeps it, or may have before it was damaged."""
+        """Tell of each of these entries whether a pin keeps it, or may have before it was damaged."""
         space = scan.space[rows]
         keys = scan.use_keys[rows]
         pinned: npt.NDArray[np.bool_] = self._pins.pinned(Space.SHA256, keys) & (space <= Space.BLAKE3)

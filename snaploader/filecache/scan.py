@@ -41,7 +41,7 @@ _NAME_LENGTH = 62
 _NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}")
 
 
-class Found(NamedTuple):
+class FoundEntry(NamedTuple):
     """One entry, as a scan sees it."""
 
     space: Space
@@ -53,18 +53,18 @@ class Found(NamedTuple):
 
 
 def disk_bytes(status: os.stat_result) -> int:
-    """The disk blocks of a file, in bytes."""
+    """Return the disk blocks of a file, in bytes."""
     return status.st_blocks * BLOCK_BYTES
 
 
 def group_names(layout: Layout) -> list[str]:
-    """The folder names of all groups, sorted."""
+    """Return the folder names of all groups, sorted."""
     with os.scandir(layout.groups) as found:
         return sorted(entry.name for entry in found if entry.is_dir(follow_symlinks=False))
 
 
-def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[Found]:
-    """All entries of a group, by folder name, in no order. What goes while it looks is left out.
+def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[FoundEntry]:
+    """Yield all entries of a group, by folder name, in no order. What goes meanwhile is left out.
 
     Args:
         odd: Called with the path of what is called like an entry, or a folder of entries, and is none.
@@ -85,21 +85,23 @@ def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: N
                         odd(shard.path)
 
 
-def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], None]) -> Iterator[Found]:
+def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], None]) -> Iterator[FoundEntry]:
     with suppress(FileNotFoundError), os.scandir(path) as found:
         for entry in found:
             if not _NAME.fullmatch(entry.name):
                 continue
-            with suppress(FileNotFoundError):
+            try:
                 status = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    yield Found(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
-                else:
-                    odd(entry.path)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield FoundEntry(space, shard + entry.name, disk_bytes(status), status.st_atime_ns, status)
+            else:
+                odd(entry.path)
 
 
 def set_aside_odd(context: CacheContext, path: str) -> None:
-    """Move what is called like an entry and is none to the quarantine. It counted for nothing."""
+    """Move what is called like an entry and is none to the quarantine. It was not counted."""
     # In a section no entry takes its place meanwhile.
     with context.ledger.section():
         try:
@@ -111,7 +113,7 @@ def set_aside_odd(context: CacheContext, path: str) -> None:
 
 
 def sweep_trees(context: CacheContext) -> int:
-    """Remove the tracked directories of all groups; the disk blocks, in bytes, of those that are in use.
+    """Remove the tracked directories of all groups; return the disk blocks, in bytes, of those in use.
 
     Earlier releases kept whole directories as entries `trees/<2 hex>/<62 hex>/`, with `data/`, their `size`
     as text, and a `lock` that their users hold (flock). One that a process of such a release uses stays.
@@ -136,7 +138,7 @@ def sweep_trees(context: CacheContext) -> int:
 
 
 def _folders(path: str) -> list[str]:
-    """The paths of the folders in a folder; none when it is not there, or a link."""
+    """Return the paths of the folders in a folder; none when it is not there, or a link."""
     with suppress(FileNotFoundError, NotADirectoryError):
         if not os.path.islink(path):
             with os.scandir(path) as found:
@@ -156,9 +158,19 @@ def _recorded_bytes(path: str) -> int:
 
 
 class Scan:
-    """Every entry of every group, as columns: 58 bytes each."""
+    """Every entry of every group, as columns: 58 bytes each.
 
-    def __init__(self, layout: Layout, is_suspect: Callable[[os.stat_result], bool]) -> None:
+    Args:
+        is_suspect: Tells whether a power failure may have damaged a blob; None where it damaged none.
+        check_open: Called now and then; it raises to call the scan off.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        is_suspect: Callable[[os.stat_result], bool] | None,
+        check_open: Callable[[], None],
+    ) -> None:
         self.suspects = 0
         """Blobs that a power failure may have damaged."""
         self.odd: list[str] = []
@@ -168,16 +180,20 @@ class Scan:
         """Folder names."""
         hashes: list[str] = []
         columns = (array("H"), array("B"), array("q"), array("q"))
+        add_group, add_space, add_size, add_use = (column.append for column in columns)
         words = [np.empty((0, 4), dtype=np.uint64)]
         for number, group in enumerate(self.groups):
             for found in entries(layout, group, self.odd.append):
-                values = (number, found.space, found.disk_bytes, found.used_ns)
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
-                if found.status is not None and found.space is not Space.REFS:
-                    self.suspects += is_suspect(found.status)
-                hashes.append(found.hash)
+                space, hash_, size, used_ns, status = found
+                add_group(number)
+                add_space(space)
+                add_size(size)
+                add_use(used_ns)
+                hashes.append(hash_)
+                if is_suspect is not None and status is not None and space is not Space.REFS:
+                    self.suspects += is_suspect(status)
                 if len(hashes) == 4096:
+                    check_open()
                     words.append(to_words(hashes))
                     hashes.clear()
         words.append(to_words(hashes))
@@ -197,11 +213,11 @@ class Scan:
         return len(self.group)
 
     def name(self, row: int) -> tuple[str, Space, str]:
-        """Group folder, space and hash of an entry."""
+        """Return the group's folder, the space and the hash of an entry."""
         return self.groups[self.group[row]], Space(int(self.space[row])), to_hex(self.words[row])
 
     def sizes_by_entry(self, names: set[str]) -> dict[str, int]:
-        """The sizes of those of the named entries (as the ledger names them) that the scan saw."""
+        """Return the sizes of the named entries (as the ledger names them) that the scan saw."""
         if not names:
             return {}
         wanted = np.array([int(name.replace("/", "")[-64:][:16], 16) for name in names], dtype=np.uint64)
@@ -214,7 +230,7 @@ class Scan:
 
 
 def entry_name(group: str, space: Space, hash_: str) -> str:
-    """How the ledger names an entry: its path relative to the folder of all groups."""
+    """Return the ledger's name of an entry: its path relative to the folder of all groups."""
     return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
 
 
@@ -245,7 +261,7 @@ class ShardListings:
         self._listings: dict[str, _Listing] = {}
 
     def contains(self, space: Space, words: Words) -> npt.NDArray[np.bool_]:
-        """For each hash whether a blob of this name exists."""
+        """Tell of each hash whether a blob of this name exists."""
         present = np.zeros(len(words), dtype=np.bool_)
         # Bytes are sorted by radix, thirty times faster than words.
         shards = (words[:, 0] >> np.uint64(56)).astype(np.uint8)
@@ -259,7 +275,7 @@ class ShardListings:
         return present
 
     def _listed(self, space: Space, shards: Sequence[str]) -> Words:
-        """The hashes of all that lies in some folders."""
+        """Return the hashes of all that lies in some folders."""
         listed: list[Words] = [_NOTHING]
         fresh: list[tuple[str, int, bool]] = []
         names: list[list[str]] = []
@@ -297,7 +313,7 @@ class ShardListings:
 
 
 def _to_words(names: list[list[str]]) -> list[Words]:
-    """The hashes that are the names in each folder, decoded all at once."""
+    """Return the hashes that are the names in each folder, decoded all at once."""
     try:
         words = to_words(list(chain.from_iterable(names)))
     except InvalidArgument:

@@ -64,7 +64,7 @@ class Section:
         return None if self._total < 0 else self._total
 
     def change(self, entry: str, old_bytes: int, new_bytes: int) -> None:
-        """An entry grew from `old_bytes` to `new_bytes` of disk blocks; 0 is absent.
+        """Count that an entry grew from `old_bytes` to `new_bytes` of disk blocks; 0 is absent.
 
         Args:
             entry: Its path relative to the folder of all groups.
@@ -77,48 +77,48 @@ class Section:
         self._store()
 
     def leases_changed(self) -> None:
-        """A lease began or ended."""
+        """Count that a lease began or ended."""
         self.lease_generation += 1
         self._store()
 
     def pins_changed(self) -> None:
-        """A pin is about to come or go."""
+        """Count that a pin is about to come or go."""
         self.pin_generation += 1
         self._store()
 
     def forget_total(self) -> None:
-        """The total is not to be trusted, as after a power failure."""
+        """Forget a total that is not to be trusted, as after a power failure."""
         self._total = _UNKNOWN
         self._store()
 
     def begin_scan(self) -> None:
-        """From now on changes are noted. Only the holder of the eviction lock scans."""
+        """Note changes from now on. Only the holder of the eviction lock scans."""
         self._ledger.clear_journal()
         self._scanning = 1
         self._store()
 
     def abandon_scan(self) -> None:
-        """The scan failed, or its process died: nothing is noted any more."""
+        """Note nothing any more, as the scan failed or its process died."""
         if self._scanning:
             self._scanning = 0
             self._ledger.clear_journal()
             self._store()
 
     def end_scan(self) -> dict[str, int]:
-        """What changed since `begin_scan`: entry to its size now. `set_total` must follow."""
+        """Return what changed since `begin_scan`: entry to its size now. `set_total` must follow."""
         self._scanning = 0
         changed = self._ledger.read_journal()
         self._ledger.clear_journal()
         return changed
 
     def set_total(self, total_bytes: int) -> None:
-        """The result of a scan."""
+        """Set the total that a scan found."""
         self._total = total_bytes
         self._store()
 
 
 class Ledger:
-    """The shared count of a cache folder. Thread-safe, process-safe."""
+    """The count of bytes that all processes share. Thread-safe, process-safe."""
 
     def __init__(self, folder: OpenFolder, path: str) -> None:
         self._folder = folder
@@ -132,12 +132,12 @@ class Ledger:
             yield Section(self)
 
     def total_bytes(self) -> int | None:
-        """The total as it stands; None until a scan has found out."""
+        """Return the total as it stands; None until a scan has found out."""
         with self.section() as section:
             return section.total_bytes
 
     def pin_generation(self) -> int:
-        """How often pins came or went."""
+        """Return how often pins came or went."""
         with self.section() as section:
             return section.pin_generation
 
@@ -273,7 +273,7 @@ class Counters:
                 self._values[name] = self._values.get(name, 0) + count
 
     def snapshot(self, total_bytes: int | None, max_bytes: int, pins: PinTotals) -> CacheStatistics:
-        """All counts at one moment."""
+        """Return all counts at one moment."""
         with self._lock:
             values = dict(self._values)
         stands: dict[str, Any] = {

@@ -5,5 +5,6 @@
 - `chunktree`: a chunk table as a Remote Execution API Tree
 - `dirtree`: a directory in memory: paths, and what stands at each
 - `dirtreecodec`: a directory as a Remote Execution API Tree
+- `digests`: many digests as arrays
 - `wire`: protobuf's wire format, for messages that are too large to parse whole
 """

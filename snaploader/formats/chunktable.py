@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest, DigestFunction
 from snaploader.errors import InvalidArgument
+from snaploader.formats.digests import DigestArray
 
 Indices: TypeAlias = "npt.NDArray[np.int64]"
 Hashes: TypeAlias = "npt.NDArray[np.uint8]"
@@ -27,8 +28,6 @@ MAX_CHUNKS = 1 << 24
 
 MAX_STORED_CHUNKS = 1 << 20
 """Most chunks of a file that hold data: 512 GiB in chunks of 512 KiB."""
-
-_BLOCK = 4096
 
 
 @final
@@ -108,7 +107,7 @@ class ChunkTable:
 
     @property
     def hole_bytes(self) -> int:
-        """Bytes in holes."""
+        """Bytes of the file in holes."""
         return self.size - self.stored_bytes
 
     @property
@@ -143,13 +142,14 @@ class ChunkTable:
 
     def digests(self) -> Iterator[Digest]:
         """The digest of every row, in order, made as they are asked for; equal chunks repeat."""
-        for start in range(0, len(self.indices), _BLOCK):
-            text = self.hashes[start : start + _BLOCK].tobytes().hex()
-            count = len(text) // (2 * HASH_BYTES)
-            for row in range(count):
-                is_last = start + row == len(self.indices) - 1
-                size = self.chunk_length(int(self.indices[-1])) if is_last else self.chunk_size
-                yield Digest(text[64 * row : 64 * row + 64], size, self.function)
+        return iter(self.digest_array())
+
+    def digest_array(self) -> DigestArray:
+        """The digest of every row, in order, without an object for each."""
+        sizes = np.full(len(self.indices), self.chunk_size, np.int64)
+        if len(sizes):
+            sizes[-1] = self.chunk_length(int(self.indices[-1]))
+        return DigestArray(self.hashes, sizes, self.function)
 
     def merge(
         self,
@@ -192,7 +192,7 @@ class ChunkTable:
         return ChunkTable(size, self.chunk_size, self.function, merged[order], merged_hashes[order])
 
     def replace(self, changes: Mapping[int, bytes | None], *, size: int | None = None) -> ChunkTable:
-        """As `merge`, for few changes: chunk indices to hashes of 32 bytes, or None for a hole."""
+        """Do as `merge` does, for few changes: chunk indices to hashes of 32 bytes, or None for a hole."""
         data = {index: hash_ for index, hash_ in changes.items() if hash_ is not None}
         for index, hash_ in data.items():
             if len(hash_) != HASH_BYTES:

@@ -158,7 +158,7 @@ def _tree_header(root_bytes: int) -> bytes:
 
 
 def _encoded_parts(table: ChunkTable, properties: remote_execution_pb2.NodeProperties) -> Iterator[_Bytes]:
-    """The serialised Directory, in order."""
+    """The parts of the serialised Directory, in order."""
     for start, stop, digits, size in _runs(table):
         template = _template(digits, size)
         for first in range(start, stop, _BLOCK_ROWS):
@@ -240,7 +240,7 @@ def _with_sizes(
 def _decode_canonical(
     view: memoryview, function: DigestFunction
 ) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties] | None:
-    """As `_read_canonical`, of bytes as `encode_tree` makes them; None for any others, right or wrong."""
+    """Read bytes as `encode_tree` makes them; None for any others, right or wrong."""
     try:
         root = next(wire.fields(view), None)
     except InvalidArgument:
@@ -253,7 +253,7 @@ def _decode_canonical(
 def _read_canonical(
     view: memoryview, function: DigestFunction
 ) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties] | None:
-    """Table and properties in bytes as `encode_chunk_directory` makes them; None for any others."""
+    """The table and properties in bytes as `encode_chunk_directory` makes them; None for any others."""
     data = np.frombuffer(view, np.uint8)
     try:
         offsets, hashes, rest = _pick_nodes(data)
@@ -275,7 +275,7 @@ def _read_canonical(
 
 
 def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
-    """Offsets and hashes of what looks like a FileNode at the start of a Directory, and the bytes behind.
+    """Pick what looks like FileNodes at the start of a Directory: offsets, hashes, and the bytes behind.
 
     Nothing is checked but that all reads stay inside. Stops early where nodes are not laid out in runs.
     """
@@ -303,7 +303,7 @@ def _pick_nodes(root: _Bytes) -> tuple[npt.NDArray[np.int64], Hashes, _Bytes]:
 def _read_any(
     fields: Iterator[wire.Field], function: DigestFunction
 ) -> tuple[ChunkTable, remote_execution_pb2.NodeProperties]:
-    """As `_read_canonical`, of the fields of any encoding; or the error that says what is wrong."""
+    """Read the fields of any encoding, or raise the error that says what is wrong."""
     offsets, sizes = array("q"), array("q")
     hashes = bytearray()
     properties = remote_execution_pb2.NodeProperties()

@@ -65,7 +65,7 @@ class FileEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Of the content."""
+        """Size of the content."""
         return self.digest.size_bytes
 
 
@@ -79,7 +79,7 @@ class ChunkedEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Of the content, holes included."""
+        """Size of the content, holes included."""
         return self.table.size
 
 
@@ -150,17 +150,17 @@ class DirectoryTree(Mapping[str, Entry]):
 
     @property
     def function(self) -> DigestFunction:
-        """Behind all digests."""
+        """The function behind all digests."""
         return self._function
 
     @property
     def size_bytes(self) -> int:
-        """Of all files, holes included."""
+        """Size of all files, holes included."""
         return sum(e.size_bytes for e in self._entries.values() if isinstance(e, FileEntry | ChunkedEntry))
 
     @property
     def hole_bytes(self) -> int:
-        """In chunks of nothing but zeros."""
+        """Bytes in chunks of nothing but zeros."""
         return sum(e.table.hole_bytes for e in self._entries.values() if isinstance(e, ChunkedEntry))
 
     def tables(self) -> Iterator[ChunkTable]:
@@ -169,12 +169,12 @@ class DirectoryTree(Mapping[str, Entry]):
         yield from {id(table): table for table in chunked}.values()
 
     def blobs(self) -> Iterator[Digest]:
-        """Of all files that are kept whole, each once; not the empty one, which exists everywhere."""
+        """Digests of all files that are kept whole, each once; not the empty one, which exists everywhere."""
         whole = (entry.digest for entry in self._entries.values() if isinstance(entry, FileEntry))
         yield from dict.fromkeys(digest for digest in whole if digest.size_bytes)
 
     def digests(self) -> Iterator[Digest]:
-        """Of all that the tree needs: `blobs`, and the chunks of `tables`, which may repeat."""
+        """Digests of all that the tree needs: `blobs`, and the chunks of `tables`, which may repeat."""
         yield from self.blobs()
         for table in self.tables():
             yield from table.digests()

@@ -108,12 +108,12 @@ class Manifest:
 
     @property
     def names(self) -> list[str]:
-        """Of all files and directories."""
+        """Names of all files and directories."""
         return [*self.files, *self.chunked_files, *self.directories]
 
     @property
     def trees(self) -> frozenset[Digest]:
-        """Of all chunked files and directories."""
+        """Digests of the trees of all chunked files and directories."""
         return frozenset((*self.chunked_files.values(), *self.directories.values()))
 
     def digests(self) -> tuple[Digest, ...]:

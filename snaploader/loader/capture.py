@@ -36,7 +36,7 @@ from snaploader.workers import ThreadBuffers, WorkerPool
 
 
 @dataclass
-class ChunkedSave:
+class ChunkedCapture:
     """A chunked file on its way into the file cache."""
 
     name: str
@@ -62,13 +62,13 @@ class ChunkedSave:
         return [index for index in range(self.checkpoint.chunk_count) if not self.checkpoint.is_hole(index)]
 
     def table(self, function: DigestFunction) -> ChunkTable:
-        """All chunks of the file; only whole after every pending chunk was hashed."""
+        """The chunks of the file; only complete after every pending chunk was hashed."""
         base = self.known or ChunkTable.empty(self.checkpoint.size, self.checkpoint.chunk_size, function)
         return base.replace(self.hashes, size=self.checkpoint.size)
 
 
-class LocalSaver:
-    """Reads, hashes and keeps in the file cache what is not known yet. One object per save.
+class StateCapture:
+    """Reads, hashes and keeps in the file cache what a save does not know yet. One object per save.
 
     A context manager: all files are opened when it is made and each store's chunks are frozen at that
     moment; leaving it without `commit` gives them back to their stores as unsaved.
@@ -96,12 +96,12 @@ class LocalSaver:
         self._saved: dict[str, SavedFile] = {}
         self._open = ProcessExitStack()
         self.plain_files: dict[str, PlainFile] = {}
-        """What the manifest says of every plain file; filled by `run`."""
+        """What the manifest says of every plain file; filled by `store_all`."""
         self.tables: dict[str, ChunkTable] = {}
-        """The chunks of every chunked file; filled by `run`."""
-        self._chunked: list[ChunkedSave] = []
+        """The chunks of every chunked file; filled by `store_all`."""
+        self._chunked: list[ChunkedCapture] = []
         self.directories: dict[str, DirectoryCapture] = {}
-        """Every directory; their trees are made by `run`."""
+        """Every directory; their trees are made by `store_all`."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._open.close)
             for name, source in chunked_files.items():
@@ -115,7 +115,7 @@ class LocalSaver:
                 check_entry_count(sum(one.entry_count for one in self.directories.values()))
             undo.pop_all()
 
-    def run(self) -> dict[str, SavedFile]:
+    def store_all(self) -> dict[str, SavedFile]:
         """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
         meter = ProgressMeter(self._progress, "store", self._total_bytes())
         self._pool.for_each(lambda task: task(), self._tasks(meter))
@@ -130,7 +130,7 @@ class LocalSaver:
 
     @property
     def trees(self) -> dict[str, DirectoryTree]:
-        """What is in every directory; there after `run`."""
+        """What is in every directory; there after `store_all`."""
         return {name: capture.tree for name, capture in self.directories.items()}
 
     def commit(self, make_source: Callable[..., SnapshotChunkSource]) -> None:
@@ -163,7 +163,7 @@ class LocalSaver:
                 ) from error
 
     def rescue_from_directories(self, wanted: set[Digest]) -> None:
-        """The same for what is in directories, which is taken out of `wanted`."""
+        """Do as `rescue` does for what is in directories, and take it out of `wanted`."""
         for capture in self.directories.values():
             capture.rescue(wanted)
 
@@ -193,7 +193,7 @@ class LocalSaver:
 
     def _begin(
         self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
-    ) -> ChunkedSave:
+    ) -> ChunkedCapture:
         unchanged: Callable[[], None] = lambda: None  # noqa: E731
         mode = DEFAULT_MODE
         if isinstance(source, COWStore):
@@ -215,7 +215,7 @@ class LocalSaver:
             known = loaded.table
         allow_remote = loaded is None or loaded.allow_remote
         mode = mode if loaded is None else loaded.mode
-        return ChunkedSave(name, checkpoint, known, unchanged, allow_remote, mode)
+        return ChunkedCapture(name, checkpoint, known, unchanged, allow_remote, mode)
 
     def _total_bytes(self) -> int:
         with translate_os_errors("cannot read a file to save"):
@@ -255,7 +255,7 @@ class LocalSaver:
             self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
 
-    def _store_chunk(self, save: ChunkedSave, index: int, meter: ProgressMeter) -> None:
+    def _store_chunk(self, save: ChunkedCapture, index: int, meter: ProgressMeter) -> None:
         buffer = self._buffers.get(save.checkpoint.chunk_size)
         with _translate_cow_errors(save.name):
             count = save.checkpoint.readinto(index, buffer)
@@ -281,7 +281,7 @@ class LocalSaver:
                     save.deduplicated_bytes += count
         meter.add(count)
 
-    def _finish(self, save: ChunkedSave) -> None:
+    def _finish(self, save: ChunkedCapture) -> None:
         table = save.table(self._function)
         tree = encode_tree(table, save.mode)
         digest = Digest.of(tree, self._function)

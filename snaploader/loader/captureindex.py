@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import SnaploaderError, translate_os_errors
+from snaploader.files import replace_file
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import decode_tree, encode_tree
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry
@@ -97,15 +97,8 @@ def write_index(
     """Replace the index in one step. Errors as `translate_os_errors`; the old one then stands."""
     data = _encode(files, function)
     with translate_os_errors(f"cannot write the capture index {path!r}"):
-        fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=os.path.dirname(path) or ".")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-            # Not synced: after a power failure the checksum tells whether it was written in time.
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        # Not flushed: after a power failure the checksum tells whether it was written in time.
+        replace_file(path, data)
 
 
 def _encode(files: Iterable[tuple[str, FileIdentity, Content]], function: DigestFunction) -> bytes:
@@ -163,7 +156,7 @@ def _decode(data: bytes, function: DigestFunction) -> Iterable[tuple[str, FileId
 def try_write_index(
     path: str, files: Iterable[tuple[str, FileIdentity, Content]], function: DigestFunction
 ) -> str:
-    """As `write_index`, but says what went wrong; empty when nothing did."""
+    """Replace the index, and return what went wrong; empty when nothing did."""
     try:
         write_index(path, files, function)
     except SnaploaderError as error:

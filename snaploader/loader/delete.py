@@ -10,23 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader.blobstore import RemoteStore
-from snaploader.digest import Digest
 from snaploader.errors import (
     FailedPrecondition,
     InvalidArgument,
-    NotFound,
-    ResourceExhausted,
 )
-from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
-from snaploader.loader.publish import update_result
-from snaploader.loader.tombstone import is_local_tombstone, is_tombstone, local_tombstone, tombstone_result
-from snaploader.loader.versions import MAY_ONLY_READ, REMOTE_READONLY
+from snaploader.loader.manifests import (
+    MAY_ONLY_READ,
+    REMOTE_READONLY,
+    Entry,
+    ManifestStore,
+    tombstone_result,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +48,6 @@ class DeleteResult:
         return self.deleted_locally or self.deleted_remotely or self.was_deleted
 
 
-class _Stands(Enum):
-    """What is found under a snapshot's id."""
-
-    NOTHING = auto()
-    TOMBSTONE = auto()
-    SNAPSHOT = auto()
-    """Or whatever else: it is to go."""
-
-
 class SnapshotDeleter:
     """Does the deleting for a loader. Thread-safe, stateless between calls.
 
@@ -69,14 +59,14 @@ class SnapshotDeleter:
 
     def __init__(
         self,
-        file_cache: FileCache,
+        manifests: ManifestStore,
         remote: RemoteStore | None,
         *,
         readonly: bool,
         remote_readonly: bool,
         clock: Callable[[], float],
     ) -> None:
-        self._file_cache = file_cache
+        self._manifests = manifests
         self._remote = remote
         self._readonly = readonly
         self._remote_readonly = remote_readonly
@@ -92,81 +82,53 @@ class SnapshotDeleter:
             raise FailedPrecondition(f"{REMOTE_READONLY}; delete with remote=False only from this host")
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
         tombstone = tombstone_result(snapshot_id, self._clock())
-        here = self._local(key)
-        there = _Stands.NOTHING
+        here = self._manifests.local_entry(key)
+        there = Entry.NOTHING
         if self._remote is not None and remote is not False:
-            there = _delete_remotely(self._remote, key, tombstone, is_known=here is not _Stands.NOTHING)
+            is_known = here is not Entry.NOTHING
+            there = self._delete_remotely(self._remote, key, tombstone, is_known=is_known)
         if self._remote is not None and remote is False:
             # Others go on using it, and so may this host, which fetches it again then.
-            if here is _Stands.SNAPSHOT:
-                self._file_cache.delete_ref(self._name(key))
-        elif _Stands.SNAPSHOT in (here, there):
-            self._bury(key, tombstone)
+            if here is Entry.SNAPSHOT:
+                self._manifests.forget_local(key)
+        elif Entry.SNAPSHOT in (here, there):
+            self._manifests.bury_local(key, tombstone)
         return DeleteResult(
             snapshot_id,
-            deleted_locally=here is _Stands.SNAPSHOT,
-            deleted_remotely=there is _Stands.SNAPSHOT,
-            was_deleted=_Stands.TOMBSTONE in (here, there),
+            deleted_locally=here is Entry.SNAPSHOT,
+            deleted_remotely=there is Entry.SNAPSHOT,
+            was_deleted=Entry.TOMBSTONE in (here, there),
         )
 
-    def _local(self, key: SnapshotKey) -> _Stands:
-        try:
-            data = self._file_cache.get_ref(self._name(key))
-        except NotFound:
-            return _Stands.NOTHING
-        return _Stands.TOMBSTONE if is_local_tombstone(data) else _Stands.SNAPSHOT
+    def _delete_remotely(
+        self, remote: RemoteStore, key: SnapshotKey, tombstone: ActionResult, *, is_known: bool
+    ) -> Entry:
+        """Replace the remote manifest by a tombstone; returns what stood there.
 
-    def _bury(self, key: SnapshotKey, tombstone: ActionResult) -> None:
-        """Replace the local manifest. Also where there is none: a reader may be about to put it there."""
-        name = self._name(key)
-        try:
-            self._file_cache.put_ref(name, local_tombstone(tombstone))
-        except ResourceExhausted as error:
-            log.warning("no room to remember that snapshot %r was deleted: %s", key.snapshot_id, error)
-            self._file_cache.delete_ref(name)
-
-    def _name(self, key: SnapshotKey) -> str:
-        return keys.local_manifest_key(self._file_cache.group_id, key)
-
-
-def _delete_remotely(
-    remote: RemoteStore, key: SnapshotKey, tombstone: ActionResult, *, is_known: bool
-) -> _Stands:
-    """Replace the remote manifest; what stood there.
-
-    Args:
-        is_known: The snapshot is, or was, in the local cache. Then it is also deleted where the server shows
-            nothing: it may hide a manifest because a blob of it is gone, until that is uploaded again.
-    """
-    name = keys.remote_manifest_digest(key, remote.digest_function)
-    before = _remote_state(remote, name)
-    if before is _Stands.TOMBSTONE or (before is _Stands.NOTHING and not is_known):
-        return before
-    try:
-        is_there = before is _Stands.SNAPSHOT
-        update_result(remote, name, tombstone, f"snapshot {key.snapshot_id!r}", replaces=is_there)
-    except MAY_ONLY_READ as error:
-        if before is _Stands.NOTHING:
-            # Nobody sees it, and nobody with these credentials can have saved it there.
-            log.info("snapshot %r is not marked as deleted remotely: %s", key.snapshot_id, error)
+        Args:
+            is_known: The snapshot is, or was, in the local cache. Then it is also deleted where the server
+                shows nothing: it may hide a manifest because a blob of it is gone, until that is uploaded
+                again.
+        """
+        before = self._manifests.remote_entry(key)
+        if before is Entry.TOMBSTONE or (before is Entry.NOTHING and not is_known):
             return before
-        error.add_note(
-            f"snapshot {key.snapshot_id!r} stands, remotely and locally: delete it with credentials that may "
-            "write to the action cache, or with remote=False only from this host"
-        )
-        raise
-    # Some servers accept an update from a caller who may not make one, and drop it.
-    if before is _Stands.SNAPSHOT and _remote_state(remote, name) is _Stands.SNAPSHOT:
-        raise FailedPrecondition(
-            f"the remote cache accepted the deletion of snapshot {key.snapshot_id!r} and still returns it: "
-            "it may be read-only for these credentials. Nothing was deleted locally"
-        )
-    return before
-
-
-def _remote_state(remote: RemoteStore, name: Digest) -> _Stands:
-    try:
-        result = remote.get_action_result(name)
-    except NotFound:
-        return _Stands.NOTHING
-    return _Stands.TOMBSTONE if is_tombstone(result) else _Stands.SNAPSHOT
+        try:
+            self._manifests.bury_remote(remote, key, tombstone, replaces=before is Entry.SNAPSHOT)
+        except MAY_ONLY_READ as error:
+            if before is Entry.NOTHING:
+                # Nobody sees it, and nobody with these credentials can have saved it there.
+                log.info("snapshot %r is not marked as deleted remotely: %s", key.snapshot_id, error)
+                return before
+            error.add_note(
+                f"snapshot {key.snapshot_id!r} stands, remotely and locally: delete it with credentials that "
+                "may write to the action cache, or with remote=False only from this host"
+            )
+            raise
+        # Some servers accept an update from a caller who may not make one, and drop it.
+        if before is Entry.SNAPSHOT and self._manifests.remote_entry(key) is Entry.SNAPSHOT:
+            raise FailedPrecondition(
+                f"the remote cache accepted the deletion of snapshot {key.snapshot_id!r} and still returns "
+                "it: it may be read-only for these credentials. Nothing was deleted locally"
+            )
+        return before

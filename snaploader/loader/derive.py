@@ -7,7 +7,6 @@ to be seen anywhere, and what was uploaded by then need not be uploaded by the n
 
 from __future__ import annotations
 
-import contextlib
 import uuid
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -19,26 +18,17 @@ from snaploader.digest import Buffer, Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import HashSet
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.find import SnapshotFinder
-from snaploader.loader.pinning import pin_before, pinned
-from snaploader.loader.publish import (
-    publish_manifest,
-    retract_manifest,
-    taken,
-    upload_blobs,
-    upload_child_directories,
-    upload_source,
-)
+from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken
 from snaploader.loader.results import ManifestSource, ProgressCallback, Snapshot
-from snaploader.loader.tombstone import tombstone_result
-from snaploader.loader.versions import REMOTE_READONLY
+from snaploader.loader.upload import upload_snapshot, upload_source
 
 
 @dataclass(frozen=True, slots=True)
 class DeriveResult:
-    """What `derive_snapshot` made."""
+    """What `derive_snapshot` made, or `upload_snapshot` completed."""
 
     snapshot: Snapshot
     """The new snapshot, as if it had been found."""
@@ -54,12 +44,12 @@ class DeriveResult:
 
     @property
     def key(self) -> SnapshotKey:
-        """Under which the snapshot was written: that of its id."""
+        """The key that the snapshot was written under: that of its id."""
         return self.snapshot.key
 
     @property
     def snapshot_id(self) -> str:
-        """Under which exactly this snapshot is found again."""
+        """The id under which exactly this snapshot is found again."""
         return self.snapshot.key.snapshot_id
 
 
@@ -87,7 +77,7 @@ class SnapshotDeriver:
     def __init__(
         self,
         file_cache: FileCache,
-        finder: SnapshotFinder,
+        manifests: ManifestStore,
         remote: RemoteStore | None,
         *,
         readonly: bool,
@@ -95,7 +85,7 @@ class SnapshotDeriver:
         clock: Callable[[], float],
     ) -> None:
         self._file_cache = file_cache
-        self._finder = finder
+        self._manifests = manifests
         self._remote = remote
         self._readonly = readonly
         self._remote_readonly = remote_readonly
@@ -115,11 +105,11 @@ class SnapshotDeriver:
         id_ = options.snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
         derived = _part_of(origin, key, options)
-        before = pin_before(self._file_cache, options.pin)
+        before = self._manifests.pinned_before(options.pin)
         self._check_unused(key, derived, remote)
-        blobs = set(derived.digests())
+        blobs = derived.digest_array()
         uploaded, warnings = TransferStatistics(), []
-        with self._file_cache.lease(blobs):
+        with self._file_cache.lease((), hashes=[blobs.hashes]):
             absent = self._file_cache.find_missing(blobs)
             if remote is None:
                 warnings += self._check_whole(derived, absent)
@@ -127,9 +117,10 @@ class SnapshotDeriver:
                 uploaded = self._save_remotely(remote, derived, blobs, options.progress)
             saved_locally = True
             try:
-                refs = [self._name(derived.key)]
-                with pinned(self._file_cache, options.pin, before, derived.digests(), refs):
-                    self._publish_locally(derived)
+                refs = [self._manifests.local_ref(derived.key)]
+                with self._manifests.pinned(options.pin, before, blobs, refs):
+                    if not self._manifests.keep_local(derived.key, derived.manifest):
+                        raise taken(derived.key)
             except SnaploaderError as error:
                 if remote is None:
                     raise
@@ -146,20 +137,40 @@ class SnapshotDeriver:
             tuple(warnings),
         )
 
+    def upload(self, snapshot: Snapshot, progress: ProgressCallback | None) -> DeriveResult:
+        """See `SnapshotLoader.upload_snapshot`."""
+        if self._readonly:
+            raise FailedPrecondition("this loader is read-only: it cannot upload snapshots")
+        if self._remote is None:
+            raise InvalidArgument("a snapshot is to be uploaded and the loader has no remote cache")
+        if self._remote_readonly:
+            raise FailedPrecondition(REMOTE_READONLY)
+        if not snapshot.key.snapshot_id:
+            raise InvalidArgument(
+                f"the snapshot of {snapshot.key} was not found by its id: look for it by that"
+            )
+        self._check_digests(snapshot, self._remote)
+        blobs = snapshot.digest_array()
+        with self._file_cache.lease((), hashes=[blobs.hashes]):
+            uploaded = self._save_remotely(self._remote, snapshot, blobs, progress)
+        return DeriveResult(snapshot, True, True, uploaded.blobs, uploaded.content_bytes, uploaded.wire_bytes)
+
     def _check_unused(self, key: SnapshotKey, derived: Snapshot, remote: RemoteStore | None) -> None:
-        with contextlib.suppress(NotFound):
-            self._file_cache.get_ref(self._name(key))
-            raise FailedPrecondition(taken(key))
+        self._manifests.check_unused(key)
         if remote is None:
             return
-        function = derived.manifest.digest_function
+        self._check_digests(derived, remote)
+        if self._manifests.is_taken_remotely(key):
+            raise taken(key)
+
+    @staticmethod
+    def _check_digests(snapshot: Snapshot, remote: RemoteStore) -> None:
+        function = snapshot.manifest.digest_function
         if remote.digest_function is not function:
             raise FailedPrecondition(
                 f"the snapshot has {function.name} digests and the remote cache wants "
                 f"{remote.digest_function.name}: restore it and save it again"
             )
-        if self._finder.is_taken_remotely(key):
-            raise FailedPrecondition(taken(key))
 
     def _check_whole(self, derived: Snapshot, absent: set[Digest]) -> list[str]:
         """NotFound unless each blob is in some cache. What cannot be told is a warning."""
@@ -183,7 +194,7 @@ class SnapshotDeriver:
         return []
 
     def _save_remotely(
-        self, remote: RemoteStore, derived: Snapshot, blobs: set[Digest], progress: ProgressCallback | None
+        self, remote: RemoteStore, derived: Snapshot, blobs: DigestArray, progress: ProgressCallback | None
     ) -> TransferStatistics:
         trees = derived.manifest.trees
         sent: list[Digest] = []
@@ -192,12 +203,12 @@ class SnapshotDeriver:
             return upload_source(self._file_cache, digest)
 
         try:
-            uploaded = upload_blobs(remote, blobs - trees, source, progress, sent, sampled=False)
-            uploaded += upload_child_directories(remote, derived.directories.values(), sent)
-            uploaded += upload_blobs(remote, trees, source, None, sent, sampled=False)
+            uploaded = upload_snapshot(
+                remote, blobs, trees, derived.directories.values(), source, progress, sent, sampled=False
+            )
             # Looked at once more: the upload may have taken minutes.
-            if self._finder.is_taken_remotely(derived.key):
-                raise FailedPrecondition(taken(derived.key))
+            if self._manifests.is_taken_remotely(derived.key):
+                raise taken(derived.key)
             self._publish_remotely(remote, derived)
         except SnaploaderError as error:
             error.uploaded = tuple(sent)
@@ -212,26 +223,18 @@ class SnapshotDeriver:
     def _publish_remotely(self, remote: RemoteStore, derived: Snapshot) -> None:
         key, manifest = derived.key, derived.manifest
         try:
-            stands = publish_manifest(remote, key, manifest)
+            self._manifests.publish(remote, key, manifest, Before())
+            stands = self._manifests.read_back(remote, key, manifest, Before())
         except SnaploaderError as error:
-            tombstone = tombstone_result(key.snapshot_id, self._clock())
             try:
-                retract_manifest(remote, key, manifest, tombstone)
+                self._manifests.retract(remote, key, manifest, self._clock())
             except SnaploaderError:
                 error.add_note(
                     "whether the snapshot is visible remotely cannot be told: delete it by its id later"
                 )
             raise
         if not stands.is_ours:
-            raise FailedPrecondition(taken(key))
-
-    def _publish_locally(self, derived: Snapshot) -> None:
-        data = derived.manifest.serialize_local()
-        if not self._file_cache.put_ref(self._name(derived.key), data, overwrite=False):
-            raise FailedPrecondition(taken(derived.key))
-
-    def _name(self, key: SnapshotKey) -> str:
-        return keys.local_manifest_key(self._file_cache.group_id, key)
+            raise taken(key)
 
 
 def _part_of(origin: Snapshot, key: SnapshotKey, options: DeriveOptions) -> Snapshot:

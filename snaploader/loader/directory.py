@@ -123,12 +123,12 @@ class DirectoryCapture:
 
     @property
     def entry_count(self) -> int:
-        """All that the tree will hold."""
+        """How many entries the tree will hold."""
         return self._found.entry_count
 
     @property
     def pending_bytes(self) -> int:
-        """Of the files that have to be read."""
+        """Size of the files that have to be read."""
         return sum(file.identity.size_bytes for file in self._pending)
 
     @property
@@ -139,7 +139,7 @@ class DirectoryCapture:
 
     @property
     def digest(self) -> Digest:
-        """Of the tree; there after `finish`."""
+        """The digest of the tree; there after `finish`."""
         assert self._digest is not None
         return self._digest
 
@@ -195,7 +195,7 @@ class DirectoryCapture:
                     wanted.remove(digest)
 
     def remember(self) -> str:
-        """Write the index, if there is to be one; what went wrong, or an empty string."""
+        """Write the capture index, where one was asked for. Returns what went wrong, or an empty string."""
         if self._index_path is None:
             return ""
         settled = (
@@ -206,7 +206,7 @@ class DirectoryCapture:
         return try_write_index(self._index_path, settled, self._function)
 
     def result(self) -> SavedDirectory:
-        """What was done."""
+        """What the save of this directory did."""
         directories = sum(isinstance(entry, DirectoryEntry) for entry in self.tree.values())
         return SavedDirectory(
             name=self._name,
@@ -430,7 +430,7 @@ class BigFileReader:
         self._done()
 
     def table(self) -> ChunkTable:
-        """All chunks; whole when it is finished."""
+        """The chunks of the file; complete when it is finished."""
         indices = sorted(self._hashes)
         rows = b"".join(self._hashes[index] for index in indices)
         hashes = np.frombuffer(rows, np.uint8).reshape(-1, HASH_BYTES)

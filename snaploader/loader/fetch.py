@@ -1,10 +1,13 @@
-"""Blobs from the nearest tier that has them: the file cache, then the remote store."""
+"""Blobs from the nearest tier that has them: the file cache, then what is behind it.
+
+Behind the file cache is any `BlobStore`: a remote cache, or a `TieredStore` of several. The file cache is a
+tier of its own kind, because chunks are mapped and files linked from where it keeps them.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +16,14 @@ from pathlib import Path
 
 from cow import OpenedChunk, write_all
 from cow.sync import SingleFlight
-from snaploader.blobstore import RemoteStore
+from snaploader import files
+from snaploader.blobstore import BlobStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.prefetch import BlobFlight, BlobFlights, Prefetcher
-from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -32,11 +35,11 @@ REMOTE = "remote"
 class BlobFetcher:
     """Opens blobs, fetching each at most once at a time. Thread-safe.
 
-    What comes from the remote store is kept in the file cache. When the cache cannot take it (it is
+    What comes from behind is kept in the file cache. When the cache cannot take it (it is
     full of leased blobs, or the disk is full or failing), the bytes are served all the same.
     """
 
-    def __init__(self, file_cache: FileCache, remote: RemoteStore | None, pool: WorkerPool) -> None:
+    def __init__(self, file_cache: FileCache, remote: BlobStore | None, pool: WorkerPool) -> None:
         self.file_cache = file_cache
         self.remote = remote
         self._flights = flights_into(file_cache)
@@ -140,7 +143,7 @@ class BlobFetcher:
         return OpenedChunk(fd, FILE_CACHE), None
 
     def _open_as_leader(
-        self, remote: RemoteStore, flight: BlobFlight, local_error: SnaploaderError | None
+        self, remote: BlobStore, flight: BlobFlight, local_error: SnaploaderError | None
     ) -> OpenedChunk:
         digest = flight.key
         error: BaseException | None = None
@@ -162,7 +165,7 @@ class BlobFetcher:
         finally:
             self._flights.finish(flight, uncached, error)
 
-    def _fetch(self, remote: RemoteStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
+    def _fetch(self, remote: BlobStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
         demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
         with demand:
             try:
@@ -174,7 +177,7 @@ class BlobFetcher:
                 raise
 
     def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
-        """Have a blob in the file cache, streaming it there, however big; whether it was fetched."""
+        """Bring a blob of any size into the file cache, as a stream; returns whether it was fetched."""
         while True:
             try:
                 os.close(self.file_cache.open(digest))
@@ -197,7 +200,7 @@ class BlobFetcher:
             finally:
                 self._flights.finish(flight, error=error)
 
-    def _stream_to_cache(self, remote: RemoteStore, digest: Digest) -> None:
+    def _stream_to_cache(self, remote: BlobStore, digest: Digest) -> None:
         def attempt() -> None:
             with _refusals():
                 writer = self.file_cache.writer(digest)
@@ -219,16 +222,12 @@ class BlobFetcher:
         assert remote is not None
 
         def attempt() -> None:
-            with translate_os_errors(f"cannot write {str(target)!r}"):
-                fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
-                with ProcessExitStack() as undo:
-                    undo.callback(os.unlink, temporary)
-                    with os.fdopen(fd, "wb") as file, lost_blobs():
-                        write: Callable[[Buffer], object] = file.write
-                        remote.read_to(digest, write)
-                        os.fchmod(file.fileno(), mode)
-                    os.rename(temporary, target)
-                    undo.pop_all()
+            with (
+                translate_os_errors(f"cannot write {str(target)!r}"),
+                files.replacing(target, mode=mode) as fd,
+                lost_blobs(),
+            ):
+                remote.read_to(digest, lambda data: files.write_all(fd, data))
 
         _twice(attempt)
 
@@ -244,7 +243,7 @@ def flights_into(file_cache: FileCache) -> BlobFlights:
 
 
 class _CacheRefused(Exception):
-    """The file cache cannot take a blob; the cause says why. Whoever needs it streams it past the cache."""
+    """The file cache cannot take a blob; the cause says why. It is then streamed past the cache."""
 
 
 @contextmanager

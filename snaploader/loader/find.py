@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from snaploader import keys
@@ -16,13 +16,14 @@ from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.chunktree import decode_chunked_file
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.dirtree import MAX_DECODED_BYTES, MAX_ENTRIES, DirectoryTree, check_entry_count
 from snaploader.formats.dirtreecodec import decode_directory_tree
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, artefacts, vm_metadata_of
-from snaploader.loader.tombstone import Deleted, is_local_tombstone, is_tombstone
+from snaploader.loader.manifests import Deleted, ManifestStore
+from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, distinct_artefacts, vm_metadata_of
 from snaploader.policy import ReadPolicy, is_stale
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class SnapshotFinder:
     def __init__(
         self,
         fetcher: BlobFetcher,
+        manifests: ManifestStore,
         remote: RemoteStore | None,
         *,
         readonly: bool,
@@ -53,6 +55,7 @@ class SnapshotFinder:
     ) -> None:
         self._fetcher = fetcher
         self._file_cache: FileCache = fetcher.file_cache
+        self._manifests = manifests
         self._remote = remote
         self._readonly = readonly
         self._max_age_s = max_stale_fallback_age_s
@@ -91,48 +94,19 @@ class SnapshotFinder:
         """The snapshot of exactly this key."""
         return self.find(SnapshotKeySet(key, (), key), policy, allow_degraded=False)
 
-    def is_taken_remotely(self, id_key: SnapshotKey) -> bool:
-        """Whether the id of this key names a snapshot in the remote store, or ever did."""
-        try:
-            return self.remote_manifest(id_key) is not None
-        except Deleted:
-            return True
-
-    def remote_manifest(self, key: SnapshotKey) -> Manifest | None:
-        """What the remote store holds under `key`, or None.
-
-        Raises:
-            Deleted: It was deleted.
-            DataLoss: It is no manifest.
-        """
-        if self._remote is None:
-            return None
-        function = self._remote.digest_function
-        try:
-            result = self._remote.get_action_result(keys.remote_manifest_digest(key, function))
-        except NotFound:
-            return None
-        if is_tombstone(result):
-            raise Deleted("it was deleted")
-        try:
-            return Manifest.from_action_result(result, function)
-        except InvalidArgument as error:
-            raise DataLoss(f"the remote manifest is damaged: {error.message}") from error
-
     def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
         assert self._remote is not None
         try:
-            manifest = self.remote_manifest(key)
+            manifest = self._manifests.read_remote(key)
             if manifest is None:
                 return None
-            tables, _ = self._read_trees(manifest, allow_remote=True)
-            directories = self._read_directories(manifest, allow_remote=True)
+            tables, _ = self._read_trees(manifest)
+            directories = self._read_directories(manifest)
         except (NotFound, DataLoss):
             return None
-        find_missing = self._remote.find_missing
-        wanted = artefacts(manifest, tables, directories)
-        return None if any(find_missing(set(batch)) for batch in _batches(wanted)) else manifest
+        wanted = distinct_artefacts(manifest, tables, directories)
+        return None if any(map(self._remote.find_missing, _batches(wanted))) else manifest
 
     def _first_to_succeed(
         self,
@@ -149,7 +123,7 @@ class SnapshotFinder:
             try:
                 return attempt()
             except Deleted as error:
-                # Whatever copies of it are kept: it is to be gone everywhere.
+                # Copies of it that are kept elsewhere do not count: a deletion is for everybody.
                 failures.append(KeyFailure(key, NotFound(error.message)))
                 return None
             except NotFound as error:
@@ -176,104 +150,68 @@ class SnapshotFinder:
         local_age_s: float | None,
         remote_age_s: float | None,
     ) -> list[Callable[[], Snapshot]]:
-        """Ways to get the snapshot of a key, in order. Ages are limits, where there is one."""
-        local = self._local_attempt(key, allow_remote=self._remote is not None, max_age_s=local_age_s)
+        """Ways to get the snapshot of a key, in order. An age of None is no limit."""
+        local = partial(self._from_local, key, local_age_s)
         if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
             return [local]
-        if policy is ReadPolicy.NEWEST:
-            return [self._remote_attempt(key, keep=False, max_age_s=remote_age_s), local]
-        return [local, self._remote_attempt(key, keep=True, max_age_s=remote_age_s)]
+        is_newest = policy is ReadPolicy.NEWEST
+        remote = partial(self._from_remote, key, remote_age_s, keep=not is_newest)
+        return [remote, local] if is_newest else [local, remote]
 
-    def _local_attempt(
-        self, key: SnapshotKey, *, allow_remote: bool, max_age_s: float | None
-    ) -> Callable[[], Snapshot]:
-        def attempt() -> Snapshot:
-            name = keys.local_manifest_key(self._file_cache.group_id, key)
+    def _from_local(self, key: SnapshotKey, max_age_s: float | None) -> Snapshot:
+        manifest = self._manifests.read_local(key)
+        if max_age_s is not None:
+            self._check_age(manifest, "local", max_age_s)
+        return self._whole(key, manifest, ManifestSource.LOCAL)
+
+    def _from_remote(self, key: SnapshotKey, max_age_s: float | None, *, keep: bool) -> Snapshot:
+        manifest = self._manifests.read_remote(key)
+        if manifest is None:
+            raise NotFound("no remote manifest")
+        if max_age_s is not None:
+            self._check_age(manifest, "remote", max_age_s)
+        snapshot = self._whole(key, manifest, ManifestSource.REMOTE)
+        if keep and not self._readonly:
             try:
-                data = self._file_cache.get_ref(name)
-            except NotFound:
-                raise NotFound("no local manifest") from None
-            if is_local_tombstone(data):
-                raise NotFound("it was deleted")
-            try:
-                manifest = Manifest.parse_local(data)
-            except InvalidArgument as error:
-                log.warning("a local manifest is damaged: %s", error)
-                if not self._readonly:
-                    self._file_cache.delete_ref(name)
-                raise NotFound(f"the local manifest was damaged ({error})") from error
-            if max_age_s is not None:
-                self._check_age(manifest, "local", max_age_s)
-            return self._whole(key, manifest, ManifestSource.LOCAL, allow_remote)
-
-        return attempt
-
-    def _remote_attempt(
-        self, key: SnapshotKey, *, keep: bool, max_age_s: float | None
-    ) -> Callable[[], Snapshot]:
-        def attempt() -> Snapshot:
-            manifest = self.remote_manifest(key)
-            if manifest is None:
-                raise NotFound("no remote manifest")
-            if max_age_s is not None:
-                self._check_age(manifest, "remote", max_age_s)
-            snapshot = self._whole(key, manifest, ManifestSource.REMOTE, allow_remote=True)
-            if keep and not self._readonly:
-                name = keys.local_manifest_key(self._file_cache.group_id, key)
-                try:
-                    # What an id names never changes, but for being deleted meanwhile, which must stay.
-                    self._file_cache.put_ref(name, manifest.serialize_local(), overwrite=not key.snapshot_id)
-                except SnaploaderError as error:
-                    log.warning("a remote manifest is not kept locally: %s", error)
-            return snapshot
-
-        return attempt
+                # What an id names never changes, but for being deleted meanwhile, which must stay.
+                self._manifests.keep_local(key, manifest)
+            except SnaploaderError as error:
+                log.warning("a remote manifest is not kept locally: %s", error)
+        return snapshot
 
     def _check_age(self, manifest: Manifest, tier: str, max_age_s: float) -> None:
         if is_stale(vm_metadata_of(manifest), now_s=self._clock(), max_age_s=max_age_s):
             raise NotFound(f"the {tier} manifest is older than {max_age_s:g} s or does not say how old it is")
 
-    def _whole(
-        self,
-        key: SnapshotKey,
-        manifest: Manifest,
-        source: ManifestSource,
-        allow_remote: bool,
-    ) -> Snapshot:
+    def _whole(self, key: SnapshotKey, manifest: Manifest, source: ManifestSource) -> Snapshot:
         """A snapshot of which every artefact is at hand; NotFound when one is not."""
         try:
-            tables, modes = self._read_trees(manifest, allow_remote=allow_remote)
-            directories = self._read_directories(manifest, allow_remote=allow_remote)
+            tables, modes = self._read_trees(manifest)
+            directories = self._read_directories(manifest)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = HashSet.of(self._absent(manifest, tables, directories, source, allow_remote))
+        absent = HashSet.of(self._absent(manifest, distinct_artefacts(manifest, tables, directories), source))
         return Snapshot(
             key,
             manifest,
             source,
             tables,
-            allow_remote,
+            self._remote is not None,
             absent,
             directories=directories,
             modes=modes,
         )
 
-    def _absent(
-        self,
-        manifest: Manifest,
-        tables: Mapping[str, ChunkTable],
-        directories: Mapping[str, DirectoryTree],
-        source: ManifestSource,
-        allow_remote: bool,
-    ) -> Iterator[Digest]:
+    def _absent(self, manifest: Manifest, digests: DigestArray, source: ManifestSource) -> Iterator[Digest]:
         """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
         gone = 0
         example: Digest | None = None
-        for batch in _batches(absent_from(self._file_cache, manifest, tables, directories)):
-            absent = missing = set(batch)
-            if self._can_fetch(manifest, allow_remote=allow_remote):
-                assert self._remote is not None
-                missing = self._remote.find_missing(absent)
+        for batch in _batches(digests):
+            absent = self._file_cache.find_missing(batch)
+            missing = absent
+            if absent and self._can_fetch(manifest):
+                assert self._fetcher.remote is not None
+                missing = self._fetcher.remote.find_missing(absent)
             if missing:
                 gone += len(missing)
                 example = min(missing)
@@ -283,16 +221,13 @@ class SnapshotFinder:
                 f"the {source} manifest is incomplete: {gone} of its blobs are in no cache, such as {example}"
             )
 
-    def _read_trees(
-        self, manifest: Manifest, *, allow_remote: bool
-    ) -> tuple[dict[str, ChunkTable], dict[str, int]]:
+    def _read_trees(self, manifest: Manifest) -> tuple[dict[str, ChunkTable], dict[str, int]]:
         """The chunks and the modes of chunked files, by name."""
-        trees = manifest.chunked_files
-        files = self._decode_all(manifest, trees, decode_chunked_file, allow_remote=allow_remote)
+        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file)
         tables = {name: table for name, (table, _) in files.items()}
         return tables, {name: mode for name, (_, mode) in files.items()}
 
-    def _read_directories(self, manifest: Manifest, *, allow_remote: bool) -> dict[str, DirectoryTree]:
+    def _read_directories(self, manifest: Manifest) -> dict[str, DirectoryTree]:
         entries, decoded_bytes = MAX_ENTRIES, MAX_DECODED_BYTES
 
         def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
@@ -302,7 +237,7 @@ class SnapshotFinder:
             decoded_bytes -= tree.decoded_bytes
             return tree
 
-        directories = self._decode_all(manifest, manifest.directories, decode, allow_remote=allow_remote)
+        directories = self._decode_all(manifest, manifest.directories, decode)
         try:
             check_entry_count(sum(map(len, directories.values())))
         except InvalidArgument as error:
@@ -314,71 +249,46 @@ class SnapshotFinder:
         manifest: Manifest,
         trees: Mapping[str, Digest],
         decode: Callable[[bytes, DigestFunction], T],
-        *,
-        allow_remote: bool,
     ) -> dict[str, T]:
         """The trees by name. Equal ones are one object: a small manifest can name a big tree many times."""
         decoded: dict[Digest, T] = {}
         for name, digest in trees.items():
             if digest in decoded:
                 continue
-            tree = self._read_tree(manifest, digest, allow_remote=allow_remote)
+            tree = self._read_tree(manifest, digest)
             try:
                 decoded[digest] = decode(tree, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
         return {name: decoded[digest] for name, digest in trees.items()}
 
-    def _read_tree(self, manifest: Manifest, digest: Digest, *, allow_remote: bool) -> bytes:
+    def _read_tree(self, manifest: Manifest, digest: Digest) -> bytes:
         try:
             return self._fetcher.read(digest, allow_remote=False)
         except (NotFound, DataLoss):
-            if not self._can_fetch(manifest, allow_remote=allow_remote):
+            if not self._can_fetch(manifest):
                 raise
         return self._fetcher.read(digest)
 
-    def _can_fetch(self, manifest: Manifest, *, allow_remote: bool) -> bool:
+    def _can_fetch(self, manifest: Manifest) -> bool:
         """Whether the remote store may be asked. One of another digest function has none of the blobs."""
-        return (
-            allow_remote
-            and self._remote is not None
-            and self._remote.digest_function is manifest.digest_function
-        )
+        return self._remote is not None and self._remote.digest_function is manifest.digest_function
 
 
-def absent_from(
-    cache: FileCache,
-    manifest: Manifest,
-    tables: Mapping[str, ChunkTable],
-    directories: Mapping[str, DirectoryTree],
-) -> Iterator[Digest]:
-    """Those of a snapshot's `artefacts` that a file cache does not have; equal ones may come several times.
-
-    An object is made for each of these only, not for each chunk that is there.
-    """
-    trees = {id(tree): tree for tree in directories.values()}.values()
-    for batch in _batches(itertools.chain(manifest.digests(), *(tree.blobs() for tree in trees))):
-        yield from cache.find_missing(batch)
-    chunked = itertools.chain(tables.values(), *(tree.tables() for tree in trees))
-    for table in {id(table): table for table in chunked}.values():
-        yield from map(table.digest, cache.find_missing_rows(table))
-
-
-def _batches(digests: Iterable[Digest]) -> Iterator[list[Digest]]:
-    """Digests in lists: an object for each chunk of a big snapshot would take hundreds of MiB."""
-    iterator = iter(digests)
-    while batch := list(itertools.islice(iterator, _BATCH)):
-        yield batch
+def _batches(digests: DigestArray) -> Iterator[DigestArray]:
+    """Digests in parts: an object for each chunk of a big snapshot would take hundreds of MiB."""
+    for start in range(0, len(digests), _BATCH):
+        yield digests.take(slice(start, start + _BATCH))
 
 
 def _summary(failures: list[KeyFailure]) -> SnaploaderError:
     """One error for all keys tried: of the worst kind among them, with the reason for each."""
     worst = next((f.error for f in failures if not isinstance(f.error, NotFound)), failures[-1].error)
-    lines = "; ".join(f"{_for_people(failure.key)}: {failure.error.message}" for failure in failures)
+    lines = "; ".join(f"{_described(failure.key)}: {failure.error.message}" for failure in failures)
     return type(worst)(f"no snapshot could be loaded. Tried {lines}", transient=worst.transient)
 
 
-def _for_people(key: SnapshotKey) -> str:
+def _described(key: SnapshotKey) -> str:
     if key.snapshot_id:
         return f"snapshot {key.snapshot_id!r}"
     if key.ref:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from cow import COWStore, MappingBudget
 from snaploader import keys
-from snaploader.blobstore import RemoteStore
+from snaploader.blobstore import BlobStore, RemoteStore, TieredStore
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
@@ -20,6 +20,7 @@ from snaploader.loader.derive import DeriveOptions, DeriveResult, SnapshotDerive
 from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
+from snaploader.loader.manifests import ManifestStore
 from snaploader.loader.restore import RestoreResult, restore, restore_directory
 from snaploader.loader.results import ProgressCallback, SaveResult, Snapshot
 from snaploader.loader.save import SaveOptions, SnapshotSaver
@@ -43,6 +44,9 @@ class SnapshotLoader:
     Args:
         file_cache: Where blobs and manifests are kept on this host; its group is the loader's.
         remote_cache: Where they are shared between hosts; None works on this host alone.
+        peers: Stores to read blobs from before the remote cache is asked, the nearest first, such as another
+            host's file cache. What they lack and the remote cache gives is kept in them. Saves, manifests and
+            versions do not go there.
         digest_function: For what is saved without a remote cache. With one, the remote cache decides.
         share_snapshots: Whether runners share snapshots by branch. If not, a key has no ref and is
             bound to the runner's id, whatever a task asks for; and its snapshots stay on this host unless
@@ -65,6 +69,7 @@ class SnapshotLoader:
         file_cache: FileCache,
         remote_cache: RemoteStore | None = None,
         *,
+        peers: Sequence[BlobStore] = (),
         digest_function: DigestFunction = DEFAULT_DIGEST_FUNCTION,
         share_snapshots: bool = True,
         universal_ref: bool = False,
@@ -82,13 +87,20 @@ class SnapshotLoader:
         self._budget = mapping_budget
         self._open = ProcessExitStack()
         self._pool = self._open.enter_context(WorkerPool(workers))
-        self._fetcher = BlobFetcher(file_cache, remote_cache, self._pool)
+        behind: BlobStore | None = remote_cache
+        for peer in reversed(peers):
+            if behind is None:
+                raise InvalidArgument("peers stand between the file cache and a remote cache: give one too")
+            behind = TieredStore(peer, behind)
+        self._fetcher = BlobFetcher(file_cache, behind, self._pool)
         self._open.callback(self._fetcher.close)
+        self._manifests = manifests = ManifestStore(file_cache, remote_cache, readonly=readonly)
         self._versions = VersionStore(
             file_cache, remote_cache, readonly=readonly, remote_readonly=remote_readonly
         )
         self._finder = SnapshotFinder(
             self._fetcher,
+            manifests,
             remote_cache,
             readonly=readonly,
             max_stale_fallback_age_s=max_stale_fallback_age_s,
@@ -97,6 +109,8 @@ class SnapshotLoader:
         self._saver = SnapshotSaver(
             self._fetcher,
             self._finder,
+            manifests,
+            self._versions,
             self._pool,
             remote_cache,
             local_digest_function=digest_function,
@@ -105,23 +119,27 @@ class SnapshotLoader:
             remote_readonly=remote_readonly,
             clock=clock,
         )
-
         self._deriver = SnapshotDeriver(
             file_cache,
-            self._finder,
+            manifests,
             remote_cache,
             readonly=readonly,
             remote_readonly=remote_readonly,
             clock=clock,
         )
         self._deleter = SnapshotDeleter(
-            file_cache, remote_cache, readonly=readonly, remote_readonly=remote_readonly, clock=clock
+            manifests, remote_cache, readonly=readonly, remote_readonly=remote_readonly, clock=clock
         )
 
     @property
     def remote_cache(self) -> RemoteStore | None:
         """Where snapshots are shared between hosts; None: on this host alone."""
         return self._remote
+
+    @property
+    def manifests(self) -> ManifestStore:
+        """What stands under the keys of snapshots, on this host and remotely."""
+        return self._manifests
 
     def snapshot_key_set(
         self,
@@ -260,7 +278,7 @@ class SnapshotLoader:
 
         Args:
             name: Of the directory in the snapshot.
-            path: Where it is to be: an empty directory, or nothing yet. Nobody who is not trusted with the
+            path: Where to write it: an empty directory, or nothing yet. Nobody who is not trusted with the
                 caller's rights may own it or the folder it is in, or write to them, but for a sticky one.
             index: A file outside of `path` to write a capture index to, so that a save of `path` with it
                 (`DirectorySource.index`) reads only what was changed since. Costs 55 ms. That it cannot be
@@ -325,7 +343,7 @@ class SnapshotLoader:
                 to, and the key is of no single runner.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
-                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
+                ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
                 the save fails locally. All content of directories is in the file cache then; chunks
                 of stores that did not change since they were loaded may still be in the remote cache alone.
 
@@ -370,15 +388,15 @@ class SnapshotLoader:
         """Make a snapshot of its own out of all or some of another one, without reading or copying content.
 
         It is found by its id only, lives on when the other one is deleted, and shares all blobs with it. When
-        it is to be remote too, what the remote cache lacks is uploaded first; nothing is downloaded. Whatever
-        fails there, the snapshot is not to be seen anywhere.
+        it is made remotely too, what the remote cache lacks is uploaded first; nothing is downloaded. If
+        anything fails there, the snapshot is found nowhere.
 
         Args:
             snapshot_id: Default: a new UUID.
             names: Of the files and directories to take. Default: all.
             vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
-                ended; `FileCache.unpin` lets go. What was pinned under the name before is let go, unless
+                ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
                 the save fails locally.
             remote: Whether to save it remotely. Default: if there is a remote cache that this loader may
                 write to, and the key of the other snapshot is of no single runner.
@@ -399,6 +417,28 @@ class SnapshotLoader:
             progress=progress,
         )
         return self._deriver.derive(snapshot, options)
+
+    def upload_snapshot(
+        self, snapshot: Snapshot, *, progress: ProgressCallback | None = None
+    ) -> DeriveResult:
+        """Put a snapshot that this host saved into the remote cache, under the id that it has here.
+
+        So a machine can run on between the save (`remote=False`) and the upload, which may take long. What
+        the remote cache lacks is uploaded first. If anything fails, the snapshot is not found there, and
+        stays here. Where the manifest may have arrived nevertheless, the id is given up there: derive another
+        snapshot then.
+
+        Args:
+            snapshot: One that was found by its id.
+
+        Raises:
+            InvalidArgument: it was found by another key, or the loader has no remote cache.
+            NotFound: a blob of it is gone from every cache.
+            FailedPrecondition: the loader is read-only, the id is taken remotely or was, or the remote cache
+                takes no updates or wants other digests.
+            SnaploaderError: the remote cache failed. `uploaded` of the error tells what was on its way there.
+        """
+        return self._deriver.upload(snapshot, progress)
 
     def delete_snapshot(
         self, snapshot_id: str, *, instance_name: str = "", remote: bool | None = None

@@ -1,4 +1,4 @@
-"""Writing files and directories of a snapshot out, in private places first, then where they are to be.
+"""Writing files and directories of a snapshot out: first in a private place, then they are moved to theirs.
 
 What the tree of a directory says comes from outside. Its paths are plain names below directories that are
 directories (`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and
@@ -15,7 +15,8 @@ import stat
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from cow import (
@@ -31,7 +32,6 @@ from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_
 from snaploader.files import remove_tree
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
-from snaploader.formats.manifest import Manifest
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
 from snaploader.loader.results import ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
@@ -47,49 +47,115 @@ _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PRIVATE = 0o700
 
 
-class FetchCounter:
-    """Blobs and bytes that came from the remote store. Thread-safe."""
+class SnapshotWriter:
+    """Writes files and directories of one snapshot, and counts what that takes. Thread-safe.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.blobs = 0
-        self.bytes = 0
-
-    def add(self, size: int) -> None:
-        with self._lock:
-            self.blobs += 1
-            self.bytes += size
-
-
-class ChunkedFileWriter:
-    """Writes one chunked file: chunks at hand are cloned or copied from the file cache, the others are
-    fetched in bulk and written as they arrive. Pages of zeros become holes, also inside a chunk."""
+    Args:
+        meter: Told of all content that was written.
+    """
 
     def __init__(
-        self,
-        name: str,
-        table: ChunkTable,
-        mode: int,
-        fetcher: BlobFetcher,
-        pool: WorkerPool,
-        *,
-        allow_remote: bool,
-        fetched: FetchCounter,
-        meter: ProgressMeter,
+        self, snapshot: Snapshot, fetcher: BlobFetcher, pool: WorkerPool, meter: ProgressMeter
     ) -> None:
+        self.snapshot = snapshot
+        self.fetcher = fetcher
+        self.pool = pool
+        self.meter = meter
+        self.fetched_blobs = 0
+        self.fetched_bytes = 0
+        """What came from behind the file cache."""
+        self._lock = threading.Lock()
+
+    def place_files(self, root: Path, undo: contextlib.ExitStack, *, writable: bool) -> dict[str, Path]:
+        """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
+        placed = {}
+        for name, file in self.snapshot.manifest.files.items():
+            target = root / name
+            default = 0o755 if file.is_executable else 0o644
+            self.place(
+                file.digest, target, writable=writable, mode=default if file.mode is None else file.mode
+            )
+            undo.callback(target.unlink, missing_ok=True)
+            placed[name] = target
+        return placed
+
+    def write_chunked_file(self, name: str, table: ChunkTable, mode: int, target: Path) -> None:
+        """Make `target` appear, whole, or raise and leave nothing."""
+        _ChunkedFileWriter(self, name, table).write(target, mode)
+
+    def write_directory(self, tree: DirectoryTree, target: Path) -> None:
+        """Make `target` the directory of `tree`: absent before, or an empty directory.
+
+        All of it appears, or nothing; only when the process is killed, a folder .snaploader-… may stay.
+
+        Raises:
+            FailedPrecondition: It is something else, or not empty.
+            NotFound, DataLoss: A blob is gone from every cache.
+        """
+        _DirectoryWriter(self, tree).write(target)
+
+    def place(self, digest: Digest, target: Path, *, writable: bool, mode: int) -> None:
+        """Make one blob appear as a file; see `BlobFetcher.place`."""
+        self.fetcher.place(
+            digest,
+            target,
+            writable=writable,
+            mode=mode,
+            allow_remote=self.snapshot.allow_remote,
+            fetched=self._count,
+        )
+
+    def open(self, digest: Digest) -> int:
+        """A descriptor of one blob, from the nearest tier that has it; see `BlobFetcher.open`."""
+        opened = self.fetcher.open(digest, allow_remote=self.snapshot.allow_remote)
+        if opened.origin == REMOTE:
+            self._count(digest.size_bytes)
+        return opened.fd
+
+    def fetch_many(
+        self, digests: Collection[Digest], where: str, write: Callable[[Digest, bytes], object]
+    ) -> None:
+        """Fetch in bulk what the file cache lacks, and write each blob as it comes.
+
+        Args:
+            where: What the blobs belong to, for messages.
+        """
+        remote = self.fetcher.remote
+        if remote is None or not self.snapshot.allow_remote:
+            raise NotFound(
+                f"{len(digests)} blobs of {where} are not in the file cache, such as {min(digests)}"
+            )
+
+        def keep(digest: Digest, data: bytes) -> None:
+            self.fetcher.keep(digest, data)
+            self._count(digest.size_bytes)
+            write(digest, data)
+
+        with lost_blobs():
+            remote.read_many(digests, keep)
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.fetched_blobs += 1
+            self.fetched_bytes += size
+
+
+class _ChunkedFileWriter:
+    """Writes one chunked file out in full. Pages of zeros become holes, also inside a chunk.
+
+    Chunks at hand are cloned or copied from the file cache; the others are fetched in bulk and written as
+    they arrive.
+    """
+
+    def __init__(self, writer: SnapshotWriter, name: str, table: ChunkTable) -> None:
+        self._writer = writer
         self._name = name
         self._table = table
-        self._mode = mode
-        self._allow_remote = allow_remote
-        self._fetcher = fetcher
-        self._pool = pool
-        self._fetched = fetched
-        self._meter = meter
         self._can_clone = True
         self._buffers = ThreadBuffers()
 
-    def write(self, target: Path) -> None:
-        """Make `target` appear, whole, or raise and leave nothing."""
+    def write(self, target: Path, mode: int) -> None:
+        """See `SnapshotWriter.write_chunked_file`."""
         with translate_os_errors(f"cannot write {str(target)!r}"):
             fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=target.parent)
             with ProcessExitStack() as undo:
@@ -99,37 +165,40 @@ class ChunkedFileWriter:
                     self._fill(fd)
                 finally:
                     os.close(fd)
-                os.chmod(temporary, self._mode)
+                os.chmod(temporary, mode)
                 os.rename(temporary, target)
                 undo.pop_all()
 
     def _fill(self, fd: int) -> None:
         table = self._table
-        digests = list(table.digests())
-        missing = self._fetcher.file_cache.find_missing(digests)
+        missing = self._writer.fetcher.file_cache.find_missing(table.digest_array())
         places: dict[Digest, list[int]] = defaultdict(list)
         present = []
-        for index, digest in zip(table.indices.tolist(), digests, strict=True):
+        for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
             offset = index * table.chunk_size
             if digest in missing:
                 places[digest].append(offset)
             else:
                 present.append((digest, offset))
-        self._pool.for_each(lambda chunk: self._copy(*chunk, fd), present)
+        self._writer.pool.for_each(lambda chunk: self._copy(*chunk, fd), present)
+
+        def write(digest: Digest, data: bytes) -> None:
+            for offset in places[digest]:
+                write_nonzero(fd, data, offset)
+                self._writer.meter.add(digest.size_bytes)
+
         if places:
-            self._fetch(fd, places)
+            self._writer.fetch_many(places, repr(self._name), write)
 
     def _copy(self, digest: Digest, offset: int, fd: int) -> None:
-        opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
+        source = self._writer.open(digest)
         try:
-            self._copy_chunk(opened.fd, digest, fd, offset)
+            self._copy_chunk(source, digest, fd, offset)
         except TruncatedFile as error:
             raise DataLoss(f"{error}: it was cut while it was copied; try again") from error
         finally:
-            os.close(opened.fd)
-        if opened.origin == REMOTE:
-            self._fetched.add(digest.size_bytes)
-        self._meter.add(digest.size_bytes)
+            os.close(source)
+        self._writer.meter.add(digest.size_bytes)
 
     def _copy_chunk(self, source: int, digest: Digest, fd: int, offset: int) -> None:
         # Shared blocks take less than holes spare. A file system that cannot share says so at once.
@@ -139,21 +208,6 @@ class ChunkedFileWriter:
         content = self._buffers.get(self._table.chunk_size)[: digest.size_bytes]
         read_all(source, content, 0, f"the cached blob {digest}")
         write_nonzero(fd, content, offset)
-
-    def _fetch(self, fd: int, places: Mapping[Digest, list[int]]) -> None:
-        remote = self._fetcher.remote
-        if remote is None or not self._allow_remote:
-            raise NotFound(f"{len(places)} chunks of {self._name!r} are not in the file cache")
-
-        def keep(digest: Digest, data: bytes) -> None:
-            self._fetcher.keep(digest, data)
-            self._fetched.add(digest.size_bytes)
-            for offset in places[digest]:
-                write_nonzero(fd, data, offset)
-                self._meter.add(digest.size_bytes)
-
-        with lost_blobs():
-            remote.read_many(places, keep)
 
 
 def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:
@@ -180,76 +234,17 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def place_files(
-    manifest: Manifest,
-    root: Path,
-    fetcher: BlobFetcher,
-    snapshot: Snapshot,
-    undo: contextlib.ExitStack,
-    *,
-    writable: bool,
-    fetched: Callable[[int], None] | None = None,
-) -> dict[str, Path]:
-    """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
-    placed = {}
-    for name, file in manifest.files.items():
-        target = root / name
-        fetcher.place(
-            file.digest,
-            target,
-            writable=writable,
-            mode=file.mode if file.mode is not None else 0o755 if file.is_executable else 0o644,
-            allow_remote=snapshot.allow_remote,
-            fetched=fetched,
-        )
-        undo.callback(target.unlink, missing_ok=True)
-        placed[name] = target
-    return placed
-
-
-def write_directory(
-    tree: DirectoryTree,
-    target: Path,
-    snapshot: Snapshot,
-    fetcher: BlobFetcher,
-    pool: WorkerPool,
-    fetched: FetchCounter,
-    meter: ProgressMeter,
-) -> None:
-    """Make `target` the directory of `tree`: absent before, or an empty directory.
-
-    All of it appears, or nothing; only when the process is killed, a folder .snaploader-… may stay.
-
-    Raises:
-        FailedPrecondition: It is something else, or not empty.
-        NotFound, DataLoss: A blob is gone from every cache.
-    """
-    _DirectoryWriter(tree, snapshot, fetcher, pool, fetched, meter).write(target)
-
-
 def stored_bytes(tree: DirectoryTree) -> int:
     """What there is to write: all content without the holes."""
     return tree.size_bytes - tree.hole_bytes
 
 
 class _DirectoryWriter:
-    """Writes one directory tree, on the threads of a pool."""
+    """Writes one directory tree out."""
 
-    def __init__(
-        self,
-        tree: DirectoryTree,
-        snapshot: Snapshot,
-        fetcher: BlobFetcher,
-        pool: WorkerPool,
-        fetched: FetchCounter,
-        meter: ProgressMeter,
-    ) -> None:
+    def __init__(self, writer: SnapshotWriter, tree: DirectoryTree) -> None:
+        self._writer = writer
         self._tree = tree
-        self._allow_remote = snapshot.allow_remote
-        self._fetcher = fetcher
-        self._pool = pool
-        self._fetched = fetched
-        self._meter = meter
         self._can_clone = True
         self._files: dict[Digest, list[tuple[str, FileEntry]]] = defaultdict(list)
         for path, entry in tree.items():
@@ -257,7 +252,7 @@ class _DirectoryWriter:
                 self._files[entry.digest].append((path, entry))
 
     def write(self, target: Path) -> None:
-        """See `write_directory`."""
+        """See `SnapshotWriter.write_directory`."""
         is_there = check_vacant(target)
         with translate_os_errors(f"cannot write the directory {str(target)!r}"):
             staging = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=target if is_there else target.parent))
@@ -272,42 +267,26 @@ class _DirectoryWriter:
                 undo.pop_all()
 
     def _fill(self, root: Path) -> None:
-        """Everything but the modes and times of directories."""
+        """Write everything but the modes and times of directories."""
         for path, entry in self._tree.items():
             if isinstance(entry, DirectoryEntry) and path:
                 os.mkdir(root / path, _PRIVATE)
-        absent = self._fetcher.file_cache.find_missing(
-            [digest for digest in self._files if digest.size_bytes]
-        )
+        cache = self._writer.fetcher.file_cache
+        absent = cache.find_missing([digest for digest in self._files if digest.size_bytes])
         small = {digest for digest in absent if digest.size_bytes <= SMALL_BLOB_BYTES}
-        self._fetch(small, root)
+        if small:
+            self._writer.fetch_many(small, "a directory", partial(self._write_files, root))
         at_hand = [digest for digest in self._files if digest not in small]
-        self._pool.for_each(lambda digest: self._copy(digest, root), at_hand)
+        self._writer.pool.for_each(lambda digest: self._copy(digest, root), at_hand)
         for path, entry in self._tree.items():
             if isinstance(entry, ChunkedEntry):
-                self._write_chunked(path, entry, root / path)
+                self._writer.write_chunked_file(path, entry.table, _PRIVATE, root / path)
+                with _opened(root / path) as fd:
+                    _finish_file(fd, entry)
         for path, entry in self._tree.items():
             if isinstance(entry, SymlinkEntry):
                 os.symlink(entry.target, root / path)
                 os.utime(root / path, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
-
-    def _fetch(self, digests: set[Digest], root: Path) -> None:
-        """Fetch small blobs in bulk, and write the files of each as it comes."""
-        if not digests:
-            return
-        remote = self._fetcher.remote
-        if remote is None or not self._allow_remote:
-            raise NotFound(
-                f"{len(digests)} blobs of a directory are not in the file cache, such as {min(digests)}"
-            )
-
-        def keep(digest: Digest, data: bytes) -> None:
-            self._fetcher.keep(digest, data)
-            self._fetched.add(digest.size_bytes)
-            self._write_files(digest, data, root)
-
-        with lost_blobs():
-            remote.read_many(digests, keep)
 
     def _copy(self, digest: Digest, root: Path) -> None:
         """Write the files of one blob, from the nearest tier that has it."""
@@ -316,39 +295,29 @@ class _DirectoryWriter:
             return
         data = b""
         if digest.size_bytes:
-            opened = self._fetcher.open(digest, allow_remote=self._allow_remote)
-            with os.fdopen(opened.fd, "rb", buffering=0) as file:
+            with os.fdopen(self._writer.open(digest), "rb", buffering=0) as file:
                 data = file.read(digest.size_bytes)
             if len(data) != digest.size_bytes:
                 raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
-            if opened.origin == REMOTE:
-                self._fetched.add(digest.size_bytes)
-        self._write_files(digest, data, root)
+        self._write_files(root, digest, data)
 
-    def _write_files(self, digest: Digest, data: bytes, root: Path) -> None:
+    def _write_files(self, root: Path, digest: Digest, data: bytes) -> None:
         for path, entry in self._files[digest]:
             with translate_os_errors(f"cannot write {path!r}"), _new_file(root / path) as fd:
                 _write(fd, data)
                 _finish_file(fd, entry)
-            self._meter.add(len(data))
+            self._writer.meter.add(len(data))
 
     def _copy_big(self, digest: Digest, root: Path) -> None:
         (first, first_entry), *others = self._files[digest]
-        self._fetcher.place(
-            digest,
-            root / first,
-            writable=True,
-            mode=_PRIVATE,
-            allow_remote=self._allow_remote,
-            fetched=self._fetched.add,
-        )
+        self._writer.place(digest, root / first, writable=True, mode=_PRIVATE)
         with _opened(root / first) as source:
             for path, entry in others:
                 with _new_file(root / path) as fd:
                     self._clone(source, fd, digest.size_bytes)
                     _finish_file(fd, entry)
             _finish_file(source, first_entry)
-        self._meter.add(digest.size_bytes * (1 + len(others)))
+        self._writer.meter.add(digest.size_bytes * (1 + len(others)))
 
     def _clone(self, source: int, fd: int, size: int) -> None:
         if self._can_clone and clone_range(source, 0, size, fd, 0):
@@ -356,21 +325,6 @@ class _DirectoryWriter:
         self._can_clone = False
         os.ftruncate(fd, size)
         Copier().copy_sparse(source, 0, size, fd, 0, "a file that was just restored")
-
-    def _write_chunked(self, path: str, entry: ChunkedEntry, target: Path) -> None:
-        writer = ChunkedFileWriter(
-            path,
-            entry.table,
-            _PRIVATE,
-            self._fetcher,
-            self._pool,
-            allow_remote=self._allow_remote,
-            fetched=self._fetched,
-            meter=self._meter,
-        )
-        writer.write(target)
-        with _opened(target) as fd:
-            _finish_file(fd, entry)
 
     def _move_in(self, staging: Path, target: Path, undo: contextlib.ExitStack) -> None:
         """Move everything from `staging` into the directory that was there already.

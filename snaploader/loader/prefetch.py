@@ -42,7 +42,7 @@ BlobFlights: TypeAlias = "SingleFlight[Digest, bytes]"
 
 
 class PrefetchFailedError(Exception):
-    """How the flight of a prefetch ends that failed: who waits for the blob fetches it, and sees why."""
+    """Ends the flight of a prefetch that failed: a reader that waits for the blob fetches it for itself."""
 
 
 class Prefetcher:
@@ -63,7 +63,7 @@ class Prefetcher:
         self._closed = False
 
     def hint(self, digests: Sequence[Digest]) -> None:
-        """These are likely wanted soon, the first one first. Returns at once."""
+        """Say that these are likely wanted soon, the first one first. Returns at once."""
         with self._lock:
             if self._closed:
                 return
@@ -114,7 +114,7 @@ class Prefetcher:
         except SnaploaderError as error:
             self._give_up(batch, error)
             return
-        # A pool that closes drops what has not begun; whoever waits for these blobs must hear of it.
+        # A pool that closes drops what has not begun; those who wait for these blobs must hear of it.
         closed = Cancelled("the loader was closed")
         future.add_done_callback(lambda done: self._give_up(batch, closed) if done.cancelled() else None)
 
@@ -149,7 +149,7 @@ class Prefetcher:
             if missing:
                 self._remote.read_many([d for d in batch if d in missing], keep)
         except SnaploaderError as caught:
-            # Nobody asked for these bytes yet: whoever does fetches them again and sees the error.
+            # No reader asked for these bytes yet. One that does fetches them again and sees the error.
             log.debug("prefetch of %d blobs failed: %s", len(batch), caught)
             error = caught
         finally:

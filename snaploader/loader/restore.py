@@ -13,15 +13,7 @@ from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.captureindex import write_restored_index
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.place import (
-    ChunkedFileWriter,
-    FetchCounter,
-    check_vacant,
-    output_folder,
-    place_files,
-    stored_bytes,
-    write_directory,
-)
+from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder, stored_bytes
 from snaploader.loader.results import ProgressCallback, ProgressMeter, Snapshot
 from snaploader.loader.unpack import hold
 from snaploader.locks import ProcessExitStack
@@ -56,45 +48,38 @@ def restore(
     """See `SnapshotLoader.restore_snapshot`."""
     manifest, tables = snapshot.manifest, snapshot.tables
     directories = snapshot.directories
-    fetched = FetchCounter()
     plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
     stored = sum(table.stored_bytes for table in tables.values()) + sum(
         map(stored_bytes, directories.values())
     )
     meter = ProgressMeter(progress, "write", plain_bytes + stored)
+    writer = SnapshotWriter(snapshot, fetcher, pool, meter)
     with ProcessExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
         held = hold(snapshot, fetcher)
         undo.callback(held.release)
-        plain = place_files(manifest, root, fetcher, snapshot, undo, writable=True, fetched=fetched.add)
+        plain = writer.place_files(root, undo, writable=True)
         meter.add(plain_bytes)
         placed = dict(plain)
         for name, table in tables.items():
             target = root / name
-            writer = ChunkedFileWriter(
-                name,
-                table,
-                snapshot.modes.get(name, DEFAULT_MODE) | 0o200,
-                fetcher,
-                pool,
-                allow_remote=snapshot.allow_remote,
-                fetched=fetched,
-                meter=meter,
-            )
-            writer.write(target)
+            mode = snapshot.modes.get(name, DEFAULT_MODE) | 0o200
+            writer.write_chunked_file(name, table, mode, target)
             undo.callback(target.unlink, missing_ok=True)
             placed[name] = target
         written = {}
         for name, tree in directories.items():
             target = root / name
-            write_directory(tree, target, snapshot, fetcher, pool, fetched, meter)
+            writer.write_directory(tree, target)
             undo.callback(remove_tree, target)
             written[name] = target
         undo.pop_all()
     held.release()
     holes = sum(table.hole_bytes for table in tables.values())
     holes += sum(tree.hole_bytes for tree in directories.values())
-    return RestoreResult(placed, plain_bytes + stored, holes, fetched.blobs, fetched.bytes, written)
+    return RestoreResult(
+        placed, plain_bytes + stored, holes, writer.fetched_blobs, writer.fetched_bytes, written
+    )
 
 
 def restore_directory(
@@ -116,16 +101,17 @@ def restore_directory(
     if index is not None and Path(index).absolute().parent.resolve().is_relative_to(target.resolve()):
         raise InvalidArgument(f"the capture index {str(index)!r} is in the directory: keep it elsewhere")
     check_vacant(target)
-    fetched = FetchCounter()
     written = stored_bytes(tree)
-    meter = ProgressMeter(progress, "write", written)
+    writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(progress, "write", written))
     with ProcessExitStack() as undo:
         output_folder(target.parent, [], undo)
         with hold(snapshot.only([name]), fetcher):
-            write_directory(tree, target, snapshot, fetcher, pool, fetched, meter)
+            writer.write_directory(tree, target)
         undo.pop_all()
     if index is not None:
         warning = write_restored_index(tree, target, os.path.abspath(os.fspath(index)))
         if warning:
             log.warning("%s", warning)
-    return RestoreResult({}, written, tree.hole_bytes, fetched.blobs, fetched.bytes, {name: target})
+    return RestoreResult(
+        {}, written, tree.hole_bytes, writer.fetched_blobs, writer.fetched_bytes, {name: target}
+    )

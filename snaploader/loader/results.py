@@ -13,6 +13,7 @@ from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
@@ -46,7 +47,7 @@ class Snapshot:
     allow_remote: bool
     """Whether chunks may be fetched from the remote store."""
     absent: HashSet = field(default_factory=HashSet.of)
-    """Blobs that the file cache did not have when the snapshot was found; they are to be fetched."""
+    """Blobs that the file cache did not have when the snapshot was found; they must be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
     directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
@@ -70,6 +71,10 @@ class Snapshot:
         One that stands in several places comes several times.
         """
         return artefacts(self.manifest, self.tables, self.directories)
+
+    def digest_array(self) -> DigestArray:
+        """Every blob it needs, each once, without an object for each."""
+        return distinct_artefacts(self.manifest, self.tables, self.directories)
 
     def only(self, names: Collection[str]) -> Snapshot:
         """The snapshot with no other files and directories than `names`.
@@ -254,6 +259,20 @@ def artefacts(
     # Equal ones, which are one object, count once.
     for tree in {id(tree): tree for tree in trees}.values():
         yield from tree.digests()
+
+
+def distinct_artefacts(
+    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
+) -> DigestArray:
+    """Every blob a snapshot needs, each once, without an object for each."""
+    function = manifest.digest_function
+    whole = [*manifest.digests()]
+    chunked = {id(table): table for table in tables.values()}
+    for tree in {id(tree): tree for tree in directories.values()}.values():
+        whole += tree.blobs()
+        chunked |= {id(table): table for table in tree.tables()}
+    arrays = (table.digest_array() for table in chunked.values())
+    return DigestArray.joined([DigestArray.of(whole, function), *arrays], function)
 
 
 def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:

@@ -11,7 +11,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cow import COWStore
@@ -29,24 +29,23 @@ from snaploader.errors import (
     SnaploaderError,
 )
 from snaploader.formats.chunktable import ChunkTable, check_geometry
+from snaploader.formats.digests import DigestArray
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.capture import LocalSaver
+from snaploader.loader.capture import StateCapture
 from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.find import SnapshotFinder
-from snaploader.loader.pinning import pin_before, pinned
-from snaploader.loader.publish import (
-    check_kept,
-    holds_version,
-    publish_manifest,
-    taken,
-    upload_blobs,
-    upload_child_directories,
-    upload_source,
+from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken
+from snaploader.loader.results import (
+    ProgressCallback,
+    RemoteManifest,
+    SaveResult,
+    distinct_artefacts,
+    vm_metadata_of,
 )
-from snaploader.loader.results import ProgressCallback, RemoteManifest, SaveResult, artefacts, vm_metadata_of
-from snaploader.loader.versions import REMOTE_READONLY
+from snaploader.loader.upload import upload_snapshot, upload_source
+from snaploader.loader.versions import VersionStore
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 from snaploader.task import SnapshotTask
 from snaploader.workers import WorkerPool
@@ -74,7 +73,7 @@ class SaveOptions:
 
     @property
     def names(self) -> list[str]:
-        """Of all files and directories, as they were given; one that was given twice is there twice."""
+        """Names of all files and directories, as they were given: one that was given twice is there twice."""
         return [*self.files, *self.chunked_files, *self.directories]
 
 
@@ -86,13 +85,17 @@ class _Plan:
     remote: RemoteStore | None = None
     """Where to save to, if anywhere."""
     skipped: str = ""
-    """Why it is not to be done."""
+    """Why nothing is saved remotely; empty otherwise."""
     standing: RemoteManifest | None = None
     """What the policy has found under the key."""
+    before: Mapping[SnapshotKey, Before] = field(default_factory=dict)
+    """What stood under each key to write to."""
+    id_is_new: bool = False
+    """Whether this save has made up the snapshot's id, which nobody else can know."""
     versioned: SnapshotKey | None = None
     """The key, if the remote store has a version for it."""
     failure: SnaploaderError | None = None
-    """Why it cannot be done; raised when the local part is done."""
+    """What kept this save from finding out; raised when the local part is done."""
 
 
 class SnapshotSaver:
@@ -110,6 +113,8 @@ class SnapshotSaver:
         self,
         fetcher: BlobFetcher,
         finder: SnapshotFinder,
+        manifests: ManifestStore,
+        versions: VersionStore,
         pool: WorkerPool,
         remote: RemoteStore | None,
         *,
@@ -122,6 +127,8 @@ class SnapshotSaver:
         self._fetcher = fetcher
         self._file_cache = fetcher.file_cache
         self._finder = finder
+        self._manifests = manifests
+        self._versions = versions
         self._pool = pool
         self._remote = remote
         self._local_function = local_digest_function
@@ -136,10 +143,11 @@ class SnapshotSaver:
         configuration = pack_any(options.vm_configuration)
         metadata = _metadata(options.vm_metadata, options.task, self._clock())
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
-        plan = self._plan(key, id_key, options)
-        self._check_unused_locally(id_key)
-        before = pin_before(self._file_cache, options.pin)
-        with LocalSaver(
+        write_keys = self._write_keys(key, options.key_set)
+        plan = self._plan(key, id_key, write_keys, options)
+        self._manifests.check_unused(id_key)
+        pinned_before = self._manifests.pinned_before(options.pin)
+        with StateCapture(
             self._file_cache,
             plan.function,
             self._pool,
@@ -149,7 +157,7 @@ class SnapshotSaver:
             chunk_size=options.chunk_size,
             progress=options.progress,
         ) as saver:
-            saved = saver.run()
+            saved = saver.store_all()
             manifest = Manifest(
                 configuration,
                 plan.function,
@@ -158,19 +166,17 @@ class SnapshotSaver:
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
                 directories={name: capture.digest for name, capture in saver.directories.items()},
             )
-            blobs = set(artefacts(manifest, saver.tables, saver.trees))
+            blobs = distinct_artefacts(manifest, saver.tables, saver.trees)
             uploaded, standing = TransferStatistics(), plan.standing
-            with self._file_cache.lease(blobs):
+            with self._file_cache.lease((), hashes=[blobs.hashes]):
                 warnings = self._complete_locally(
                     saver, blobs, plan.function, is_pinned=options.pin is not None
                 )
-                write_keys = self._write_keys(key, options.key_set)
-                group = self._file_cache.group_id
-                refs = [keys.local_manifest_key(group, written) for written in (*write_keys, id_key)]
+                refs = [self._manifests.local_ref(written) for written in (*write_keys, id_key)]
                 if key.version_id:
                     # Only this host may know it, and without it the snapshot is not found.
                     refs.append(keys.version_key(key))
-                with pinned(self._file_cache, options.pin, before, blobs, refs):
+                with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
                     warnings += self._publish_locally(manifest, write_keys, id_key)
                 saver.commit(self._make_source)
                 warnings += filter(None, (capture.remember() for capture in saver.directories.values()))
@@ -179,7 +185,7 @@ class SnapshotSaver:
                         raise plan.failure
                     if plan.remote is not None:
                         uploaded = self._upload(plan.remote, manifest, blobs, saver, options.progress)
-                        standing = self._publish_remotely(plan, manifest, write_keys, id_key, warnings)
+                        standing = self._publish_remotely(plan.remote, plan, manifest, id_key, warnings)
                 except SnaploaderError as error:
                     error.add_note("the snapshot is saved in the local cache")
                     raise
@@ -209,7 +215,7 @@ class SnapshotSaver:
             check_name(name)
             if count > 1:
                 raise InvalidArgument(
-                    f"{name!r} is to be saved both whole and in chunks, or as a directory too: choose one"
+                    f"{name!r} cannot be saved both whole and in chunks, or as a directory too: choose one"
                 )
         if options.chunk_size is not None:
             check_geometry(0, options.chunk_size)
@@ -220,8 +226,10 @@ class SnapshotSaver:
         if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:
             raise InvalidArgument("save policy none-available needs key_set, the keys to look at")
 
-    def _plan(self, key: SnapshotKey, id_key: SnapshotKey, options: SaveOptions) -> _Plan:
-        """What is to be done remotely. Failures there do not keep the local part from being done."""
+    def _plan(
+        self, key: SnapshotKey, id_key: SnapshotKey, write_keys: list[SnapshotKey], options: SaveOptions
+    ) -> _Plan:
+        """Decide what to do remotely. A failure to find out does not keep the local part from being done."""
         if self._remote is None:
             return _Plan(self._local_function)
         wanted = options.remote is not False
@@ -238,13 +246,15 @@ class SnapshotSaver:
                     "the remote cache takes no action results, so nothing was uploaded: use an endpoint, an "
                     "instance or credentials that may write"
                 )
-            is_taken = self._finder.is_taken_remotely(id_key)
-            versioned = key if key.version_id and holds_version(self._remote, key) else None
+            id_is_new = options.snapshot_id is None
+            is_taken = not id_is_new and self._manifests.is_taken_remotely(id_key)
+            before = {written: self._manifests.before(self._remote, written) for written in write_keys}
+            versioned = key if key.version_id and self._versions.stood(self._remote, key) else None
         except SnaploaderError as error:
             return _Plan(function, failure=error if wanted else None)
         if is_taken:
-            raise FailedPrecondition(taken(id_key))
-        return _Plan(function, self._remote, versioned=versioned)
+            raise taken(id_key)
+        return _Plan(function, self._remote, before=before, id_is_new=id_is_new, versioned=versioned)
 
     def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> tuple[str, RemoteManifest | None]:
         """Why this snapshot is kept from the remote store, and what stands there; empty when it is not."""
@@ -277,15 +287,8 @@ class SnapshotSaver:
             there = RemoteManifest(Digest.of(standing.serialize(), standing.digest_function), is_ours=False)
         return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s", there
 
-    def _check_unused_locally(self, id_key: SnapshotKey) -> None:
-        try:
-            self._file_cache.get_ref(keys.local_manifest_key(self._file_cache.group_id, id_key))
-        except NotFound:
-            return
-        raise FailedPrecondition(taken(id_key))
-
     def _complete_locally(
-        self, saver: LocalSaver, blobs: set[Digest], function: DigestFunction, *, is_pinned: bool
+        self, saver: StateCapture, blobs: DigestArray, function: DigestFunction, *, is_pinned: bool
     ) -> list[str]:
         """Make sure that every blob is in a cache; what the stores alone have is put into the file cache.
 
@@ -324,15 +327,13 @@ class SnapshotSaver:
     def _publish_locally(
         self, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey
     ) -> list[str]:
-        data = manifest.serialize_local()
-        group = self._file_cache.group_id
         for write_key in write_keys:
-            self._file_cache.put_ref(keys.local_manifest_key(group, write_key), data)
+            self._manifests.keep_local(write_key, manifest)
         try:
-            if self._file_cache.put_ref(keys.local_manifest_key(group, id_key), data, overwrite=False):
+            if self._manifests.keep_local(id_key, manifest):
                 return []
             if not write_keys:
-                raise FailedPrecondition(taken(id_key))
+                raise taken(id_key)
             return [f"snapshot id {id_key.snapshot_id!r} was taken locally meanwhile and not overwritten"]
         except SnaploaderError as error:
             if not write_keys:
@@ -343,8 +344,8 @@ class SnapshotSaver:
         self,
         remote: RemoteStore,
         manifest: Manifest,
-        blobs: set[Digest],
-        saver: LocalSaver,
+        blobs: DigestArray,
+        saver: StateCapture,
         progress: ProgressCallback | None,
     ) -> TransferStatistics:
         def source(digest: Digest) -> Buffer | str:
@@ -354,42 +355,50 @@ class SnapshotSaver:
                 saver.rescue({digest})
                 return upload_source(self._file_cache, digest)
 
-        uploaded = upload_blobs(remote, blobs - manifest.trees, source, progress)
-        uploaded += upload_child_directories(remote, saver.trees.values())
-        return uploaded + upload_blobs(remote, manifest.trees, source, None)
+        trees = manifest.trees
+        return upload_snapshot(remote, blobs, trees, saver.trees.values(), source, progress, sampled=True)
 
     def _publish_remotely(
         self,
+        remote: RemoteStore,
         plan: _Plan,
         manifest: Manifest,
-        write_keys: list[SnapshotKey],
         id_key: SnapshotKey,
         warnings: list[str],
     ) -> RemoteManifest:
-        """Make the manifest visible; what stands under the key, or the id where the key names no branch."""
-        remote = plan.remote
-        assert remote is not None
-        standing = {key: publish_manifest(remote, key, manifest) for key in write_keys}
-        warnings += [
-            f"another host saved under {key} meanwhile, and its snapshot stands"
-            for key, there in standing.items()
-            if not there.is_ours
-        ]
+        """Make the snapshot visible; what stands under the key, or the id where the key names no branch.
+
+        All is written before any of it is read back, so that an action cache which drops one for another is
+        found out by the same look. An id that nobody else knows, and that was written last by the same
+        credentials as what is read back, needs no look of its own.
+        """
+        for key, before in plan.before.items():
+            self._manifests.publish(remote, key, manifest, before)
+        standing: dict[SnapshotKey, RemoteManifest] = {}
         try:
             # Looked at once more: the upload may have taken minutes.
-            if not self._finder.is_taken_remotely(id_key):
-                standing[id_key] = publish_manifest(remote, id_key, manifest)
-            if id_key not in standing or not standing[id_key].is_ours:
-                message = f"{taken(id_key)} (it was taken remotely during this save)"
-                if not write_keys:
-                    raise FailedPrecondition(message)
-                warnings.append(message)
+            is_taken = not plan.id_is_new and self._manifests.is_taken_remotely(id_key)
+            if not is_taken:
+                self._manifests.publish(remote, id_key, manifest, Before())
+                if not (plan.id_is_new and plan.before):
+                    standing[id_key] = self._manifests.read_back(remote, id_key, manifest, Before())
+                    is_taken = not standing[id_key].is_ours
+            if is_taken:
+                raise FailedPrecondition(f"{taken(id_key).message} (it was taken remotely during this save)")
         except SnaploaderError as error:
-            if not write_keys:
+            if not plan.before:
                 raise
             warnings.append(f"the snapshot is not found by its id remotely: {error.message}")
-        check_kept(remote, standing, plan.versioned)
-        return next(iter(standing.values()))
+        for key, before in plan.before.items():
+            standing[key] = self._manifests.read_back(remote, key, manifest, before)
+            if not standing[key].is_ours:
+                warnings.append(f"another host saved under {key} meanwhile, and its snapshot stands")
+        if plan.versioned is not None and not self._versions.stands(remote, plan.versioned):
+            raise FailedPrecondition(
+                f"the remote cache has dropped the version of {plan.versioned} during this save: its action "
+                "cache keeps too few results, and nobody can load the snapshot from it. Raise its size"
+            )
+        return standing[next(iter(plan.before), id_key)]
 
     def _write_keys(self, key: SnapshotKey, key_set: SnapshotKeySet | None) -> list[SnapshotKey]:
         if key == SnapshotKey(instance_name=key.instance_name):

@@ -37,7 +37,7 @@ class FileIdentity(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
-        """That of a file, from its status."""
+        """The identity of a file, from its status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 
@@ -69,7 +69,7 @@ class Scan:
 
     @property
     def entry_count(self) -> int:
-        """All that a tree will hold."""
+        """How many entries a tree of it will hold."""
         return len(self.directories) + len(self.symlinks) + len(self.files)
 
 

@@ -17,8 +17,7 @@ from snaploader.filecache import Lease
 from snaploader.files import remove_tree
 from snaploader.formats.chunktree import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
-from snaploader.loader.find import absent_from
-from snaploader.loader.place import FetchCounter, output_folder, place_files, write_directory
+from snaploader.loader.place import SnapshotWriter, output_folder
 from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
@@ -49,7 +48,7 @@ class UnpackedSnapshot:
         self._cleanup = cleanup
 
     def statistics(self) -> dict[str, StoreStatistics]:
-        """Of each chunked file: how much of it came from where, and what the prefetch was good for."""
+        """Tell for each chunked file how much of it came from where, and what the prefetch was good for."""
         return {name: store.statistics() for name, store in self.chunked_files.items()}
 
     def close(self) -> None:
@@ -81,33 +80,34 @@ def unpack(
         cleanup = ProcessExitStack()
         undo.callback(cleanup.close)
         cleanup.enter_context(hold(snapshot, fetcher))
-        files = place_files(manifest, root, fetcher, snapshot, undo, writable=writable_files)
-        directories = _place_directories(snapshot, root, fetcher, pool, undo)
+        writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(None, "write", 0))
+        files = writer.place_files(root, undo, writable=writable_files)
+        directories = {}
+        for name, tree in snapshot.directories.items():
+            directories[name] = root / name
+            writer.write_directory(tree, directories[name])
+            undo.callback(remove_tree, directories[name])
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
         undo.pop_all()
     return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
 
 
 def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
-    """Keeps those blobs in the file cache, against eviction by any process, that may be nowhere else.
+    """Lease those blobs of a snapshot in the file cache that may be nowhere else.
 
     What comes from a remote manifest is in the remote store; a local one may be of a snapshot that was
     never saved remotely. NotFound when a blob has been evicted since the snapshot was found, and there
     is nowhere else to fetch it from.
     """
-    tables, directories, cache = snapshot.tables, snapshot.directories, fetcher.file_cache
+    cache = fetcher.file_cache
     if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
         return cache.lease(())
-    whole = (*snapshot.manifest.digests(), *(blob for one in directories.values() for blob in one.blobs()))
-    chunked = (*tables.values(), *(table for one in directories.values() for table in one.tables()))
-    hashes = [table.hashes for table in {id(table): table for table in chunked}.values()]
-    if snapshot.absent:
-        whole = tuple(digest for digest in whole if digest not in snapshot.absent)
-        hashes = [snapshot.absent.others(rows) for rows in hashes]
-    lease = cache.lease(whole, hashes=hashes)
+    blobs = snapshot.digest_array()
+    hashes = snapshot.absent.others(blobs.hashes) if snapshot.absent else blobs.hashes
+    lease = cache.lease((), hashes=[hashes])
     if snapshot.allow_remote:
         return lease
-    gone = set(absent_from(cache, snapshot.manifest, tables, directories))
+    gone = cache.find_missing(blobs)
     if gone:
         lease.release()
         raise NotFound(
@@ -115,19 +115,6 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
             "look for a snapshot again, or raise the size of the file cache"
         )
     return lease
-
-
-def _place_directories(
-    snapshot: Snapshot, root: Path, fetcher: BlobFetcher, pool: WorkerPool, undo: contextlib.ExitStack
-) -> dict[str, Path]:
-    placed = {}
-    meter = ProgressMeter(None, "write", 0)
-    for name, tree in snapshot.directories.items():
-        target = root / name
-        write_directory(tree, target, snapshot, fetcher, pool, FetchCounter(), meter)
-        undo.callback(remove_tree, target)
-        placed[name] = target
-    return placed
 
 
 def _open_stores(

@@ -4,7 +4,7 @@ A new version drops every branch and fallback of a key together. The authority i
 where one is configured, so each key set asks it anew. No version there (never set, or expired) means
 a clean start under a fresh one: expiry never brings an old snapshot back.
 
-Action caches have no compare-and-swap. Whoever mints a version writes it, reads it back and adopts
+Action caches have no compare-and-swap. A loader that mints a version writes it, reads it back and adopts
 what stands, after waiting for about two round trips, in which a rival that saw no version either will
 have written its own. Should that rival be slower still, loaders that raced agree from the next read on;
 a snapshot that the loser saved in between is a miss and nothing worse. Locally the file cache offers
@@ -29,27 +29,25 @@ from snaploader.errors import (
     FailedPrecondition,
     Internal,
     NotFound,
-    PermissionDenied,
     SnaploaderError,
-    Unauthenticated,
-    Unimplemented,
 )
 from snaploader.filecache import FileCache
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.publish import update_result
+from snaploader.loader.manifests import MAY_ONLY_READ, REMOTE_READONLY, update_result
 
 log = logging.getLogger(__name__)
 
-MAY_ONLY_READ = (FailedPrecondition, PermissionDenied, Unauthenticated, Unimplemented)
-"""What servers answer to a caller who may read action results and not write them. UNAUTHENTICATED is
-bazel-remote's with `--allow_unauthenticated_reads`."""
-
 MAX_VERSION_BYTES = 256
-REMOTE_READONLY = "this loader may only read the remote cache (remote_readonly): nothing was published there"
 
 MAX_SETTLE_S = 1.0
 """The longest wait between writing a version and reading back which one stands."""
+
+RECENTLY_S = 60.0
+"""For how long a version that the remote store had is taken to stand there still."""
+
+
+_MAX_SEEN = 1024
 
 
 class VersionStore:
@@ -79,6 +77,7 @@ class VersionStore:
         self._mint = mint
         self._sleep = sleep
         self._minting = threading.Lock()
+        self._seen_s: dict[str, float] = {}
 
     def current(self, key: SnapshotKey, *, allow_stale: bool = False) -> str:
         """The version that `key` is to carry (its own version_id does not matter).
@@ -103,6 +102,20 @@ class VersionStore:
         if not self._readonly:
             self._remember(name, version)
         return version
+
+    def stands(self, remote: RemoteStore, key: SnapshotKey) -> bool:
+        """Whether the version that `key` carries has an entry in the remote store, whatever it says."""
+        try:
+            remote.get_action_result(keys.remote_version_digest(key, remote.digest_function))
+        except NotFound:
+            return False
+        return True
+
+    def stood(self, remote: RemoteStore, key: SnapshotKey) -> bool:
+        """Whether the version that `key` carries stands, or stood less than `RECENTLY_S` ago."""
+        seen_s = self._seen_s.get(keys.version_key(key))
+        is_recent = seen_s is not None and time.monotonic() - seen_s < RECENTLY_S
+        return is_recent or self.stands(remote, key)
 
     def renew(self, key: SnapshotKey) -> str:
         """Write a new version, and with it invalidate all snapshots of the key's kind of machine."""
@@ -164,7 +177,7 @@ class VersionStore:
         try:
             self._write_remote(remote, key, version, replaces=False)
         except (*MAY_ONLY_READ, Internal) as error:
-            # A write-once action cache refuses whoever comes second.
+            # A write-once action cache refuses the second to write.
             stands = self._read_remote(remote, key)
             if stands is not None:
                 return stands
@@ -178,16 +191,20 @@ class VersionStore:
         return self._read_remote(remote, key) or version
 
     def _read_remote(self, remote: RemoteStore, key: SnapshotKey, *, repair: bool = False) -> str | None:
-        """The version that stands; None when there is none, or with `repair` when something else does."""
+        """The version that stands remotely; None when there is none, or with `repair` when it is none."""
         try:
             digest = keys.remote_version_digest(key, remote.digest_function)
-            return _decode(remote.get_action_result(digest), digest.hash)
+            version = _decode(remote.get_action_result(digest), digest.hash)
         except NotFound:
             return None
         except DataLoss:
             if not repair:
                 raise
             return None
+        if len(self._seen_s) >= _MAX_SEEN:
+            self._seen_s.clear()
+        self._seen_s[digest.hash] = time.monotonic()
+        return version
 
     def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str, *, replaces: bool) -> None:
         digest = keys.remote_version_digest(key, remote.digest_function)

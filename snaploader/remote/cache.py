@@ -18,6 +18,7 @@ from snaploader._proto import remote_execution_pb2
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument
+from snaploader.formats.digests import DigestArray
 from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
 from snaploader.remote.bulk import Task, batches, chunked, distinct
 from snaploader.remote.calls import Caller
@@ -146,13 +147,19 @@ class RemoteCache:
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of `digests` that the server does not hold. It counts this as a use of the others."""
         connection, clients = self._connect()
-        by_function: dict[DigestFunction, list[Digest]] = defaultdict(list)
-        for digest in distinct(digests):
-            by_function[digest.function].append(digest)
-        for group in by_function.values():
+        groups: list[Sequence[Digest]] = []
+        if isinstance(digests, DigestArray):
+            wanted = digests.take(digests.sizes > 0)
+            groups = [wanted] if len(wanted) else []
+        else:
+            by_function: dict[DigestFunction, list[Digest]] = defaultdict(list)
+            for digest in distinct(digests):
+                by_function[digest.function].append(digest)
+            groups += by_function.values()
+        for group in groups:
             clients.check(group[0])
         count = self._settings.limits.find_missing_digests
-        pages = [page for group in by_function.values() for page in chunked(group, count)]
+        pages = [page for group in groups for page in chunked(group, count)]
         if len(pages) <= 1:
             return clients.cas.find_missing(pages[0], connection.cancellation) if pages else set()
         missing: list[set[Digest]] = []
@@ -190,17 +197,6 @@ class RemoteCache:
         if digest.size_bytes:
             with _sink_errors():
                 clients.reader.read_to(digest, write, connection.cancellation)
-
-    def read_into_file(self, digest: Digest, fd: int) -> None:
-        """Write one blob, of any size, to the start of a file; verified when this returns.
-
-        The descriptor's position is not used. After an error the file's content is undefined.
-        """
-        connection, clients = self._connect()
-        clients.check(digest)
-        if digest.size_bytes:
-            with _sink_errors():
-                clients.reader.read_into_file(digest, fd, connection.cancellation)
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Hand each blob to `sink`, from several threads, in any order, each once.

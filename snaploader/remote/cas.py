@@ -12,6 +12,7 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, Internal, InvalidArgument, ResourceExhausted, SnaploaderError
+from snaploader.formats.digests import DigestArray
 from snaploader.remote import status
 from snaploader.remote.bulk import halves
 from snaploader.remote.calls import Caller
@@ -19,6 +20,7 @@ from snaploader.remote.codec import Item, batch_update_request, decompress, func
 from snaploader.remote.retry import Attempts, Cancellation
 
 _TRIES_AT_WRONG_BYTES = 2
+_BLOB_DIGESTS = reapi.FindMissingBlobsRequest.BLOB_DIGESTS_FIELD_NUMBER
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +46,23 @@ class CASClient:
 
     def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
         """Return those the server does not hold."""
-        asked = {(digest.hash, digest.size_bytes): digest for digest in digests}
+        function = digests[0].function
+        asked = digests if isinstance(digests, DigestArray) else DigestArray.of(digests, function)
         request = reapi.FindMissingBlobsRequest(
-            instance_name=self._caller.instance_name,
-            blob_digests=[to_message(digest) for digest in digests],
-            digest_function=function_field(digests[0].function),
+            instance_name=self._caller.instance_name, digest_function=function_field(function)
         )
+        # Serialised at once: messages for all chunks of a big snapshot would take as long as all the rest.
+        request.MergeFromString(asked.encoded(_BLOB_DIGESTS))
 
         def attempt(attempts: Attempts) -> set[Digest]:
             response = self._caller.transport.unary("FindMissingBlobs", request, attempts)
-            missing = set()
-            for message in response.missing_blob_digests:
-                digest = asked.get((message.hash, message.size_bytes))
-                if digest is None:
-                    raise Internal(f"the server misses {message.hash[:64]}, which it was not asked for")
-                missing.add(digest)
+            missing = {
+                Digest(message.hash, message.size_bytes, function)
+                for message in response.missing_blob_digests
+            }
+            stranger = asked.stranger(missing)
+            if stranger is not None:
+                raise Internal(f"the server misses {stranger.hash[:64]}, which it was not asked for")
             return missing
 
         operation = f"asking for {len(digests)} blobs"

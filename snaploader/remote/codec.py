@@ -75,13 +75,14 @@ MIN_BYTES = 256
 _WINDOW_LIMIT_BYTES = 128 * 1024 * 1024
 _OUTPUT_BYTES = 1024 * 1024
 _local = threading.local()
+"""A compressor and a decompressor for each thread: they are costly to make, and not thread-safe."""
 
 
 def compress(data: Buffer) -> bytes | None:
     """Compress to one zstd frame; None when that is not smaller. Releases the GIL."""
     if len(data) < MIN_BYTES:
         return None
-    compressor = getattr(_local, "compressor", None)  # contexts are costly to make, and not thread-safe
+    compressor = getattr(_local, "compressor", None)
     if compressor is None:
         compressor = _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
     compressed = cast("bytes", compressor.compress(data))
@@ -90,7 +91,10 @@ def compress(data: Buffer) -> bytes | None:
 
 def decompress(data: Buffer, size_bytes: int) -> bytes:
     """Decompress zstd frames whose content must have this size. DataLoss for any other, or no zstd."""
-    return b"".join(decompress_frames([data], size_bytes))
+    decompressor = getattr(_local, "decompressor", None)
+    if decompressor is None:
+        decompressor = _local.decompressor = _new_decompressor()
+    return b"".join(_decompress([data], size_bytes, decompressor))
 
 
 def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[bytes]:
@@ -117,8 +121,17 @@ def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator
     DataLoss as soon as there is more than that, at the end when there is less, or when it is no zstd; also
     when the stream is far longer than any compressor makes it, as a row of empty frames could go on for ever.
     """
+    yield from _decompress(compressed, size_bytes, _new_decompressor())
+
+
+def _new_decompressor() -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
+
+
+def _decompress(
+    compressed: Iterable[Buffer], size_bytes: int, decompressor: zstandard.ZstdDecompressor
+) -> Iterator[bytes]:
     source = _Pieces(compressed, 2 * size_bytes + _OUTPUT_BYTES)
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
     produced = 0
     try:
         with decompressor.stream_reader(

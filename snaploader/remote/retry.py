@@ -193,7 +193,6 @@ class Retrier:
             extra_s: Time on top of the policy's budget, for what is big.
         """
         attempts = Attempts(operation, self._policy, extra_s, cancellation)
-        wait = Backoff(self._policy, attempts)
 
         def once() -> T:
             cancellation.check()
@@ -206,6 +205,17 @@ class Retrier:
                     cancellation.check()
                 raise
 
+        try:
+            return once()  # tenacity's machinery costs a tenth of a small read, so it begins with a failure
+        except SnaploaderError as error:
+            failures = [error]
+
+        def again() -> T:
+            if failures:
+                raise failures.pop()
+            return once()
+
+        wait = Backoff(self._policy, attempts)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_transient) | _RetryAfterRenewal(self._refresh),
             wait=wait,
@@ -218,7 +228,7 @@ class Retrier:
             sleep=cancellation.sleep,
             reraise=True,
         )
-        return retrying(once)
+        return retrying(again)
 
     def _tell(self, attempts: Attempts, delay_s: float, error: SnaploaderError) -> None:
         if self._on_retry is not None:

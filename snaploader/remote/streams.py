@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 
@@ -15,7 +14,6 @@ from snaploader.errors import (
     Internal,
     InvalidArgument,
     SnaploaderError,
-    translate_os_errors,
 )
 from snaploader.remote.calls import Caller
 from snaploader.remote.cas import SinkFailed
@@ -55,34 +53,11 @@ class StreamReader:
         """
         self._transfer(digest, write, cancellation)
 
-    def read_into_file(self, digest: Digest, fd: int, cancellation: Cancellation) -> None:
-        """Write a blob into a file, from its start. Wrong bytes are fetched once more, then DataLoss."""
-        try:
-            self._transfer(digest, _Placer(fd), cancellation)
-        except DataLoss:
-            self._transfer(digest, _Placer(fd), cancellation)
-
     def _transfer(
         self, digest: Digest, write: Callable[[Buffer], object], cancellation: Cancellation
     ) -> None:
         download = _Download(self._caller, digest, write)
         self._caller.with_retries(f"reading {digest}", download.attempt, cancellation, digest.size_bytes)
-
-
-class _Placer:
-    """Writes pieces one after the other into a file."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._offset = 0
-
-    def __call__(self, piece: Buffer) -> None:
-        view = memoryview(piece)
-        with translate_os_errors("cannot write a fetched blob"):
-            while view:
-                written = os.pwrite(self._fd, view, self._offset)
-                self._offset += written
-                view = view[written:]
 
 
 class _Download:
@@ -94,6 +69,7 @@ class _Download:
         self._write = write
         self._hasher = digest.function.hasher()
         self._received = 0
+        self._wire_bytes = 0
 
     def attempt(self, attempts: Attempts) -> None:
         # A broken compressed stream goes on uncompressed: servers differ in whether they heed an
@@ -107,6 +83,7 @@ class _Download:
             resource_name=read_name(self._caller.instance_name, self._digest, zstd=zstd),
             read_offset=self._received,
         )
+        self._wire_bytes = 0
         with closing(self._caller.transport.receive("Read", request, attempts)) as messages:
             wire = self._counted(messages)
             pieces: Iterator[Buffer] = decompress_frames(wire, self._digest.size_bytes) if zstd else wire
@@ -118,12 +95,14 @@ class _Download:
                     raise
                 self._caller.recorder.add(corrupted=1)
                 raise DataLoss(f"blob {self._digest} came damaged from the server: {error}") from error
+            finally:
+                self._caller.recorder.add(wire_bytes_read=self._wire_bytes)
         self._finish()
 
     def _counted(self, messages: Generator[bytestream_pb2.ReadResponse, None, None]) -> Iterator[Buffer]:
         for message in messages:
             if message.data:
-                self._caller.recorder.add(wire_bytes_read=len(message.data))
+                self._wire_bytes += len(message.data)
                 yield message.data
 
     def _take(self, piece: Buffer, attempts: Attempts) -> None:

@@ -21,7 +21,7 @@ Its docstring shows how to run it from pytest.
 
 from snaploader.testing.calls import Call
 from snaploader.testing.fake import FakeCAS
-from snaploader.testing.faults import Fault, FaultScript, Firing, Gate, Link
+from snaploader.testing.faults import CallGate, Fault, FaultScript, Firing, Link
 from snaploader.testing.options import (
     PRESETS,
     ServerOptions,
@@ -38,13 +38,13 @@ from snaploader.testing.storage import DiskStorage, MemoryStorage
 __all__ = [
     "PRESETS",
     "Call",
+    "CallGate",
     "DiskStorage",
     "EmbeddedServer",
     "FakeCAS",
     "Fault",
     "FaultScript",
     "Firing",
-    "Gate",
     "Link",
     "MemoryStorage",
     "ServerOptions",

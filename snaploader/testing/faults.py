@@ -36,10 +36,10 @@ _WRITES = frozenset({"BatchUpdateBlobs", "Write"})
 _STREAMS = frozenset({"Read", "Write"})
 
 
-class Gate:
+class CallGate:
     """Holds calls until it is opened, so that a test can arrange what happens while they hang.
 
-    For use as `Fault(…, gate=Gate())`. Thread-safe. Stopping the server ends the calls that are held.
+    For use as `Fault(…, gate=CallGate())`. Thread-safe. Stopping the server ends the calls that are held.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Fault:
 
     latency_s: float = 0.0
     """Wait this long first."""
-    gate: Gate | None = None
+    gate: CallGate | None = None
     """Wait at this gate first."""
     hang: bool = False
     """Never answer: the call ends by its deadline, when it is cancelled, or with the server."""

@@ -1,4 +1,4 @@
-"""Whether all that is kept of workspaces agrees: catalog, pins, manifests, records, slots and runtime.
+"""Checks that all that is kept of workspaces agrees: catalog, pins, manifests, records, slots and runtime.
 
 Nothing is changed. What another process or thread is working on looks wrong meanwhile: so whatever seems
 wrong with a workspace is looked at again under its lock, and passed over when somebody else holds that.
@@ -10,13 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import filterfalse
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
-from snaploader.filecache import FileCache
-from snaploader.loader import SnapshotLoader
 from snaploader.policy import ReadPolicy
-from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.model import (
     SnapshotRecord,
     SnapshotStatus,
@@ -24,13 +21,12 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.names import check_workspace_id, pin_name
-from snaploader.workspace.records import TRASH, PausedRecords
-from snaploader.workspace.runtime import Runtime, RuntimeStatus
+from snaploader.workspace.records import TRASH
+from snaploader.workspace.runtime import RuntimeStatus
 from snaploader.workspace.sizes import workspace_id_of
-from snaploader.workspace.slots import SlotPool
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Catalog
+    from snaploader.workspace.manager import WorkspaceManager
 
 
 class FindingKind(StrEnum):
@@ -73,30 +69,7 @@ class Finding:
         return f"{self.workspace_id}: {self.detail}" if self.workspace_id else self.detail
 
 
-class Checked(Protocol):
-    """What is checked: a `WorkspaceManager`."""
-
-    @property
-    def catalog(self) -> Catalog: ...
-    @property
-    def loader(self) -> SnapshotLoader: ...
-    @property
-    def file_cache(self) -> FileCache: ...
-    @property
-    def runtime(self) -> Runtime: ...
-    @property
-    def host(self) -> str: ...
-    @property
-    def instance_name(self) -> str: ...
-    @property
-    def locks(self) -> WorkspaceLocks: ...
-    @property
-    def records(self) -> PausedRecords: ...
-    @property
-    def slots(self) -> SlotPool: ...
-
-
-def check(manager: Checked) -> list[Finding]:
+def check(manager: WorkspaceManager) -> list[Finding]:
     """Everything that is wrong with the workspaces of the manager's host; empty when nothing is.
 
     Reads the manifest of each snapshot that is kept here, and looks for every blob, but does not read
@@ -120,7 +93,7 @@ _Wrong: TypeAlias = "Iterator[tuple[FindingKind, str]]"
 class _Here:
     """Names of all that is on this host, listed at once."""
 
-    def __init__(self, manager: Checked) -> None:
+    def __init__(self, manager: WorkspaceManager) -> None:
         self.pins: dict[str, set[str]] = {}
         for pin in manager.file_cache.pins(pin_name("")):
             self.pins.setdefault(workspace_id_of(pin), set()).add(pin)
@@ -136,7 +109,7 @@ class _Here:
             self.leftovers.setdefault(name.partition(".")[0], []).append(name)
 
 
-def _workspace_ids(manager: Checked, here: _Here) -> list[str]:
+def _workspace_ids(manager: WorkspaceManager, here: _Here) -> list[str]:
     """Ids of all workspaces of which anything is known or left, sorted."""
     with manager.catalog.reading() as reader:
         # Deleted ones only ever become more: those that anything is left of are found by that.
@@ -158,7 +131,7 @@ def _nameless(here: _Here) -> _Wrong:
             yield from ((FindingKind.LEFTOVER, f"{name!r} was left") for name in names)
 
 
-def _look_again(manager: Checked, workspace_id: str) -> list[Finding]:
+def _look_again(manager: WorkspaceManager, workspace_id: str) -> list[Finding]:
     """What is wrong with a workspace while nobody works on it; nothing when somebody does."""
     held = manager.locks.try_acquire(workspace_id)
     if held is None:
@@ -171,7 +144,7 @@ def _look_again(manager: Checked, workspace_id: str) -> list[Finding]:
         held.release()
 
 
-def _is_known(manager: Checked, workspace_id: str) -> bool:
+def _is_known(manager: WorkspaceManager, workspace_id: str) -> bool:
     with manager.catalog.reading() as reader:
         try:
             reader.workspace(workspace_id)
@@ -180,7 +153,7 @@ def _is_known(manager: Checked, workspace_id: str) -> bool:
     return True
 
 
-def _wrong(manager: Checked, here: _Here, workspace_id: str) -> _Wrong:
+def _wrong(manager: WorkspaceManager, here: _Here, workspace_id: str) -> _Wrong:
     """What seems wrong with a workspace."""
     status = manager.runtime.status(workspace_id)
     with manager.catalog.reading() as reader:
@@ -224,15 +197,15 @@ def _unfinished(workspace: Workspace, snapshots: Sequence[SnapshotRecord]) -> _W
     operation = workspace.operation
     if operation is not None:
         began = f"{operation.started_at:%Y-%m-%d %H:%M:%S} on host {operation.host!r}"
-        yield FindingKind.OPERATION, f"{operation.kind} began at {began}, and nobody is at it"
+        yield FindingKind.OPERATION, f"{operation.kind} began at {began}, and nobody is doing it"
     for record in snapshots:
         if record.status in {SnapshotStatus.PENDING, SnapshotStatus.DELETING}:
-            detail = f"snapshot {record.name!r} is {record.status}, and nobody is at it"
+            detail = f"snapshot {record.name!r} is {record.status}, and nobody is doing it"
             yield FindingKind.UNFINISHED, detail
 
 
 def _snapshots(
-    manager: Checked, here: _Here, workspace: Workspace, snapshots: Sequence[SnapshotRecord]
+    manager: WorkspaceManager, here: _Here, workspace: Workspace, snapshots: Sequence[SnapshotRecord]
 ) -> _Wrong:
     pins = here.pins.get(workspace.id, set())
     for pin in sorted(pins - {pin_name(record.name) for record in snapshots}):
@@ -250,7 +223,7 @@ def _snapshots(
             yield FindingKind.UNPINNED, f"snapshot {record.name!r} is not pinned, and may be evicted"
 
 
-def _problem(manager: Checked, record: SnapshotRecord) -> str:
+def _problem(manager: WorkspaceManager, record: SnapshotRecord) -> str:
     """What a pinned snapshot lacks; empty when it is whole."""
     try:
         pin = manager.file_cache.pinned(pin_name(record.name))
@@ -282,7 +255,7 @@ def _how(exit_code: int) -> str:
     return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
-def _record(manager: Checked, here: _Here, workspace: Workspace) -> _Wrong:
+def _record(manager: WorkspaceManager, here: _Here, workspace: Workspace) -> _Wrong:
     if workspace.state is not WorkspaceState.PAUSED:
         if workspace.id in here.records:
             yield FindingKind.RECORD, f"it is {workspace.state}, but there is a record of it as paused"
@@ -298,7 +271,7 @@ def _record(manager: Checked, here: _Here, workspace: Workspace) -> _Wrong:
             yield FindingKind.RECORD, f"its record as paused says {field} {told!r}, the catalog {known!r}"
 
 
-def _slots(manager: Checked, here: _Here, workspace: Workspace) -> _Wrong:
+def _slots(manager: WorkspaceManager, here: _Here, workspace: Workspace) -> _Wrong:
     held = here.slots.get(workspace.id, set())
     if workspace.slot is not None and workspace.slot not in held:
         owner = manager.slots.owner(workspace.slot)

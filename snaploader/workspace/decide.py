@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from snaploader.workspace.catalog import Reader
 
 ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
-"""From when on a rule holds that waits for no time; there are no ticks before it."""
+"""The due time of a rule that waits for no time; there are no ticks before it."""
 
 RETRY_DELETE_AFTER = timedelta(hours=24)
 """How long a failed delete is left alone."""
@@ -246,7 +246,7 @@ _RULES: dict[Transition, Callable[[Situation], datetime | None]] = {
     Transition.DORMANCY: _dormancy,
     Transition.DELETE: _delete,
 }
-"""From which tick on each transition is due, None being never; the first that is due is made."""
+"""Each transition with the rule that says from which tick on it is due; the first that is due is made."""
 
 
 def _past(moment: datetime, duration: timedelta) -> datetime | None:
@@ -263,7 +263,7 @@ MAX_SCHEDULE_LENGTH = 256
 _PREFIX = "CRON_TZ="
 _MINUTE = timedelta(minutes=1)
 _SOME_DAY = datetime(2000, 1, 1)
-"""From which a schedule must have a time within fifty years, or it has none at all."""
+"""A schedule that has no time within fifty years of this day has none at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,7 @@ class Schedule:
     """
 
     text: str
-    """As it was given."""
+    """The schedule as it was given."""
     _fields: str = field(repr=False)
     _zone: tzinfo = field(repr=False)
 

@@ -37,7 +37,7 @@ class Notification:
     owner: str
     transition: Transition
     state: WorkspaceState
-    """Of the workspace after it."""
+    """The state of the workspace after it."""
     created_at: datetime
     deleting_at: datetime | None = None
     """When a dormant one is to be deleted; None: it is not to be, or is not dormant."""
@@ -53,7 +53,7 @@ class AuditRecord:
     host: str
     state_before: WorkspaceState
     state_after: WorkspaceState | None
-    """None: not known, because the transition failed."""
+    """The state after it; None when it is not known, because the transition failed."""
     created_at: datetime
     error: str = ""
     """Empty: it succeeded."""

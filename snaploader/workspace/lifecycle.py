@@ -4,8 +4,9 @@ A transition is made under the workspace's lock, by the same operations that use
 transactions and not one: the first decides again and says what is under way, the last makes the result
 visible. Stopping, pausing or deleting can take minutes, and a transaction held open for so long would keep
 everybody else from writing (SQLite has one writer). What keeps the decision true in between is the lock,
-because nobody else changes the workspace while it is held. A policy or an owner's status that changes
-meanwhile counts from the next tick on.
+because nobody else changes the workspace while it is held. What is only written down, such as that a
+workspace is dormant, is decided again in the transaction that writes it. A policy or an owner's status that
+changes meanwhile counts from the next tick on.
 
 A transition that failed leaves a failed run: as the rules say, autostop and autostart then wait until a later
 run succeeds, and a delete for 24 hours. Dormancy is tried at each tick. A dormant workspace is no longer
@@ -22,15 +23,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from snaploader.errors import Cancelled, InvalidArgument
-from snaploader.workspace.decide import Situation, Ticks, Transition, is_irreversible
+from snaploader.workspace.decide import Situation, Ticks, Transition, deletion_time, is_irreversible
 from snaploader.workspace.hooks import (
     CLOSE_TIMEOUT_S,
     NO_HOOKS,
@@ -39,10 +39,12 @@ from snaploader.workspace.hooks import (
     Hooks,
     Notification,
 )
-from snaploader.workspace.transitions import HeldWorkspace, TransitionMaker, TransitionResult
+from snaploader.workspace.model import Run, RunStatus, RunTransition, WorkspaceState
+from snaploader.workspace.policy import StopAction
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Catalog
+    from snaploader.workspace.catalog import Catalog, Reader
+    from snaploader.workspace.manager import HeldWorkspace, WorkspaceManager
     from snaploader.workspace.metrics import Metrics
 
 
@@ -52,22 +54,21 @@ MAX_CONCURRENCY = 10
 Wait = Callable[[threading.Event, float], bool]
 """Waits for an event for so many seconds, and says whether it is set: `threading.Event.wait`."""
 
+DORMANT_EVENT = "dormancy_mark"
+"""Type of the event of a workspace that was marked dormant; its payload says when it is to be deleted."""
+
+STOP_EVENT = "workspace_stop"
+
+RUN_OF = {
+    Transition.AUTOSTOP: RunTransition.STOP,
+    Transition.AUTOSTART: RunTransition.START,
+    Transition.FAILED_STOP: RunTransition.STOP,
+    Transition.DORMANCY: RunTransition.STOP,
+    Transition.DELETE: RunTransition.DELETE,
+}
+"""What run each transition is, or would have been when it failed."""
+
 logger = logging.getLogger(__name__)
-
-
-class Manager(Protocol):
-    """What the lifecycle needs of a `WorkspaceManager`."""
-
-    @property
-    def catalog(self) -> Catalog:
-        """Where its workspaces are written down."""
-
-    @property
-    def host(self) -> str:
-        """Whose workspaces it manages."""
-
-    def try_hold(self, workspace_id: str) -> AbstractContextManager[HeldWorkspace | None]:
-        """The workspace under its lock, without waiting; None when somebody else has the lock."""
 
 
 class Skip(StrEnum):
@@ -114,7 +115,7 @@ class LifecycleExecutor:
 
     def __init__(
         self,
-        manager: Manager,
+        manager: WorkspaceManager,
         *,
         max_concurrency: int = MAX_CONCURRENCY,
         hooks: Hooks = NO_HOOKS,
@@ -356,3 +357,105 @@ def wall_clock_ticks(
         left_s = interval_s - clock().timestamp() % interval_s
         if wait(stop, left_s):
             return
+
+
+@dataclass(frozen=True, slots=True)
+class TransitionResult:
+    """A transition that was made, and what came of it."""
+
+    transition: Transition
+    state: WorkspaceState
+    deleting_at: datetime | None = None
+
+
+class TransitionMaker:
+    """Makes transitions of workspaces whose locks are held. Thread-safe."""
+
+    def __init__(self, catalog: Catalog, clock: Callable[[], datetime]) -> None:
+        self._catalog = catalog
+        self._clock = clock
+
+    def make(
+        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
+    ) -> TransitionResult | None:
+        """Make the transition that was decided. None: it was no longer to be made when it was about to begin.
+
+        Raises whatever the manager and the catalog do.
+        """
+        workspace_id = situation.workspace.id
+
+        def guard(reader: Reader) -> None:
+            if Situation.read(reader, workspace_id).decide(tick) is not transition:
+                raise _DecisionChanged
+
+        try:
+            return self._make(held.guarded(guard), situation, transition, tick)
+        except _DecisionChanged:
+            return None
+
+    def _make(
+        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
+    ) -> TransitionResult | None:
+        workspace_id, state = situation.workspace.id, situation.workspace.state
+        match transition:
+            case Transition.AUTOSTOP if situation.policy.autostop_action is StopAction.PAUSE:
+                held.pause(reason=transition)
+                return TransitionResult(transition, WorkspaceState.PAUSED)
+            case Transition.AUTOSTOP:
+                held.stop(reason=transition)
+                return TransitionResult(transition, WorkspaceState.STOPPED)
+            case Transition.AUTOSTART:
+                (held.resume if state is WorkspaceState.PAUSED else held.start)(reason=transition)
+                return TransitionResult(transition, WorkspaceState.RUNNING)
+            case Transition.FAILED_STOP if state is WorkspaceState.RUNNING:
+                held.stop(reason=transition)
+                return TransitionResult(transition, WorkspaceState.STOPPED)
+            case Transition.FAILED_STOP:
+                return self._note_stopped(workspace_id, tick)
+            case Transition.DORMANCY:
+                if state is WorkspaceState.RUNNING:
+                    held.stop(reason=transition)
+                return self._mark_dormant(workspace_id, tick)
+            case Transition.DELETE:
+                held.delete(reason=transition)
+                return TransitionResult(transition, WorkspaceState.DELETED)
+
+    def note_failure(self, workspace_id: str, transition: Transition, before: Run | None, error: str) -> None:
+        """Write down a failed run, unless the operation that failed has done so itself since `before`."""
+        with self._catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            latest = changes.latest_run(workspace_id)
+            if latest is not None and latest.status is RunStatus.FAILED and latest != before:
+                return
+            now = self._clock()
+            run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
+            changes.finish_run(run.id, RunStatus.FAILED, now, error)
+
+    def _note_stopped(self, workspace_id: str, tick: datetime) -> TransitionResult | None:
+        """A start failed and left nothing running: a run that succeeded ends the failure."""
+        with self._catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            situation = Situation.read(changes, workspace_id)
+            if situation.decide(tick) is not Transition.FAILED_STOP:
+                return None
+            now = self._clock()
+            run = changes.add_run(workspace_id, RunTransition.STOP, now, Transition.FAILED_STOP)
+            changes.finish_run(run.id, RunStatus.SUCCEEDED, now)
+            changes.add_event(workspace_id, STOP_EVENT, {"reason": Transition.FAILED_STOP.value}, now)
+            return TransitionResult(Transition.FAILED_STOP, situation.workspace.state)
+
+    def _mark_dormant(self, workspace_id: str, tick: datetime) -> TransitionResult | None:
+        with self._catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            situation = Situation.read(changes, workspace_id)
+            if situation.decide(tick) is not Transition.DORMANCY:
+                return None
+            deleting_at = deletion_time(tick, None, situation.policy.delete_after_dormant, tick)
+            changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
+            shown = None if deleting_at is None else deleting_at.isoformat()
+            changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, self._clock())
+            return TransitionResult(Transition.DORMANCY, situation.workspace.state, deleting_at)
+
+
+class _DecisionChanged(Exception):
+    """Something else is to be done with the workspace now, or nothing."""

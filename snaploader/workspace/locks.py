@@ -32,7 +32,7 @@ class HostsLock(Protocol):
     def lock(
         self, workspace_id: str, *, wait_s: float | None, cancelled: threading.Event | None = None
     ) -> AbstractContextManager[bool]:
-        """Hold a workspace's lock while the context is open; False when it was not had in time."""
+        """Hold a workspace's lock while the context is open. The context is False when the time ran out."""
         ...
 
 
@@ -80,7 +80,7 @@ class WorkspaceLocks:
     """Takes the locks of workspaces. Thread-safe.
 
     Args:
-        folder: Of the lock files; made if absent. The same for all processes of the host.
+        folder: Holds the lock files; made if absent. The same for all processes of the host.
         between_hosts: The catalog, where it is shared by hosts; None where the host's own lock suffices.
     """
 
@@ -102,7 +102,7 @@ class WorkspaceLocks:
             cancelled: Set from elsewhere to call the waiting off.
 
         Raises:
-            DeadlineExceeded: It was not had in time.
+            DeadlineExceeded: Somebody else held it all the time.
             Cancelled: The waiting was called off.
         """
         give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
@@ -126,7 +126,7 @@ class WorkspaceLocks:
             return None
 
     def ids(self) -> list[str]:
-        """Of all workspaces that there are lock files of, sorted."""
+        """The ids of all workspaces that have a lock file, sorted."""
         with translate_os_errors(f"cannot list {self._folder!r}"):
             names = os.listdir(self._folder)
         return sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
@@ -177,9 +177,7 @@ def _unlock(fd: int, pid: int) -> None:
 
 
 def _late(workspace_id: str, holder: str) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"the lock of workspace {workspace_id!r} was not had in time: {holder} holds it; try again later"
-    )
+    return DeadlineExceeded(f"workspace {workspace_id!r} is still locked by {holder}: try again later")
 
 
 def _raise_if(cancelled: threading.Event | None, workspace_id: str) -> None:

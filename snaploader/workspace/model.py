@@ -206,7 +206,7 @@ class Operation:
     host: str
     started_at: datetime
     snapshot_name: str = ""
-    """Of the snapshot that it takes or goes back to."""
+    """Name of the snapshot that it takes or goes back to."""
     version: int | None = None
 
 
@@ -354,9 +354,9 @@ class HTTPTarget:
     is_encrypted: bool
     host: str
     port: int | None
-    """None: that of its scheme."""
+    """None: the default port of its scheme."""
     path: str
-    """With the query."""
+    """The path with the query."""
 
 
 def parse_address(target: str) -> tuple[str, int]:

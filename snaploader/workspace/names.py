@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from snaploader.errors import InvalidArgument
-from snaploader.formats.manifest import check_name
 from snaploader.workspace.model import Volume
 
 MAX_ID_LENGTH = 64
@@ -76,7 +75,7 @@ def check_volumes(volumes: Iterable[Volume]) -> tuple[Volume, ...]:
     """
     checked: list[Volume] = []
     for volume in volumes:
-        check_name(volume.name)
+        _check_name(volume.name)
         path = _normal(volume)
         for other in checked:
             _check_apart(Volume(volume.name, path), other)
@@ -107,7 +106,7 @@ def _normal(volume: Volume) -> str:
             f"durable directory {path!r} of volume {volume.name!r} is the root itself: name a folder in it"
         )
     for part in parts:
-        check_name(part)
+        _check_name(part)
     return "/" + "/".join(parts)
 
 
@@ -124,3 +123,9 @@ def _check_apart(volume: Volume, other: Volume) -> None:
             f"durable directory {inner.durable_dir!r} of volume {inner.name!r} lies within "
             f"{outer.durable_dir!r} of volume {outer.name!r}: durable directories may not overlap"
         )
+
+
+def _check_name(name: str) -> None:
+    from snaploader.formats.manifest import check_name  # protobuf, which a listing should not wait for
+
+    check_name(name)

@@ -52,7 +52,7 @@ FORMAT = 1
 _FILE = "record.json"
 _MAX_BYTES = 64 << 20
 _MAX_KEPT_BYTES = 200
-"""Of the name of what is set aside, so that a file system takes the new one too."""
+"""So much of its name keeps what is set aside, so that a file system takes the new name too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +218,7 @@ class PausedRecords:
             shutil.rmtree(self.path(name), ignore_errors=True)
 
     def _is_ours(self, name: str) -> bool:
-        """Whether this is a folder as they are made here: with a record and nothing else, or yet without."""
+        """Whether this is a folder as they are made here: with a record alone, or still empty."""
         path = self.path(name)
         with translate_os_errors(f"cannot look at {path!r}"):
             try:
@@ -249,7 +249,7 @@ def write_new(path: str, data: bytes) -> None:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """As open(2): what lies there may be a pipe that nobody writes to."""
+    """Opens as open(2) does, without waiting: what lies there may be a pipe that nobody writes to."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

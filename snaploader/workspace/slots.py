@@ -97,7 +97,7 @@ class SlotPool:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                return None  # it is no link: nobody's, and not to be had
+                return None  # it is no link: nobody has it, and nobody can get it
 
     def owners(self) -> dict[int, str]:
         """All slots that are taken, in order, and by whom."""

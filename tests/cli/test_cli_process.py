@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from snaploader.cli.values import parse_address
 from snaploader.errors import InvalidArgument
-from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate
+from snaploader.testing import CallGate, EmbeddedServer, Fault, FaultScript
 
 TIMEOUT_S = 300
 
@@ -126,7 +126,7 @@ def test_addresses() -> None:
 def test_a_signal_ends_a_command_that_waits(
     environment: dict[str, str], number: signal.Signals, code: int
 ) -> None:
-    gate = Gate()
+    gate = CallGate()
     with EmbeddedServer(faults=FaultScript(Fault("GetCapabilities", gate=gate, times=None))) as server:
         command = [*INTERRUPTIBLE, "--remote-cache", server.url, "show", "--ref", "main"]
         with subprocess.Popen(

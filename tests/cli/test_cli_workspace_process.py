@@ -86,6 +86,25 @@ sys.exit(code)
     return set(done.stderr.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("command", "without"),
+    [
+        ("--version", {"numpy", "rich", "snaploader.filecache"}),
+        ("--help", {"numpy", "rich", "snaploader.filecache"}),
+        ("workspace --help", {"numpy", "rich", "snaploader.workspace.model"}),
+        ("cache ls", {"rich", "google.protobuf", "snaploader.loader"}),
+        ("workspace ls", {"google.protobuf", "snaploader.loader", "snaploader.workspace.manager"}),
+    ],
+)
+def test_a_command_starts_without_what_it_does_not_need(
+    environment: dict[str, str], command: str, without: set[str]
+) -> None:
+    if command == "workspace ls":
+        imported_by(environment, *command.split())  # makes the catalog, which takes alembic
+    never = {"grpc", "alembic", "cow"} | (set() if command == "workspace ls" else {"sqlalchemy"})
+    assert imported_by(environment, *command.split()).isdisjoint(without | never)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["cache ls", "workspace create --help", "doctor --quiet"])
 def test_the_rest_of_the_command_line_imports_nothing_of_workspaces(

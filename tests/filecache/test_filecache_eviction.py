@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 from filecache_helpers import blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
 from snaploader._environment import HostEnvironment
-from snaploader.errors import NotFound, ResourceExhausted
-from snaploader.filecache import FileCache, blobs, evict
+from snaploader.errors import InvalidArgument, NotFound, ResourceExhausted
+from snaploader.filecache import FileCache, blobs, evict, recency
 
 BLOCK = 4096
 """What a small file takes; checked below."""
@@ -484,3 +485,144 @@ def test_the_plan_of_a_prune_names_what_it_evicts_and_evicts_nothing(tmp_path):
             assert cache.prune(3 * BLOCK) == 3 * BLOCK
             assert present(cache, *"abcd") == set("ab")
         assert foreign in {entry.digest for entry in cache.prune_plan(0)}
+
+
+def evicting_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "snaploader-evict"]
+
+
+def wait_for_eviction() -> None:
+    for thread in evicting_threads():
+        thread.join()
+
+
+class Stop:
+    """A host on which whoever evicts in the background stops at the beginning of a scan, until released."""
+
+    def __init__(self) -> None:
+        self.reached, self.released = threading.Event(), threading.Event()
+        self.environment = HostEnvironment(after_step=self._step)
+
+    def _step(self, step: str) -> None:
+        if step == "scan.begun" and threading.current_thread() in evicting_threads():
+            self.reached.set()
+            self.released.wait()
+
+
+AHEAD = {"max_bytes": 20 * BLOCK, "evict_ahead_bytes": 2 * BLOCK}
+"""Scanned from 13 blocks on, evicted down to 18 blocks from 20 on."""
+
+
+@pytest.fixture
+def no_rest(monkeypatch):
+    for name in ("AHEAD_REST", "AHEAD_LONG_REST"):
+        monkeypatch.setattr(evict, name, 0)
+
+
+def test_room_is_kept_free_in_the_background(tmp_path, no_rest):
+    with FileCache(tmp_path, **AHEAD) as cache:
+        for seed in range(12):
+            small(cache, seed)
+        assert evicting_threads() == []
+        assert cache.statistics().scans == 1
+        small(cache, 12)
+        wait_for_eviction()
+        assert cache.statistics().scans == 2
+        for seed in range(13, 19):
+            small(cache, seed)
+        cache.read(blob(0, 100)[0])
+        assert present(cache, *range(19)) == set(range(19))
+        small(cache, 19)
+        wait_for_eviction()
+        assert present(cache, *range(20)) == {0, *range(3, 20)}
+        for seed in range(20, 60):
+            small(cache, seed)
+            wait_for_eviction()
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path)
+        assert present(cache, *range(60)) in (set(range(first, 60)) for first in (41, 42))
+        assert cache.prune(0) == 0
+    assert leftovers(tmp_path) == []
+
+
+def test_nobody_waits_for_the_scan_in_the_background_while_there_is_room(tmp_path):
+    stop = Stop()
+    with FileCache(tmp_path, **AHEAD, _environment=stop.environment) as cache:
+        for seed in range(13):
+            small(cache, seed)
+        stop.reached.wait()
+        for seed in range(13, 20):
+            small(cache, seed)
+        assert present(cache, *range(20)) == set(range(20))
+        # The next one does not fit: it waits for the scan, which is under way already.
+        adding = threading.Thread(target=small, args=(cache, 20))
+        adding.start()
+        stop.released.set()
+        adding.join()
+        wait_for_eviction()
+        assert 20 in present(cache, 20)
+        assert cache.statistics().total_bytes == disk_bytes_below(tmp_path) <= 20 * BLOCK
+
+
+def test_closing_ends_the_eviction_in_the_background(tmp_path):
+    stop = Stop()
+    cache = FileCache(tmp_path, **AHEAD, _environment=stop.environment)
+    for seed in range(13):
+        small(cache, seed)
+    stop.reached.wait()
+    closing = threading.Thread(target=cache.close)
+    closing.start()
+    stop.released.set()
+    closing.join()
+    assert evicting_threads() == []
+    assert leftovers(tmp_path) == []
+
+
+def test_eviction_in_the_background_rests_when_all_is_leased(tmp_path, monkeypatch):
+    monkeypatch.setattr(evict, "AHEAD_LONG_REST", 1e9)
+    with FileCache(tmp_path, **AHEAD) as cache:
+        with cache.lease([blob(seed, 100)[0] for seed in range(20)]):
+            for seed in range(20):
+                small(cache, seed)
+                wait_for_eviction()
+            assert cache.statistics().scans == 2
+            with pytest.raises(ResourceExhausted):
+                small(cache, 20)
+        small(cache, 20)
+        assert 20 in present(cache, 20)
+
+
+def test_who_adds_little_to_a_full_cache_does_not_scan_it(tmp_path):
+    with FileCache(tmp_path, **AHEAD) as cache:
+        for seed in range(15):
+            small(cache, seed)
+    with FileCache(tmp_path, **AHEAD) as cache:
+        small(cache, 15)
+        assert evicting_threads() == []
+        assert cache.statistics().scans == 0
+        small(cache, 16)
+        wait_for_eviction()
+        assert cache.statistics().scans == 1
+
+
+@pytest.mark.parametrize("ahead", [-1, 4097])
+def test_more_than_there_is_cannot_be_kept_free(tmp_path, ahead):
+    with pytest.raises(InvalidArgument, match="evict_ahead_bytes"):
+        FileCache(tmp_path, max_bytes=4096, evict_ahead_bytes=ahead)
+
+
+def test_uses_within_a_second_count_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(recency, "GRANULARITY_NS", 1_000_000_000)
+    # Ahead of the kernel's clock, which sets the time of access (relatime) when it is behind.
+    now_ns = time.time_ns() + 3600 * 1_000_000_000
+    with FileCache(tmp_path, _environment=HostEnvironment(now_ns=lambda: now_ns)) as cache:
+        digest = small(cache, "a")
+        file, added_ns = blob_file(cache, digest), now_ns
+        for later_ms, used_ms in ((999, 0), (1000, 1000), (1500, 1000)):
+            now_ns = added_ns + later_ms * 1_000_000
+            cache.read(digest)
+            cache.find_missing([digest])
+            assert file.stat().st_atime_ns == added_ns + used_ms * 1_000_000
+        # A clock that was put back is believed.
+        now_ns = added_ns
+        cache.read(digest)
+        assert file.stat().st_atime_ns == added_ns

@@ -22,6 +22,7 @@ from snaploader.filecache.layout import Layout
 from snaploader.filecache.openfolder import OpenFolder
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.folders import Access
+from snaploader.formats.digests import DigestArray
 from snaploader.locks import FileLock
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
@@ -99,6 +100,9 @@ def test_digests_asked_for_twice_are_answered_once(tmp_path):
     with FileCache(tmp_path) as cache:
         assert cache.find_missing(many) == set(many)
         assert cache.find_missing(many[:2] + many[:2]) == set(many[:2])
+        here = [put(cache, number, 10) for number in range(3)]
+        for some in ([*here, *many], [*here, *many[:2]]):
+            assert cache.find_missing(DigestArray.of(some, SHA256)) == set(some) - set(here)
 
 
 def test_listing_made_right_after_a_change_is_not_trusted(tmp_path, monkeypatch):

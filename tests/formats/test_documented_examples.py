@@ -24,7 +24,7 @@ from snaploader.keys import (
     snapshot_key_set,
     version_key,
 )
-from snaploader.loader.tombstone import local_tombstone, tombstone_result
+from snaploader.loader.manifests import local_tombstone, tombstone_result
 from snaploader.policy import POLICY_PROPERTIES
 from snaploader.task import SnapshotTask
 

@@ -84,7 +84,7 @@ def test_a_file_goes_up_and_comes_down_in_pieces(remote: RemoteCache, tmp_path: 
     digest = Digest.of(content, SHA256)
     remote.write(digest, source)
     with open(target, "wb") as file:
-        remote.read_into_file(digest, file.fileno())
+        remote.read_to(digest, file.write)
     assert target.read_bytes() == content
 
 

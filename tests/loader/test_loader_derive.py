@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,47 @@ def test_a_local_snapshot_is_committed_to_the_server(make_host: HostFactory, ser
     assert_whole(other, found(other))
     again = host.loader.derive_snapshot(origin)
     assert (again.uploaded_blobs, again.saved_remotely) == (0, True)
+
+
+def test_a_local_snapshot_is_uploaded_under_its_own_id(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server)
+    origin = save(host)
+    before = host.blobs()
+    result = host.loader.upload_snapshot(origin)
+    assert (result.snapshot_id, result.saved_remotely, host.blobs()) == (ORIGIN, True, before)
+    assert result.uploaded_bytes > 0
+    assert_whole(make_host("b", server), found(make_host("b", server), snapshot_id=ORIGIN))
+    with pytest.raises(FailedPrecondition, match="taken"):
+        host.loader.upload_snapshot(origin)
+
+
+def test_what_cannot_be_uploaded_is_refused(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a")
+    origin = save(host)
+    with pytest.raises(InvalidArgument, match="no remote cache"):
+        host.loader.upload_snapshot(origin)
+    for options in ({"readonly": True}, {"remote_readonly": True}):
+        with pytest.raises(FailedPrecondition, match="only"):
+            make_host("a", server, **options).loader.upload_snapshot(origin)
+    with pytest.raises(InvalidArgument, match="by its id"):
+        make_host("a", server).loader.upload_snapshot(replace(origin, key=SnapshotKey()))
+    assert server.action_results() == {}
+
+
+def test_a_failed_upload_of_a_snapshot_leaves_it_here_alone(make_host: HostFactory) -> None:
+    faults = FaultScript()
+    with EmbeddedServer(faults=faults) as server:
+        host = make_host("a", server, retry=RetryPolicy(attempts=1))
+        origin = save(host)
+        faults.add(Fault("BatchUpdateBlobs", status="UNAVAILABLE", times=None))
+        with pytest.raises(Unavailable):
+            host.loader.upload_snapshot(origin)
+        assert server.action_results() == {}
+        assert_whole(host, found(host, snapshot_id=ORIGIN))
+        faults.clear()
+        assert host.loader.upload_snapshot(origin).saved_remotely
 
 
 def test_a_lazy_snapshot_is_derived_without_downloading(

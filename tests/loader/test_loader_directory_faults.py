@@ -174,15 +174,14 @@ def test_a_snapshot_that_fails_as_a_whole_leaves_no_directory(
     (tmp_path / "mine").write_bytes(b"mine")
     host.save(directories={"one": home, "two": home}, files={"mine": tmp_path / "mine"})
     snapshot = host.find()
-    write_directory = place.write_directory
+    write_directory = place.SnapshotWriter.write_directory
 
-    def fail_second(tree: Any, target: Path, *arguments: Any) -> None:
+    def fail_second(writer: place.SnapshotWriter, tree: Any, target: Path) -> None:
         if target.name == "two":
             raise ResourceExhausted("full")
-        write_directory(tree, target, *arguments)
+        write_directory(writer, tree, target)
 
-    for module in ("restore", "unpack"):
-        monkeypatch.setattr(f"snaploader.loader.{module}.write_directory", fail_second)
+    monkeypatch.setattr(place.SnapshotWriter, "write_directory", fail_second)
     for attempt in (host.loader.restore_snapshot, host.loader.unpack_snapshot):
         with pytest.raises(ResourceExhausted):
             attempt(snapshot, tmp_path / "out")

@@ -13,7 +13,7 @@ from loader_hosts import CHUNK, Host, HostFactory, image
 
 from snaploader.errors import DataLoss, DeadlineExceeded, NotFound, SnaploaderError
 from snaploader.remote import RetryPolicy, Timeouts
-from snaploader.testing import EmbeddedServer, Fault, FaultScript, Gate, ServerOptions
+from snaploader.testing import CallGate, EmbeddedServer, Fault, FaultScript, ServerOptions
 
 RETRY = RetryPolicy(attempts=3, initial_delay_s=0.001, max_delay_s=0.01, budget_s=5)
 TIMEOUTS = {
@@ -204,7 +204,7 @@ def test_a_chunk_lost_after_the_lookup_is_a_typed_error(
 
 
 def test_many_readers_share_one_fetch(make_host: HostFactory) -> None:
-    gate = Gate()
+    gate = CallGate()
     faults = FaultScript()
     with EmbeddedServer(faults=faults) as server:
         make_host("a", server).save(image(6))

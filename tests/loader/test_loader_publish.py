@@ -20,9 +20,10 @@ from snaploader.errors import (
     Unavailable,
     Unimplemented,
 )
+from snaploader.formats.digests import DigestArray
 from snaploader.keys import SnapshotKeySet, remote_manifest_digest
-from snaploader.loader.publish import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.loader.results import ManifestSource, RemoteManifest
+from snaploader.loader.upload import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.testing import EmbeddedServer, FakeCAS, Fault, FaultScript, ServerOptions, like_casd
 
 
@@ -431,3 +432,45 @@ def test_a_broken_remote_snapshot_does_not_count_as_standing(make_host: HostFact
         server.delete_blob(lost)
         assert host.save(image(1), **options).saved_remotely
         assert make_host("b", server).load("topic") == image(1)
+
+
+def test_a_small_change_asks_the_server_seven_times(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server)
+    host.save(image(1))
+    key_set = host.keys()
+    with host.unpack(host.loader.get_snapshot(key_set)) as unpacked:
+        disk = unpacked.chunked_files["disk"]
+        disk.write_at(0, b"changed")
+        before = len(server.requests)
+        assert host.save(chunked_files={"disk": disk}, key=key_set.write_key).saved_remotely
+    assert [request.method for request in server.requests[before:]] == [
+        "FindMissingBlobs",
+        "BatchUpdateBlobs",
+        "BatchReadBlobs",  # a sample of what the server says it has
+        "UpdateActionResult",  # the key, then the id
+        "UpdateActionResult",
+        "GetActionResult",  # the key, then the version
+        "GetActionResult",
+    ]
+
+
+class CountedDigests(FakeCAS):
+    """Remembers what it was asked for, as it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Collection[Digest]] = []
+
+    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+        self.asked.append(digests)
+        return super().find_missing(digests)
+
+
+def test_a_store_is_asked_once_for_all_blobs_and_gets_them_as_arrays(make_host: HostFactory) -> None:
+    remote = CountedDigests()
+    host = make_host("a", remote=remote)
+    host.save(image(1))
+    (asked,) = remote.asked
+    assert isinstance(asked, DigestArray)
+    assert set(asked) == set(host.find().digests())
+    assert len(asked) == len(set(asked))

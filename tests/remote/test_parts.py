@@ -268,5 +268,5 @@ def test_an_interrupt_at_any_step_of_a_bulk_transfer_leaves_nothing_to_wait_for(
         assert sorted(ran) == [0, 1, 2]
 
     with WorkerPool(2) as pool:
-        assert interrupt_everywhere(work, bulk.__file__, workers.__file__) > 50
+        assert interrupt_everywhere(work, bulk.__file__, workers.__file__) > 20
     assert budget.used_bytes == 0

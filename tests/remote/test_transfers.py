@@ -21,6 +21,7 @@ from snaploader.errors import (
     ResourceExhausted,
     Unimplemented,
 )
+from snaploader.formats.digests import DigestArray
 from snaploader.remote import Limits
 from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
 
@@ -171,6 +172,8 @@ def test_find_missing_asks_in_bounded_pages(make_server: MakeServer, make_remote
     remote.write_many(uploads(dict(list(blobs.items())[:125])))
     assert remote.find_missing([*blobs, *blobs]) == set(list(blobs)[125:])
     assert server.calls("FindMissingBlobs") == 3
+    assert remote.find_missing(DigestArray.of(blobs, BLAKE3)) == set(list(blobs)[125:])
+    assert server.calls("FindMissingBlobs") == 6
 
 
 def test_nothing_asked_is_no_call(make_server: MakeServer, make_remote: MakeRemote) -> None:
@@ -256,17 +259,6 @@ def test_upload_missing_counts_what_was_there(make_server: MakeServer, make_remo
     remote.write_many(uploads(blobs)[:4])
     done = remote.upload_missing(iter(uploads(blobs)))
     assert (done.blobs, done.present_blobs) == (6, 4)
-
-
-def test_reading_into_a_file_leaves_its_position(
-    make_server: MakeServer, make_remote: MakeRemote, tmp_path: Path
-) -> None:
-    server = make_server()
-    digest = server.put_blob(text(3_000_000), BLAKE3)
-    with (tmp_path / "out").open("w+b") as file:
-        make_remote(server).read_into_file(digest, file.fileno())
-        assert file.tell() == 0
-        assert file.read() == text(3_000_000)
 
 
 def test_absent_blob_is_not_found(make_server: MakeServer, make_remote: MakeRemote) -> None:

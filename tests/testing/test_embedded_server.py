@@ -32,11 +32,11 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.testing import (
+    CallGate,
     DiskStorage,
     EmbeddedServer,
     Fault,
     FaultScript,
-    Gate,
     MemoryStorage,
     ServerOptions,
     ServerTLS,
@@ -573,7 +573,7 @@ def test_senseless_options_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_health_is_told_until_the_drain_and_in_it() -> None:
-    gate = Gate()
+    gate = CallGate()
     watch = health_pb2.HealthCheckRequest()
     with EmbeddedServer(faults=FaultScript(Fault("Read", gate=gate)), introspection=True) as server:
         server.put_blob(BLOB)

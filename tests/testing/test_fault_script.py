@@ -15,7 +15,7 @@ from snaploader._proto import any_pb2, bytestream_pb2, duration_pb2, status_pb2
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.testing import Call, EmbeddedServer, Fault, FaultScript, Gate, Link
+from snaploader.testing import Call, CallGate, EmbeddedServer, Fault, FaultScript, Link
 from snaploader.testing.conformance import Endpoint
 from snaploader.testing.conformance.endpoint import fresh
 
@@ -254,7 +254,7 @@ def test_a_stale_index_claims_to_have_what_is_missing(serve: Serve) -> None:
 
 
 def test_a_gate_holds_a_call_until_it_is_opened(serve: Serve) -> None:
-    gate = Gate()
+    gate = CallGate()
     served = serve(Fault("Read", gate=gate))
     served.server.put_blob(BLOB)
     with ThreadPoolExecutor(1) as pool:
@@ -273,9 +273,9 @@ def test_a_call_that_hangs_ends_by_its_deadline(serve: Serve) -> None:
     assert code_of(served.endpoint.missing, [DIGEST]) is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-@pytest.mark.parametrize("fault", [Fault(hang=True), Fault(gate=Gate())])
+@pytest.mark.parametrize("fault", [Fault(hang=True), Fault(gate=CallGate())])
 def test_stopping_ends_calls_that_hang(serve: Serve, fault: Fault) -> None:
-    gate = Gate()
+    gate = CallGate()
     gate.open()
     served = serve(Fault(gate=gate, hang=fault.hang) if fault.gate is None else fault)
     reached = gate if fault.gate is None else fault.gate

@@ -20,7 +20,7 @@ from served import Serve, code_of, eventually
 from snaploader._proto import bytestream_pb2, services
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction, empty_digest
-from snaploader.testing import Fault, Gate, MemoryStorage, ServerOptions
+from snaploader.testing import CallGate, Fault, MemoryStorage, ServerOptions
 from snaploader.testing.backend import Backend
 from snaploader.testing.byte_stream import MAX_PARTIAL_UPLOADS
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
@@ -305,7 +305,7 @@ def test_a_write_without_a_message_is_recorded(serve: Serve) -> None:
 
 
 def test_streams_beyond_the_limit_are_told_to_come_back(serve: Serve) -> None:
-    gate = Gate()
+    gate = CallGate()
     served = serve(Fault("Read", gate=gate), max_streams=1)
     served.server.put_blob(BLOB)
     with ThreadPoolExecutor(1) as pool:

@@ -12,43 +12,35 @@ from typing import TYPE_CHECKING
 
 import click
 
+from snaploader.cli.commands import Command, option
 from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.options import with_workspaces
+from snaploader.cli.output import record
 from snaploader.cli.process import stop_signal
 from snaploader.cli.resources import Workspaces, needing_an_extra
 from snaploader.cli.values import DURATION, parse_address
-from snaploader.cli.workspace.records import time_record
 from snaploader.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
     from snaploader.workspace import AuditRecord, LifecycleExecutor, Metrics, RecoverySummary, Stats
 
 
+_lifecycle_option = functools.partial(option, scope="workspace lifecycle")
+
+
 @click.command("lifecycle", cls=Command)
-@option("--once", scope="workspace lifecycle", is_flag=True, help="Look at all workspaces once, and end.")
-@option(
+@_lifecycle_option("--once", is_flag=True, help="Look at all workspaces once, and end.")
+@_lifecycle_option(
     "--tick",
-    scope="workspace lifecycle",
     metavar="TIME",
     help="With --once: decide as of this time, ISO 8601, UTC if it names no zone.  [default: now]",
 )
-@option(
-    "--interval",
-    scope="workspace lifecycle",
-    type=DURATION,
-    default="60s",
-    help="Between two looks.",
+@_lifecycle_option("--interval", type=DURATION, default="60s", help="Between two looks.")
+@_lifecycle_option(
+    "--max-concurrency", type=click.IntRange(1), default=10, help="Workspaces that are worked on at once."
 )
-@option(
-    "--max-concurrency",
-    scope="workspace lifecycle",
-    type=click.IntRange(1),
-    default=10,
-    help="Workspaces that are worked on at once.",
-)
-@option(
+@_lifecycle_option(
     "--metrics-listen",
-    scope="workspace lifecycle",
     metavar="HOST:PORT",
     help="Serve metrics to prometheus there; port 0 takes a free one.",
 )
@@ -167,37 +159,18 @@ def parse_time(text: str) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
-def _print_record(workspaces: Workspaces, record: AuditRecord) -> None:
+def _print_record(workspaces: Workspaces, audit: AuditRecord) -> None:
     output = workspaces.output
-    output.line(
-        {
-            "workspace_id": record.workspace_id,
-            "owner": record.owner,
-            "transition": str(record.transition),
-            "state_before": str(record.state_before),
-            "state_after": None if record.state_after is None else str(record.state_after),
-            "created_at": time_record(record.created_at),
-            "error": record.error,
-        }
-    )
-    outcome = record.error or f"{record.state_before} → {record.state_after}"
-    output.text(
-        f"{record.created_at:%Y-%m-%d %H:%M:%S}  {record.workspace_id}  {record.transition}: {outcome}"
-    )
+    names = ("workspace_id", "owner", "transition", "state_before", "state_after", "created_at", "error")
+    output.line(record(audit, *names))
+    outcome = audit.error or f"{audit.state_before} → {audit.state_after}"
+    output.text(f"{audit.created_at:%Y-%m-%d %H:%M:%S}  {audit.workspace_id}  {audit.transition}: {outcome}")
     output.flush()
 
 
 def _print_stats(workspaces: Workspaces, stats: Stats) -> None:
     output = workspaces.output
-    output.json(
-        {
-            "tick": time_record(stats.tick),
-            "transitions": {name: str(transition) for name, transition in stats.transitions.items()},
-            "errors": dict(stats.errors),
-            "skipped": {name: str(why) for name, why in stats.skipped.items()},
-            "elapsed_s": stats.elapsed_s,
-        }
-    )
+    output.json(record(stats, "tick", "transitions", "errors", "skipped", "elapsed_s"))
     for name, transition in stats.transitions.items():
         output.text(f"{name}  {transition}")
     for name, why in stats.skipped.items():

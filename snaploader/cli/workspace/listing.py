@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snaploader.cli.options import Command, option, with_workspaces
+from snaploader.cli.commands import Command, option
+from snaploader.cli.options import with_workspaces
 from snaploader.cli.output import Branch
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
@@ -26,7 +28,7 @@ from snaploader.cli.workspace.records import (
     version_record,
     workspace_record,
 )
-from snaploader.workspace import Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
+from snaploader.workspace import OperationKind, Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
 from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure
 
 if TYPE_CHECKING:
@@ -34,24 +36,26 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("workspace", "host", "state", "version>", "exclusive>", "shared>", "used")
 
+_BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
+"""What is still being made is no workspace yet."""
+
 FORK_EVENT = "workspace_fork"
 """Tells which commit a workspace was forked from."""
 
 
+_ls_option = functools.partial(option, scope="workspace ls")
+
+
 @click.command("ls", cls=Command)
-@option(
-    "--state",
-    scope="workspace ls",
-    type=click.Choice([state.value for state in WorkspaceState]),
-    help="Only those in this state.",
+@_ls_option(
+    "--state", type=click.Choice([state.value for state in WorkspaceState]), help="Only those in this state."
 )
-@option("--owner", scope="workspace ls", help="Only those of this owner.")
-@option("--all-hosts", scope="workspace ls", is_flag=True, help="Those of other hosts too.")
-@option("--deleted", scope="workspace ls", is_flag=True, help="Deleted ones too.")
-@option("--tree", scope="workspace ls", is_flag=True, help="Show the history of each.")
-@option(
+@_ls_option("--owner", help="Only those of this owner.")
+@_ls_option("--all-hosts", is_flag=True, help="Those of other hosts too.")
+@_ls_option("--deleted", is_flag=True, help="Deleted ones too.")
+@_ls_option("--tree", is_flag=True, help="Show the history of each.")
+@_ls_option(
     "--sizes/--no-sizes",
-    scope="workspace ls",
     default=True,
     help="Tell what each costs, for which the chunks of all snapshots on this host are counted.",
 )
@@ -70,24 +74,21 @@ def list_(
     Exclusive bytes are in chunks that no other workspace of this host refers to; shared ones are in chunks
     that others refer to as well.
     """
-    manager = workspaces.manager
-    found = manager.workspaces(
-        host=None if all_hosts else manager.host,
-        state=None if state is None else WorkspaceState(state),
-        owner=owner,
-        include_deleted=deleted,
-    )
+    with workspaces.catalog.reading() as reader:
+        found = reader.workspaces(
+            host=None if all_hosts else workspaces.host,
+            state=None if state is None else WorkspaceState(state),
+            owner=owner,
+            include_deleted=deleted,
+        )
+    found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
     measured = measure(workspaces.caches.file_cache) if sizes else None
-    costs = {
-        each.id: _size(measured, each) for each in found if measured is not None and each.host == manager.host
-    }
+    here = [each for each in found if each.host == workspaces.host]
+    costs = {} if measured is None else {each.id: _size(measured, each) for each in here}
     workspaces.output.json(
         {
             "workspaces": [
-                {
-                    **workspace_record(each),
-                    "size": size_record(costs[each.id]) if each.id in costs else None,
-                }
+                {**workspace_record(each), "size": size_record(costs[each.id]) if each.id in costs else None}
                 for each in found
             ],
             "stored_bytes": None if measured is None else measured.stored_bytes,
@@ -96,7 +97,7 @@ def list_(
     if tree:
         forks = _forks(workspaces)
         for each in found:
-            _print_tree(workspaces, each, manager.list_snapshots(each.id), forks)
+            _print_tree(workspaces, each, workspaces.manager.list_snapshots(each.id), forks)
         return
     rows = [
         {
@@ -144,7 +145,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
-    lines = _lines(found, run, size, status if found.host == workspaces.manager.host else None)
+    lines = _lines(found, run, size, status if found.host == workspaces.host else None)
     if status.pid is not None:
         lines["pid"] = str(status.pid)
     width = max(map(len, lines))
@@ -189,7 +190,7 @@ def _lines(
 
 def _status(workspaces: Workspaces, workspace: Workspace) -> RuntimeStatus | None:
     """What runs of a workspace that is to run on this host."""
-    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.manager.host:
+    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.host:
         return None
     return workspaces.runtime.status(workspace.id)
 
@@ -248,21 +249,20 @@ def versions(workspaces: Workspaces, workspace_id: str) -> None:
     )
 
 
+_events_option = functools.partial(option, scope="workspace events")
+
+
 @click.command("events", cls=Command)
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@option(
+@_events_option(
     "--after",
-    scope="workspace events",
     type=click.IntRange(0),
     metavar="ID",
     help="Only events later than the one of this id, beginning with the first of them.",
 )
-@option(
-    "--type", "types", scope="workspace events", multiple=True, help="Only events of this type; repeatable."
-)
-@option(
+@_events_option("--type", "types", multiple=True, help="Only events of this type; repeatable.")
+@_events_option(
     "--limit",
-    scope="workspace events",
     type=click.IntRange(1),
     default=1000,
     help="No more than so many: the newest, or with --after the first.",
@@ -299,13 +299,7 @@ def events(
 
 @click.command("log", cls=Command)
 @click.argument("workspace_id", metavar="WORKSPACE")
-@option(
-    "--max-size",
-    scope="workspace log",
-    type=SIZE,
-    default="64KiB",
-    help="No more than its last bytes.",
-)
+@option("--max-size", scope="workspace log", type=SIZE, default="64KiB", help="No more than its last bytes.")
 @with_workspaces
 def log(workspaces: Workspaces, workspace_id: str, max_size: int) -> None:
     """Print the end of what the command of a workspace has printed, byte for byte; of earlier runs too."""

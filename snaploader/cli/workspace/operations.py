@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import click
 
-from snaploader.cli.options import Command, destructive, option, with_workspaces
+from snaploader.cli.commands import Command, destructive, option
+from snaploader.cli.options import with_workspaces
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import DURATION, KEY_VALUE, format_size
 from snaploader.cli.workspace.records import result_record, snapshot_record, workspace_record
@@ -34,55 +36,43 @@ class WithCommand(Command):
 _COMMAND = f"{__name__}.command"
 
 
+_create_option = functools.partial(option, scope="workspace create")
+
+
 @click.command("create", cls=WithCommand)
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@option(
+@_create_option(
     "--volume",
-    scope="workspace create",
     multiple=True,
     type=KEY_VALUE,
     metavar="NAME=/DIR",
     help="Durable directory: its name, and where the command sees it; repeatable.",
 )
-@option("--env", scope="workspace create", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
-@option("--ready-tcp", scope="workspace create", metavar="HOST:PORT", help="Ready when it takes connections.")
-@option("--ready-http", scope="workspace create", metavar="URL", help="Ready when it answers 200 to 399.")
-@option(
-    "--ready-command", scope="workspace create", metavar="SHELL", help="Ready when this exits with 0 in it."
+@_create_option("--env", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
+@_create_option("--ready-tcp", metavar="HOST:PORT", help="Ready when it takes connections.")
+@_create_option("--ready-http", metavar="URL", help="Ready when it answers 200 to 399.")
+@_create_option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it.")
+@_create_option(
+    "--ready-interval", type=DURATION, default=f"{_DEFAULT.interval_s:g}s", help="Between two tries."
 )
-@option(
-    "--ready-interval",
-    scope="workspace create",
-    type=DURATION,
-    default=f"{_DEFAULT.interval_s:g}s",
-    help="Between two tries.",
-)
-@option(
-    "--ready-timeout",
-    scope="workspace create",
-    type=DURATION,
-    default=f"{_DEFAULT.timeout_s:g}s",
-    help="How long to try.",
-)
-@option("--owner", scope="workspace create", default="", help="Whose it is.")
-@option("--base", scope="workspace create", default="", metavar="NAME", help="Template it is made from.")
-@option("--policy", scope="workspace create", default="default", help="Its policy.")
-@option(
+@_create_option("--ready-timeout", type=DURATION, default=f"{_DEFAULT.timeout_s:g}s", help="How long to try.")
+@_create_option("--owner", default="", help="Whose it is.")
+@_create_option("--base", default="", metavar="NAME", help="Template it is made from.")
+@_create_option("--policy", default="default", help="Its policy.")
+@_create_option(
     "--schedule",
-    scope="workspace create",
     default="",
     metavar="CRON",
     help="When to start it, as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'.",
 )
-@option(
+@_create_option(
     "--from",
     "source",
-    scope="workspace create",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Its first content, which is copied.",
 )
-@option("--no-start", scope="workspace create", is_flag=True, help="Leave it stopped.")
+@_create_option("--no-start", is_flag=True, help="Leave it stopped.")
 @with_workspaces
 def create(
     workspaces: Workspaces,
@@ -126,20 +116,17 @@ def create(
     _print_new(workspaces, workspace)
 
 
+_fork_option = functools.partial(option, scope="workspace fork")
+
+
 @click.command("fork", cls=Command)
 @click.argument("origin", metavar="SNAPSHOT|WORKSPACE")
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@option("--owner", scope="workspace fork", help="Whose it is.  [default: that of the origin]")
-@option("--policy", scope="workspace fork", help="Its policy.  [default: that of the origin]")
-@option(
-    "--env",
-    scope="workspace fork",
-    multiple=True,
-    type=KEY_VALUE,
-    help="Changes to the origin's environment; repeatable.",
-)
-@option("--schedule", scope="workspace fork", default="", metavar="CRON", help="When to start it.")
-@option("--no-start", scope="workspace fork", is_flag=True, help="Leave it stopped.")
+@_fork_option("--owner", help="Whose it is.  [default: that of the origin]")
+@_fork_option("--policy", help="Its policy.  [default: that of the origin]")
+@_fork_option("--env", multiple=True, type=KEY_VALUE, help="Changes to the origin's environment; repeatable.")
+@_fork_option("--schedule", default="", metavar="CRON", help="When to start it.")
+@_fork_option("--no-start", is_flag=True, help="Leave it stopped.")
 @with_workspaces
 def fork(
     workspaces: Workspaces,
@@ -280,19 +267,20 @@ def remove(
     workspaces.output.json({"deleted": list(workspace_ids)})
 
 
+_snapshot_option = functools.partial(option, scope="workspace snapshot")
+
+
 @click.command("snapshot", cls=Command)
 @click.argument("workspace_id", metavar="WORKSPACE")
-@option("--name", scope="workspace snapshot", default="", help='What lists call it.  [default: "Version N"]')
-@option(
+@_snapshot_option("--name", default="", help='What lists call it.  [default: "Version N"]')
+@_snapshot_option(
     "--source",
-    scope="workspace snapshot",
     type=click.Choice([source.value for source in SnapshotSource]),
     default=SnapshotSource.MANUAL.value,
     help="Why it is taken.",
 )
-@option(
+@_snapshot_option(
     "--scope",
-    scope="workspace snapshot",
     type=click.Choice([scope.value for scope in Scope], case_sensitive=False),
     default=Scope.FULL.value,
     help="Full: everything. Data: the durable directories alone.",

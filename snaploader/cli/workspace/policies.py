@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from snaploader.cli.options import Command, Group, option, shared_options, with_workspaces, workspace_options
+from snaploader.cli.commands import Command, Group, option
+from snaploader.cli.options import shared_options, with_workspaces, workspace_options
 from snaploader.cli.resources import Workspaces, needing_an_extra
 from snaploader.cli.workspace.records import workspace_record
 from snaploader.errors import InvalidArgument, NotFound
@@ -137,11 +139,14 @@ def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
     workspaces.output.text(f"{name}: {found}")
 
 
+_set_option = functools.partial(option, scope="workspace set")
+
+
 @click.command("set", cls=Command)
 @click.argument("workspace_id", metavar="WORKSPACE")
-@option("--policy", scope="workspace set", help="Name of its policy.")
-@option("--owner", scope="workspace set", help="Whose it is; empty: nobody's.")
-@option("--schedule", scope="workspace set", metavar="CRON", help="When to start it; empty: never.")
+@_set_option("--policy", help="Name of its policy.")
+@_set_option("--owner", help="Whose it is; empty: nobody's.")
+@_set_option("--schedule", metavar="CRON", help="When to start it; empty: never.")
 @with_workspaces
 def set_(
     workspaces: Workspaces, workspace_id: str, policy: str | None, owner: str | None, schedule: str | None

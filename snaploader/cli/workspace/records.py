@@ -11,11 +11,10 @@ from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from snaploader.cli.output import Branch
+from snaploader.cli.output import Branch, record
 from snaploader.cli.values import format_size
 from snaploader.workspace import (
     Event,
-    Operation,
     Run,
     SnapshotInfo,
     SnapshotKind,
@@ -33,11 +32,6 @@ _NOW = ""
 """Stands for the present state, which is no snapshot; all of those have names."""
 
 
-def time_record(time: datetime | None) -> str | None:
-    """A time in ISO 8601, in UTC."""
-    return None if time is None else time.isoformat()
-
-
 def time_words(time: datetime | None) -> str:
     """A time to the minute, in UTC."""
     return "-" if time is None else f"{time:%Y-%m-%d %H:%M}"
@@ -50,135 +44,64 @@ def exit_words(exit_code: int) -> str:
 
 def workspace_record(workspace: Workspace) -> dict[str, Any]:
     """All that the catalog knows of a workspace itself."""
-    spec = workspace.spec
+    spec, operation = workspace.spec, workspace.operation
+    names = ("id", "state", "host", "owner", "base", "policy", "autostart_schedule")
+    counts = ("slot", "last_version", "current_snapshot", "base_snapshot")
+    times = ("created_at", "last_used_at", "paused_at", "dormant_at", "deleting_at")
+    under_way = ("kind", "host", "started_at", "snapshot_name", "version")
     return {
-        "id": workspace.id,
-        "state": str(workspace.state),
-        "host": workspace.host,
-        "owner": workspace.owner,
-        "base": workspace.base,
-        "policy": workspace.policy,
-        "autostart_schedule": workspace.autostart_schedule,
-        "command": list(spec.command),
-        "environment": dict(spec.environment),
-        "volumes": [{"name": volume.name, "durable_dir": volume.durable_dir} for volume in spec.volumes],
-        "readiness": {
-            "kind": spec.readiness.kind,
-            "target": spec.readiness.target,
-            "interval_s": spec.readiness.interval_s,
-            "timeout_s": spec.readiness.timeout_s,
-        },
-        "slot": workspace.slot,
-        "last_version": workspace.last_version,
-        "current_snapshot": workspace.current_snapshot,
-        "base_snapshot": workspace.base_snapshot,
-        "created_at": time_record(workspace.created_at),
-        "last_used_at": time_record(workspace.last_used_at),
-        "paused_at": time_record(workspace.paused_at),
-        "dormant_at": time_record(workspace.dormant_at),
-        "deleting_at": time_record(workspace.deleting_at),
-        "operation": _operation_record(workspace.operation),
+        **record(workspace, *names),
+        **record(spec, "command", "environment"),
+        "volumes": [record(volume, "name", "durable_dir") for volume in spec.volumes],
+        "readiness": record(spec.readiness, "kind", "target", "interval_s", "timeout_s"),
+        **record(workspace, *counts, *times),
+        "operation": None if operation is None else record(operation, *under_way),
     }
 
 
-def _operation_record(operation: Operation | None) -> dict[str, Any] | None:
-    if operation is None:
-        return None
-    return {
-        "kind": str(operation.kind),
-        "host": operation.host,
-        "started_at": time_record(operation.started_at),
-        "snapshot_name": operation.snapshot_name,
-        "version": operation.version,
-    }
-
-
-def size_record(size: WorkspaceSize) -> dict[str, int]:
+def size_record(size: WorkspaceSize) -> dict[str, Any]:
     """What a workspace takes on this host."""
-    return {
-        "exclusive_bytes": size.exclusive_bytes,
-        "shared_bytes": size.shared_bytes,
-        "snapshots": size.snapshots,
-    }
+    return record(size, "exclusive_bytes", "shared_bytes", "snapshots")
 
 
 def snapshot_record(info: SnapshotInfo) -> dict[str, Any]:
     """A snapshot of a workspace; one that the catalog does not manage has little more than its name."""
-    record = info.record
-    values: dict[str, Any] = {
-        "runtime_name": info.runtime_name,
-        "is_managed": info.is_managed,
-        "is_local": info.is_local,
-        "version": info.version,
-        "display_name": info.display_name,
-    }
-    if record is not None:
-        values |= {
-            "name": record.name,
-            "kind": str(record.kind),
-            "scope": str(record.scope),
-            "source": str(record.source),
-            "created_at": time_record(record.created_at),
-            "parent": record.parent,
-            "is_remote": record.is_remote,
-            "size_bytes": record.size_bytes,
-        }
+    values = record(info, "runtime_name", "is_managed", "is_local", "version", "display_name")
+    if info.record is not None:
+        origin = ("name", "kind", "scope", "source", "created_at", "parent")
+        values |= record(info.record, *origin, "is_remote", "size_bytes")
     return values
 
 
 def result_record(result: SnapshotResult) -> dict[str, Any]:
     """What taking a snapshot returned."""
-    return {
-        "workspace_id": result.workspace_id,
-        "snapshot_name": result.snapshot_name,
-        "runtime_name": result.runtime_name,
-        "display_name": result.display_name,
-        "version": result.version,
-        "created_at": time_record(result.created_at),
-        "scope": str(result.scope),
-        "read_bytes": result.read_bytes,
-        "stored_bytes": result.stored_bytes,
-        "uploaded_bytes": result.uploaded_bytes,
-    }
+    names = (
+        "workspace_id",
+        "snapshot_name",
+        "runtime_name",
+        "display_name",
+        "version",
+        "created_at",
+        "scope",
+    )
+    return record(result, *names, "scope", "read_bytes", "stored_bytes", "uploaded_bytes")
 
 
 def version_record(version: Version) -> dict[str, Any]:
     """A version."""
-    return {
-        "id": version.id,
-        "number": version.number,
-        "display_name": version.display_name,
-        "source": str(version.source),
-        "snapshot_name": version.snapshot_name,
-        "runtime_name": version.runtime_name,
-        "created_at": time_record(version.created_at),
-    }
+    names = ("id", "number", "display_name", "source", "snapshot_name", "runtime_name", "created_at")
+    return record(version, *names)
 
 
 def run_record(run: Run | None) -> dict[str, Any] | None:
     """The latest start, stop or delete."""
-    if run is None:
-        return None
-    return {
-        "transition": str(run.transition),
-        "status": str(run.status),
-        "reason": run.reason,
-        "created_at": time_record(run.created_at),
-        "completed_at": time_record(run.completed_at),
-        "deadline": time_record(run.deadline),
-        "error": run.error,
-    }
+    names = ("transition", "status", "reason", "created_at", "completed_at", "deadline", "error")
+    return None if run is None else record(run, *names)
 
 
 def event_record(event: Event) -> dict[str, Any]:
     """An event."""
-    return {
-        "id": event.id,
-        "workspace_id": event.workspace_id,
-        "type": event.type,
-        "payload": dict(event.payload),
-        "created_at": time_record(event.created_at),
-    }
+    return record(event, "id", "workspace_id", "type", "payload", "created_at")
 
 
 def history(

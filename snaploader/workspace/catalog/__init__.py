@@ -1,7 +1,15 @@
 """The catalog: what is known of workspaces, in a database.
 
-SQLite by default, with nothing to install; PostgreSQL by URL, for many hosts. One code path for both. The
-schema is in `tables`, its versions in `migrations`; docs/formats/catalog.md describes it.
+SQLite by default, with nothing to install; PostgreSQL by URL, for many hosts. One code path for both.
+
+    catalog       `Catalog`: opens the database, gives out blocks that read or write, survives forks
+    reader        `Reader`: every query
+    transaction   `Transaction`: every change
+    due           when the lifecycle may next have something to do with a workspace, set with each change
+    tables        the tables, the types of their columns, and their rows as values of the model
+    engines       addresses of databases, connections to them, locks between hosts
+    migrate       the schema's versions; they are in `migrations`, and docs/formats/catalog.md describes them
+    faults        errors of databases as errors of this library
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Catalog:
 
     @classmethod
     def open(cls, address: str | os.PathLike[str]) -> Self:
-        """The catalog there; a new one is made, and an older schema is brought up to date.
+        """Open the catalog at an address. A new one is made, and an older schema is brought up to date.
 
         Args:
             address: A path, `sqlite:///PATH` or `postgresql://USER@HOST/NAME`. An SQLite file must lie on a
@@ -71,7 +71,7 @@ class Catalog:
             NotFound: the folder of the file, or the PostgreSQL database, is not there.
             FailedPrecondition: the schema is newer than this library, or psycopg is not installed.
             DataLoss: the file is no database, or damaged.
-            And what `transaction` raises.
+            Other errors: as `transaction`.
         """
         catalog = cls(engines.parse_address(address))
         try:
@@ -85,7 +85,7 @@ class Catalog:
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """A block of changes: all of them, once the block ends; none, if it raises.
+        """Open a block of changes: all of them hold once the block ends, and none if it raises.
 
         What it committed survives a crash and a power loss. Keep it short: with SQLite, all other writers
         wait.
@@ -116,14 +116,14 @@ class Catalog:
 
     @contextmanager
     def reading(self) -> Iterator[Reader]:
-        """A block that reads one consistent state, the newest at its first query. Raises as `transaction`."""
+        """Open a block that reads one state, the newest at its first query. Errors as `transaction`."""
         with self._counted(), self._connected(engines.reading) as connection:
             yield Reader(connection, self._where)
 
     def lock(
         self, workspace_id: str, *, wait_s: float | None, cancelled: threading.Event | None = None
     ) -> AbstractContextManager[bool]:
-        """Hold the lock of a workspace between hosts; whether it is held.
+        """Hold the lock of a workspace between hosts; the block is told whether it is held.
 
         With SQLite there are no other hosts: it is held at once, and the lock between processes is another's
         business. Not reentrant.
@@ -156,12 +156,12 @@ class Catalog:
         self.close()
 
     def close_idle_connections(self) -> None:
-        """Called before the process forks."""
+        """Close connections that nobody uses; called before the process forks."""
         if self.dialect == engines.SQLITE:
             self._engine.dispose()
 
     def forget_connections(self) -> None:
-        """Called in the child of a fork."""
+        """Leave the parent's connections alone and begin anew; called in the child of a fork."""
         _abandoned.extend(engine for engine in (self._engine, self._locks) if engine is not None)
         self._connect_anew()
 

@@ -97,7 +97,7 @@ _WRITES = "snaploader_writes"
 """Execution option of a connection whose transactions write."""
 
 _LOOK_EVERY_S = 0.25
-"""How often a waiting one looks whether it is called off."""
+"""How often whoever waits for a lock checks whether the waiting was cancelled."""
 
 _LOCK_NOT_AVAILABLE = "55P03"
 
@@ -108,7 +108,7 @@ _inherited: list[Connection] = []
 
 
 def parse_address(address: str | os.PathLike[str]) -> URL:
-    """The URL of a catalog; text that looks like no URL is a path.
+    """Return the URL of a catalog; text that looks like no URL is a path.
 
     Raises:
         InvalidArgument: no such kind of database, no file named, or no URL. The message repeats no password.
@@ -146,7 +146,7 @@ def _unreadable(scheme: str) -> InvalidArgument:
 
 
 def shown(url: URL) -> str:
-    """The URL for people and logs: without its secrets."""
+    """Return the URL without its secrets, for messages and logs."""
     query: Mapping[str, str | tuple[str, ...]] = {
         name: "***" if name in _SECRETS else value for name, value in url.query.items()
     }
@@ -154,7 +154,7 @@ def shown(url: URL) -> str:
 
 
 def file_of(url: URL) -> str:
-    """Path of the file that an SQLite URL names, also in SQLite's own way: `file:PATH` with `uri=true`."""
+    """Return the path of the file that an SQLite URL names, be it as `file:PATH` with `uri=true`."""
     path = url.database or ""
     if not _is_uri(url):
         return path
@@ -185,7 +185,7 @@ def _check_file(path: str | None) -> None:
 
 
 def make_engine(url: URL) -> Engine:
-    """An engine for the catalog's transactions. Opens no connection.
+    """Make an engine for the catalog's transactions; no connection is opened.
 
     Raises:
         FailedPrecondition: the database's driver is not installed.
@@ -205,19 +205,19 @@ def make_engine(url: URL) -> Engine:
 
 
 def make_lock_engine(url: URL) -> Engine:
-    """An engine for session locks on PostgreSQL: each of its connections is opened for one lock."""
+    """Make an engine for session locks on PostgreSQL: each of its connections is opened for one lock."""
     engine = _postgresql_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     event.listen(engine, "connect", _session(_POSTGRESQL_LOCK_SESSION))
     return engine
 
 
 def writing(engine: Engine) -> Connection:
-    """A connection whose next transaction may write."""
+    """Return a connection whose next transaction may write."""
     return engine.connect().execution_options(**{_WRITES: True})
 
 
 def reading(engine: Engine) -> Connection:
-    """A connection whose next transaction reads one consistent state."""
+    """Return a connection whose next transaction reads one consistent state."""
     connection = engine.connect()
     if engine.dialect.name == SQLITE:
         return connection
@@ -225,7 +225,7 @@ def reading(engine: Engine) -> Connection:
 
 
 def prepare_database(engine: Engine) -> None:
-    """Create an SQLite file if it is not there, for its owner's eyes only, and switch it to WAL mode.
+    """Create an SQLite file that is not there, readable by its owner alone, and switch it to WAL mode.
 
     Raises:
         NotFound: its folder is not there.
@@ -288,7 +288,7 @@ def _sqlite_engine(url: URL) -> Engine:
 
 
 def when_free(work: Callable[[], T]) -> T:
-    """What `work` returns, once no other connection of SQLite is in its way. DeadlineExceeded after 30 s.
+    """Do `work` once no other connection of SQLite is in its way; DeadlineExceeded after 30 s.
 
     Args:
         work: One statement, which has done nothing when it is refused.
@@ -337,7 +337,7 @@ def advisory_lock(
     wait_s: float | None,
     cancelled: threading.Event | None = None,
 ) -> Iterator[bool]:
-    """Hold the lock of that name in the database of `engine`; whether it is held.
+    """Hold the lock of that name in the database of `engine`; the block is told whether it is held.
 
     Waiting ones are served in the order in which they came. Not reentrant.
 

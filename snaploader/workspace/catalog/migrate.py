@@ -43,7 +43,7 @@ def upgrade(engine: Engine, *, migrations: str = MIGRATIONS, head: str = HEAD) -
 
 
 def _revision(connection: Connection) -> str | None:
-    """The schema's revision; None: there is no schema."""
+    """Return the schema's revision, or None when there is no schema."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()

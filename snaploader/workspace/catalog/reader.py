@@ -32,7 +32,7 @@ MAX_EVENTS = 1000
 _VERSIONS = select(tables.versions, tables.snapshots.c.runtime_name, tables.snapshots.c.source).join(
     tables.snapshots
 )
-"""All versions; those whose snapshot is on its way out are not shown."""
+"""All versions. Those whose snapshot is not complete are left out when they are listed."""
 _UNFINISHED = (SnapshotStatus.PENDING, SnapshotStatus.DELETING, SnapshotStatus.ORPHANED)
 
 
@@ -66,7 +66,7 @@ class Reader:
     # Workspaces
 
     def workspace(self, workspace_id: str) -> Workspace:
-        """The workspace of that id, a deleted one too. NotFound when there never was one."""
+        """Return the workspace of that id, also when it was deleted. NotFound when there never was one."""
         row = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
         if row is None:
             raise NotFound(f"there is no workspace {workspace_id!r}")
@@ -82,7 +82,7 @@ class Reader:
         after: str = "",
         limit: int | None = None,
     ) -> list[Workspace]:
-        """Workspaces by id.
+        """List workspaces, sorted by id.
 
         Args:
             host: Only those of this host.
@@ -105,13 +105,13 @@ class Reader:
         return [tables.workspace_of(row) for row in self._all(query)]
 
     def workspaces_with_operation(self, host: str) -> list[Workspace]:
-        """Workspaces on which an operation of that host is under way, by id."""
+        """List workspaces on which an operation of that host is under way, sorted by id."""
         table = tables.workspaces
         query = select(table).where(table.c.operation_host == host).order_by(table.c.id)
         return [tables.workspace_of(row) for row in self._all(query)]
 
     def due(self, tick: datetime, *, host: str, limit: int | None = None) -> list[DueWorkspace]:
-        """Workspaces of `host` for which `decide` may say something at `tick`; the longest due first.
+        """List workspaces of `host` for which `decide` may say something at `tick`, the longest due first.
 
         One query on an index: those that are not due cost nothing.
         """
@@ -127,11 +127,11 @@ class Reader:
     # Snapshots and versions
 
     def snapshot(self, name: str) -> SnapshotRecord:
-        """The snapshot of that name, whatever its status. NotFound when there is none."""
+        """Return the snapshot of that name, whatever its status. NotFound when there is none."""
         return self._snapshot(tables.snapshots.c.name, name)
 
     def snapshot_by_runtime_name(self, runtime_name: str) -> SnapshotRecord:
-        """The snapshot that the loader knows by that name. NotFound when there is none."""
+        """Return the snapshot that the loader knows by that name. NotFound when there is none."""
         return self._snapshot(tables.snapshots.c.runtime_name, runtime_name)
 
     def _snapshot(self, column: Any, name: str) -> SnapshotRecord:
@@ -143,7 +143,7 @@ class Reader:
     def snapshots(
         self, workspace_id: str, *, statuses: Collection[SnapshotStatus] = (SnapshotStatus.COMPLETE,)
     ) -> list[SnapshotRecord]:
-        """Snapshots of a workspace, oldest first: the complete ones, unless told otherwise."""
+        """List snapshots of a workspace, oldest first: the complete ones unless `statuses` says otherwise."""
         table = tables.snapshots
         query = (
             select(table)
@@ -153,7 +153,7 @@ class Reader:
         return [tables.snapshot_of(row) for row in self._all(query)]
 
     def unfinished_snapshots(self, host: str) -> list[SnapshotRecord]:
-        """Snapshots of a host's workspaces that are pending, orphaned or on their way out, oldest first."""
+        """List snapshots of a host's workspaces that are pending, orphaned or being deleted, oldest first."""
         table = tables.snapshots
         query = (
             select(table)
@@ -164,7 +164,7 @@ class Reader:
         return [tables.snapshot_of(row) for row in self._all(query)]
 
     def version(self, workspace_id: str, number: int) -> Version:
-        """The version of that number. NotFound when the workspace has none of it."""
+        """Return a workspace's version of that number. NotFound when it has none."""
         # Beyond these bounds a database may refuse to compare.
         is_possible = 1 <= number <= MAX_VERSION
         query = _versions_of(workspace_id).where(tables.versions.c.number == number)
@@ -174,7 +174,7 @@ class Reader:
         return tables.version_of(row, row.runtime_name, row.source)
 
     def versions(self, workspace_id: str) -> list[Version]:
-        """Versions of a workspace, by number."""
+        """List the versions of a workspace, sorted by number."""
         query = _versions_of(workspace_id).order_by(tables.versions.c.number)
         return [tables.version_of(row, row.runtime_name, row.source) for row in self._all(query)]
 
@@ -189,11 +189,11 @@ class Reader:
         limit: int | None = MAX_EVENTS,
         newest: bool = False,
     ) -> list[Event]:
-        """Events in the order in which they became visible.
+        """List events in the order in which they became visible.
 
         Args:
             workspace_id: Only those of this workspace; empty: of all.
-            after: Only events behind the one of this id. Who passes the last id seen misses none.
+            after: Only events after the one of this id. A caller that passes the last id it saw misses none.
             types: Only events of these types; empty: all.
             limit: At most so many; None: all.
             newest: When there are more than `limit`, leave out the oldest and not the newest.
@@ -209,35 +209,35 @@ class Reader:
         return found[::-1] if newest else found
 
     def latest_run(self, workspace_id: str) -> Run | None:
-        """The run of a workspace that began last; None: it has none."""
+        """Return the run of a workspace that began last, or None when it has none."""
         row = self._first(_runs_of(workspace_id).order_by(tables.runs.c.id.desc()).limit(1))
         return None if row is None else tables.run_of(row)
 
     def runs(self, workspace_id: str) -> list[Run]:
-        """Runs of a workspace, oldest first."""
+        """List the runs of a workspace, oldest first."""
         return [tables.run_of(row) for row in self._all(_runs_of(workspace_id).order_by(tables.runs.c.id))]
 
     # Policies and owners
 
     def policy(self, name: str = DEFAULT_POLICY) -> Policy:
-        """The policy of that name; the default one exists always. NotFound when there is none."""
+        """Return the policy of that name; the default one always exists. NotFound when there is none."""
         row = self._first(select(tables.policies).where(tables.policies.c.name == name))
         if row is None:
             raise NotFound(f"there is no policy {name!r}")
         return Policy.from_mapping(row.name, row.settings)
 
     def policies(self) -> list[Policy]:
-        """All policies, by name."""
+        """List all policies, sorted by name."""
         query = select(tables.policies).order_by(tables.policies.c.name)
         return [Policy.from_mapping(row.name, row.settings) for row in self._all(query)]
 
     def owner_status(self, owner: str) -> OwnerStatus:
-        """Whether that owner may use workspaces; one that nobody named yet is active."""
+        """Tell whether that owner may use workspaces; an owner that nobody named yet is active."""
         row = self._first(select(tables.owners).where(tables.owners.c.name == owner))
         return OwnerStatus.ACTIVE if row is None else row.status
 
     def host_state(self, host: str) -> HostState | None:
-        """The state directory that a host works with; None: it has not done anything yet."""
+        """Return the state directory that a host works with, or None when it has not done anything yet."""
         row = self._first(select(tables.hosts).where(tables.hosts.c.name == host))
         return (
             None if row is None else HostState(row.name, row.state_id, row.state_directory, row.state_place)

@@ -379,7 +379,7 @@ _RUN = tuple(Run.__dataclass_fields__)
 
 
 def workspace_values(workspace: Workspace) -> dict[str, Any]:
-    """Columns of a workspace; `due_at` is not part of it."""
+    """Return the columns of a workspace but for `due_at`."""
     values = {name: getattr(workspace, name) for name in _SAME_IN_WORKSPACE}
     return {
         "id": workspace.id,
@@ -390,14 +390,14 @@ def workspace_values(workspace: Workspace) -> dict[str, Any]:
 
 
 def workspace_of(row: Row[Any]) -> Workspace:
-    """The workspace of a row."""
+    """Return the workspace of a row."""
     fields: Mapping[str, Any] = row._asdict()
     values = {name: fields[name] for name in _SAME_IN_WORKSPACE}
     return Workspace(spec=spec_of(fields["id"], fields["spec"]), operation=_operation_of(fields), **values)
 
 
 def operation_values(operation: Operation | None) -> dict[str, Any]:
-    """Columns of what is under way on a workspace; all None for nothing."""
+    """Return the columns of what is under way on a workspace; they are all None when nothing is."""
     return {
         "operation_kind": operation and operation.kind,
         "operation_token": operation and operation.token,
@@ -422,7 +422,7 @@ def _operation_of(fields: Mapping[str, Any]) -> Operation | None:
 
 
 def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:
-    """A spec as plain values; its id is kept beside it."""
+    """Return a spec as plain values, without its id."""
     return {
         "command": list(spec.command),
         "environment": dict(spec.environment),
@@ -432,7 +432,7 @@ def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:
 
 
 def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
-    """The spec of what `spec_document` made."""
+    """Return the spec that `spec_document` made plain values of."""
     return WorkspaceSpec(
         workspace_id=workspace_id,
         command=tuple(document["command"]),
@@ -443,17 +443,17 @@ def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
 
 
 def snapshot_values(record: SnapshotRecord) -> dict[str, Any]:
-    """Columns of a snapshot."""
+    """Return the columns of a snapshot."""
     return {name: getattr(record, name) for name in _SNAPSHOT}
 
 
 def snapshot_of(row: Row[Any]) -> SnapshotRecord:
-    """The snapshot of a row."""
+    """Return the snapshot of a row."""
     return SnapshotRecord(**{name: row._mapping[name] for name in _SNAPSHOT})
 
 
 def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Version:
-    """The version of a row, whose snapshot has this runtime name and source."""
+    """Return the version of a row, whose snapshot has this runtime name and source."""
     return Version(
         id=row.id,
         workspace_id=row.workspace_id,
@@ -467,10 +467,10 @@ def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Vers
 
 
 def event_of(row: Row[Any]) -> Event:
-    """The event of a row."""
+    """Return the event of a row."""
     return Event(row.id, row.workspace_id, row.type, row.payload, row.created_at)
 
 
 def run_of(row: Row[Any], prefix: str = "") -> Run:
-    """The run of a row, or of a joined row in which its columns have a prefix."""
+    """Return the run of a row, or of a joined row in which its columns have a prefix."""
     return Run(**{name: row._mapping[prefix + name] for name in _RUN})

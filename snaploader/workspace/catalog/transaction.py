@@ -57,7 +57,7 @@ _DORMANCY = {"dormant_at", "deleting_at"}
 
 
 class WorkspaceChanges(TypedDict, total=False):
-    """What of a workspace can change; meanings as in `Workspace`."""
+    """The fields of a workspace that can change; they mean what they do in `Workspace`."""
 
     host: str
     state: WorkspaceState
@@ -98,7 +98,7 @@ class Transaction(Reader):
     # Workspaces
 
     def lock_workspace(self, workspace_id: str) -> Workspace:
-        """The workspace, which nobody else changes until the end of the block. NotFound as `workspace`."""
+        """Return a workspace that nobody else changes until the block ends. NotFound as `workspace`."""
         if workspace_id in self._locked:
             return self._locked[workspace_id]
         table = tables.workspaces
@@ -128,7 +128,7 @@ class Transaction(Reader):
     def update_workspace(
         self, workspace_id: str, *, now: datetime | None = None, **changes: Unpack[WorkspaceChanges]
     ) -> Workspace:
-        """Change a workspace; what it is then.
+        """Change a workspace, and return it as it is then.
 
         The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy sets
         anew when a dormant one is to be deleted, as `deletion_time` says.
@@ -239,7 +239,7 @@ class Transaction(Reader):
         self._run(update(table).where(table.c.name == name), {"status": status})
 
     def remove_snapshot(self, name: str) -> None:
-        """Forget a snapshot, and the version that it is; its number is not used again. Idempotent."""
+        """Forget a snapshot, and its version if it is one, whose number is not used again. Idempotent."""
         try:
             self.lock_workspace(self.snapshot(name).workspace_id)
         except NotFound:
@@ -404,7 +404,7 @@ class Transaction(Reader):
             self._locked.clear()
 
     def remove_policy(self, name: str) -> None:
-        """Forget a policy. Deleted workspaces that followed it follow the default one then.
+        """Forget a policy. Deleted workspaces that followed it follow the default one from then on.
 
         Raises:
             NotFound: there is no such policy.
@@ -441,7 +441,7 @@ class Transaction(Reader):
 
         Args:
             state_id: The directory's.
-            state_directory: Its path, for people.
+            state_directory: Its path, for messages.
             place: What tells it from a copy.
             replace: Also when the host has another one.
 
@@ -467,7 +467,7 @@ class Transaction(Reader):
         self._upsert(table, row, key="name")
 
     def note_tick(self, host: str, tick: datetime) -> Ticks:
-        """Write down that the lifecycle of a host has come to `tick`; its two latest ticks."""
+        """Record that the lifecycle of a host has come to `tick`, and return its two latest ticks."""
         table = tables.ticks
         row = self._first(select(table).where(table.c.host == host).with_for_update())
         before = Ticks(tick) if row is None else Ticks(row.latest_at, row.previous_at)

@@ -39,7 +39,7 @@ class OrphanedUpload:
 
     @property
     def size_bytes(self) -> int:
-        """Of all of them together."""
+        """The size of all of them together."""
         return sum(digest.size_bytes for digest in self.digests)
 
 
@@ -95,19 +95,13 @@ def orphaned_uploads(services: Services, workspace_id: str) -> list[OrphanedUplo
 
 def _capture_and_upload(work: Work) -> Saved:
     """The workspace is stopped while it is captured, and not while that is uploaded."""
-    content = work.services.content
-    assert work.pending is not None
     work.stop()
-    with work.services.runtime.capture(work.workspace.spec, work.pending.scope) as captured:
-        captured_only = content.save_for_upload(work.pending, captured)
-    work.reach("captured")
-    work.continue_on(captured_only.record)
+    saved = work.capture()
+    work.continue_on(saved.record)
     work.start_again()
-    uploaded = content.publish(captured_only.record)
+    uploaded = work.services.content.upload(saved)
     work.reach("uploaded")
-    return Saved(
-        uploaded.record, captured_only.read_bytes, captured_only.stored_bytes, uploaded.uploaded_bytes
-    )
+    return uploaded
 
 
 def _upload_paused(work: Work) -> Saved:
@@ -116,7 +110,7 @@ def _upload_paused(work: Work) -> Saved:
     assert work.pending is not None
     with work.services.catalog.reading() as reader:
         paused = reader.snapshot(work.workspace.current_snapshot)
-    uploaded = content.publish(work.pending, content.find(paused))
+    uploaded = content.derive_commit(work.pending, content.find(paused))
     work.reach("uploaded")
     record = uploaded.record
     is_all = paused.scope is record.scope

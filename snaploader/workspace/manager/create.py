@@ -144,7 +144,7 @@ def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scop
     """Take a slot and the id, and say what is under way.
 
     Args:
-        base_scope: Of the snapshot that the workspace begins as; None: it begins with nothing.
+        base_scope: The scope of the snapshot that the workspace begins as; None: it begins with nothing.
     """
     workspace_id = plan.spec.workspace_id
     slot = services.slots.acquire(workspace_id)

@@ -35,14 +35,18 @@ class HeldWorkspace:
     would wait for this lock in vain. Thread-safe; one operation waits for the other.
     """
 
-    def __init__(self, services: Services, sections: CriticalSections, lock: HeldLock) -> None:
+    def __init__(
+        self, services: Services, sections: CriticalSections, lock: HeldLock, *, is_settled: bool = False
+    ) -> None:
         self._services = services
         self._sections = sections
         self._lock = lock
+        self._is_settled = is_settled
+        """Whether it was seen, under this lock, that nothing is under way. It holds for one operation."""
 
     @property
     def workspace_id(self) -> str:
-        """Of the workspace."""
+        """The id of the workspace."""
         return self._lock.workspace_id
 
     def guarded(self, guard: Callable[[Reader], None]) -> HeldWorkspace:
@@ -65,7 +69,7 @@ class HeldWorkspace:
         return self._complete(partial(versions.rollback, number=version, keep_current=keep_current))
 
     def pause(self, *, reason: str = USER) -> SnapshotResult:
-        """Park the workspace."""
+        """Pause the workspace."""
         return self._complete(partial(pause.pause, reason=reason))
 
     def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:
@@ -97,7 +101,9 @@ class HeldWorkspace:
 
     def _complete(self, operation: Callable[[Services, str], T]) -> T:
         def settled() -> T:
-            repair.settle(self._services, self.workspace_id)
+            is_settled, self._is_settled = self._is_settled, False
+            if not is_settled:
+                repair.settle(self._services, self.workspace_id)
             return operation(self._services, self.workspace_id)
 
         return self._sections.run_to_end(self._lock, settled)

@@ -1,4 +1,4 @@
-"""Which state directory is a host's: one for each host of a catalog, so that no host has two.
+"""The state directory of a host: there is one for each host of a catalog, so that no host has two.
 
 Locks, slots, records and folders lie on the host, and the catalog says what should be there. With another
 directory the same workspaces would seem to have lost their processes and files, and be brought back a
@@ -111,7 +111,7 @@ def place_of(path: str) -> dict[str, Any]:
 
 
 def is_same_place(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a file is the one that was known, and no copy. Pure.
+    """Tells whether a file is the one that was known, and no copy. Pure.
 
     Devices are numbered anew at each boot, so they count within one boot only. Another machine has another
     boot; after a reboot it is told by its machine id, where both are known (a container may have none).

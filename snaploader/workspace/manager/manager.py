@@ -1,4 +1,4 @@
-"""The manager itself: one object that puts the parts together."""
+"""`WorkspaceManager`: everything that can be done to workspaces, and asked about them."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class WorkspaceManager:
         loader: Saves and finds their snapshots. Without a remote cache nothing can be committed.
         file_cache: The loader's.
         runtime: Runs the workspaces of this host.
-        state_directory: Of locks, slots and records of paused workspaces; made if absent, for the user's eyes
-            alone. One for all processes of the host: operations with another one are refused.
+        state_directory: Holds locks, slots and records of paused workspaces; made if absent, for the user's
+            eyes alone. One for all processes of the host: operations with another one are refused.
         host: Name of this host in the catalog. Default: the machine's host name.
         slots: The slots of this host; each workspace that is not deleted holds one. Default: as many as there
             are numbers of network ports, in the state directory.
-        instance_name: Of the remote cache; part of every snapshot's key.
+        instance_name: The instance name of the remote cache; part of every snapshot's key.
         clock: Tells the time, aware, in UTC.
         workers: Most operations at one time.
         stop_timeout_s: How long a workspace may take to stop before it is forced to. Default: 10 s.
@@ -125,7 +125,7 @@ class WorkspaceManager:
         self.host: Final = self._services.host
         """Name of this host in the catalog."""
         self.instance_name: Final = instance_name
-        """Of the remote cache."""
+        """The instance name of the remote cache."""
         self.records: Final = self._services.records
         """Records of paused workspaces."""
         self.slots: Final = self._services.slots
@@ -290,8 +290,8 @@ class WorkspaceManager:
             NotFound: there is no such workspace.
             FailedPrecondition: it is paused or deleted, or lives on another host.
             ResourceExhausted: the disk is full, or the file cache too small.
-            DeadlineExceeded: its lock was not had in time, or it was not ready again in time: it runs then,
-                and there is no version.
+            DeadlineExceeded: others held its lock for too long, or it was not ready again in time: it runs
+                then, and there is no version.
             SnaploaderError: whatever the runtime raises. If the workspace could not be started again, a note
                 says so, and it is stopped.
         """
@@ -302,7 +302,10 @@ class WorkspaceManager:
             return held.take_version(request)
 
     def create_version(self, workspace_id: str) -> SnapshotResult:
-        """The same for what is about to be executed: source `pre_exec`, no name, event `version_create`."""
+        """Capture the workspace as `create_snapshot` does, before something is executed in it.
+
+        Its source is `pre_exec`, it has no name, and the event is `version_create`.
+        """
         with self.hold(workspace_id) as held:
             return held.take_version(VersionRequest())
 
@@ -318,7 +321,7 @@ class WorkspaceManager:
 
         Raises:
             InvalidArgument: `version` is not a whole number from 1 to 2**31 - 1.
-            NotFound: there is no such workspace or version, or the version's content is not to be had.
+            NotFound: there is no such workspace or version, or the version's content is gone.
                 Nothing was stopped then.
             FailedPrecondition, DeadlineExceeded, SnaploaderError: as for `create_snapshot`. If the workspace
                 could not be started when its state was replaced, or was not ready in time, a note says that
@@ -331,7 +334,7 @@ class WorkspaceManager:
     # Pause, commit
 
     def pause(self, workspace_id: str) -> SnapshotResult:
-        """Park a running or stopped workspace: only its snapshot, its record and its slot stay on the host.
+        """Pause a running or stopped workspace: only its snapshot, its record and its slot stay on the host.
 
         Its policy's `onPause` says what is kept. All of it is local: the remote cache is not asked for
         anything. The snapshot is temporary: the next capture after a resume takes its place.
@@ -354,7 +357,7 @@ class WorkspaceManager:
             ready_timeout_s: Instead of that of the readiness check.
 
         Raises:
-            DeadlineExceeded: it was not ready in time, or its lock was not had.
+            DeadlineExceeded: it was not ready in time, or others held its lock for too long.
             NotFound: there is no such workspace, or content of its snapshot is gone.
             FailedPrecondition: it is not paused, lives on another host, or ended before it was ready.
             Cancelled: the manager was closed meanwhile.
@@ -390,7 +393,7 @@ class WorkspaceManager:
             FailedPrecondition: it is not stopped, lives on another host, or its command cannot be started, or
                 ended before it was ready.
             NotFound: there is no such workspace, or neither files nor snapshot of it.
-            DeadlineExceeded: its lock was not had in time, or it was not ready.
+            DeadlineExceeded: others held its lock for too long, or it was not ready in time.
             Cancelled: the manager was closed meanwhile.
         """
         with self.hold(workspace_id) as held:
@@ -534,7 +537,7 @@ class WorkspaceManager:
         """What the snapshots of this host's workspaces take, by id: exclusive and shared bytes.
 
         Args:
-            workspace_ids: Of which; default: of all that have a snapshot here.
+            workspace_ids: Those to measure. Default: all that have a snapshot here.
         """
         measured = sizes.measure(self.file_cache).workspaces
         if workspace_ids is None:
@@ -548,7 +551,7 @@ class WorkspaceManager:
         Nothing of it is visible there. The next commit that succeeds clears the list. Asks the remote cache.
 
         Args:
-            workspace_id: Of which workspace; empty: of all.
+            workspace_id: The workspace to ask about; empty: all.
 
         Raises:
             NotFound: there is no such workspace.
@@ -577,25 +580,23 @@ class WorkspaceManager:
         Raises:
             NotFound: there is no such workspace.
             FailedPrecondition: it was deleted.
-            DeadlineExceeded: the lock was not had in time.
+            DeadlineExceeded: somebody else held the lock all the time.
             Cancelled: the waiting was called off, or the manager is closed.
         """
-        self._check_alive(workspace_id)
         with self._locked(workspace_id, timeout_s, cancelled) as lock:
-            yield HeldWorkspace(self._services, self._sections, lock)
+            yield self._held(lock)
 
     @contextmanager
     def try_hold(self, workspace_id: str) -> Iterator[HeldWorkspace | None]:
-        """The same without waiting; None when somebody else has the lock."""
+        """The workspace under its lock, as `hold` gives it, but without waiting; None when others hold it."""
         self._check_open()
-        self._check_alive(workspace_id)
         self._home.claim()
         lock = self.locks.try_acquire(workspace_id)
         if lock is None:
             yield None
             return
         with self._releasing(lock):
-            yield HeldWorkspace(self._services, self._sections, lock)
+            yield self._held(lock)
 
     @contextmanager
     def _locked(
@@ -628,10 +629,12 @@ class WorkspaceManager:
         finally:
             lock.release()
 
-    def _check_alive(self, workspace_id: str) -> None:
-        """What does not exist, or not any more, gets no lock file."""
-        if self.workspace(check_workspace_id(workspace_id)).state is WorkspaceState.DELETED:
-            raise FailedPrecondition(f"workspace {workspace_id!r} was deleted")
+    def _held(self, lock: HeldLock) -> HeldWorkspace:
+        workspace = self.workspace(lock.workspace_id)
+        if workspace.state is WorkspaceState.DELETED:
+            raise FailedPrecondition(f"workspace {workspace.id!r} was deleted")
+        is_settled = workspace.operation is None
+        return HeldWorkspace(self._services, self._sections, lock, is_settled=is_settled)
 
     def _is_alive(self, workspace_id: str) -> bool:
         try:

@@ -135,7 +135,7 @@ class Work:
     ) -> None:
         self.services = services
         self.workspace = workspace
-        """As it was when the operation began."""
+        """The workspace as it was when the operation began."""
         self.operation = operation
         self.pending = pending
         """The snapshot that is being taken, if any."""
@@ -145,7 +145,7 @@ class Work:
         self.may_be_recorded = False
         """Whether the last transaction was begun. One that failed may have been made all the same."""
         self.was_restarted = False
-        """Whether it was tried to start the runtime again, because the operation failed."""
+        """Whether the runtime was started again, or that was tried, because the operation failed."""
         self._left_behind: list[SnapshotRecord] = []
         self._pid = os.getpid()
 
@@ -202,7 +202,7 @@ class Work:
 
     @property
     def workspace_id(self) -> str:
-        """Of the workspace worked on."""
+        """The id of the workspace worked on."""
         return self.workspace.id
 
     @property

@@ -6,8 +6,7 @@ All of it is local: the remote cache is not asked for anything.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -35,7 +34,6 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)
@@ -111,42 +109,20 @@ def restore_paused(services: Services, locks: WorkspaceLocks, findings: Findings
     for name in services.records.strangers():
         log.warning("%r is no record of a paused workspace, and is left alone", services.records.path(name))
         findings.unknown.append(Note(name, "it is no record of a paused workspace: move it away"))
-    found = []
+    found: list[PausedRecord] = []
+
+    def look_at(name: str) -> None:
+        found.extend(_read(services, findings, name))
+
     for name in services.records.entries():
-        with findings.guarding(name, log.warning), _held(services, locks, findings, name) as record:
-            if record is not None:
-                found.append(record)
+        with findings.guarding(name, log.warning):
+            findings.under_lock(locks, name, partial(look_at, name))
     winners, losers = _by_slot(found)
     for record, reason in losers:
         give_up = partial(_give_up, services, findings, record.workspace, reason)
         _if_same(services, locks, findings, record, give_up)
     for record in winners:
         _if_same(services, locks, findings, record, partial(_restore, services, findings, record))
-
-
-@contextmanager
-def _held(
-    services: Services, locks: WorkspaceLocks, findings: Findings, name: str
-) -> Iterator[PausedRecord | None]:
-    """The record of that name, under its workspace's lock; None when it is not to be taken back.
-
-    One lock at a time: each takes a descriptor, and with PostgreSQL a connection.
-    """
-    try:
-        check_workspace_id(name)
-    except InvalidArgument as error:
-        _trash(services, findings, name, error.message)
-        yield None
-        return
-    lock = locks.try_acquire(name)
-    if lock is None:
-        findings.busy[name] = None
-        yield None
-        return
-    try:
-        yield _read(services, findings, name)
-    finally:
-        lock.release()
 
 
 def _if_same(
@@ -158,43 +134,45 @@ def _if_same(
 ) -> None:
     """Do something about a record, under its workspace's lock, unless somebody changed it since."""
     name = record.workspace.id
-    with findings.guarding(name, log.warning), _held(services, locks, findings, name) as now:
-        if now == record:
+
+    def act() -> None:
+        if _read(services, findings, name) == [record]:
             action()
         else:
             findings.busy[name] = None
 
+    with findings.guarding(name, log.warning):
+        findings.under_lock(locks, name, act)
 
-def _read(services: Services, findings: Findings, name: str) -> PausedRecord | None:
+
+def _read(services: Services, findings: Findings, name: str) -> list[PausedRecord]:
+    """The record of that name, or nothing when it is not to be restored."""
     try:
         record = services.records.read(name)
     except (ResourceExhausted, Unavailable):
         raise  # which says nothing of the record
     except SnaploaderError as error:
         _trash(services, findings, name, error.message)
-        return None
-    return _checked(services, findings, record)
+        return []
+    return [record] if _is_paused(services, findings, record) else []
 
 
-def _checked(services: Services, findings: Findings, record: PausedRecord) -> PausedRecord | None:
-    """The record, unless the catalog says that its workspace is not paused here any more."""
+def _is_paused(services: Services, findings: Findings, record: PausedRecord) -> bool:
+    """Whether the workspace of a record is paused here, as far as the catalog knows."""
     workspace_id = record.workspace.id
     with services.catalog.reading() as reader:
         try:
             known = reader.workspace(workspace_id)
         except NotFound:
-            return record
+            return True
     if known.host != services.host:
         findings.problems.append(
             Note(workspace_id, f"there is a record of it as paused, but it lives on host {known.host!r}")
         )
-        return None
-    if known.state is WorkspaceState.PAUSED:
-        return record
-    if known.operation is None:
+    elif known.state is not WorkspaceState.PAUSED and known.operation is None:
         services.records.remove(workspace_id)
         findings.pruned.append(Note(workspace_id, f"a record of it as paused, and it is {known.state}"))
-    return None
+    return known.host == services.host and known.state is WorkspaceState.PAUSED
 
 
 def _by_slot(records: list[PausedRecord]) -> tuple[list[PausedRecord], list[tuple[PausedRecord, str]]]:

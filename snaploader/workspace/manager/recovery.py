@@ -21,7 +21,6 @@ from snaploader.workspace.manager.operation import Services
 from snaploader.workspace.manager.repair import Findings, Note, RecoverySummary
 from snaploader.workspace.manager.snapshots import forget_remote, remove_unfinished
 from snaploader.workspace.model import SnapshotKind, SnapshotRecord, SnapshotStatus, WorkspaceState
-from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.records import TRASH, PausedRecord, owner_of
 
 if TYPE_CHECKING:
@@ -227,22 +226,7 @@ class _Recovery:
                     lock.release()
 
     def _under_lock(self, workspace_id: str, action: Callable[[], object]) -> bool:
-        """Do something with one workspace, unless somebody else works on it; whether it was done."""
-        try:
-            check_workspace_id(workspace_id)
-        except InvalidArgument:
-            # No workspace can have this name, so nobody works on it.
-            action()
-            return True
-        lock = self.locks.try_acquire(workspace_id)
-        if lock is None:
-            self.findings.busy[workspace_id] = None
-            return False
-        try:
-            action()
-        finally:
-            lock.release()
-        return True
+        return self.findings.under_lock(self.locks, workspace_id, action)
 
 
 def _is_leftover(record: SnapshotRecord) -> bool:

@@ -9,10 +9,11 @@ import logging
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from snaploader.errors import DataLoss, FailedPrecondition, NotFound, SnaploaderError
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.policy import ReadPolicy
+from snaploader.workspace.locks import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back
 from snaploader.workspace.manager.operation import Services, Work, runs_nevertheless
 from snaploader.workspace.manager.snapshots import let_go
@@ -26,6 +27,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
+from snaploader.workspace.names import check_workspace_id
 from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)
@@ -85,18 +87,30 @@ class Findings:
             text = error.message if isinstance(error, SnaploaderError) else repr(error)
             self.problems.append(Note(name, text))
 
+    def under_lock(self, locks: WorkspaceLocks, workspace_id: str, action: Callable[[], object]) -> bool:
+        """Do something with one workspace, unless somebody else works on it; whether it was done.
+
+        One lock at a time: each takes a descriptor, and with PostgreSQL a connection.
+        """
+        try:
+            check_workspace_id(workspace_id)
+        except InvalidArgument:
+            # No workspace can have this name, so nobody works on it.
+            action()
+            return True
+        lock = locks.try_acquire(workspace_id)
+        if lock is None:
+            self.busy[workspace_id] = None
+            return False
+        try:
+            action()
+        finally:
+            lock.release()
+        return True
+
     def summary(self) -> RecoverySummary:
         """What it came to."""
-        return RecoverySummary(
-            tuple(self.restored),
-            tuple(self.adopted),
-            tuple(self.repaired),
-            tuple(self.pruned),
-            tuple(self.trashed),
-            tuple(self.unknown),
-            tuple(self.busy),
-            tuple(self.problems),
-        )
+        return RecoverySummary(**{each.name: tuple(getattr(self, each.name)) for each in fields(self)})
 
 
 RECOVERY = "recovery"
@@ -104,7 +118,7 @@ RECOVERY = "recovery"
 
 
 def settle(services: Services, workspace_id: str) -> Operation | None:
-    """Finish or take back what is under way on a workspace, whose lock proves that nobody is at it any more.
+    """Finish or take back what is under way on a workspace, whose lock proves that nobody is doing it.
 
     Returns:
         What was under way; None: nothing was.
@@ -153,7 +167,7 @@ def _settle_slot(services: Services, workspace: Workspace, findings: Findings) -
     slot = workspace.slot
     if slot is None or services.slots.reserve(slot, workspace.id):
         return workspace
-    findings.repaired.append(Note(workspace.id, f"its slot {slot} is not to be had, so it has none"))
+    findings.repaired.append(Note(workspace.id, f"its slot {slot} is taken by others, so it has none"))
     with services.catalog.transaction() as tx:
         return tx.update_workspace(workspace.id, slot=None)
 

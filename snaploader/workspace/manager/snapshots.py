@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from snaploader import keys
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest
@@ -50,7 +49,7 @@ REMOTE_ORPHAN = "remote_orphan"
 
 _PINS = pin_name("")
 _CAPTURED = ".captured"
-"""Ends the loader's name of a commit before it is in the remote cache."""
+"""Ends another name of a commit's manifest, which earlier versions kept until the commit was uploaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +79,10 @@ class Saved:
 
 
 class SnapshotContent:
-    """Thread-safe.
+    """The content of workspaces' snapshots in the caches: saved, found and dropped. Thread-safe.
 
     Args:
-        instance_name: Of the remote cache; part of every snapshot's key.
+        instance_name: The instance name of the remote cache; part of every snapshot's key.
     """
 
     def __init__(self, loader: SnapshotLoader, file_cache: FileCache, instance_name: str) -> None:
@@ -104,12 +103,8 @@ class SnapshotContent:
 
     # Making
 
-    def save(self, record: SnapshotRecord, capture: Capture, runtime_name: str = "") -> Saved:
-        """Save what was captured as the snapshot of this record, in the local cache, pinned.
-
-        Args:
-            runtime_name: What the loader is to call it; by default what the record says.
-        """
+    def save(self, record: SnapshotRecord, capture: Capture) -> Saved:
+        """Save what was captured as the snapshot of this record, in the local cache, pinned."""
         result = self.loader.cache_snapshot(
             SnapshotKey(instance_name=self.instance_name),
             files=capture.files,
@@ -117,7 +112,7 @@ class SnapshotContent:
             directories=capture.directories,
             vm_configuration=VMConfiguration(),
             vm_metadata=_metadata(record),
-            snapshot_id=runtime_name or record.runtime_name,
+            snapshot_id=record.runtime_name,
             pin=pin_name(record.name),
             remote=False,
         )
@@ -131,25 +126,20 @@ class SnapshotContent:
             stored_bytes=result.stored_bytes,
         )
 
-    def save_for_upload(self, record: SnapshotRecord, capture: Capture) -> Saved:
-        """Save what was captured under another name than the record's, which `publish` gives it."""
-        return self.save(record, capture, record.runtime_name + _CAPTURED)
+    def upload(self, saved: Saved) -> Saved:
+        """Put a commit that was saved here into the remote cache, for everybody to find."""
+        result = self.loader.upload_snapshot(self.find(saved.record, ReadPolicy.LOCAL_FIRST))
+        record = replace(saved.record, is_remote=True)
+        return replace(saved, record=record, uploaded_bytes=result.uploaded_bytes)
 
-    def publish(self, record: SnapshotRecord, origin: Snapshot | None = None) -> Saved:
-        """Put a commit into the remote cache and show it under its name, there and here.
+    def derive_commit(self, record: SnapshotRecord, origin: Snapshot) -> Saved:
+        """Make a commit from another snapshot, and put it into the remote cache.
 
         It is pinned before, so that a commit without a pin cannot have been seen anywhere.
-
-        Args:
-            origin: What to make it from; by default what `save_for_upload` saved.
         """
-        if origin is None:
-            origin = self._find(record.runtime_name + _CAPTURED, ReadPolicy.LOCAL_FIRST)
         part = origin.only(_names(origin, record.scope))
         self.file_cache.pin(pin_name(record.name), part.digests())
-        saved = self.derive(record, origin, remote=True)
-        self.file_cache.delete_ref(self.manifest_ref(record.runtime_name + _CAPTURED))
-        return saved
+        return self.derive(record, origin, remote=True)
 
     def flush(self) -> None:
         """Have everything saved so far on disk: from now on it survives a power failure. May take seconds."""
@@ -178,11 +168,8 @@ class SnapshotContent:
         Raises:
             NotFound: It is not whole anywhere where `policy` looks.
         """
-        return self._find(record.runtime_name, policy)
-
-    def _find(self, runtime_name: str, policy: ReadPolicy) -> Snapshot:
         return self.loader.get_snapshot_by_id(
-            runtime_name, instance_name=self.instance_name, read_policy=policy
+            record.runtime_name, instance_name=self.instance_name, read_policy=policy
         )
 
     def is_pinned(self, record: SnapshotRecord) -> bool:
@@ -231,12 +218,8 @@ class SnapshotContent:
 
     def check_remote(self, record: SnapshotRecord) -> None:
         """Raise whatever the remote cache raises when it is asked for a snapshot; its absence is fine."""
-        remote = self.need_remote(f"deleting the committed snapshot {record.name!r}")
-        key = keys.snapshot_id_key(self._key(record.runtime_name))
-        try:
-            remote.get_action_result(keys.remote_manifest_digest(key, remote.digest_function))
-        except NotFound:
-            return
+        self.need_remote(f"deleting the committed snapshot {record.name!r}")
+        self.loader.manifests.remote_entry(self._key(record.runtime_name))
 
     # Removing
 
@@ -272,8 +255,7 @@ class SnapshotContent:
 
     def manifest_ref(self, runtime_name: str) -> str:
         """Key of the snapshot's manifest in the local cache."""
-        key = keys.snapshot_id_key(self._key(runtime_name))
-        return keys.local_manifest_key(self.file_cache.group_id, key)
+        return self.loader.manifests.local_ref(self._key(runtime_name))
 
     def _key(self, runtime_name: str) -> SnapshotKey:
         return SnapshotKey(instance_name=self.instance_name, snapshot_id=runtime_name)

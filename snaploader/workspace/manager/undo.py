@@ -152,7 +152,7 @@ def _superseded_orphans(tx: Transaction, workspace_id: str, new: Collection[str]
 
 
 def _is_failed_run(work: Work, error: BaseException) -> bool:
-    """Whether the lifecycle is to hold back: after a start that failed, or what it tried itself."""
+    """Whether the lifecycle must hold back: after a start that failed, or what it tried itself."""
     if isinstance(error, Cancelled):
         return False  # the manager closes, which says nothing of the workspace
     transition = _TRANSITIONS.get(work.operation.kind)

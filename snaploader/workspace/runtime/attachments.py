@@ -49,7 +49,7 @@ class _OpenStore:
     """What closes it; None when that is the caller's business."""
 
     def drop(self) -> None:
-        """Close it, if it is ours."""
+        """Close the store if this runtime opened it."""
         if self.closing is not None:
             self.closing.close()
 
@@ -115,7 +115,7 @@ class Attachments:
         return usable
 
     def captured(self, workspace_id: str) -> dict[str, Attachment]:
-        """All of them, for a capture. FailedPrecondition when one cannot be captured here."""
+        """Return all attachments for a capture. FailedPrecondition when one cannot be captured here."""
         usable = self.usable(workspace_id)
         for name, attached in _read(self._layout.folder(workspace_id)).items():
             if name not in usable:
@@ -150,7 +150,7 @@ class Attachments:
         return opened
 
     def replace(self, workspace_id: str, opened: OpenStores) -> None:
-        """Use these stores from now on; those before are closed if they are ours."""
+        """Use these stores from now on, and close those before that this runtime opened."""
         with self._lock:
             before = self._opened.pop(workspace_id, {})
             if opened:
@@ -158,7 +158,7 @@ class Attachments:
         drop(before)
 
     def sweep(self) -> list[str]:
-        """Remove the written chunks of processes that ended; their names."""
+        """Remove the written chunks of processes that ended, and return their names."""
         swept = []
         for name in os.listdir(self._layout.stores):
             if not _is_in_use(name):
@@ -167,7 +167,7 @@ class Attachments:
         return swept
 
     def close(self) -> None:
-        """Close the stores that are ours."""
+        """Close the stores that this runtime opened."""
         with self._lock:
             all_opened, self._opened = self._opened, {}
         for opened in all_opened.values():
@@ -175,7 +175,7 @@ class Attachments:
 
 
 def drop(opened: OpenStores) -> None:
-    """Close those that are ours."""
+    """Close the stores that this runtime opened."""
     for each in opened.values():
         each.drop()
 
@@ -189,7 +189,7 @@ class _Shared:
         self._shared = shared
 
     def release(self) -> None:
-        """Need it no longer; once for each store."""
+        """Give up one store's share; called once for each store."""
         with self._lock:
             self._count -= 1
             is_last = not self._count

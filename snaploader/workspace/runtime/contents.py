@@ -47,7 +47,7 @@ from snaploader.workspace.names import check_volumes
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """The folder of one workspace, or one that is to be."""
+    """The folder of one workspace, or one that becomes it when it is finished."""
 
     path: str
 
@@ -123,11 +123,11 @@ class Layout:
         return f"{self.base}/stores"
 
     def folder(self, workspace_id: str) -> Folder:
-        """The workspace's."""
+        """Return the folder of a workspace."""
         return Folder(f"{self.workspaces}/{workspace_id}")
 
     def lock(self, workspace_id: str) -> str:
-        """The workspace's lock file."""
+        """Return the path of a workspace's lock file."""
         return f"{self.locks}/{workspace_id}"
 
     def staging(self, workspace_id: str) -> Folder:
@@ -139,7 +139,7 @@ class Layout:
         return f"{self.workspaces}/{workspace_id}.trash-{_unique()}"
 
     def replaced(self, workspace_id: str) -> str:
-        """Where the state before stands between two renames."""
+        """Return where the state before stands between two renames."""
         return f"{self.workspaces}/{workspace_id}.replaced"
 
     def store_folder(self, workspace_id: str, pid: int, start_ticks: int) -> str:
@@ -160,7 +160,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def read_file(path: str) -> bytes | None:
-    """What a file holds; None when it is not there. Raises OSError."""
+    """Return what a file holds, or None when it is not there. Raises OSError."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -257,7 +257,7 @@ log = logging.getLogger(__name__)
 
 
 def volumes_of(spec: WorkspaceSpec) -> tuple[Volume, ...]:
-    """The volumes in normal form. InvalidArgument when a workspace or a snapshot cannot have them."""
+    """Return the volumes in normal form. InvalidArgument when a workspace or a snapshot cannot have them."""
     volumes = check_volumes(spec.volumes)
     for volume in volumes:
         check_name(_entry(volume))
@@ -286,7 +286,7 @@ def make_durable_again(folder: Folder, volumes: Sequence[Volume]) -> None:
 
 
 def check_fits(snapshot: Snapshot, volumes: Sequence[Volume], workspace_id: str) -> None:
-    """FailedPrecondition when the snapshot holds volumes that the workspace does not have."""
+    """Raise FailedPrecondition when the snapshot holds volumes that the workspace does not have."""
     known = {_entry(volume) for volume in volumes}
     unknown = [name for name in snapshot.directories if name.startswith(VOLUME_PREFIX) and name not in known]
     if unknown:
@@ -297,7 +297,7 @@ def check_fits(snapshot: Snapshot, volumes: Sequence[Volume], workspace_id: str)
 
 
 def sources(folder: Folder, volumes: Sequence[Volume], scope: Scope) -> dict[str, DirectorySource]:
-    """What to save of a workspace's folder. FailedPrecondition when it cannot be."""
+    """Return what to save of a workspace's folder. FailedPrecondition when it cannot be saved."""
     if not stat.S_ISDIR(os.stat(folder.root, follow_symlinks=False).st_mode):
         raise FailedPrecondition(f"{folder.root!r} is no folder any more: put one in its place")
     make_durable(folder, volumes, FailedPrecondition)

@@ -41,7 +41,7 @@ class FolderRuntime(abc.ABC):
     """The part of `Runtime` that is about folders. Thread-safe; any number of processes may share one folder.
 
     Args:
-        root_directory: Where everything is kept; made if absent, for the user's eyes alone.
+        root_directory: Where everything is kept; made if absent, for this user alone.
         durable: Whether what was placed survives a power failure from the moment that `place` returns.
         index_placed: Whether the first capture after a `place` reads only what was changed since. Costs
             `place` 55 ms.
@@ -74,7 +74,7 @@ class FolderRuntime(abc.ABC):
     """A folder has none; see `Runtime.keeps_memory`."""
 
     def root(self, workspace_id: str) -> Path:
-        """The folder that the workspace sees. NotFound when there is none."""
+        """Return the folder that the workspace sees. NotFound when there is none."""
         return Path(self._existing(workspace_id).root)
 
     def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
@@ -318,7 +318,7 @@ def _is_whole(name: str) -> bool:
 
 @contextmanager
 def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
-    """Hold the lock of a workspace: flock(2) on a small file. Gives its descriptor. Raises OSError.
+    """Hold the lock of a workspace, flock(2) on a small file; gives its descriptor. Raises OSError.
 
     A lock goes with the processes that hold its descriptor. The supervisor of a workspace inherits it until
     it has written down what it started, so nobody can find the workspace half started, whoever is killed.
@@ -343,7 +343,7 @@ def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
 
 
 def exchange(first: str, second: str) -> bool:
-    """Let two paths change places, in one step; False where that cannot be done. Raises OSError."""
+    """Let two paths change places in one step; returns False where that cannot be done. Raises OSError."""
     library = ctypes.CDLL(None, use_errno=True)
     rename = getattr(library, "renameat2", None)
     if rename is None:

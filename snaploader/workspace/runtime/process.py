@@ -65,7 +65,7 @@ class ProcessRuntime(FolderRuntime):
     Processes cannot leave a run by becoming daemons.
 
     Args:
-        root_directory: Where workspaces are kept; made if absent, for the user's eyes alone.
+        root_directory: Where workspaces are kept; made if absent, for this user alone.
         checks: Readiness checks by kind, beside tcp, http and command.
         environment: For all commands.
         durable: Whether what was placed survives a power failure from the moment that `place` returns.
@@ -187,7 +187,7 @@ class ProcessRuntime(FolderRuntime):
             wait_ready(watch, workspace, readiness, probe, timeout_s, cancelled)
 
     def log_tail(self, workspace_id: str, max_bytes: int = 1 << 16) -> bytes:
-        """The last bytes that the workspace's command printed, in its latest  NotFound as `root`."""
+        """Return the last bytes that a workspace printed in its latest runs. NotFound as `root`."""
         with translate_os_errors(f"cannot read the log of workspace {workspace_id!r}"):
             return read_log(self._existing(workspace_id), max_bytes)
 

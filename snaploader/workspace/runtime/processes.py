@@ -32,7 +32,7 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
-        """The process that has this pid now; None when there is none, or only what it leaves its parent."""
+        """Return the process that has this pid now, or None when there is none or it waits for its parent."""
         stat = read_stat(pid)
         if stat is None or stat.has_ended:
             return None
@@ -47,11 +47,11 @@ class ProcessIdentity:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs still."""
+        """Whether the process still runs."""
         return self == ProcessIdentity.of(self.pid)
 
     def open_pidfd(self) -> int | None:
-        """A descriptor of the process, readable when it has ended (pidfd_open(2)); None when it has."""
+        """Open a descriptor that becomes readable when the process ends, pidfd_open(2); None when it has."""
         try:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -63,7 +63,7 @@ class ProcessIdentity:
         return None
 
     def send(self, number: int) -> None:
-        """Send it a signal, if it runs still."""
+        """Send the process a signal if it still runs."""
         fd = self.open_pidfd()
         if fd is None:
             return
@@ -75,7 +75,7 @@ class ProcessIdentity:
 
 
 def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
-    """Wait until all of them have ended; whether they have in this time."""
+    """Wait until all processes have ended; returns whether they have in this time."""
     give_up_at = time.monotonic() + timeout_s
     with ExitStack() as opened:
         for fd in [fd for process in processes if (fd := process.open_pidfd()) is not None]:
@@ -87,14 +87,14 @@ def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
 
 
 def is_readable(fd: int, timeout_s: float) -> bool:
-    """Wait until a descriptor is readable; whether it is in this time."""
+    """Wait until a descriptor is readable; returns whether it is in this time."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(math.ceil(timeout_s * 1000)))
 
 
 def kill_trees(roots: Iterable[ProcessIdentity], timeout_s: float) -> bool:
-    """Kill processes and all below them; whether nothing is left in this time.
+    """Kill processes and all below them; returns whether nothing is left in this time.
 
     The roots come last: as long as they live, what others orphan stays below them.
     """

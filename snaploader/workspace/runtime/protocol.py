@@ -155,11 +155,11 @@ class Runtime(Protocol):
         ...
 
     def status(self, workspace_id: str) -> RuntimeStatus:
-        """What is known of the workspace now; of an unknown one, that it does not exist."""
+        """Return what is known of the workspace now; an unknown one does not exist."""
         ...
 
     def capture(self, spec: WorkspaceSpec, scope: Scope) -> AbstractContextManager[Capture]:
-        """The content of a stopped workspace, to be saved within the block.
+        """Give the content of a stopped workspace, which is saved within the block.
 
         `Scope.DATA` holds the volumes alone, each under the name "volume.<volume's name>"; `Scope.FULL`
         holds all that `place` needs to bring back the whole.
@@ -200,13 +200,13 @@ class Runtime(Protocol):
 
         Raises:
             FailedPrecondition: the workspace runs; or the snapshot does not fit it.
-            NotFound, DataLoss, Unavailable: content is not to be had.
+            NotFound, DataLoss, Unavailable: content cannot be fetched.
             ResourceExhausted: the disk is full.
         """
         ...
 
     def remove(self, workspace_id: str) -> None:
-        """Remove all state of a stopped workspace. One that is not there is removed.
+        """Remove all state of a stopped workspace. Nothing happens when there is none.
 
         Raises:
             FailedPrecondition: it runs.
@@ -214,18 +214,18 @@ class Runtime(Protocol):
         ...
 
     def workspaces(self) -> list[str]:
-        """Ids of all workspaces that there is state of, sorted."""
+        """List the ids of all workspaces that there is state of, sorted."""
         ...
 
     def leftovers(self) -> list[str]:
-        """Names of what was half made or half removed, sorted; each begins with the workspace's id and a dot.
+        """List names of what was half made or half removed, sorted; each begins with an id and a dot.
 
         Those that others are working on are among them; they hold their workspace's lock meanwhile.
         """
         ...
 
     def sweep(self) -> list[str]:
-        """Clean up what killed processes left half done; names of what was removed or repaired, sorted.
+        """Clean up what killed processes left half done; returns the names of what was, sorted.
 
         What others are working on is left alone. Called at start-up.
         """
@@ -248,7 +248,7 @@ class Runtime(Protocol):
         ...
 
     def attachments(self, workspace_id: str) -> Mapping[str, Attachment]:
-        """What is attached and usable in this process, by name.
+        """Return what is attached and usable in this process, by name.
 
         After `place` of a snapshot with chunked files, those are here as stores that fetch what is touched.
         Stores of other processes are left out.

@@ -50,7 +50,7 @@ class ReadinessProbe(Protocol):
     """One try of a readiness check. Called on the waiting thread."""
 
     def __call__(self, workspace: ProbedWorkspace, timeout_s: float) -> str:
-        """Why the workspace is not ready; empty when it is. InvalidArgument ends the wait.
+        """Return why the workspace is not ready, or nothing when it is. InvalidArgument ends the wait.
 
         Args:
             timeout_s: How long the try may take, at most `MAX_TRY_S`.
@@ -149,12 +149,12 @@ class RunWatch:
         self._fd = None if run.command is None else run.command.open_pidfd()
 
     def check(self) -> None:
-        """FailedPrecondition when the run has ended; says how."""
+        """Raise FailedPrecondition when the run has ended; it says how."""
         if self._has_ended:
             raise self._error()
 
     def pause(self, time_s: float, cancelled: threading.Event | None) -> None:
-        """Wait that long, or less when there is something to notice."""
+        """Wait that long, or until the run ends or the waiting is cancelled."""
         if cancelled is not None:
             cancelled.wait(time_s)
         elif self._fd is not None:
@@ -214,7 +214,7 @@ def wait_ready(
     timeout_s: float,
     cancelled: threading.Event | None,
 ) -> None:
-    """Try until the probe has nothing against it; see `Runtime.wait_ready`."""
+    """Try until the probe finds the workspace ready; see `Runtime.wait_ready`."""
     name = f"workspace {workspace.workspace_id!r}"
     give_up_at = time.monotonic() + timeout_s
     tries, reason = 0, "there was no time to try"

@@ -46,12 +46,12 @@ class Run:
 
     @property
     def processes(self) -> list[ProcessIdentity]:
-        """Those that are known, the outer ones first."""
+        """The processes that are known, the outer ones first."""
         return [each for each in (self.guard, self.supervisor, self.command) if each is not None]
 
     @property
     def is_running(self) -> bool:
-        """Whether it goes on."""
+        """Whether the run goes on."""
         if self.has_ended:
             return False
         if not self.processes:
@@ -65,7 +65,7 @@ class Run:
 
 
 def read_run(folder: Folder) -> Run | None:
-    """The latest run; None before the first. Raises OSError, and DataLoss when what is there is no run."""
+    """Return the latest run, or None before the first. Raises OSError, and DataLoss for a damaged file."""
     try:
         return _run_of(_read(folder.run), _read(folder.end))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
@@ -92,7 +92,7 @@ def _run_of(run: dict[str, Any] | None, end: dict[str, Any] | None) -> Run | Non
 
 
 def write_run_without_command(folder: Folder, token: str) -> None:
-    """Write down that a workspace runs that has no command. Raises OSError."""
+    """Write down that a workspace without a command runs. Raises OSError."""
     run = {
         "token": token,
         "boot_id": read_boot_id(),
@@ -107,7 +107,7 @@ def write_end(folder: Folder, run: Run, exit_code: int | None) -> None:
 
 
 def read_log(folder: Folder, max_bytes: int) -> bytes:
-    """The last bytes of the output of the latest runs. Raises OSError."""
+    """Return the last bytes of the output of the latest runs. Raises OSError."""
     data = b""
     for path in (folder.log, f"{folder.log}.1"):
         if len(data) < max_bytes:
@@ -160,7 +160,7 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
 
 
 def kill_leftovers(workspace_id: str, folder: Folder, run: Run) -> bool:
-    """Kill what a run left whose supervisor and guard were both killed; whether there was anything."""
+    """Kill what a run left whose supervisor and guard were killed; returns whether there was anything."""
     found, is_done = kill_marked(f"{RUN_VARIABLE}={run.token}".encode(), _KILL_TIMEOUT_S)
     if not is_done:
         raise _unkillable(workspace_id)

@@ -59,7 +59,7 @@ class ProcessStat:
 
 
 def read_stat(pid: int) -> ProcessStat | None:
-    """Of a process; None when there is none."""
+    """Return the fields of a process, or None when there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             return ProcessStat(file.read())
@@ -68,7 +68,7 @@ def read_stat(pid: int) -> ProcessStat | None:
 
 
 def descendants(pid: int) -> dict[int, ProcessStat]:
-    """All processes below one, those left out that ended and wait for their parent."""
+    """Return all processes below one, without those that ended and wait for their parent."""
     children: dict[int, list[int]] = {}
     stats: dict[int, ProcessStat] = {}
     for name in os.listdir("/proc"):
@@ -93,7 +93,7 @@ def send(pid: int, number: int) -> None:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Give a file new content, in one step, for its owner's eyes alone."""
+    """Give a file new content in one step, readable by its owner alone."""
     temporary = f"{path}.{os.getpid()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "w", encoding="ascii") as file:
@@ -109,7 +109,7 @@ def write_end(path: str, token: str, exit_code: int | None) -> None:
 
 
 class Orders:
-    """What to run: the fields of standard input.
+    """What to run, as the fields of standard input say it.
 
     Number of all that follow, run file, end file, log file, token, id of the boot of the host, grace in
     seconds, number of arguments, arguments, environment ("NAME=value"). ValueError when they are not whole,
@@ -184,7 +184,7 @@ class Supervisor:
         self._kill_at: float | None = None
 
     def start(self) -> OSError | None:
-        """Start the command, which is written down before it begins; why it could not be."""
+        """Start the command, which is written down before it begins; returns why it could not be started."""
         go_reader, go_writer = os.pipe2(os.O_CLOEXEC)
         failure_reader, failure_writer = os.pipe2(os.O_CLOEXEC)
         supervisor = os.getpid()
@@ -205,7 +205,7 @@ class Supervisor:
         return OSError(int(failure), os.strerror(int(failure))) if failure else None
 
     def run_to_end(self) -> int:
-        """Stay until nothing is left of the command; its exit code, negative for a signal."""
+        """Stay until nothing is left of the command; returns its exit code, negative for a signal."""
         while self._reap():
             if self._is_killing:
                 for pid in descendants(os.getpid()):
@@ -254,7 +254,7 @@ class Supervisor:
         )
 
     def _reap(self) -> bool:
-        """Take in what has ended; whether anything is left."""
+        """Take in what has ended; returns whether anything is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -304,7 +304,7 @@ class Supervisor:
         send(pid, signal.SIGCONT)  # one that is stopped takes no other signal
 
     def _copy_output(self) -> bool:
-        """Move some output to the log; whether there may be more, now or later."""
+        """Move some output to the log; returns whether there may be more, now or later."""
         try:
             data = os.read(self._output, _READ_BYTES)
         except BlockingIOError:
@@ -352,7 +352,7 @@ def supervise(orders: Orders, guard_pid: int, handshake: int, lock: int) -> None
 
 
 def main() -> None:
-    """See the module."""
+    """Do what the module's docstring says."""
     handshake, lock = (int(number) for number in sys.argv[1:3])
     for fd in (handshake, lock):
         os.set_inheritable(fd, False)

@@ -27,11 +27,41 @@ from snaploader.workspace.runtime.protocol import (
     RuntimeStatus,
     StopOutcome,
 )
-from snaploader.workspace.testing.gate import Gate
+
+DEFAULT_TIMEOUT_S = 30.0
+"""How long a gate and who waits at it wait, unless told otherwise."""
+
+
+class RuntimeGate:
+    """Holds the calls that come to it until it is opened. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._is_open = False
+        self._arrived = 0
+
+    def wait_reached(self, timeout_s: float = DEFAULT_TIMEOUT_S, calls: int = 1) -> bool:
+        """Wait until that many calls have arrived; False when they have not in this time."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self._arrived >= calls, timeout_s)
+
+    def open(self) -> None:
+        """Let the held calls go on, and all later ones pass."""
+        with self._condition:
+            self._is_open = True
+            self._condition.notify_all()
+
+    def pass_through(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Arrive, and wait until the gate is open. TimeoutError when it is not in this time."""
+        with self._condition:
+            self._arrived += 1
+            self._condition.notify_all()
+            if not self._condition.wait_for(lambda: self._is_open, timeout_s):
+                raise TimeoutError(f"a gate was not opened within {timeout_s:g} s")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RuntimeCall:
     """A call that a fake runtime received."""
 
     method: str
@@ -68,11 +98,11 @@ class FakeRuntime(FolderRuntime):
         super().__init__(directory, durable=durable, index_placed=index_placed, _environment=_environment)
         self.keeps_memory = False
         """Whether it is to say that it does; see `Runtime.keeps_memory`."""
-        self.calls: list[Call] = []
+        self.calls: list[RuntimeCall] = []
         """Every call received, in order of arrival; those of `status` are left out."""
         self._script = threading.Lock()
         self._failures: dict[str, deque[_Failure]] = defaultdict(deque)
-        self._gates: dict[str, deque[Gate]] = defaultdict(deque)
+        self._gates: dict[str, deque[RuntimeGate]] = defaultdict(deque)
         self._unready: set[str] = set()
         self._stubborn: set[str] = set()
 
@@ -90,21 +120,21 @@ class FakeRuntime(FolderRuntime):
         with self._script:
             self._failures[method].extend([_Failure(error, after_effect)] * times)
 
-    def hold_next(self, method: str) -> Gate:
+    def hold_next(self, method: str) -> RuntimeGate:
         """Let the next call of a method wait, before it does anything, until the gate is opened."""
         _check_method(method)
-        gate = Gate()
+        gate = RuntimeGate()
         with self._script:
             self._gates[method].append(gate)
         return gate
 
     def set_ready(self, workspace_id: str, is_ready: bool = True) -> None:
-        """Whether the workspace becomes ready when started; if not, `wait_ready` fails at once, unless it
-        has an event to be cancelled by. All are ready at first."""
+        """Say whether a started workspace becomes ready. If not, `wait_ready` fails at once, unless it has
+        an event to be cancelled by. All are ready at first."""
         (self._unready.discard if is_ready else self._unready.add)(workspace_id)
 
     def ignore_stop(self, workspace_id: str) -> None:
-        """Let the workspace stop by force alone from now on."""
+        """Let the workspace stop only by force from now on."""
         self._stubborn.add(workspace_id)
 
     def end(self, workspace_id: str, exit_code: int = 1) -> None:
@@ -240,7 +270,7 @@ class FakeRuntime(FolderRuntime):
     @contextmanager
     def _called(self, method: str, workspace_id: str = "") -> Iterator[None]:
         with self._script:
-            self.calls.append(Call(method, workspace_id))
+            self.calls.append(RuntimeCall(method, workspace_id))
             gate = self._gates[method].popleft() if self._gates[method] else None
             failure = self._failures[method].popleft() if self._failures[method] else None
         if gate is not None:

@@ -17,7 +17,7 @@ from snaploader.errors import Cancelled, FailedPrecondition, Unavailable
 from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.manager.held_workspace import HeldWorkspace
 from snaploader.workspace.manager.versions import VersionRequest
-from snaploader.workspace.testing import FakeRuntime, Gate
+from snaploader.workspace.testing import FakeRuntime, RuntimeGate
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def case(request: pytest.FixtureRequest, world: World) -> Case:
     return case
 
 
-def hold(world: World, method: str) -> Gate:
+def hold(world: World, method: str) -> RuntimeGate:
     """Let the next call of this method of the runtime wait."""
     assert isinstance(world.runtime, FakeRuntime)
     return world.runtime.hold_next(method)
@@ -81,7 +81,7 @@ def expect_done(world: World, case: Case) -> None:
     assert world.findings() == []
 
 
-def interrupt_when(gate: Gate) -> threading.Thread:
+def interrupt_when(gate: RuntimeGate) -> threading.Thread:
     """Sends this thread SIGINT once somebody waits at the gate."""
     main = threading.get_ident()
 

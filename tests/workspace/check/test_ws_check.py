@@ -121,7 +121,7 @@ def test_an_operation_that_nobody_is_at_is_found(host: Host) -> None:
         Finding(
             FindingKind.OPERATION,
             "stopped",
-            "pause began at 2026-01-01 00:00:00 on host 'here', and nobody is at it",
+            "pause began at 2026-01-01 00:00:00 on host 'here', and nobody is doing it",
         )
     ]
 
@@ -133,7 +133,7 @@ def test_a_snapshot_that_is_neither_there_nor_gone_is_found(host: Host, status: 
         transaction.put_snapshot(record)
     (finding,) = check(host.manager)
     assert finding.kind is FindingKind.UNFINISHED
-    assert str(finding) == f"stopped: snapshot 'stopped.x' is {status}, and nobody is at it"
+    assert str(finding) == f"stopped: snapshot 'stopped.x' is {status}, and nobody is doing it"
 
 
 def test_a_commit_that_failed_and_waits_for_the_next_try_is_fine(host: Host) -> None:

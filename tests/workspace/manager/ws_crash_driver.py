@@ -28,7 +28,7 @@ from manager_hosts import DATA, Clock
 
 from snaploader import FileCache, NotFound, SnapshotLoader
 from snaploader._environment import HostEnvironment
-from snaploader.loader.tombstone import is_local_tombstone
+from snaploader.loader.manifests import is_local_tombstone
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.check import check
 from snaploader.workspace.manager import WorkspaceManager

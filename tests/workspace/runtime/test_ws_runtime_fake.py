@@ -12,7 +12,7 @@ from snaploader import SnapshotLoader
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition, Unavailable
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.runtime import StopOutcome
-from snaploader.workspace.testing import Call, FakeRuntime, Gate
+from snaploader.workspace.testing import FakeRuntime, RuntimeCall, RuntimeGate
 
 ID = "ws"
 SPEC = WorkspaceSpec(ID, command=("anything",))
@@ -24,7 +24,12 @@ def test_calls_are_recorded_in_order(fake: FakeRuntime) -> None:
     fake.status(ID)
     fake.stop(ID)
     fake.workspaces()
-    assert fake.calls == [Call("create", ID), Call("start", ID), Call("stop", ID), Call("workspaces")]
+    assert fake.calls == [
+        RuntimeCall("create", ID),
+        RuntimeCall("start", ID),
+        RuntimeCall("stop", ID),
+        RuntimeCall("workspaces"),
+    ]
 
 
 def test_a_scripted_failure_comes_once_and_nothing_is_done(fake: FakeRuntime) -> None:
@@ -82,7 +87,7 @@ def test_methods_that_do_not_exist_cannot_be_scripted(fake: FakeRuntime) -> None
 
 
 def test_a_gate_that_nobody_opens_is_an_error() -> None:
-    gate = Gate()
+    gate = RuntimeGate()
     assert not gate.wait_reached(0)
     with pytest.raises(TimeoutError):
         gate.pass_through(0)

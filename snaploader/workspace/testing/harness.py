@@ -33,7 +33,7 @@ class Harness(Protocol):
     """A folder that the checks may write to."""
 
     def another(self) -> Runtime:
-        """A runtime on the same state, as another process would have; closed by the check."""
+        """Return a runtime on the same state, as another process would have; the check closes it."""
         ...
 
     def write(self, workspace_id: str, path: str, data: bytes) -> None:
@@ -41,7 +41,7 @@ class Harness(Protocol):
         ...
 
     def read(self, workspace_id: str, path: str) -> bytes | None:
-        """What a file of a workspace holds; None when there is none."""
+        """Return what a file of a workspace holds, or None when there is none."""
         ...
 
 
@@ -87,14 +87,14 @@ class LoaderWithoutContent:
 
 
 def new_id() -> str:
-    """An id that no workspace has."""
+    """Return an id that no workspace has."""
     return f"check-{uuid.uuid4().hex[:12]}"
 
 
 def new_spec(
     harness: Harness, *, command: tuple[str, ...] | None = None, volumes: tuple[Volume, ...] = VOLUMES
 ) -> WorkspaceSpec:
-    """A workspace that is not there yet."""
+    """Return the spec of a workspace that does not exist yet."""
     command = harness.command if command is None else command
     return WorkspaceSpec(new_id(), command=command, volumes=volumes)
 
@@ -103,7 +103,7 @@ def new_spec(
 def workspace(
     harness: Harness, *, command: tuple[str, ...] | None = None, volumes: tuple[Volume, ...] = VOLUMES
 ) -> Iterator[WorkspaceSpec]:
-    """A new workspace, removed at the end."""
+    """Give a new workspace, which is removed at the end."""
     spec = new_spec(harness, command=command, volumes=volumes)
     harness.runtime.create(spec)
     try:
@@ -115,7 +115,7 @@ def workspace(
 
 @contextmanager
 def new_store(harness: Harness, size: int) -> Iterator[COWStore]:
-    """A new store, closed at the end."""
+    """Give a new store, which is closed at the end."""
     with COWStore(f"{harness.scratch}/{uuid.uuid4().hex}", size=size, chunk_size=CHUNK) as store:
         yield store
 
@@ -158,20 +158,20 @@ def write(harness: Harness, spec: WorkspaceSpec, files: Mapping[str, bytes]) -> 
 
 
 def require_content(harness: Harness, spec: WorkspaceSpec, files: Mapping[str, bytes | None]) -> None:
-    """AssertionError unless files hold what is given; None is for what must not be there."""
+    """Raise AssertionError unless files hold what is given; None is for what must not be there."""
     for path, expected in files.items():
         found = harness.read(spec.workspace_id, path)
         require(found == expected, f"{path} holds {found!r} instead of {expected!r}")
 
 
 def require(is_met: bool, message: str) -> None:
-    """AssertionError with this message, unless the condition is met."""
+    """Raise AssertionError with this message unless the condition is met."""
     if not is_met:
         raise AssertionError(message)
 
 
 def require_error(kind: type[BaseException], call: Callable[[], object]) -> None:
-    """AssertionError unless the call raises that error."""
+    """Raise AssertionError unless the call raises that error."""
     try:
         call()
     except kind:

@@ -1,0 +1,443 @@
+"""What every runtime must do, as checks that any implementation can be run through.
+
+From pytest, with a `Harness` for the runtime at hand:
+
+    import pytest
+    from snaploader.workspace.testing import RUNTIME_CHECKS
+
+    @pytest.mark.parametrize("check", RUNTIME_CHECKS, ids=str)
+    def test_runtime(check, harness):
+        check(harness)
+
+A check returns when all is well, and raises AssertionError or what the runtime raised. Each makes workspaces
+of its own, with new ids, and removes them; they do not depend on each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from cow import COWStore
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
+from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
+from snaploader.workspace.runtime.protocol import StopOutcome
+from snaploader.workspace.testing.harness import (
+    CHUNK,
+    VOLUMES,
+    Harness,
+    LoaderWithoutContent,
+    RuntimeCheck,
+    Suite,
+    capture,
+    new_id,
+    new_spec,
+    new_store,
+    place,
+    require,
+    require_content,
+    require_error,
+    workspace,
+    write,
+)
+
+check = Suite()
+
+
+# How workspaces are made, run, seen and removed
+
+
+@check
+def an_unknown_workspace_does_not_exist(harness: Harness) -> None:
+    """One that was never made is not running, stops and is removed without a word, and cannot be used."""
+    runtime, spec = harness.runtime, new_spec(harness)
+    status = runtime.status(spec.workspace_id)
+    require(not status.exists and not status.is_running, f"it is said to exist: {status}")
+    outcome = runtime.stop(spec.workspace_id)
+    require(outcome is StopOutcome.NOT_RUNNING, f"stopping it said {outcome}")
+    runtime.remove(spec.workspace_id)
+    for call in (
+        lambda: runtime.start(spec),
+        lambda: runtime.wait_ready(spec),
+        lambda: capture(harness, spec, Scope.FULL),
+        lambda: runtime.continue_on(spec, "snapshot"),
+        lambda: runtime.attachments(spec.workspace_id),
+        lambda: runtime.detach(spec.workspace_id, "disk"),
+    ):
+        require_error(NotFound, call)
+
+
+@check
+def ids_that_are_none_are_refused(harness: Harness) -> None:
+    """What is no workspace id is InvalidArgument, before anything is done."""
+    runtime = harness.runtime
+    for bad in ("", "..", "a/b", "A", "x.staging-1"):
+        spec = WorkspaceSpec(bad)
+        for call in (
+            partial(runtime.create, spec),
+            partial(runtime.start, spec),
+            partial(runtime.stop, bad),
+            partial(runtime.status, bad),
+            partial(runtime.remove, bad),
+        ):
+            require_error(InvalidArgument, call)
+
+
+@check
+def a_workspace_is_made_once(harness: Harness) -> None:
+    """After `create` it exists and does not run; a second time is refused."""
+    with workspace(harness) as spec:
+        status = harness.runtime.status(spec.workspace_id)
+        require(status.exists and not status.is_running and not status.placed, f"it is {status}")
+        require(spec.workspace_id in harness.runtime.workspaces(), "it is not listed")
+        harness.write(spec.workspace_id, "/srv/data/file", b"kept")
+        require_error(FailedPrecondition, lambda: harness.runtime.create(spec))
+        require_content(harness, spec, {"/srv/data/file": b"kept"})
+
+
+@check
+def overlapping_volumes_are_refused(harness: Harness) -> None:
+    """Volumes that cannot be together are InvalidArgument, and nothing is made."""
+    spec = WorkspaceSpec(new_id(), volumes=(Volume("a", "/data"), Volume("b", "/data/inner")))
+    require_error(InvalidArgument, lambda: harness.runtime.create(spec))
+    require(not harness.runtime.status(spec.workspace_id).exists, "it exists all the same")
+
+
+@check
+def a_started_workspace_runs_until_it_is_stopped(harness: Harness) -> None:
+    """Starting, stopping and starting again; doing either twice is harmless."""
+    runtime = harness.runtime
+    with workspace(harness) as spec:
+        for _ in range(2):
+            runtime.start(spec)
+            first = runtime.status(spec.workspace_id)
+            runtime.start(spec)
+            second = runtime.status(spec.workspace_id)
+            require(first.is_running and first.started_at is not None, f"it was started and is {first}")
+            require(second == first, f"a second start changed it from {first} to {second}")
+            outcome = runtime.stop(spec.workspace_id)
+            require(outcome is StopOutcome.STOPPED, f"stopping it said {outcome}")
+            stopped = runtime.status(spec.workspace_id)
+            require(not stopped.is_running and stopped.pid is None, f"it was stopped and is {stopped}")
+            outcome = runtime.stop(spec.workspace_id)
+            require(outcome is StopOutcome.NOT_RUNNING, f"stopping it again said {outcome}")
+
+
+@check
+def a_workspace_without_a_command_runs_too(harness: Harness) -> None:
+    """One that has no command counts as running from start to stop."""
+    runtime = harness.runtime
+    with workspace(harness, command=()) as spec:
+        runtime.start(spec)
+        runtime.wait_ready(spec)
+        require(runtime.status(spec.workspace_id).is_running, "it was started and does not run")
+        outcome = runtime.stop(spec.workspace_id)
+        require(outcome is StopOutcome.STOPPED, f"stopping it said {outcome}")
+        require(not runtime.status(spec.workspace_id).is_running, "it was stopped and runs")
+
+
+@check
+def other_processes_see_and_stop_a_running_workspace(harness: Harness) -> None:
+    """What one runtime started goes on when that is closed, and another one stops it."""
+    with workspace(harness) as spec:
+        starter = harness.another()
+        try:
+            starter.start(spec)
+        finally:
+            starter.close()
+        status = harness.runtime.status(spec.workspace_id)
+        require(status.is_running, f"it went with the runtime that started it: {status}")
+        outcome = harness.runtime.stop(spec.workspace_id)
+        require(outcome is StopOutcome.STOPPED, f"stopping it said {outcome}")
+
+
+@check
+def a_running_workspace_is_not_touched(harness: Harness) -> None:
+    """Capturing, replacing and removing one that runs is FailedPrecondition."""
+    runtime = harness.runtime
+    with workspace(harness) as spec:
+        snapshot = capture(harness, spec, Scope.FULL)
+        runtime.start(spec)
+        for call in (
+            lambda: capture(harness, spec, Scope.FULL),
+            lambda: capture(harness, spec, Scope.DATA),
+            lambda: place(harness, spec, snapshot, "t"),
+            lambda: runtime.remove(spec.workspace_id),
+        ):
+            require_error(FailedPrecondition, call)
+        require(runtime.status(spec.workspace_id).is_running, "it does not run any more")
+        runtime.stop(spec.workspace_id)
+
+
+@check
+def readiness_is_told_of_running_workspaces_alone(harness: Harness) -> None:
+    """`wait_ready` returns for one that runs and has no check; one that does not run is refused."""
+    with workspace(harness) as spec:
+        require_error(FailedPrecondition, lambda: harness.runtime.wait_ready(spec))
+        harness.runtime.start(spec)
+        harness.runtime.wait_ready(spec, 30, threading.Event())
+        harness.runtime.stop(spec.workspace_id)
+        require_error(FailedPrecondition, lambda: harness.runtime.wait_ready(spec))
+
+
+@check
+def a_removed_workspace_is_gone(harness: Harness) -> None:
+    """After `remove` nothing is left, a second time is harmless, and the id can be placed again."""
+    runtime = harness.runtime
+    with workspace(harness) as spec:
+        snapshot = capture(harness, spec, Scope.FULL)
+        runtime.remove(spec.workspace_id)
+        require(not runtime.status(spec.workspace_id).exists, "it exists still")
+        require(spec.workspace_id not in runtime.workspaces(), "it is listed still")
+        runtime.remove(spec.workspace_id)
+        place(harness, spec, snapshot, "again")
+        require(runtime.status(spec.workspace_id).placed == "again", "it was not placed again")
+
+
+@check
+def sweeping_leaves_what_is_whole(harness: Harness) -> None:
+    """`sweep` takes nothing from workspaces that are in order."""
+    with workspace(harness) as spec:
+        write(harness, spec, {"/srv/data/a": b"1"})
+        harness.runtime.start(spec)
+        harness.runtime.sweep()
+        require(harness.runtime.status(spec.workspace_id).is_running, "it does not run any more")
+        harness.runtime.stop(spec.workspace_id)
+        require_content(harness, spec, {"/srv/data/a": b"1"})
+
+
+@check
+def all_runtimes_tell_the_same(harness: Harness) -> None:
+    """State, token and list are told alike by every runtime on the same state."""
+    with workspace(harness) as spec:
+        snapshot = capture(harness, spec, Scope.FULL)
+        place(harness, spec, snapshot, "shared")
+        other = harness.another()
+        try:
+            mine, theirs = (each.status(spec.workspace_id) for each in (harness.runtime, other))
+            require(mine == theirs, f"one says {mine}, the other {theirs}")
+            require(spec.workspace_id in other.workspaces(), "the other does not list it")
+        finally:
+            other.close()
+
+
+@check
+def workspaces_do_not_wait_for_each_other(harness: Harness) -> None:
+    """Calls on different workspaces come from many threads at once, and none disturbs another."""
+
+    def live(number: int) -> None:
+        with workspace(harness) as spec:
+            write(harness, spec, {"/srv/data/a": b"%d" % number})
+            snapshot = capture(harness, spec, Scope.FULL)
+            harness.runtime.start(spec)
+            harness.runtime.stop(spec.workspace_id)
+            write(harness, spec, {"/srv/data/a": b"other"})
+            place(harness, spec, snapshot, str(number))
+            require_content(harness, spec, {"/srv/data/a": b"%d" % number})
+            require(harness.runtime.status(spec.workspace_id).placed == str(number), "a token was mixed up")
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in threads.map(live, range(4)):
+            pass
+
+
+# What snapshots hold, and what placing them brings back
+
+
+@check
+def a_full_snapshot_brings_back_everything(harness: Harness) -> None:
+    """Placing a Full snapshot undoes every change since: files changed, made and removed."""
+    before = {"/srv/data/a": b"1", "/var/log/app/b": b"2", "/etc/c": b"3", "/var/d": b"4", "/srv/data/e": b""}
+    with workspace(harness) as spec:
+        write(harness, spec, before)
+        snapshot = capture(harness, spec, Scope.FULL)
+        write(
+            harness, spec, {"/srv/data/a": b"other", "/etc/c": b"other", "/new": b"n", "/srv/data/new": b"n"}
+        )
+        place(harness, spec, snapshot, "back")
+        require_content(harness, spec, {**before, "/new": None, "/srv/data/new": None})
+        require(harness.runtime.status(spec.workspace_id).placed == "back", "the token is not told")
+
+
+@check
+def a_data_snapshot_holds_the_volumes_alone(harness: Harness) -> None:
+    """Placing a Data snapshot brings back the volumes, on a fresh rest."""
+    with workspace(harness) as spec:
+        write(harness, spec, {"/srv/data/a": b"1", "/etc/c": b"3"})
+        snapshot = capture(harness, spec, Scope.DATA)
+        names = {*snapshot.manifest.files, *snapshot.manifest.chunked_files, *snapshot.directories}
+        expected = {f"volume.{volume.name}" for volume in VOLUMES}
+        require(names == expected, f"it holds {sorted(names)} instead of {sorted(expected)}")
+        write(harness, spec, {"/srv/data/a": b"other"})
+        place(harness, spec, snapshot, "fresh")
+        require_content(harness, spec, {"/srv/data/a": b"1", "/etc/c": None, "/var/log/app/b": None})
+
+
+@check
+def a_data_snapshot_is_placed_on_a_base(harness: Harness) -> None:
+    """With a base, all but the volumes comes from there."""
+    with workspace(harness) as spec:
+        write(harness, spec, {"/srv/data/a": b"base", "/etc/c": b"base", "/var/log/app/x": b"base"})
+        base = capture(harness, spec, Scope.FULL)
+        write(harness, spec, {"/srv/data/a": b"data", "/etc/c": b"lost"})
+        data = capture(harness, spec, Scope.DATA)
+        place(harness, spec, data, "mixed", base)
+        expected = {"/srv/data/a": b"data", "/etc/c": b"base", "/var/log/app/x": b"base"}
+        require_content(harness, spec, expected)
+
+
+@check
+def a_workspace_without_volumes_has_data_snapshots(harness: Harness) -> None:
+    """A Data snapshot of one without volumes holds nothing, and can be taken and placed."""
+    with workspace(harness, volumes=()) as spec:
+        write(harness, spec, {"/etc/c": b"3"})
+        snapshot = capture(harness, spec, Scope.DATA)
+        place(harness, spec, snapshot, "empty")
+        require_content(harness, spec, {"/etc/c": None})
+        require(harness.runtime.status(spec.workspace_id).placed == "empty", "the token is not told")
+
+
+@check
+def a_snapshot_makes_new_workspaces(harness: Harness) -> None:
+    """Placing under an id that is not there makes the workspace, whose changes are its own."""
+    with workspace(harness) as spec:
+        write(harness, spec, {"/srv/data/a": b"1", "/etc/c": b"3"})
+        snapshot = capture(harness, spec, Scope.FULL)
+        fork = new_spec(harness)
+        place(harness, fork, snapshot, "fork")
+        try:
+            require_content(harness, fork, {"/srv/data/a": b"1", "/etc/c": b"3"})
+            write(harness, fork, {"/srv/data/a": b"forked"})
+            require_content(harness, spec, {"/srv/data/a": b"1"})
+            harness.runtime.start(fork)
+            harness.runtime.stop(fork.workspace_id)
+        finally:
+            harness.runtime.remove(fork.workspace_id)
+
+
+@check
+def what_is_placed_can_be_run_and_captured(harness: Harness) -> None:
+    """A workspace goes on from what was placed: it runs, changes, and its next snapshot has the changes."""
+    with workspace(harness) as spec:
+        write(harness, spec, {"/srv/data/a": b"1"})
+        first = capture(harness, spec, Scope.FULL)
+        place(harness, spec, first, "one")
+        harness.runtime.start(spec)
+        harness.runtime.stop(spec.workspace_id)
+        write(harness, spec, {"/srv/data/a": b"2", "/etc/c": b"3"})
+        second = capture(harness, spec, Scope.FULL)
+        harness.runtime.continue_on(spec, "second")
+        place(harness, spec, first, "two")
+        require_content(harness, spec, {"/srv/data/a": b"1", "/etc/c": None})
+        place(harness, spec, second, "three")
+        require_content(harness, spec, {"/srv/data/a": b"2", "/etc/c": b"3"})
+        require(harness.runtime.status(spec.workspace_id).placed == "three", "the last token is not told")
+
+
+@check
+def a_failed_placement_changes_nothing(harness: Harness) -> None:
+    """When content is not to be had, state and token stay as they were."""
+    with workspace(harness) as spec:
+        write(harness, spec, {"/srv/data/a": b"1"})
+        snapshot = capture(harness, spec, Scope.FULL)
+        place(harness, spec, snapshot, "good")
+        write(harness, spec, {"/srv/data/a": b"2"})
+        require_error(
+            SnaploaderError,
+            lambda: place(harness, spec, snapshot, "bad", loader=LoaderWithoutContent()),
+        )
+        require_content(harness, spec, {"/srv/data/a": b"2"})
+        require(harness.runtime.status(spec.workspace_id).placed == "good", "the token changed")
+        left = [name for name in harness.runtime.leftovers() if name.startswith(f"{spec.workspace_id}.")]
+        require(not left, f"it left {left}")
+
+
+@check
+def a_placement_needs_a_token(harness: Harness) -> None:
+    """An empty token is InvalidArgument: nobody could tell that it was placed."""
+    with workspace(harness) as spec:
+        snapshot = capture(harness, spec, Scope.FULL)
+        require_error(InvalidArgument, lambda: place(harness, spec, snapshot, ""))
+
+
+@check
+def volumes_that_a_workspace_lacks_are_not_dropped(harness: Harness) -> None:
+    """Placing a snapshot with a volume that the workspace does not have is FailedPrecondition."""
+    with workspace(harness) as spec, workspace(harness, volumes=VOLUMES[:1]) as smaller:
+        snapshot = capture(harness, spec, Scope.DATA)
+        require_error(
+            FailedPrecondition,
+            lambda: place(harness, smaller, snapshot, "t"),
+        )
+
+
+# Disks and memory files beside a workspace's folder
+
+
+@check
+def an_attached_store_is_in_full_snapshots(harness: Harness) -> None:
+    """A store that is attached is captured with Full, not with Data, and comes back as a lazy store."""
+    runtime = harness.runtime
+    content = bytes(range(256)) * (CHUNK // 256)
+    with workspace(harness) as spec, new_store(harness, 4 * CHUNK) as store:
+        store.write_at(CHUNK, content)
+        runtime.attach(spec.workspace_id, "disk", store)
+        require(runtime.attachments(spec.workspace_id) == {"disk": store}, "it is not among the attachments")
+        data = capture(harness, spec, Scope.DATA)
+        require(not data.manifest.chunked_files, "a Data snapshot holds the disk")
+        full = capture(harness, spec, Scope.FULL)
+        require(set(full.manifest.chunked_files) == {"disk"}, "a Full snapshot does not hold the disk")
+        store.write_at(0, b"later")
+        place(harness, spec, full, "t")
+        require(not store.closed, "the caller's store was closed")
+        placed = runtime.attachments(spec.workspace_id)["disk"]
+        require(isinstance(placed, COWStore) and placed is not store, f"the disk came back as {placed}")
+        assert isinstance(placed, COWStore)
+        lazy = placed.statistics().lazy_chunks
+        require(lazy == 1, f"{lazy} chunks of the disk are to be fetched, and not the one that has data")
+        require(placed.read_at(0, 5) == bytes(5), "the disk has what was written after the snapshot")
+        require(placed.read_at(CHUNK, CHUNK) == content, "the disk came back with other content")
+        placed.write_at(0, b"changed")
+        changed = capture(harness, spec, Scope.FULL)
+        place(harness, spec, changed, "u")
+        require(placed.closed, "a store that was opened by place was not closed by the next one")
+        again = runtime.attachments(spec.workspace_id)["disk"]
+        assert isinstance(again, COWStore)
+        require(again.read_at(0, 7) == b"changed", "a change of the disk is not in the next snapshot")
+
+
+@check
+def attachments_are_told_apart_by_name(harness: Harness) -> None:
+    """A name is used once, until it is detached; bad names are refused."""
+    runtime = harness.runtime
+    with workspace(harness) as spec, new_store(harness, CHUNK) as store:
+        runtime.attach(spec.workspace_id, "disk", store)
+        require_error(FailedPrecondition, lambda: runtime.attach(spec.workspace_id, "disk", store))
+        for bad in ("", "..", "a/b", "root", "volume.data"):
+            require_error(InvalidArgument, partial(runtime.attach, spec.workspace_id, bad, store))
+        runtime.detach(spec.workspace_id, "disk")
+        require(not store.closed, "detaching closed the caller's store")
+        require_error(NotFound, lambda: runtime.detach(spec.workspace_id, "disk"))
+        runtime.attach(spec.workspace_id, "disk", store)
+
+
+@check
+def a_store_of_another_process_is_not_left_out(harness: Harness) -> None:
+    """Capturing with Full where a store is not open is FailedPrecondition, rather than without it."""
+    with workspace(harness) as spec, new_store(harness, CHUNK) as store:
+        other = harness.another()
+        try:
+            other.attach(spec.workspace_id, "disk", store)
+            require(not harness.runtime.attachments(spec.workspace_id), "the other's store is told as usable")
+            require_error(FailedPrecondition, lambda: capture(harness, spec, Scope.FULL))
+            capture(harness, spec, Scope.DATA)
+        finally:
+            other.close()
+        require_error(FailedPrecondition, lambda: capture(harness, spec, Scope.FULL))
+        harness.runtime.detach(spec.workspace_id, "disk")
+        capture(harness, spec, Scope.FULL)
+
+
+RUNTIME_CHECKS: tuple[RuntimeCheck, ...] = tuple(check.checks)
+"""Every check, in a sensible order."""

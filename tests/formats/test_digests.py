@@ -1,0 +1,81 @@
+"""Digests as arrays: the same answers as a list of digests gives, and the same bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import InvalidArgument
+from snaploader.formats.digests import DigestArray
+
+SHA256, BLAKE3 = DigestFunction.SHA256, DigestFunction.BLAKE3
+
+HASHES = st.sampled_from(["00" * 32, "ff" * 32, "ab" * 31 + "00", "ab" * 31 + "01", "00" * 31 + "01"]) | (
+    st.binary(min_size=32, max_size=32).map(bytes.hex)
+)
+SIZES = st.integers(1, 1 << 50) | st.integers(1, 300)
+DIGESTS = st.lists(st.builds(Digest, HASHES, SIZES, st.just(SHA256)), max_size=40)
+
+
+@given(DIGESTS)
+def test_an_array_is_the_sequence_of_its_digests(digests: list[Digest]) -> None:
+    array = DigestArray.of(digests, SHA256)
+    assert list(array) == digests
+    assert [array[row] for row in range(len(array))] == digests
+    assert list(array[1:3]) == digests[1:3]
+    assert all(digest in array for digest in digests)
+    assert Digest("12" * 32, 0) not in array
+    assert array.size_bytes == sum(digest.size_bytes for digest in digests)
+
+
+@given(DIGESTS, DIGESTS)
+def test_joined_arrays_have_each_digest_once_in_order(first: list[Digest], second: list[Digest]) -> None:
+    arrays = [DigestArray.of(first, SHA256), DigestArray.of(second, SHA256)]
+    assert list(DigestArray.joined(arrays, SHA256)) == sorted({*first, *second})
+
+
+@given(DIGESTS, DIGESTS)
+def test_some_are_left_out_by_their_hashes(digests: list[Digest], others: list[Digest]) -> None:
+    hashes = {digest.hash for digest in others}
+    left = DigestArray.of(digests, SHA256).without(others)
+    assert list(left) == [digest for digest in digests if digest.hash not in hashes]
+
+
+@given(DIGESTS)
+def test_it_is_encoded_as_protobuf_does_it(digests: list[Digest]) -> None:
+    request = reapi.FindMissingBlobsRequest(
+        blob_digests=[reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes) for digest in digests]
+    )
+    assert DigestArray.of(digests, SHA256).encoded(2) == request.SerializeToString(deterministic=True)
+
+
+@given(DIGESTS, DIGESTS)
+def test_a_stranger_is_found(digests: list[Digest], others: list[Digest]) -> None:
+    stranger = DigestArray.of(digests, SHA256).stranger(others)
+    if set(others) <= set(digests):
+        assert stranger is None
+    else:
+        assert stranger in set(others) - set(digests)
+
+
+@pytest.mark.parametrize("hash_", ["AB" * 32, "ab" * 31, "zz" * 32, " " * 64, ""])
+def test_a_hash_that_is_none_is_a_stranger(hash_: str) -> None:
+    array = DigestArray.of([Digest("ab" * 32, 1)], SHA256)
+    stranger = Digest(hash_, 1)
+    assert array.stranger([Digest("ab" * 32, 1), stranger]) == stranger
+
+
+@pytest.mark.parametrize("bad", [Digest("AB" * 32, 1), Digest("a" * 63, 1), Digest("ab" * 32, -1)])
+def test_a_malformed_digest_is_refused(bad: Digest) -> None:
+    with pytest.raises(InvalidArgument):
+        DigestArray.of([Digest("ab" * 32, 1), bad], SHA256)
+
+
+def test_functions_are_told_apart() -> None:
+    array = DigestArray(np.zeros((1, 32), np.uint8), np.ones(1, np.int64), BLAKE3)
+    assert Digest("00" * 32, 1, BLAKE3) in array
+    assert Digest("00" * 32, 1, SHA256) not in array
