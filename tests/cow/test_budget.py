@@ -299,7 +299,7 @@ def test_a_view_keeps_its_chunk_mapped_beyond_budget_and_store(tmp_path):
 
 
 def test_views_die_in_any_thread(tmp_path):
-    budget = MappingBudget(2 * CHUNK)
+    budget = MappingBudget(4 * CHUNK, max_resident_bytes=2 * CHUNK)
     store, source = lazy_store(tmp_path / "s", 8, budget)
     barrier = threading.Barrier(4)
     wrong: list[int] = []

@@ -65,7 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
     def begin(self, kind, size, descriptors):
         self.folder = tempfile.mkdtemp(prefix="cow-model-")
         self.content = initial(size, 1)
-        self.budget = MappingBudget(2 * CHUNK, max_descriptors=descriptors)
+        self.budget = MappingBudget(2 * CHUNK, max_descriptors=descriptors, max_resident_bytes=CHUNK)
         self.store = open_store(kind, self.folder, self.content, self.budget)
         self.unsaved = set() if kind in ("empty", "lazy") else None
         self.dirty: set[int] = set()
@@ -211,7 +211,7 @@ TestStoreAgainstABytearray = pytest.mark.slow(StoreMachine.TestCase)
 def test_ten_thousand_random_operations_under_a_small_budget_end_at_zero(tmp_path, kind):
     generator = random.Random(f"ten thousand {kind}")
     before = open_files()
-    budget = MappingBudget(4 * CHUNK, max_descriptors=4)
+    budget = MappingBudget(4 * CHUNK, max_descriptors=4, max_resident_bytes=2 * CHUNK)
     content = initial(60 * CHUNK + 500, 2)
     with open_store(kind, str(tmp_path), content, budget) as store:
         for _ in range(10_000 if kind == "lazy" else 2_000):
@@ -310,7 +310,7 @@ class Crowd:
 @pytest.mark.parametrize("kind", ["lazy", "base", "copy"])
 def test_twenty_readers_and_twenty_writers_agree_with_a_model(tmp_path, kind):
     content = bytearray(np.ones(Crowd.PAGES * 512, np.uint64).tobytes())
-    budget = MappingBudget(3 * CHUNK, max_descriptors=3)
+    budget = MappingBudget(3 * CHUNK, max_descriptors=3, max_resident_bytes=CHUNK)
     with open_store(kind, str(tmp_path), content, budget) as store:
         crowd = Crowd(store)
         crowd.run()
