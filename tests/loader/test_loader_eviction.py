@@ -155,7 +155,7 @@ def test_a_plain_file_that_the_cache_fails_to_take_is_placed_all_the_same(
     host = make_host("b", server)
     snapshot = host.find()
 
-    def fail(*_: object) -> Any:
+    def fail(*_: object, **__: object) -> Any:
         with translate_os_errors("cannot write the blob"):
             raise OSError(code, os.strerror(code))
 
