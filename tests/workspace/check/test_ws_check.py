@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from snaploader import FileCache, SnapshotLoader
-from snaploader.digest import Digest
+from snaploader.digest import Digest, DigestFunction
 from snaploader.testing import FakeCAS
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.check import Finding, FindingKind, check
@@ -178,7 +178,7 @@ def test_a_commit_may_be_evicted_once_nothing_goes_on_from_it(host: Host) -> Non
 
 
 def test_a_snapshot_with_a_missing_blob_is_found(host: Host) -> None:
-    host.manager.file_cache.remove(Digest.of(b"stopped"))
+    host.manager.file_cache.remove(Digest.of(b"stopped", DigestFunction.SHA256))
     (finding,) = check(host.manager)
     assert finding.kind is FindingKind.INCOMPLETE
     assert "1 of its blobs" in finding.detail
