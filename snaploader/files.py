@@ -1,7 +1,8 @@
 """Files as this library reads, copies, replaces, flushes and removes them. All functions raise OSError.
 
-One copy of each of these steps is here for all packages. How folders and files are opened that another
-user may have tampered with is in `snaploader.folders`, locks between processes are in `snaploader.locks`.
+One copy of each of these steps is here for all packages but `cow`, which stands alone. How folders and files
+are opened that another user may have tampered with is in `snaploader.folders`, locks between processes are in
+`snaploader.locks`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def write_all(fd: int, data: Buffer) -> None:
 def copy_hashing(source: int, target: int, hasher: Hasher, limit: int | None = None) -> int:
     """Append the whole of `source` to `target` and to the hash; return the number of bytes copied.
 
-    What is hashed is what was written, also when `source` changes meanwhile. Stops after `limit` + 1 bytes.
+    What is hashed is what was written, even when `source` changes meanwhile. Stops after `limit` + 1 bytes.
     """
     view = buffer()
     size = 0
@@ -232,9 +233,9 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
-    """Remove a file or folder as far as possible, also when others do so too or its modes forbid it.
+    """Remove a file or folder as far as possible, even when others do so too or its modes forbid it.
 
-    No symbolic link is followed, also if somebody puts one in the place of a folder meanwhile.
+    No symbolic link is followed, even if somebody puts one in the place of a folder meanwhile.
 
     Args:
         dir_fd: Of the folder that a relative path is in.

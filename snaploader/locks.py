@@ -162,7 +162,7 @@ def is_dead(path: str, *, dir_fd: int | None = None) -> bool:
 def try_lock(path: str, *, dir_fd: int | None = None) -> int | None:
     """Lock an existing lock file; return its descriptor, or None when another holds it or it is gone.
 
-    Nor when it may not be read: another user made it, who may hold it; nor when it is no regular file.
+    Also None when it may not be read (another user made it, who may hold it) or is no regular file.
     """
     try:
         fd = open_regular(path, dir_fd=dir_fd)[0]

@@ -183,7 +183,7 @@ def pins(caches: Caches) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
 @common
 def unpin(caches: Caches, names: tuple[str, ...]) -> None:
-    """Let go what is pinned under names, as `cache pins` lists them; also where a pin is damaged.
+    """Let go what is pinned under names, as `cache pins` lists them; even when a pin is damaged.
 
     What they kept may be evicted from then on, and may exist nowhere else: a workspace may lose a version.
     """

@@ -100,7 +100,7 @@ def _draw(what: RenderableType, *, folded: bool = False) -> None:
     """Print what rich draws.
 
     Args:
-        folded: Not to be wider than a terminal, also where it goes to a pager or a file.
+        folded: Not to be wider than a terminal, even where it goes to a pager or a file.
     """
     width = None if folded or sys.stdout.isatty() else PIPE_WIDTH
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)

@@ -71,7 +71,7 @@ def lookup(
             task,
             task_options.configuration_hash,
             task_options.runner_id,
-            # Who wants what this host has gets it also when the server is away.
+            # Who wants what this host has gets it even when the server is away.
             allow_stale_version=read_options.allow_degraded or policy is ReadPolicy.LOCAL_ONLY,
         )
     return Lookup(loader, key_set, read_options, policy, caches.settings.remote_instance_name)

@@ -137,7 +137,7 @@ class FileCache:
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of `digests` that are not here. This counts as a use of those that are.
 
-        Exact, also when files were removed behind the cache's back. Costs a look at each file for a few
+        Exact, even when files were removed behind the cache's back. Costs a look at each file for a few
         digests, and one at each of 256 folders for many (then a wrong size in a digest of a known hash is
         only noticed when it is opened). What is here may be evicted at any time unless it is leased.
         """
@@ -166,33 +166,30 @@ class FileCache:
 
     def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
         """Add a blob from bytes or from a copy of a file. DataLoss when they do not have this digest."""
-        if isinstance(source, str | os.PathLike):
-            self.put_file(digest, source)
-        else:
-            self._put_checked(digest, source)
+        self._add(digest, source)
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Add many blobs, in order, on this thread. The first error ends it and is raised."""
         blobs = content_bytes = present = 0
         for upload in uploads:
-            source = upload.source
-            if isinstance(source, str | os.PathLike):
-                added = self.put_file(upload.digest, source)
-            else:
-                added = self._put_checked(upload.digest, source)
-            if added:
+            if self._add(upload.digest, upload.source):
                 blobs += 1
                 content_bytes += upload.digest.size_bytes
             else:
                 present += 1
         return TransferStatistics(blobs, content_bytes, 0, present)
 
+    def _add(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> bool:
+        if isinstance(source, str | os.PathLike):
+            return self.put_file(digest, source)
+        return self._put_checked(digest, source)
+
     # Blobs: files in and out
 
     def open(self, digest: Digest) -> int:
         """Return a read-only descriptor of a blob's file, for the caller to close. This counts as a use.
 
-        The file is hashed at its first use in this process. What stays open stays whole, also when the
+        The file is hashed at its first use in this process. What stays open stays whole, even when the
         blob is evicted.
 
         Raises:
@@ -358,7 +355,7 @@ class FileCache:
         self._pins.pin(name, digests, hashes, refs)
 
     def unpin(self, name: str) -> bool:
-        """Let go what a name keeps, also when its pin is damaged; return whether there was one."""
+        """Let go what a name keeps, even when its pin is damaged; return whether there was one."""
         self._check()
         return self._pins.unpin(name)
 

@@ -119,9 +119,9 @@ class StateCapture:
         """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
         meter = ProgressMeter(self._progress, "store", self._total_bytes())
         self._pool.for_each(lambda task: task(), self._tasks(meter))
-        for save in self._chunked:
-            save.unchanged()
-            self._finish(save)
+        for chunked in self._chunked:
+            chunked.unchanged()
+            self._finish(chunked)
         for capture in self.directories.values():
             capture.finish()
         trees = self.trees.values()
@@ -139,12 +139,12 @@ class StateCapture:
         Args:
             make_source: Called with a name, its table, and `allow_remote` and `mode`, which a store keeps.
         """
-        for save in self._chunked:
+        for chunked in self._chunked:
             source = make_source(
-                save.name, self.tables[save.name], allow_remote=save.allow_remote, mode=save.mode
+                chunked.name, self.tables[chunked.name], allow_remote=chunked.allow_remote, mode=chunked.mode
             )
-            with _translate_cow_errors(save.name):
-                save.checkpoint.commit(source)
+            with _translate_cow_errors(chunked.name):
+                chunked.checkpoint.commit(source)
 
     def rescue(self, digests: Collection[Digest]) -> None:
         """Put blobs into the file cache again that are in no cache, from what is being saved.
@@ -186,7 +186,7 @@ class StateCapture:
 
     def _read_chunk(self, name: str, index: int) -> bytes:
         """The frozen content of a chunk, from its store."""
-        checkpoint = next(save.checkpoint for save in self._chunked if save.name == name)
+        checkpoint = next(chunked.checkpoint for chunked in self._chunked if chunked.name == name)
         buffer = bytearray(checkpoint.chunk_length(index))
         checkpoint.readinto(index, buffer)
         return bytes(buffer)
@@ -221,16 +221,16 @@ class StateCapture:
         with translate_os_errors("cannot read a file to save"):
             plain = sum(os.stat(path).st_size for path in self._files.values())
         chunked = sum(
-            save.checkpoint.chunk_length(index) for save in self._chunked for index in save.pending()
+            chunked.checkpoint.chunk_length(index) for chunked in self._chunked for index in chunked.pending()
         )
         return plain + chunked + sum(capture.pending_bytes for capture in self.directories.values())
 
     def _tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
         for name, path in self._files.items():
             yield partial(self._store_plain, name, path, meter)
-        for save in self._chunked:
-            for index in save.pending():
-                yield partial(self._store_chunk, save, index, meter)
+        for chunked in self._chunked:
+            for index in chunked.pending():
+                yield partial(self._store_chunk, chunked, index, meter)
         for capture in self.directories.values():
             yield from capture.tasks(meter)
 
@@ -255,10 +255,10 @@ class StateCapture:
             self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
 
-    def _store_chunk(self, save: ChunkedCapture, index: int, meter: ProgressMeter) -> None:
-        buffer = self._buffers.get(save.checkpoint.chunk_size)
-        with _translate_cow_errors(save.name):
-            count = save.checkpoint.readinto(index, buffer)
+    def _store_chunk(self, chunked: ChunkedCapture, index: int, meter: ProgressMeter) -> None:
+        buffer = self._buffers.get(chunked.checkpoint.chunk_size)
+        with _translate_cow_errors(chunked.name):
+            count = chunked.checkpoint.readinto(index, buffer)
         data = buffer[:count]
         hash_ = None
         added = False
@@ -266,39 +266,39 @@ class StateCapture:
         if not is_zero(data):
             digest = Digest.of(data, self._function)
             hash_ = bytes.fromhex(digest.hash)
-            path = save.checkpoint.path(index)
+            path = chunked.checkpoint.path(index)
             if path is not None:
                 added = self._file_cache.put_file(digest, path, link=True, verify=False)
             else:
                 added = self._file_cache.put_verified(digest, data)
         with self._lock:
-            save.hashes[index] = hash_
+            chunked.hashes[index] = hash_
             if hash_ is not None:
-                save.hashed_bytes += count
+                chunked.hashed_bytes += count
                 if added:
-                    save.stored_bytes += count
+                    chunked.stored_bytes += count
                 else:
-                    save.deduplicated_bytes += count
+                    chunked.deduplicated_bytes += count
         meter.add(count)
 
-    def _finish(self, save: ChunkedCapture) -> None:
-        table = save.table(self._function)
-        tree = encode_tree(table, save.mode)
+    def _finish(self, chunked: ChunkedCapture) -> None:
+        table = chunked.table(self._function)
+        tree = encode_tree(table, chunked.mode)
         digest = Digest.of(tree, self._function)
         self._file_cache.put_verified(digest, tree)
-        self.tables[save.name] = table
-        hashed = sum(1 for hash_ in save.hashes.values() if hash_ is not None)
-        self._saved[save.name] = SavedFile(
-            save.name,
+        self.tables[chunked.name] = table
+        hashed = sum(1 for hash_ in chunked.hashes.values() if hash_ is not None)
+        self._saved[chunked.name] = SavedFile(
+            chunked.name,
             table.size,
             chunked=True,
             digest=digest,
             chunks=len(table.indices),
             hashed_chunks=hashed,
-            hashed_bytes=save.hashed_bytes,
+            hashed_bytes=chunked.hashed_bytes,
             hole_bytes=table.hole_bytes,
-            stored_bytes=save.stored_bytes,
-            deduplicated_bytes=save.deduplicated_bytes,
+            stored_bytes=chunked.stored_bytes,
+            deduplicated_bytes=chunked.deduplicated_bytes,
         )
 
 

@@ -36,9 +36,9 @@ class DeleteResult:
 
     snapshot_id: str
     deleted_locally: bool
-    """A manifest stood in the file cache; it does no more."""
+    """A manifest stood in the file cache, and no longer does."""
     deleted_remotely: bool
-    """A manifest stood in the remote cache; it does no more, for any host."""
+    """A manifest stood in the remote cache, and no longer does, for any host."""
     was_deleted: bool
     """An earlier call had deleted it, at least in part."""
 

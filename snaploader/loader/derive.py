@@ -23,7 +23,7 @@ from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken
 from snaploader.loader.results import ManifestSource, ProgressCallback, Snapshot
-from snaploader.loader.upload import upload_snapshot, upload_source
+from snaploader.loader.upload import upload_blobs, upload_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class SnapshotDeriver:
             return upload_source(self._file_cache, digest)
 
         try:
-            uploaded = upload_snapshot(
+            uploaded = upload_blobs(
                 remote, blobs, trees, derived.directories.values(), source, progress, sent, sampled=False
             )
             # Looked at once more: the upload may have taken minutes.

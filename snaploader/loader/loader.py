@@ -281,8 +281,8 @@ class SnapshotLoader:
             path: Where to write it: an empty directory, or nothing yet. Nobody who is not trusted with the
                 caller's rights may own it or the folder it is in, or write to them, but for a sticky one.
             index: A file outside of `path` to write a capture index to, so that a save of `path` with it
-                (`DirectorySource.index`) reads only what was changed since. Costs 55 ms. That it cannot be
-                written is logged, and no error.
+                (`DirectorySource.index`) reads only what was changed since. A failure
+                to write it is logged, not raised.
 
         Raises:
             NotFound: The snapshot has no such directory, or a blob is gone from every cache.
@@ -342,7 +342,7 @@ class SnapshotLoader:
             remote: Whether to save remotely. Default: if there is a remote cache that this loader may write
                 to, and the key is of no single runner.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
-            pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
+            pin: Name of a pin of the file cache that keeps the snapshot from eviction, even when this process
                 ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
                 the save fails locally. All content of directories is in the file cache then; chunks
                 of stores that did not change since they were loaded may still be in the remote cache alone.
@@ -395,7 +395,7 @@ class SnapshotLoader:
             snapshot_id: Default: a new UUID.
             names: Of the files and directories to take. Default: all.
             vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
-            pin: Name of a pin of the file cache that keeps the snapshot from eviction, also when this process
+            pin: Name of a pin of the file cache that keeps the snapshot from eviction, even when this process
                 ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
                 the save fails locally.
             remote: Whether to save it remotely. Default: if there is a remote cache that this loader may

@@ -302,7 +302,7 @@ class ManifestStore:
             yield
             return
         try:
-            # Also when this fails the new pin may stand, not flushed to disk.
+            # Even if this fails the new pin may stand, not flushed to disk.
             self._file_cache.pin(name, digests, refs=refs)
             yield
         except BaseException as error:

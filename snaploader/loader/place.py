@@ -37,7 +37,7 @@ from snaploader.loader.results import ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import ThreadBuffers, WorkerPool
 
-SMALL_BLOB_BYTES = 4 << 20
+_BULK_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""
 
 _HOLES_FROM_BYTES = 64 << 10
@@ -264,7 +264,7 @@ class _DirectoryWriter:
                 os.mkdir(root / path, _PRIVATE)
         cache = self._writer.fetcher.file_cache
         absent = cache.find_missing([digest for digest in self._files if digest.size_bytes])
-        small = {digest for digest in absent if digest.size_bytes <= SMALL_BLOB_BYTES}
+        small = {digest for digest in absent if digest.size_bytes <= _BULK_BLOB_BYTES}
         if small:
             self._writer.fetch_many(small, "a directory", partial(self._write_files, root))
         at_hand = [digest for digest in self._files if digest not in small]
@@ -281,7 +281,7 @@ class _DirectoryWriter:
 
     def _copy(self, digest: Digest, root: Path) -> None:
         """Write the files of one blob, from the nearest tier that has it."""
-        if digest.size_bytes > SMALL_BLOB_BYTES:
+        if digest.size_bytes > _BULK_BLOB_BYTES:
             self._copy_big(digest, root)
             return
         data = b""

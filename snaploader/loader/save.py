@@ -44,7 +44,7 @@ from snaploader.loader.results import (
     distinct_artefacts,
     vm_metadata_of,
 )
-from snaploader.loader.upload import upload_snapshot, upload_source
+from snaploader.loader.upload import upload_blobs, upload_source
 from snaploader.loader.versions import VersionStore
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 from snaploader.task import SnapshotTask
@@ -156,21 +156,21 @@ class SnapshotSaver:
             directories=options.directories,
             chunk_size=options.chunk_size,
             progress=options.progress,
-        ) as saver:
-            saved = saver.store_all()
+        ) as capture:
+            saved = capture.store_all()
             manifest = Manifest(
                 configuration,
                 plan.function,
                 vm_metadata=metadata,
-                files={name: saver.plain_files[name] for name in options.files},
+                files={name: capture.plain_files[name] for name in options.files},
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
-                directories={name: capture.digest for name, capture in saver.directories.items()},
+                directories={name: directory.digest for name, directory in capture.directories.items()},
             )
-            blobs = distinct_artefacts(manifest, saver.tables, saver.trees)
+            blobs = distinct_artefacts(manifest, capture.tables, capture.trees)
             uploaded, standing = TransferStatistics(), plan.standing
             with self._file_cache.lease((), hashes=[blobs.hashes]):
                 warnings = self._complete_locally(
-                    saver, blobs, plan.function, is_pinned=options.pin is not None
+                    capture, blobs, plan.function, is_pinned=options.pin is not None
                 )
                 refs = [self._manifests.local_ref(written) for written in (*write_keys, id_key)]
                 if key.version_id:
@@ -178,13 +178,13 @@ class SnapshotSaver:
                     refs.append(keys.version_key(key))
                 with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
                     warnings += self._publish_locally(manifest, write_keys, id_key)
-                saver.commit(self._make_source)
-                warnings += filter(None, (capture.remember() for capture in saver.directories.values()))
+                capture.commit(self._make_source)
+                warnings += filter(None, (directory.remember() for directory in capture.directories.values()))
                 try:
                     if plan.failure is not None:
                         raise plan.failure
                     if plan.remote is not None:
-                        uploaded = self._upload(plan.remote, manifest, blobs, saver, options.progress)
+                        uploaded = self._upload(plan.remote, manifest, blobs, capture, options.progress)
                         standing = self._publish_remotely(plan.remote, plan, manifest, id_key, warnings)
                 except SnaploaderError as error:
                     error.add_note("the snapshot is saved in the local cache")
@@ -200,7 +200,7 @@ class SnapshotSaver:
             uploaded_bytes=uploaded.content_bytes,
             uploaded_wire_bytes=uploaded.wire_bytes,
             warnings=tuple(warnings),
-            directories=tuple(capture.result() for capture in saver.directories.values()),
+            directories=tuple(directory.result() for directory in capture.directories.values()),
             remote_manifest=standing,
         )
 
@@ -288,7 +288,7 @@ class SnapshotSaver:
         return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s", there
 
     def _complete_locally(
-        self, saver: StateCapture, blobs: DigestArray, function: DigestFunction, *, is_pinned: bool
+        self, capture: StateCapture, blobs: DigestArray, function: DigestFunction, *, is_pinned: bool
     ) -> list[str]:
         """Make sure that every blob is in a cache; what the stores alone have is put into the file cache.
 
@@ -298,7 +298,7 @@ class SnapshotSaver:
         """
         missing = self._file_cache.find_missing(blobs)
         if is_pinned:
-            saver.rescue_from_directories(missing)
+            capture.rescue_from_directories(missing)
         if not missing:
             return []
         if self._remote is not None:
@@ -306,7 +306,7 @@ class SnapshotSaver:
                 if self._remote.digest_function is function:
                     missing = self._remote.find_missing(missing)
             except SnaploaderError as error:
-                saver.rescue_from_directories(missing)
+                capture.rescue_from_directories(missing)
                 if not missing:
                     return []
                 # Readers check that a snapshot is whole, so at worst this one is a miss until it is.
@@ -315,7 +315,7 @@ class SnapshotSaver:
                     f"cache, and whether they still are in the remote cache cannot be told: {error.message}"
                 )
                 return [warning]
-        saver.rescue(missing)
+        capture.rescue(missing)
         missing = self._file_cache.find_missing(missing)
         if missing:
             raise ResourceExhausted(
@@ -345,18 +345,18 @@ class SnapshotSaver:
         remote: RemoteStore,
         manifest: Manifest,
         blobs: DigestArray,
-        saver: StateCapture,
+        capture: StateCapture,
         progress: ProgressCallback | None,
     ) -> TransferStatistics:
         def source(digest: Digest) -> Buffer | str:
             try:
                 return upload_source(self._file_cache, digest)
             except (NotFound, DataLoss):
-                saver.rescue({digest})
+                capture.rescue({digest})
                 return upload_source(self._file_cache, digest)
 
         trees = manifest.trees
-        return upload_snapshot(remote, blobs, trees, saver.trees.values(), source, progress, sampled=True)
+        return upload_blobs(remote, blobs, trees, capture.trees.values(), source, progress, sampled=True)
 
     def _publish_remotely(
         self,

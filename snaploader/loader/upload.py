@@ -28,7 +28,7 @@ from snaploader.loader.results import ProgressCallback, ProgressMeter
 
 log = logging.getLogger(__name__)
 
-SMALL_BLOB_BYTES = 4 << 20
+_IN_MEMORY_BYTES = 4 << 20
 """Blobs up to this size are uploaded from memory, bigger ones from their file."""
 
 SAMPLED_BLOBS = 4
@@ -45,10 +45,10 @@ BlobReader = Callable[[Digest], "Buffer | str"]
 
 def upload_source(file_cache: FileCache, digest: Digest) -> Buffer | str:
     """Read a blob of the file cache, or name its file if it is big. NotFound or DataLoss when it is lost."""
-    return file_cache.path(digest) if digest.size_bytes > SMALL_BLOB_BYTES else file_cache.read(digest)
+    return file_cache.path(digest) if digest.size_bytes > _IN_MEMORY_BYTES else file_cache.read(digest)
 
 
-def upload_snapshot(
+def upload_blobs(
     remote: RemoteStore,
     blobs: DigestArray,
     trees: Collection[Digest],

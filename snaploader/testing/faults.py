@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 import grpc
 
-from snaploader._proto import bytestream_pb2 as bytestream
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import bytestream_pb2 as bytestream, remote_execution_pb2 as reapi
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument
 from snaploader.testing.backend import Failure

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 import grpc.aio
 
-from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader._proto import services
+from snaploader._proto import remote_execution_pb2 as reapi, services
 from snaploader._proto._pool import new_pool
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.message import DecodeError
 
-from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader._proto import semver_pb2, status_pb2
+from snaploader._proto import remote_execution_pb2 as reapi, semver_pb2, status_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
 from snaploader.remote.codec import compress, decompress

@@ -165,7 +165,7 @@ def _try_lock(path: str) -> int | None:
 
 
 def _unlock(fd: int, pid: int) -> None:
-    """Let the lock go at once, also where a child that was forked meanwhile has the descriptor too.
+    """Let the lock go at once, even if a child that was forked meanwhile has the descriptor too.
 
     In such a child the lock is left to its parent, the process of this `pid`.
     """

@@ -12,8 +12,7 @@ import threading
 import numpy as np
 import pytest
 from cow_sources import MemorySource, open_files, pattern, read_chunk
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cow import COWStore, MappingBudget, OpenedChunk, default_budget, mapping

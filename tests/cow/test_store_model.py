@@ -12,8 +12,7 @@ import threading
 import numpy as np
 import pytest
 from cow_sources import MemorySource, open_files, pattern, read_chunk, wait_until
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cow import COWStore, MappingBudget

@@ -7,8 +7,7 @@ import os
 import numpy as np
 import pytest
 from cow_sources import pattern
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from cow import OutOfBounds, TruncatedFile, data_extents, is_zero
 from cow.chunks import check_chunk_size, check_range, check_store_size, chunk_count, chunk_length, pieces

@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 from filecache_helpers import BLAKE3, SHA256, blob, blob_file, put
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader.digest import MAX_BLOB_BYTES, Digest, DigestFunction
 from snaploader.errors import InvalidArgument

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction

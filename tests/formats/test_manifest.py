@@ -5,14 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from google.protobuf import any_pb2 as google_any_pb2
-from google.protobuf import descriptor_pb2, struct_pb2, timestamp_pb2
+from google.protobuf import any_pb2 as google_any_pb2, descriptor_pb2, struct_pb2, timestamp_pb2
 from google.protobuf.message import Message
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from snaploader._proto import any_pb2, snaploader_pb2
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import any_pb2, remote_execution_pb2 as reapi, snaploader_pb2
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import InvalidArgument
 from snaploader.formats.chunktree import MAX_TREE_BYTES

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from snaploader._proto import any_pb2, snaploader_pb2
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import any_pb2, remote_execution_pb2 as reapi, snaploader_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.formats.manifest import MAX_FILES, MAX_METADATA, Manifest, PlainFile, pack_any

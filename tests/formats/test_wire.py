@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.errors import InvalidArgument

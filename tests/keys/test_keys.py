@@ -4,8 +4,7 @@ import logging
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader._proto import snaploader_pb2
 from snaploader.digest import DigestFunction, hash_strings

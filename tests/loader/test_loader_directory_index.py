@@ -24,8 +24,7 @@ from directory_states import (
     state_of,
     write_sparse,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from loader_hosts import CHUNK, Host, HostFactory, image
 
 from snaploader import DigestFunction

@@ -12,13 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata
-from snaploader import keys as key_names
-from snaploader._proto import any_pb2
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata, keys as key_names
+from snaploader._proto import any_pb2, remote_execution_pb2 as reapi
 from snaploader._proto.snaploader_pb2 import DirectoryNames
 from snaploader.cli.lookup import snapshot_record, vm_configuration_record
 from snaploader.digest import Digest, DigestFunction

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader.errors import DataLoss, Unavailable
 from snaploader.remote.codec import compress, compress_frames, decompress, decompress_frames

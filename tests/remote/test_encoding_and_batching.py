@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from snaploader._proto import bytestream_pb2
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, DigestFunction
 from snaploader.remote.bulk import BatchLimit, batches, chunked, distinct, halves

@@ -11,8 +11,7 @@ from interrupts import interrupt_everywhere
 from remote_data import BLAKE3, SHA256, named, noise
 
 from snaploader import errors, workers
-from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader._proto import status_pb2
+from snaploader._proto import remote_execution_pb2 as reapi, status_pb2
 from snaploader.blobstore import Upload
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
 from snaploader.remote import bulk, status

@@ -27,8 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from served import Serve, code_of
 
-from snaploader._proto import bytestream_pb2, services
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.testing import (

@@ -11,8 +11,7 @@ import grpc
 import pytest
 from served import Serve, code_of
 
-from snaploader._proto import any_pb2, bytestream_pb2, duration_pb2, status_pb2
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import any_pb2, bytestream_pb2, duration_pb2, remote_execution_pb2 as reapi, status_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.testing import Call, CallGate, EmbeddedServer, Fault, FaultScript, Link

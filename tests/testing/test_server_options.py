@@ -17,8 +17,7 @@ import pytest
 import zstandard
 from served import Serve, code_of, eventually
 
-from snaploader._proto import bytestream_pb2, services
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.testing import CallGate, Fault, MemoryStorage, ServerOptions
 from snaploader.testing.backend import Backend

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from snaploader._proto import any_pb2
-from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader._proto import any_pb2, remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.testing.conformance.endpoint import (
     CheckFailed,

@@ -11,8 +11,7 @@ from typing import Any
 import grpc
 import zstandard
 
-from snaploader._proto import bytestream_pb2 as bytestream
-from snaploader._proto import services
+from snaploader._proto import bytestream_pb2 as bytestream, services
 from snaploader.digest import Digest
 from snaploader.testing.conformance.endpoint import (
     CheckSkipped,

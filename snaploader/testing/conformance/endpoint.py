@@ -18,9 +18,7 @@ from typing import Any, Self
 import grpc
 import zstandard
 
-from snaploader._proto import bytestream_pb2 as bytestream
-from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader._proto import services
+from snaploader._proto import bytestream_pb2 as bytestream, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument, SnaploaderError
 

@@ -66,7 +66,7 @@ class Reader:
     # Workspaces
 
     def workspace(self, workspace_id: str) -> Workspace:
-        """Return the workspace of that id, also when it was deleted. NotFound when there never was one."""
+        """Return the workspace of that id, even when it was deleted. NotFound when there never was one."""
         row = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
         if row is None:
             raise NotFound(f"there is no workspace {workspace_id!r}")

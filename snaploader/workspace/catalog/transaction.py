@@ -78,7 +78,7 @@ class Transaction(Reader):
 
     It reads what it wrote. Before it changes anything of a workspace, it locks that workspace's row, so what
     it read of it under the lock holds until the end. Every method may raise what `Catalog.transaction` names.
-    When the database refuses a change, the whole block fails, also if the error is caught within it.
+    When the database refuses a change, the whole block fails, even if the error is caught within it.
     """
 
     def __init__(self, connection: Connection, where: str) -> None:

@@ -29,7 +29,7 @@ DEFAULT_WORKERS = 16
 class HeldWorkspace:
     """Operations on one workspace, under a lock that is held already. Made by `WorkspaceManager.hold`.
 
-    Each runs to its end, also when waiting for it is interrupted: the lock is held until then. `reason` is
+    Each runs to its end, even when waiting for it is interrupted: the lock is held until then. `reason` is
     kept with the run and the event; only what has the reason "user" counts as a use of the workspace. What
     each does and raises is described by the method of that name of `WorkspaceManager`, whose own operations
     would wait for this lock in vain. Thread-safe; one operation waits for the other.
@@ -126,7 +126,7 @@ class CriticalSections:
         self._pid = os.getpid()
 
     def run_to_end(self, hold: HeldLock, work: Callable[[], T]) -> T:
-        """The result of `work`, which goes on under the lock also when waiting for it is interrupted.
+        """The result of `work`, which goes on under the lock even when waiting for it is interrupted.
 
         Raises:
             Cancelled: The manager was closed; nothing was done.

@@ -140,7 +140,7 @@ def finish_deletion(services: Services, workspace_id: str) -> list[SnaploaderErr
 
 def _removals(services: Services, workspace_id: str) -> Iterator[Callable[[], object]]:
     content, runtime = services.content, services.runtime
-    yield lambda: runtime.stop(workspace_id, timeout_s=services.stop_timeout_s, force=True)
+    yield lambda: services.stop(workspace_id)
     yield lambda: runtime.remove(workspace_id)
     yield lambda: services.records.remove(workspace_id)
     yield lambda: services.slots.release_all(workspace_id)

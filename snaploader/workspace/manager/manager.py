@@ -60,7 +60,7 @@ class WorkspaceManager:
 
     Every operation on a workspace runs under its lock, which holds between threads, processes and, where the
     catalog is on PostgreSQL, hosts. One that raises has changed nothing, unless its description says
-    otherwise; one that was begun runs to its end on a thread of the manager, also when its caller is
+    otherwise; one that was begun runs to its end on a thread of the manager, even when its caller is
     interrupted. If its process is killed, the next operation on the workspace, or `recover`, finishes it or
     takes it back.
 
@@ -247,8 +247,8 @@ class WorkspaceManager:
         if autostart_schedule:
             parse_schedule(autostart_schedule)
         with self.catalog.reading() as reader:
-            commit = create.find_commit(reader, origin)
-            parent = reader.workspace(commit.workspace_id)
+            origin_commit = create.find_commit(reader, origin)
+            parent = reader.workspace(origin_commit.workspace_id)
         new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
         spec = create.forked_spec(parent.spec, new_id, environment)
         plan = create.Plan(
@@ -259,7 +259,7 @@ class WorkspaceManager:
             autostart_schedule,
             start,
         )
-        return self._make(spec, partial(create.fork, self._services, commit, plan))
+        return self._make(spec, partial(create.fork, self._services, origin_commit, plan))
 
     def _make(self, spec: WorkspaceSpec, make: Callable[[], Workspace]) -> Workspace:
         with self._locked(spec.workspace_id) as lock:
@@ -286,7 +286,7 @@ class WorkspaceManager:
             scope: What it holds.
 
         Raises:
-            InvalidArgument: the id, the name, the source or the scope is none.
+            InvalidArgument: the id, the name, the source or the scope is malformed.
             NotFound: there is no such workspace.
             FailedPrecondition: it is paused or deleted, or lives on another host.
             ResourceExhausted: the disk is full, or the file cache too small.
@@ -616,7 +616,7 @@ class WorkspaceManager:
     def _releasing(self, lock: HeldLock) -> Iterator[None]:
         """Release a lock at the end. A workspace that turned out to be gone leaves no lock file.
 
-        That of one which only this catalog does not know is left alone, as all else of it.
+        If only this catalog lacks the workspace, its lock file stays, like everything else of it.
         """
         try:
             yield

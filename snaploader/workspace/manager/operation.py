@@ -38,7 +38,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.records import PausedRecords
-from snaploader.workspace.runtime.protocol import Runtime
+from snaploader.workspace.runtime.protocol import Runtime, StopOutcome
 from snaploader.workspace.slots import SlotPool
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def no_guard(reader: Reader) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Immutable, and made of what is thread-safe."""
+    """What all operations of one manager share. Immutable, and made of what is thread-safe."""
 
     catalog: Catalog
     runtime: Runtime
@@ -105,6 +105,10 @@ class Services:
     """Takes back an operation that failed, and never raises."""
     guard: Callable[[Reader], None] = no_guard
     """Called in the transaction that begins an operation; what it raises calls the operation off."""
+
+    def stop(self, workspace_id: str) -> StopOutcome:
+        """Stop what runs in a workspace, by force if it takes too long."""
+        return self.runtime.stop(workspace_id, timeout_s=self.stop_timeout_s, force=True)
 
     def has_traces_of(self, workspace_id: str) -> bool:
         """Whether this host has files of a workspace, or a record of it as paused, whole or not."""
@@ -225,7 +229,7 @@ class Work:
 
     def stop(self) -> None:
         """Stop the runtime, by force if need be; one that does not run is fine."""
-        self.services.runtime.stop(self.workspace_id, timeout_s=self.services.stop_timeout_s, force=True)
+        self.services.stop(self.workspace_id)
         self.reach("stopped")
 
     def capture(self) -> Saved:

@@ -173,7 +173,7 @@ def _settle_paused(services: Services, workspace: Workspace, findings: Findings)
     """A paused workspace has a record and a slot, and nothing else here; without them it is stopped."""
     status = services.runtime.status(workspace.id)
     if status.exists:
-        services.runtime.stop(workspace.id, timeout_s=services.stop_timeout_s, force=True)
+        services.stop(workspace.id)
         services.runtime.remove(workspace.id)
         findings.pruned.append(Note(workspace.id, "files of a paused workspace"))
     with services.catalog.reading() as reader:
@@ -230,7 +230,7 @@ def _settle_running(services: Services, workspace: Workspace, findings: Findings
 def _settle_stopped(services: Services, workspace: Workspace, findings: Findings) -> None:
     status = services.runtime.status(workspace.id)
     if status.is_running:
-        services.runtime.stop(workspace.id, timeout_s=services.stop_timeout_s, force=True)
+        services.stop(workspace.id)
         findings.repaired.append(Note(workspace.id, "it ran, and was stopped"))
     if not status.exists:
         bring_back(services, workspace, uuid.uuid4().hex)

@@ -179,13 +179,13 @@ def _nothing(work: Work) -> None:
 
 def _remove_state(work: Work) -> None:
     """Nothing of the workspace was in the runtime before, which was seen before the operation began."""
-    work.services.runtime.stop(work.workspace_id, timeout_s=work.services.stop_timeout_s, force=True)
+    work.services.stop(work.workspace_id)
     work.services.runtime.remove(work.workspace_id)
 
 
 def _stop(work: Work) -> None:
     """It did not run before."""
-    work.services.runtime.stop(work.workspace_id, timeout_s=work.services.stop_timeout_s, force=True)
+    work.services.stop(work.workspace_id)
 
 
 def _remove_record(work: Work) -> None:

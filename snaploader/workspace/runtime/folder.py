@@ -334,7 +334,7 @@ def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
     pid = os.getpid()
     try:
         yield fd
-        # At once, also where a process that was forked meanwhile has the descriptor too, which leaves the
+        # At once, even if a process that was forked meanwhile has the descriptor too, which leaves the
         # lock to its parent. Not after an error: a supervisor that is still starting goes on to hold it.
         if os.getpid() == pid:
             fcntl.flock(fd, fcntl.LOCK_UN)

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from catalog_data import HOST, NOON, add, later, workspace
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from sqlalchemy import event, insert, select, text
 
 from snaploader.errors import FailedPrecondition, NotFound

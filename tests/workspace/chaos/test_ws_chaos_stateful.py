@@ -35,8 +35,7 @@ from chaos_model import (
 )
 from chaos_world import Place, World, fill, no_step, opened, tree_of
 from chaos_zygote import Zygote, operate
-from hypothesis import HealthCheck, event, note, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, event, note, settings, strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,

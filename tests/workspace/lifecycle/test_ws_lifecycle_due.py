@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
 from snaploader.workspace.decide import Schedule, Transition, decide, earliest_due

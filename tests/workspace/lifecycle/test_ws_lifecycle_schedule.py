@@ -7,8 +7,7 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.decide import MAX_SCHEDULE_LENGTH, Schedule

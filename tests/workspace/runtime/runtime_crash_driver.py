@@ -26,8 +26,7 @@ from snaploader import FileCache, Snapshot, SnapshotLoader
 from snaploader._environment import HostEnvironment
 from snaploader.errors import SnaploaderError
 from snaploader.workspace.model import Volume, WorkspaceSpec
-from snaploader.workspace.runtime import ProcessRuntime, StopOutcome
-from snaploader.workspace.runtime import folder as folders
+from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, folder as folders
 
 EVENTS = frozenset(
     {"open", "shutil.rmtree", "subprocess.Popen", "fcntl.flock"}

@@ -14,8 +14,7 @@ from snaploader import Progress, SnapshotKey, SnapshotLoader, VMConfiguration
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from snaploader.loader import DirectorySource
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
-from snaploader.workspace.runtime import ProcessRuntime, contents
-from snaploader.workspace.runtime import folder as folders
+from snaploader.workspace.runtime import ProcessRuntime, contents, folder as folders
 from snaploader.workspace.runtime.contents import Layout
 from snaploader.workspace.runtime.folder import locked
 from snaploader.workspace.testing import FakeRuntime
