@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from cow import OpenedChunk
+from cow import OpenedChunk, write_all
 from cow.sync import SingleFlight
 from snaploader import files
 from snaploader.blobstore import BlobStore
@@ -294,7 +294,7 @@ def _in_memory_file(data: bytes) -> int:
     with translate_os_errors("cannot hold a blob in memory"):
         fd = os.memfd_create("snaploader-blob", os.MFD_CLOEXEC)
         try:
-            files.write_all(fd, data)
+            write_all(fd, data, 0)  # at its place, so that the file is read from its start
         except BaseException:
             os.close(fd)
             raise
