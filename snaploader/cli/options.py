@@ -8,7 +8,7 @@ after the name of the command.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -129,11 +129,27 @@ _COMMON = (
 )
 
 
-def shared_options(function: F) -> F:
-    """The options of all commands, for a function that reads them with `settings_of`."""
-    for decorate in reversed(_COMMON):
+def _decorated(function: F, decorators: Sequence[Callable[[F], F]]) -> F:
+    """Apply decorators, the last one first, so that help lists options as they stand."""
+    for decorate in reversed(decorators):
         function = decorate(function)
     return function
+
+
+def _gathering(kind: type[Any], name: str, function: Callable[..., R]) -> Callable[..., R]:
+    """Hand the options that a dataclass has fields for to `function` as one value of it, called `name`."""
+
+    @functools.wraps(function)
+    def with_value(*args: Any, **kwargs: Any) -> R:
+        values = {field.name: kwargs.pop(field.name) for field in fields(kind)}
+        return function(*args, **{name: kind(**values)}, **kwargs)
+
+    return with_value
+
+
+def shared_options(function: F) -> F:
+    """The options of all commands, for a function that reads them with `settings_of`."""
+    return _decorated(function, _COMMON)
 
 
 def common(function: Callable[Concatenate[Caches, P], R]) -> Callable[P, R]:
@@ -242,15 +258,7 @@ _TASK = (
 
 def task_options(function: Callable[..., R]) -> Callable[..., R]:
     """The options that name a task's snapshots; the function gets them as `task_options`."""
-
-    @functools.wraps(function)
-    def with_task(*args: Any, **kwargs: Any) -> R:
-        values = {field.name: kwargs.pop(field.name) for field in fields(TaskOptions)}
-        return function(*args, task_options=TaskOptions(**values), **kwargs)
-
-    for decorate in reversed(_TASK):
-        with_task = decorate(with_task)
-    return with_task
+    return _decorated(_gathering(TaskOptions, "task_options", function), _TASK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,15 +289,7 @@ _READ = (
 
 def read_options(function: Callable[..., R]) -> Callable[..., R]:
     """The options of looking for a snapshot; the function gets them as `read_options`."""
-
-    @functools.wraps(function)
-    def with_read(*args: Any, **kwargs: Any) -> R:
-        values = {field.name: kwargs.pop(field.name) for field in fields(ReadOptions)}
-        return function(*args, read_options=ReadOptions(**values), **kwargs)
-
-    for decorate in reversed(_READ):
-        with_read = decorate(with_read)
-    return with_read
+    return _decorated(_gathering(ReadOptions, "read_options", function), _READ)
 
 
 _SAVE = (
@@ -308,9 +308,7 @@ _SAVE = (
 
 def save_options(function: F) -> F:
     """What is saved remotely, and when; the function gets `save_policy` and `min_refresh_interval`."""
-    for decorate in reversed(_SAVE):
-        function = decorate(function)
-    return function
+    return _decorated(function, _SAVE)
 
 
 _WORKSPACES = (
@@ -338,9 +336,7 @@ _WORKSPACES = (
 
 def workspace_options(function: F) -> F:
     """Where workspaces are, for a function that reads it with `workspace_settings_of`."""
-    for decorate in reversed(_WORKSPACES):
-        function = decorate(function)
-    return function
+    return _decorated(function, _WORKSPACES)
 
 
 def workspace_settings_of(ctx: click.Context) -> WorkspaceSettings:
