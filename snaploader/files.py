@@ -1,8 +1,13 @@
-"""Files as this library reads, copies, replaces, flushes and removes them. All functions raise OSError.
+"""Files and folders as this library opens, reads, copies, replaces, flushes and removes them.
 
-One copy of each of these steps is here for all packages but `cow`, which stands alone. How folders and files
-are opened that another user may have tampered with is in `snaploader.folders`, locks between processes are in
-`snaploader.locks`.
+One copy of each of these steps is here for all packages but `cow`, which stands alone; locks between
+processes are in `snaploader.locks`. What handles content raises OSError.
+
+Another user may have made a folder of content before, or may write to it, and may have put a symbolic link, a
+pipe or a file of somebody else's where this library expects a file of its own. So a folder or file is opened
+first, never through a link in its last component and without waiting for anyone, and it is judged by its
+descriptor: what it is, who owns it, who may write to it. See open(2), path_resolution(7) and symlink(7).
+Folders above the root are taken as they are: whoever may rename the root can put another in its place.
 """
 
 from __future__ import annotations
@@ -17,11 +22,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from snaploader.digest import Buffer, DigestFunction, Hasher
-from snaploader.folders import open_new
+from snaploader.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 
 BUFFER_BYTES = 1 << 20
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
@@ -29,6 +35,291 @@ _NO_COPY_RANGE = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 )
 _local = threading.local()
+PRIVATE = 0o700
+"""Mode of folders that only their owner may use."""
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_ODD_ERRNOS = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV})
+"""What open(2) says of a link, a socket or pipe, a folder to be written, and a device without driver."""
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class OddEntry(FailedPrecondition):
+    """Where a regular file should be lies something else: a folder, link, pipe, socket or device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may use a folder and what is in it.
+
+    Args:
+        mode: Permission bits of folders, read as for chmod(1). 0o700: their owner alone. 0o770 or 0o2770:
+            the folder's group too. 0o755, 0o775, 0o777: everyone.
+        option: What the user calls the mode, for messages; empty where it cannot be chosen.
+
+    Raises:
+        InvalidArgument: The owner could not use such a folder, or another could only half use it.
+    """
+
+    mode: int = PRIVATE
+    option: str = ""
+
+    def __post_init__(self) -> None:
+        classes = {self.mode >> 3 & 7, self.mode & 7}
+        if self.mode & ~0o2077 != PRIVATE or not classes <= {0, 5, 7}:
+            raise InvalidArgument(
+                f"{self.option or 'mode'} {self.mode:#o} is no mode of folders: 0700 is for the owner alone, "
+                "2770 for a group, 0755 lets everyone read, 0777 lets everyone write"
+            )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than the owner may use it."""
+        return self.mode & 0o077 != 0
+
+    @property
+    def file_mode(self) -> int:
+        """Permission bits of files."""
+        return self.mode & 0o666
+
+    @property
+    def readonly_mode(self) -> int:
+        """Permission bits of files that are never written again."""
+        return self.mode & 0o444
+
+    def check(self, status: os.stat_result, path: str) -> None:
+        """Raise PermissionDenied when the owner of a folder or file is not to be trusted.
+
+        To be trusted are this user and root, and in a shared folder its group's members or everyone.
+        """
+        if status.st_uid in (0, os.geteuid()):
+            return
+        if self.mode & stat.S_IWOTH:
+            return
+        if self.mode & stat.S_IWGRP and status.st_gid in {os.getegid(), *os.getgroups()}:
+            return
+        raise PermissionDenied(
+            f"{path!r} belongs to user {status.st_uid}, and this is user {os.geteuid()}: use another folder, "
+            f"or chown it{self._remedy()}"
+        )
+
+    def apply(self, fd: int, status: os.stat_result, wanted: int) -> None:
+        """Give a folder or file of this user's these permissions. Only a shared one gets more than it had."""
+        mode = stat.S_IMODE(status.st_mode)
+        wanted = wanted | mode & stat.S_ISVTX if self.is_shared else mode & wanted
+        if status.st_uid == os.geteuid() and mode != wanted:
+            os.fchmod(fd, wanted)
+
+    def _remedy(self) -> str:
+        return (
+            f"; if its users trust each other, give all of them the same {self.option}" if self.option else ""
+        )
+
+    def judge_folder(self, fd: int, path: str, *, is_root: bool) -> None:
+        """Check an open folder, and put its permissions right if it is this user's.
+
+        Args:
+            is_root: It may hold other things too, so nobody's right to read it is taken away, and a place
+                for all, like /tmp, with its sticky bit, is left as it is.
+        """
+        status = os.fstat(fd)
+        self.check(status, path)
+        mode = stat.S_IMODE(status.st_mode)
+        too_open = mode & _OTHERS_WRITE & ~self.mode and not mode & stat.S_ISVTX
+        if status.st_uid != os.geteuid():
+            if too_open:
+                raise PermissionDenied(
+                    f"{path!r} belongs to user {status.st_uid} and others may write to it (mode {mode:04o}): "
+                    f"use a folder of your own{self._remedy()}"
+                )
+        elif not is_root:
+            self.apply(fd, status, self.mode)
+        elif self.is_shared and not mode & stat.S_ISVTX:
+            self.apply(fd, status, mode & ~(_OTHERS_WRITE & ~self.mode) | self.mode)
+        elif too_open:
+            os.fchmod(fd, mode & ~_OTHERS_WRITE)
+
+
+def open_root(path: str, access: Access, what: str) -> int:
+    """Open a folder that the user named, made if absent, after checking what it is; return its descriptor.
+
+    Args:
+        what: How messages call it.
+
+    Raises:
+        FailedPrecondition: It is a symbolic link.
+        PermissionDenied: It belongs to somebody unexpected, or is writable for others.
+        OSError: It cannot be made or opened.
+    """
+    path = os.path.abspath(path)
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    return _open_folder(path, access, None, path, what, is_root=True)
+
+
+def open_inner(name: str, dir_fd: int, access: Access, path: str) -> int:
+    """Open a folder in an open folder, made if absent; return its descriptor. Errors as `open_root`.
+
+    Args:
+        path: Where it is, for messages.
+    """
+    return _open_folder(name, access, dir_fd, path, "the folder", is_root=False)
+
+
+def check_inner(name: str, dir_fd: int, access: Access, path: str) -> None:
+    """Check a folder in an open folder, as `open_inner` does. FileNotFoundError when it is not there."""
+    if not stat.S_ISREG(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+        os.close(open_inner(name, dir_fd, access, path))
+
+
+def make_inside(root: str, path: str, access: Access) -> None:
+    """Make a folder, and those above it up to `root`, each by its mode whatever the umask says.
+
+    Raises:
+        OSError: FileExistsError or NotADirectoryError when something else is in the way.
+    """
+    if path == root:
+        return
+    make_inside(root, os.path.dirname(path), access)
+    try:
+        os.mkdir(path, PRIVATE)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        return
+    fd = os.open(path, _FOLDER)
+    try:
+        os.fchmod(fd, access.mode)
+    finally:
+        os.close(fd)
+
+
+def open_private(root: str, what: str, *names: str) -> None:
+    """Make a folder for this user alone, with folders of these names in it. Errors as `open_root`."""
+    access = Access()
+    fd = open_root(root, access, what)
+    try:
+        for name in names:
+            os.close(open_inner(name, fd, access, os.path.join(root, name)))
+    finally:
+        os.close(fd)
+
+
+def open_new(path: str, mode: int, flags: int = os.O_RDWR) -> int:
+    """Make a file with these permissions, whatever the umask says; return its descriptor. FileExistsError."""
+    fd = os.open(path, flags | _FILE | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_regular(path: str, *, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading; return its descriptor and status.
+
+    Raises:
+        OddEntry: It is something else.
+        OSError: FileNotFoundError when nothing is there.
+    """
+    return _open_file(path, os.O_RDONLY, dir_fd)
+
+
+def open_written(path: str, flags: int, access: Access) -> int:
+    """Open a regular file that is written in place, made if absent; return its descriptor.
+
+    Raises:
+        OddEntry: It is something else.
+        PermissionDenied: It belongs to somebody unexpected, or has another name elsewhere.
+        OSError: It cannot be made or opened.
+    """
+    fd, status = _open_file(path, flags | os.O_CREAT)
+    try:
+        access.check(status, path)
+        _check_one_name(status, path)
+        access.apply(fd, status, access.file_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def kind_of(status: os.stat_result) -> str:
+    """Say in words what kind of thing is no regular file."""
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+
+
+def _open_file(path: str, flags: int, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
+    try:
+        fd = os.open(path, flags | _FILE, 0o600, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in _ODD_ERRNOS:
+            raise
+        with suppress(FileNotFoundError):
+            raise _odd(path, os.stat(path, dir_fd=dir_fd, follow_symlinks=False)) from error
+        raise
+    try:
+        status = os.fstat(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise _odd(path, status)
+    return fd, status
+
+
+def _check_one_name(status: os.stat_result, path: str) -> None:
+    if status.st_nlink > 1:
+        raise PermissionDenied(
+            f"{path!r} has {status.st_nlink} names, so that writing to it would change another file: "
+            "remove that name while nobody uses the folder"
+        )
+
+
+def _odd(path: str, status: os.stat_result) -> OddEntry:
+    return OddEntry(f"{path!r} is {kind_of(status)} and no regular file: move it away")
+
+
+def _open_folder(
+    name: str, access: Access, dir_fd: int | None, path: str, what: str, *, is_root: bool
+) -> int:
+    made = False
+    try:
+        fd = os.open(name, _FOLDER, dir_fd=dir_fd)
+    except FileNotFoundError:
+        with suppress(FileExistsError):
+            os.mkdir(name, PRIVATE, dir_fd=dir_fd)
+            made = True
+        fd = os.open(name, _FOLDER, dir_fd=dir_fd)
+    except NotADirectoryError:
+        if not stat.S_ISLNK(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
+            raise
+        raise FailedPrecondition(
+            f"{what} {path!r} is a symbolic link: "
+            + (
+                f"if its target is meant, give that instead: {os.path.realpath(path)!r}"
+                if is_root
+                else f"remove it (it leads to {os.readlink(name, dir_fd=dir_fd)!r})"
+            )
+        ) from None
+    try:
+        if made:
+            os.fchmod(fd, access.mode)
+        access.judge_folder(fd, path, is_root=is_root and not made)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def buffer() -> memoryview:

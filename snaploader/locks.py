@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 from snaploader.errors import Cancelled
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, open_regular
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 

@@ -34,7 +34,7 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.folders import PRIVATE
+from snaploader.files import PRIVATE
 
 if TYPE_CHECKING:
     from snaploader.remote import RemoteCache

@@ -19,7 +19,7 @@ from snaploader.cli.output import Output
 from snaploader.cli.process import load_grpc
 from snaploader.cli.values import check_file, format_time
 from snaploader.errors import FailedPrecondition, InvalidArgument, SnaploaderError, translate_os_errors
-from snaploader.folders import open_private
+from snaploader.files import open_private
 
 if TYPE_CHECKING:
     from snaploader.digest import Digest, DigestFunction

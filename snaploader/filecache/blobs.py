@@ -22,8 +22,7 @@ from snaploader.filecache.layout import space_of
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
 from snaploader.filecache.usage import CacheContext, Section
-from snaploader.files import NamelessFile
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import NamelessFile, OddEntry, open_regular
 from snaploader.formats.digests import DigestArray
 
 SLOTS = 1 << 19

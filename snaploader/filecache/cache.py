@@ -28,7 +28,7 @@ from snaploader.filecache.recency import UseLog
 from snaploader.filecache.refs import RefSpace
 from snaploader.filecache.retention import Lease, PinTable
 from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics, Ledger, VerifyReport
-from snaploader.folders import PRIVATE, Access
+from snaploader.files import PRIVATE, Access
 from snaploader.locks import FileLock
 
 DEFAULT_MAX_BYTES = 10 << 30

@@ -20,8 +20,7 @@ from contextlib import suppress
 
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.openfolder import OpenFolder
-from snaploader.files import flush_file_system
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, flush_file_system, open_regular
 from snaploader.locks import FileLock, is_odd
 
 CLOCK_SLACK_NS = 1_000_000_000

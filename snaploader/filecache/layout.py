@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.folders import Access, check_inner, open_inner, open_root
+from snaploader.files import Access, check_inner, open_inner, open_root
 
 FORMAT = "v1"
 """The version of the layout. Another layout gets another name, beside this one."""

@@ -18,8 +18,17 @@ from contextlib import contextmanager, suppress
 from snaploader import files, locks
 from snaploader.digest import Buffer
 from snaploader.filecache.layout import Layout
-from snaploader.files import NamelessFile, remove_tree
-from snaploader.folders import Access, OddEntry, kind_of, make_inside, open_inner, open_new, open_written
+from snaploader.files import (
+    Access,
+    NamelessFile,
+    OddEntry,
+    kind_of,
+    make_inside,
+    open_inner,
+    open_new,
+    open_written,
+    remove_tree,
+)
 
 _LOCK = ".lock"
 MAX_QUARANTINED = 16

@@ -30,8 +30,7 @@ from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderErr
 from snaploader.filecache.hashes import Words, to_hex, to_words
 from snaploader.filecache.layout import check_hash
 from snaploader.filecache.usage import CacheContext
-from snaploader.files import flush_folder, read_file
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, flush_folder, open_regular, read_file
 from snaploader.locks import is_odd
 
 UNKNOWN_SIZE = -1

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from snaploader.filecache.hashes import Prefixes
 from snaploader.filecache.openfolder import OpenFolder
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, open_regular
 from snaploader.locks import FileLock
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])

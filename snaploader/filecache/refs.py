@@ -23,7 +23,7 @@ from snaploader.filecache.evict import Evictor
 from snaploader.filecache.layout import Space, check_hash
 from snaploader.filecache.scan import disk_bytes, entries, entry_name, set_aside_odd
 from snaploader.filecache.usage import CacheContext, Section
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, open_regular
 
 _MAGIC = b"snapref1"
 _HEADER_BYTES = len(_MAGIC) + 32

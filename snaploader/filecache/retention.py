@@ -27,8 +27,7 @@ from snaploader.filecache.openfolder import is_alive
 from snaploader.filecache.pins import UNKNOWN_SIZE, is_pin_name, load_pin
 from snaploader.filecache.scan import Scan
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
-from snaploader.files import read_file
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, open_regular, read_file
 
 _MAX_LEASE_BYTES = 8 << 24
 """Of hashes as many as a pin may keep; what is larger is no lease."""

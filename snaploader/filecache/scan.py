@@ -29,8 +29,7 @@ from snaploader.filecache.durability import Durability
 from snaploader.filecache.hashes import HashSet, Prefixes, Words, to_hex, to_words
 from snaploader.filecache.layout import SHARDS, Layout, Space
 from snaploader.filecache.usage import CacheContext
-from snaploader.files import read_file, remove_tree
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, open_regular, read_file, remove_tree
 from snaploader.locks import is_dead, try_lock
 
 BLOCK_BYTES = 512

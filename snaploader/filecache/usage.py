@@ -25,8 +25,7 @@ from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.openfolder import OpenFolder
-from snaploader.files import remove_tree
-from snaploader.folders import OddEntry, open_regular
+from snaploader.files import OddEntry, open_regular, remove_tree
 from snaploader.locks import FileLock
 
 _FORMAT = struct.Struct("<8sqqqqq")

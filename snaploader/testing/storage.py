@@ -26,8 +26,7 @@ from typing import Protocol
 
 from snaploader.digest import Buffer, Digest, DigestFunction, Hasher
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.files import remove_tree, write_all
-from snaploader.folders import (
+from snaploader.files import (
     Access,
     OddEntry,
     make_inside,
@@ -37,6 +36,8 @@ from snaploader.folders import (
     open_regular,
     open_root,
     open_written,
+    remove_tree,
+    write_all,
 )
 
 _BLOB_MODE = 0o400

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Protocol
 
 from snaploader.errors import Cancelled, DeadlineExceeded, translate_os_errors
-from snaploader.folders import open_private
+from snaploader.files import open_private
 from snaploader.locks import lock_new
 from snaploader.workspace.names import check_workspace_id
 

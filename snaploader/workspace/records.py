@@ -23,8 +23,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.files import flush_folder
-from snaploader.folders import PRIVATE, open_new, open_private
+from snaploader.files import PRIVATE, flush_folder, open_new, open_private
 from snaploader.workspace.model import (
     MAX_VERSION,
     Readiness,

@@ -12,8 +12,7 @@ import os
 from contextlib import suppress
 
 from snaploader.errors import InvalidArgument, ResourceExhausted, translate_os_errors
-from snaploader.files import flush_folder
-from snaploader.folders import open_private
+from snaploader.files import flush_folder, open_private
 from snaploader.workspace.names import check_workspace_id
 
 DEFAULT_SLOTS = 1 << 16

@@ -20,7 +20,7 @@ from snaploader.filecache.hashes import HashSet, to_hex, to_words
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.openfolder import OpenFolder
 from snaploader.filecache.recency import Position, UseLog
-from snaploader.folders import Access
+from snaploader.files import Access
 from snaploader.formats.digests import DigestArray
 from snaploader.locks import FileLock
 

@@ -35,8 +35,7 @@ from pathlib import Path
 
 from cow import clone_range, data_extents
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.files import copy_range
-from snaploader.folders import open_private
+from snaploader.files import copy_range, open_private
 from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
