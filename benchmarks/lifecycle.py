@@ -32,11 +32,10 @@ import snaploader
 from benchmarks.floors import Cost, timed
 from snaploader import FileCache, SnapshotLoader
 from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.decide import Situation, Transition
 from snaploader.workspace.lifecycle import LifecycleExecutor
 from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.model import RunStatus, RunTransition, Workspace, WorkspaceSpec, WorkspaceState
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.policy import Policy, Situation, Transition
 from snaploader.workspace.testing import FakeRuntime
 
 HOST = "benchmark"

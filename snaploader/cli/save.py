@@ -32,7 +32,7 @@ from snaploader.loader import (
     SaveResult,
 )
 from snaploader.policy import SavePolicy
-from snaploader.workspace.names import pin_name
+from snaploader.workspace.model import pin_name
 
 WORKSPACE_PINS = pin_name("")
 """How the pins of workspaces begin. A save that took such a name would let go what the workspace needs."""

@@ -3,12 +3,12 @@ from snaploader.workspace.check import (
     Finding as Finding,
     FindingKind as FindingKind,
 )
-from snaploader.workspace.decide import Schedule as Schedule, Transition as Transition
 from snaploader.workspace.hooks import (
     AuditRecord as AuditRecord,
     Hooks as Hooks,
     Notification as Notification,
 )
+from snaploader.workspace.host import SlotPool as SlotPool
 from snaploader.workspace.lifecycle import (
     LifecycleExecutor as LifecycleExecutor,
     Stats as Stats,
@@ -46,8 +46,10 @@ from snaploader.workspace.model import (
 from snaploader.workspace.policy import (
     DEFAULT_POLICY as DEFAULT_POLICY,
     Policy as Policy,
+    Schedule as Schedule,
     ScopePolicy as ScopePolicy,
     StopAction as StopAction,
+    Transition as Transition,
 )
 from snaploader.workspace.runtime import (
     Attachment as Attachment,
@@ -63,4 +65,3 @@ from snaploader.workspace.sizes import (
     HostSizes as HostSizes,
     WorkspaceSize as WorkspaceSize,
 )
-from snaploader.workspace.slots import SlotPool as SlotPool

@@ -19,8 +19,9 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     Workspace,
     WorkspaceState,
+    is_workspace_id,
+    pin_name,
 )
-from snaploader.workspace.names import is_workspace_id, pin_name
 from snaploader.workspace.records import TRASH
 from snaploader.workspace.runtime import RuntimeStatus
 from snaploader.workspace.sizes import workspace_id_of

@@ -17,8 +17,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self
 
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.model import WorkspaceState
+from snaploader.workspace.policy import Transition
 
 MAX_WAITING = 10_000
 """Most records that wait for delivery; what comes on top is dropped, and counted as a failure."""

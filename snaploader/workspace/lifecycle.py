@@ -30,7 +30,6 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from snaploader.errors import Cancelled, InvalidArgument
-from snaploader.workspace.decide import Situation, Ticks, Transition, deletion_time, is_irreversible
 from snaploader.workspace.hooks import (
     CLOSE_TIMEOUT_S,
     NO_HOOKS,
@@ -40,7 +39,14 @@ from snaploader.workspace.hooks import (
     Notification,
 )
 from snaploader.workspace.model import Run, RunStatus, RunTransition, WorkspaceState
-from snaploader.workspace.policy import StopAction
+from snaploader.workspace.policy import (
+    Situation,
+    StopAction,
+    Ticks,
+    Transition,
+    deletion_time,
+    is_irreversible,
+)
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Catalog, Reader

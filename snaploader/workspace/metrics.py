@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from snaploader.errors import FailedPrecondition
-from snaploader.workspace.decide import Transition
+from snaploader.workspace.policy import Transition
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -1,15 +1,41 @@
-"""Policies: what pausing and committing hold, and when the lifecycle stops, starts, parks and deletes."""
+"""Policies of workspaces, and what the lifecycle does by them, and when. Pure.
+
+Each rule says from which tick on it holds, everything else staying as it is: none of them ends by time
+passing alone. So `Situation.decide` and `Situation.earliest_due`, which the catalog's index is made of,
+cannot differ. What counts as what:
+
+- A run that is the latest and failed blocks autostop and autostart; a workspace without any run has none that
+  failed, and its schedule counts from its creation.
+- A paused workspace is not running: autostart resumes it, and dormancy only marks it.
+- A schedule that cannot be read, such as one whose zone this host does not know, never starts anything.
+- A deleted workspace is left alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from datetime import timedelta
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim, CronSimError
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.model import Scope
+from snaploader.workspace.model import (
+    OwnerStatus,
+    Run,
+    RunStatus,
+    RunTransition,
+    Scope,
+    Workspace,
+    WorkspaceState,
+)
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Reader
 
 DEFAULT_POLICY = "default"
 """The policy of workspaces that name none. It exists always; until it is changed it does nothing."""
@@ -71,10 +97,10 @@ class Policy:
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200:
             raise InvalidArgument("a policy needs a name of 1 to 200 characters")
-        for item in fields(self):
-            value = getattr(self, item.name)
+        for spelled, (name, _) in _FIELDS.items():
+            value = getattr(self, name, None)
             if isinstance(value, timedelta) and value <= timedelta(0):
-                raise InvalidArgument(f"{_SPELLED[item.name]} of policy {self.name!r} must be above 0 s")
+                raise InvalidArgument(f"{spelled} of policy {self.name!r} must be above 0 s")
 
     @classmethod
     def from_mapping(cls, name: str, values: Mapping[str, Any]) -> Policy:
@@ -88,31 +114,27 @@ class Policy:
             raise InvalidArgument(
                 f"policy {name!r} has unknown field {min(unknown)!r}: the fields are {', '.join(_FIELDS)}"
             )
-        on_pause = _parse(values, "onPause", Scope.parse)
-        scopes = ScopePolicy(on_pause or Scope.FULL, _parse(values, "onCommit", Scope.parse))
-        changes = {
-            field: value
-            for spelled, field in _FIELDS.items()
-            if field not in {"on_pause", "on_commit"}
-            and (value := _parse(values, spelled, _READERS[spelled])) is not None
-        }
-        return cls(name, scopes, **changes)
+        given: dict[str, Any] = {}
+        for spelled, (field_name, read) in _FIELDS.items():
+            if values.get(spelled) is None:
+                continue
+            try:
+                given[field_name] = read(values[spelled])
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{spelled}: {error.message}") from error
+        scopes = ScopePolicy(given.pop("on_pause", Scope.FULL), given.pop("on_commit", None))
+        return cls(name, scopes, **given)
 
     def to_mapping(self) -> dict[str, Any]:
         """The values that `from_mapping` takes; rules that are off are left out."""
-        on_commit = self.scopes.on_commit
-        values: dict[str, Any] = {
-            "onPause": self.scopes.on_pause.value,
-            "onCommit": None if on_commit is None else on_commit.value,
-        }
-        for spelled, field in _FIELDS.items():
-            if spelled in values:
-                continue
-            value = getattr(self, field)
+        values = {}
+        for spelled, (field_name, _) in _FIELDS.items():
+            value = getattr(self if hasattr(self, field_name) else self.scopes, field_name)
             if isinstance(value, timedelta):
                 value = value.total_seconds()
-            values[spelled] = value.value if isinstance(value, StopAction) else value
-        return {spelled: value for spelled, value in values.items() if value is not None}
+            if value is not None:
+                values[spelled] = value.value if isinstance(value, StrEnum) else value
+        return values
 
 
 def _duration(value: Any) -> timedelta:
@@ -134,32 +156,334 @@ def _action(value: Any) -> StopAction:
         raise InvalidArgument(f"{value!r} is neither stop nor pause") from None
 
 
-def _parse(values: Mapping[str, Any], spelled: str, read: Any) -> Any:
-    value = values.get(spelled)
-    if value is None:
+_FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "onPause": ("on_pause", Scope.parse),
+    "onCommit": ("on_commit", Scope.parse),
+    "autostopAfterSeconds": ("autostop_after", _duration),
+    "autostopAction": ("autostop_action", _action),
+    "autostartAllowed": ("autostart_allowed", _flag),
+    "failureTtlSeconds": ("failure_ttl", _duration),
+    "timeUntilDormantSeconds": ("time_until_dormant", _duration),
+    "deleteAfterDormantSeconds": ("delete_after_dormant", _duration),
+}
+"""As the user spells them: the attribute of a policy or its scopes, and what reads a plain value."""
+
+
+ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
+"""The due time of a rule that waits for no time; there are no ticks before it."""
+
+RETRY_DELETE_AFTER = timedelta(hours=24)
+"""How long a failed delete is left alone."""
+
+MAX_TICK_DISTANCE = timedelta(hours=25)
+"""How far apart two ticks may be for the later one to confirm the time of the earlier one.
+
+A lifecycle that is run once a day has ticks 25 hours apart on the day when clocks are put back.
+"""
+
+_RESOLUTION = timedelta(microseconds=1)
+
+
+class Transition(StrEnum):
+    """What the lifecycle can do, in the order in which the rules are asked."""
+
+    AUTOSTOP = "autostop"
+    """Stop or pause a running one, as the policy says: its deadline has come, or its owner is suspended."""
+    AUTOSTART = "autostart"
+    """Start a stopped one, or resume a paused one, by its schedule."""
+    FAILED_STOP = "failed_stop"
+    """Stop one whose start failed, which also lets the schedule start it again."""
+    DORMANCY = "dormancy"
+    """Mark one that was not used for long, and stop it if it runs."""
+    DELETE = "delete"
+    """Delete a dormant one."""
+
+
+def is_irreversible(transition: Transition, policy: Policy) -> bool:
+    """Whether nobody could take `transition` back, had the clock been wrong.
+
+    A delete is. So is an autostop that pauses as `Data`, since what is outside the durable directories goes.
+    To be stopped, started or marked dormant too early is a nuisance that the next use of the workspace ends.
+    """
+    if transition is Transition.AUTOSTOP:
+        return policy.autostop_action is StopAction.PAUSE and policy.scopes.on_pause is Scope.DATA
+    return transition is Transition.DELETE
+
+
+class Ticks(NamedTuple):
+    """The two latest different ticks of a host. What is irreversible is done only while they agree."""
+
+    latest: datetime
+    previous: datetime | None = None
+    """None: the latest is the first."""
+
+    def advanced(self, tick: datetime) -> Ticks:
+        """The ticks once `tick` has come; the same one twice confirms nothing."""
+        return self if tick == self.latest else Ticks(tick, self.latest)
+
+    @property
+    def agree(self) -> bool:
+        """Whether the clock has neither jumped nor stood between the two, and not been set back."""
+        return self.previous is not None and timedelta(0) < self.latest - self.previous <= MAX_TICK_DISTANCE
+
+
+def deletion_time(
+    dormant_at: datetime, announced: datetime | None, after: timedelta | None, now: datetime
+) -> datetime | None:
+    """When a dormant workspace is to be deleted, under a policy that holds for it from `now` on.
+
+    Never before the time that was announced to its owner, and never sooner after it was marked than the
+    policy says. Where nothing was announced, because it is being marked or its policy had no deletion before,
+    it has the whole time from `now`. None: never, or beyond the calendar.
+
+    Args:
+        announced: The time that was set before, by a policy that has had a deletion up to now.
+        after: The policy's `delete_after_dormant`.
+    """
+    if after is None:
         return None
     try:
-        return read(value)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"{spelled}: {error.message}") from error
+        return now + after if announced is None else max(announced, dormant_at + after)
+    except OverflowError:
+        return None
 
 
-_FIELDS = {
-    "onPause": "on_pause",
-    "onCommit": "on_commit",
-    "autostopAfterSeconds": "autostop_after",
-    "autostopAction": "autostop_action",
-    "autostartAllowed": "autostart_allowed",
-    "failureTtlSeconds": "failure_ttl",
-    "timeUntilDormantSeconds": "time_until_dormant",
-    "deleteAfterDormantSeconds": "delete_after_dormant",
+class Situation(NamedTuple):
+    """Everything that the lifecycle decides by."""
+
+    workspace: Workspace
+    run: Run | None
+    """The latest one."""
+    policy: Policy
+    owner: OwnerStatus
+
+    @classmethod
+    def read(cls, reader: Reader, workspace_id: str) -> Situation:
+        """What the catalog says of a workspace now. NotFound when there is none of that id."""
+        workspace = reader.workspace(workspace_id)
+        return cls(
+            workspace,
+            reader.latest_run(workspace_id),
+            reader.policy(workspace.policy),
+            reader.owner_status(workspace.owner),
+        )
+
+    def decide(self, tick: datetime) -> Transition | None:
+        """What to do with the workspace at `tick`, which is aware and not before 1970; None: nothing."""
+        for transition, due_at in _RULES.items():
+            due = due_at(self)
+            if due is not None and tick >= due:
+                return transition
+        return None
+
+    def earliest_due(self) -> datetime | None:
+        """The first tick at which `decide` says something; at each later one it does too. None: never."""
+        return min((due for due_at in _RULES.values() if (due := due_at(self)) is not None), default=None)
+
+    @property
+    def is_dormant(self) -> bool:
+        return self.workspace.dormant_at is not None
+
+    @property
+    def has_failed(self) -> bool:
+        return self.run is not None and self.run.status is RunStatus.FAILED
+
+    def has_failed_to(self, transition: RunTransition) -> bool:
+        return self.has_failed and self.run is not None and self.run.transition is transition
+
+
+def _autostop(situation: Situation) -> datetime | None:
+    if (
+        situation.workspace.state is not WorkspaceState.RUNNING
+        or situation.is_dormant
+        or situation.has_failed
+    ):
+        return None
+    if situation.owner is OwnerStatus.SUSPENDED:
+        return ALWAYS
+    return None if situation.run is None else situation.run.deadline
+
+
+def _autostart(situation: Situation) -> datetime | None:
+    workspace = situation.workspace
+    if situation.owner is not OwnerStatus.ACTIVE or situation.is_dormant or situation.has_failed:
+        return None
+    if workspace.state not in {WorkspaceState.STOPPED, WorkspaceState.PAUSED}:
+        return None
+    if not situation.policy.autostart_allowed or not workspace.autostart_schedule:
+        return None
+    try:
+        schedule = parse_schedule(workspace.autostart_schedule)
+    except InvalidArgument:
+        return None
+    return schedule.next_after(workspace.created_at if situation.run is None else situation.run.created_at)
+
+
+def _failed_stop(situation: Situation) -> datetime | None:
+    if situation.workspace.state is WorkspaceState.DELETED or situation.policy.failure_ttl is None:
+        return None
+    if (
+        situation.run is None
+        or situation.run.completed_at is None
+        or not situation.has_failed_to(RunTransition.START)
+    ):
+        return None
+    return _past(situation.run.completed_at, situation.policy.failure_ttl)
+
+
+def _dormancy(situation: Situation) -> datetime | None:
+    if situation.workspace.state is WorkspaceState.DELETED or situation.is_dormant:
+        return None
+    if situation.policy.time_until_dormant is None:
+        return None
+    return _past(situation.workspace.last_used_at, situation.policy.time_until_dormant)
+
+
+def _delete(situation: Situation) -> datetime | None:
+    workspace = situation.workspace
+    if workspace.state is WorkspaceState.DELETED or not situation.is_dormant or workspace.deleting_at is None:
+        return None
+    if situation.policy.delete_after_dormant is None:
+        return None
+    due = _past(workspace.deleting_at, timedelta(0))
+    if due is None or situation.run is None or not situation.has_failed_to(RunTransition.DELETE):
+        return due
+    return max(due, (situation.run.completed_at or situation.run.created_at) + RETRY_DELETE_AFTER)
+
+
+_RULES: dict[Transition, Callable[[Situation], datetime | None]] = {
+    Transition.AUTOSTOP: _autostop,
+    Transition.AUTOSTART: _autostart,
+    Transition.FAILED_STOP: _failed_stop,
+    Transition.DORMANCY: _dormancy,
+    Transition.DELETE: _delete,
 }
-_SPELLED = {field: spelled for spelled, field in _FIELDS.items()}
-_READERS = {
-    "autostopAfterSeconds": _duration,
-    "autostopAction": _action,
-    "autostartAllowed": _flag,
-    "failureTtlSeconds": _duration,
-    "timeUntilDormantSeconds": _duration,
-    "deleteAfterDormantSeconds": _duration,
-}
+"""Each transition with the rule that says from which tick on it is due; the first that is due is made."""
+
+
+def _past(moment: datetime, duration: timedelta) -> datetime | None:
+    """The first instant that is more than `duration` later; None: beyond the calendar."""
+    try:
+        return moment + duration + _RESOLUTION
+    except OverflowError:
+        return None
+
+
+MAX_SCHEDULE_LENGTH = 256
+"""Longest schedule, in characters."""
+
+_PREFIX = "CRON_TZ="
+_MINUTE = timedelta(minutes=1)
+_SOME_DAY = datetime(2000, 1, 1)
+"""A schedule that has no time within fifty years of this day has none at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Times that come again and again, written as cron does: `CRON_TZ=Europe/Berlin 30 9 * * 1-5`.
+
+    Immutable; make one with `parse`.
+
+    Five fields: minute, hour, day of month, month, day of week (0 and 7 are Sunday; names such as MON and JAN
+    are understood, and so are lists, ranges, steps, `L` and `MON#2`). As in Debian's cron, both day fields
+    must match when one of them begins with a star, else one suffices. Without `CRON_TZ=` the zone is UTC.
+
+    When clocks are put forward, a time that is skipped counts at the end of the gap. When they are put back,
+    a time that comes twice counts at its first; of a schedule whose minute or hour begins with a star, which
+    repeats through the day, it counts both times.
+    """
+
+    text: str
+    """The schedule as it was given."""
+    _fields: str = field(repr=False)
+    _zone: tzinfo = field(repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The schedule that `text` describes.
+
+        Raises:
+            InvalidArgument: it is no schedule, its time never comes, or its zone is not known on this host.
+        """
+        if not isinstance(text, str) or len(text) > MAX_SCHEDULE_LENGTH:
+            raise InvalidArgument(f"a schedule is a text of at most {MAX_SCHEDULE_LENGTH} characters")
+        zone, fields = _split(text)
+        try:
+            next(CronSim(" ".join(fields), _SOME_DAY))
+        except (CronSimError, ValueError) as error:
+            raise InvalidArgument(
+                f"{text!r} is no schedule: {error}. Write it as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'"
+            ) from error
+        except StopIteration:
+            raise InvalidArgument(f"the time of schedule {text!r} never comes") from None
+        return cls(text, " ".join(fields), zone)
+
+    def next_after(self, moment: datetime) -> datetime:
+        """The first time of the schedule that is later than `moment` (aware), in UTC."""
+        local = moment.astimezone(self._zone)
+        wall = local.replace(tzinfo=None, fold=0)
+        if not self._repeats_through_the_day:
+            return self._first(wall, 0, moment)
+        found = self._first(wall, local.fold, moment)
+        put_back = _offset(local) - _offset(local.replace(fold=1))
+        if put_back > timedelta(0):
+            # This is the first pass of an hour that comes twice: what was passed already comes again.
+            found = min(found, self._first(wall - put_back, 1, moment))
+        return found
+
+    @property
+    def _repeats_through_the_day(self) -> bool:
+        return any(part.startswith("*") for part in self._fields.split()[:2])
+
+    def _first(self, wall: datetime, fold: int, moment: datetime) -> datetime:
+        """The first time after `wall` on the zone's clock that is later than `moment` too.
+
+        The cron library is given the clock's time alone, without zone: its own steps across changes of half
+        an hour miss times.
+        """
+        times = CronSim(self._fields, wall)
+        while (found := self._in_utc(next(times), fold)) <= moment:
+            continue
+        return found
+
+    def _in_utc(self, wall: datetime, fold: int) -> datetime:
+        while True:
+            found = wall.replace(tzinfo=self._zone, fold=fold).astimezone(UTC)
+            if found.astimezone(self._zone).replace(tzinfo=None) == wall:
+                return found
+            wall += _MINUTE  # skipped on this zone's clock
+
+
+@lru_cache(maxsize=1024)
+def parse_schedule(text: str) -> Schedule:
+    """Like `Schedule.parse`, and remembers."""
+    return Schedule.parse(text)
+
+
+def _split(text: str) -> tuple[tzinfo, list[str]]:
+    fields = text.split()
+    zone: tzinfo = UTC
+    if fields and fields[0].startswith(_PREFIX):
+        zone = _zone(fields.pop(0).removeprefix(_PREFIX), text)
+    if len(fields) != 5:
+        raise InvalidArgument(
+            f"{text!r} is no schedule: it has {len(fields)} fields and not 5: minute, hour, day of month, "
+            "month, day of week"
+        )
+    return zone, fields
+
+
+def _zone(name: str, text: str) -> tzinfo:
+    try:
+        return ZoneInfo(name)
+    except (LookupError, ValueError, OSError) as error:
+        raise InvalidArgument(
+            f"the time zone {name!r} of schedule {text!r} is not known on this host: use a name such as "
+            "Europe/Berlin; if the host has no time zones at all, install its package tzdata"
+        ) from error
+
+
+def _offset(local: datetime) -> timedelta:
+    offset = local.utcoffset()
+    assert offset is not None
+    return offset

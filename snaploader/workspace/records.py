@@ -23,7 +23,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.files import PRIVATE, flush_folder, open_new, open_private
+from snaploader.files import PRIVATE, flush_folder
+from snaploader.workspace.host import state_folder, write_new
 from snaploader.workspace.model import (
     MAX_VERSION,
     Readiness,
@@ -35,8 +36,10 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
+    check_volumes,
+    check_workspace_id,
+    is_workspace_id,
 )
-from snaploader.workspace.names import check_volumes, check_workspace_id, is_workspace_id
 from snaploader.workspace.policy import Policy
 
 if TYPE_CHECKING:
@@ -108,10 +111,7 @@ class PausedRecords:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = os.fspath(folder)
-        with translate_os_errors(f"cannot make {self._folder!r}"):
-            parent, name = os.path.split(os.path.abspath(self._folder))
-            open_private(parent, "the state directory", name)
+        self._folder = state_folder(folder)
 
     @property
     def folder(self) -> str:
@@ -237,14 +237,6 @@ class PausedRecords:
         # A name may be as long as names can be, in bytes; its end matters little then.
         kept = os.fsdecode(os.fsencode(name)[:_MAX_KEPT_BYTES])
         return f"{self._folder}/{kept}{kind}{uuid.uuid4().hex}"
-
-
-def write_new(path: str, data: bytes) -> None:
-    """Write a new file and flush it. Raises OSError, FileExistsError when there is one."""
-    with os.fdopen(open_new(path, 0o600, os.O_WRONLY), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

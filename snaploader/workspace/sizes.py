@@ -1,6 +1,6 @@
 """What workspaces cost on this host: bytes that each has for itself, and bytes that it shares.
 
-Every snapshot of a workspace that is kept here has a pin (`snaploader.workspace.names.pin_name`), which
+Every snapshot of a workspace that is kept here has a pin (`snaploader.workspace.model.pin_name`), which
 tells the hash and the size of each of its blobs. Nothing else is asked, and no content is read.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from snaploader.errors import DataLoss, NotFound
 from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import Prefixes, to_prefixes
-from snaploader.workspace.names import pin_name
+from snaploader.workspace.model import pin_name
 
 _logger = logging.getLogger(__name__)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from snaploader.workspace import names, slots
-from snaploader.workspace.decide import RETRY_DELETE_AFTER
+from snaploader.workspace import host, model
 from snaploader.workspace.lifecycle import MAX_CONCURRENCY
 from snaploader.workspace.manager import WorkspaceManager, held_workspace, manager
 from snaploader.workspace.model import MAX_VERSION
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.policy import RETRY_DELETE_AFTER, Policy
 from snaploader.workspace.runtime import Runtime
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S
 
@@ -45,13 +44,13 @@ def test_every_method_of_a_runtime_is_told() -> None:
 
 
 def test_numbers_are_those_of_the_code() -> None:
-    assert f"An id is 1 to {names.MAX_ID_LENGTH} lower-case letters" in WORDS
-    assert f"up to {names.MAX_DISPLAY_NAME_LENGTH} printable characters" in WORDS
+    assert f"An id is 1 to {model.MAX_ID_LENGTH} lower-case letters" in WORDS
+    assert f"up to {model.MAX_DISPLAY_NAME_LENGTH} printable characters" in WORDS
     assert f"go up to {MAX_VERSION}" in WORDS
-    assert f"A host has {slots.DEFAULT_SLOTS:,} slots" in WORDS
+    assert f"A host has {host.DEFAULT_SLOTS:,} slots" in WORDS
     assert f"works on {held_workspace.DEFAULT_WORKERS} at once" in WORDS
     assert f"at most {MAX_CONCURRENCY} at once" in WORDS
-    assert f"Up to {names.MAX_VOLUMES};" in WORDS
+    assert f"Up to {model.MAX_VOLUMES};" in WORDS
     assert f"waited for up to {manager.DEFAULT_LOCK_TIMEOUT_S / 60:.0f} minutes" in WORDS
     assert f"after {DEFAULT_STOP_TIMEOUT_S:.0f} s by force" in WORDS
     assert f"{RETRY_DELETE_AFTER.total_seconds() / 3600:.0f} hours after a" in WORDS

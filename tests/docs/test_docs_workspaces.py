@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.manager import RecoverySummary, WorkspaceManager
 from snaploader.workspace.metrics import Metrics
 from snaploader.workspace.model import OperationKind, WorkspaceState
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.policy import Policy, Transition
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = (CHECKOUT / "docs/workspaces.md").read_text(encoding="utf-8")

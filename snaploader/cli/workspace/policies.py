@@ -154,7 +154,7 @@ def set_(
     """Change what the lifecycle goes by. All else of a workspace is as it was made."""
     if schedule:
         with needing_an_extra("workspaces need"):
-            from snaploader.workspace.decide import parse_schedule
+            from snaploader.workspace.policy import parse_schedule
         parse_schedule(schedule)
     given = {"policy": policy, "owner": owner, "autostart_schedule": schedule}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -1,8 +1,8 @@
 """The column `due_at`: when the lifecycle may next have something to do with a workspace.
 
 The one place that sets it, at the end of every transaction. It is the earliest tick at which
-`snaploader.workspace.decide` says something, so a workspace whose `due_at` is later, or NULL, need not be
-read.
+`snaploader.workspace.policy.Situation.decide` says something, so a workspace whose `due_at` is later, or
+NULL, need not be read.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from datetime import UTC, datetime
 from sqlalchemy import Connection, bindparam, func, or_, select, update
 
 from snaploader.workspace.catalog import tables
-from snaploader.workspace.decide import deletion_time, earliest_due
 from snaploader.workspace.model import OwnerStatus, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy
+from snaploader.workspace.policy import Policy, Situation, deletion_time
 
 _BATCH = 500
 """Workspaces read at once: a policy may have ten thousand, and databases limit the parameters of a query."""
@@ -73,7 +72,7 @@ def _settle(connection: Connection, workspaces: Sequence[str]) -> None:
             run = None if row.run_id is None else tables.run_of(row, "run_")
             policy = Policy.from_mapping(row.policy, row.settings)
             owner = row.owner_status or OwnerStatus.ACTIVE
-            due = earliest_due(tables.workspace_of(row), run, policy, owner)
+            due = Situation(tables.workspace_of(row), run, policy, owner).earliest_due()
         if due != row.due_at:
             changes.append({"changed": row.id, "due": due})
     if changes:

@@ -33,7 +33,6 @@ from snaploader.workspace.catalog import tables
 from snaploader.workspace.catalog.due import renewed_deletion, settle_due
 from snaploader.workspace.catalog.engines import POSTGRESQL
 from snaploader.workspace.catalog.reader import Reader
-from snaploader.workspace.decide import Ticks
 from snaploader.workspace.model import (
     MAX_VERSION,
     Event,
@@ -48,7 +47,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Ticks
 
 _EVENT_LOCK = 0x536E61705F657674
 """Key of the advisory lock that orders events on PostgreSQL: "Snap_evt"."""

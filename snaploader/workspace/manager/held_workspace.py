@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
-from snaploader.workspace.locks import HeldLock
+from snaploader.workspace.host import HeldLock
 from snaploader.workspace.manager import commit, lifetime, pause, repair, versions
 from snaploader.workspace.manager.operation import USER, Services
 from snaploader.workspace.model import SnapshotResult, Workspace

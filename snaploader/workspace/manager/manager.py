@@ -17,12 +17,10 @@ from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
 from snaploader.workspace import sizes
 from snaploader.workspace.catalog import Catalog
-from snaploader.workspace.decide import parse_schedule
-from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.host import HeldLock, HostHome, SlotPool, WorkspaceLocks
 from snaploader.workspace.manager import commit, create
 from snaploader.workspace.manager.commit import OrphanedUpload
 from snaploader.workspace.manager.held_workspace import DEFAULT_WORKERS, CriticalSections, HeldWorkspace
-from snaploader.workspace.manager.home import HostHome
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state, count_as_used, utc_now
 from snaploader.workspace.manager.recovery import recover
 from snaploader.workspace.manager.repair import Note, RecoverySummary
@@ -42,12 +40,14 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
+    check_display_name,
+    check_volumes,
+    check_workspace_id,
+    new_workspace_id,
 )
-from snaploader.workspace.names import check_display_name, check_volumes, check_workspace_id, new_workspace_id
-from snaploader.workspace.policy import DEFAULT_POLICY
+from snaploader.workspace.policy import DEFAULT_POLICY, parse_schedule
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtime
-from snaploader.workspace.slots import SlotPool
 
 _MAKING = (OperationKind.CREATE, OperationKind.FORK)
 
@@ -589,8 +589,7 @@ class WorkspaceManager:
     @contextmanager
     def try_hold(self, workspace_id: str) -> Iterator[HeldWorkspace | None]:
         """The workspace under its lock, as `hold` gives it, but without waiting; None when others hold it."""
-        self._check_open()
-        self._home.claim()
+        self._check_usable()
         lock = self.locks.try_acquire(workspace_id)
         if lock is None:
             yield None
@@ -602,8 +601,7 @@ class WorkspaceManager:
     def _locked(
         self, workspace_id: str, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> Iterator[HeldLock]:
-        self._check_open()
-        self._home.claim()
+        self._check_usable()
         lock = self.locks.acquire(
             workspace_id,
             timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,
@@ -641,6 +639,11 @@ class WorkspaceManager:
             return self.workspace(workspace_id).state is not WorkspaceState.DELETED
         except NotFound:
             return False
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        if not self._home.is_claimed:
+            self._home.claim()
 
     def _check_open(self) -> None:
         if self._closing.is_set():

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 from snaploader._environment import HostEnvironment
 from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.loader import Snapshot
+from snaploader.workspace.host import SlotPool
 from snaploader.workspace.manager.snapshots import Saved, SnapshotContent, find_snapshot, let_go
 from snaploader.workspace.model import (
     NO_CHECK,
@@ -39,7 +40,6 @@ from snaploader.workspace.model import (
 )
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import Runtime, StopOutcome
-from snaploader.workspace.slots import SlotPool
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Catalog, Reader, Transaction

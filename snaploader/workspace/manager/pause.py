@@ -20,7 +20,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.policy import ReadPolicy
-from snaploader.workspace.locks import WorkspaceLocks
+from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager.operation import ON_HOST, USER, Services, Work, with_slot
 from snaploader.workspace.manager.repair import Findings, Note
 from snaploader.workspace.manager.snapshots import base_of, completed, new_record

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
-from snaploader.workspace.locks import WorkspaceLocks
+from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager import pause, repair
 from snaploader.workspace.manager.lifetime import finish_deletion
 from snaploader.workspace.manager.operation import Services

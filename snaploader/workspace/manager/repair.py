@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, SnaploaderError
 from snaploader.policy import ReadPolicy
-from snaploader.workspace.locks import WorkspaceLocks
+from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back
 from snaploader.workspace.manager.operation import Services, Work, runs_nevertheless
 from snaploader.workspace.manager.snapshots import let_go
@@ -26,8 +26,8 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     Workspace,
     WorkspaceState,
+    is_workspace_id,
 )
-from snaploader.workspace.names import is_workspace_id
 from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)

@@ -32,8 +32,10 @@ from snaploader.workspace.model import (
     SnapshotSource,
     SnapshotStatus,
     Workspace,
+    new_snapshot_name,
+    pin_name,
+    runtime_name,
 )
-from snaploader.workspace.names import new_snapshot_name, pin_name, runtime_name
 from snaploader.workspace.runtime.contents import NO_VOLUMES, VOLUME_PREFIX
 from snaploader.workspace.runtime.protocol import Capture
 

@@ -40,8 +40,7 @@ from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.loader.captureindex import write_restored_index
-from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
-from snaploader.workspace.names import check_volumes
+from snaploader.workspace.model import Scope, Volume, WorkspaceSpec, check_volumes
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,7 @@ from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, tra
 from snaploader.files import flush_file_system, flush_folder, remove_tree, replace_file
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.locks import ProcessExitStack, lock_new
-from snaploader.workspace.model import Scope, WorkspaceSpec
-from snaploader.workspace.names import check_workspace_id
+from snaploader.workspace.model import Scope, WorkspaceSpec, check_workspace_id
 from snaploader.workspace.runtime import contents
 from snaploader.workspace.runtime.attachments import Attachments, drop
 from snaploader.workspace.runtime.contents import Folder, Layout

@@ -16,9 +16,8 @@ from sqlalchemy import event, insert, select, text
 from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.catalog import Catalog, DueWorkspace, Transaction, tables
 from snaploader.workspace.catalog.tables import workspace_values
-from snaploader.workspace.decide import earliest_due
 from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation
 
 IDS = ["a", "b"]
 OWNERS = ["", "eve", "mallory"]
@@ -127,9 +126,7 @@ def _kept(catalog: Catalog) -> dict[str, datetime | None]:
 def _recomputed(catalog: Catalog) -> dict[str, datetime | None]:
     with catalog.reading() as reader:
         return {
-            each.id: earliest_due(
-                each, reader.latest_run(each.id), reader.policy(each.policy), reader.owner_status(each.owner)
-            )
+            each.id: Situation.read(reader, each.id).earliest_due()
             for each in reader.workspaces(include_deleted=True)
         }
 

@@ -25,8 +25,8 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     Volume,
     WorkspaceSpec,
+    pin_name,
 )
-from snaploader.workspace.names import pin_name
 from snaploader.workspace.testing import FakeRuntime
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
-from snaploader.workspace.decide import (
-    RETRY_DELETE_AFTER,
-    Transition,
-    decide,
-    deletion_time,
-    earliest_due,
-)
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy, StopAction
+from snaploader.workspace.policy import (
+    RETRY_DELETE_AFTER,
+    Policy,
+    Situation,
+    StopAction,
+    Transition,
+    deletion_time,
+)
 
 RUNNING, STOPPED, PAUSED, DELETED = (
     WorkspaceState.RUNNING,
@@ -38,7 +38,7 @@ class Case:
     tick: datetime = NOW
 
     def decision(self) -> Transition | None:
-        return decide(self.workspace, self.run, self.policy, self.owner, self.tick)
+        return Situation(self.workspace, self.run, self.policy, self.owner).decide(self.tick)
 
     def but(self, **changes: Any) -> Case:
         """Names of changes begin with the part they are of: `run_status`, `policy_failure_ttl`; or `tick`."""
@@ -98,7 +98,7 @@ def test_each_transition_is_due_from_its_time_on_and_not_one_microsecond_earlier
     assert replace(case, tick=NOW + timedelta(days=400)).decision() is expected
     if case.owner is OwnerStatus.ACTIVE:
         assert replace(case, tick=NOW - TICK_APART).decision() is None
-        assert earliest_due(case.workspace, case.run, case.policy, case.owner) == NOW
+        assert Situation(case.workspace, case.run, case.policy, case.owner).earliest_due() == NOW
 
 
 def test_exactly_at_a_limit_a_deadline_has_come_and_a_duration_has_not_passed():
@@ -203,7 +203,7 @@ NOT_DUE = {
 @pytest.mark.parametrize("case", NOT_DUE.values(), ids=NOT_DUE.keys())
 def test_each_condition_that_does_not_hold_alone_prevents_the_transition(case):
     assert case.decision() is None
-    due = earliest_due(case.workspace, case.run, case.policy, case.owner)
+    due = Situation(case.workspace, case.run, case.policy, case.owner).earliest_due()
     assert due is None or due > NOW
 
 

@@ -7,9 +7,8 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import example, given, strategies as st
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
-from snaploader.workspace.decide import Schedule, Transition, decide, earliest_due
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy, StopAction
+from snaploader.workspace.policy import Policy, Schedule, Situation, StopAction, Transition
 
 # Few distinct times, so that they often meet exactly.
 STEP = timedelta(hours=6)
@@ -52,13 +51,13 @@ owners = st.sampled_from(OwnerStatus)
 def test_nothing_is_decided_before_the_earliest_due_time_and_something_at_each_tick_from_it_on(
     workspace, run, policy, owner, tick
 ):
-    due = earliest_due(workspace, run, policy, owner)
+    due = Situation(workspace, run, policy, owner).earliest_due()
     if due is None:
-        assert decide(workspace, run, policy, owner, tick) is None
+        assert Situation(workspace, run, policy, owner).decide(tick) is None
         return
-    assert (decide(workspace, run, policy, owner, tick) is not None) == (tick >= due)
-    assert decide(workspace, run, policy, owner, due) is not None
-    assert decide(workspace, run, policy, owner, due - TICK_APART) is None or due.year == 1970
+    assert (Situation(workspace, run, policy, owner).decide(tick) is not None) == (tick >= due)
+    assert Situation(workspace, run, policy, owner).decide(due) is not None
+    assert Situation(workspace, run, policy, owner).decide(due - TICK_APART) is None or due.year == 1970
 
 
 def as_written(
@@ -109,4 +108,4 @@ def as_written(
 @example(workspace(), run(deadline=NOW), Policy(), OwnerStatus.ACTIVE, NOW)
 def test_the_decision_is_that_of_the_rules_as_they_are_written(workspace, run, policy, owner, tick):
     expected = as_written(workspace, run, policy, owner, tick)
-    assert decide(workspace, run, policy, owner, tick) is expected
+    assert Situation(workspace, run, policy, owner).decide(tick) is expected

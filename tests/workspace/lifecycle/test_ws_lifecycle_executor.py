@@ -13,7 +13,6 @@ from lifecycle_values import NOW, TICK_APART
 from prometheus_client import CollectorRegistry
 
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, Unavailable
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.hooks import AuditRecord, Hooks, Notification
 from snaploader.workspace.lifecycle import LifecycleExecutor, Skip
 from snaploader.workspace.metrics import Metrics
@@ -25,7 +24,7 @@ from snaploader.workspace.model import (
     RunTransition,
     Scope,
 )
-from snaploader.workspace.policy import Policy, ScopePolicy, StopAction
+from snaploader.workspace.policy import Policy, ScopePolicy, StopAction, Transition
 
 HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)

@@ -9,9 +9,9 @@ import pytest
 from lifecycle_values import NOW
 
 from snaploader.workspace import hooks as hooks_module
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.hooks import AuditRecord, HookDelivery, Hooks, Notification
 from snaploader.workspace.model import WorkspaceState
+from snaploader.workspace.policy import Transition
 
 
 def notification(number: int = 0) -> Notification:

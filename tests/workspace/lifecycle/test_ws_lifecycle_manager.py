@@ -12,7 +12,6 @@ from lifecycle_values import NOW
 from snaploader import FileCache, SnapshotLoader
 from snaploader.errors import FailedPrecondition
 from snaploader.testing import FakeCAS
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.lifecycle import LifecycleExecutor, Skip
 from snaploader.workspace.manager import HeldWorkspace, WorkspaceManager
 from snaploader.workspace.model import (
@@ -25,7 +24,7 @@ from snaploader.workspace.model import (
     Scope,
     WorkspaceState,
 )
-from snaploader.workspace.policy import Policy, ScopePolicy, StopAction
+from snaploader.workspace.policy import Policy, ScopePolicy, StopAction, Transition
 from snaploader.workspace.testing import FakeRuntime
 
 HOUR = timedelta(hours=1)

@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from snaploader.errors import FailedPrecondition
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.metrics import Metrics
+from snaploader.workspace.policy import Transition
 
 
 def exposed(registry: CollectorRegistry) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.decide import MAX_SCHEDULE_LENGTH, Schedule
+from snaploader.workspace.policy import MAX_SCHEDULE_LENGTH, Schedule
 
 
 def at(text: str) -> datetime:

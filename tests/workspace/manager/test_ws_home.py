@@ -11,7 +11,7 @@ from manager_hosts import Host, HostFactory, open_host
 
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace import WorkspaceState
-from snaploader.workspace.manager.home import is_same_place
+from snaploader.workspace.host import is_same_place
 
 
 def test_another_state_directory_of_the_same_host_is_refused_and_nothing_changes(

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from snaploader.errors import Cancelled, DeadlineExceeded, InvalidArgument
-from snaploader.workspace.locks import WorkspaceLocks
+from snaploader.workspace.host import WorkspaceLocks
 
 HOLD = """
 import sys
-from snaploader.workspace.locks import WorkspaceLocks
+from snaploader.workspace.host import WorkspaceLocks
 held = WorkspaceLocks(sys.argv[1]).acquire("one")
 print("held", flush=True)
 sys.stdin.read()

@@ -24,6 +24,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.testing import FakeCAS
+from snaploader.workspace.host import SlotPool
 from snaploader.workspace.manager import versions
 from snaploader.workspace.manager.operation import Work
 from snaploader.workspace.model import (
@@ -34,7 +35,6 @@ from snaploader.workspace.model import (
     Volume,
     WorkspaceState,
 )
-from snaploader.workspace.slots import SlotPool
 
 
 def test_a_command_that_is_one_str_is_refused_and_shown_as_a_sequence(host: Host) -> None:

@@ -18,7 +18,7 @@ from manager_hosts import Host, HostFactory, open_host
 from snaploader.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.check import check
-from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.host import HeldLock, SlotPool, WorkspaceLocks
 from snaploader.workspace.manager import RecoverySummary
 from snaploader.workspace.model import (
     OperationKind,
@@ -29,7 +29,6 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.records import PausedRecord
-from snaploader.workspace.slots import SlotPool
 
 
 def paused_folder(host: Host) -> Path:

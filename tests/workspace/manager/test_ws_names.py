@@ -10,12 +10,16 @@ import pytest
 
 from snaploader import FileCache
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.model import HTTPTarget, Readiness, WorkspaceSpec, parse_address, parse_url
-from snaploader.workspace.names import (
+from snaploader.workspace.model import (
+    HTTPTarget,
+    Readiness,
+    WorkspaceSpec,
     check_display_name,
     check_workspace_id,
     new_snapshot_name,
     new_workspace_id,
+    parse_address,
+    parse_url,
     pin_name,
     runtime_name,
 )

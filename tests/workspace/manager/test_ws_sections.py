@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snaploader.errors import Cancelled
-from snaploader.workspace.locks import HeldLock, WorkspaceLocks
+from snaploader.workspace.host import HeldLock, WorkspaceLocks
 from snaploader.workspace.manager.held_workspace import CriticalSections
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snaploader.errors import InvalidArgument, ResourceExhausted
-from snaploader.workspace.slots import SlotPool
+from snaploader.workspace.host import SlotPool
 
 
 def test_the_lowest_free_slot_is_given(tmp_path: Path) -> None:

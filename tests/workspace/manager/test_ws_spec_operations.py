@@ -13,9 +13,9 @@ from manager_hosts import Host, HostFactory
 from snaploader._environment import HostEnvironment
 from snaploader.errors import DeadlineExceeded, NotFound
 from snaploader.testing import FakeCAS
-from snaploader.workspace.decide import Transition
 from snaploader.workspace.lifecycle import LifecycleExecutor
 from snaploader.workspace.model import Scope, SnapshotSource, Workspace, WorkspaceState
+from snaploader.workspace.policy import Transition
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from manager_hosts import Host, HostFactory
 
 from snaploader.errors import Unavailable
-from snaploader.workspace.locks import HeldLock
+from snaploader.workspace.host import HeldLock
 
 REMOVED = object()
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.model import Volume
-from snaploader.workspace.names import MAX_VOLUMES, check_volumes
+from snaploader.workspace.model import MAX_VOLUMES, Volume, check_volumes
 
 
 def volumes(*paths: str) -> list[Volume]:

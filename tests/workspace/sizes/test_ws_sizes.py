@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from snaploader.digest import Digest, DigestFunction
 from snaploader.filecache import FileCache
 from snaploader.workspace import sizes
-from snaploader.workspace.names import pin_name
+from snaploader.workspace.model import pin_name
 from snaploader.workspace.sizes import HostSizes, WorkspaceSize, measure, workspace_id_of
 
 
