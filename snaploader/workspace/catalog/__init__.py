@@ -4,12 +4,10 @@ SQLite by default, with nothing to install; PostgreSQL by URL, for many hosts. O
 
     catalog       `Catalog`: opens the database, gives out blocks that read or write, survives forks
     reader        `Reader`: every query
-    transaction   `Transaction`: every change
-    due           when the lifecycle may next have something to do with a workspace, set with each change
+    transaction   `Transaction`: every change, and when the lifecycle next has to look at a workspace
     tables        the tables, the types of their columns, and their rows as values of the model
-    engines       addresses of databases, connections to them, locks between hosts
+    engines       addresses of databases, connections to them, locks between hosts, errors as this library's
     migrate       the schema's versions; they are in `migrations`, and docs/formats/catalog.md describes them
-    faults        errors of databases as errors of this library
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from snaploader.errors import DeadlineExceeded, FailedPrecondition
 from snaploader.workspace.catalog import engines
-from snaploader.workspace.catalog.faults import translate_database_errors
+from snaploader.workspace.catalog.engines import translate_database_errors
 from snaploader.workspace.catalog.migrate import upgrade
 from snaploader.workspace.catalog.reader import Reader
 from snaploader.workspace.catalog.transaction import Transaction

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, CursorResult, Executable, Row, Select, select
+from sqlalchemy import Connection, Executable, Row, Select, select
 
 from snaploader.errors import NotFound
 from snaploader.workspace.catalog import tables
-from snaploader.workspace.catalog.engines import when_free
-from snaploader.workspace.catalog.faults import translate_database_errors
+from snaploader.workspace.catalog.engines import translate_database_errors, when_free
 from snaploader.workspace.model import (
     MAX_VERSION,
     Event,
@@ -128,14 +127,7 @@ class Reader:
 
     def snapshot(self, name: str) -> SnapshotRecord:
         """Return the snapshot of that name, whatever its status. NotFound when there is none."""
-        return self._snapshot(tables.snapshots.c.name, name)
-
-    def snapshot_by_runtime_name(self, runtime_name: str) -> SnapshotRecord:
-        """Return the snapshot that the loader knows by that name. NotFound when there is none."""
-        return self._snapshot(tables.snapshots.c.runtime_name, runtime_name)
-
-    def _snapshot(self, column: Any, name: str) -> SnapshotRecord:
-        row = self._first(select(tables.snapshots).where(column == name))
+        row = self._first(select(tables.snapshots).where(tables.snapshots.c.name == name))
         if row is None:
             raise NotFound(f"there is no snapshot {name!r} in the catalog")
         return tables.snapshot_of(row)
@@ -239,23 +231,19 @@ class Reader:
     def host_state(self, host: str) -> HostState | None:
         """Return the state directory that a host works with, or None when it has not done anything yet."""
         row = self._first(select(tables.hosts).where(tables.hosts.c.name == host))
-        return (
-            None if row is None else HostState(row.name, row.state_id, row.state_directory, row.state_place)
-        )
+        if row is None:
+            return None
+        return HostState(row.name, row.state_id, row.state_directory, row.state_place)
 
     # Statements
 
     def _all(self, query: Executable) -> Sequence[Row[Any]]:
         with self._guarded():
-            return self._execute(query).all()
+            # An SQLite database that is being recovered keeps readers waiting too.
+            return when_free(lambda: self._connection.execute(query)).all()
 
     def _first(self, query: Executable) -> Row[Any] | None:
-        with self._guarded():
-            return self._execute(query).first()
-
-    def _execute(self, query: Executable) -> CursorResult[Any]:
-        # An SQLite database that is being recovered keeps readers waiting too.
-        return when_free(lambda: self._connection.execute(query))
+        return next(iter(self._all(query)), None)
 
     def _guarded(self) -> AbstractContextManager[None]:
         return translate_database_errors(self._where)

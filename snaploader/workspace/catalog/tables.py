@@ -91,14 +91,20 @@ class Prose(TypeDecorator[str]):
         """The text. InvalidArgument for one with a zero byte or half a surrogate pair."""
         if value is None:
             return None
-        _check_text(value)
+        if not isinstance(value, str):
+            raise TypeError(f"text is wanted, not {type(value).__name__}")
+        if "\0" in value:
+            raise InvalidArgument(f"text {value[:40]!r} has a zero byte, which no database holds")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidArgument(f"text {value[:40]!r} is no Unicode") from None
         return value
 
 
-class Word(TypeDecorator[str]):
+class Word(Prose):
     """A name, id or key of at most 255 characters. Sorts by code points, whatever a database's language."""
 
-    impl = Text
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
@@ -107,14 +113,12 @@ class Word(TypeDecorator[str]):
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         """The text. InvalidArgument as for `Prose`, and when it is too long."""
-        if value is None:
-            return None
-        _check_text(value)
-        if len(value) > MAX_WORD_LENGTH:
+        word = super().process_bind_param(value, dialect)
+        if word is not None and len(word) > MAX_WORD_LENGTH:
             raise InvalidArgument(
-                f"{value[:40]!r}… has {len(value)} characters: a name may have no more than {MAX_WORD_LENGTH}"
+                f"{word[:40]!r}… has {len(word)} characters: a name may have no more than {MAX_WORD_LENGTH}"
             )
-        return value
+        return word
 
 
 class OptionalWord(Word):
@@ -179,17 +183,6 @@ def check_value(column: Column[Any], value: Any, dialect: Dialect) -> None:
     """Raise what writing the value to that column would: InvalidArgument, or TypeError."""
     if isinstance(column.type, TypeDecorator):
         column.type.process_bind_param(value, dialect)
-
-
-def _check_text(value: str) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"text is wanted, not {type(value).__name__}")
-    if "\0" in value:
-        raise InvalidArgument(f"text {value[:40]!r} has a zero byte, which no database holds")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InvalidArgument(f"text {value[:40]!r} is no Unicode") from None
 
 
 metadata = MetaData(
@@ -357,68 +350,44 @@ runs = Table(
 )
 
 
-_SAME_IN_WORKSPACE = (
-    "host",
-    "state",
-    "owner",
-    "base",
-    "policy",
-    "autostart_schedule",
-    "slot",
-    "current_snapshot",
-    "base_snapshot",
-    "last_version",
-    "created_at",
-    "last_used_at",
-    "paused_at",
-    "dormant_at",
-    "deleting_at",
-)
 _SNAPSHOT = tuple(SnapshotRecord.__dataclass_fields__)
 _RUN = tuple(Run.__dataclass_fields__)
+_WORKSPACE = tuple(Workspace.__dataclass_fields__.keys() - {"spec", "operation"})
+_OPERATION = {
+    "operation_kind": "kind",
+    "operation_token": "token",
+    "operation_host": "host",
+    "operation_started_at": "started_at",
+    "operation_snapshot": "snapshot_name",
+    "operation_version": "version",
+}
+"""Columns of what is under way on a workspace, and the fields of `Operation` that they hold."""
 
 
 def workspace_values(workspace: Workspace) -> dict[str, Any]:
     """Return the columns of a workspace but for `due_at`."""
-    values = {name: getattr(workspace, name) for name in _SAME_IN_WORKSPACE}
     return {
         "id": workspace.id,
         "spec": spec_document(workspace.spec),
-        **values,
+        **{name: getattr(workspace, name) for name in _WORKSPACE},
         **operation_values(workspace.operation),
     }
 
 
 def workspace_of(row: Row[Any]) -> Workspace:
     """Return the workspace of a row."""
-    fields: Mapping[str, Any] = row._asdict()
-    values = {name: fields[name] for name in _SAME_IN_WORKSPACE}
-    return Workspace(spec=spec_of(fields["id"], fields["spec"]), operation=_operation_of(fields), **values)
+    fields = row._asdict()
+    operation = None
+    if row.operation_kind is not None:
+        under_way = {name: fields[column] for column, name in _OPERATION.items()}
+        operation = Operation(**{**under_way, "snapshot_name": row.operation_snapshot or ""})
+    values = {name: fields[name] for name in _WORKSPACE}
+    return Workspace(spec=spec_of(fields["id"], fields["spec"]), operation=operation, **values)
 
 
 def operation_values(operation: Operation | None) -> dict[str, Any]:
     """Return the columns of what is under way on a workspace; they are all None when nothing is."""
-    return {
-        "operation_kind": operation and operation.kind,
-        "operation_token": operation and operation.token,
-        "operation_host": operation and operation.host,
-        "operation_started_at": operation and operation.started_at,
-        "operation_snapshot": operation and operation.snapshot_name,
-        "operation_version": operation and operation.version,
-    }
-
-
-def _operation_of(fields: Mapping[str, Any]) -> Operation | None:
-    if fields["operation_kind"] is None:
-        return None
-    return Operation(
-        kind=fields["operation_kind"],
-        token=fields["operation_token"],
-        host=fields["operation_host"],
-        started_at=fields["operation_started_at"],
-        snapshot_name=fields["operation_snapshot"] or "",
-        version=fields["operation_version"],
-    )
+    return {column: getattr(operation, name, None) for column, name in _OPERATION.items()}
 
 
 def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import (
     Connection,
-    CursorResult,
     Executable,
     Row,
     Table,
     bindparam,
     delete,
+    func,
     insert,
+    or_,
     select,
     text,
     update,
@@ -30,7 +31,6 @@ from snaploader.errors import (
     SnaploaderError,
 )
 from snaploader.workspace.catalog import tables
-from snaploader.workspace.catalog.due import renewed_deletion, settle_due
 from snaploader.workspace.catalog.engines import POSTGRESQL
 from snaploader.workspace.catalog.reader import Reader
 from snaploader.workspace.model import (
@@ -47,11 +47,32 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Ticks
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation, Ticks, deletion_time
 
 _EVENT_LOCK = 0x536E61705F657674
 """Key of the advisory lock that orders events on PostgreSQL: "Snap_evt"."""
 _DORMANCY = {"dormant_at", "deleting_at"}
+_BATCH = 500
+"""Workspaces settled at once: a policy may have ten thousand, and databases limit a query's parameters."""
+
+_LATEST_RUN = (
+    select(func.max(tables.runs.c.id))
+    .where(tables.runs.c.workspace_id == tables.workspaces.c.id)
+    .correlate(tables.workspaces)
+    .scalar_subquery()
+)
+_DECIDED_BY = (
+    select(
+        tables.workspaces,
+        tables.policies.c.settings,
+        tables.owners.c.status.label("owner_status"),
+        *(column.label(f"run_{column.name}") for column in tables.runs.c),
+    )
+    .join(tables.policies)
+    .outerjoin(tables.owners)
+    .outerjoin(tables.runs, tables.runs.c.id == _LATEST_RUN)
+)
+"""Workspaces, and all else that `Situation` has."""
 
 
 class WorkspaceChanges(TypedDict, total=False):
@@ -76,8 +97,9 @@ class Transaction(Reader):
     """Changes to the catalog. Made by `Catalog.transaction`; for one thread, inside its block.
 
     It reads what it wrote. Before it changes anything of a workspace, it locks that workspace's row, so what
-    it read of it under the lock holds until the end. Every method may raise what `Catalog.transaction` names.
-    When the database refuses a change, the whole block fails, even if the error is caught within it.
+    it read of it under the lock holds until the end. Every method may raise what `Catalog.transaction` names,
+    and NotFound for a workspace, snapshot, run or policy that is not there. When the database refuses a
+    change, the whole block fails, even if the error is caught within it.
     """
 
     def __init__(self, connection: Connection, where: str) -> None:
@@ -96,23 +118,18 @@ class Transaction(Reader):
     # Workspaces
 
     def lock_workspace(self, workspace_id: str) -> Workspace:
-        """Return a workspace that nobody else changes until the block ends. NotFound as `workspace`."""
+        """Return a workspace that nobody else changes until the block ends."""
         if workspace_id in self._locked:
             return self._locked[workspace_id]
         table = tables.workspaces
         row = self._first(select(table).where(table.c.id == workspace_id).with_for_update())
         if row is None:
             raise NotFound(f"there is no workspace {workspace_id!r}")
-        self._locked[workspace_id] = tables.workspace_of(row)
-        return self._locked[workspace_id]
+        workspace = self._locked[workspace_id] = tables.workspace_of(row)
+        return workspace
 
     def add_workspace(self, workspace: Workspace) -> None:
-        """Add a workspace, with all that it says of itself.
-
-        Raises:
-            FailedPrecondition: its id was used before, or its slot on its host is another's.
-            NotFound: there is no such policy.
-        """
+        """Add a workspace. FailedPrecondition: its id was used before, or its slot is another's."""
         known = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace.id))
         if known is not None:
             raise self._used_before(tables.workspace_of(known))
@@ -135,7 +152,6 @@ class Transaction(Reader):
             now: From when on another policy holds. Default: by the clock of this host.
 
         Raises:
-            NotFound: there is no such workspace or policy.
             FailedPrecondition: the slot is another's, or a deleted one is to live again.
             TypeError: no such field, or one that never changes.
         """
@@ -149,7 +165,7 @@ class Transaction(Reader):
         before = self.lock_workspace(workspace_id)
         if changes.get("policy", before.policy) != before.policy and not _DORMANCY & changes.keys():
             policies = self.policy(before.policy), self.policy(changes["policy"])
-            changes["deleting_at"] = renewed_deletion(before, *policies, now)
+            changes["deleting_at"] = _renewed_deletion(before, *policies, now)
         after = dataclasses.replace(before, **changes)
         if before.state is WorkspaceState.DELETED and after.state is not before.state:
             raise FailedPrecondition(f"workspace {workspace_id!r} was deleted, which is for ever")
@@ -158,14 +174,17 @@ class Transaction(Reader):
         if after.slot is not None and (after.host, after.slot) != (before.host, before.slot):
             self._check_slot(after)
         if after.state is not before.state and after.state is WorkspaceState.DELETED:
-            self._drop_history(workspace_id)
+            versions, snapshots = tables.versions, tables.snapshots
+            self._run(delete(versions).where(versions.c.workspace_id == workspace_id))
+            its_own = update(snapshots).where(snapshots.c.workspace_id == workspace_id)
+            self._run(its_own, {"status": SnapshotStatus.DELETING})
         self._touched.add(workspace_id)
         return self._change(after, changes)
 
     def forget_workspace(self, workspace_id: str) -> None:
         """Forget a workspace and all that belongs to it, its events too, as if there had never been one.
 
-        For a creation that failed; a deleted workspace keeps its row and its events. NotFound as `workspace`.
+        For a creation that failed; a deleted workspace keeps its row and its events.
         """
         self.lock_workspace(workspace_id)
         for table in (tables.versions, tables.snapshots, tables.runs, tables.events):
@@ -176,12 +195,7 @@ class Transaction(Reader):
         self._touched.discard(workspace_id)
 
     def begin_operation(self, workspace_id: str, operation: Operation) -> Workspace:
-        """Record what is under way on a workspace.
-
-        Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: it was deleted, or something is under way already.
-        """
+        """Record what is under way on a workspace. FailedPrecondition: it was deleted, or something is."""
         workspace = self._alive(workspace_id)
         under_way = workspace.operation
         if under_way is not None:
@@ -193,14 +207,10 @@ class Transaction(Reader):
         return self._change(after, tables.operation_values(operation))
 
     def end_operation(self, workspace_id: str, token: str, *, used_at: datetime | None = None) -> Workspace:
-        """Record that an operation is no longer under way.
+        """Record that an operation is no longer under way. FailedPrecondition: somebody else ended it.
 
         Args:
             used_at: When it has used the workspace, which also ends its dormancy; None: it has not.
-
-        Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: the operation of that token is not under way: somebody else ended it.
         """
         workspace = self.lock_workspace(workspace_id)
         if workspace.operation is None or workspace.operation.token != token:
@@ -219,19 +229,16 @@ class Transaction(Reader):
     def put_snapshot(self, record: SnapshotRecord) -> None:
         """Add a snapshot, or replace what is known of it.
 
-        Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: its name is another workspace's, or its runtime name another snapshot's.
+        FailedPrecondition: its name is another workspace's, or its runtime name another snapshot's.
         """
         self.lock_workspace(record.workspace_id)
-        if not self._upsert(
-            tables.snapshots, tables.snapshot_values(record), key="name", same="workspace_id"
-        ):
+        values = tables.snapshot_values(record)
+        if not self._upsert(tables.snapshots, values, key="name", same="workspace_id"):
             owner = self.snapshot(record.name).workspace_id
             raise FailedPrecondition(f"snapshot {record.name!r} belongs to workspace {owner!r}")
 
     def set_snapshot_status(self, name: str, status: SnapshotStatus) -> None:
-        """Change how far a snapshot has come. NotFound when there is none of that name."""
+        """Change how far a snapshot has come."""
         self.lock_workspace(self.snapshot(name).workspace_id)
         table = tables.snapshots
         self._run(update(table).where(table.c.name == name), {"status": status})
@@ -250,7 +257,6 @@ class Transaction(Reader):
         """Give a snapshot the next number of its workspace. Two transactions never get one number.
 
         Raises:
-            NotFound: there is no such workspace or snapshot.
             FailedPrecondition: the snapshot is another workspace's, not complete, or a version already.
             ResourceExhausted: the last number was given.
         """
@@ -272,19 +278,14 @@ class Transaction(Reader):
             "created_at": created_at,
         }
         statement = self._insert(tables.versions).on_conflict_do_nothing(index_elements=["snapshot_name"])
-        with self._guarded():
-            row = self._connection.execute(statement.returning(tables.versions), values).first()
-        if row is None:
+        added = self._run(statement.returning(tables.versions), values)
+        if not added:
             raise FailedPrecondition(f"snapshot {snapshot_name!r} is a version already")
         self._change(dataclasses.replace(workspace, last_version=number), {"last_version": number})
-        return tables.version_of(row, record.runtime_name, record.source)
+        return tables.version_of(added[0], record.runtime_name, record.source)
 
     def reserve_versions(self, workspace_id: str, last: int) -> None:
-        """Never give the numbers up to `last`: they were given before this catalog knew of the workspace.
-
-        Raises:
-            NotFound: there is no such workspace.
-        """
+        """Never give the numbers up to `last`: they were given before this catalog knew of the workspace."""
         workspace = self._alive(workspace_id)
         if last > workspace.last_version:
             self._change(dataclasses.replace(workspace, last_version=last), {"last_version": last})
@@ -295,10 +296,7 @@ class Transaction(Reader):
         """Record that something happened to a workspace, a deleted one too.
 
         Ids rise in the order in which events become visible, so writers of events follow one another.
-
-        Raises:
-            NotFound: there is no such workspace.
-            InvalidArgument: the payload is no JSON.
+        InvalidArgument: the payload is no JSON.
         """
         self.lock_workspace(workspace_id)
         if self._is_postgresql:
@@ -309,7 +307,7 @@ class Transaction(Reader):
             "payload": payload,
             "created_at": created_at,
         }
-        return tables.event_of(self._inserted(tables.events, values))
+        return tables.event_of(self._run(insert(tables.events).returning(tables.events), values)[0])
 
     def add_run(
         self,
@@ -319,7 +317,7 @@ class Transaction(Reader):
         reason: str,
         deadline: datetime | None = None,
     ) -> Run:
-        """Record that a start, stop or delete of a workspace begins. NotFound as `workspace`."""
+        """Record that a start, stop or delete of a workspace begins."""
         self.lock_workspace(workspace_id)
         values = {
             "workspace_id": workspace_id,
@@ -331,16 +329,10 @@ class Transaction(Reader):
             "error": "",
         }
         self._touched.add(workspace_id)
-        return tables.run_of(self._inserted(tables.runs, values))
+        return tables.run_of(self._run(insert(tables.runs).returning(tables.runs), values)[0])
 
     def finish_run(self, run_id: int, status: RunStatus, completed_at: datetime, error: str = "") -> Run:
-        """Record how a run ended.
-
-        Raises:
-            NotFound: there is no such run.
-            InvalidArgument: `status` is no end.
-            FailedPrecondition: it has ended before.
-        """
+        """Record how a run ended. InvalidArgument: `status` is no end. FailedPrecondition: it has ended."""
         if status is RunStatus.RUNNING:
             raise InvalidArgument("a run ends as succeeded or failed")
         table = tables.runs
@@ -350,12 +342,11 @@ class Transaction(Reader):
         self.lock_workspace(row.workspace_id)
         changes = {"status": status, "completed_at": completed_at, "error": error}
         running = update(table).where(table.c.id == run_id, table.c.status == RunStatus.RUNNING)
-        with self._guarded():
-            ended = self._connection.execute(running.values(changes).returning(table)).first()
-        if ended is None:
+        ended = self._run(running.values(changes).returning(table))
+        if not ended:
             raise FailedPrecondition(f"run {run_id} of workspace {row.workspace_id!r} has ended before")
         self._touched.add(row.workspace_id)
-        return tables.run_of(ended)
+        return tables.run_of(ended[0])
 
     # Policies, owners and hosts
 
@@ -366,16 +357,11 @@ class Transaction(Reader):
 
         Args:
             now: From when on it holds. Default: by the clock of this host.
-
-        Raises:
-            InvalidArgument: a duration is too long to be kept.
         """
         settings = policy.to_mapping()
         if Policy.from_mapping(policy.name, settings) != policy:
             raise InvalidArgument(f"a duration of policy {policy.name!r} cannot be kept to the microsecond")
-        before = self._first(
-            select(tables.policies).where(tables.policies.c.name == policy.name).with_for_update()
-        )
+        before = self._locked_policy(policy.name)
         self._upsert(tables.policies, {"name": policy.name, "settings": settings}, key="name")
         self._touched_policies.add(policy.name)
         if before is not None:
@@ -393,7 +379,7 @@ class Transaction(Reader):
             .with_for_update()
         )
         changes = [
-            {"changed": workspace.id, "deleting": renewed_deletion(workspace, before, after, now)}
+            {"changed": workspace.id, "deleting": _renewed_deletion(workspace, before, after, now)}
             for workspace in map(tables.workspace_of, self._all(dormant))
         ]
         if changes:
@@ -404,16 +390,11 @@ class Transaction(Reader):
     def remove_policy(self, name: str) -> None:
         """Forget a policy. Deleted workspaces that followed it follow the default one from then on.
 
-        Raises:
-            NotFound: there is no such policy.
-            FailedPrecondition: it is the default, or a workspace follows it.
+        FailedPrecondition: it is the default, or a workspace follows it.
         """
         if name == DEFAULT_POLICY:
             raise FailedPrecondition(f"policy {name!r} exists always: change it instead")
-        if (
-            self._first(select(tables.policies).where(tables.policies.c.name == name).with_for_update())
-            is None
-        ):
+        if self._locked_policy(name) is None:
             raise NotFound(f"there is no policy {name!r}")
         table = tables.workspaces
         deleted = table.c.state == WorkspaceState.DELETED
@@ -438,7 +419,6 @@ class Transaction(Reader):
         """Say which state directory a host works with.
 
         Args:
-            state_id: The directory's.
             state_directory: Its path, for messages.
             place: What tells it from a copy.
             replace: Also when the host has another one.
@@ -487,6 +467,11 @@ class Transaction(Reader):
     def settle(self) -> None:
         """Bring `due_at` of all that was touched up to date. Called by the catalog before it commits.
 
+        It is the earliest tick at which `Situation.decide` says something, so a workspace whose
+        `due_at` is later, or NULL, need not be read. The rows of touched workspaces are locked. Those that
+        follow a touched policy or owner are locked here, in the order of their ids, before anything is read
+        of them, so that nobody works from what this replaces.
+
         Raises:
             FailedPrecondition: the database refused a change before, and the error was caught in the block.
         """
@@ -495,8 +480,32 @@ class Transaction(Reader):
                 f"nothing was written, because of an earlier error: {self._refusal.message}"
             ) from self._refusal
         self._write_changes()
-        with self._guarded():
-            settle_due(self._connection, self._touched, self._touched_policies, self._touched_owners)
+        table = tables.workspaces
+        ids = set(self._touched)
+        touched = ((table.c.policy, self._touched_policies), (table.c.owner, self._touched_owners))
+        followers = [column.in_(values) for column, values in touched if values]
+        if followers:
+            locked = select(table.c.id).where(or_(*followers)).order_by(table.c.id).with_for_update()
+            ids.update(row.id for row in self._run(locked))
+        ordered = sorted(ids)
+        for start in range(0, len(ordered), _BATCH):
+            self._settle(ordered[start : start + _BATCH])
+
+    def _settle(self, workspace_ids: Sequence[str]) -> None:
+        table = tables.workspaces
+        changes = []
+        for row in self._run(_DECIDED_BY.where(table.c.id.in_(workspace_ids))):
+            due = None
+            if row.state is not WorkspaceState.DELETED:
+                run = None if row.run_id is None else tables.run_of(row, "run_")
+                policy = Policy.from_mapping(row.policy, row.settings)
+                owner = row.owner_status or OwnerStatus.ACTIVE
+                due = Situation(tables.workspace_of(row), run, policy, owner).earliest_due()
+            if due != row.due_at:
+                changes.append({"changed": row.id, "due": due})
+        if changes:
+            statement = update(table).where(table.c.id == bindparam("changed"))
+            self._run(statement.values(due_at=bindparam("due")), changes)
 
     # What the methods above have in common
 
@@ -516,17 +525,9 @@ class Transaction(Reader):
             workspace_id, columns = self._unwritten.popitem()
             self._run(update(table).where(table.c.id == workspace_id), columns)
 
-    def _execute(self, query: Executable) -> CursorResult[Any]:
+    def _all(self, query: Executable) -> Sequence[Row[Any]]:
         self._write_changes()
-        return super()._execute(query)
-
-    def _drop_history(self, workspace_id: str) -> None:
-        versions, snapshots = tables.versions, tables.snapshots
-        self._run(delete(versions).where(versions.c.workspace_id == workspace_id))
-        self._run(
-            update(snapshots).where(snapshots.c.workspace_id == workspace_id),
-            {"status": SnapshotStatus.DELETING},
-        )
+        return super()._all(query)
 
     def _used_before(self, workspace: Workspace) -> FailedPrecondition:
         used = f"since {workspace.created_at:%Y-%m-%d %H:%M} UTC"
@@ -538,6 +539,9 @@ class Transaction(Reader):
         return FailedPrecondition(
             f"workspace id {workspace.id!r} was used before, {used}: ids are never used again, choose another"
         )
+
+    def _locked_policy(self, name: str) -> Row[Any] | None:
+        return self._first(select(tables.policies).where(tables.policies.c.name == name).with_for_update())
 
     def _use_policy(self, name: str) -> None:
         # Shared with others who use it: who changes it waits, and then sees this workspace.
@@ -551,7 +555,7 @@ class Transaction(Reader):
         known = {"name": name, "status": OwnerStatus.ACTIVE}
         self._run(self._insert(tables.owners).on_conflict_do_nothing(), known)
         owner = select(tables.owners.c.name).where(tables.owners.c.name == name)
-        self._only(owner.with_for_update(read=True))
+        self._first(owner.with_for_update(read=True))
 
     def _check_slot(self, workspace: Workspace) -> None:
         if workspace.slot is None:
@@ -589,21 +593,15 @@ class Transaction(Reader):
         changes = {name: statement.excluded[name] for name in values if name != key}
         condition = table.c[same] == statement.excluded[same] if same else None
         upsert = statement.on_conflict_do_update(index_elements=[key], set_=changes, where=condition)
-        with self._guarded():
-            return self._connection.execute(upsert.returning(table.c[key]), values).first() is not None
-
-    def _inserted(self, table: Table, values: Mapping[str, Any]) -> Row[Any]:
-        with self._guarded():
-            return self._connection.execute(insert(table).returning(table), values).one()
-
-    def _only(self, query: Executable) -> Row[Any]:
-        return self._all(query)[0]
+        return bool(self._run(upsert.returning(table.c[key]), values))
 
     def _run(
         self, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
-    ) -> None:
+    ) -> Sequence[Row[Any]]:
+        """Execute a statement, with changes still unwritten; returns the rows that it gives."""
         with self._guarded():
-            self._connection.execute(statement, values)
+            result = self._connection.execute(statement, values)
+            return result.all() if result.returns_rows else ()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -613,3 +611,16 @@ class Transaction(Reader):
         except SnaploaderError as error:
             self._refusal = error
             raise
+
+
+def _renewed_deletion(
+    workspace: Workspace, before: Policy, after: Policy, now: datetime | None
+) -> datetime | None:
+    """When a workspace is to be deleted once another policy holds for it; None: never."""
+    if workspace.dormant_at is None:
+        return None
+    # What an earlier policy announced, and a later one took back, is no announcement any more.
+    announced = None if before.delete_after_dormant is None else workspace.deleting_at
+    return deletion_time(
+        workspace.dormant_at, announced, after.delete_after_dormant, now or datetime.now(UTC)
+    )

@@ -304,7 +304,7 @@ def test_the_longest_due_come_first_and_limited(followed: Catalog) -> None:
 def test_a_policy_of_many_workspaces_settles_them_in_few_statements(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snaploader.workspace.catalog.due._BATCH", 40)
+    monkeypatch.setattr("snaploader.workspace.catalog.transaction._BATCH", 40)
     with catalog.transaction() as transaction:
         transaction.put_policy(Policy("strict"))
     with catalog._engine.begin() as connection:

@@ -32,7 +32,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.workspace.catalog import Catalog, engines
-from snaploader.workspace.catalog.faults import from_database_error
+from snaploader.workspace.catalog.engines import from_database_error
 from snaploader.workspace.model import OwnerStatus
 
 

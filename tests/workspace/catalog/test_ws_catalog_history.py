@@ -50,7 +50,6 @@ class TestSnapshots:
             transaction.put_snapshot(FULL_SNAPSHOT)
         with catalog.reading() as reader:
             assert reader.snapshot("ws.1") == FULL_SNAPSHOT
-            assert reader.snapshot_by_runtime_name("workspaces/ws/ws.1") == FULL_SNAPSHOT
 
     def test_putting_it_again_replaces_it(self, catalog: Catalog) -> None:
         with catalog.transaction() as transaction:
@@ -68,9 +67,8 @@ class TestSnapshots:
 
     def test_an_unknown_one_is_not_found(self, catalog: Catalog) -> None:
         with catalog.transaction() as transaction:
-            for miss in (transaction.snapshot, transaction.snapshot_by_runtime_name):
-                with pytest.raises(NotFound, match="no snapshot 'nothing'"):
-                    miss("nothing")
+            with pytest.raises(NotFound, match="no snapshot 'nothing'"):
+                transaction.snapshot("nothing")
             with pytest.raises(NotFound):
                 transaction.set_snapshot_status("nothing", SnapshotStatus.COMPLETE)
 
