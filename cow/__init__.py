@@ -11,32 +11,40 @@ or snapshots.
 
 Its modules, from the outside in:
 
-    store                       COWStore, and a store as a Python file
-    reader, writer              the two halves of the work on chunks
-    checkpoint, export          a moment to save; whole files in and out
-    readahead                   what to ask a source for before it is read
-    state                       what these share: locks and their order, private files
-    chunks                      where chunks lie, the state of each, statistics
-    mapping                     mapped memory and open files, and their budget
-    sync                        gate, locks of chunks, single flight
-    fileio                      holes and zeros, whole reads and writes, copies, replacing a file
-    source, errors              the protocol to implement; what may be raised
+    store               COWStore, and a moment of it to save
+    export              whole files in and out, and a store as a file of Python
+    reader, writer      the two halves of the work on chunks, and what to ask a source for ahead
+    chunks              what these share: where chunks lie and come from, the state of each, lock order
+    mapping             mapped memory and open files, and their budget
+    sync                gate, locks of chunks, single flight
+    fileio              holes and zeros, whole reads and writes, copies, replacing a file, private files
+    errors              what may be raised
 """
 
-from cow.checkpoint import Checkpoint
 from cow.chunks import (
     DEFAULT_CHUNK_SIZE,
     MAX_CHUNK_SIZE,
-    PAGE_SIZE,
+    ChunkSource,
+    OpenedChunk,
     OriginStatistics,
     StoreStatistics,
 )
 from cow.errors import CheckpointConflict, COWError, OutOfBounds, StoreClosed, StoreInUse, TruncatedFile
-from cow.fileio import clone_range, data_extents, is_zero, read_all, write_all, write_nonzero
+from cow.fileio import (
+    PAGE_SIZE,
+    Copier,
+    chunk_extents,
+    clone_range,
+    data_extents,
+    is_zero,
+    read_all,
+    write_all,
+    write_nonzero,
+)
 from cow.mapping import MappingBudget, default_budget
-from cow.readahead import DEFAULT_READAHEAD, ReadaheadOptions
-from cow.source import ChunkSource, OpenedChunk
-from cow.store import COWStore
+from cow.reader import DEFAULT_READAHEAD, ReadaheadOptions
+from cow.store import Checkpoint, COWStore
+from cow.sync import Flight, SingleFlight
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
@@ -48,15 +56,19 @@ __all__ = [
     "Checkpoint",
     "CheckpointConflict",
     "ChunkSource",
+    "Copier",
+    "Flight",
     "MappingBudget",
     "OpenedChunk",
     "OriginStatistics",
     "OutOfBounds",
     "ReadaheadOptions",
+    "SingleFlight",
     "StoreClosed",
     "StoreInUse",
     "StoreStatistics",
     "TruncatedFile",
+    "chunk_extents",
     "clone_range",
     "data_extents",
     "default_budget",

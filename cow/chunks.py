@@ -1,25 +1,34 @@
-"""What is known of the chunks of a store: where they lie, what state each is in, and what was done with them.
+"""What the parts of a store share: where its chunks lie and come from, what each is, the counts, the locks.
 
-Sizes and offsets are in bytes. Nothing here does I/O.
+Sizes and offsets are in bytes. Locks are taken in this order, and never the other way round:
+
+    resize or sync lock → checkpoint's gate → store's gate → chunk lock → those in budget, flights, counters
+
+A chunk source is asked with nothing held but the place in the gate as a reader.
 """
 
 from __future__ import annotations
 
-import mmap
+import logging
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, SupportsIndex, TypeVar, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from cow.errors import OutOfBounds
+from cow.errors import OutOfBounds, StoreClosed
+from cow.fileio import PAGE_SIZE, BaseFile, PrivateFiles, file_name, read_all
+from cow.mapping import CachePart, MappingBudget
+from cow.sync import ChunkLocks, Gate
 
-PAGE_SIZE = mmap.PAGESIZE
-"""Granularity of dirty pages and of mappings."""
+if TYPE_CHECKING:
+    from cow.store import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_CHUNK_SIZE = 512 * 1024
 """A compromise between fetches per byte touched (small) and the cost of a file per chunk (large)."""
@@ -68,7 +77,7 @@ def chunk_count(size: int, chunk_size: int) -> int:
 
 
 def chunk_length(index: int, size: int, chunk_size: int) -> int:
-    """Length of chunk `index`: the chunk size, or less for the last one."""
+    """Length of chunk `index`: less than the chunk size for a short last one."""
     return min(chunk_size, size - index * chunk_size)
 
 
@@ -78,10 +87,7 @@ def page_count(length: int) -> int:
 
 
 def pieces(offset: int, length: int, chunk_size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a range at the chunk borders, in order. Nothing for an empty range.
-
-    Each piece is the index of its chunk, its offset in the chunk, its offset in the range, and its length.
-    """
+    """Cut a range at the chunk borders: index of the chunk, offset in it, offset in the range, and length."""
     position = 0
     while position < length:
         index, start = divmod(offset + position, chunk_size)
@@ -112,6 +118,37 @@ def chunk_mask(chunks: Iterable[int] | npt.NDArray[np.bool_], count: int) -> npt
     return mask
 
 
+class OpenedChunk(NamedTuple):
+    """An open file that holds one chunk, and where it came from."""
+
+    fd: int
+    """Read-only file descriptor; the chunk lies at its start. The receiver owns it and closes it."""
+    origin: str
+    """Where the bytes came from, such as "file_cache" or "remote"; the key under which they are counted."""
+    prefetched: bool = False
+    """Whether they were there because of an earlier `prefetch`."""
+
+
+class ChunkSource(Protocol):
+    """Serves the chunks of one file, by index. Thread-safe.
+
+    The file behind a descriptor is immutable, as long as the chunk (or, for the last chunk of a
+    store, as long as its part inside the store), and verified: a store shows its bytes unchecked.
+    """
+
+    def open_chunk(self, index: int) -> OpenedChunk:
+        """Open chunk `index`, fetching it first if need be. Blocks.
+
+        May be called again for the same chunk, after the store let go of its mapping; bytes that
+        were fetched once should then be near. Whatever is raised reaches the reader unchanged.
+        """
+        ...
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """A hint, most wanted first: these will likely be opened soon. Returns at once, never raises."""
+        ...
+
+
 HOLE: Final = 0
 """Zeros, no file."""
 LAZY: Final = 1
@@ -122,6 +159,7 @@ PRIVATE: Final = 3
 """In a file of its own, which is written in place."""
 FROZEN: Final = 4
 """In a file of its own that a checkpoint has seen: the next write makes a new one."""
+OWN_FILE: Final = (PRIVATE, FROZEN)
 
 
 class ChunkStates:
@@ -133,32 +171,29 @@ class ChunkStates:
     """
 
     def __init__(self, size: int, chunk_size: int) -> None:
-        count = chunk_count(size, chunk_size)
         self.chunk_size = chunk_size
-        self.kind: npt.NDArray[np.uint8] = np.zeros(count, np.uint8)
-        self.epoch: npt.NDArray[np.uint32] = np.zeros(count, np.uint32)
+        self.kind: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self.epoch: npt.NDArray[np.uint32] = np.zeros(0, np.uint32)
         """Checkpoint epoch in which the file was made; with the index it names the file."""
-        self.saved: npt.NDArray[np.bool_] = np.ones(count, np.bool_)
-        """The content is known to the source, or is a hole: nothing to save."""
-        self.written: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
+        nothing: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self.unsaved = nothing
+        """The content is not known to the source."""
+        self.written = nothing
         """Modified since the last checkpoint began."""
-        self.unsynced: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
+        self.unsynced = nothing
         """Modified since the last sync."""
-        self.touched: npt.NDArray[np.bool_] = np.zeros(count, np.bool_)
+        self.touched = nothing
         """Has been read, and its origin counted, or written."""
-        self.pages: npt.NDArray[np.bool_] = np.zeros(page_count(size), np.bool_)
+        self.pages = nothing
         """Pages modified since the last checkpoint began; chunks begin at page borders."""
-        self._bind()
+        self.grow(size)
 
     def _bind(self) -> None:
         # Single elements, as plain ints and bools: a memoryview hands them out faster than numpy does.
         self.kind_of = self.kind.data
         self._written = self.written.data
-        self._touched = self.touched.data
+        self.touched_of = self.touched.data
         self._pages = self.pages.data
-
-    def __len__(self) -> int:
-        return len(self.kind)
 
     def mark(self, index: int, start: int, end: int) -> None:
         """Note that bytes `start` to `end` of a chunk are being modified."""
@@ -171,16 +206,12 @@ class ChunkStates:
         if not self._written[index]:
             self.written[index] = True
             self.touched[index] = True
-            self.saved[index] = False
-
-    def is_touched(self, index: int) -> bool:
-        """The element of `touched`."""
-        return bool(self._touched[index])
+            self.unsaved[index] = True
 
     def adopt(self, index: int) -> None:
         """Note that a chunk of a converted file got its private file."""
         self.kind[index] = PRIVATE
-        self.saved[index] = False
+        self.unsaved[index] = True
         self.unsynced[index] = True
         self.touched[index] = True
 
@@ -189,7 +220,7 @@ class ChunkStates:
         count = chunk_count(size, self.chunk_size)
         self.kind = _grown(self.kind, count)
         self.epoch = _grown(self.epoch, count)
-        self.saved = _grown(self.saved, count, fill=True)
+        self.unsaved = _grown(self.unsaved, count)
         self.written = _grown(self.written, count)
         self.unsynced = _grown(self.unsynced, count)
         self.touched = _grown(self.touched, count)
@@ -209,8 +240,8 @@ class ChunkStates:
 S = TypeVar("S", bound=np.generic)
 
 
-def _grown(array: npt.NDArray[S], count: int, *, fill: bool = False) -> npt.NDArray[S]:
-    bigger = np.ones(count, array.dtype) if fill else np.zeros(count, array.dtype)
+def _grown(array: npt.NDArray[S], count: int) -> npt.NDArray[S]:
+    bigger = np.zeros(count, array.dtype)
     bigger[: len(array)] = array
     return bigger
 
@@ -269,30 +300,165 @@ class StoreStatistics:
     """How many of them were read afterwards."""
 
 
-class Counters:
-    """The running counts behind StoreStatistics. Thread-safe through its `lock`."""
+class StoreState:
+    """The shared state of a store. What may change says when."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.hole_reads = 0
-        self.copies_on_write = 0
-        self.copied_bytes = 0
-        self.source_opens = 0
+    def __init__(
+        self,
+        files: PrivateFiles,
+        size: int,
+        chunk_size: int,
+        budget: MappingBudget,
+        source: ChunkSource | None,
+    ) -> None:
+        self.files = files
+        self.size = size
+        """Grows, in the gate's exclusive section."""
+        self.chunk_size = chunk_size
+        self.mappings = CachePart(budget._maps)
+        """Mapped chunks. What is found here is the chunk's content now, or was when the reader began."""
+        self.descriptors = CachePart(budget._files)
+        """Private files that are open for writing. A checkpoint lets go of them all."""
+        self.source = source
+        """Replaced, in the gate's exclusive section, by one that serves the same bytes."""
+        self.base: BaseFile | None = None
+        """Set before the store is used."""
+        self.chunks = ChunkStates(size, chunk_size)
+        self.epoch = 0
+        """Number of checkpoints begun; names the files made since."""
+        self.checkpoint: Checkpoint | None = None
+        """The open one. Set and cleared in the gate's exclusive section."""
+        self.superseded: list[str] = []
+        """Private files that only the open checkpoint needs, and which are removed when it ends."""
+        self.gate = Gate(lambda: StoreClosed(f"the store in {files.folder!r} is closed"))
+        self.locks = ChunkLocks()
+        self.resize_lock = threading.Lock()
+        self.sync_lock = threading.Lock()
+        self.tables_lock = threading.Lock()
+        """Held where several tables must be seen together, and to set `touched`, which readers do."""
+        self._counts_lock = threading.Lock()
+        self._counts = {"hole_reads": 0, "copies_on_write": 0, "copied_bytes": 0, "source_opens": 0}
         self._origins: dict[str, OriginStatistics] = {}
 
-    def count_origin(self, origin: str, length: int, prefetched: bool, chunks: int = 1) -> None:
-        """Count chunks read for the first time, `length` bytes in all. The caller holds `lock`."""
-        old = self._origins.get(origin, OriginStatistics())
-        self._origins[origin] = OriginStatistics(
-            old.chunks + chunks, old.bytes + length, old.prefetched + (1 if prefetched else 0)
-        )
+    def length(self, index: int) -> int:
+        return chunk_length(index, self.size, self.chunk_size)
 
-    def origins(self) -> Mapping[str, OriginStatistics]:
-        """A copy of the counts by origin. The caller holds `lock`."""
-        return MappingProxyType(dict(self._origins))
+    def name(self, index: int) -> str:
+        """Name of a chunk's own file."""
+        return file_name(index, int(self.chunks.epoch[index]))
 
-    def count_copy(self, length: int) -> None:
-        """Count a copy on write."""
-        with self.lock:
-            self.copies_on_write += 1
-            self.copied_bytes += length
+    def describe(self, index: int) -> str:
+        """A chunk, for messages."""
+        return f"chunk {index} of the store in {self.files.folder!r}"
+
+    def prefetch(self, indices: list[int]) -> None:
+        """Tell the source what will be read soon."""
+        assert self.source is not None
+        try:
+            self.source.prefetch(indices)
+        except Exception:  # noqa: BLE001  (hints are optional, whatever goes wrong with them)
+            _log.exception("a chunk source failed to take a hint; reading goes on without")
+
+    def open_lazy(self, index: int) -> OpenedChunk:
+        """Open a chunk that is in the source, and count it; the caller closes the descriptor."""
+        assert self.source is not None
+        opened = self.source.open_chunk(index)
+        self.count(source_opens=1)
+        self.count_origin(index, opened.origin, opened.prefetched)
+        return opened
+
+    def read_base(self, index: int, start: int, target: memoryview) -> None:
+        """Fill `target` from a chunk that is in the original file."""
+        assert self.base is not None
+        read_all(self.base.fd, target, index * self.chunk_size + start, str(self.base))
+
+    def drop_file(self, name: str, kind: int) -> None:
+        """Remove the file of a chunk that was in state `kind` and has another now, once nobody needs it."""
+        if kind == FROZEN and self.checkpoint is not None:
+            self.superseded.append(name)
+        elif kind in OWN_FILE:
+            self.files.remove([name])
+
+    def dirty(self) -> npt.NDArray[np.bool_]:
+        """Which chunks were modified since the last commit."""
+        with self.tables_lock:
+            dirty = self.chunks.written.copy()
+            if self.checkpoint is not None:
+                dirty[: len(self.checkpoint.written)] |= self.checkpoint.written
+        return dirty
+
+    def count(self, **amounts: int) -> None:
+        """Add to counts, by their names in StoreStatistics."""
+        with self._counts_lock:
+            for name, amount in amounts.items():
+                self._counts[name] += amount
+
+    def count_origin(self, index: int, origin: str, prefetched: bool = False) -> None:
+        """Count where a chunk came from, the first time it is read."""
+        if self.chunks.touched_of[index]:
+            return
+        with self.tables_lock:
+            if self.chunks.touched_of[index]:
+                return
+            self.chunks.touched[index] = True
+        self._add_origin(origin, OriginStatistics(1, self.length(index), int(prefetched)))
+
+    def count_origins(self, mask: npt.NDArray[np.bool_], origin: str) -> None:
+        """Do as `count_origin` does for many chunks, all of one origin."""
+        with self.tables_lock:
+            fresh = mask & ~self.chunks.touched[: len(mask)]
+            self.chunks.touched[: len(mask)] |= fresh
+        if fresh.any():
+            self._add_origin(origin, OriginStatistics(int(fresh.sum()), self._masked_bytes(fresh)))
+
+    def _add_origin(self, origin: str, new: OriginStatistics) -> None:
+        with self._counts_lock:
+            old = self._origins.get(origin, OriginStatistics())
+            self._origins[origin] = OriginStatistics(
+                old.chunks + new.chunks, old.bytes + new.bytes, old.prefetched + new.prefetched
+            )
+
+    def statistics(self, prefetch_issued: int, prefetch_used: int) -> StoreStatistics:
+        """All counts, with those of the readahead, which it is given."""
+        kinds = self.chunks.kind
+        masks = {
+            "hole": kinds == HOLE,
+            "lazy": kinds == LAZY,
+            "base": kinds == BASE,
+            "private": np.isin(kinds, OWN_FILE),
+            "dirty": self.dirty(),
+        }
+        counts = {f"{name}_chunks": int(mask.sum()) for name, mask in masks.items()}
+        lengths = {f"{name}_bytes": self._masked_bytes(mask) for name, mask in masks.items()}
+        with self._counts_lock:
+            return StoreStatistics(
+                size=self.size,
+                chunk_size=self.chunk_size,
+                chunk_count=len(kinds),
+                **counts,
+                **lengths,
+                **self._counts,
+                origins=MappingProxyType(dict(self._origins)),
+                mapped_bytes=self.mappings.weight,
+                prefetch_issued=prefetch_issued,
+                prefetch_used=prefetch_used,
+            )
+
+    def _masked_bytes(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Total length of the chunks in a mask of the first ones, or all."""
+        total = int(mask.sum()) * self.chunk_size
+        if len(mask) and mask[-1]:
+            total -= self.chunk_size - self.length(len(mask) - 1)
+        return total
+
+    def close(self) -> None:
+        """Remove the private files, and let go of everything. The gate is closed."""
+        self.mappings.clear()
+        self.descriptors.clear()
+        own = np.flatnonzero(np.isin(self.chunks.kind, OWN_FILE))
+        try:
+            self.files.remove([*map(self.name, own.tolist()), *self.superseded])
+        finally:
+            self.files.close()
+            if self.base is not None:
+                self.base.close_descriptor()

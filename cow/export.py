@@ -1,16 +1,43 @@
-"""Whole files in and out of a store, holes kept."""
+"""Stores and files: whole files in and out of a store, holes kept, and a store as a file of Python."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from cow.chunks import BASE, BASE_ORIGIN, HOLE, HOLE_ORIGIN, LAZY, chunk_count, chunk_length
-from cow.fileio import Copier, chunk_extents, clone_range, is_zero, read_all, replaced_file, write_all
-from cow.state import BaseFile, StoreState, file_name
+from cow.chunks import (
+    BASE,
+    BASE_ORIGIN,
+    HOLE,
+    HOLE_ORIGIN,
+    LAZY,
+    OWN_FILE,
+    StoreState,
+    chunk_count,
+    chunk_length,
+)
+from cow.errors import OutOfBounds
+from cow.fileio import (
+    BaseFile,
+    Copier,
+    chunk_extents,
+    clone_range,
+    file_name,
+    is_zero,
+    read_all,
+    replaced_file,
+    write_all,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from cow.store import COWStore
 
 _PREFETCH_BYTES = 16 << 20
 
@@ -19,7 +46,8 @@ def adopt_file(state: StoreState, base: BaseFile) -> None:
     """Make a new store, which nobody else uses yet, show the content of a file by reading it there."""
     chunks = [index for index, _ in chunk_extents(base.fd, state.size, state.chunk_size)]
     state.chunks.kind[chunks] = BASE
-    state.chunks.saved[chunks] = False
+    state.chunks.unsaved[chunks] = True
+    state.base = base
 
 
 def copy_file(state: StoreState, base: BaseFile) -> None:
@@ -28,13 +56,12 @@ def copy_file(state: StoreState, base: BaseFile) -> None:
     Chunks of only zeros become holes. On a file system with reflinks the extents are shared, not copied.
     """
     buffer = memoryview(bytearray(state.chunk_size))
-    what = f"the file {base.path!r}"
     clone = True
     for index, ranges in chunk_extents(base.fd, state.size, state.chunk_size):
         offset = index * state.chunk_size
         parts = [(start, buffer[start - offset : end - offset]) for start, end in ranges]
         for start, part in parts:
-            read_all(base.fd, part, start, what)
+            read_all(base.fd, part, start, str(base))
         if all(is_zero(part) for _, part in parts):
             continue
         length = state.length(index)
@@ -57,22 +84,17 @@ def export(state: StoreState, path: str | os.PathLike[str], *, durable: bool) ->
         os.ftruncate(target, size)
         copier = Copier()
         kinds = state.chunks.kind[: chunk_count(size, state.chunk_size)].copy()
-        state.count_first_reads(kinds == HOLE, HOLE_ORIGIN)
+        state.count_origins(kinds == HOLE, HOLE_ORIGIN)
         if state.base is not None:
-            _export_base(state, state.base, kinds == BASE, target, size, copier)
+            is_base = kinds == BASE
+            # Each run of neighbours at once.
+            edges = np.flatnonzero(np.diff(is_base, prepend=False, append=False)) * state.chunk_size
+            for start, end in edges.reshape(-1, 2).tolist():
+                length = min(end, size) - start
+                copier.copy_sparse(state.base.fd, start, length, target, start, str(state.base))
+            state.count_origins(is_base, BASE_ORIGIN)
         for index in _with_prefetch(state, np.flatnonzero((kinds != HOLE) & (kinds != BASE))):
             _export_chunk(state, index, target, size, copier)
-
-
-def _export_base(
-    state: StoreState, base: BaseFile, mask: npt.NDArray[np.bool_], target: int, size: int, copier: Copier
-) -> None:
-    """Copy the chunks in `mask` from the original file, each run of neighbours at once."""
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)) * state.chunk_size
-    for start, end in edges.reshape(-1, 2).tolist():
-        length = min(end, size) - start
-        copier.copy_sparse(base.fd, start, length, target, start, f"the file {base.path!r}")
-    state.count_first_reads(mask, BASE_ORIGIN)
 
 
 def _with_prefetch(state: StoreState, present: npt.NDArray[np.int64]) -> Iterator[int]:
@@ -94,7 +116,7 @@ def _export_chunk(state: StoreState, index: int, target: int, size: int, copier:
         kind = state.chunks.kind_of[index]
         if kind == HOLE:
             return
-        fd = state.files.open(state.name(index)) if state.has_file(kind) else -1
+        fd = state.files.open(state.name(index)) if kind in OWN_FILE else -1
     if fd < 0:
         fd = state.open_lazy(index).fd
     try:
@@ -102,3 +124,60 @@ def _export_chunk(state: StoreState, index: int, target: int, size: int, copier:
         copier.copy_sparse(fd, 0, length, target, index * state.chunk_size, what)
     finally:
         os.close(fd)
+
+
+class StoreFile(io.RawIOBase):
+    """An unbuffered binary file over a store: seekable, readable, writable.
+
+    Reads end at the end of the store; a write that would pass it is OutOfBounds (`truncate` grows the
+    store first). Closing it leaves the store open. Not thread-safe: it has a position.
+    """
+
+    def __init__(self, store: COWStore) -> None:
+        super().__init__()
+        self._store = store
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._check()
+        if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
+            raise ValueError(f"whence must be 0, 1 or 2, not {whence}")
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._store.size}[whence]
+        if start + offset < 0:
+            raise OutOfBounds(f"cannot seek to {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        self._check()
+        target = memoryview(buffer).cast("B")
+        length = max(0, min(len(target), self._store.size - self._position))
+        if length:
+            self._store.readinto_at(self._position, target[:length])
+        self._position += length
+        return length
+
+    def write(self, data: Buffer, /) -> int:
+        self._check()
+        done = self._store.write_at(self._position, data)
+        self._position += done
+        return done
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self._check()
+        size = self._position if size is None else size
+        self._store.resize(size)
+        return size
+
+    def _check(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on a closed file")

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
+import re
 import secrets
+import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cow.chunks import PAGE_SIZE
-from cow.errors import TruncatedFile
+from cow.errors import StoreInUse, TruncatedFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-COPY_BUFFER_SIZE = 1 << 20
+PAGE_SIZE = mmap.PAGESIZE
+"""Granularity of dirty pages and of mappings."""
+
+_COPY_BUFFER_SIZE = 1 << 20
 _NO_SEEK_DATA = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 _PROBE = 4096
 _BLOCK = 1 << 20
 _FICLONERANGE = 0x4020940D  # _IOW(0x94, 13, struct file_clone_range), linux/fs.h
+_NAME = re.compile(r"[0-9]+\.[0-9]+")
 
 
 def is_zero(buffer: Buffer) -> bool:
@@ -173,8 +179,8 @@ class Copier:
             length -= done
         while length:
             if self._buffer is None:
-                self._buffer = memoryview(bytearray(COPY_BUFFER_SIZE))
-            part = self._buffer[: min(length, COPY_BUFFER_SIZE)]
+                self._buffer = memoryview(bytearray(_COPY_BUFFER_SIZE))
+            part = self._buffer[: min(length, _COPY_BUFFER_SIZE)]
             read_all(source, part, source_offset, what)
             write_all(target, part, target_offset)
             source_offset += len(part)
@@ -221,3 +227,130 @@ def replaced_file(path: str, *, durable: bool) -> Iterator[int]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def file_name(index: int, epoch: int) -> str:
+    """Name of the file that chunk `index` got in checkpoint epoch `epoch`."""
+    return f"{index}.{epoch}"
+
+
+class _Descriptor:
+    """Something with an open descriptor, which is closed with the object at the latest."""
+
+    fd = -1
+
+    def close_descriptor(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close_descriptor()
+
+
+class PrivateFiles(_Descriptor):
+    """A folder of private chunk files. Thread-safe; the store sees to it that no two calls fight over a file.
+
+    A chunk that is written after a checkpoint gets a new file, named by the epoch, so a file that was
+    handed out never changes. Files become part of the store only when it says so, so they need no
+    temporary name: a crash leaves a scratch folder to delete, whatever the names in it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Take possession of `folder`, made if absent. StoreInUse when it is, or was, another store's."""
+        self._pid = os.getpid()
+        self.folder = os.path.abspath(os.fspath(folder))
+        try:
+            os.makedirs(self.folder, mode=0o700)
+            self._made = True
+        except FileExistsError:
+            self._made = False
+        self.fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._claim()
+        except BaseException:
+            self.close_descriptor()
+            raise
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreInUse(
+                f"the folder {self.folder!r} belongs to an open store: give each its own"
+            ) from None
+        with os.scandir(self.fd) as entries:
+            left = next((entry.name for entry in entries if _NAME.fullmatch(entry.name)), None)
+        if left is not None:
+            raise StoreInUse(
+                f"the folder {self.folder!r} holds files of an earlier store ({left!r}): remove it first"
+            )
+
+    def path(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+    def create(self, name: str, length: int) -> int:
+        """Make a file of `length` zeros that takes no blocks; returns its descriptor."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o600, dir_fd=self.fd)
+        try:
+            os.ftruncate(fd, length)
+        except BaseException:
+            self.abandon(name, fd)
+            raise
+        return fd
+
+    def abandon(self, name: str, fd: int) -> None:
+        """Close and remove a file that was created but will not be used."""
+        os.close(fd)
+        self.remove([name])
+
+    def open(self, name: str, *, writable: bool = False) -> int:
+        return os.open(name, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC, dir_fd=self.fd)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked child: the files are its parent's, who goes on to use them."""
+        return os.getpid() != self._pid
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; those already gone are fine. In a forked child it does nothing."""
+        if self.inherited:
+            return
+        for name in names:
+            try:
+                os.unlink(name, dir_fd=self.fd)
+            except FileNotFoundError:
+                pass
+
+    def sync_folder(self) -> None:
+        """Make the names durable."""
+        os.fsync(self.fd)
+
+    def close(self) -> None:
+        """Give the folder up; it is removed if this object made it and it is empty."""
+        if self._made and not self.inherited:
+            try:
+                os.rmdir(self.folder)
+            except OSError:
+                pass
+        try:
+            # A child forked meanwhile shares the lock: it must neither keep it nor take it from its parent.
+            if not self.inherited:
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+        finally:
+            self.close_descriptor()
+
+
+class BaseFile(_Descriptor):
+    """The original file of a store that did not copy it: one descriptor, closed with the store."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        # A pipe would block when opened, so ask before.
+        if not stat.S_ISREG(os.stat(self.path).st_mode):
+            raise ValueError(f"{self.path!r} is not a regular file")
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __str__(self) -> str:
+        return f"the file {self.path!r}"

@@ -24,8 +24,8 @@ from collections.abc import Callable
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Any, Generic, TypeVar
 
-from cow.chunks import PAGE_SIZE
 from cow.errors import COWError, TruncatedFile
+from cow.fileio import PAGE_SIZE
 
 DEFAULT_MAPPED_BYTES = 4 << 30
 """Address space."""
@@ -187,26 +187,18 @@ class ClockCache(Generic[R]):
         """What the cache itself keeps alive and active, in the order of their next turn."""
         self._resting: OrderedDict[R, None] = OrderedDict()
         """What else it keeps alive, in the order in which it was rested."""
-        self._active_weight = 0
+        self.active_weight = 0
+        """Weight of what the cache keeps alive and active."""
         self._alive: set[_Held[R]] = set()
         self._weight = 0
         self._gone: deque[_Held[R]] = deque()
         """Given back, but not taken from the books yet."""
-
-    def part(self, kind: type[R]) -> CachePart[R]:  # noqa: ARG002  (for the type checker)
-        """A new part of the cache."""
-        return CachePart(self)
 
     @property
     def weight(self) -> int:
         """Weight of everything that is alive, whoever keeps it."""
         self._settle()
         return self._weight
-
-    @property
-    def active_weight(self) -> int:
-        """Weight of what the cache keeps alive and active."""
-        return self._active_weight
 
     @property
     def count(self) -> int:
@@ -220,7 +212,7 @@ class ClockCache(Generic[R]):
             dropped = [*self._active, *self._resting]
             self._active.clear()
             self._resting.clear()
-            self._active_weight = 0
+            self.active_weight = 0
         del dropped
 
     def _add(self, part: CachePart[R], index: int, resource: R, *, findable: bool) -> None:
@@ -232,7 +224,7 @@ class ClockCache(Generic[R]):
             if findable:
                 part._held[index] = held
                 self._active[resource] = None
-                self._active_weight += resource.weight
+                self.active_weight += resource.weight
             self._alive.add(held)
             self._weight += held.weight
             part._weight += held.weight
@@ -263,14 +255,14 @@ class ClockCache(Generic[R]):
                 return
             del self._resting[resource]
             self._active[resource] = None
-            self._active_weight += resource.weight
+            self.active_weight += resource.weight
             rested = self._rest_some()
         for each in rested:
             each.rest()
 
     def _deactivate(self, resource: R) -> None:
         del self._active[resource]
-        self._active_weight -= resource.weight
+        self.active_weight -= resource.weight
 
     def _shrink(self) -> None:
         while True:
@@ -293,7 +285,7 @@ class ClockCache(Generic[R]):
     def _rest_some(self) -> list[R]:
         """Take the bound on active ones into account; returns whom to rest, without the lock."""
         rested = []
-        while self._active_weight > self.max_active_weight:
+        while self.active_weight > self.max_active_weight:
             resource = self._next_active()
             resource.active = False
             self._resting[resource] = None
@@ -339,14 +331,14 @@ class CachePart(Generic[R]):
     """The part of a cache that belongs to one store: resources by the index of their chunk. Thread-safe."""
 
     def __init__(self, cache: ClockCache[R]) -> None:
-        self._cache = cache
+        self.cache = cache
         self._held: dict[int, _Held[R]] = {}
         self._weight = 0
 
     @property
     def weight(self) -> int:
         """The part of the cache's `weight` that belongs here."""
-        self._cache._settle()
+        self.cache._settle()
         return self._weight
 
     def get(self, index: int) -> R | None:
@@ -359,7 +351,7 @@ class CachePart(Generic[R]):
             if resource.active:
                 resource.used = True
             else:
-                self._cache._activate(resource)
+                self.cache._activate(resource)
         return resource
 
     def add(self, index: int, resource: R, *, findable: bool = True) -> R:
@@ -367,21 +359,17 @@ class CachePart(Generic[R]):
 
         One that is not `findable` is only counted, until its users let go of it.
         """
-        self._cache._add(self, index, resource, findable=findable)
+        self.cache._add(self, index, resource, findable=findable)
         return resource
 
     def discard(self, index: int) -> None:
         """Forget the resource of a chunk. It is given back now, or by its last user."""
         if index in self._held:
-            self._cache._drop(self, [index])
-
-    def make_room(self) -> None:
-        """Let go of everything in the whole cache that is not in use."""
-        self._cache.trim()
+            self.cache._drop(self, [index])
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._cache._drop(self, list(self._held))
+        self.cache._drop(self, list(self._held))
 
 
 class MappingBudget:
@@ -393,16 +381,13 @@ class MappingBudget:
 
     Args:
         max_bytes: Mapped bytes of address space, 4 GiB unless told. Beyond it, reading a chunk that was
-        dropped asks
-            its source to open it again.
+            dropped asks its source to open it again.
         max_mappings: Number of mappings, 16,384 unless told; the kernel allows a process 65,530 by default.
         max_descriptors: Files kept open for writing; unless told, a quarter of what the process may open at
             this moment (RLIMIT_NOFILE), but at least 64 and at most 1,024.
         max_resident_bytes: Bytes of those mapped chunks whose pages may count in the process's resident
-        memory,
-            256 MiB unless told. A chunk counts whole once it is read, because the kernel maps pages around
-            the one that is touched. Beyond it, reading a chunk again costs some page faults, no system call
-            to its source.
+            memory, 256 MiB unless told. A chunk counts whole once it is read, because the kernel maps pages
+            around the one that is touched. Beyond it, reading it again costs some page faults.
     """
 
     def __init__(

@@ -1,23 +1,147 @@
-"""The reading half of a store: mappings of chunks, made once, shared, and bounded by the budget."""
+"""The reading half of a store: what to ask a source for, and mappings of chunks, made once and shared."""
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from cow.chunks import BASE, BASE_ORIGIN, HOLE, HOLE_ORIGIN, LAZY, check_range, pieces
+from cow.chunks import BASE, BASE_ORIGIN, HOLE, HOLE_ORIGIN, LAZY, StoreState, check_range, pieces
 from cow.fileio import read_all
 from cow.mapping import FileMapping, new_bytes
-from cow.readahead import ReadaheadOptions, StoreReadahead
-from cow.state import StoreState
 from cow.sync import SingleFlight
 
 _RELEASE_GIL_FROM = 128 * 1024
 """Copies from this size on let other threads run meanwhile; below, that costs more than the copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadaheadOptions:
+    """How eagerly a store asks its source for chunks ahead of the reader.
+
+    Reading in steps of one to `max_stride` chunks, forwards or backwards, starts it after `streak` equal
+    steps. The window doubles from `min_chunks` up to `max_bytes`. When fewer than `poor_ratio` of the
+    chunks asked for are read, it pauses for `pause` chunks, longer each time in a row.
+    """
+
+    max_bytes: int = 16 * 1024 * 1024
+    min_chunks: int = 2
+    streak: int = 2
+    max_stride: int = 8
+    poor_ratio: float = 0.4
+    pause: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 0 or self.pause < 0 or not 0 <= self.poor_ratio <= 1:
+            raise ValueError(
+                "max_bytes and pause must not be negative, and poor_ratio must be within 0 and 1"
+            )
+        if self.min_chunks < 1 or self.streak < 1 or self.max_stride < 1:
+            raise ValueError("min_chunks, streak and max_stride must be at least 1")
+
+
+DEFAULT_READAHEAD = ReadaheadOptions()
+_JUDGED = 16
+_MAX_PAUSES = 16
+
+
+class ReadaheadPlanner:
+    """Follows one reader through positions 0, 1, 2, … and plans what to ask for. Not thread-safe."""
+
+    def __init__(self, options: ReadaheadOptions, chunk_size: int) -> None:
+        self._options = options
+        self.max_window = options.max_bytes // chunk_size
+        self._window = 0
+        self._last: int | None = None
+        self._stride = 0
+        self._streak = 0
+        self._clock = 0
+        self._asked: OrderedDict[int, int] = OrderedDict()
+        """Positions asked for and not read yet, with the time they were asked for."""
+        self._used = 0
+        self._wasted = 0
+        self._pauses = 0
+        self._resume_at = 0
+        self.issued = 0
+        """How many positions were planned."""
+        self.used = 0
+        """How many of them were read afterwards."""
+
+    def touched(self, position: int, count: int, skip: Callable[[int], bool]) -> list[int]:
+        """Note the first read of `position`; returns what to ask for now, nearest first.
+
+        `count` is the number of positions, `skip` tells which need not be asked for.
+        """
+        self._clock += 1
+        hit = self._asked.pop(position, None) is not None
+        if hit:
+            self.used += 1
+            self._used += 1
+        self._follow(position, hit)
+        self._judge()
+        if self._streak < self._options.streak or self._clock < self._resume_at or not self.max_window:
+            return []
+        return self._plan(position, count, skip)
+
+    def _follow(self, position: int, hit: bool) -> None:
+        step = 0 if self._last is None else position - self._last
+        if step and step == self._stride:
+            self._streak += 1
+        elif hit:
+            # Several readers share a sequence: what was asked for may be read out of order.
+            if (position - (self._last or 0)) * self._stride < 0:
+                return
+        else:
+            near = 0 < abs(step) <= self._options.max_stride
+            self._stride = step if near else 0
+            self._streak = 1 if near else 0
+            self._window = 0
+        self._last = position
+
+    def _judge(self) -> None:
+        patience = 4 * self.max_window
+        while self._asked:
+            position, asked_at = next(iter(self._asked.items()))
+            if self._clock - asked_at <= patience and len(self._asked) <= patience:
+                break
+            del self._asked[position]
+            self._wasted += 1
+        if self._used + self._wasted < _JUDGED:
+            return
+        if self._used < self._options.poor_ratio * (self._used + self._wasted):
+            self._pauses = min(max(2 * self._pauses, 1), _MAX_PAUSES)
+            self._resume_at = self._clock + self._pauses * self._options.pause
+            self._window = 0
+            self._asked.clear()
+        else:
+            self._pauses = 0
+        self._used = self._wasted = 0
+
+    def _plan(self, position: int, count: int, skip: Callable[[int], bool]) -> list[int]:
+        # The window grows when half of it is used up, so that requests go out in batches, not one by one.
+        ahead = 0
+        if self._window:
+            ahead = sum(1 for asked in self._asked if (asked - position) * self._stride > 0)
+            if 2 * ahead > self._window:
+                return []
+        self._window = min(max(2 * self._window, self._options.min_chunks), self.max_window)
+        plan: list[int] = []
+        for step in range(1, self._window + 1):
+            candidate = position + step * self._stride
+            if not 0 <= candidate < count:
+                break
+            if candidate not in self._asked and not skip(candidate):
+                plan.append(candidate)
+        for candidate in plan:
+            self._asked[candidate] = self._clock
+        self.issued += len(plan)
+        return plan
 
 
 class ChunkReader:
@@ -27,10 +151,13 @@ class ChunkReader:
         self._state = state
         self._mappings = state.mappings
         self._flights: SingleFlight[int, FileMapping] = SingleFlight()
-        self.readahead = StoreReadahead(readahead, state.chunk_size)
+        self.planner = ReadaheadPlanner(readahead or ReadaheadOptions(max_bytes=0), state.chunk_size)
+        """Its positions are those among the chunks that were lazy at the first read, so a hole between two of
+        them does not break a sequence."""
+        self._planner_lock = threading.Lock()
+        self._lazy: npt.NDArray[np.int64] | None = None
 
     def read(self, offset: int, size: int) -> bytes:
-        """The bytes of a range."""
         state = self._state
         offset, size = check_range(offset, size, state.size)
         index, start = divmod(offset, state.chunk_size)
@@ -67,7 +194,6 @@ class ChunkReader:
         self._fill(offset, target)
 
     def view(self, offset: int, size: int) -> npt.NDArray[np.uint8]:
-        """A read-only array of a range, without a copy when it lies in one chunk."""
         state = self._state
         offset, size = check_range(offset, size, state.size)
         index, start = divmod(offset, state.chunk_size)
@@ -112,7 +238,8 @@ class ChunkReader:
             part = target[position : position + length]
             if state.chunks.kind_of[index] == BASE:
                 # One system call, and nothing to map: the file is open anyway.
-                self._read_base(index, start, part)
+                state.read_base(index, start, part)
+                state.count_origin(index, BASE_ORIGIN)
             elif length < _RELEASE_GIL_FROM:
                 mapping = self.map(index)
                 if mapping is None:
@@ -146,12 +273,6 @@ class ChunkReader:
         self._count_hole(index)
         np.frombuffer(target, np.uint8).fill(0)
 
-    def _read_base(self, index: int, start: int, target: memoryview) -> None:
-        state = self._state
-        assert state.base is not None
-        read_all(state.base.fd, target, index * state.chunk_size + start, f"the file {state.base.path!r}")
-        state.count_origin(index, BASE_ORIGIN)
-
     def _map_local(self, index: int, kind: int, on_open: Callable[[int], None] | None) -> FileMapping:
         """Map a chunk that is in a local file. The caller holds its lock."""
         state = self._state
@@ -159,8 +280,7 @@ class ChunkReader:
         if kind == BASE:
             assert state.base is not None
             state.count_origin(index, BASE_ORIGIN)
-            what = f"the file {state.base.path!r}"
-            mapping = self._new_mapping(state.base.fd, index * state.chunk_size, length, what)
+            mapping = self._new_mapping(state.base.fd, index * state.chunk_size, length, str(state.base))
             return self._mappings.add(index, mapping)
         fd = state.files.open(state.name(index))
         try:
@@ -175,8 +295,7 @@ class ChunkReader:
     def _map_lazy(self, index: int, on_open: Callable[[int], None] | None) -> FileMapping:
         """Open a chunk from the source, asking for those ahead first, so that both go on at the same time."""
         state = self._state
-        ahead = self.readahead.plan(index, state.chunks)
-        if ahead:
+        if ahead := self._plan(index):
             state.prefetch(ahead)
         # Before the source is asked: the store may grow meanwhile, and the source has only what was there.
         length = state.length(index)
@@ -194,6 +313,25 @@ class ChunkReader:
         finally:
             os.close(opened.fd)
 
+    def _plan(self, index: int) -> list[int]:
+        """What to ask for now that a lazy chunk is about to be opened, nearest first."""
+        chunks = self._state.chunks
+        if not self.planner.max_window or chunks.touched_of[index]:
+            return []
+        with self._planner_lock:
+            if self._lazy is None:
+                self._lazy = np.flatnonzero(chunks.kind == LAZY)
+            lazy = self._lazy
+            position = int(np.searchsorted(lazy, index))
+            if position == len(lazy) or lazy[position] != index:
+                return []
+
+            def skip(other: int) -> bool:
+                return bool(chunks.touched[lazy[other]]) or chunks.kind[lazy[other]] != LAZY
+
+            plan = self.planner.touched(position, len(lazy), skip)
+        return [int(lazy[position]) for position in plan]
+
     def _new_mapping(self, fd: int, offset: int, length: int, what: str) -> FileMapping:
         try:
             return FileMapping(fd, offset, length, what)
@@ -201,10 +339,9 @@ class ChunkReader:
             if error.errno != errno.ENOMEM:
                 raise
         # The process may map no more (RLIMIT_AS, vm.max_map_count), though the budget would allow it.
-        self._mappings.make_room()
+        self._mappings.cache.trim()
         return FileMapping(fd, offset, length, what)
 
     def _count_hole(self, index: int) -> None:
-        with self._state.counters.lock:
-            self._state.counters.hole_reads += 1
+        self._state.count(hole_reads=1)
         self._state.count_origin(index, HOLE_ORIGIN)

@@ -1,40 +1,44 @@
-"""The copy-on-write store."""
+"""The copy-on-write store, and a moment of it to save while it is written on."""
 
 from __future__ import annotations
 
-import io
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from cow.checkpoint import Checkpoint
 from cow.chunks import (
+    BASE,
     DEFAULT_CHUNK_SIZE,
+    FROZEN,
     HOLE,
     LAZY,
-    PAGE_SIZE,
+    OWN_FILE,
+    ChunkSource,
+    StoreState,
     StoreStatistics,
     check_chunk_size,
     check_store_size,
     chunk_count,
+    chunk_length,
     chunk_mask,
     page_count,
 )
-from cow.errors import CheckpointConflict, OutOfBounds
-from cow.export import adopt_file, copy_file, export
+from cow.errors import CheckpointConflict, OutOfBounds, StoreClosed, TruncatedFile
+from cow.export import StoreFile, adopt_file, copy_file, export
+from cow.fileio import PAGE_SIZE, BaseFile, PrivateFiles, file_name, read_all
 from cow.mapping import MappingBudget, default_budget
-from cow.readahead import DEFAULT_READAHEAD, ReadaheadOptions
-from cow.reader import ChunkReader
-from cow.source import ChunkSource
-from cow.state import BaseFile, PrivateFiles, StoreState
+from cow.reader import DEFAULT_READAHEAD, ChunkReader, ReadaheadOptions
+from cow.sync import Gate
 from cow.writer import ChunkWriter
 
 if TYPE_CHECKING:
+    import io
     from typing import Self
 
     from typing_extensions import Buffer
@@ -81,20 +85,11 @@ class COWStore:
         lazy = chunk_mask(chunks, chunk_count(size, chunk_size))
         if source is None and lazy.any():
             raise ValueError("chunks were given but no source to get them from")
-        state = StoreState(
-            PrivateFiles(data_dir),
-            size=size,
-            chunk_size=chunk_size,
-            budget=budget or default_budget(),
-            source=source,
-        )
-        state.chunks.kind[lazy] = LAZY
-        self._init(state, readahead)
-
-    def _init(self, state: StoreState, readahead: ReadaheadOptions | None) -> None:
-        self._state = state
-        self._reader = ChunkReader(state, readahead)
-        self._writer = ChunkWriter(state, self._reader)
+        files = PrivateFiles(data_dir)
+        self._state = StoreState(files, size, chunk_size, budget or default_budget(), source)
+        self._state.chunks.kind[lazy] = LAZY
+        self._reader = ChunkReader(self._state, readahead)
+        self._writer = ChunkWriter(self._state, self._reader)
         self._released = False
 
     @classmethod
@@ -115,29 +110,20 @@ class COWStore:
 
         Nothing of it counts as dirty, and all of it as not saved: see `Checkpoint.chunks`.
         """
-        chunk_size = check_chunk_size(chunk_size)
         base = BaseFile(path)
         try:
-            size = check_store_size(os.fstat(base.fd).st_size, chunk_size)
-            state = StoreState(
-                PrivateFiles(data_dir),
-                size=size,
-                chunk_size=chunk_size,
-                budget=budget or default_budget(),
-                base=None if copy else base,
-            )
-            store = cls.__new__(cls)
-            store._init(state, None)
+            size = os.fstat(base.fd).st_size
+            store = cls(data_dir, size=size, chunk_size=chunk_size, budget=budget, readahead=None)
             try:
-                (copy_file if copy else adopt_file)(state, base)
+                (copy_file if copy else adopt_file)(store._state, base)
             except BaseException:
                 store.close()
                 raise
         except BaseException:
-            base.close()
+            base.close_descriptor()
             raise
         if copy:
-            base.close()
+            base.close_descriptor()
         return store
 
     @property
@@ -163,8 +149,7 @@ class COWStore:
     @property
     def source(self) -> ChunkSource | None:
         """Where lazy chunks come from: given at creation, or by the last committed checkpoint."""
-        with self._state.tables_lock:
-            return self._state.source
+        return self._state.source
 
     @property
     def closed(self) -> bool:
@@ -301,7 +286,8 @@ class COWStore:
     def statistics(self) -> StoreStatistics:
         """Counts at this moment. The cost is one pass over a byte per chunk."""
         with self._state.gate.reading():
-            return self._state.statistics(*self._reader.readahead.counts)
+            used, issued = self._reader.planner.used, self._reader.planner.issued
+            return self._state.statistics(issued, used)
 
     def close(self) -> None:
         """Wait for operations in progress, then remove the private files and let go of everything.
@@ -341,7 +327,7 @@ class COWStore:
     def _sync_chunk(self, index: int) -> None:
         state = self._state
         with state.locks.hold(index):
-            if not state.has_file(state.chunks.kind_of[index]):
+            if state.chunks.kind_of[index] not in OWN_FILE:
                 state.chunks.unsynced[index] = False
                 return
             fd = state.files.open(state.name(index))
@@ -356,62 +342,166 @@ class COWStore:
             os.close(fd)
 
 
-class StoreFile(io.RawIOBase):
-    """An unbuffered binary file over a store: seekable, readable, writable.
+class Checkpoint:
+    """All bytes of a store as they were at one moment; made by `COWStore.checkpoint`.
 
-    Reads end at the end of the store; a write that would pass it is OutOfBounds (`truncate` grows the
-    store first). Closing it leaves the store open. Not thread-safe: it has a position.
+    Nothing that is written to the store later shows here: chunks with files of their own are frozen, and the
+    next write to one copies it first. Thread-safe. End it with `commit` or `release`; leaving the `with`
+    block without a commit releases it. CheckpointConflict when it is used after its end, StoreClosed
+    when the store was closed.
     """
 
-    def __init__(self, store: COWStore) -> None:
-        super().__init__()
-        self._store = store
-        self._position = 0
+    def __init__(self, state: StoreState) -> None:
+        """Called in the exclusive section of the store's gate."""
+        self._state = state
+        self._gate = Gate(self._ended)
+        with state.tables_lock:
+            self._source = state.source
+            self._chunks = np.flatnonzero(state.chunks.unsaved)
+            # Added to the store's own tables while the checkpoint is open, and for good when it is released.
+            self.written, self.pages = state.chunks.begin_epoch()
+            self._kind = state.chunks.kind.copy()
+            self._epoch = state.chunks.epoch.copy()
+            state.epoch += 1
+            state.checkpoint = self
+        state.descriptors.clear()
+        self._chunks.flags.writeable = False
+        self.size = state.size
+        """Size of the store at the checkpoint, in bytes."""
+        self.chunk_size = state.chunk_size
 
-    def readable(self) -> bool:
-        return True
+    @property
+    def chunks(self) -> npt.NDArray[np.int64]:
+        """Sorted indices of the chunks to save: their content is not known to the source.
 
-    def writable(self) -> bool:
-        return True
+        They are those modified since the last commit, and those of a converted file until the first one.
+        Holes may be among them. Read-only.
+        """
+        return self._chunks
 
-    def seekable(self) -> bool:
-        return True
+    @property
+    def chunk_count(self) -> int:
+        """Number of chunks, the short last one included."""
+        return len(self._kind)
 
-    def tell(self) -> int:
-        self._check()
-        return self._position
+    def chunk_length(self, index: int) -> int:
+        """Length of a chunk in bytes."""
+        self._check(index)
+        return chunk_length(index, self.size, self.chunk_size)
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._check()
-        if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
-            raise ValueError(f"whence must be 0, 1 or 2, not {whence}")
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._store.size}[whence]
-        if start + offset < 0:
-            raise OutOfBounds(f"cannot seek to {start + offset}")
-        self._position = start + offset
-        return self._position
+    def is_hole(self, index: int) -> bool:
+        """Whether a chunk is a hole: all zeros, without a file."""
+        self._check(index)
+        return bool(self._kind[index] == HOLE)
 
-    def readinto(self, buffer: Buffer, /) -> int:
-        self._check()
+    def path(self, index: int) -> str | None:
+        """Path of the file that holds exactly this chunk, or None when it has none of its own.
+
+        The file never changes again and exists until the checkpoint ends, so it may be hard-linked into a
+        cache. None for holes, for chunks in the source and in the original file.
+        """
+        self._check(index)
+        if self._kind[index] != FROZEN:
+            return None
+        return self._state.files.path(self._name(index))
+
+    def readinto(self, index: int, buffer: Buffer) -> int:
+        """Read a whole chunk into the start of `buffer`; returns its length.
+
+        Reads files without mapping them. A chunk that is still in the source is opened from there; what the
+        source raises comes through. ValueError when the buffer is too small.
+        """
+        length = self.chunk_length(index)
         target = memoryview(buffer).cast("B")
-        length = max(0, min(len(target), self._store.size - self._position))
-        if length:
-            self._store.readinto_at(self._position, target[:length])
-        self._position += length
+        if len(target) < length:
+            raise ValueError(f"a buffer of {len(target)} bytes is too small for a chunk of {length}")
+        with self._gate.reading(), self._state.gate.reading():
+            self._read(index, target[:length])
         return length
 
-    def write(self, data: Buffer, /) -> int:
-        self._check()
-        done = self._store.write_at(self._position, data)
-        self._position += done
-        return done
+    def commit(self, source: ChunkSource | None = None) -> None:
+        """End the checkpoint: everything it holds is saved now.
 
-    def truncate(self, size: int | None = None, /) -> int:
-        self._check()
-        size = self._position if size is None else size
-        self._store.resize(size)
-        return size
+        Its chunks are clean from here on, unless they were written since. `source`, when given, becomes the
+        store's source for the chunks it does not have itself, in one step for all readers; it serves the same
+        bytes as the old one, on which calls may still be in flight. The store keeps the chunks it has.
+        """
+        state = self._state
+        with self._ending():
+            count = len(self._kind)
+            state.chunks.unsaved[:count] &= state.chunks.written[:count]
+            if source is not None:
+                state.source = source
 
-    def _check(self) -> None:
-        if self.closed:
-            raise ValueError("I/O operation on a closed file")
+    def release(self) -> None:
+        """End the checkpoint: nothing counts as saved. Idempotent, also after a commit.
+
+        In a forked child it does nothing: what it keeps is its parent's.
+        """
+        state = self._state
+        if state.checkpoint is not self or state.files.inherited:
+            return
+        try:
+            with self._ending():
+                state.chunks.written[: len(self.written)] |= self.written
+                state.chunks.pages[: len(self.pages)] |= self.pages
+        except StoreClosed:
+            return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        state = self._state
+        with state.gate.reading():
+            if state.checkpoint is not self:
+                raise self._ended()
+            self._gate.close()
+            with state.gate.exclusive():
+                if state.checkpoint is not self:
+                    raise self._ended()
+                with state.tables_lock:
+                    yield
+                    state.checkpoint = None
+                superseded, state.superseded = state.superseded, []
+            state.files.remove(superseded)
+
+    @staticmethod
+    def _ended() -> CheckpointConflict:
+        return CheckpointConflict("the checkpoint was committed or released: make a new one")
+
+    def _check(self, index: int) -> None:
+        self._gate.check()
+        self._state.gate.check()
+        if not 0 <= index < len(self._kind):
+            raise OutOfBounds(f"chunk {index} is not in a checkpoint of {len(self._kind)} chunks")
+
+    def _name(self, index: int) -> str:
+        return file_name(index, int(self._epoch[index]))
+
+    def _read(self, index: int, target: memoryview) -> None:
+        state = self._state
+        kind = self._kind[index]
+        what = state.describe(index)
+        if kind == HOLE:
+            np.frombuffer(target, np.uint8).fill(0)
+        elif kind == BASE:
+            state.read_base(index, 0, target)
+        else:
+            if kind == FROZEN:
+                fd, what = state.files.open(self._name(index)), f"the file of {what}"
+            else:
+                assert self._source is not None
+                fd = self._source.open_chunk(index).fd
+            try:
+                if os.fstat(fd).st_size < len(target):
+                    raise TruncatedFile(f"{what} has fewer than {len(target)} bytes")
+                read_all(fd, target, 0, what)
+            finally:
+                os.close(fd)

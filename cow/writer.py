@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 
-from cow.chunks import FROZEN, HOLE, LAZY, PRIVATE, check_range, check_store_size, pieces
-from cow.fileio import Copier, is_zero, write_all
+from cow.chunks import FROZEN, HOLE, LAZY, PRIVATE, StoreState, check_range, check_store_size, pieces
+from cow.fileio import Copier, file_name, is_zero, write_all
 from cow.mapping import FileMapping, OpenFile
 from cow.reader import ChunkReader
-from cow.state import StoreState, file_name
 
 
 class ChunkWriter:
@@ -54,21 +53,14 @@ class ChunkWriter:
             last, short = divmod(state.size, state.chunk_size)
             # Only the last chunk can be short, and only then does its content change: it gets longer.
             mapping = self._reader.map(last) if short and state.chunks.kind_of[last] == LAZY else None
-            with state.gate.exclusive():
+            with state.gate.exclusive(), state.locks.hold(last):
                 if short:
-                    with state.locks.hold(last):
-                        length = min(state.chunk_size, size - last * state.chunk_size)
-                        self._lengthen(last, short, length, mapping)
-                        state.mappings.discard(last)
-                        self._set_size(size)
-                else:
-                    self._set_size(size)
-
-    def _set_size(self, size: int) -> None:
-        state = self._state
-        with state.tables_lock:
-            state.chunks.grow(size)
-            state.size = size
+                    length = min(state.chunk_size, size - last * state.chunk_size)
+                    self._lengthen(last, short, length, mapping)
+                    state.mappings.discard(last)
+                with state.tables_lock:
+                    state.chunks.grow(size)
+                    state.size = size
 
     def _fetch_edges(self, offset: int, size: int) -> dict[int, FileMapping]:
         """Map the lazy chunks that the range covers in part; only its first and last one can be such."""
@@ -190,8 +182,8 @@ class ChunkWriter:
             assert state.base is not None
             offset = index * state.chunk_size
             # Not sparsely: looking for holes in a big file may take longer than copying one chunk.
-            Copier().copy(state.base.fd, offset, length, target, 0, f"the file {state.base.path!r}")
-        state.counters.count_copy(length)
+            Copier().copy(state.base.fd, offset, length, target, 0, str(state.base))
+        state.count(copies_on_write=1, copied_bytes=length)
 
     def _lengthen(self, index: int, old: int, new: int, fetched: FileMapping | None) -> None:
         """Make the short last chunk longer. The caller holds its lock and the exclusive section."""

@@ -13,8 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from cow import is_zero
-from cow.fileio import chunk_extents
+from cow import chunk_extents, is_zero
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache

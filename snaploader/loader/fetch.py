@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from cow import OpenedChunk, write_all
-from cow.sync import SingleFlight
+from cow import OpenedChunk, SingleFlight, write_all
 from snaploader import files
 from snaploader.blobstore import BlobStore
 from snaploader.digest import Buffer, Digest

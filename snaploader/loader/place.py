@@ -19,14 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from cow import (
-    TruncatedFile,
-    clone_range,
-    read_all,
-    write_all,
-    write_nonzero,
-)
-from cow.fileio import Copier
+from cow import Copier, TruncatedFile, clone_range, read_all, write_all, write_nonzero
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import remove_tree, replacing

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
 
-from cow.sync import Flight, SingleFlight
+from cow import Flight, SingleFlight
 from snaploader.blobstore import BlobStore
 from snaploader.digest import Digest
 from snaploader.errors import Cancelled, NotFound, SnaploaderError

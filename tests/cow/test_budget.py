@@ -16,7 +16,7 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cow import COWStore, MappingBudget, OpenedChunk, default_budget, mapping
-from cow.mapping import ClockCache, Resource
+from cow.mapping import CachePart, ClockCache, Resource
 
 CHUNK = 8192
 
@@ -36,7 +36,7 @@ class Number(Resource):
 def test_what_is_in_use_stays_and_the_oldest_of_the_rest_goes():
     gone: list[int] = []
     cache = ClockCache(2, 100)
-    part = cache.part(Number)
+    part = CachePart(cache)
     first = part.add(0, Number(0, gone))
     for number in (1, 2, 3):
         part.add(number, Number(number, gone))
@@ -54,7 +54,7 @@ def test_what_is_in_use_stays_and_the_oldest_of_the_rest_goes():
 
 def test_what_was_looked_up_lately_has_a_second_chance():
     gone: list[int] = []
-    part = ClockCache(3, 100).part(Number)
+    part = CachePart(ClockCache(3, 100))
     for number in range(10):
         part.add(number, Number(number, gone))
         assert part.get(0) is not None
@@ -63,7 +63,7 @@ def test_what_was_looked_up_lately_has_a_second_chance():
 
 def test_the_number_of_entries_is_bounded_too():
     gone: list[int] = []
-    part = ClockCache(10**9, 3).part(Number)
+    part = CachePart(ClockCache(10**9, 3))
     for number in range(10):
         part.add(number, Number(number, gone))
     assert gone == [0, 1, 2, 3, 4, 5, 6]
@@ -72,7 +72,7 @@ def test_the_number_of_entries_is_bounded_too():
 def test_what_was_not_looked_up_lately_is_rested_and_let_go_of_first():
     gone: list[int] = []
     cache = ClockCache(5, 100, max_active_weight=2)
-    part = cache.part(Number)
+    part = CachePart(cache)
     numbers = [part.add(number, Number(number, gone)) for number in range(4)]
     assert [number.rests for number in numbers] == [1, 1, 0, 0]
     assert [number.active for number in numbers] == [False, False, True, True]
@@ -99,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.made = 0
         self.used: list[Number] = []
         self.cache = ClockCache(5, 100, max_active_weight=3)
-        self.parts = [self.cache.part(Number) for _ in range(2)]
+        self.parts = [CachePart(self.cache) for _ in range(2)]
 
     @rule(key=st.integers(0, 6), weight=st.integers(1, 3), findable=st.booleans())
     def add(self, key, weight, findable):
@@ -164,7 +164,7 @@ TestCache = CacheMachine.TestCase
 def test_what_dies_while_the_cache_is_locked_does_not_deadlock():
     gone: list[int] = []
     cache = ClockCache(0, 0)
-    number = cache.part(Number).add(1, Number(1, gone))
+    number = CachePart(cache).add(1, Number(1, gone))
     with cache._lock:
         del number
         assert gone == [1]

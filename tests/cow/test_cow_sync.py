@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from cow_sources import wait_until
 
-from cow.sync import Gate, SingleFlight
+from cow import SingleFlight
+from cow.sync import Gate
 
 PATIENCE = 60
 

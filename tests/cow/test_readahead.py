@@ -6,7 +6,7 @@ import pytest
 from cow_sources import MemorySource, pattern, read_chunk
 
 from cow import COWStore, ReadaheadOptions
-from cow.readahead import ReadaheadPlanner
+from cow.reader import ReadaheadPlanner
 
 CHUNK = 4096
 OPTIONS = ReadaheadOptions(max_bytes=16 * CHUNK)

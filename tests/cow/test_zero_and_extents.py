@@ -9,9 +9,8 @@ import pytest
 from cow_sources import pattern
 from hypothesis import given, strategies as st
 
-from cow import OutOfBounds, TruncatedFile, data_extents, is_zero
+from cow import Copier, OutOfBounds, TruncatedFile, data_extents, is_zero, write_all
 from cow.chunks import check_chunk_size, check_range, check_store_size, chunk_count, chunk_length, pieces
-from cow.fileio import Copier, write_all
 
 
 @given(st.binary(max_size=300), st.integers(0, 9000), st.integers(0, 20))

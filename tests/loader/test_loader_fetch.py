@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from loader_hosts import CHUNK, HostFactory, image
 
-from cow.sync import Flight
+from cow import Flight
 from snaploader import FileCache, SnapshotLoader
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import SnaploaderError
