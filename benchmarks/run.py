@@ -28,7 +28,7 @@ from cow import COWStore
 from snaploader import SaveResult, SnapshotKeySet, SnapshotLoader
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader._proto.services import CAS, methods
-from snaploader.formats.chunktree import decode_tree, encode_tree
+from snaploader.formats.chunktable import decode_tree, encode_tree
 from snaploader.remote import tune_malloc
 
 MIB = 1 << 20

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import hosts, images
-from snaploader.formats.chunktree import decode_tree, encode_tree
+from snaploader.formats.chunktable import decode_tree, encode_tree
 from snaploader.testing import EmbeddedServer
 
 MIB = 1 << 20

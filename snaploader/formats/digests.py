@@ -1,27 +1,34 @@
-"""Many digests as arrays: 40 bytes each, where an object for each of 200,000 chunks takes 50 MiB.
+"""What there is too much of for an object each: many digests as arrays, and the fields of large messages.
 
-A `DigestArray` is a sequence of `Digest`, so any `BlobStore` can be asked for one.
-Stores that know it look at its arrays, and make objects only for the few blobs that they lack.
+A `DigestArray` takes 40 bytes for each digest, where the objects for 200,000 chunks take 50 MiB.
+It is a sequence of `Digest`, so any `BlobStore` can be asked for one. Stores that know it look at its
+arrays, and make objects only for the few blobs that they lack.
+
+Messages of protobuf with too many parts to parse them whole are read without a message class, one field
+after the other. See "Encoding" in protobuf's documentation.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, final, overload
+from typing import Any, NamedTuple, final, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.formats import wire
 
 _PIECE = 4096
 """Hashes that are converted at once: their text then takes 256 KiB, which stays in the processor's cache."""
 _HEX = re.compile(r"[0-9a-f]{64}")
-_HASH_TAG = wire.tag(1, wire.BYTES)
-_SIZE_TAG = wire.tag(2, wire.VARINT)
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+"""Wire types. Groups (3 and 4) are refused: no message of ours ever had one."""
+
+_FIXED_LENGTHS = {FIXED64: 8, FIXED32: 4}
+_MAX_VARINT_BYTES = 10
 _HASH_AT = 4
 _SIZE_AT = _HASH_AT + 2 * HASH_BYTES + 1
 
@@ -112,12 +119,12 @@ class DigestArray(Sequence[Digest]):
             hashes, sizes = self.hashes[start : start + _PIECE], self.sizes[start : start + _PIECE]
             numbers, lengths = _varints(sizes)
             rows = np.empty((len(sizes), _SIZE_AT + numbers.shape[1]), np.uint8)
-            rows[:, 0] = wire.tag(field_number, wire.BYTES)
+            rows[:, 0] = tag(field_number, BYTES)
             rows[:, 1] = _SIZE_AT - 2 + lengths
-            rows[:, 2], rows[:, 3] = _HASH_TAG, 2 * HASH_BYTES
+            rows[:, 2], rows[:, 3] = tag(1, BYTES), 2 * HASH_BYTES
             text = np.frombuffer(hashes.tobytes().hex().encode(), np.uint8)
             rows[:, _HASH_AT : _SIZE_AT - 1] = text.reshape(-1, 2 * HASH_BYTES)
-            rows[:, _SIZE_AT - 1] = _SIZE_TAG
+            rows[:, _SIZE_AT - 1] = tag(2, VARINT)
             rows[:, _SIZE_AT:] = numbers
             used = np.arange(rows.shape[1]) < _SIZE_AT + lengths[:, np.newaxis]
             parts.append(rows[used].tobytes())
@@ -207,3 +214,63 @@ def _varints(numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.uint8], npt
     lengths = np.maximum(1, (groups > 0).sum(axis=1))
     is_last = np.arange(count) == lengths[:, np.newaxis] - 1
     return np.where(is_last, groups, groups & 0x7F | 0x80).astype(np.uint8), lengths
+
+
+class Field(NamedTuple):
+    """One field of a serialised message."""
+
+    number: int
+    wire_type: int
+    payload: memoryview
+    """Of a field of bytes, what they are; of others, the encoded value. Shares memory with the message."""
+
+
+def tag(number: int, wire_type: int) -> int:
+    """What stands before a field; one byte, for the first 15 numbers."""
+    return number << 3 | wire_type
+
+
+def varint(value: int) -> bytes:
+    """A number that is not negative, seven bits to a byte, lowest first."""
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def read_fields(message: memoryview) -> Iterator[Field]:
+    """The fields of a serialised message, in the order they stand there.
+
+    Raises:
+        InvalidArgument: The bytes are no message; raised once the fields before are consumed.
+    """
+    position = 0
+    while position < len(message):
+        key, position = _read_varint(message, position)
+        number, wire_type = key >> 3, key & 7
+        start = position
+        if wire_type == BYTES:
+            length, start = _read_varint(message, position)
+            position = start + length
+        elif wire_type == VARINT:
+            _, position = _read_varint(message, position)
+        elif wire_type in _FIXED_LENGTHS:
+            position += _FIXED_LENGTHS[wire_type]
+        else:
+            raise InvalidArgument(f"not a protobuf message: wire type {wire_type} at byte {start}")
+        if position > len(message) or not number:
+            raise InvalidArgument(
+                f"not a protobuf message: field {number} at byte {start} is cut short or unknown"
+            )
+        yield Field(number, wire_type, message[start:position])
+
+
+def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for shift, byte in enumerate(message[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return value, position + shift + 1
+    raise InvalidArgument(f"not a protobuf message: bad number at byte {position}")

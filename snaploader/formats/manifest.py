@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeVar
 
-from google.protobuf.message import DecodeError, EncodeError, Message
+from google.protobuf.message import EncodeError, Message
 
-from snaploader._proto import any_pb2, remote_execution_pb2, snaploader_pb2
+from snaploader._proto import any_pb2, remote_execution_pb2 as reapi, snaploader_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.formats.chunktree import MAX_TREE_BYTES
+from snaploader.formats.chunktable import MAX_TREE_BYTES, M, parse_message
 
 MAX_MANIFEST_BYTES = 4 << 20
 """Largest serialised ActionResult; gRPC servers take no larger message."""
@@ -36,8 +35,6 @@ MAX_METADATA = 64
 """Most auxiliary metadata entries."""
 
 _TYPE_URL_PREFIX = "type.googleapis.com/"
-
-M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +119,9 @@ class Manifest:
         named = (*files, *self.chunked_files.values(), *self.directories.values())
         return tuple(dict.fromkeys(digest for digest in named if digest.size_bytes))
 
-    def to_action_result(self) -> remote_execution_pb2.ActionResult:
+    def to_action_result(self) -> reapi.ActionResult:
         """The manifest as REAPI's ActionResult. InvalidArgument when it is too large."""
-        result = remote_execution_pb2.ActionResult()
+        result = reapi.ActionResult()
         metadata = result.execution_metadata.auxiliary_metadata
         metadata.append(self.vm_configuration)
         if self.vm_metadata is not None:
@@ -153,9 +150,7 @@ class Manifest:
         return result
 
     @classmethod
-    def from_action_result(
-        cls, result: remote_execution_pb2.ActionResult, function: DigestFunction
-    ) -> Manifest:
+    def from_action_result(cls, result: reapi.ActionResult, function: DigestFunction) -> Manifest:
         """The manifest in an ActionResult, all of it checked.
 
         Args:
@@ -204,10 +199,7 @@ class Manifest:
     def parse(cls, data: bytes, function: DigestFunction) -> Manifest:
         """The manifest in a serialised ActionResult; InvalidArgument as `from_action_result`."""
         _check_size(data)
-        try:
-            result = remote_execution_pb2.ActionResult.FromString(data)
-        except DecodeError as error:
-            raise InvalidArgument(f"a manifest is not a serialised ActionResult: {error}") from error
+        result = parse_message(reapi.ActionResult, data, "a manifest is not a serialised ActionResult")
         return cls.from_action_result(result, function)
 
     def serialize_local(self) -> bytes:
@@ -221,10 +213,9 @@ class Manifest:
     def parse_local(cls, data: bytes) -> Manifest:
         """The manifest in a record of the local file cache; InvalidArgument as `from_action_result`."""
         _check_size(data)
-        try:
-            record = snaploader_pb2.LocalManifest.FromString(data)
-        except DecodeError as error:
-            raise InvalidArgument(f"a local manifest is not a serialised record: {error}") from error
+        record = parse_message(
+            snaploader_pb2.LocalManifest, data, "a local manifest is not a serialised record"
+        )
         try:
             function = DigestFunction(record.digest_function)
         except ValueError:
@@ -237,7 +228,7 @@ class Manifest:
         if len(self.other_metadata) + 2 + bool(self.directories) > MAX_METADATA:
             raise InvalidArgument(f"a manifest may hold no more than {MAX_METADATA} metadata entries")
         given = (*self.other_metadata, *([self.vm_metadata] if self.vm_metadata is not None else []))
-        if any(_is_directory_names(entry) for entry in given):
+        if any(_is_packed(entry, snaploader_pb2.DirectoryNames) for entry in given):
             raise InvalidArgument("the names of directories are given as directories, not as metadata")
 
     def _check_digest(self, digest: Digest, name: str) -> None:
@@ -288,21 +279,14 @@ def pack_any(message: Message) -> any_pb2.Any:
 
 
 def unpack_any(packed: any_pb2.Any | None, kind: type[M]) -> M | None:
-    """The message of type `kind` in `packed`, or None when there is none or one of another type.
-
-    Raises:
-        InvalidArgument: It says it is of this type, and cannot be parsed.
-    """
-    if packed is None or packed.type_url.rpartition("/")[2] != kind.DESCRIPTOR.full_name:
+    """The message in `packed`, if that says it holds a `kind`; InvalidArgument when it then does not."""
+    if packed is None or not _is_packed(packed, kind):
         return None
-    try:
-        return kind.FromString(packed.value)
-    except DecodeError as error:
-        raise InvalidArgument(f"the packed {kind.DESCRIPTOR.full_name} cannot be parsed: {error}") from error
+    return parse_message(kind, packed.value, f"the packed {kind.DESCRIPTOR.full_name} cannot be parsed")
 
 
-def _is_directory_names(entry: any_pb2.Any) -> bool:
-    return entry.type_url.rpartition("/")[2] == snaploader_pb2.DirectoryNames.DESCRIPTOR.full_name
+def _is_packed(entry: any_pb2.Any, kind: type[Message]) -> bool:
+    return entry.type_url.rpartition("/")[2] == kind.DESCRIPTOR.full_name
 
 
 def _take_directory_names(entries: list[any_pb2.Any]) -> tuple[set[str], list[any_pb2.Any]]:
@@ -310,11 +294,11 @@ def _take_directory_names(entries: list[any_pb2.Any]) -> tuple[set[str], list[an
     names: list[str] = []
     rest = []
     for entry in entries:
-        if not _is_directory_names(entry):
-            rest.append(entry)
-            continue
         listed = unpack_any(entry, snaploader_pb2.DirectoryNames)
-        names += listed.names if listed is not None else ()
+        if listed is None:
+            rest.append(entry)
+        else:
+            names += listed.names
     if len(set(names)) != len(names):
         raise InvalidArgument("a manifest names a directory twice")
     return set(names), rest
@@ -326,20 +310,19 @@ def _split_metadata(rest: list[any_pb2.Any]) -> tuple[any_pb2.Any | None, tuple[
     The metadata is the second entry, unless a server added its own before it; an empty entry stands
     for none.
     """
-    name = snaploader_pb2.VMMetadata.DESCRIPTOR.full_name
-    ours = (place for place, entry in enumerate(rest) if entry.type_url.rpartition("/")[2] == name)
+    ours = (place for place, entry in enumerate(rest) if _is_packed(entry, snaploader_pb2.VMMetadata))
     place = next(ours, 0)
     vm_metadata = rest[place] if rest and rest[place].type_url else None
     return vm_metadata, tuple(rest[:place] + rest[place + 1 :])
 
 
-def _set_digest(message: remote_execution_pb2.Digest, digest: Digest) -> None:
+def _set_digest(message: reapi.Digest, digest: Digest) -> None:
     message.hash = digest.hash
     message.size_bytes = digest.size_bytes
 
 
 def _get_digest(
-    output: remote_execution_pb2.OutputFile | remote_execution_pb2.OutputDirectory,
+    output: reapi.OutputFile | reapi.OutputDirectory,
     name: str,
     function: DigestFunction,
 ) -> Digest:

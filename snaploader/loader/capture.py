@@ -24,8 +24,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache
 from snaploader.files import remove_tree
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import DEFAULT_MODE, encode_tree
+from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
 from snaploader.loader.directory import DirectoryCapture, DirectorySource
@@ -124,8 +123,9 @@ class StateCapture:
             self._finish(chunked)
         for capture in self.directories.values():
             capture.finish()
-        trees = self.trees.values()
-        check_entry_count(sum(map(len, trees)), sum(tree.decoded_bytes for tree in trees))
+        if self.directories:
+            trees = self.trees.values()
+            check_entry_count(sum(map(len, trees)), sum(tree.decoded_bytes for tree in trees))
         return self._saved
 
     @property

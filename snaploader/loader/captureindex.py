@@ -24,8 +24,7 @@ import numpy as np
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import SnaploaderError, translate_os_errors
 from snaploader.files import replace_file
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import decode_tree, encode_tree
+from snaploader.formats.chunktable import ChunkTable, decode_tree, encode_tree
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry
 from snaploader.loader.scan import FileIdentity
 

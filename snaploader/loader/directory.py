@@ -18,8 +18,14 @@ from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import ChunkTable, check_geometry
-from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, Entry, FileEntry
-from snaploader.formats.dirtreecodec import encode_directory_tree
+from snaploader.formats.dirtree import (
+    ChunkedEntry,
+    DirectoryEntry,
+    DirectoryTree,
+    Entry,
+    FileEntry,
+    encode_directory_tree,
+)
 from snaploader.loader.captureindex import CaptureIndex, Content, is_settled, read_index, try_write_index
 from snaploader.loader.results import ProgressMeter, SavedDirectory
 from snaploader.loader.scan import (

@@ -20,8 +20,7 @@ from snaploader.blobstore import BlobStore
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import DEFAULT_MODE
+from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable
 from snaploader.loader.prefetch import BlobFlight, BlobFlights, Prefetcher
 from snaploader.workers import WorkerPool
 

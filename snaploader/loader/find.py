@@ -14,11 +14,15 @@ from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.filecache.hashes import HashSet
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import decode_chunked_file
+from snaploader.formats.chunktable import ChunkTable, decode_chunked_file
 from snaploader.formats.digests import DigestArray
-from snaploader.formats.dirtree import MAX_DECODED_BYTES, MAX_ENTRIES, DirectoryTree, check_entry_count
-from snaploader.formats.dirtreecodec import decode_directory_tree
+from snaploader.formats.dirtree import (
+    MAX_DECODED_BYTES,
+    MAX_ENTRIES,
+    DirectoryTree,
+    check_entry_count,
+    decode_directory_tree,
+)
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.files import remove_tree
-from snaploader.formats.chunktree import DEFAULT_MODE
+from snaploader.formats.chunktable import DEFAULT_MODE
 from snaploader.loader.captureindex import write_restored_index
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder, stored_bytes

@@ -15,7 +15,7 @@ from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.files import remove_tree
-from snaploader.formats.chunktree import DEFAULT_MODE
+from snaploader.formats.chunktable import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.place import SnapshotWriter, output_folder
 from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot

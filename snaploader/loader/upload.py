@@ -22,8 +22,7 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import MAX_CHUNK_SIZE
 from snaploader.formats.digests import DigestArray
-from snaploader.formats.dirtree import DirectoryTree
-from snaploader.formats.dirtreecodec import child_directories
+from snaploader.formats.dirtree import DirectoryTree, child_directories
 from snaploader.loader.results import ProgressCallback, ProgressMeter
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import Cancelled, DataLoss, translate_os_errors
-from snaploader.formats.wire import varint
+from snaploader.formats.digests import varint
 
 
 def read_name(instance_name: str, digest: Digest, *, zstd: bool = False) -> str:

@@ -12,9 +12,14 @@ from hypothesis import given, strategies as st
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.formats import chunktree
-from snaploader.formats.chunktable import MAX_CHUNKS, ChunkTable
-from snaploader.formats.chunktree import decode_chunked_file, decode_tree, encode_tree
+from snaploader.formats import chunktable
+from snaploader.formats.chunktable import (
+    MAX_CHUNKS,
+    ChunkTable,
+    decode_chunked_file,
+    decode_tree,
+    encode_tree,
+)
 
 CHUNK = 4096
 SHA256 = DigestFunction.SHA256
@@ -71,17 +76,17 @@ def test_bytes_are_those_of_protobuf(table: ChunkTable) -> None:
 def test_tables_survive_the_wire(table: ChunkTable) -> None:
     data = encode_tree(table)
     assert decode_tree(data, table.function) == table
-    canonical = chunktree._decode_canonical(memoryview(data), table.function)
+    canonical = chunktable._decode_canonical(memoryview(data), table.function)
     assert canonical is not None
     assert canonical[0] == table
-    assert chunktree._read_any(chunktree._root_fields(memoryview(data)), table.function)[0] == table
+    assert chunktable._read_any(chunktable._root_fields(memoryview(data)), table.function)[0] == table
 
 
 def test_tables_of_several_blocks_survive_the_wire() -> None:
     table = random_table(1, 30_000 * CHUNK - 1, CHUNK, 25_000)
     data = encode_tree(table)
     assert data == message_of(table).SerializeToString(deterministic=True)
-    canonical = chunktree._decode_canonical(memoryview(data), SHA256)
+    canonical = chunktable._decode_canonical(memoryview(data), SHA256)
     assert canonical is not None
     assert canonical[0] == table
 
@@ -283,16 +288,16 @@ def test_bytes_that_are_no_tree_are_refused(data: bytes, complaint: str) -> None
 
 
 def test_a_tree_beyond_the_limit_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunktree, "MAX_TREE_BYTES", 100)
+    monkeypatch.setattr(chunktable, "MAX_TREE_BYTES", 100)
     with pytest.raises(InvalidArgument, match="100 are allowed"):
         decode_tree(bytes(101), SHA256)
 
 
 def test_a_tree_of_too_many_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunktree, "MAX_STORED_CHUNKS", 10)
-    table = random_table(1, 20 * CHUNK, CHUNK, 11)
+    data = encode_tree(random_table(1, 20 * CHUNK, CHUNK, 11))
+    monkeypatch.setattr(chunktable, "MAX_STORED_CHUNKS", 10)
     with pytest.raises(InvalidArgument, match="more than 10 chunks"):
-        chunktree._read_any(chunktree._root_fields(memoryview(encode_tree(table))), SHA256)
+        decode_tree(data, SHA256)
 
 
 SAMPLE = encode_tree(random_table(4, 40 * CHUNK + 3, CHUNK, 20))

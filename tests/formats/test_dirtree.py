@@ -14,9 +14,8 @@ from hypothesis import given, strategies as st
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument, NotFound
-from snaploader.formats import dirtree, dirtreecodec
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import encode_tree
+from snaploader.formats import dirtree
+from snaploader.formats.chunktable import ChunkTable, encode_tree
 from snaploader.formats.dirtree import (
     MAX_DEPTH,
     MAX_PATH_BYTES,
@@ -27,8 +26,9 @@ from snaploader.formats.dirtree import (
     Entry,
     FileEntry,
     SymlinkEntry,
+    decode_directory_tree,
+    encode_directory_tree,
 )
-from snaploader.formats.dirtreecodec import decode_directory_tree, encode_directory_tree
 
 SHA256 = DigestFunction.SHA256
 HELLO = Digest.of(b"hello\n", SHA256)
@@ -422,7 +422,7 @@ def test_bytes_that_are_no_tree_are_refused(data: bytes) -> None:
         decode_directory_tree(data, SHA256)
 
 
-def test_a_small_tree_of_very_many_paths_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_tree_of_very_many_paths_is_refused() -> None:
     """Each directory holds the one below twice, so that the number of paths doubles with every level."""
     message = reapi.Tree()
     inner = reapi.Directory()
@@ -436,9 +436,8 @@ def test_a_small_tree_of_very_many_paths_is_refused(monkeypatch: pytest.MonkeyPa
         inner = outer
         del level
     message.root.CopyFrom(inner)
-    monkeypatch.setattr(dirtreecodec, "MAX_ENTRIES", 1000)
     with pytest.raises(InvalidArgument, match="1000 entries"):
-        decoded(message)
+        decode_directory_tree(message.SerializeToString(), SHA256, max_entries=1000)
 
 
 def test_long_and_deep_paths_are_refused() -> None:

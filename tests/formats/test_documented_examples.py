@@ -11,10 +11,14 @@ import pytest
 
 from snaploader._proto import snaploader_pb2
 from snaploader.digest import Digest, DigestFunction
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import encode_tree
-from snaploader.formats.dirtree import DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
-from snaploader.formats.dirtreecodec import encode_directory_tree
+from snaploader.formats.chunktable import ChunkTable, encode_tree
+from snaploader.formats.dirtree import (
+    DirectoryEntry,
+    DirectoryTree,
+    FileEntry,
+    SymlinkEntry,
+    encode_directory_tree,
+)
 from snaploader.formats.manifest import Manifest, PlainFile, pack_any
 from snaploader.keys import (
     SnapshotKey,

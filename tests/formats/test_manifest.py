@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from snaploader._proto import any_pb2, remote_execution_pb2 as reapi, snaploader_pb2
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import InvalidArgument
-from snaploader.formats.chunktree import MAX_TREE_BYTES
+from snaploader.formats.chunktable import MAX_TREE_BYTES
 from snaploader.formats.manifest import (
     MAX_FILES,
     MAX_MANIFEST_BYTES,

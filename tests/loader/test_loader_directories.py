@@ -15,8 +15,13 @@ from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 from snaploader import DirectorySource, SnapshotKey
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
 from snaploader.filecache import pins
-from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, FileEntry, SymlinkEntry
-from snaploader.formats.dirtreecodec import child_directories
+from snaploader.formats.dirtree import (
+    ChunkedEntry,
+    DirectoryEntry,
+    FileEntry,
+    SymlinkEntry,
+    child_directories,
+)
 from snaploader.loader import directory
 from snaploader.testing import EmbeddedServer
 

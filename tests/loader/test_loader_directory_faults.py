@@ -26,8 +26,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.files import remove_tree
-from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry
-from snaploader.formats.dirtreecodec import decode_directory_tree
+from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, decode_directory_tree
 from snaploader.formats.manifest import Manifest, pack_any
 from snaploader.keys import local_manifest_key, snapshot_id_key
 from snaploader.loader import captureindex, place

@@ -20,9 +20,8 @@ from snaploader._proto.snaploader_pb2 import DirectoryNames
 from snaploader.cli.lookup import snapshot_record, vm_configuration_record
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, SnaploaderError
-from snaploader.formats import wire
-from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.chunktree import encode_tree
+from snaploader.formats.chunktable import ChunkTable, encode_tree
+from snaploader.formats.digests import BYTES, VARINT, tag, varint
 from snaploader.formats.manifest import MAX_TREES_BYTES, pack_any
 from snaploader.keys import SnapshotKeySet
 from snaploader.testing import FakeCAS
@@ -163,8 +162,8 @@ def repeated_listing(seed: int) -> bytes:
 
 def fields_of(number: int, payloads: Iterable[bytes]) -> bytes:
     """A message with these in one repeated field; protobuf's own are slow for very many."""
-    tag = bytes((wire.tag(number, wire.BYTES),))
-    return b"".join(tag + wire.varint(len(payload)) + payload for payload in payloads)
+    key = bytes((tag(number, BYTES),))
+    return b"".join(key + varint(len(payload)) + payload for payload in payloads)
 
 
 def one_field(number: int, payload: bytes) -> bytes:
@@ -195,10 +194,10 @@ def many_children(seed: int) -> bytes:
 def many_directories(seed: int) -> bytes:
     """Directories that are all different, in the root."""
     leaves = [one_field(3, one_field(1, b"%x-%x" % (seed, n)) + one_field(2, b"x")) for n in range(MANY // 4)]
-    size = bytes((wire.tag(2, wire.VARINT),))
+    size = bytes((tag(2, VARINT),))
     nodes = (
         one_field(1, b"%x" % number)
-        + one_field(2, one_field(1, SHA256.hash(leaf).encode()) + size + wire.varint(len(leaf)))
+        + one_field(2, one_field(1, SHA256.hash(leaf).encode()) + size + varint(len(leaf)))
         for number, leaf in enumerate(leaves)
     )
     return one_field(1, fields_of(2, nodes)) + fields_of(2, leaves)
@@ -206,10 +205,10 @@ def many_directories(seed: int) -> bytes:
 
 def many_files(seed: int) -> bytes:
     """Files that are all different, in the root; and padding, which is passed over."""
-    size = bytes((wire.tag(2, wire.VARINT),))
+    size = bytes((tag(2, VARINT),))
     nodes = (
         one_field(1, b"%x" % number)
-        + one_field(2, one_field(1, b"%064x" % (seed << 32 | number)) + size + wire.varint(1000 + number))
+        + one_field(2, one_field(1, b"%064x" % (seed << 32 | number)) + size + varint(1000 + number))
         for number in range(MANY)
     )
     return one_field(1, fields_of(1, nodes)) + one_field(15, bytes(MAX_TREES_BYTES // 2))
