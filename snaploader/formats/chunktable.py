@@ -1,9 +1,9 @@
-"""The chunks of one file: which of them hold data, the digest of each, and the Tree that says so.
+"""The chunks of one file: which of them hold data, and the digest of each; in memory, and as a chunk tree.
 
 A file of 100 GiB has 200,000 chunks, so a table is two numpy arrays, 40 bytes per stored chunk, and
 Python objects are made for single chunks only when asked for.
 
-Its Remote Execution API Tree has one FileNode per stored chunk, so that a server that checks what a Tree
+A chunk tree is a Remote Execution API Tree with one FileNode per stored chunk, so that a server that checks what a Tree
 names checks every chunk. docs/formats/manifest.md describes the format. The bytes are those of
 protobuf's deterministic serialisation, but made and read as numpy arrays: with a protobuf message per
 chunk, 200,000 chunks took 30 times as long to write, 6 times as long to read, and 100 MiB more.
