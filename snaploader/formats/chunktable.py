@@ -3,10 +3,10 @@
 A file of 100 GiB has 200,000 chunks, so a table is two numpy arrays, 40 bytes per stored chunk, and
 Python objects are made for single chunks only when asked for.
 
-A chunk tree is a Remote Execution API Tree with one FileNode per stored chunk, so that a server that checks what a Tree
-names checks every chunk. docs/formats/manifest.md describes the format. The bytes are those of
-protobuf's deterministic serialisation, but made and read as numpy arrays: with a protobuf message per
-chunk, 200,000 chunks took 30 times as long to write, 6 times as long to read, and 100 MiB more.
+A chunk tree is a Remote Execution API Tree with one FileNode per stored chunk, so that a server that
+checks what a Tree names checks every chunk. docs/formats/manifest.md describes the format. The bytes are
+those of protobuf's deterministic serialisation, but made and read as numpy arrays: with a protobuf message
+per chunk, 200,000 chunks took 30 times as long to write, 6 times as long to read, and 100 MiB more.
 
 Reading takes the bytes for what is written of some table, picks that table out of them
 without a further look, and encodes it again: it is right if that gives the very same bytes. Bytes in
