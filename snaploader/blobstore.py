@@ -109,7 +109,7 @@ class TieredStore:
             return self._near.read(digest)
         except (NotFound, DataLoss) as error:
             data = self._read_far(digest, error)
-        self._keep(digest, data)
+        self._keep(Upload(digest, data, verified=True))
         return data
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
@@ -126,7 +126,7 @@ class TieredStore:
                 raise
 
         def take_and_keep(digest: Digest, data: bytes) -> None:
-            self._keep(digest, data)
+            self._keep(Upload(digest, data, verified=True))
             sink(digest, data)
 
         missing = self._near.find_missing(rest)
@@ -149,14 +149,14 @@ class TieredStore:
     def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
         """Store one blob in both."""
         self._far.write(digest, source)
-        self._keep(digest, source)
+        self._keep(Upload(digest, source))
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store many blobs in both. What is returned tells of the far one."""
 
         def kept() -> Iterator[Upload]:
             for upload in uploads:
-                self._keep(upload.digest, upload.source)
+                self._keep(upload)
                 yield upload
 
         return self._far.write_many(kept())
@@ -169,11 +169,11 @@ class TieredStore:
                 error.add_note(f"in the store before it: {near_error.message}")
             raise
 
-    def _keep(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+    def _keep(self, upload: Upload) -> None:
         try:
-            self._near.write(digest, source)
+            self._near.write_many([upload])
         except SnaploaderError as error:
-            log.warning("blob %s is not kept in a near store: %s", digest, error)
+            log.warning("blob %s is not kept in a near store: %s", upload.digest, error)
 
 
 class RemoteStore(BlobStore, Protocol):
@@ -187,10 +187,6 @@ class RemoteStore(BlobStore, Protocol):
     @property
     def update_enabled(self) -> bool:
         """Whether action results may be written, as far as the store says. Raises as `digest_function`."""
-        ...
-
-    def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
-        """Store those blobs that the store does not hold yet."""
         ...
 
     def get_action_result(self, action_digest: Digest) -> remote_execution_pb2.ActionResult:

@@ -11,7 +11,7 @@ import pytest
 from loader_hosts import CHUNK, HostFactory, image
 
 from snaploader import FileCache, SnapshotLoader
-from snaploader.blobstore import BlobStore, TieredStore, Upload
+from snaploader.blobstore import BlobStore, TieredStore, TransferStatistics, Upload
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from snaploader.testing import FakeCAS
@@ -121,7 +121,7 @@ class Failing(FakeCAS):
     def read_many(self, digests: Any, sink: Any) -> None:
         raise self.error
 
-    def write(self, digest: Digest, source: Any) -> None:
+    def write_many(self, uploads: Any) -> TransferStatistics:
         raise ResourceExhausted("full")
 
 
@@ -142,6 +142,30 @@ def test_a_tier_that_is_damaged_or_full_is_passed_over(far: FakeCAS, error: Exce
     assert (["in the store before it: rotten"] if isinstance(error, DataLoss) else []) == getattr(
         caught.value, "__notes__", []
     )
+
+
+class Noting(FakeCAS):
+    """Remembers what it was told to be verified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.verified: dict[Digest, bool] = {}
+
+    def write_many(self, uploads: Any) -> TransferStatistics:
+        uploads = list(uploads)
+        self.verified |= {upload.digest: upload.verified for upload in uploads}
+        return super().write_many(uploads)
+
+
+def test_a_near_store_is_told_which_bytes_were_hashed_already(far: FakeCAS) -> None:
+    near = Noting()
+    tiers = TieredStore(near, far)
+    fill(far, 0, 1)
+    tiers.read(DIGESTS[0])
+    tiers.read_many([DIGESTS[1]], lambda *_: None)
+    tiers.write_many([Upload(DIGESTS[2], BLOBS[2], verified=True), Upload(DIGESTS[3], BLOBS[3])])
+    tiers.write(DIGESTS[4], BLOBS[4])
+    assert near.verified == dict(zip(DIGESTS, (True, True, True, False, False), strict=True))
 
 
 def test_what_a_sink_raises_is_raised_and_ends_the_transfer(
