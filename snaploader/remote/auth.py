@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeAlias
 from snaploader._proto import remote_execution_pb2
 from snaploader._version import __version__
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
+from snaploader.remote.config import Endpoint
 
 Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
 
@@ -73,24 +74,22 @@ def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str
 
     Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
     """
-    items = headers.items() if isinstance(headers, Mapping) else headers
-    return tuple(_checked(name, value) for name, value in items)
-
-
-def _checked(name: str, value: str | bytes) -> tuple[str, str | bytes]:
-    name = name.strip().lower()
-    if not _NAME.fullmatch(name) or name.startswith("grpc-"):
-        raise InvalidArgument(
-            f"header name {name[:80]!r} is not allowed: use letters, digits, '-', '_' and '.'"
-        )
-    if name.endswith("-bin"):
-        if not isinstance(value, bytes):
-            raise InvalidArgument(f"header {name!r} ends in -bin, so its value must be bytes")
-    elif not isinstance(value, str) or not _VALUE.fullmatch(value):
-        raise InvalidArgument(f"the value of header {name!r} must be printable ASCII text of at most 8 KiB")
-    else:
-        value = Secret(value)
-    return name, value
+    checked: list[tuple[str, str | bytes]] = []
+    for given, value in headers.items() if isinstance(headers, Mapping) else headers:
+        name = given.strip().lower()
+        if not _NAME.fullmatch(name) or name.startswith("grpc-"):
+            raise InvalidArgument(
+                f"header name {name[:80]!r} is not allowed: use letters, digits, '-', '_' and '.'"
+            )
+        if name.endswith("-bin"):
+            if not isinstance(value, bytes):
+                raise InvalidArgument(f"header {name!r} ends in -bin, so its value must be bytes")
+        elif not isinstance(value, str) or not _VALUE.fullmatch(value):
+            raise InvalidArgument(
+                f"the value of header {name!r} must be printable ASCII text of at most 8 KiB"
+            )
+        checked.append((name, value if isinstance(value, bytes) else Secret(value)))
+    return tuple(checked)
 
 
 def is_secret(name: str) -> bool:
@@ -114,34 +113,20 @@ class Credentials(Protocol):
         ...
 
 
-class NoCredentials:
-    """Sends nothing."""
-
-    def headers(self) -> Headers:
-        return ()
-
-    def refresh(self) -> bool:
-        return False
-
-
 class BearerToken:
     """Sends `authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
 
     def __init__(self, token: str | Callable[[], str]) -> None:
+        self._token = Secret(token) if isinstance(token, str) else token
         if isinstance(token, str):
-            self._header(token)
-            token = Secret(token)
-        self._token = token
+            self.headers()  # InvalidArgument for what cannot be sent
 
     def headers(self) -> Headers:
-        return self._header(self._token if isinstance(self._token, str) else self._token())
+        token = self._token if isinstance(self._token, str) else self._token()
+        return checked_headers([("authorization", f"Bearer {token}")])
 
     def refresh(self) -> bool:
         return not isinstance(self._token, str)
-
-    @staticmethod
-    def _header(token: str) -> Headers:
-        return checked_headers([("authorization", f"Bearer {token}")])
 
 
 class Netrc:
@@ -251,22 +236,21 @@ def _parse_answer(answer: bytes) -> tuple[Headers, float]:
 
 
 def make_credentials(
+    endpoint: Endpoint,
     *,
     bearer_token: str | Callable[[], str] | None,
     credential_helper: str | os.PathLike[str] | None,
     netrc_file: str | os.PathLike[str] | None,
-    host: str,
-    uri: str,
     helper_timeout_s: float,
-) -> Credentials:
-    """Make the source of credentials that was chosen. InvalidArgument for more than one."""
+) -> Credentials | None:
+    """Make the source of credentials that was chosen, if one was. InvalidArgument for more than one."""
     given = [x for x in (bearer_token, credential_helper, netrc_file) if x is not None]
     if len(given) > 1:
         raise InvalidArgument("give one of bearer_token, credential_helper and netrc, not several")
     if bearer_token is not None:
         return BearerToken(bearer_token)
     if credential_helper is not None:
-        return CredentialHelper(credential_helper, uri, helper_timeout_s)
+        return CredentialHelper(credential_helper, endpoint.uri, helper_timeout_s)
     if netrc_file is not None:
-        return Netrc(netrc_file, host)
-    return NoCredentials()
+        return Netrc(netrc_file, endpoint.host)
+    return None

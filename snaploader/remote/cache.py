@@ -1,41 +1,77 @@
-"""`RemoteCache`: a Remote Execution API server as a blob store and an action cache."""
+"""`RemoteCache`: a Remote Execution API server as a blob store and an action cache; and its connection."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import operator
 import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import grpc
 
-from snaploader._proto import remote_execution_pb2
+from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
-from snaploader.errors import FailedPrecondition, InvalidArgument
+from snaploader.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    SnaploaderError,
+    Unimplemented,
+)
 from snaploader.formats.digests import DigestArray
-from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
-from snaploader.remote.bulk import Task, batches, chunked, distinct
-from snaploader.remote.calls import Caller
-from snaploader.remote.capabilities import RemoteCapabilities
-from snaploader.remote.cas import SinkFailed
+from snaploader.remote import streams
+from snaploader.remote.auth import (
+    Credentials,
+    Headers,
+    RequestMetadata,
+    checked_headers,
+    is_secret,
+    make_credentials,
+)
+from snaploader.remote.bulk import ByteBudget, Task, run_all
+from snaploader.remote.calls import Caller, Recorder, RemoteStatistics, Transport
+from snaploader.remote.capabilities import (
+    MESSAGE_LIMIT_BYTES,
+    RemoteCapabilities,
+    negotiate,
+    without_capabilities,
+)
+from snaploader.remote.cas import CASClient, batches, distinct, function_field, to_message
+from snaploader.remote.channel import open_channel, tls_failure
 from snaploader.remote.codec import instance_name_error
-from snaploader.remote.config import Limits, RetryCallback, RetryPolicy, Timeouts, TLSConfig, parse_endpoint
-from snaploader.remote.connection import Clients, Connection, Settings
-from snaploader.remote.retry import Cancellation
-from snaploader.remote.statistics import Recorder, RemoteStatistics
+from snaploader.remote.config import (
+    Endpoint,
+    Limits,
+    RetryCallback,
+    RetryEvent,
+    RetryPolicy,
+    Timeouts,
+    TLSConfig,
+    parse_endpoint,
+)
+from snaploader.remote.retry import Cancellation, Retrier, SinkFailed
+from snaploader.workers import WorkerPool
 
 _DIGEST_BYTES = 80
 """A digest in a message, about."""
 
+_TLS_PROBE_S = 5.0
+"""Bounds finding out why a connection with TLS fails."""
+
 _inherited: list[Connection] = []
 """Connections of a parent process, kept so that gRPC's destructors do not run on them in a child."""
 
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -103,11 +139,10 @@ class RemoteCache:
             instance_name=instance_name,
             headers=((request_metadata or RequestMetadata()).header(), *checked_headers(headers)),
             credentials=make_credentials(
+                endpoint,
                 bearer_token=bearer_token,
                 credential_helper=credential_helper,
                 netrc_file=netrc,
-                host=endpoint.host,
-                uri=endpoint.uri,
                 helper_timeout_s=timeouts.credential_helper_s,
             ),
             tls=tls or TLSConfig(),
@@ -127,7 +162,7 @@ class RemoteCache:
 
     def capabilities(self) -> RemoteCapabilities:
         """Return what the server offers. It is asked once; a failure is not remembered."""
-        return self._ensure_connection().clients.caller.capabilities
+        return self._connect().cas.caller.capabilities
 
     @property
     def instance_name(self) -> str:
@@ -146,7 +181,7 @@ class RemoteCache:
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of `digests` that the server does not hold. It counts this as a use of the others."""
-        connection, clients = self._connect()
+        connection, cas = self._connected()
         groups: list[Sequence[Digest]] = []
         if isinstance(digests, DigestArray):
             wanted = digests.take(digests.sizes > 0)
@@ -157,15 +192,15 @@ class RemoteCache:
                 by_function[digest.function].append(digest)
             groups += by_function.values()
         for group in groups:
-            clients.check(group[0])
+            cas.check(group[0])
         count = self._settings.limits.find_missing_digests
-        pages = [page for group in groups for page in chunked(group, count)]
+        pages = [group[at : at + count] for group in groups for at in range(0, len(group), count)]
         if len(pages) <= 1:
-            return clients.cas.find_missing(pages[0], connection.cancellation) if pages else set()
+            return cas.find_missing(pages[0], connection.cancellation) if pages else set()
         missing: list[set[Digest]] = []
 
         def ask(page: Sequence[Digest], cancellation: Cancellation) -> None:
-            missing.append(clients.cas.find_missing(page, cancellation))
+            missing.append(cas.find_missing(page, cancellation))
 
         connection.run_all((len(page) * _DIGEST_BYTES, partial(ask, page)) for page in pages)
         return set().union(*missing)
@@ -175,16 +210,13 @@ class RemoteCache:
 
         NotFound when the server does not hold it, DataLoss when its bytes are wrong.
         """
-        connection, clients = self._connect()
-        clients.check(digest)
+        connection, cas = self._connected()
+        cas.check(digest)
         if not digest.size_bytes:
             return b""
-        with _sink_errors():
-            if not clients.caller.batch_limit.fits(digest.size_bytes):
-                return clients.reader.read(digest, connection.cancellation)
-            found: list[bytes] = []
-            clients.cas.read([digest], lambda _digest, data: found.append(data), connection.cancellation)
-            return found[0]
+        found: dict[Digest, bytes] = {}
+        cas.read([digest], found.__setitem__, connection.cancellation)
+        return found[digest]
 
     def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
         """Stream one blob, of any size, on the caller's thread, piece by piece, into `write`.
@@ -192,11 +224,11 @@ class RemoteCache:
         The pieces come in order and are verified as a whole: only when this returns were they right.
         On DataLoss, and any other error, discard what was written. What `write` raises is raised.
         """
-        connection, clients = self._connect()
-        clients.check(digest)
+        connection, cas = self._connected()
+        cas.check(digest)
         if digest.size_bytes:
             with _sink_errors():
-                clients.reader.read_to(digest, write, connection.cancellation)
+                streams.read_to(cas.caller, digest, write, connection.cancellation)
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Hand each blob to `sink`, from several threads, in any order, each once.
@@ -204,21 +236,16 @@ class RemoteCache:
         Each blob is in memory as a whole: for big ones see `read_to`. The first error calls off the
         rest and is raised, when all have stopped. `sink` must not call bulk methods of this cache.
         """
-        connection, clients = self._connect()
-
-        def take(group: list[Digest], cancellation: Cancellation) -> None:
-            if len(group) > 1 or clients.caller.batch_limit.fits(group[0].size_bytes):
-                clients.cas.read(group, sink, cancellation)
-            else:
-                sink(group[0], clients.reader.read(group[0], cancellation))
+        connection, cas = self._connected()
+        max_blobs = self._settings.limits.batch_blobs
 
         def tasks() -> Iterator[Task]:
-            wanted = dict.fromkeys(clients.check(digest) for digest in digests)
+            wanted = dict.fromkeys(cas.check(digest) for digest in digests)
             for digest in wanted:
                 if not digest.size_bytes:
                     sink(digest, b"")
-            for group in _batches(clients.caller, distinct(wanted), lambda digest: digest):
-                yield sum(digest.size_bytes for digest in group), partial(take, group)
+            for group in batches(distinct(wanted), lambda digest: digest, cas.batch_limit, max_blobs):
+                yield sum(digest.size_bytes for digest in group), partial(cas.read, group, sink)
 
         with _sink_errors():
             connection.run_all(tasks())
@@ -229,11 +256,11 @@ class RemoteCache:
         DataLoss when the content does not have this digest; ResourceExhausted when it is bigger than
         the server takes.
         """
-        connection, clients = self._connect()
+        connection, cas = self._connected()
         upload = Upload(digest, source)
-        clients.check_upload(upload)
+        cas.check_upload(upload)
         if digest.size_bytes:
-            clients.write([upload], connection.cancellation)
+            cas.write([upload], connection.cancellation)
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store blobs, without asking which are there. `uploads` is consumed as there is room.
@@ -241,25 +268,26 @@ class RemoteCache:
         `uploads` is advanced by one thread at a time, whichever is free. The first error calls off the
         rest and is raised, when all have stopped.
         """
-        connection, clients = self._connect()
+        connection, cas = self._connected()
+        max_blobs = self._settings.limits.batch_blobs
         done: list[TransferStatistics] = []
 
         def send(group: list[Upload], cancellation: Cancellation) -> None:
-            done.append(clients.write(group, cancellation))
+            done.append(cas.write(group, cancellation))
 
         def wanted() -> Iterator[Upload]:
             seen: set[Digest] = set()
             for upload in uploads:
                 if upload.digest not in seen and upload.digest.size_bytes:
                     seen.add(upload.digest)
-                    clients.check_upload(upload)
+                    cas.check_upload(upload)
                     yield upload
 
         connection.run_all(
-            (sum(clients.held_bytes(upload) for upload in group), partial(send, group))
-            for group in _batches(clients.caller, wanted(), lambda upload: upload.digest)
+            (sum(map(cas.held_bytes, group)), partial(send, group))
+            for group in batches(wanted(), lambda upload: upload.digest, cas.batch_limit, max_blobs)
         )
-        return sum(done, TransferStatistics())
+        return reduce(operator.add, done) if done else TransferStatistics()
 
     def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store those blobs that the server does not hold yet; the others count as `present_blobs`."""
@@ -272,23 +300,49 @@ class RemoteCache:
             total += done + TransferStatistics(present_blobs=len(by_digest) - len(missing))
         return total
 
-    def get_action_result(self, action_digest: Digest) -> remote_execution_pb2.ActionResult:
+    def get_action_result(self, action_digest: Digest) -> reapi.ActionResult:
         """Return the result kept under a digest. NotFound when there is none, or a blob it names is gone."""
-        connection, clients = self._connect()
-        clients.check(action_digest)
-        return clients.actions.get(action_digest, connection.cancellation)
+        connection, cas = self._connected()
+        cas.check(action_digest)
+        request = reapi.GetActionResultRequest(
+            instance_name=self.instance_name,
+            action_digest=to_message(action_digest),
+            digest_function=function_field(action_digest.function),
+        )
+        operation = f"getting action result {action_digest}"
+        result: reapi.ActionResult = cas.caller.unary(
+            operation, "GetActionResult", request, connection.cancellation
+        )
+        return result
 
-    def update_action_result(
-        self, action_digest: Digest, action_result: remote_execution_pb2.ActionResult
-    ) -> None:
+    def update_action_result(self, action_digest: Digest, action_result: reapi.ActionResult) -> None:
         """Keep a result under a digest, in place of what stood there.
 
         FailedPrecondition or PermissionDenied where that is not allowed. Some servers pretend
         success for read-only credentials: read it back where it matters.
         """
-        connection, clients = self._connect()
-        clients.check(action_digest)
-        clients.actions.update(action_digest, action_result, connection.cancellation)
+        connection, cas = self._connected()
+        cas.check(action_digest)
+        if not cas.caller.capabilities.update_enabled:
+            raise _not_allowed(action_digest)
+        request = reapi.UpdateActionResultRequest(
+            instance_name=self.instance_name,
+            action_digest=to_message(action_digest),
+            action_result=action_result,
+            digest_function=function_field(action_digest.function),
+        )
+        size = request.ByteSize()
+        if size > MESSAGE_LIMIT_BYTES:
+            raise ResourceExhausted(
+                f"action result {action_digest} has {size} bytes; servers take {MESSAGE_LIMIT_BYTES} at most:"
+                " save fewer or smaller files in one snapshot",
+                transient=False,
+            )
+        operation = f"updating action result {action_digest}"
+        try:
+            cas.caller.unary(operation, "UpdateActionResult", request, connection.cancellation)
+        except Unimplemented as error:
+            raise _not_allowed(action_digest) from error
 
     def statistics(self) -> RemoteStatistics:
         """Return counters of what was done so far. Works after `close` too."""
@@ -317,12 +371,11 @@ class RemoteCache:
     def __repr__(self) -> str:
         return f"RemoteCache({self.url!r}, instance_name={self.instance_name!r})"
 
-    def _connect(self) -> tuple[Connection, Clients]:
-        """Return the connection and the clients on it; asks for the server's capabilities at first."""
-        connection = self._ensure_connection()
-        return connection, connection.clients
+    def _connected(self) -> tuple[Connection, CASClient]:
+        connection = self._connect()
+        return connection, connection.cas
 
-    def _ensure_connection(self) -> Connection:
+    def _connect(self) -> Connection:
         self._leave_inherited()
         with self._lock:
             if self._closed:
@@ -350,12 +403,141 @@ def _sink_errors() -> Iterator[None]:
         raise failure.error from failure.error.__cause__
 
 
-def _batches(caller: Caller, items: Iterable[T], digest_of: Callable[[T], Digest]) -> Iterator[list[T]]:
-    """Group items into batches whose digests have one function, since a message names only one."""
-    for _function, same in itertools.groupby(items, key=lambda item: digest_of(item).function):
-        yield from batches(
-            same,
-            lambda item: digest_of(item).size_bytes,
-            caller.batch_limit,
-            caller.limits.batch_blobs,
+def _not_allowed(action_digest: Digest) -> SnaploaderError:
+    return FailedPrecondition(
+        f"the server does not let action result {action_digest} be updated:"
+        " use an endpoint, an instance or credentials that may write"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the user chose."""
+
+    endpoint: Endpoint
+    instance_name: str
+    headers: Headers
+    credentials: Credentials | None
+    tls: TLSConfig
+    timeouts: Timeouts
+    retry: RetryPolicy
+    limits: Limits
+    digest_function: DigestFunction | None
+    compression: bool
+    on_retry: RetryCallback | None
+    open_channel: Callable[[], grpc.Channel] | None
+
+
+class Connection:
+    """One process's connection: the whole stack is put together here. Thread-safe."""
+
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self.cancellation = Cancellation()
+        self._pool = WorkerPool(
+            settings.limits.workers, owner="the remote cache", thread_name="snaploader-remote"
         )
+        self.budget = ByteBudget(settings.limits.in_flight_bytes)
+        self._settings = settings
+        self._recorder = recorder
+        self._is_open_to_others = not (settings.endpoint.secure or settings.endpoint.is_on_this_host)
+        self._may_warn = threading.Lock()  # taken by the one who does, and kept
+        self._transport = Transport(
+            settings.open_channel
+            or partial(open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits),
+            settings.timeouts,
+            self._headers,
+            recorder,
+            self._tls_failure,
+        )
+        self._cas = Once(self._make_client)
+
+    @property
+    def cas(self) -> CASClient:
+        """The client. Asks for the server's capabilities at first, and raises what that raises."""
+        return self._cas.get()
+
+    def run_all(self, tasks: Iterable[Task]) -> None:
+        """Run tasks in parallel, within the bounds of this cache."""
+        run_all(tasks, self._pool, self.budget, self.cancellation)
+
+    def close(self) -> None:
+        """Call everything off, close the connection, join the threads."""
+        self.cancellation.cancel()
+        self._transport.close()
+        self._pool.close()
+
+    def _headers(self) -> Headers:
+        credentials = self._settings.credentials
+        headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
+        if self._is_open_to_others and not self._may_warn.locked():
+            secrets = sorted({name for name, _ in headers if is_secret(name)})
+            if secrets and self._may_warn.acquire(blocking=False):
+                log.warning(
+                    "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
+                    "use a grpcs:// URL where the server offers TLS",
+                    ", ".join(secrets),
+                    self._settings.endpoint.url,
+                )
+        return headers
+
+    def _tls_failure(self) -> SnaploaderError | None:
+        settings = self._settings
+        if settings.open_channel is not None:
+            return None  # whatever it has for TLS
+        return tls_failure(settings.endpoint, settings.tls, min(_TLS_PROBE_S, settings.timeouts.connect_s))
+
+    def _on_retry(self, event: RetryEvent) -> None:
+        self._recorder.add(retries=1)
+        if self._settings.on_retry is not None:
+            self._settings.on_retry(event)
+
+    def _make_client(self) -> CASClient:
+        settings = self._settings
+        refresh = settings.credentials.refresh if settings.credentials is not None else lambda: False
+        caller = Caller(
+            settings.endpoint.url,
+            settings.instance_name,
+            self._transport,
+            Retrier(settings.retry, self._on_retry, refresh, settings.timeouts.min_bytes_per_s),
+            settings.limits,
+            self._recorder,
+        )
+        request = reapi.GetCapabilitiesRequest(instance_name=settings.instance_name)
+        operation = f"asking {settings.endpoint.url} for its capabilities"
+        try:
+            answer = caller.unary(operation, "GetCapabilities", request, self.cancellation)
+        except Unimplemented:
+            capabilities = without_capabilities(settings.digest_function)
+        else:
+            capabilities = negotiate(
+                answer, wanted=settings.digest_function, compression=settings.compression
+            )
+        return CASClient(replace(caller, capabilities=capabilities))
+
+
+class Once(Generic[T]):
+    """Keeps the first success of `make`. A failure reaches those who waited; the next caller tries again."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._future: Future[T] | None = None
+
+    def get(self) -> T:
+        """Return the value, made now if need be."""
+        with self._lock:
+            future = self._future
+            is_maker = future is None
+            if future is None:
+                future = self._future = Future()
+        if not is_maker:
+            return future.result()
+        try:
+            value = self._make()
+        except BaseException as error:
+            with self._lock:
+                self._future = None
+            future.set_exception(error)
+            raise
+        future.set_result(value)
+        return value

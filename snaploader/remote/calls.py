@@ -1,14 +1,15 @@
-"""Calls to a server: metadata, deadlines, silence, counting, errors; with retries, by `Caller`."""
+"""Calls to a server: headers, deadlines, silence, counting, errors; with retries, by `Caller`."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import grpc
 
@@ -21,14 +22,65 @@ from snaploader.errors import (
     translate_thread_errors,
 )
 from snaploader.remote.auth import Headers
-from snaploader.remote.bulk import BatchLimit
 from snaploader.remote.capabilities import RemoteCapabilities
 from snaploader.remote.config import Limits, Timeouts
 from snaploader.remote.retry import Attempts, Cancellation, Retrier
-from snaploader.remote.statistics import Recorder
 from snaploader.remote.status import from_rpc_error
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, slots=True)
+class RemoteStatistics:
+    """Counters since a cache was made, at one moment. Immutable."""
+
+    calls: Mapping[str, int] = field(default_factory=dict)
+    """Calls begun, by method, retries included."""
+    failed_calls: Mapping[str, int] = field(default_factory=dict)
+    """Calls that ended in an error, by method; "not found" and the like are errors too."""
+    retries: int = 0
+    """Attempts after a transient failure."""
+    blobs_read: int = 0
+    """Blobs fetched and verified."""
+    content_bytes_read: int = 0
+    """Their size."""
+    wire_bytes_read: int = 0
+    """What was received for them, compressed where it was; failed attempts count too."""
+    blobs_written: int = 0
+    """Blobs uploaded."""
+    content_bytes_written: int = 0
+    """Their size."""
+    wire_bytes_written: int = 0
+    """What was sent for them, compressed where it was; failed attempts count too."""
+    corrupted: int = 0
+    """Transfers whose bytes did not match their digest."""
+
+
+class Recorder:
+    """Counts what a remote cache does. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
+        self._numbers: Counter[str] = Counter()
+
+    def call(self, method: str) -> None:
+        with self._lock:
+            self._calls[method] += 1
+
+    def failure(self, method: str) -> None:
+        with self._lock:
+            self._failed[method] += 1
+
+    def add(self, **numbers: int) -> None:
+        """Add to the fields of RemoteStatistics with these names."""
+        with self._lock:
+            for name, number in numbers.items():
+                self._numbers[name] += number
+
+    def snapshot(self) -> RemoteStatistics:
+        """Return the counters as they are now."""
+        with self._lock:
+            return RemoteStatistics(dict(self._calls), dict(self._failed), **self._numbers)
 
 
 class Cancellable(Protocol):
@@ -46,7 +98,6 @@ class StreamGuard:
         self.expired = False
 
     def touch(self) -> None:
-        """Note that the stream moved."""
         self.touched = time.monotonic()
 
     def pause(self) -> None:
@@ -90,7 +141,6 @@ class Watchdog:
                 self._guards.discard(guard)
 
     def close(self) -> None:
-        """End the thread."""
         with self._condition:
             self._closed = True
             self._condition.notify()
@@ -153,23 +203,19 @@ class Transport:
 
     def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
         """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
-        timeout_s = attempts.timeout_s(self._timeouts.call_s)
-        headers = self._headers()
-        self._recorder.call(method)
+        options = self._begin(method, attempts, self._timeouts.call_s)
         channel = self._channel
         try:
-            return channel.stubs[method](request, timeout=timeout_s, metadata=headers)
+            return channel.stubs[method](request, **options)
         except (grpc.RpcError, ValueError) as error:
             raise self._error(method, error, attempts, channel) from error
 
     def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
         """Send one request; gives the messages of the server's stream. Close it to end the call early."""
-        timeout_s = attempts.timeout_s(float("inf"))
-        headers = self._headers()
-        self._recorder.call(method)
+        options = self._begin(method, attempts)
         channel = self._channel
         try:
-            call = channel.stubs[method](request, timeout=timeout_s, metadata=headers)
+            call = channel.stubs[method](request, **options)
         except ValueError as error:
             raise self._error(method, error, attempts, channel) from error
         with self._watchdog.watch(call) as guard:
@@ -189,13 +235,11 @@ class Transport:
 
         A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
         """
-        timeout_s = attempts.timeout_s(float("inf"))
-        headers = self._headers()
-        self._recorder.call(method)
+        options = self._begin(method, attempts)
         source = _Requests(requests)
         channel = self._channel
         try:
-            call = channel.stubs[method].future(source, timeout=timeout_s, metadata=headers)
+            call = channel.stubs[method].future(source, **options)
         except ValueError as error:
             raise self._error(method, error, attempts, channel) from error
         with self._watchdog.watch(call) as guard:
@@ -220,6 +264,12 @@ class Transport:
         self._channel.channel.close()
         self._watchdog.close()
 
+    def _begin(self, method: str, attempts: Attempts, most_s: float = math.inf) -> dict[str, Any]:
+        """Count a call, and return the options to make it with."""
+        options = {"timeout": attempts.timeout_s(most_s), "metadata": self._headers()}
+        self._recorder.call(method)
+        return options
+
     def _replace(self, channel: _Channel) -> None:
         """Replace a channel that cannot connect, once, by one that has nothing to back off from."""
         with self._lock:
@@ -232,7 +282,7 @@ class Transport:
         self, method: str, error: Exception, attempts: Attempts, channel: _Channel, *, idle: bool = False
     ) -> SnaploaderError:
         self._recorder.failure(method)
-        if attempts.cancellation.cancelled:
+        if attempts.cancellation.event.is_set():
             return Cancelled(f"{attempts.operation} was called off", transient=False)
         if idle:
             return DeadlineExceeded(
@@ -318,35 +368,20 @@ class _Requests:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Calls one instance on one server, with retries: what the clients of all services share. Thread-safe."""
+    """Calls one instance on one server, with retries. Thread-safe."""
 
     url: str
     """Names the server in messages."""
+    instance_name: str
     transport: Transport
     retrier: Retrier
-    instance_name: str
-    timeouts: Timeouts
     limits: Limits
     recorder: Recorder
-    capabilities: RemoteCapabilities
+    capabilities: RemoteCapabilities = RemoteCapabilities()  # noqa: RUF009 - frozen
     """What was negotiated."""
-    batch_limit: BatchLimit
 
     def unary(self, operation: str, method: str, request: Any, cancellation: Cancellation) -> Any:
         """Send one request, with retries; `operation` says what is being done, as in "reading 1f…/4096"."""
-
-        def attempt(attempts: Attempts) -> Any:
-            return self.transport.unary(method, request, attempts)
-
-        return self.with_retries(operation, attempt, cancellation)
-
-    def with_retries(
-        self,
-        operation: str,
-        attempt: Callable[[Attempts], T],
-        cancellation: Cancellation,
-        size_bytes: int = 0,
-    ) -> T:
-        """Call `attempt` until it succeeds, or fails for good; big transfers get more time."""
-        extra_s = size_bytes / self.timeouts.min_bytes_per_s
-        return self.retrier.run(operation, attempt, cancellation, extra_s=extra_s)
+        return self.retrier.run(
+            operation, lambda attempts: self.transport.unary(method, request, attempts), cancellation
+        )

@@ -1,61 +1,158 @@
-"""The unary methods of ContentAddressableStorage: find, read and update in batches."""
+"""ContentAddressableStorage: blobs are found, read and written in batches; a big one is streamed."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Sink, TransferStatistics, Upload
-from snaploader.digest import Digest
-from snaploader.errors import DataLoss, Internal, InvalidArgument, ResourceExhausted, SnaploaderError
+from snaploader.digest import Digest, DigestFunction
+from snaploader.errors import (
+    DataLoss,
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    SnaploaderError,
+    Unimplemented,
+)
 from snaploader.formats.digests import DigestArray
-from snaploader.remote import status
-from snaploader.remote.bulk import halves
+from snaploader.remote import status, streams
 from snaploader.remote.calls import Caller
-from snaploader.remote.codec import Item, batch_update_request, decompress, function_field, to_message
-from snaploader.remote.retry import Attempts, Cancellation
+from snaploader.remote.codec import ITEM_OVERHEAD_BYTES, Item, batch_update_request, decompress
+from snaploader.remote.retry import Attempts, Cancellation, deliver
 
 _TRIES_AT_WRONG_BYTES = 2
 _BLOB_DIGESTS = reapi.FindMissingBlobsRequest.BLOB_DIGESTS_FIELD_NUMBER
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-class CASClient:
-    """Finds, reads and writes blobs in batches. Thread-safe. All digests of one call have the same function.
+
+def to_message(digest: Digest) -> reapi.Digest:
+    """Return a digest as a message."""
+    return reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes)
+
+
+def function_field(function: DigestFunction) -> reapi.DigestFunction.Value:
+    """Return the field digest_function: unset for SHA-256, which older servers infer from the hash."""
+    number = 0 if function is DigestFunction.SHA256 else function.value
+    return cast("reapi.DigestFunction.Value", number)
+
+
+_LEAST_LIMIT_BYTES = 64 * 1024
+"""Refusals of smaller batches have other reasons than size."""
+
+
+def batches(
+    items: Iterable[T], digest_of: Callable[[T], Digest], limit_bytes: Callable[[], int], max_items: int
+) -> Iterator[list[T]]:
+    """Group items, in order, into messages of at most so many bytes and items, of one digest function.
+
+    An item above the limit comes alone. Lazy: takes from `items` only what the next group needs.
 
     Args:
-        stream_read: Reads a blob alone, where it turns out too big for any batch.
-        stream_write: Writes a blob alone, where its batch is refused.
+        limit_bytes: Asked again for every group, since servers teach us lower limits.
     """
+    group: list[T] = []
+    group_bytes = 0
+    function: DigestFunction | None = None
+    for item in items:
+        digest = digest_of(item)
+        cost = digest.size_bytes + ITEM_OVERHEAD_BYTES
+        is_full = group_bytes + cost > limit_bytes() or len(group) >= max_items
+        if group and (is_full or digest.function is not function):
+            yield group
+            group, group_bytes = [], 0
+        group.append(item)
+        group_bytes += cost
+        function = digest.function
+    if group:
+        yield group
 
-    def __init__(
-        self,
-        caller: Caller,
-        stream_read: Callable[[Digest, Cancellation], bytes],
-        stream_write: Callable[[Upload, Cancellation], TransferStatistics],
-    ) -> None:
-        self._caller = caller
-        self._stream_read = stream_read
-        self._stream_write = stream_write
+
+def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
+    """Cut a group that was too large in two."""
+    middle = (len(items) + 1) // 2
+    return items[:middle], items[middle:]
+
+
+def distinct(digests: Iterable[Digest]) -> Iterator[Digest]:
+    """Give each digest once, in order, without the empty blob, which exists everywhere."""
+    return iter(dict.fromkeys(digest for digest in digests if digest.size_bytes))
+
+
+class BatchLimit:
+    """The size of batches, in bytes: lowered when a server refuses one that was below. Thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._limit = limit_bytes
+
+    def __call__(self) -> int:
+        """Return the limit as known now."""
+        return self._limit
+
+    def fits(self, size_bytes: int) -> bool:
+        """Tell whether a blob of this size may go in a batch."""
+        return size_bytes + ITEM_OVERHEAD_BYTES <= self._limit
+
+    def refused(self, batch_bytes: int) -> None:
+        """Learn from a refusal: half of what was refused is the new limit, unless it is lower already."""
+        with self._lock:
+            self._limit = min(self._limit, max(_LEAST_LIMIT_BYTES, batch_bytes // 2))
+
+
+class CASClient:
+    """Finds, reads and writes blobs. Thread-safe. All digests of one call have the same function."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self.batch_limit = BatchLimit(min(caller.limits.batch_bytes, caller.capabilities.message_limit_bytes))
         self._may_warn = threading.Lock()  # taken by the one who does, and kept
+
+    def check(self, digest: Digest) -> Digest:
+        """Return the digest itself. Unimplemented when the server does not know its function."""
+        if digest.function not in self.caller.capabilities.digest_functions:
+            raise Unimplemented(f"the server does not offer {digest.function.name} digests, as {digest} has")
+        return digest
+
+    def check_upload(self, upload: Upload) -> None:
+        """Check the digest and its size: ResourceExhausted when the server takes no blob so big."""
+        digest = self.check(upload.digest)
+        if 0 < self.caller.capabilities.max_blob_bytes < digest.size_bytes:
+            raise ResourceExhausted(
+                f"blob {digest} is too big: the server takes at most "
+                f"{self.caller.capabilities.max_blob_bytes} bytes",
+                transient=False,
+            )
+
+    def held_bytes(self, upload: Upload) -> int:
+        """Return what an upload keeps in memory: when streamed, a few frames only."""
+        size = upload.digest.size_bytes
+        if self.batch_limit.fits(size):
+            return size
+        return min(size, 2 * self.caller.limits.stream_frame_bytes)
 
     def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
         """Return those the server does not hold."""
         function = digests[0].function
         asked = digests if isinstance(digests, DigestArray) else DigestArray.of(digests, function)
         request = reapi.FindMissingBlobsRequest(
-            instance_name=self._caller.instance_name, digest_function=function_field(function)
+            instance_name=self.caller.instance_name, digest_function=function_field(function)
         )
         # Serialised at once: messages for all chunks of a big snapshot would take as long as all the rest.
         request.MergeFromString(asked.encoded(_BLOB_DIGESTS))
 
         def attempt(attempts: Attempts) -> set[Digest]:
-            response = self._caller.transport.unary("FindMissingBlobs", request, attempts)
+            response = self.caller.transport.unary("FindMissingBlobs", request, attempts)
             missing = {
                 Digest(message.hash, message.size_bytes, function)
                 for message in response.missing_blob_digests
@@ -65,9 +162,8 @@ class CASClient:
                 raise Internal(f"the server misses {stranger.hash[:64]}, which it was not asked for")
             return missing
 
-        operation = f"asking for {len(digests)} blobs"
         try:
-            return self._caller.with_retries(operation, attempt, cancellation)
+            return self.caller.retrier.run(f"asking for {len(digests)} blobs", attempt, cancellation)
         except (InvalidArgument, ResourceExhausted) as error:
             if len(digests) == 1 or not status.is_too_large(error):
                 raise
@@ -75,43 +171,62 @@ class CASClient:
         return self.find_missing(first, cancellation) | self.find_missing(second, cancellation)
 
     def read(self, digests: Sequence[Digest], sink: Sink, cancellation: Cancellation) -> None:
-        """Hand each blob, verified, to `sink`. Distinct digests only.
+        """Hand each blob of a batch, verified, to `sink`; or one that is streamed. Distinct digests only.
 
         What fails for a moment is asked for again alone; wrong bytes once more, then they are DataLoss.
         """
-        batch = _ReadBatch(self._caller, digests, sink)
-        try:
-            self._caller.with_retries(batch.operation, batch.attempt, cancellation, batch.size_bytes)
-            return
-        except (InvalidArgument, ResourceExhausted) as error:
-            rest = list(batch.remaining.values())
-            self._learn(error, sum(digest.size_bytes for digest in rest))
-        if len(rest) == 1:
-            sink(rest[0], self._stream_read(rest[0], cancellation))
-            return
-        for half in halves(rest):
-            self.read(half, sink, cancellation)
+        if len(digests) > 1 or self.batch_limit.fits(digests[0].size_bytes):
+            batch = _ReadBatch(self.caller, digests, sink)
+            digests, _ = self._transfer(batch, cancellation)
+        if len(digests) == 1:
+            sink(digests[0], streams.read(self.caller, digests[0], cancellation))
+        elif digests:
+            for half in halves(digests):
+                self.read(half, sink, cancellation)
 
-    def update(self, items: Sequence[Item], cancellation: Cancellation) -> TransferStatistics:
-        """Store blobs. What fails for a moment is sent again alone."""
-        batch = _UpdateBatch(self._caller, items)
-        try:
-            self._caller.with_retries(batch.operation, batch.attempt, cancellation, batch.size_bytes)
-            return batch.done
-        except (InvalidArgument, ResourceExhausted) as error:
-            rest = list(batch.remaining.values())
-            self._learn(error, sum(len(item.data) for item in rest))
-            refusal = error
+    def write(self, uploads: Sequence[Upload], cancellation: Cancellation) -> TransferStatistics:
+        """Store the blobs of one batch, or one that is streamed; loaded and compressed on this thread."""
+        if len(uploads) == 1 and not self.batch_limit.fits(uploads[0].digest.size_bytes):
+            return self._stream(uploads[0], cancellation)
+        zstd = self.caller.capabilities.zstd_batch_updates
+        return self._update([Item.of(upload, zstd=zstd) for upload in uploads], cancellation)
+
+    def _update(self, items: Sequence[Item], cancellation: Cancellation) -> TransferStatistics:
+        """Store blobs in a batch. What fails for a moment is sent again alone."""
+        batch = _UpdateBatch(self.caller, items)
+        rest, refusal = self._transfer(batch, cancellation)
+        done = TransferStatistics(batch.blobs, batch.content_bytes, batch.wire_bytes)
         if len(rest) == 1:
-            done = self._stream_write(rest[0].upload, cancellation)
+            done += self._stream(rest[0].upload, cancellation)
             self._warn_of_refusal(rest[0].digest, refusal)
-            return batch.done + done
-        first, second = halves(rest)
-        return batch.done + self.update(first, cancellation) + self.update(second, cancellation)
+        elif rest:
+            for half in halves(rest):
+                done += self._update(half, cancellation)
+        return done
 
-    def _warn_of_refusal(self, digest: Digest, refusal: SnaploaderError) -> None:
+    def _stream(self, upload: Upload, cancellation: Cancellation) -> TransferStatistics:
+        def is_present() -> bool:
+            return not self.find_missing([upload.digest], cancellation)
+
+        return streams.write(self.caller, upload, cancellation, is_present)
+
+    def _transfer(
+        self, batch: _Batch[T], cancellation: Cancellation
+    ) -> tuple[list[T], SnaploaderError | None]:
+        """Transfer a batch; return what the server refuses for its size, and its refusal."""
+        try:
+            self.caller.retrier.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
+            return [], None
+        except (InvalidArgument, ResourceExhausted) as error:
+            if not status.is_too_large(error):
+                raise
+            if status.is_of_whole_call(error):
+                self.batch_limit.refused(batch.size_bytes)
+            return list(batch.remaining.values()), error
+
+    def _warn_of_refusal(self, digest: Digest, refusal: SnaploaderError | None) -> None:
         """Warn, once, of a server that refuses in batches what it takes as a stream, which is slower."""
-        if status.is_of_whole_call(refusal) or not isinstance(refusal, InvalidArgument):
+        if not isinstance(refusal, InvalidArgument) or status.is_of_whole_call(refusal):
             return
         if not self._may_warn.acquire(blocking=False):
             return
@@ -120,76 +235,96 @@ class CASClient:
             "such as NativeLink with verify_hash check batches with SHA-256, whatever function is named: use "
             "SHA-256 (RemoteCache(digest_function=…), --digest-function sha256), or have the server check "
             "with %s",
-            self._caller.url,
+            self.caller.url,
             digest,
             refusal.message,
             digest.function.name,
         )
 
-    def _learn(self, error: SnaploaderError, batch_bytes: int) -> None:
-        if not status.is_too_large(error):
-            raise error
-        if status.is_of_whole_call(error):
-            self._caller.batch_limit.refused(batch_bytes)
 
+class _Batch(ABC, Generic[T]):
+    """Blobs of one message: what remains of them shrinks from attempt to attempt."""
 
-class _ReadBatch:
-    """One batch being read: what remains shrinks from attempt to attempt."""
+    def __init__(self, caller: Caller, doing: str, items: dict[Digest, T]) -> None:
+        self.caller = caller
+        self.operation = f"{doing} {next(iter(items)) if len(items) == 1 else f'{len(items)} blobs'}"
+        self.remaining = {(digest.hash, digest.size_bytes): item for digest, item in items.items()}
+        self.function = next(iter(items)).function
 
-    def __init__(self, caller: Caller, digests: Sequence[Digest], sink: Sink) -> None:
-        self.remaining = {(digest.hash, digest.size_bytes): digest for digest in digests}
-        self.size_bytes = sum(digest.size_bytes for digest in digests)
-        self.operation = f"reading {digests[0]}" if len(digests) == 1 else f"reading {len(digests)} blobs"
-        self._caller = caller
-        self._sink = sink
-        self._wrong: dict[Digest, int] = {}
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """The content of what remains, as it goes on the wire."""
 
+    @abstractmethod
     def attempt(self, attempts: Attempts) -> None:
-        digests = list(self.remaining.values())
-        request = reapi.BatchReadBlobsRequest(
-            instance_name=self._caller.instance_name,
-            digests=[to_message(digest) for digest in digests],
-            acceptable_compressors=[reapi.Compressor.ZSTD] if self._caller.capabilities.zstd_streams else [],
-            digest_function=function_field(digests[0].function),
-        )
-        response = self._caller.transport.unary("BatchReadBlobs", request, attempts)
+        """Send what remains, and settle it."""
+
+    @abstractmethod
+    def take(self, item: T, answer: Any) -> None:
+        """Take a server's answer for one blob, or raise what is wrong with it."""
+
+    def settle(self, answers: Iterable[Any], attempts: Attempts) -> None:
+        """Take each answer. What failed for good is raised before what may pass."""
+        asked = len(self.remaining)
         errors: list[SnaploaderError] = []
-        for item in response.responses:
-            digest = self.remaining.get((item.digest.hash, item.digest.size_bytes))
-            if digest is None:  # not asked for, or answered twice
-                continue
-            if item.status.code:
-                errors.append(status.from_message(item.status, f"reading {digest}"))
+        for answer in answers:
+            key = (answer.digest.hash, answer.digest.size_bytes)
+            item = self.remaining.get(key)
+            if item is None:  # not asked for, or answered twice
                 continue
             try:
-                data = self._verified(digest, item)
-            except DataLoss as error:
+                self.take(item, answer)
+            except SnaploaderError as error:
                 errors.append(error)
                 continue
-            del self.remaining[digest.hash, digest.size_bytes]
+            del self.remaining[key]
             attempts.progressed()
-            self._caller.recorder.add(
-                blobs_read=1, content_bytes_read=len(data), wire_bytes_read=len(item.data)
-            )
-            _deliver(self._sink, digest, data)
-        _raise_worst(errors)
+        if errors:
+            raise min(errors, key=lambda error: error.transient)
         if self.remaining:
             raise Internal(
-                f"the server's answer left out {len(self.remaining)} of {len(digests)} blobs, such as "
-                f"{next(iter(self.remaining.values()))}",
+                f"the server's answer left out {len(self.remaining)} of {asked} blobs, such as "
+                "{}/{}".format(*next(iter(self.remaining))),
                 transient=True,
             )
 
-    def _verified(self, digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> bytes:
+
+class _ReadBatch(_Batch[Digest]):
+    def __init__(self, caller: Caller, digests: Sequence[Digest], sink: Sink) -> None:
+        super().__init__(caller, "reading", {digest: digest for digest in digests})
+        self._sink = sink
+        self._wrong: Counter[Digest] = Counter()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(digest.size_bytes for digest in self.remaining.values())
+
+    def attempt(self, attempts: Attempts) -> None:
+        zstd = self.caller.capabilities.zstd_streams
+        request = reapi.BatchReadBlobsRequest(
+            instance_name=self.caller.instance_name,
+            digests=[to_message(digest) for digest in self.remaining.values()],
+            acceptable_compressors=[reapi.Compressor.ZSTD] if zstd else [],
+            digest_function=function_field(self.function),
+        )
+        response = self.caller.transport.unary("BatchReadBlobs", request, attempts)
+        self.settle(response.responses, attempts)
+
+    def take(self, item: Digest, answer: reapi.BatchReadBlobsResponse.Response) -> None:
+        if answer.status.code:
+            raise status.from_message(answer.status, f"reading {item}")
         try:
-            return _decoded(digest, item)
+            data = _decoded(item, answer)
         except DataLoss as error:
-            self._caller.recorder.add(corrupted=1, wire_bytes_read=len(item.data))
-            wrong = self._wrong[digest] = self._wrong.get(digest, 0) + 1
+            self.caller.recorder.add(corrupted=1, wire_bytes_read=len(answer.data))
+            self._wrong[item] += 1
             raise DataLoss(
-                f"blob {digest} came damaged from the server: {error}",
-                transient=wrong < _TRIES_AT_WRONG_BYTES,
+                f"blob {item} came damaged from the server: {error}",
+                transient=self._wrong[item] < _TRIES_AT_WRONG_BYTES,
             ) from error
+        self.caller.recorder.add(blobs_read=1, content_bytes_read=len(data), wire_bytes_read=len(answer.data))
+        deliver(self._sink, item, data)
 
 
 def _decoded(digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> bytes:
@@ -204,59 +339,25 @@ def _decoded(digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> byt
     return data
 
 
-class _UpdateBatch:
-    """One batch being written: what remains shrinks from attempt to attempt."""
-
+class _UpdateBatch(_Batch[Item]):
     def __init__(self, caller: Caller, items: Sequence[Item]) -> None:
-        self.remaining = {(item.digest.hash, item.digest.size_bytes): item for item in items}
-        self.size_bytes = sum(len(item.data) for item in items)
-        self.operation = f"writing {items[0].digest}" if len(items) == 1 else f"writing {len(items)} blobs"
-        self.done = TransferStatistics()
-        self._caller = caller
+        super().__init__(caller, "writing", {item.digest: item for item in items})
+        self.blobs = self.content_bytes = self.wire_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(item.data) for item in self.remaining.values())
 
     def attempt(self, attempts: Attempts) -> None:
-        items = list(self.remaining.values())
-        sent = sum(len(item.data) for item in items)
-        request = batch_update_request(self._caller.instance_name, items, items[0].digest.function)
-        self._caller.recorder.add(wire_bytes_written=sent)
-        response = self._caller.transport.unary("BatchUpdateBlobs", request, attempts)
-        errors: list[SnaploaderError] = []
-        for answer in response.responses:
-            key = (answer.digest.hash, answer.digest.size_bytes)
-            item = self.remaining.get(key)
-            if item is None:
-                continue
-            if answer.status.code and answer.status.code != grpc.StatusCode.ALREADY_EXISTS.value[0]:
-                errors.append(status.from_message(answer.status, f"writing {item.digest}"))
-                continue
-            del self.remaining[key]
-            attempts.progressed()
-            size = item.digest.size_bytes
-            self.done += TransferStatistics(blobs=1, content_bytes=size, wire_bytes=len(item.data))
-            self._caller.recorder.add(blobs_written=1, content_bytes_written=size)
-        _raise_worst(errors)
-        if self.remaining:
-            raise Internal(
-                f"the server's answer left out {len(self.remaining)} of {len(items)} blobs", transient=True
-            )
+        request = batch_update_request(self.caller.instance_name, self.remaining.values(), self.function)
+        self.caller.recorder.add(wire_bytes_written=self.size_bytes)
+        response = self.caller.transport.unary("BatchUpdateBlobs", request, attempts)
+        self.settle(response.responses, attempts)
 
-
-class SinkFailed(Exception):
-    """Carries what a sink raised past the retry layer: it is no failure of the transfer."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-def _deliver(sink: Sink, digest: Digest, data: bytes) -> None:
-    try:
-        sink(digest, data)
-    except Exception as error:
-        raise SinkFailed(error) from error
-
-
-def _raise_worst(errors: Sequence[SnaploaderError]) -> None:
-    """Raise what is final before what may pass."""
-    for error in sorted(errors, key=lambda error: error.transient):
-        raise error
+    def take(self, item: Item, answer: reapi.BatchUpdateBlobsResponse.Response) -> None:
+        if answer.status.code and answer.status.code != grpc.StatusCode.ALREADY_EXISTS.value[0]:
+            raise status.from_message(answer.status, f"writing {item.digest}")
+        self.blobs += 1
+        self.content_bytes += item.digest.size_bytes
+        self.wire_bytes += len(item.data)
+        self.caller.recorder.add(blobs_written=1, content_bytes_written=item.digest.size_bytes)

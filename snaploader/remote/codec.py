@@ -15,7 +15,6 @@ from typing import IO, NamedTuple, cast
 
 import zstandard
 
-from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import Cancelled, DataLoss, translate_os_errors
@@ -53,17 +52,6 @@ def instance_name_error(instance_name: str) -> str | None:
         return "has empty or unprintable parts"
     reserved = _RESERVED.intersection(parts)
     return f"contains the reserved part {min(reserved)!r}" if reserved else None
-
-
-def to_message(digest: Digest) -> reapi.Digest:
-    """Return a digest as a message."""
-    return reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes)
-
-
-def function_field(function: DigestFunction) -> reapi.DigestFunction.Value:
-    """Return the field digest_function: unset for SHA-256, which older servers infer from the hash."""
-    number = 0 if function is DigestFunction.SHA256 else function.value
-    return cast("reapi.DigestFunction.Value", number)
 
 
 LEVEL = 1

@@ -2,12 +2,12 @@
 
 This is the one retry layer. gRPC's own retries are off, since they end at the first byte of a response. Here
 an operation that made progress (a stream that moved, a batch that lost some of its items) starts counting
-anew, and continues where it was. tenacity runs the attempts; what to try again, how long to wait and when to
-stop are strategies of its kind.
+anew, and continues where it was. tenacity runs the attempts, with strategies of its kind.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -48,11 +48,6 @@ class Cancellation:
         for child in children:
             child.cancel()
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether the flag is set."""
-        return self.event.is_set()
-
     def check(self) -> None:
         """Raise Cancelled when the flag is set."""
         if self.event.is_set():
@@ -62,6 +57,22 @@ class Cancellation:
         """Sleep, or raise Cancelled as soon as the flag is set."""
         self.event.wait(seconds)
         self.check()
+
+
+class SinkFailed(Exception):
+    """Carries what a sink raised past the retry layer: it is no failure of the transfer."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def deliver(sink: Callable[..., object], *arguments: object) -> None:
+    """Call a sink within an attempt. SinkFailed for what it raises."""
+    try:
+        sink(*arguments)
+    except Exception as error:
+        raise SinkFailed(error) from error
 
 
 T = TypeVar("T")
@@ -125,40 +136,20 @@ class Backoff(tenacity.wait.wait_base):
         return max(full * (1.0 - policy.jitter * attempts.share), retry_after_s(error) or 0.0)
 
 
-class _RetryAfterRenewal(tenacity.retry_base):
-    """Tries again, once, after Unauthenticated, when the credentials could be renewed."""
+class _Stop(tenacity.stop.stop_base):
+    """Stops after so many attempts without progress, or when the next wait would use up the budget.
 
-    def __init__(self, refresh: Callable[[], bool]) -> None:
-        self._refresh = refresh
-        self._was_tried = False
+    Renewing credentials is no attempt.
+    """
 
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        outcome = retry_state.outcome
-        if self._was_tried or outcome is None or not isinstance(outcome.exception(), Unauthenticated):
-            return False
-        self._was_tried = True
-        return self._refresh()
-
-
-class _StopAfterFruitless(tenacity.stop.stop_base):
-    """Stops after so many attempts without progress. Renewing credentials is none of them."""
-
-    def __init__(self, limit: int, attempts: Attempts) -> None:
+    def __init__(self, limit: int, attempts: Attempts, wait: Backoff) -> None:
         self._limit = limit
         self._attempts = attempts
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        return self._attempts.fruitless >= self._limit and _error(retry_state).transient
-
-
-class _StopBeforeDeadline(tenacity.stop.stop_base):
-    """Stops when the next wait would use up what is left of the budget."""
-
-    def __init__(self, wait: Backoff, attempts: Attempts) -> None:
         self._wait = wait
-        self._attempts = attempts
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
+        if self._attempts.fruitless >= self._limit and _error(retry_state).transient:
+            return True
         return self._wait(retry_state) >= self._attempts.remaining_s
 
 
@@ -169,30 +160,35 @@ class Retrier:
         policy: When to retry.
         on_retry: Sees every retry before its wait.
         refresh: Renews the credentials; called once per operation, when a server does not accept them.
+        min_bytes_per_s: Gives what is big more time than the policy's budget.
     """
 
     def __init__(
-        self, policy: RetryPolicy, on_retry: RetryCallback | None, refresh: Callable[[], bool] = lambda: False
+        self,
+        policy: RetryPolicy,
+        on_retry: RetryCallback,
+        refresh: Callable[[], bool] = lambda: False,
+        min_bytes_per_s: float = math.inf,
     ) -> None:
         self._policy = policy
         self._on_retry = on_retry
         self._refresh = refresh
+        self._min_bytes_per_s = min_bytes_per_s
 
     def run(
         self,
         operation: str,
         attempt: Callable[[Attempts], T],
         cancellation: Cancellation,
-        *,
-        extra_s: float = 0.0,
+        size_bytes: int = 0,
     ) -> T:
         """Call `attempt` until it returns, or raises what is not worth another try.
 
         Args:
             operation: For messages and events, such as "reading 1f…/4096".
-            extra_s: Time on top of the policy's budget, for what is big.
+            size_bytes: What is transferred.
         """
-        attempts = Attempts(operation, self._policy, extra_s, cancellation)
+        attempts = Attempts(operation, self._policy, size_bytes / self._min_bytes_per_s, cancellation)
 
         def once() -> T:
             cancellation.check()
@@ -215,28 +211,32 @@ class Retrier:
                 raise failures.pop()
             return once()
 
+        was_refreshed = False
+
+        def is_worth_a_try(error: BaseException) -> bool:
+            nonlocal was_refreshed
+            if isinstance(error, SnaploaderError) and error.transient:
+                return True
+            if was_refreshed or not isinstance(error, Unauthenticated):
+                return False
+            was_refreshed = True
+            return self._refresh()
+
+        def tell(state: tenacity.RetryCallState) -> None:
+            self._on_retry(RetryEvent(operation, attempts.number, wait(state), _error(state)))
+
         wait = Backoff(self._policy, attempts)
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_transient) | _RetryAfterRenewal(self._refresh),
+        return tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_worth_a_try),
             wait=wait,
             stop=(
                 tenacity.stop_when_event_set(cancellation.event)
-                | _StopAfterFruitless(self._policy.attempts, attempts)
-                | _StopBeforeDeadline(wait, attempts)
+                | _Stop(self._policy.attempts, attempts, wait)
             ),
-            before_sleep=lambda state: self._tell(attempts, wait(state), _error(state)),
+            before_sleep=tell,
             sleep=cancellation.sleep,
             reraise=True,
-        )
-        return retrying(again)
-
-    def _tell(self, attempts: Attempts, delay_s: float, error: SnaploaderError) -> None:
-        if self._on_retry is not None:
-            self._on_retry(RetryEvent(attempts.operation, attempts.number, delay_s, error))
-
-
-def _is_transient(error: BaseException) -> bool:
-    return isinstance(error, SnaploaderError) and error.transient
+        )(again)
 
 
 def _error(state: tenacity.RetryCallState) -> SnaploaderError:

@@ -16,7 +16,6 @@ from snaploader.errors import (
     SnaploaderError,
 )
 from snaploader.remote.calls import Caller
-from snaploader.remote.cas import SinkFailed
 from snaploader.remote.codec import (
     MIN_BYTES,
     Content,
@@ -26,38 +25,55 @@ from snaploader.remote.codec import (
     upload_name,
     write_request,
 )
-from snaploader.remote.retry import Attempts, Cancellation
+from snaploader.remote.retry import Attempts, Cancellation, deliver
 from snaploader.remote.status import Code, code_of
 
 
-class StreamReader:
-    """Reads blobs by ByteStream. Thread-safe."""
+def read(caller: Caller, digest: Digest, cancellation: Cancellation) -> bytes:
+    """Read a whole blob into memory, verified. Wrong bytes are fetched once more, then DataLoss."""
+    pieces: list[Buffer] = []
+    try:
+        read_to(caller, digest, pieces.append, cancellation)
+    except DataLoss:
+        pieces.clear()
+        read_to(caller, digest, pieces.append, cancellation)
+    return b"".join(pieces)
 
-    def __init__(self, caller: Caller) -> None:
-        self._caller = caller
 
-    def read(self, digest: Digest, cancellation: Cancellation) -> bytes:
-        """Read a whole blob into memory, verified. Wrong bytes are fetched once more, then DataLoss."""
-        pieces: list[Buffer] = []
+def read_to(
+    caller: Caller, digest: Digest, write: Callable[[Buffer], object], cancellation: Cancellation
+) -> None:
+    """Hand the pieces of a blob to `write`, in order, as they come: unverified until this returns.
+
+    DataLoss when they were wrong, at the end or before: pieces handed out cannot be taken back.
+    """
+    download = _Download(caller, digest, write)
+    caller.retrier.run(f"reading {digest}", download.attempt, cancellation, digest.size_bytes)
+
+
+def write(
+    caller: Caller, upload: Upload, cancellation: Cancellation, is_present: Callable[[], bool]
+) -> TransferStatistics:
+    """Store one blob. Ends early when the server has it already.
+
+    Args:
+        is_present: Whether the server holds the blob; asked when the outcome is in doubt.
+    """
+    size = upload.digest.size_bytes
+    with closing(Content(upload)) as content:
+        transfer = _Upload(caller, upload, content)
         try:
-            self._transfer(digest, pieces.append, cancellation)
-        except DataLoss:
-            pieces.clear()
-            self._transfer(digest, pieces.append, cancellation)
-        return b"".join(pieces)
-
-    def read_to(self, digest: Digest, write: Callable[[Buffer], object], cancellation: Cancellation) -> None:
-        """Hand the pieces of a blob to `write`, in order, as they come: unverified until this returns.
-
-        DataLoss when they were wrong, at the end or before: pieces handed out cannot be taken back.
-        """
-        self._transfer(digest, write, cancellation)
-
-    def _transfer(
-        self, digest: Digest, write: Callable[[Buffer], object], cancellation: Cancellation
-    ) -> None:
-        download = _Download(self._caller, digest, write)
-        self._caller.with_retries(f"reading {digest}", download.attempt, cancellation, digest.size_bytes)
+            caller.retrier.run(f"writing {upload.digest}", transfer.attempt, cancellation, size)
+        except (Cancelled, Internal):
+            # Servers and proxies end a stream so when another client has just stored the blob.
+            cancellation.check()
+            if not is_present():
+                raise
+            transfer.was_present = True
+    if transfer.was_present:
+        return TransferStatistics(wire_bytes=transfer.sent, present_blobs=1)
+    caller.recorder.add(blobs_written=1, content_bytes_written=size)
+    return TransferStatistics(blobs=1, content_bytes=size, wire_bytes=transfer.sent)
 
 
 class _Download:
@@ -112,10 +128,7 @@ class _Download:
         self._hasher.update(piece)
         if received == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
             raise DataLoss("the bytes do not match the digest")
-        try:
-            self._write(piece)
-        except Exception as error:
-            raise SinkFailed(error) from error
+        deliver(self._write, piece)
         self._received = received
         attempts.progressed()
 
@@ -126,41 +139,6 @@ class _Download:
                 transient=True,
             )
         self._caller.recorder.add(blobs_read=1, content_bytes_read=self._received)
-
-
-class StreamWriter:
-    """Writes blobs by ByteStream. Thread-safe.
-
-    Args:
-        is_present: Whether the server holds a digest; asked when an upload's outcome is in doubt.
-    """
-
-    def __init__(self, caller: Caller, is_present: Callable[[Upload, Cancellation], bool]) -> None:
-        self._caller = caller
-        self._is_present = is_present
-
-    def write(self, upload: Upload, cancellation: Cancellation) -> TransferStatistics:
-        """Store one blob. Ends early when the server has it already."""
-        content = Content(upload)
-        try:
-            transfer = _Upload(self._caller, upload, content)
-            try:
-                self._caller.with_retries(
-                    f"writing {upload.digest}", transfer.attempt, cancellation, upload.digest.size_bytes
-                )
-            except (Cancelled, Internal):
-                # Servers and proxies end a stream so when another client has just stored the blob.
-                cancellation.check()
-                if not self._is_present(upload, cancellation):
-                    raise
-                transfer.was_present = True
-        finally:
-            content.close()
-        size = upload.digest.size_bytes
-        if transfer.was_present:
-            return TransferStatistics(wire_bytes=transfer.sent, present_blobs=1)
-        self._caller.recorder.add(blobs_written=1, content_bytes_written=size)
-        return TransferStatistics(blobs=1, content_bytes=size, wire_bytes=transfer.sent)
 
 
 class _Upload:

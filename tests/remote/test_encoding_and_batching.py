@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hypothesis import given, strategies as st
 
 from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, DigestFunction
-from snaploader.remote.bulk import BatchLimit, batches, chunked, distinct, halves
+from snaploader.remote.cas import BatchLimit, batches, distinct, function_field, halves, to_message
 from snaploader.remote.codec import (
     ITEM_OVERHEAD_BYTES,
     Item,
     batch_update_request,
-    function_field,
-    to_message,
     varint,
     write_request,
 )
@@ -56,31 +56,43 @@ def test_item_overhead_covers_the_worst_item(size: int) -> None:
     assert head + len(varint(1 << 32)) <= ITEM_OVERHEAD_BYTES
 
 
-@given(st.lists(st.integers(0, 500)), st.integers(200, 1500), st.integers(1, 6))
-def test_batches_keep_order_and_limits(sizes: list[int], limit: int, most: int) -> None:
-    groups = list(batches(sizes, lambda size: size, lambda: limit, most))
-    assert [size for group in groups for size in group] == sizes
+def sized(size: int, function: DigestFunction = DigestFunction.SHA256) -> Digest:
+    return Digest("0" * 64, size, function)
+
+
+def itself(digest: Digest) -> Digest:
+    return digest
+
+
+@given(st.lists(st.builds(sized, st.integers(0, 500), functions)), st.integers(200, 1500), st.integers(1, 6))
+def test_batches_keep_order_and_limits_and_have_one_function(
+    digests: list[Digest], limit: int, most: int
+) -> None:
+    groups = list(batches(digests, itself, lambda: limit, most))
+    assert [digest for group in groups for digest in group] == digests
     for group in groups:
         assert 1 <= len(group) <= most
-        assert len(group) == 1 or sum(group) + len(group) * ITEM_OVERHEAD_BYTES <= limit
+        assert len({digest.function for digest in group}) == 1
+        size = sum(digest.size_bytes + ITEM_OVERHEAD_BYTES for digest in group)
+        assert len(group) == 1 or size <= limit
 
 
 def test_batches_take_only_what_the_next_group_needs() -> None:
     taken: list[int] = []
 
-    def source() -> object:
+    def source() -> Iterator[Digest]:
         for number in range(100):
             taken.append(number)
-            yield number
+            yield sized(number)
 
-    groups = batches(source(), lambda _: 1, lambda: 10_000, 5)  # type: ignore[arg-type]
-    assert next(groups) == [0, 1, 2, 3, 4]
+    groups = batches(source(), itself, lambda: 10_000, 5)
+    assert next(groups) == [sized(number) for number in range(5)]
     assert len(taken) == 6
 
 
 def test_batches_follow_a_limit_that_falls() -> None:
     limit = BatchLimit(1 << 20)
-    groups = batches([100_000] * 20, lambda size: size, limit, 100)
+    groups = batches([sized(100_000)] * 20, itself, limit, 100)
     assert len(next(groups)) == 10
     limit.refused(500_000)
     assert len(next(groups)) == 2
@@ -102,10 +114,6 @@ def test_halves_are_whole_and_smaller(items: list[int]) -> None:
     assert [*first, *second] == items
     assert first
     assert second
-
-
-def test_chunked_covers_all() -> None:
-    assert [list(page) for page in chunked([1, 2, 3, 4, 5], 2)] == [[1, 2], [3, 4], [5]]
 
 
 def test_distinct_drops_repeats_and_the_empty_blob() -> None:

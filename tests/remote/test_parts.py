@@ -16,10 +16,10 @@ from snaploader.blobstore import Upload
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
 from snaploader.remote import bulk, status
 from snaploader.remote.bulk import ByteBudget, Share, run_all
+from snaploader.remote.cache import Once
 from snaploader.remote.calls import Watchdog
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES, negotiate, without_capabilities
 from snaploader.remote.codec import Content
-from snaploader.remote.connection import Once
 from snaploader.remote.retry import Cancellation
 from snaploader.workers import WorkerPool
 

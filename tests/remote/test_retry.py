@@ -35,7 +35,7 @@ def run(
     refresh: Callable[[], bool] = lambda: False,
     cancellation: Cancellation | None = None,
 ) -> object:
-    retrier = Retrier(policy, events.append if events is not None else None, refresh)
+    retrier = Retrier(policy, (events if events is not None else []).append, refresh)
     return retrier.run("testing", attempt, cancellation or Cancellation())
 
 
@@ -210,7 +210,7 @@ def test_child_made_after_cancelling_is_cancelled() -> None:
 def test_child_alone_does_not_cancel_its_parent() -> None:
     parent = Cancellation()
     parent.child().cancel()
-    assert not parent.cancelled
+    assert not parent.event.is_set()
 
 
 def test_callback_that_raises_ends_the_operation() -> None:

@@ -355,7 +355,9 @@ def test_no_repr_shows_a_token(tmp_path: Path) -> None:
     ):
         with RemoteCache("grpc://cache:1", **arguments) as remote:
             settings = remote._settings
-            shown = [remote, settings, settings.credentials.headers(), vars(settings.credentials)]
+            shown: list[object] = [remote, settings]
+            if settings.credentials is not None:
+                shown += [settings.credentials.headers(), vars(settings.credentials)]
             assert "s3cret" not in repr(shown)
             assert "czNjcmV0" not in repr(shown)
 
@@ -364,7 +366,7 @@ def warnings_of(
     url: str, make_remote: MakeRemote, caplog: pytest.LogCaptureFixture, **arguments: object
 ) -> list[str]:
     caplog.clear()
-    connection = make_remote(url, **arguments)._ensure_connection()
+    connection = make_remote(url, **arguments)._connect()
     connection._headers()
     connection._headers()  # as two calls would
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
