@@ -5,9 +5,8 @@ folder        workspaces that are folders: made, captured, replaced and removed 
 contents      what lies where in such a folder, and in snapshots of it
 attachments   disks and memory files beside a folder
 process       `ProcessRuntime`: a folder with a command in it, and how that is launched
-runs          what is written down of a command's run, and how it is ended
+runs          what is written down of a command's run, its processes, and how it is ended
 readiness     whether what was started can be used
-processes     processes of the host, told apart for ever
 supervisor    the program that stays beside a command; it runs without this library
 """
 

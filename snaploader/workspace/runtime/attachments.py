@@ -25,8 +25,8 @@ from snaploader.formats.manifest import check_name
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.locks import ProcessExitStack
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX, Folder, Layout, read_file
-from snaploader.workspace.runtime.processes import ProcessIdentity
 from snaploader.workspace.runtime.protocol import Attachment
+from snaploader.workspace.runtime.runs import ProcessIdentity
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Attachments:
                 f"workspace {workspace_id!r} has an attachment {name!r} already: detach it first"
             )
         if isinstance(content, COWStore):
-            attached = _Attached(store=_new_token(), owner=ProcessIdentity.current())
+            attached = _Attached(store=secrets.token_hex(8), owner=ProcessIdentity.current())
         else:
             attached = _Attached(path=os.path.abspath(content))
             _check_regular(name, attached.path, InvalidArgument)
@@ -138,7 +138,7 @@ class Attachments:
             scratch = self._layout.store_folder(workspace_id, owner.pid, owner.start_ticks)
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             unpacked = undo.enter_context(loader.unpack_snapshot(snapshot.only(names), scratch))
-            tokens = {name: _new_token() for name in names}
+            tokens = {name: secrets.token_hex(8) for name in names}
             _write(folder, {name: _Attached(store=token, owner=owner) for name, token in tokens.items()})
             shared = _Shared(len(names), undo.pop_all())
         opened = {}
@@ -215,9 +215,9 @@ def _check_regular(name: str, path: str, kind: type[InvalidArgument | FailedPrec
 
 def _not_here(workspace_id: str, name: str, attached: _Attached) -> str:
     owner = attached.owner
-    where = "was closed" if owner is None or owner == ProcessIdentity.current() else None
-    if where is None:
-        assert owner is not None
+    if owner is None or owner == ProcessIdentity.current():
+        where = "was closed"
+    else:
         where = f"is open in process {owner.pid}" if owner.is_alive else "went with the process that had it"
     return (
         f"attachment {name!r} of workspace {workspace_id!r} {where}: capture the workspace there, or "
@@ -263,7 +263,3 @@ def _write(folder: Folder, attached: Mapping[str, _Attached]) -> None:
     entries = {name: _encode(each) for name, each in attached.items()}
     with translate_os_errors(f"cannot note the attachments in {folder.path!r}"):
         replace_file(folder.attachments, json.dumps(entries).encode())
-
-
-def _new_token() -> str:
-    return secrets.token_hex(8)

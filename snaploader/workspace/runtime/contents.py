@@ -30,7 +30,6 @@ import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from cow import clone_range, data_extents
@@ -43,54 +42,22 @@ from snaploader.loader.captureindex import write_restored_index
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec, check_volumes
 
 
-@dataclass(frozen=True, slots=True)
 class Folder:
     """The folder of one workspace, or one that becomes it when it is finished."""
 
-    path: str
-
-    @property
-    def root(self) -> str:
-        """What the workspace sees."""
-        return f"{self.path}/root"
-
-    @property
-    def state(self) -> str:
-        """What the runtime keeps of it."""
-        return f"{self.path}/state"
-
-    @property
-    def placed(self) -> str:
-        """The file with the token of the last `place`."""
-        return f"{self.state}/placed"
-
-    @property
-    def attachments(self) -> str:
-        """The file that names the attachments."""
-        return f"{self.state}/attachments.json"
-
-    @property
-    def run(self) -> str:
-        """The file about the latest run."""
-        return f"{self.state}/run.json"
-
-    @property
-    def end(self) -> str:
-        """The file about the end of the latest run."""
-        return f"{self.state}/end.json"
-
-    @property
-    def log(self) -> str:
-        """The output of the command."""
-        return f"{self.state}/log"
-
-    @property
-    def nothing(self) -> str:
-        """A folder that is always empty."""
-        return f"{self.state}/nothing"
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.root = f"{path}/root"
+        self.state = f"{path}/state"
+        self.placed = f"{self.state}/placed"
+        self.attachments = f"{self.state}/attachments.json"
+        self.run = f"{self.state}/run.json"
+        self.end = f"{self.state}/end.json"
+        self.log = f"{self.state}/log"
+        self.nothing = f"{self.state}/nothing"
 
     def index(self, entry: str) -> str:
-        """The capture index of a directory of snapshots; its name may be as long as a file's."""
+        """Return the path of the capture index of a directory, by the directory's name in a snapshot."""
         return f"{self.state}/index/{hashlib.sha256(entry.encode()).hexdigest()[:32]}"
 
     def make(self) -> None:
@@ -99,26 +66,14 @@ class Folder:
             os.mkdir(path, mode=0o700)
 
 
-@dataclass(frozen=True, slots=True)
 class Layout:
     """The paths of a runtime."""
 
-    base: str
-
-    @property
-    def workspaces(self) -> str:
-        """The folder of the workspaces."""
-        return f"{self.base}/workspaces"
-
-    @property
-    def locks(self) -> str:
-        """The folder of the lock files."""
-        return f"{self.base}/locks"
-
-    @property
-    def stores(self) -> str:
-        """The folder of open stores."""
-        return f"{self.base}/stores"
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.workspaces = f"{base}/workspaces"
+        self.locks = f"{base}/locks"
+        self.stores = f"{base}/stores"
 
     def folder(self, workspace_id: str) -> Folder:
         """Return the folder of a workspace."""
@@ -128,17 +83,13 @@ class Layout:
         """Return the path of a workspace's lock file."""
         return f"{self.locks}/{workspace_id}"
 
-    def staging(self, workspace_id: str) -> Folder:
-        """A new path to build the workspace's folder at."""
-        return Folder(f"{self.workspaces}/{workspace_id}.staging-{_unique()}")
-
-    def trash(self, workspace_id: str) -> str:
-        """A new path to move what is to be removed to."""
-        return f"{self.workspaces}/{workspace_id}.trash-{_unique()}"
-
     def replaced(self, workspace_id: str) -> str:
         """Return where the state before stands between two renames."""
         return f"{self.workspaces}/{workspace_id}.replaced"
+
+    def beside(self, workspace_id: str, purpose: str) -> str:
+        """A new path beside the workspace, for its folder while it is built or removed."""
+        return f"{self.workspaces}/{workspace_id}.{purpose}-{_unique()}"
 
     def store_folder(self, workspace_id: str, pid: int, start_ticks: int) -> str:
         """A new path for stores that a process has open."""
@@ -227,21 +178,16 @@ def _copy_file(source: str, target: str) -> None:
     try:
         writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            _copy_content(reader, writer, os.fstat(reader).st_size)
+            size = os.fstat(reader).st_size
+            if not clone_range(reader, 0, 0, writer, 0):  # of length 0: up to the end
+                for start, end in data_extents(reader, size):
+                    copy_range(reader, writer, start, end)
+            os.ftruncate(writer, size)
         finally:
             os.close(writer)
     finally:
         os.close(reader)
     shutil.copystat(source, target, follow_symlinks=False)
-
-
-def _copy_content(source: int, target: int, size: int) -> None:
-    """Make the empty file `target` hold the bytes of `source`, with holes where it has some."""
-    whole = 0  # as a length: up to the end
-    if not clone_range(source, 0, whole, target, 0):
-        for start, end in data_extents(source, size):
-            copy_range(source, target, start, end)
-    os.ftruncate(target, size)
 
 
 ROOT = "root"
@@ -299,17 +245,15 @@ def sources(folder: Folder, volumes: Sequence[Volume], scope: Scope) -> dict[str
     if not stat.S_ISDIR(os.stat(folder.root, follow_symlinks=False).st_mode):
         raise FailedPrecondition(f"{folder.root!r} is no folder any more: put one in its place")
     make_durable(folder, volumes, FailedPrecondition)
+    paths = {_entry(volume): _beneath_root(volume) for volume in volumes}
     found = {
-        _entry(volume): DirectorySource(
-            f"{folder.root}/{_beneath_root(volume)}", index=folder.index(_entry(volume))
-        )
-        for volume in volumes
+        entry: DirectorySource(f"{folder.root}/{path}", index=folder.index(entry))
+        for entry, path in paths.items()
     }
     if not volumes:
         found[NO_VOLUMES] = DirectorySource(folder.nothing)
     if scope is Scope.FULL:
-        exclude = [_beneath_root(volume) for volume in volumes]
-        found[ROOT] = DirectorySource(folder.root, exclude=exclude, index=folder.index(ROOT))
+        found[ROOT] = DirectorySource(folder.root, exclude=[*paths.values()], index=folder.index(ROOT))
     return found
 
 
@@ -351,7 +295,7 @@ def _write_indexes(written: Sequence[tuple[DirectoryTree, Path, str]]) -> None:
 
 
 def _entry(volume: Volume) -> str:
-    """The name of a volume in a snapshot."""
+    """Return the name of a volume in a snapshot."""
     return VOLUME_PREFIX + volume.name
 
 

@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from cow import COWStore
@@ -28,7 +27,7 @@ from snaploader.workspace.model import Scope, WorkspaceSpec, check_workspace_id
 from snaploader.workspace.runtime import contents
 from snaploader.workspace.runtime.attachments import Attachments, drop
 from snaploader.workspace.runtime.contents import Folder, Layout
-from snaploader.workspace.runtime.protocol import Attachment, Capture
+from snaploader.workspace.runtime.protocol import Attachment, Capture, Runtime
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -36,14 +35,10 @@ _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 """What renameat2(2) says where the kernel or the file system cannot exchange."""
 
 
-class FolderRuntime(abc.ABC):
+class FolderRuntime(Runtime):
     """The part of `Runtime` that is about folders. Thread-safe; any number of processes may share one folder.
 
-    Args:
-        root_directory: Where everything is kept; made if absent, for this user alone.
-        durable: Whether what was placed survives a power failure from the moment that `place` returns.
-        index_placed: Whether the first capture after a `place` reads only what was changed since. Costs
-            `place` 55 ms.
+    Arguments are those of `ProcessRuntime`.
     """
 
     def __init__(
@@ -66,18 +61,16 @@ class FolderRuntime(abc.ABC):
     def _is_running(self, workspace_id: str) -> bool:
         """Whether anything runs in the workspace's folder, which exists."""
 
-    def _carry_over(self, old: Folder, new: Folder) -> None:  # noqa: B027
+    def _carry_over(self, old: Folder, new: Folder) -> None:
         """Keep what a new folder should have of the one that it replaces. Raises OSError."""
 
-    keeps_memory = False
-    """A folder has none; see `Runtime.keeps_memory`."""
+    keeps_memory = False  # a folder has none
 
     def root(self, workspace_id: str) -> Path:
         """Return the folder that the workspace sees. NotFound when there is none."""
         return Path(self._existing(workspace_id).root)
 
     def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
-        """See `Runtime.create`."""
         volumes = contents.volumes_of(spec)
         workspace_id = check_workspace_id(spec.workspace_id)
         with self._changing(workspace_id, f"cannot create workspace {workspace_id!r}"):
@@ -103,11 +96,11 @@ class FolderRuntime(abc.ABC):
             folder = self._existing(workspace_id)
             self._check_stopped(workspace_id, "capture")
             directories = contents.sources(folder, volumes, scope)
-        attached = self._attachments.captured(workspace_id) if scope is Scope.FULL else {}
+            is_bare = scope is Scope.DATA or not os.path.lexists(folder.attachments)
+        attached = {} if is_bare else self._attachments.captured(workspace_id)
         yield Capture(directories=directories, chunked_files=attached)
 
     def continue_on(self, spec: WorkspaceSpec, runtime_name: str) -> None:  # noqa: ARG002
-        """See `Runtime.continue_on`. A folder goes on by itself."""
         self._existing(spec.workspace_id)
 
     def place(
@@ -120,7 +113,6 @@ class FolderRuntime(abc.ABC):
         token: str,
         progress: ProgressCallback | None = None,
     ) -> None:
-        """See `Runtime.place`."""
         volumes = contents.volumes_of(spec)
         workspace_id = check_workspace_id(spec.workspace_id)
         if not token:
@@ -153,12 +145,11 @@ class FolderRuntime(abc.ABC):
                 self._host.after_step("place.installed")
 
     def remove(self, workspace_id: str) -> None:
-        """See `Runtime.remove`."""
         with self._changing(workspace_id, f"cannot remove workspace {workspace_id!r}"):
             folder = self._layout.folder(workspace_id)
             self._check_stopped(workspace_id, "remove")
             if os.path.lexists(folder.path):
-                trash = self._layout.trash(workspace_id)
+                trash = self._layout.beside(workspace_id, "trash")
                 os.rename(folder.path, trash)
                 self._host.after_step("remove.trashed")
                 if self._durable:
@@ -169,18 +160,15 @@ class FolderRuntime(abc.ABC):
             os.unlink(self._layout.lock(workspace_id))
 
     def workspaces(self) -> list[str]:
-        """See `Runtime.workspaces`."""
         with translate_os_errors("cannot list the workspaces"):
-            names = os.listdir(self._layout.workspaces)
-        return sorted({name.removesuffix(".replaced") for name in names if _is_whole(name)})
+            names = {name.removesuffix(".replaced") for name in os.listdir(self._layout.workspaces)}
+        return sorted(name for name in names if "." not in name)
 
     def leftovers(self) -> list[str]:
-        """See `Runtime.leftovers`."""
         with translate_os_errors("cannot list the workspaces"):
             return sorted(name for name in os.listdir(self._layout.workspaces) if "." in name)
 
     def sweep(self) -> list[str]:
-        """See `Runtime.sweep`."""
         with translate_os_errors("cannot clean up the workspaces"):
             swept = self._attachments.sweep()
             for name in os.listdir(self._layout.workspaces):
@@ -195,32 +183,26 @@ class FolderRuntime(abc.ABC):
         return sorted(swept)
 
     def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
-        """See `Runtime.attach`."""
         with self._changing(workspace_id, f"cannot attach {name!r} to workspace {workspace_id!r}"):
             self._existing(workspace_id)
             self._attachments.attach(workspace_id, name, content)
 
     def detach(self, workspace_id: str, name: str) -> None:
-        """See `Runtime.detach`."""
         with self._changing(workspace_id, f"cannot detach {name!r} from workspace {workspace_id!r}"):
             self._existing(workspace_id)
             self._attachments.detach(workspace_id, name)
 
     def attachments(self, workspace_id: str) -> Mapping[str, Attachment]:
-        """See `Runtime.attachments`."""
         self._existing(workspace_id)
         return self._attachments.usable(workspace_id)
 
     def close(self) -> None:
-        """See `Runtime.close`."""
         self._attachments.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _outside(self, source: str | os.PathLike[str]) -> str:
@@ -269,7 +251,7 @@ class FolderRuntime(abc.ABC):
     @contextmanager
     def _building(self, workspace_id: str) -> Iterator[Folder]:
         """A folder to build in; what was not installed is removed."""
-        staging = self._layout.staging(workspace_id)
+        staging = Folder(self._layout.beside(workspace_id, "staging"))
         with ProcessExitStack() as undo:
             undo.callback(remove_tree, staging.path)
             staging.make()
@@ -309,10 +291,6 @@ class FolderRuntime(abc.ABC):
             with locked(path, wait=False) as held:
                 if held is not None and not os.path.lexists(self._layout.folder(workspace_id).path):
                     os.unlink(path)
-
-
-def _is_whole(name: str) -> bool:
-    return "." not in name or name.endswith(".replaced")
 
 
 @contextmanager

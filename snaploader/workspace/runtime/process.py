@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +23,6 @@ from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import supervisor
 from snaploader.workspace.runtime.contents import Folder, make_durable_again, volumes_of
 from snaploader.workspace.runtime.folder import FolderRuntime, locked
-from snaploader.workspace.runtime.processes import is_readable
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, RuntimeStatus, StopOutcome
 from snaploader.workspace.runtime.readiness import (
     PROBES,
@@ -36,10 +34,11 @@ from snaploader.workspace.runtime.readiness import (
 from snaploader.workspace.runtime.runs import (
     RUN_VARIABLE,
     end_run,
+    is_readable,
     kill_leftovers,
+    new_token,
     read_log,
     read_run,
-    write_end,
     write_run_without_command,
 )
 
@@ -109,21 +108,10 @@ class ProcessRuntime(FolderRuntime):
             if run is not None and run.was_cut_off:
                 kill_leftovers(workspace_id, folder, run)
             make_durable_again(folder, volumes_of(spec))
-            token = secrets.token_hex(16)
-            if not spec.command:
-                write_run_without_command(folder, token)
-                return
-            environment = _environment_of(spec, folder, token, self._environment)
-            _launch(
-                spec,
-                folder,
-                token,
-                environment,
-                lock=lock,
-                grace_s=self._grace_s,
-                interpreter=self._interpreter,
-                after_step=self._host.after_step,
-            )
+            if spec.command:
+                self._launch(spec, folder, lock)
+            else:
+                write_run_without_command(folder)
 
     def stop(
         self, workspace_id: str, *, timeout_s: float = DEFAULT_STOP_TIMEOUT_S, force: bool = True
@@ -141,12 +129,11 @@ class ProcessRuntime(FolderRuntime):
                     return StopOutcome.KILLED
                 return StopOutcome.NOT_RUNNING
             if not run.processes:
-                write_end(folder, run, None)
+                supervisor.write_end(folder.end, run.token, None)
                 return StopOutcome.STOPPED
             return end_run(workspace_id, folder, run, timeout_s, force=force)
 
     def status(self, workspace_id: str) -> RuntimeStatus:
-        """See `Runtime.status`."""
         folder = self._find(workspace_id)
         if folder is None:
             return RuntimeStatus(workspace_id)
@@ -182,7 +169,7 @@ class ProcessRuntime(FolderRuntime):
         timeout_s = readiness.timeout_s if timeout_s is None else timeout_s
         folder = self._existing(spec.workspace_id)
         with RunWatch(spec.workspace_id, folder, self._grace_s) as watch:
-            environment = _environment_of(spec, folder, watch.run.token, self._environment)
+            environment = self._environment_of(spec, folder, watch.run.token)
             workspace = ProbedWorkspace(spec.workspace_id, readiness.target, Path(folder.root), environment)
             wait_ready(watch, workspace, readiness, probe, timeout_s, cancelled)
 
@@ -214,102 +201,86 @@ class ProcessRuntime(FolderRuntime):
             with suppress(FileNotFoundError):
                 os.link(path, kept)
 
+    def _environment_of(self, spec: WorkspaceSpec, folder: Folder, token: str) -> dict[str, str]:
+        """The whole environment of a workspace's command: nothing is inherited."""
+        return {
+            "PATH": DEFAULT_PATH,
+            "HOME": folder.root,
+            "LANG": "C.UTF-8",
+            "WORKSPACE_ID": spec.workspace_id,
+            **self._environment,
+            **spec.environment,
+            RUN_VARIABLE: token,
+        }
 
-def _environment_of(
-    spec: WorkspaceSpec, folder: Folder, token: str, common: Mapping[str, str]
-) -> dict[str, str]:
-    """The whole environment of a workspace's command: nothing is inherited."""
-    return {
-        "PATH": DEFAULT_PATH,
-        "HOME": folder.root,
-        "LANG": "C.UTF-8",
-        "WORKSPACE_ID": spec.workspace_id,
-        **common,
-        **spec.environment,
-        RUN_VARIABLE: token,
-    }
+    def _launch(self, spec: WorkspaceSpec, folder: Folder, lock: int) -> None:
+        """Start the command under a supervisor of its own; returns when it runs and that is written down.
 
+        Args:
+            lock: Descriptor of the workspace's lock, which the supervisor holds too until then.
 
-def _launch(
-    spec: WorkspaceSpec,
-    folder: Folder,
-    token: str,
-    environment: Mapping[str, str],
-    *,
-    lock: int,
-    grace_s: float,
-    interpreter: str,
-    after_step: Callable[[str], None],
-) -> None:
-    """Start the command under a supervisor of its own; returns when it runs and that is written down.
-
-    Args:
-        lock: Descriptor of the workspace's lock, which the supervisor holds too until then.
-        grace_s: How long processes may take to end that outlive the command.
-        interpreter: Path of the Python that runs it.
-
-    Raises:
-        FailedPrecondition: The command cannot be executed.
-        DeadlineExceeded: The supervisor does not answer.
-        OSError: The run cannot be written down.
-    """
-    orders = _encode_orders(spec, folder, token, environment, grace_s)
-    handshake, answer = os.pipe2(os.O_CLOEXEC)
-    try:
+        Raises:
+            FailedPrecondition: The command cannot be executed.
+            DeadlineExceeded: The supervisor does not answer.
+            OSError: The run cannot be written down.
+        """
+        token = new_token()
+        environment = self._environment_of(spec, folder, token)
+        orders = _encode_orders(spec, folder, token, environment, self._grace_s)
+        handshake, answer = os.pipe2(os.O_CLOEXEC)
         try:
-            _spawn(orders, folder, answer, lock, interpreter, after_step)
+            try:
+                self._spawn(orders, folder, answer, lock)
+            finally:
+                os.close(answer)
+            if not is_readable(handshake, _HANDSHAKE_TIMEOUT_S):
+                raise DeadlineExceeded(
+                    f"the supervisor of workspace {spec.workspace_id!r} gave no answer within "
+                    f"{_HANDSHAKE_TIMEOUT_S:g} s; see {folder.log!r}"
+                )
+            reply = os.read(handshake, _MAX_ANSWER_BYTES).decode()
+            self._host.after_step("start.answered")
         finally:
-            os.close(answer)
-        if not is_readable(handshake, _HANDSHAKE_TIMEOUT_S):
-            raise DeadlineExceeded(
-                f"the supervisor of workspace {spec.workspace_id!r} gave no answer within "
-                f"{_HANDSHAKE_TIMEOUT_S:g} s; see {folder.log!r}"
-            )
-        reply = os.read(handshake, _MAX_ANSWER_BYTES).decode()
-        after_step("start.answered")
-    finally:
-        os.close(handshake)
-    if reply == "ok":
-        return
-    code, _, what = reply.partition(" ")
-    if not code.isdecimal():
-        raise Internal(f"the supervisor of workspace {spec.workspace_id!r} failed; see {folder.log!r}")
-    if what != supervisor.NOT_EXECUTED:
-        raise OSError(int(code), os.strerror(int(code)), folder.run)
-    raise FailedPrecondition(
-        f"command {spec.command[0]!r} of workspace {spec.workspace_id!r} {what}: {os.strerror(int(code))}. "
-        f"A path is relative to {folder.root!r}; a name is looked for in {environment['PATH']!r}"
-    )
+            os.close(handshake)
+        if reply == "ok":
+            return
+        code, _, what = reply.partition(" ")
+        if not code.isdecimal():
+            raise Internal(f"the supervisor of workspace {spec.workspace_id!r} failed; see {folder.log!r}")
+        if what != supervisor.NOT_EXECUTED:
+            raise OSError(int(code), os.strerror(int(code)), folder.run)
+        raise FailedPrecondition(
+            f"command {spec.command[0]!r} of workspace {spec.workspace_id!r} {what}: "
+            f"{os.strerror(int(code))}. A path is relative to {folder.root!r}; a name is looked for in "
+            f"{environment['PATH']!r}"
+        )
 
-
-def _spawn(
-    orders: bytes, folder: Folder, answer: int, lock: int, interpreter: str, after_step: Callable[[str], None]
-) -> None:
-    log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        # The process started here ends as soon as it has left the guard and the supervisor behind, who
-        # are thereby not this process's children.
-        with translate_os_errors("cannot start a supervisor", absent=FailedPrecondition):
-            first = subprocess.Popen(
-                [interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                cwd=folder.root,
-                env={},
-                pass_fds=(answer, lock),
-                start_new_session=True,
-            )
-    finally:
-        os.close(log)
-    try:
-        after_step("start.spawned")
-        first.communicate(orders)
-        after_step("start.ordered")
-    except BaseException:
-        first.kill()
-        first.wait()
-        raise
+    def _spawn(self, orders: bytes, folder: Folder, answer: int, lock: int) -> None:
+        log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            # The process started here ends as soon as it has left the guard and the supervisor behind, who
+            # are thereby not this process's children.
+            with translate_os_errors("cannot start a supervisor", absent=FailedPrecondition):
+                first = subprocess.Popen(
+                    [self._interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    cwd=folder.root,
+                    env={},
+                    pass_fds=(answer, lock),
+                    start_new_session=True,
+                )
+        finally:
+            os.close(log)
+        try:
+            self._host.after_step("start.spawned")
+            first.communicate(orders)
+            self._host.after_step("start.ordered")
+        except BaseException:
+            first.kill()
+            first.wait()
+            raise
 
 
 def _encode_orders(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Protocol, Self
 
 from snaploader.errors import (
@@ -25,8 +25,7 @@ from snaploader.errors import (
 )
 from snaploader.workspace.model import Readiness, parse_address, parse_url
 from snaploader.workspace.runtime.contents import Folder
-from snaploader.workspace.runtime.processes import is_readable, wait_ended
-from snaploader.workspace.runtime.runs import Run, read_log, read_run
+from snaploader.workspace.runtime.runs import Run, is_readable, read_log, read_run, wait_ended
 
 MAX_TRY_S = 5.0
 """Longest one try."""
@@ -148,11 +147,6 @@ class RunWatch:
         self.run: Run = run
         self._fd = None if run.command is None else run.command.open_pidfd()
 
-    def check(self) -> None:
-        """Raise FailedPrecondition when the run has ended; it says how."""
-        if self._has_ended:
-            raise self._error()
-
     def pause(self, time_s: float, cancelled: threading.Event | None) -> None:
         """Wait that long, or until the run ends or the waiting is cancelled."""
         if cancelled is not None:
@@ -162,27 +156,22 @@ class RunWatch:
         else:
             time.sleep(time_s)
 
-    def close(self) -> None:
-        """Stop watching."""
-        if self._fd is not None:
-            os.close(self._fd)
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
 
-    @property
-    def _has_ended(self) -> bool:
+    def check(self) -> None:
+        """Raise FailedPrecondition when the run has ended; it says how."""
         if self.run.command is None:
             now = self._read()
-            return now is None or now.token != self.run.token or not now.is_running
-        return self._fd is None or is_readable(self._fd, 0)
-
-    def _error(self) -> FailedPrecondition:
+            has_ended = now is None or now.token != self.run.token or not now.is_running
+        else:
+            has_ended = self._fd is None or is_readable(self._fd, 0)
+        if not has_ended:
+            return
         # What the command left may still be on its way out; only then is the end written down.
         wait_ended(self.run.processes, self._grace_s + 1)
         now = self._read()
@@ -191,9 +180,7 @@ class RunWatch:
             how = f"ended with exit code {now.exit_code}"
             if now.exit_code < 0:
                 how = f"was ended by signal {-now.exit_code}"
-        return FailedPrecondition(
-            f"the command of workspace {self._workspace_id!r} {how}{self._last_lines()}"
-        )
+        raise FailedPrecondition(f"the command of workspace {self._workspace_id!r} {how}{self._last_lines()}")
 
     def _last_lines(self) -> str:
         with translate_os_errors(f"cannot read the log of workspace {self._workspace_id!r}"):

@@ -1,31 +1,167 @@
-"""A run of a workspace's command: what is written down of it, and how it is ended.
+"""Runs of a workspace's command: what is written down of them, their processes, and how they are ended.
 
-Its supervisor writes both files, or whoever finds it gone. See `snaploader.workspace.runtime.supervisor`.
+A run's supervisor writes both of its files, or whoever finds it gone does. See
+`snaploader.workspace.runtime.supervisor`.
+
+A pid alone is used again, so a process is known by its pid, the clock tick at which it began and the boot of
+the host, which never change. psutil tells the time of its beginning instead, which moves when the host's
+clock is set; so what is needed of /proc is read by the supervisor's functions, which cannot use psutil.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import secrets
+import select
 import signal
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 
 from snaploader._environment import read_boot_id
 from snaploader.errors import DataLoss, DeadlineExceeded
 from snaploader.files import replace_file
-from snaploader.workspace.runtime import supervisor
 from snaploader.workspace.runtime.contents import Folder, read_file
-from snaploader.workspace.runtime.processes import ProcessIdentity, kill_marked, kill_trees, wait_ended
 from snaploader.workspace.runtime.protocol import StopOutcome
+from snaploader.workspace.runtime.supervisor import descendants, read_stat, write_end
 
 RUN_VARIABLE = "WORKSPACE_RUN"
 """Environment variable with the token of the run: processes are found by it whose supervisor was killed."""
 
 _KILL_TIMEOUT_S = 10.0
 """How long killed processes may take to end; only one that waits for a broken device takes long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process that ran on this host, or runs."""
+
+    pid: int
+    start_ticks: int
+    """When it began, in clock ticks since the host started."""
+    boot_id: str
+
+    @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """Return the process that has this pid now, or None when there is none or it waits for its parent."""
+        stat = read_stat(pid)
+        if stat is None or stat.has_ended:
+            return None
+        return cls(pid, stat.start_ticks, read_boot_id())
+
+    @classmethod
+    def current(cls) -> Self:
+        """This process."""
+        identity = cls.of(os.getpid())
+        assert identity is not None
+        return identity
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process still runs."""
+        return self == ProcessIdentity.of(self.pid)
+
+    def open_pidfd(self) -> int | None:
+        """Open a descriptor that becomes readable when the process ends, pidfd_open(2); None when it has."""
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        # Checked after it was opened: from then on the descriptor means this process and no later one.
+        if self.is_alive:
+            return fd
+        os.close(fd)
+        return None
+
+    def send(self, number: int) -> None:
+        """Send the process a signal if it still runs."""
+        fd = self.open_pidfd()
+        if fd is None:
+            return
+        try:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
+
+
+def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
+    """Wait until all processes have ended; returns whether they have in this time."""
+    give_up_at = time.monotonic() + timeout_s
+    with ExitStack() as opened:
+        for fd in [fd for process in processes if (fd := process.open_pidfd()) is not None]:
+            opened.callback(os.close, fd)
+            left_s = max(0.0, give_up_at - time.monotonic())
+            if not is_readable(fd, left_s):
+                return False
+    return True
+
+
+def is_readable(fd: int, timeout_s: float) -> bool:
+    """Wait until a descriptor is readable; returns whether it is in this time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(math.ceil(timeout_s * 1000)))
+
+
+def _kill_trees(roots: Iterable[ProcessIdentity], timeout_s: float) -> bool:
+    """Kill processes and all below them; returns whether nothing is left in this time.
+
+    The roots come last: as long as they live, what others orphan stays below them.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    roots = list(roots)
+    while below := _below(roots):
+        if not _kill(below, give_up_at):
+            return False
+    return _kill(roots, give_up_at)
+
+
+def _kill_marked(mark: bytes, timeout_s: float) -> tuple[bool, bool]:
+    """Kill all processes that have `mark`, a variable "NAME=value", in the environment they began with.
+
+    Returns whether there were any, and whether all ended in this time.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    found = False
+    while marked := _marked(mark):
+        found = True
+        if not _kill(marked, give_up_at):
+            return True, False
+    return found, True
+
+
+def _below(roots: list[ProcessIdentity]) -> list[ProcessIdentity]:
+    alive = [root for root in roots if root.is_alive]
+    pids = {pid for root in alive for pid in descendants(root.pid)} - {root.pid for root in alive}
+    return [process for pid in pids if (process := ProcessIdentity.of(pid)) is not None]
+
+
+def _kill(processes: list[ProcessIdentity], give_up_at: float) -> bool:
+    for process in processes:
+        process.send(signal.SIGKILL)
+    return wait_ended(processes, max(0.0, give_up_at - time.monotonic()))
+
+
+def _marked(mark: bytes) -> list[ProcessIdentity]:
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdecimal():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
+                has_mark = mark in file.read().split(b"\0")
+        except OSError:  # ended, or another user's
+            continue
+        process = ProcessIdentity.of(int(name)) if has_mark else None
+        if process is not None:
+            found.append(process)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +203,20 @@ class Run:
 def read_run(folder: Folder) -> Run | None:
     """Return the latest run, or None before the first. Raises OSError, and DataLoss for a damaged file."""
     try:
-        return _run_of(_read(folder.run), _read(folder.end))
+        run, end = _read(folder.run), _read(folder.end)
+        if run is None:
+            return None
+        has_ended = end is not None and end["token"] == run["token"]
+        return Run(
+            token=run["token"],
+            boot_id=run["boot_id"],
+            started_at=datetime.fromtimestamp(run["started_at_us"] / 1_000_000, UTC),
+            guard=_identity(run, "guard"),
+            supervisor=_identity(run, "supervisor"),
+            command=_identity(run, "command"),
+            has_ended=has_ended,
+            exit_code=end["exit_code"] if end is not None and has_ended else None,
+        )
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise DataLoss(
             f"{folder.run!r} or {folder.end!r} is damaged ({error!r}): end what still runs of the "
@@ -75,35 +224,19 @@ def read_run(folder: Folder) -> Run | None:
         ) from error
 
 
-def _run_of(run: dict[str, Any] | None, end: dict[str, Any] | None) -> Run | None:
-    if run is None:
-        return None
-    has_ended = end is not None and end["token"] == run["token"]
-    return Run(
-        token=run["token"],
-        boot_id=run["boot_id"],
-        started_at=datetime.fromtimestamp(run["started_at_us"] / 1_000_000, UTC),
-        guard=_identity(run, "guard"),
-        supervisor=_identity(run, "supervisor"),
-        command=_identity(run, "command"),
-        has_ended=has_ended,
-        exit_code=end["exit_code"] if end is not None and has_ended else None,
-    )
+def new_token() -> str:
+    """Return a token for a new run."""
+    return secrets.token_hex(16)
 
 
-def write_run_without_command(folder: Folder, token: str) -> None:
+def write_run_without_command(folder: Folder) -> None:
     """Write down that a workspace without a command runs. Raises OSError."""
     run = {
-        "token": token,
+        "token": new_token(),
         "boot_id": read_boot_id(),
         "started_at_us": time.time_ns() // 1000,
     }
     replace_file(folder.run, json.dumps(run).encode())
-
-
-def write_end(folder: Folder, run: Run, exit_code: int | None) -> None:
-    """Write down that a run ended. Raises OSError."""
-    supervisor.write_end(folder.end, run.token, exit_code)
 
 
 def read_log(folder: Folder, max_bytes: int) -> bytes:
@@ -152,7 +285,7 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
                 "more time, or force it"
             )
         outcome = StopOutcome.KILLED
-        _kill(workspace_id, run)
+        _force(workspace_id, run)
     now = read_run(folder)
     if now is not None and not now.has_ended and kill_leftovers(workspace_id, folder, now):
         return StopOutcome.KILLED
@@ -161,20 +294,20 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
 
 def kill_leftovers(workspace_id: str, folder: Folder, run: Run) -> bool:
     """Kill what a run left whose supervisor and guard were killed; returns whether there was anything."""
-    found, is_done = kill_marked(f"{RUN_VARIABLE}={run.token}".encode(), _KILL_TIMEOUT_S)
+    found, is_done = _kill_marked(f"{RUN_VARIABLE}={run.token}".encode(), _KILL_TIMEOUT_S)
     if not is_done:
         raise _unkillable(workspace_id)
-    write_end(folder, run, None)
+    write_end(folder.end, run.token, None)
     return found
 
 
-def _kill(workspace_id: str, run: Run) -> None:
+def _force(workspace_id: str, run: Run) -> None:
     outer = [process for process in (run.guard, run.supervisor) if process is not None]
     for process in outer:
         process.send(signal.SIGCONT)  # one that was stopped takes no other signal
     if run.supervisor is not None:
         run.supervisor.send(signal.SIGQUIT)
-    if not wait_ended(run.processes, _KILL_TIMEOUT_S) and not kill_trees(outer, _KILL_TIMEOUT_S):
+    if not wait_ended(run.processes, _KILL_TIMEOUT_S) and not _kill_trees(outer, _KILL_TIMEOUT_S):
         raise _unkillable(workspace_id)
 
 

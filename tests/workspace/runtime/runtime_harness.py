@@ -10,7 +10,7 @@ from pathlib import Path
 from snaploader import SaveResult, Snapshot, SnapshotKey, SnapshotLoader, VMConfiguration
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime
-from snaploader.workspace.runtime.processes import ProcessIdentity, wait_ended
+from snaploader.workspace.runtime.runs import ProcessIdentity, wait_ended
 from snaploader.workspace.testing import FakeRuntime
 
 KEY = SnapshotKey(instance_name="tests")

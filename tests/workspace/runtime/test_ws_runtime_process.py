@@ -14,8 +14,8 @@ from runtime_harness import Fifo, wait_gone
 
 from snaploader.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.model import Readiness, Volume, WorkspaceSpec
-from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, processes
-from snaploader.workspace.runtime.processes import ProcessIdentity
+from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, runs
+from snaploader.workspace.runtime.runs import ProcessIdentity
 
 ID = "ws"
 IGNORES_TERM = "trap '' TERM; "
@@ -330,8 +330,8 @@ def test_a_process_is_known_by_more_than_its_pid() -> None:
         assert not other.is_alive
         assert other.open_pidfd() is None
         other.send(signal.SIGKILL)
-    assert processes.wait_ended([ProcessIdentity(me.pid, 0, me.boot_id)], 0)
-    assert not processes.wait_ended([me], 0)
+    assert runs.wait_ended([ProcessIdentity(me.pid, 0, me.boot_id)], 0)
+    assert not runs.wait_ended([me], 0)
 
 
 def test_a_run_of_another_boot_is_over(runtime: ProcessRuntime) -> None:

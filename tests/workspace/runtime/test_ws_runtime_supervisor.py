@@ -16,7 +16,7 @@ from snaploader.errors import FailedPrecondition, SnaploaderError
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime, StopOutcome, runs, supervisor
 from snaploader.workspace.runtime.contents import Layout
-from snaploader.workspace.runtime.processes import ProcessIdentity, wait_ended
+from snaploader.workspace.runtime.runs import ProcessIdentity, wait_ended
 
 ID = "ws"
 
