@@ -4,13 +4,12 @@
 held, on threads of its own. Each operation reads from top to bottom in one file: `create` (and fork),
 `lifetime` (start, stop, delete), `versions` (and rollback), `pause` (and resume), `commit`. What they share
 is in `operation` (how one begins, is recorded and fails) and `snapshots` (records in the catalog, content in
-the caches). `undo` takes back what failed, `repair` puts one workspace right, `recovery` a whole host; `home`
-tells which state directory is the host's.
+the caches). `undo` takes back what failed or was left in the middle; `recovery` puts a whole host right.
 """
 
 from snaploader.workspace.manager.commit import OrphanedUpload
 from snaploader.workspace.manager.held_workspace import HeldWorkspace
 from snaploader.workspace.manager.manager import WorkspaceManager
-from snaploader.workspace.manager.repair import Note, RecoverySummary
+from snaploader.workspace.manager.recovery import Note, RecoverySummary
 
 __all__ = ["HeldWorkspace", "Note", "OrphanedUpload", "RecoverySummary", "WorkspaceManager"]

@@ -110,7 +110,7 @@ def _upload_paused(work: Work) -> Saved:
     assert work.pending is not None
     with work.services.catalog.reading() as reader:
         paused = reader.snapshot(work.workspace.current_snapshot)
-    uploaded = content.derive_commit(work.pending, content.find(paused))
+    uploaded = content.derive(work.pending, content.find(paused), remote=True)
     work.reach("uploaded")
     record = uploaded.record
     is_all = paused.scope is record.scope

@@ -7,8 +7,6 @@ is not shown. A creation that fails, or whose process is killed, leaves nothing 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,7 @@ from snaploader.workspace.model import (
     WorkspaceSpec,
     WorkspaceState,
 )
+from snaploader.workspace.policy import parse_schedule
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Reader
@@ -41,16 +40,19 @@ class Plan:
 
     Raises:
         TypeError: its command or environment holds something else than text.
+        InvalidArgument: its schedule is malformed.
     """
 
     spec: WorkspaceSpec
-    owner: str = ""
-    base: str = ""
-    policy: str = "default"
-    autostart_schedule: str = ""
-    start: bool = True
+    owner: str
+    base: str
+    policy: str
+    autostart_schedule: str
+    start: bool
 
     def __post_init__(self) -> None:
+        if self.autostart_schedule:
+            parse_schedule(self.autostart_schedule)
         environment = self.spec.environment
         for what, texts in (
             ("command", self.spec.command),
@@ -125,8 +127,7 @@ def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
     """
     if not services.has_traces_of(workspace_id):
         return
-    with services.catalog.reading() as reader, suppress(NotFound):
-        reader.workspace(workspace_id)
+    if services.find_workspace(workspace_id) is not None:
         return  # the catalog knows it, and refuses the id itself
     if services.records.exists(workspace_id):
         what = f"a record of it as paused, {services.records.path(workspace_id)!r},"
@@ -198,11 +199,3 @@ def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **p
             work.record_run(tx, RunTransition.START)
         work.record_event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
         return tx.workspace(work.workspace_id)
-
-
-def forked_spec(
-    origin: WorkspaceSpec, workspace_id: str, environment: Mapping[str, str] | None
-) -> WorkspaceSpec:
-    """The spec of a workspace that runs what another one does."""
-    merged = {**origin.environment, **(environment or {})}
-    return replace(origin, workspace_id=workspace_id, environment=merged)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
 from snaploader.workspace.host import HeldLock
-from snaploader.workspace.manager import commit, lifetime, pause, repair, versions
+from snaploader.workspace.manager import commit, lifetime, pause, undo, versions
 from snaploader.workspace.manager.operation import USER, Services
 from snaploader.workspace.model import SnapshotResult, Workspace
 
@@ -58,7 +58,7 @@ class HeldWorkspace:
 
     def settle(self) -> None:
         """Finish or take back what a process that died left in the middle, as every operation does first."""
-        self._sections.run_to_end(self._lock, partial(repair.settle, self._services, self.workspace_id))
+        self._sections.run_to_end(self._lock, partial(undo.settle, self._services, self.workspace_id))
 
     def take_version(self, request: versions.VersionRequest) -> SnapshotResult:
         """Capture the workspace as its next version."""
@@ -103,7 +103,7 @@ class HeldWorkspace:
         def settled() -> T:
             is_settled, self._is_settled = self._is_settled, False
             if not is_settled:
-                repair.settle(self._services, self.workspace_id)
+                undo.settle(self._services, self.workspace_id)
             return operation(self._services, self.workspace_id)
 
         return self._sections.run_to_end(self._lock, settled)

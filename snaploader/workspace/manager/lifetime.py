@@ -8,7 +8,7 @@ from functools import partial
 
 from snaploader.errors import NotFound, SnaploaderError
 from snaploader.workspace.manager.operation import ALIVE, USER, Services, Work, with_slot
-from snaploader.workspace.manager.snapshots import base_of, find_snapshot, forget_remote, remove_unfinished
+from snaploader.workspace.manager.snapshots import forget_remote, load_state, remove_unfinished
 from snaploader.workspace.model import (
     OperationKind,
     RunTransition,
@@ -107,23 +107,15 @@ def bring_back(services: Services, workspace: Workspace, token: str) -> None:
     Raises:
         NotFound: There is none, or it is not whole any more.
     """
-    with services.catalog.reading() as reader:
-        record = find_snapshot(reader, workspace.current_snapshot)
-        base = None if record is None else base_of(reader, workspace, record)
-    if record is None:
+    name = workspace.current_snapshot
+    if not name:
         raise NotFound(
             f"the files of workspace {workspace.id!r} are gone from host {services.host!r}, and no snapshot "
             "was ever taken of it: delete it"
         )
-    log.warning("workspace %r has lost its files: snapshot %r takes their place", workspace.id, record.name)
-    find = services.content.find
-    services.runtime.place(
-        workspace.spec,
-        services.content.loader,
-        find(record),
-        base=None if base is None else find(base),
-        token=token,
-    )
+    log.warning("workspace %r has lost its files: snapshot %r takes their place", workspace.id, name)
+    _, snapshot, base = load_state(services, workspace, name)
+    services.place(workspace.spec, snapshot, base, token)
 
 
 def finish_deletion(services: Services, workspace_id: str) -> list[SnaploaderError]:

@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Final, Self
 
 from snaploader._environment import HOST, HostEnvironment
-from snaploader.errors import Cancelled, FailedPrecondition, NotFound, SnaploaderError
+from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
 from snaploader.workspace import sizes
@@ -21,9 +22,8 @@ from snaploader.workspace.host import HeldLock, HostHome, SlotPool, WorkspaceLoc
 from snaploader.workspace.manager import commit, create
 from snaploader.workspace.manager.commit import OrphanedUpload
 from snaploader.workspace.manager.held_workspace import DEFAULT_WORKERS, CriticalSections, HeldWorkspace
-from snaploader.workspace.manager.operation import ALIVE, Services, check_state, count_as_used, utc_now
-from snaploader.workspace.manager.recovery import recover
-from snaploader.workspace.manager.repair import Note, RecoverySummary
+from snaploader.workspace.manager.operation import ALIVE, Services, check_state, utc_now
+from snaploader.workspace.manager.recovery import Note, RecoverySummary, recover
 from snaploader.workspace.manager.snapshots import SnapshotContent, list_snapshots
 from snaploader.workspace.manager.undo import undo_failed
 from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
@@ -45,7 +45,7 @@ from snaploader.workspace.model import (
     check_workspace_id,
     new_workspace_id,
 )
-from snaploader.workspace.policy import DEFAULT_POLICY, parse_schedule
+from snaploader.workspace.policy import DEFAULT_POLICY
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtime
 
@@ -115,23 +115,14 @@ class WorkspaceManager:
             undo_failed,
         )
         self.catalog: Final = catalog
-        """Where workspaces are written down."""
         self.loader: Final = loader
-        """Saves and finds their snapshots."""
         self.file_cache: Final = file_cache
-        """Keeps their snapshots on this host."""
         self.runtime: Final = runtime
-        """Runs the workspaces of this host."""
         self.host: Final = self._services.host
-        """Name of this host in the catalog."""
         self.instance_name: Final = instance_name
-        """The instance name of the remote cache."""
         self.records: Final = self._services.records
-        """Records of paused workspaces."""
         self.slots: Final = self._services.slots
-        """The slots of this host; each workspace that is not deleted holds one."""
         self.locks: Final = WorkspaceLocks(f"{folder}/locks", catalog)
-        """One lock for each workspace."""
         self._home = HostHome(folder, catalog, self.host)
         self._sections = CriticalSections(workers)
         self._lock_timeout_s = lock_timeout_s
@@ -198,8 +189,6 @@ class WorkspaceManager:
             NotFound: there is no such policy, or no such source.
             ResourceExhausted: all slots of the host are taken, or the disk is full.
         """
-        if autostart_schedule:
-            parse_schedule(autostart_schedule)
         if isinstance(command, str):
             raise TypeError(
                 f"the command must be a sequence such as ['sleep', '5'], and not one str: {command!r}"
@@ -212,7 +201,7 @@ class WorkspaceManager:
             readiness or Readiness(),
         )
         plan = create.Plan(spec, owner, base, policy, autostart_schedule, start)
-        return self._make(spec, partial(create.create, self._services, plan, source))
+        return self._make(spec.workspace_id, partial(create.create, self._services, plan, source))
 
     def fork(
         self,
@@ -244,25 +233,27 @@ class WorkspaceManager:
             FailedPrecondition: the snapshot is no commit: a pause cannot be forked. Or as for `create`.
             InvalidArgument, ResourceExhausted, DeadlineExceeded, Cancelled: as for `create`.
         """
-        if autostart_schedule:
-            parse_schedule(autostart_schedule)
+        new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
         with self.catalog.reading() as reader:
             origin_commit = create.find_commit(reader, origin)
             parent = reader.workspace(origin_commit.workspace_id)
-        new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
-        spec = create.forked_spec(parent.spec, new_id, environment)
         plan = create.Plan(
-            spec,
+            replace(
+                parent.spec,
+                workspace_id=new_id,
+                environment={**parent.spec.environment, **(environment or {})},
+            ),
             parent.owner if owner is None else owner,
             parent.base,
             parent.policy if policy is None else policy,
             autostart_schedule,
             start,
         )
-        return self._make(spec, partial(create.fork, self._services, origin_commit, plan))
+        return self._make(new_id, partial(create.fork, self._services, origin_commit, plan))
 
-    def _make(self, spec: WorkspaceSpec, make: Callable[[], Workspace]) -> Workspace:
-        with self._locked(spec.workspace_id) as lock:
+    def _make(self, workspace_id: str, make: Callable[[], Workspace]) -> Workspace:
+        lock = self._acquire(workspace_id)
+        with self._releasing(lock):
             return self._sections.run_to_end(lock, make)
 
     # Versions
@@ -440,7 +431,8 @@ class WorkspaceManager:
             check_state(workspace, "use", ALIVE)
             if workspace.operation is not None and workspace.operation.kind is OperationKind.DELETE:
                 raise FailedPrecondition(f"workspace {workspace_id!r} is being deleted: too late to use it")
-            return count_as_used(tx, workspace_id, self._services.clock())
+            now = self._services.clock()
+            return tx.update_workspace(workspace_id, last_used_at=now, dormant_at=None, deleting_at=None)
 
     # At start-up
 
@@ -583,7 +575,8 @@ class WorkspaceManager:
             DeadlineExceeded: somebody else held the lock all the time.
             Cancelled: the waiting was called off, or the manager is closed.
         """
-        with self._locked(workspace_id, timeout_s, cancelled) as lock:
+        lock = self._acquire(workspace_id, timeout_s, cancelled)
+        with self._releasing(lock):
             yield self._held(lock)
 
     @contextmanager
@@ -597,18 +590,15 @@ class WorkspaceManager:
         with self._releasing(lock):
             yield self._held(lock)
 
-    @contextmanager
-    def _locked(
+    def _acquire(
         self, workspace_id: str, timeout_s: float | None = None, cancelled: threading.Event | None = None
-    ) -> Iterator[HeldLock]:
+    ) -> HeldLock:
         self._check_usable()
-        lock = self.locks.acquire(
+        return self.locks.acquire(
             workspace_id,
             timeout_s=self._lock_timeout_s if timeout_s is None else timeout_s,
             cancelled=cancelled or self._closing,
         )
-        with self._releasing(lock):
-            yield lock
 
     @contextmanager
     def _releasing(self, lock: HeldLock) -> Iterator[None]:
@@ -620,8 +610,9 @@ class WorkspaceManager:
             yield
         except SnaploaderError:
             with suppress(SnaploaderError):
-                workspace_id = lock.workspace_id
-                if not self._is_alive(workspace_id) and not self._services.has_traces_of(workspace_id):
+                workspace = self._services.find_workspace(lock.workspace_id)
+                is_gone = workspace is None or workspace.state is WorkspaceState.DELETED
+                if is_gone and not self._services.has_traces_of(lock.workspace_id):
                     lock.remove_file()
             raise
         finally:
@@ -633,12 +624,6 @@ class WorkspaceManager:
             raise FailedPrecondition(f"workspace {workspace.id!r} was deleted")
         is_settled = workspace.operation is None
         return HeldWorkspace(self._services, self._sections, lock, is_settled=is_settled)
-
-    def _is_alive(self, workspace_id: str) -> bool:
-        try:
-            return self.workspace(workspace_id).state is not WorkspaceState.DELETED
-        except NotFound:
-            return False
 
     def _check_usable(self) -> None:
         self._check_open()

@@ -14,7 +14,7 @@ import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
@@ -36,6 +36,7 @@ from snaploader.workspace.model import (
     SnapshotRecord,
     SnapshotStatus,
     Workspace,
+    WorkspaceSpec,
     WorkspaceState,
 )
 from snaploader.workspace.records import PausedRecords
@@ -82,10 +83,6 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def no_guard(reader: Reader) -> None:
-    """Operations begin without further conditions."""
-
-
 @dataclass(frozen=True, slots=True)
 class Services:
     """What all operations of one manager share. Immutable, and made of what is thread-safe."""
@@ -103,12 +100,24 @@ class Services:
     """Set when the manager closes: nothing waits for readiness any more."""
     undo: Callable[[Work, BaseException], None]
     """Takes back an operation that failed, and never raises."""
-    guard: Callable[[Reader], None] = no_guard
+    guard: Callable[[Reader], None] | None = None
     """Called in the transaction that begins an operation; what it raises calls the operation off."""
 
     def stop(self, workspace_id: str) -> StopOutcome:
         """Stop what runs in a workspace, by force if it takes too long."""
         return self.runtime.stop(workspace_id, timeout_s=self.stop_timeout_s, force=True)
+
+    def find_workspace(self, workspace_id: str) -> Workspace | None:
+        """The workspace of that id; None when the catalog does not know it."""
+        with self.catalog.reading() as reader:
+            try:
+                return reader.workspace(workspace_id)
+            except NotFound:
+                return None
+
+    def place(self, spec: WorkspaceSpec, snapshot: Snapshot, base: Snapshot | None, token: str) -> None:
+        """Replace a workspace's state by a snapshot's; the token says afterwards that it was done."""
+        self.runtime.place(spec, self.content.loader, snapshot, base=base, token=token)
 
     def has_traces_of(self, workspace_id: str) -> bool:
         """Whether this host has files of a workspace, or a record of it as paused, whole or not."""
@@ -117,6 +126,9 @@ class Services:
 
 USER = "user"
 """The reason of what somebody asked for. Only that counts as a use of the workspace."""
+
+RECOVERY = "recovery"
+"""The reason of what nobody asked for."""
 
 Prepare = Callable[["Transaction", Workspace], SnapshotRecord]
 """Makes the record of the snapshot that an operation is about to take."""
@@ -190,7 +202,8 @@ class Work:
         """
         with services.catalog.transaction() as tx:
             workspace = tx.lock_workspace(workspace_id)
-            services.guard(tx)
+            if services.guard is not None:
+                services.guard(tx)
             check_ours(workspace, services.host)
             check_state(workspace, kind, allowed)
             pending = None if prepare is None else prepare(tx, workspace)
@@ -208,13 +221,6 @@ class Work:
     def workspace_id(self) -> str:
         """The id of the workspace worked on."""
         return self.workspace.id
-
-    @property
-    def as_used(self) -> Workspace:
-        """The workspace as it is when the operation counts as a use of it, which also ends its dormancy."""
-        if self.reason != USER:
-            return self.workspace
-        return replace(self.workspace, last_used_at=self.now, dormant_at=None, deleting_at=None)
 
     @property
     def was_running(self) -> bool:
@@ -268,14 +274,8 @@ class Work:
             self.wait_ready()
 
     def place(self, snapshot: Snapshot, base: Snapshot | None) -> None:
-        """Replace the workspace's state by a snapshot's; the token says afterwards that it was done."""
-        self.services.runtime.place(
-            self.workspace.spec,
-            self.services.content.loader,
-            snapshot,
-            base=base,
-            token=self.operation.token,
-        )
+        """Replace the workspace's state by a snapshot's."""
+        self.services.place(self.workspace.spec, snapshot, base, self.operation.token)
         self.reach("placed")
 
     @contextmanager
@@ -370,19 +370,9 @@ def give_slot_back(services: Services, slot: int, workspace_id: str) -> None:
     and until then nobody else must get it.
     """
     try:
-        with services.catalog.reading() as reader:
-            workspace = reader.workspace(workspace_id)
-    except NotFound:
-        pass
+        workspace = services.find_workspace(workspace_id)
     except SnaploaderError:
         log.warning("slot %d of workspace %r is left to recovery", slot, workspace_id, exc_info=True)
         return
-    else:
-        if (workspace.host, workspace.slot) == (services.host, slot):
-            return
-    services.slots.release(slot, workspace_id)
-
-
-def count_as_used(tx: Transaction, workspace_id: str, now: datetime) -> Workspace:
-    """Note that the workspace is used now, which also ends its dormancy."""
-    return tx.update_workspace(workspace_id, last_used_at=now, dormant_at=None, deleting_at=None)
+    if workspace is None or (workspace.host, workspace.slot) != (services.host, slot):
+        services.slots.release(slot, workspace_id)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -50,8 +50,6 @@ REMOTE_ORPHAN = "remote_orphan"
 """Type of the event of a commit that may be left in a remote cache for ever."""
 
 _PINS = pin_name("")
-_CAPTURED = ".captured"
-"""Ends another name of a commit's manifest, which earlier versions kept until the commit was uploaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +90,12 @@ class SnapshotContent:
         self.file_cache = file_cache
         self.instance_name = instance_name
 
-    @property
-    def remote(self) -> RemoteStore | None:
-        """The remote cache, if there is one."""
-        return self.loader.remote_cache
-
     def need_remote(self, what: str) -> RemoteStore:
         """The remote cache. FailedPrecondition when there is none."""
-        if self.remote is None:
+        remote = self.loader.remote_cache
+        if remote is None:
             raise FailedPrecondition(f"{what} needs a remote cache, and this loader has none: configure one")
-        return self.remote
+        return remote
 
     # Making
 
@@ -134,25 +128,18 @@ class SnapshotContent:
         record = replace(saved.record, is_remote=True)
         return replace(saved, record=record, uploaded_bytes=result.uploaded_bytes)
 
-    def derive_commit(self, record: SnapshotRecord, origin: Snapshot) -> Saved:
-        """Make a commit from another snapshot, and put it into the remote cache.
-
-        It is pinned before, so that a commit without a pin cannot have been seen anywhere.
-        """
-        part = origin.only(_names(origin, record.scope))
-        self.file_cache.pin(pin_name(record.name), part.digests())
-        return self.derive(record, origin, remote=True)
-
-    def flush(self) -> None:
-        """Have everything saved so far on disk: from now on it survives a power failure. May take seconds."""
-        self.file_cache.sync()
-
     def derive(self, record: SnapshotRecord, origin: Snapshot, *, remote: bool) -> Saved:
         """Make the snapshot of this record from another one, as far as its scope reaches; pinned."""
+        names = set(origin.manifest.names)
+        if record.scope is Scope.DATA:
+            names = {name for name in names if name.startswith(VOLUME_PREFIX) or name == NO_VOLUMES}
+        if remote:
+            # Before it can be seen anywhere: a commit without a pin was seen nowhere.
+            self.file_cache.pin(pin_name(record.name), origin.only(names).digests())
         result = self.loader.derive_snapshot(
             origin,
             snapshot_id=record.runtime_name,
-            names=_names(origin, record.scope),
+            names=names,
             vm_metadata=_metadata(record),
             pin=pin_name(record.name),
             remote=remote,
@@ -225,22 +212,9 @@ class SnapshotContent:
 
     # Removing
 
-    def withdraw(self, record: SnapshotRecord) -> None:
-        """Take the snapshot out of the remote cache for everybody, and its manifest out of this host's."""
-        try:
-            self.loader.delete_snapshot(record.runtime_name, instance_name=self.instance_name)
-        finally:
-            self.hide(record)
-
     def hide(self, record: SnapshotRecord) -> None:
-        """Remove the snapshot's manifests on this host; its blobs stay pinned."""
-        for name in (record.runtime_name + _CAPTURED, record.runtime_name):
-            self.file_cache.delete_ref(self.manifest_ref(name))
-
-    def drop(self, record: SnapshotRecord) -> None:
-        """Let go of the snapshot on this host. What others share stays."""
-        self.hide(record)
-        self.unpin(record)
+        """Remove the snapshot's manifest on this host; its blobs stay pinned."""
+        self.file_cache.delete_ref(self.manifest_ref(record.runtime_name))
 
     def unpin(self, record: SnapshotRecord) -> None:
         """Leave the snapshot to eviction, on this host."""
@@ -261,14 +235,6 @@ class SnapshotContent:
 
     def _key(self, runtime_name: str) -> SnapshotKey:
         return SnapshotKey(instance_name=self.instance_name, snapshot_id=runtime_name)
-
-
-def _names(snapshot: Snapshot, scope: Scope) -> set[str]:
-    """What a snapshot of that scope takes of a larger one."""
-    names = set(snapshot.manifest.names)
-    if scope is Scope.DATA:
-        names = {name for name in names if name.startswith(VOLUME_PREFIX) or name == NO_VOLUMES}
-    return names
 
 
 def _metadata(record: SnapshotRecord) -> VMMetadata:
@@ -328,9 +294,9 @@ def new_record(
     )
 
 
-def completed(record: SnapshotRecord, **changes: Any) -> SnapshotRecord:
+def completed(record: SnapshotRecord) -> SnapshotRecord:
     """The same record, complete."""
-    return replace(record, status=SnapshotStatus.COMPLETE, **changes)
+    return replace(record, status=SnapshotStatus.COMPLETE)
 
 
 def find_snapshot(tx: Reader, name: str) -> SnapshotRecord | None:
@@ -343,12 +309,19 @@ def find_snapshot(tx: Reader, name: str) -> SnapshotRecord | None:
         return None
 
 
-def base_of(tx: Reader, workspace: Workspace, record: SnapshotRecord) -> SnapshotRecord | None:
-    """Where all but the durable directories comes from under a Data snapshot; None: there is nothing else."""
-    if record.scope is Scope.FULL:
-        return None
-    base = find_snapshot(tx, workspace.base_snapshot)
-    return base if base is not None and base.scope is Scope.FULL else None
+def load_state(
+    services: Services, workspace: Workspace, name: str
+) -> tuple[SnapshotRecord, Snapshot, Snapshot | None]:
+    """The snapshot of that name, and the one that has all but the durable directories under a Data snapshot.
+
+    Raises:
+        NotFound: There is none of that name, or one of the two is not whole any more.
+    """
+    with services.catalog.reading() as reader:
+        record = reader.snapshot(name)
+        base = None if record.scope is Scope.FULL else find_snapshot(reader, workspace.base_snapshot)
+    find = services.content.find
+    return record, find(record), find(base) if base is not None and base.scope is Scope.FULL else None
 
 
 def let_go(services: Services, record: SnapshotRecord) -> None:
@@ -357,9 +330,7 @@ def let_go(services: Services, record: SnapshotRecord) -> None:
     A pause is removed. A commit is in the remote cache, and may be evicted here. Versions stay.
     """
     if record.kind is SnapshotKind.PAUSE:
-        services.content.drop(record)
-        with services.catalog.transaction() as tx:
-            tx.remove_snapshot(record.name)
+        remove_unfinished(services, record)
     elif record.kind is SnapshotKind.COMMIT and record.is_remote:
         services.content.unpin(record)
 
@@ -370,26 +341,28 @@ def remove_unfinished(services: Services, record: SnapshotRecord) -> None:
     A commit that failed stays known, and its blobs stay pinned, for the next try to find. `is_remote` of it
     says that it may be visible in the remote cache, and is to be taken back there.
     """
-    if record.kind is SnapshotKind.COMMIT and record.is_remote:
-        services.content.need_remote(f"removing commit {record.name!r}")
-        services.content.withdraw(record)
-    if record.status is SnapshotStatus.ORPHANED:
-        services.content.hide(record)
-        with services.catalog.transaction() as tx:
-            tx.put_snapshot(replace(record, is_remote=False))
-        return
-    services.content.drop(record)
+    content = services.content
+    try:
+        if record.kind is SnapshotKind.COMMIT and record.is_remote:
+            content.need_remote(f"removing commit {record.name!r}")
+            content.loader.delete_snapshot(record.runtime_name, instance_name=content.instance_name)
+    finally:
+        content.hide(record)
+    is_kept = record.status is SnapshotStatus.ORPHANED
+    if not is_kept:
+        content.unpin(record)
     with services.catalog.transaction() as tx:
-        tx.remove_snapshot(record.name)
+        if is_kept:
+            tx.put_snapshot(replace(record, is_remote=False))
+        else:
+            tx.remove_snapshot(record.name)
 
 
-def forget_remote(tx: Transaction, record: SnapshotRecord, now: datetime) -> SnapshotRecord:
+def forget_remote(tx: Transaction, record: SnapshotRecord, now: datetime) -> None:
     """Give up what the remote cache may have of a commit, and write down what may be left there for ever."""
-    forgotten = replace(record, is_remote=False)
-    tx.put_snapshot(forgotten)
+    tx.put_snapshot(replace(record, is_remote=False))
     payload = {"snapshot": record.name, "runtime_name": record.runtime_name}
     tx.add_event(record.workspace_id, REMOTE_ORPHAN, payload, now)
-    return forgotten
 
 
 def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from snaploader.errors import Cancelled, NotFound, SnaploaderError
-from snaploader.workspace.manager.operation import USER, Work, runs_nevertheless
+from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
+from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless
 from snaploader.workspace.manager.snapshots import remove_unfinished
 from snaploader.workspace.manager.versions import carry_on, is_placed
 from snaploader.workspace.model import (
+    Operation,
     OperationKind,
     RunTransition,
     SnapshotKind,
@@ -87,12 +88,35 @@ def undo(work: Work, error: BaseException | None = None) -> None:
                 error.add_note(f"snapshot {record.name!r} is not removed yet, recovery will: {problem}")
 
 
+def settle(services: Services, workspace_id: str) -> Operation | None:
+    """Finish or take back what is under way on a workspace, whose lock proves that nobody is doing it.
+
+    Returns:
+        What was under way; None: nothing was.
+
+    Raises:
+        NotFound: There is no such workspace.
+        FailedPrecondition: It is under way on another host.
+    """
+    with services.catalog.reading() as reader:
+        workspace = reader.workspace(workspace_id)
+        operation = workspace.operation
+        if operation is None:
+            return None
+        pending = reader.snapshots(workspace_id, statuses=[SnapshotStatus.PENDING])
+    if operation.host != services.host:
+        raise FailedPrecondition(
+            f"workspace {workspace_id!r}: a {operation.kind} on host {operation.host!r} did not end: "
+            "run recovery there"
+        )
+    log.warning("workspace %r: a %s did not end; it is put right", workspace_id, operation.kind)
+    undo(Work(services, workspace, operation, pending=next(iter(pending), None), reason=RECOVERY))
+    return operation
+
+
 def _is_under_way(work: Work) -> bool:
-    with work.services.catalog.reading() as reader:
-        try:
-            operation = reader.workspace(work.workspace_id).operation
-        except NotFound:
-            return False
+    workspace = work.services.find_workspace(work.workspace_id)
+    operation = None if workspace is None else workspace.operation
     return operation is not None and operation.token == work.operation.token
 
 
@@ -165,7 +189,8 @@ def _forget(work: Work) -> None:
     with services.catalog.reading() as reader:
         records = reader.snapshots(work.workspace_id, statuses=list(SnapshotStatus))
     for record in records:
-        services.content.drop(record)
+        services.content.hide(record)
+        services.content.unpin(record)
     if work.workspace.slot is not None:
         services.slots.release(work.workspace.slot, work.workspace_id)
     with services.catalog.transaction() as tx:

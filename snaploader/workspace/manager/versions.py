@@ -8,7 +8,7 @@ from typing import Any
 
 from snaploader.errors import Cancelled, InvalidArgument, SnaploaderError
 from snaploader.workspace.manager.operation import ON_HOST, Services, Work, runs_nevertheless
-from snaploader.workspace.manager.snapshots import base_of, completed, new_record
+from snaploader.workspace.manager.snapshots import completed, load_state, new_record
 from snaploader.workspace.model import (
     MAX_VERSION,
     OperationKind,
@@ -85,11 +85,9 @@ def rollback(services: Services, workspace_id: str, number: int, *, keep_current
     check_number(number)
     with services.catalog.reading() as reader:
         workspace = reader.workspace(workspace_id)
-        target = reader.snapshot(reader.version(workspace_id, number).snapshot_name)
-        base = base_of(reader, workspace, target)
+        name = reader.version(workspace_id, number).snapshot_name
     # Before anything is stopped: what cannot be loaded cannot be gone back to.
-    snapshot = services.content.find(target)
-    base_snapshot = None if base is None else services.content.find(base)
+    target, snapshot, base = load_state(services, workspace, name)
     work = Work.begin(
         services,
         workspace_id,
@@ -109,8 +107,8 @@ def rollback(services: Services, workspace_id: str, number: int, *, keep_current
         work.stop()
         kept = work.capture().record if keep_current else None
         if kept is not None:
-            services.content.flush()  # what it was taken of is replaced
-        work.place(snapshot, base_snapshot)
+            services.content.file_cache.sync()  # what it was taken of is replaced
+        work.place(snapshot, base)
     return finish_rollback(work, target, kept)
 
 
