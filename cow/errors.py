@@ -1,11 +1,4 @@
-"""Errors of this package.
-
-    COWError
-    ├── OutOfBounds        a range is not inside the store (also a ValueError); nothing was touched
-    ├── StoreClosed        the store, or the checkpoint, is closed (also a ValueError, as for files)
-    ├── StoreInUse         the data folder belongs to another store, or holds files of one
-    ├── TruncatedFile      a file is shorter than the chunk it should hold
-    └── CheckpointConflict another checkpoint is open, or this one has ended
+"""Errors of this package, all below `COWError`.
 
 Errors of the operating system (a full disk, a lost file) stay OSErrors, and what a chunk source
 raises reaches the reader unchanged. Arguments of a wrong type are TypeErrors.
@@ -23,7 +16,7 @@ class OutOfBounds(COWError, ValueError):
 
 
 class StoreClosed(COWError, ValueError):
-    """The store was closed."""
+    """The store was closed. Also a ValueError, as for files."""
 
 
 class StoreInUse(COWError):

@@ -11,7 +11,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,8 +36,8 @@ _NAME = re.compile(r"[0-9]+\.[0-9]+")
 def is_zero(buffer: Buffer) -> bool:
     """Whether every byte of `buffer` is zero; true for an empty one.
 
-    Any length, alignment and item type; the buffer must be C-contiguous. Runs at memory speed, stops at the
-    first block that is not zero, and releases the GIL for all but tiny buffers.
+    The buffer must be C-contiguous. Runs at memory speed, stops at the first block that is not zero, and
+    releases the GIL for all but tiny buffers.
     """
     view = memoryview(buffer)
     if not view.nbytes:
@@ -46,14 +46,11 @@ def is_zero(buffer: Buffer) -> bool:
     # Data that is not zero mostly shows it early: look at a page before streaming through the rest.
     if data[:_PROBE].any():
         return False
-    start = -(-min(_PROBE, len(data)) // 8) * 8
     words_end = len(data) & ~7
-    if words_end > start:
-        words = data[start:words_end].view(np.uint64)
-        step = _BLOCK // 8
-        for position in range(0, len(words), step):
-            if np.bitwise_or.reduce(words[position : position + step]):
-                return False
+    words = data[:words_end].view(np.uint64)
+    for position in range(0, len(words), _BLOCK // 8):
+        if np.bitwise_or.reduce(words[position : position + _BLOCK // 8]):
+            return False
     return not data[words_end:].any()
 
 
@@ -318,10 +315,8 @@ class PrivateFiles(_Descriptor):
         if self.inherited:
             return
         for name in names:
-            try:
+            with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.fd)
-            except FileNotFoundError:
-                pass
 
     def sync_folder(self) -> None:
         """Make the names durable."""
@@ -329,14 +324,12 @@ class PrivateFiles(_Descriptor):
 
     def close(self) -> None:
         """Give the folder up; it is removed if this object made it and it is empty."""
-        if self._made and not self.inherited:
-            try:
-                os.rmdir(self.folder)
-            except OSError:
-                pass
         try:
             # A child forked meanwhile shares the lock: it must neither keep it nor take it from its parent.
             if not self.inherited:
+                if self._made:
+                    with suppress(OSError):
+                        os.rmdir(self.folder)
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
         finally:
             self.close_descriptor()

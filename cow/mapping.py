@@ -21,18 +21,12 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from functools import partial
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Any, Generic, TypeVar
 
 from cow.errors import COWError, TruncatedFile
 from cow.fileio import PAGE_SIZE
-
-DEFAULT_MAPPED_BYTES = 4 << 30
-"""Address space."""
-DEFAULT_RESIDENT_BYTES = 256 << 20
-DEFAULT_MAPPINGS = 16_384
-"""A quarter of Linux's default vm.max_map_count, 65,530."""
-MIN_DEFAULT_DESCRIPTORS, MAX_DEFAULT_DESCRIPTORS = 64, 1024
 
 _PROT_READ = 1
 _MAP_SHARED = 1
@@ -57,8 +51,7 @@ _bytes_address = ctypes.PYFUNCTYPE(_address, _object)(("PyBytes_AsString", ctype
 def new_bytes(size: int) -> tuple[bytes, memoryview]:
     """A bytes object with any content, and the memory to fill it through before anybody else sees it.
 
-    That is what PyBytes_FromStringAndSize(NULL, n) is for; it saves filling it with zeros, or a second copy.
-    The view must not outlive the object. `size` is not 0.
+    It saves filling it with zeros, or a second copy. The view must not outlive the object. `size` is not 0.
     """
     result: bytes = _new_bytes(None, size)
     memory: memoryview = _memory_at(_bytes_address(result), size, _WRITABLE)
@@ -68,21 +61,20 @@ def new_bytes(size: int) -> tuple[bytes, memoryview]:
 class Resource:
     """Something of the operating system that a cache gives back when nobody refers to it any more."""
 
-    __slots__ = ("__weakref__", "active", "give_back", "handle", "used", "weight")
+    __slots__ = ("__weakref__", "active", "release", "used", "weight")
 
-    def __init__(self, weight: int, give_back: Callable[..., object], *handle: int) -> None:
+    def __init__(self, weight: int, release: Callable[[], object]) -> None:
         self.weight = weight
         """How much of a cache's `max_weight` it takes."""
-        self.give_back = give_back
-        """Called with `handle` when this object is gone. Must not raise."""
-        self.handle = handle
+        self.release = release
+        """Called when this object is gone. Must not raise, nor refer to it."""
         self.used = False
         """Whether it was looked up since its cache last thought of resting it or letting go of it."""
         self.active = True
         """False from when its cache rested it until it is looked up."""
 
     def rest(self) -> None:
-        """Give back what is had again for little. Called at any time, also while the resource is in use."""
+        """Give back what is had again for little. May come at any time, also while the resource is in use."""
 
 
 class FileMapping(Resource):
@@ -105,7 +97,7 @@ class FileMapping(Resource):
         if address == _MAP_FAILED or address is None:
             number = ctypes.get_errno()
             raise OSError(number, f"cannot map {what}: {os.strerror(number)}")
-        super().__init__(-(-length // PAGE_SIZE) * PAGE_SIZE, _munmap, address, length)
+        super().__init__(-(-length // PAGE_SIZE) * PAGE_SIZE, partial(_munmap, address, length))
         self.address: int = address
         self.length = length
         self.memory: memoryview = _memory_at(address, length, _READ_ONLY)
@@ -135,7 +127,7 @@ class OpenFile(Resource):
     __slots__ = ("fd",)
 
     def __init__(self, fd: int) -> None:
-        super().__init__(1, _close, fd)
+        super().__init__(1, partial(_close, fd))
         self.fd = fd
 
 
@@ -157,12 +149,11 @@ class _Held(weakref.ref[R]):
     a weak reference. When a weak reference calls back, nobody can any more.
     """
 
-    __slots__ = ("give_back", "handle", "index", "part", "weight")
+    __slots__ = ("index", "part", "release", "weight")
     part: CachePart[R]
     index: int
     weight: int
-    give_back: Callable[..., object]
-    handle: tuple[int, ...]
+    release: Callable[[], object]
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -215,37 +206,6 @@ class ClockCache(Generic[R]):
             self.active_weight = 0
         del dropped
 
-    def _add(self, part: CachePart[R], index: int, resource: R, *, findable: bool) -> None:
-        held = _Held(resource, self._on_gone)
-        held.part, held.index, held.weight = part, index, resource.weight
-        held.give_back, held.handle = resource.give_back, resource.handle
-        with self._lock:
-            replaced = self._forget(part, index) if findable else None
-            if findable:
-                part._held[index] = held
-                self._active[resource] = None
-                self.active_weight += resource.weight
-            self._alive.add(held)
-            self._weight += held.weight
-            part._weight += held.weight
-        del replaced
-        self._shrink()
-
-    def _drop(self, part: CachePart[R], indices: list[int]) -> None:
-        with self._lock:
-            dropped = [self._forget(part, index) for index in indices]
-        del dropped
-
-    def _forget(self, part: CachePart[R], index: int) -> R | None:
-        """Take a resource out. The caller holds the lock, and drops the result when it does no more."""
-        held = part._held.pop(index, None)
-        resource = held() if held is not None else None
-        if resource is not None and resource in self._active:
-            self._deactivate(resource)
-        elif resource is not None:
-            self._resting.pop(resource, None)
-        return resource
-
     def _activate(self, resource: R) -> None:
         """Count a resource that is looked up as active again."""
         with self._lock:
@@ -260,23 +220,22 @@ class ClockCache(Generic[R]):
         for each in rested:
             each.rest()
 
-    def _deactivate(self, resource: R) -> None:
-        del self._active[resource]
-        self.active_weight -= resource.weight
+    def _take_out(self, resource: R) -> None:
+        if resource in self._active:
+            del self._active[resource]
+            self.active_weight -= resource.weight
+        else:
+            self._resting.pop(resource, None)
 
     def _shrink(self) -> None:
         while True:
             with self._lock:
                 self._strike()
-                if self._weight <= self.max_weight and len(self._alive) <= self.max_entries:
+                fits = self._weight <= self.max_weight and len(self._alive) <= self.max_entries
+                if fits or not (self._resting or self._active):
                     rested = self._rest_some()
                     break
-                if self._resting:
-                    victim, _ = self._resting.popitem(last=False)
-                elif self._active:
-                    victim = self._next_active()
-                else:
-                    return
+                victim = self._resting.popitem(last=False)[0] if self._resting else self._next_active()
             # It dies here, without the lock, unless somebody uses it: then the next one must go too.
             del victim
         for each in rested:
@@ -297,14 +256,14 @@ class ClockCache(Generic[R]):
         while True:
             resource = next(iter(self._active))
             if not resource.used:
-                self._deactivate(resource)
+                self._take_out(resource)
                 return resource
             resource.used = False
             self._active.move_to_end(resource)
 
     def _on_gone(self, held: _Held[R]) -> None:
         # Any thread may come here at any moment, in the midst of the methods above too.
-        held.give_back(*held.handle)
+        held.release()
         self._gone.append(held)
         self._settle()
 
@@ -359,17 +318,39 @@ class CachePart(Generic[R]):
 
         One that is not `findable` is only counted, until its users let go of it.
         """
-        self.cache._add(self, index, resource, findable=findable)
+        cache = self.cache
+        held = _Held(resource, cache._on_gone)
+        held.part, held.index, held.weight, held.release = self, index, resource.weight, resource.release
+        with cache._lock:
+            replaced = self._forget(index) if findable else None
+            if findable:
+                self._held[index] = held
+                cache._active[resource] = None
+                cache.active_weight += resource.weight
+            cache._alive.add(held)
+            cache._weight += held.weight
+            self._weight += held.weight
+        del replaced
+        cache._shrink()
         return resource
 
-    def discard(self, index: int) -> None:
-        """Forget the resource of a chunk. It is given back now, or by its last user."""
-        if index in self._held:
-            self.cache._drop(self, [index])
+    def discard(self, *indices: int) -> None:
+        """Forget the resources of chunks. They are given back now, or by their last users."""
+        with self.cache._lock:
+            dropped = [self._forget(index) for index in indices]
+        del dropped
 
     def clear(self) -> None:
         """Forget all of them."""
-        self.cache._drop(self, list(self._held))
+        self.discard(*self._held)
+
+    def _forget(self, index: int) -> R | None:
+        """Take a resource out. The caller holds the lock, and drops the result when it does no more."""
+        held = self._held.pop(index, None)
+        resource = held() if held is not None else None
+        if resource is not None:
+            self.cache._take_out(resource)
+        return resource
 
 
 class MappingBudget:
@@ -392,26 +373,21 @@ class MappingBudget:
 
     def __init__(
         self,
-        max_bytes: int = DEFAULT_MAPPED_BYTES,
-        max_mappings: int = DEFAULT_MAPPINGS,
+        max_bytes: int = 4 << 30,
+        max_mappings: int = 16_384,
         max_descriptors: int | None = None,
-        max_resident_bytes: int = DEFAULT_RESIDENT_BYTES,
+        max_resident_bytes: int = 256 << 20,
     ) -> None:
         if max_descriptors is None:
             soft, _ = getrlimit(RLIMIT_NOFILE)
-            allowed = MAX_DEFAULT_DESCRIPTORS if soft == RLIM_INFINITY else soft // 4
-            max_descriptors = min(max(allowed, MIN_DEFAULT_DESCRIPTORS), MAX_DEFAULT_DESCRIPTORS)
-        bounds = {
-            "max_bytes": max_bytes,
-            "max_mappings": max_mappings,
-            "max_descriptors": max_descriptors,
-            "max_resident_bytes": max_resident_bytes,
-        }
-        for name, value in bounds.items():
+            max_descriptors = 1024 if soft == RLIM_INFINITY else min(max(soft // 4, 64), 1024)
+        self.max_bytes = max_bytes
+        self.max_mappings = max_mappings
+        self.max_descriptors = max_descriptors
+        self.max_resident_bytes = max_resident_bytes
+        for name, value in vars(self).items():
             if value < 0:
                 raise ValueError(f"{name} must not be negative, not {value}")
-        self.max_bytes, self.max_mappings, self.max_descriptors = max_bytes, max_mappings, max_descriptors
-        self.max_resident_bytes = max_resident_bytes
         self._maps: ClockCache[FileMapping] = ClockCache(max_bytes, max_mappings, max_resident_bytes)
         self._files: ClockCache[OpenFile] = ClockCache(max_descriptors, max_descriptors)
 
@@ -427,7 +403,6 @@ class MappingBudget:
 
     @property
     def mappings(self) -> int:
-        """Mappings that exist now."""
         return self._maps.count
 
     @property

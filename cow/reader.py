@@ -85,7 +85,7 @@ class ReadaheadPlanner:
             self._used += 1
         self._follow(position, hit)
         self._judge()
-        if self._streak < self._options.streak or self._clock < self._resume_at or not self.max_window:
+        if self._streak < self._options.streak or self._clock < self._resume_at:
             return []
         return self._plan(position, count, skip)
 
@@ -125,11 +125,9 @@ class ReadaheadPlanner:
 
     def _plan(self, position: int, count: int, skip: Callable[[int], bool]) -> list[int]:
         # The window grows when half of it is used up, so that requests go out in batches, not one by one.
-        ahead = 0
-        if self._window:
-            ahead = sum(1 for asked in self._asked if (asked - position) * self._stride > 0)
-            if 2 * ahead > self._window:
-                return []
+        ahead = sum(1 for asked in self._asked if (asked - position) * self._stride > 0)
+        if 0 < self._window < 2 * ahead:
+            return []
         self._window = min(max(2 * self._window, self._options.min_chunks), self.max_window)
         plan: list[int] = []
         for step in range(1, self._window + 1):
@@ -138,8 +136,7 @@ class ReadaheadPlanner:
                 break
             if candidate not in self._asked and not skip(candidate):
                 plan.append(candidate)
-        for candidate in plan:
-            self._asked[candidate] = self._clock
+                self._asked[candidate] = self._clock
         self.issued += len(plan)
         return plan
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +28,7 @@ from cow.chunks import (
     chunk_mask,
     page_count,
 )
-from cow.errors import CheckpointConflict, OutOfBounds, StoreClosed, TruncatedFile
+from cow.errors import CheckpointConflict, OutOfBounds, StoreClosed
 from cow.export import StoreFile, adopt_file, copy_file, export
 from cow.fileio import PAGE_SIZE, BaseFile, PrivateFiles, file_name, read_all
 from cow.mapping import MappingBudget, default_budget
@@ -110,18 +109,14 @@ class COWStore:
 
         Nothing of it counts as dirty, and all of it as not saved: see `Checkpoint.chunks`.
         """
-        base = BaseFile(path)
-        try:
+        with ExitStack() as undo:
+            base = BaseFile(path)
+            undo.callback(base.close_descriptor)
             size = os.fstat(base.fd).st_size
             store = cls(data_dir, size=size, chunk_size=chunk_size, budget=budget, readahead=None)
-            try:
-                (copy_file if copy else adopt_file)(store._state, base)
-            except BaseException:
-                store.close()
-                raise
-        except BaseException:
-            base.close_descriptor()
-            raise
+            undo.push(store)
+            (copy_file if copy else adopt_file)(store._state, base)
+            undo.pop_all()
         if copy:
             base.close_descriptor()
         return store
@@ -309,9 +304,7 @@ class COWStore:
         self._state.gate.check()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -327,12 +320,11 @@ class COWStore:
     def _sync_chunk(self, index: int) -> None:
         state = self._state
         with state.locks.hold(index):
-            if state.chunks.kind_of[index] not in OWN_FILE:
-                state.chunks.unsynced[index] = False
-                return
-            fd = state.files.open(state.name(index))
-        # Before the flush, because whoever writes meanwhile marks the chunk again.
-        state.chunks.unsynced[index] = False
+            fd = state.files.open(state.name(index)) if state.chunks.kind_of[index] in OWN_FILE else -1
+            # Before the flush, because whoever writes meanwhile marks the chunk again.
+            state.chunks.unsynced[index] = False
+        if fd < 0:
+            return
         try:
             os.fsync(fd)
         except BaseException:
@@ -357,7 +349,10 @@ class Checkpoint:
         self._gate = Gate(self._ended)
         with state.tables_lock:
             self._source = state.source
-            self._chunks = np.flatnonzero(state.chunks.unsaved)
+            self.chunks: npt.NDArray[np.int64] = np.flatnonzero(state.chunks.unsaved)
+            """Sorted indices of the chunks to save, whose content is not known to the source: those modified
+            since the last commit, and those of a converted file until the first one. Holes may be among them.
+            Read-only."""
             # Added to the store's own tables while the checkpoint is open, and for good when it is released.
             self.written, self.pages = state.chunks.begin_epoch()
             self._kind = state.chunks.kind.copy()
@@ -365,24 +360,12 @@ class Checkpoint:
             state.epoch += 1
             state.checkpoint = self
         state.descriptors.clear()
-        self._chunks.flags.writeable = False
+        self.chunks.flags.writeable = False
         self.size = state.size
         """Size of the store at the checkpoint, in bytes."""
         self.chunk_size = state.chunk_size
-
-    @property
-    def chunks(self) -> npt.NDArray[np.int64]:
-        """Sorted indices of the chunks to save: their content is not known to the source.
-
-        They are those modified since the last commit, and those of a converted file until the first one.
-        Holes may be among them. Read-only.
-        """
-        return self._chunks
-
-    @property
-    def chunk_count(self) -> int:
+        self.chunk_count = len(self._kind)
         """Number of chunks, the short last one included."""
-        return len(self._kind)
 
     def chunk_length(self, index: int) -> int:
         """Length of a chunk in bytes."""
@@ -412,11 +395,26 @@ class Checkpoint:
         source raises comes through. ValueError when the buffer is too small.
         """
         length = self.chunk_length(index)
-        target = memoryview(buffer).cast("B")
+        target = memoryview(buffer).cast("B")[:length]
         if len(target) < length:
             raise ValueError(f"a buffer of {len(target)} bytes is too small for a chunk of {length}")
-        with self._gate.reading(), self._state.gate.reading():
-            self._read(index, target[:length])
+        state, kind = self._state, self._kind[index]
+        with self._gate.reading(), state.gate.reading():
+            if kind == HOLE:
+                np.frombuffer(target, np.uint8).fill(0)
+            elif kind == BASE:
+                state.read_base(index, 0, target)
+            else:
+                what = state.describe(index)
+                if kind == FROZEN:
+                    fd, what = state.files.open(self._name(index)), f"the file of {what}"
+                else:
+                    assert self._source is not None
+                    fd = self._source.open_chunk(index).fd
+                try:
+                    read_all(fd, target, 0, what)
+                finally:
+                    os.close(fd)
         return length
 
     def commit(self, source: ChunkSource | None = None) -> None:
@@ -428,8 +426,7 @@ class Checkpoint:
         """
         state = self._state
         with self._ending():
-            count = len(self._kind)
-            state.chunks.unsaved[:count] &= state.chunks.written[:count]
+            state.chunks.unsaved[: self.chunk_count] &= state.chunks.written[: self.chunk_count]
             if source is not None:
                 state.source = source
 
@@ -451,9 +448,7 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     @contextmanager
@@ -479,29 +474,8 @@ class Checkpoint:
     def _check(self, index: int) -> None:
         self._gate.check()
         self._state.gate.check()
-        if not 0 <= index < len(self._kind):
-            raise OutOfBounds(f"chunk {index} is not in a checkpoint of {len(self._kind)} chunks")
+        if not 0 <= index < self.chunk_count:
+            raise OutOfBounds(f"chunk {index} is not in a checkpoint of {self.chunk_count} chunks")
 
     def _name(self, index: int) -> str:
         return file_name(index, int(self._epoch[index]))
-
-    def _read(self, index: int, target: memoryview) -> None:
-        state = self._state
-        kind = self._kind[index]
-        what = state.describe(index)
-        if kind == HOLE:
-            np.frombuffer(target, np.uint8).fill(0)
-        elif kind == BASE:
-            state.read_base(index, 0, target)
-        else:
-            if kind == FROZEN:
-                fd, what = state.files.open(self._name(index)), f"the file of {what}"
-            else:
-                assert self._source is not None
-                fd = self._source.open_chunk(index).fd
-            try:
-                if os.fstat(fd).st_size < len(target):
-                    raise TruncatedFile(f"{what} has fewer than {len(target)} bytes")
-                read_all(fd, target, 0, what)
-            finally:
-                os.close(fd)

@@ -31,38 +31,33 @@ class Gate:
         self._readers: list[None] = []
         self._writers: list[None] = []
         self._exclusive = False
-        self._closed = False
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        self.closed = False
 
     def check(self) -> None:
         """Raise if closed."""
-        if self._closed:
+        if self.closed:
             raise self._closed_error()
 
     def enter_read(self) -> None:
         """Begin a read; `leave_read` must follow."""
         self._readers.append(None)
-        if self._closed:
+        if self.closed:
             self.leave_read()
             raise self._closed_error()
 
     def leave_read(self) -> None:
         """End a read."""
         self._readers.pop()
-        if self._closed and not self._readers:
+        if self.closed and not self._readers:
             self._notify()
 
     def enter_write(self) -> None:
         """Begin a write, after the exclusive section that runs or waits; `leave_write` must follow."""
         self._writers.append(None)
-        while self._exclusive or self._closed:
+        while self._exclusive or self.closed:
             self.leave_write()
             with self._changed:
-                while self._exclusive and not self._closed:
+                while self._exclusive and not self.closed:
                     self._changed.wait()
             self.check()
             self._writers.append(None)
@@ -70,7 +65,7 @@ class Gate:
     def leave_write(self) -> None:
         """End a write."""
         self._writers.pop()
-        if (self._exclusive or self._closed) and not self._writers:
+        if (self._exclusive or self.closed) and not self._writers:
             self._notify()
 
     @contextmanager
@@ -86,7 +81,7 @@ class Gate:
     def exclusive(self) -> Iterator[None]:
         """Run a block while no write is in flight. Reads go on."""
         with self._changed:
-            while self._exclusive and not self._closed:
+            while self._exclusive and not self.closed:
                 self._changed.wait()
             self.check()
             self._exclusive = True
@@ -103,7 +98,7 @@ class Gate:
     def close(self) -> None:
         """Refuse all entries from now on, and return when the last operation has left. Idempotent."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify_all()
             while self._readers or self._writers or self._exclusive:
                 self._changed.wait()

@@ -23,7 +23,6 @@ class ChunkWriter:
         self._descriptors = state.descriptors
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write all of `data`, or raise."""
         state = self._state
         offset, size = check_range(offset, len(data), state.size)
         if not size:
@@ -42,7 +41,7 @@ class ChunkWriter:
                 state.gate.leave_write()
 
     def grow(self, size: int) -> None:
-        """Make the store bigger; what is new reads as zeros. The caller is in the gate as a reader."""
+        """Make the store bigger. The caller is in the gate as a reader."""
         state = self._state
         with state.resize_lock:
             size = check_store_size(size, state.chunk_size)
@@ -69,8 +68,7 @@ class ChunkWriter:
         for index in sorted({offset // state.chunk_size, (offset + size - 1) // state.chunk_size}):
             start = index * state.chunk_size
             whole = offset <= start and start + state.length(index) <= offset + size
-            mapping = self._reader.map(index) if state.chunks.kind_of[index] == LAZY and not whole else None
-            if mapping is not None:
+            if state.chunks.kind_of[index] == LAZY and not whole and (mapping := self._reader.map(index)):
                 fetched[index] = mapping
         return fetched
 

@@ -8,6 +8,7 @@ import gc
 import os
 import resource
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ class Number(Resource):
     """A resource that is given back by appending it to a list."""
 
     def __init__(self, number: int, given_back: list[int], weight: int = 1) -> None:
-        super().__init__(weight, given_back.append, number)
+        super().__init__(weight, partial(given_back.append, number))
         self.number = number
         self.rests = 0
 
