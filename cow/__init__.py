@@ -11,9 +11,8 @@ or snapshots.
 
 Its modules, from the outside in:
 
-    store               COWStore, and a moment of it to save
-    export              whole files in and out, and a store as a file of Python
-    reader, writer      the two halves of the work on chunks, and what to ask a source for ahead
+    store               COWStore, a moment of it to save, and it as a file of Python
+    reader, writer      the two halves of the work on chunks; readahead; whole files in and out
     chunks              what these share: where chunks lie and come from, the state of each, lock order
     mapping             mapped memory and open files, and their budget
     sync                gate, locks of chunks, single flight
@@ -32,9 +31,9 @@ from cow.chunks import (
 from cow.errors import CheckpointConflict, COWError, OutOfBounds, StoreClosed, StoreInUse, TruncatedFile
 from cow.fileio import (
     PAGE_SIZE,
-    Copier,
     chunk_extents,
     clone_range,
+    copy_sparse,
     data_extents,
     is_zero,
     read_all,
@@ -56,7 +55,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointConflict",
     "ChunkSource",
-    "Copier",
     "Flight",
     "MappingBudget",
     "OpenedChunk",
@@ -70,6 +68,7 @@ __all__ = [
     "TruncatedFile",
     "chunk_extents",
     "clone_range",
+    "copy_sparse",
     "data_extents",
     "default_budget",
     "is_zero",

@@ -40,26 +40,20 @@ MAX_STORE_SIZE = 1 << 44
 """16 TiB, the largest ext4 file; keeps the table of dirty pages within 4 GiB of address space."""
 
 
-def check_chunk_size(chunk_size: int) -> int:
-    """`chunk_size` if it is usable, else ValueError."""
-    chunk_size = operator.index(chunk_size)
+def check_geometry(size: int, chunk_size: int) -> tuple[int, int]:
+    """Both as plain ints. ValueError unless a store can have them."""
+    size, chunk_size = operator.index(size), operator.index(chunk_size)
     if chunk_size < PAGE_SIZE or chunk_size > MAX_CHUNK_SIZE or chunk_size & (chunk_size - 1):
         raise ValueError(
             f"chunk_size {chunk_size} must be a power of two "
             f"from {PAGE_SIZE} (the page size) to {MAX_CHUNK_SIZE}"
         )
-    return chunk_size
-
-
-def check_store_size(size: int, chunk_size: int) -> int:
-    """`size` if a store can have it, else ValueError."""
-    size = operator.index(size)
     if not 0 <= size <= MAX_STORE_SIZE or chunk_count(size, chunk_size) > MAX_CHUNKS:
         raise ValueError(
             f"a store of {size} bytes in chunks of {chunk_size} is out of range: "
             f"at most {MAX_STORE_SIZE} bytes and {MAX_CHUNKS} chunks"
         )
-    return size
+    return size, chunk_size
 
 
 def check_range(offset: SupportsIndex, length: SupportsIndex, size: int) -> tuple[int, int]:
@@ -207,13 +201,6 @@ class ChunkStates:
             self.written[index] = True
             self.touched[index] = True
             self.unsaved[index] = True
-
-    def adopt(self, index: int) -> None:
-        """Note that a chunk of a converted file got its private file."""
-        self.kind[index] = PRIVATE
-        self.unsaved[index] = True
-        self.unsynced[index] = True
-        self.touched[index] = True
 
     def grow(self, size: int) -> None:
         """Make room for a bigger store; what is new is a hole."""

@@ -147,53 +147,41 @@ def clone_range(source: int, source_offset: int, length: int, target: int, targe
     return True
 
 
-class Copier:
-    """Copies ranges between files, in the kernel where it can, through one reused buffer where it cannot.
-
-    Not thread-safe; cheap to make, as the buffer comes with its first use.
-    """
-
-    def __init__(self) -> None:
-        self._kernel = True
-        self._buffer: memoryview | None = None
-
-    def copy(
-        self, source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
-    ) -> None:
-        """Copy `length` bytes; TruncatedFile, naming `what`, when the source ends before."""
-        while length and self._kernel:
-            try:
-                done = os.copy_file_range(source, target, length, source_offset, target_offset)
-            except OSError as error:
-                if error.errno not in _NO_KERNEL_COPY:
-                    raise
-                self._kernel = False
-                break
+def copy_range(
+    source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
+) -> None:
+    """Copy a range, in the kernel where it can; TruncatedFile, naming `what`, when the source ends before."""
+    try:
+        while length:
+            done = os.copy_file_range(source, target, length, source_offset, target_offset)
             if not done:
                 raise TruncatedFile(f"{what} ends {length} bytes too early: restore it and open it again")
             source_offset += done
             target_offset += done
             length -= done
-        while length:
-            if self._buffer is None:
-                self._buffer = memoryview(bytearray(_COPY_BUFFER_SIZE))
-            part = self._buffer[: min(length, _COPY_BUFFER_SIZE)]
-            read_all(source, part, source_offset, what)
-            write_all(target, part, target_offset)
-            source_offset += len(part)
-            target_offset += len(part)
-            length -= len(part)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+    buffer = memoryview(bytearray(min(length, _COPY_BUFFER_SIZE)))
+    while length:
+        part = buffer[:length]
+        read_all(source, part, source_offset, what)
+        write_all(target, part, target_offset)
+        source_offset += len(part)
+        target_offset += len(part)
+        length -= len(part)
 
-    def copy_sparse(
-        self, source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
-    ) -> None:
-        """Copy a range but not its holes; the target must read as zeros there already."""
-        if os.fstat(source).st_size < source_offset + length:
-            raise TruncatedFile(
-                f"{what} is shorter than {source_offset + length} bytes: restore it and open it again"
-            )
-        for start, end in data_extents(source, source_offset + length, source_offset):
-            self.copy(source, start, end - start, target, target_offset + start - source_offset, what)
+
+def copy_sparse(
+    source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
+) -> None:
+    """Do as `copy_range` does, but for holes; the target must read as zeros there already."""
+    if os.fstat(source).st_size < source_offset + length:
+        raise TruncatedFile(
+            f"{what} is shorter than {source_offset + length} bytes: restore it and open it again"
+        )
+    for start, end in data_extents(source, source_offset + length, source_offset):
+        copy_range(source, start, end - start, target, target_offset + start - source_offset, what)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """What the stores of a process keep mapped and open, and the bounds of it.
 
-A mapping is shared and read-only, and keeps no descriptor. Python's own `mmap` holds a duplicate of the
-descriptor (until 3.13), so that thousands of mapped chunks would use up the process's open files. mmap(2)
-itself does not need it.
+A mapping is shared and read-only, and keeps no descriptor. Python's own `mmap` holds a duplicate of it
+(until 3.13), so that thousands of mapped chunks would use up the process's open files.
 
 Who uses a mapping or an open file refers to it, and it goes, at once, with the last reference. So nothing is
 unmapped under a reader, and uses need not be counted.
@@ -16,11 +15,13 @@ Reading one of them again costs a fault or two, as long as the page cache has it
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit
 from typing import Any, Generic, TypeVar
@@ -28,9 +29,6 @@ from typing import Any, Generic, TypeVar
 from cow.errors import COWError, TruncatedFile
 from cow.fileio import PAGE_SIZE
 
-_PROT_READ = 1
-_MAP_SHARED = 1
-_MADV_DONTNEED = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _READ_ONLY = 0x100  # PyBUF_READ, and the next one PyBUF_WRITE, of object.h
 _WRITABLE = 0x200
@@ -83,17 +81,14 @@ class FileMapping(Resource):
     __slots__ = ("address", "length", "memory")
 
     def __init__(self, fd: int, offset: int, length: int, what: str) -> None:
-        """Map `length` bytes at `offset` (a multiple of the page size).
-
-        The size is checked first, because touching a page behind the end of a file kills the process:
-        TruncatedFile, naming `what`, when it is too short.
-        """
+        """Map `length` bytes at `offset`, a multiple of the page size. `what` is named in errors."""
+        # Touching a page behind the end of a file kills the process.
         actual = os.fstat(fd).st_size
         if actual < offset + length:
             raise TruncatedFile(
                 f"{what} has {actual} bytes where {offset + length} are needed: restore it and open it again"
             )
-        address = _mmap(None, length, _PROT_READ, _MAP_SHARED, fd, offset)
+        address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
         if address == _MAP_FAILED or address is None:
             number = ctypes.get_errno()
             raise OSError(number, f"cannot map {what}: {os.strerror(number)}")
@@ -104,7 +99,6 @@ class FileMapping(Resource):
         """Its bytes. To be used only while the mapping itself is referred to."""
 
     def slice(self, start: int, length: int) -> memoryview:
-        """Some of `memory`."""
         if start + length > self.length:
             # A slice would be shorter than what its reader expects, so a broken invariant must end here.
             raise COWError(f"internal error: {length} bytes at {start} are not in a mapping of {self.length}")
@@ -113,7 +107,7 @@ class FileMapping(Resource):
     def rest(self) -> None:
         """Take its pages out of the resident memory of the process. Reading them brings them back."""
         # It fails for memory that is locked (mlockall), which is resident by the wish of its owner.
-        _madvise(self.address, self.length, _MADV_DONTNEED)
+        _madvise(self.address, self.length, mmap.MADV_DONTNEED)
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -132,11 +126,9 @@ class OpenFile(Resource):
 
 
 def _close(fd: int) -> None:
-    try:
+    # An earlier write that only fails now is told by fsync(2), to those who ask whether it is on disk.
+    with suppress(OSError):
         os.close(fd)
-    except OSError:
-        # An earlier write that only fails now is told by fsync(2), to those who ask whether it is on disk.
-        pass
 
 
 R = TypeVar("R", bound=Resource)
@@ -357,8 +349,7 @@ class MappingBudget:
     """Bounds for the mapped chunks and open files of all stores that share it. Thread-safe.
 
     Those not used lately are dropped first. A mapping in use, by a read in progress or an array returned by
-    `view` that is still referenced, is never dropped: the bounds may be exceeded by what is in use. Once all
-    stores are closed and all views gone, nothing is mapped.
+    `view`, is never dropped, so what is in use may exceed the bounds.
 
     Args:
         max_bytes: Mapped bytes of address space, 4 GiB unless told. Beyond it, reading a chunk that was
@@ -403,6 +394,7 @@ class MappingBudget:
 
     @property
     def mappings(self) -> int:
+        """Mappings that exist now."""
         return self._maps.count
 
     @property
@@ -421,13 +413,10 @@ _default_lock = threading.Lock()
 
 
 def default_budget() -> MappingBudget:
-    """The budget of all stores that were not given one, made when it is first asked for.
-
-    One per process: a forked child has its own.
-    """
+    """The budget of all stores that were not given one. One per process: a forked child has its own."""
     global _default
     with _default_lock:
-        # Not at import: programs raise their RLIMIT_NOFILE after it.
+        # Not made at import: programs raise their RLIMIT_NOFILE after it.
         _default = _default or MappingBudget()
         return _default
 

@@ -6,19 +6,32 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from cow.chunks import BASE, BASE_ORIGIN, HOLE, HOLE_ORIGIN, LAZY, StoreState, check_range, pieces
-from cow.fileio import read_all
+from cow.chunks import (
+    BASE,
+    BASE_ORIGIN,
+    HOLE,
+    HOLE_ORIGIN,
+    LAZY,
+    OWN_FILE,
+    StoreState,
+    check_range,
+    chunk_count,
+    chunk_length,
+    pieces,
+)
+from cow.fileio import copy_sparse, read_all, replaced_file
 from cow.mapping import FileMapping, new_bytes
 from cow.sync import SingleFlight
 
 _RELEASE_GIL_FROM = 128 * 1024
 """Copies from this size on let other threads run meanwhile; below, that costs more than the copy."""
+_PREFETCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +240,52 @@ class ChunkReader:
                 if mapping is None and kind not in (HOLE, LAZY):
                     mapping = self._map_local(index, kind, on_open)
         return mapping
+
+    def export(self, path: str | os.PathLike[str], *, durable: bool) -> None:
+        """Write the whole store to `path` through a temporary file beside it. Maps nothing."""
+        state = self._state
+        with replaced_file(os.path.abspath(os.fspath(path)), durable=durable) as target:
+            size = state.size
+            os.ftruncate(target, size)
+            kinds = state.chunks.kind[: chunk_count(size, state.chunk_size)].copy()
+            state.count_origins(kinds == HOLE, HOLE_ORIGIN)
+            if state.base is not None:
+                is_base = kinds == BASE
+                # Each run of neighbours at once.
+                edges = np.flatnonzero(np.diff(is_base, prepend=False, append=False)) * state.chunk_size
+                for start, end in edges.reshape(-1, 2).tolist():
+                    length = min(end, size) - start
+                    copy_sparse(state.base.fd, start, length, target, start, str(state.base))
+                state.count_origins(is_base, BASE_ORIGIN)
+            for index in self._with_prefetch(np.flatnonzero((kinds != HOLE) & (kinds != BASE))):
+                self._export_chunk(index, target, size)
+
+    def _with_prefetch(self, present: npt.NDArray[np.int64]) -> Iterator[int]:
+        """The chunks in order, naming those that come next to the source, a window ahead."""
+        batch = max(1, _PREFETCH_BYTES // self._state.chunk_size)
+        for position, index in enumerate(present.tolist()):
+            if position % batch == 0:
+                window = present[position + batch if position else 0 : position + 2 * batch]
+                lazy = window[self._state.chunks.kind[window] == LAZY].tolist()
+                if lazy:
+                    self._state.prefetch(lazy)
+            yield index
+
+    def _export_chunk(self, index: int, target: int, size: int) -> None:
+        """Copy a chunk that the source or a file of its own has, or had when the export began."""
+        state = self._state
+        with state.locks.hold(index):
+            kind = state.chunks.kind_of[index]
+            if kind == HOLE:
+                return
+            fd = state.files.open(state.name(index)) if kind in OWN_FILE else -1
+        if fd < 0:
+            fd = state.open_lazy(index).fd
+        try:
+            length = chunk_length(index, size, state.chunk_size)
+            copy_sparse(fd, 0, length, target, index * state.chunk_size, state.describe(index))
+        finally:
+            os.close(fd)
 
     def _fill(self, offset: int, target: memoryview) -> None:
         """Fill `target` from a range that is inside the store."""

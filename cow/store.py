@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import operator
 import os
 from collections.abc import Iterable, Iterator
@@ -21,15 +22,13 @@ from cow.chunks import (
     ChunkSource,
     StoreState,
     StoreStatistics,
-    check_chunk_size,
-    check_store_size,
+    check_geometry,
     chunk_count,
     chunk_length,
     chunk_mask,
     page_count,
 )
 from cow.errors import CheckpointConflict, OutOfBounds, StoreClosed
-from cow.export import StoreFile, adopt_file, copy_file, export
 from cow.fileio import PAGE_SIZE, BaseFile, PrivateFiles, file_name, read_all
 from cow.mapping import MappingBudget, default_budget
 from cow.reader import DEFAULT_READAHEAD, ChunkReader, ReadaheadOptions
@@ -37,7 +36,6 @@ from cow.sync import Gate
 from cow.writer import ChunkWriter
 
 if TYPE_CHECKING:
-    import io
     from typing import Self
 
     from typing_extensions import Buffer
@@ -79,8 +77,7 @@ class COWStore:
         budget: MappingBudget | None = None,
         readahead: ReadaheadOptions | None = DEFAULT_READAHEAD,
     ) -> None:
-        chunk_size = check_chunk_size(chunk_size)
-        size = check_store_size(size, chunk_size)
+        size, chunk_size = check_geometry(size, chunk_size)
         lazy = chunk_mask(chunks, chunk_count(size, chunk_size))
         if source is None and lazy.any():
             raise ValueError("chunks were given but no source to get them from")
@@ -115,7 +112,7 @@ class COWStore:
             size = os.fstat(base.fd).st_size
             store = cls(data_dir, size=size, chunk_size=chunk_size, budget=budget, readahead=None)
             undo.push(store)
-            (copy_file if copy else adopt_file)(store._state, base)
+            (store._writer.copy_file if copy else store._writer.adopt_file)(base)
             undo.pop_all()
         if copy:
             base.close_descriptor()
@@ -271,7 +268,7 @@ class COWStore:
         meanwhile may or may not be in the file. `durable` waits until it is on disk.
         """
         with self._state.gate.reading():
-            export(self._state, path, durable=durable)
+            self._reader.export(path, durable=durable)
 
     def open(self) -> io.RawIOBase:
         """The store as an unbuffered file, positioned at its start. Closing it leaves the store open."""
@@ -455,8 +452,6 @@ class Checkpoint:
     def _ending(self) -> Iterator[None]:
         state = self._state
         with state.gate.reading():
-            if state.checkpoint is not self:
-                raise self._ended()
             self._gate.close()
             with state.gate.exclusive():
                 if state.checkpoint is not self:
@@ -479,3 +474,60 @@ class Checkpoint:
 
     def _name(self, index: int) -> str:
         return file_name(index, int(self._epoch[index]))
+
+
+class StoreFile(io.RawIOBase):
+    """An unbuffered binary file over a store: seekable, readable, writable.
+
+    Reads end at the end of the store; a write that would pass it is OutOfBounds (`truncate` grows the
+    store first). Closing it leaves the store open. Not thread-safe: it has a position.
+    """
+
+    def __init__(self, store: COWStore) -> None:
+        super().__init__()
+        self._store = store
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._check()
+        if whence not in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END):
+            raise ValueError(f"whence must be 0, 1 or 2, not {whence}")
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._store.size}[whence]
+        if start + offset < 0:
+            raise OutOfBounds(f"cannot seek to {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        self._check()
+        target = memoryview(buffer).cast("B")
+        length = max(0, min(len(target), self._store.size - self._position))
+        if length:
+            self._store.readinto_at(self._position, target[:length])
+        self._position += length
+        return length
+
+    def write(self, data: Buffer, /) -> int:
+        self._check()
+        done = self._store.write_at(self._position, data)
+        self._position += done
+        return done
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self._check()
+        size = self._position if size is None else size
+        self._store.resize(size)
+        return size
+
+    def _check(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on a closed file")

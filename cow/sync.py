@@ -19,10 +19,7 @@ class Gate:
 
     Who comes or goes takes no lock: it appends to a list or pops from it, each in one atomic step, and looks
     at the flags afterwards. Whoever sets a flag looks at the lists after that, so at least one of the two
-    sees the other.
-
-    Args:
-        closed_error: Makes the exception for every entry after `close`.
+    sees the other. Every entry after `close` raises what `closed_error` makes.
     """
 
     def __init__(self, closed_error: Callable[[], Exception]) -> None:
@@ -208,7 +205,3 @@ class SingleFlight(Generic[K, T]):
             del self._flights[flight.key]
             flight.result, flight.error = result, error
         flight._finished.set()
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._flights)

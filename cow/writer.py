@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import os
 
-from cow.chunks import FROZEN, HOLE, LAZY, PRIVATE, StoreState, check_range, check_store_size, pieces
-from cow.fileio import Copier, file_name, is_zero, write_all
+from cow.chunks import BASE, FROZEN, HOLE, LAZY, PRIVATE, StoreState, check_geometry, check_range, pieces
+from cow.fileio import (
+    BaseFile,
+    chunk_extents,
+    clone_range,
+    copy_range,
+    copy_sparse,
+    file_name,
+    is_zero,
+    read_all,
+    write_all,
+)
 from cow.mapping import FileMapping, OpenFile
 from cow.reader import ChunkReader
 
@@ -21,6 +31,42 @@ class ChunkWriter:
         self._state = state
         self._reader = reader
         self._descriptors = state.descriptors
+
+    def adopt_file(self, base: BaseFile) -> None:
+        """Make a new store, which nobody else uses yet, show the content of a file by reading it there."""
+        state = self._state
+        chunks = [index for index, _ in chunk_extents(base.fd, state.size, state.chunk_size)]
+        state.chunks.kind[chunks] = BASE
+        state.chunks.unsaved[chunks] = True
+        state.base = base
+
+    def copy_file(self, base: BaseFile) -> None:
+        """Copy the chunks of a file into private files of a new store, which nobody else uses yet.
+
+        Chunks of only zeros become holes. On a file system with reflinks the extents are shared, not copied.
+        """
+        state, chunks = self._state, self._state.chunks
+        buffer = memoryview(bytearray(state.chunk_size))
+        clone = True
+        for index, ranges in chunk_extents(base.fd, state.size, state.chunk_size):
+            offset = index * state.chunk_size
+            parts = [(start, buffer[start - offset : end - offset]) for start, end in ranges]
+            for start, part in parts:
+                read_all(base.fd, part, start, str(base))
+            if all(is_zero(part) for _, part in parts):
+                continue
+            length = state.length(index)
+            fd = state.files.create(file_name(index, 0), length)
+            chunks.kind[index] = PRIVATE
+            chunks.unsaved[index] = chunks.unsynced[index] = chunks.touched[index] = True
+            try:
+                # A range that ends inside a block can only be cloned at the end of both files, as here.
+                clone = clone and clone_range(base.fd, offset, length, fd, 0)
+                if not clone:
+                    for start, part in parts:
+                        write_all(fd, part, start - offset)
+            finally:
+                os.close(fd)
 
     def write(self, offset: int, data: memoryview) -> None:
         state = self._state
@@ -44,7 +90,7 @@ class ChunkWriter:
         """Make the store bigger. The caller is in the gate as a reader."""
         state = self._state
         with state.resize_lock:
-            size = check_store_size(size, state.chunk_size)
+            size, _ = check_geometry(size, state.chunk_size)
             if size < state.size:
                 raise ValueError(
                     f"a store cannot shrink, from {state.size} to {size} bytes: export it instead"
@@ -84,8 +130,6 @@ class ChunkWriter:
                 return False
             file = self._descriptors.get(index)
             if file is None:
-                if state.chunks.kind_of[index] != PRIVATE:
-                    return False
                 with state.locks.hold(index):
                     if state.chunks.kind_of[index] != PRIVATE:
                         return False
@@ -166,21 +210,20 @@ class ChunkWriter:
     def _copy_old(self, index: int, kind: int, target: int, fetched: FileMapping | None) -> None:
         state = self._state
         length = state.length(index)
-        what = state.describe(index)
         if kind == LAZY:
             assert fetched is not None
             write_all(target, fetched.slice(0, length), 0)
         elif kind == FROZEN:
             source = state.files.open(state.name(index))
             try:
-                Copier().copy_sparse(source, 0, length, target, 0, f"the file of {what}")
+                copy_sparse(source, 0, length, target, 0, f"the file of {state.describe(index)}")
             finally:
                 os.close(source)
         else:
             assert state.base is not None
             offset = index * state.chunk_size
             # Not sparsely: looking for holes in a big file may take longer than copying one chunk.
-            Copier().copy(state.base.fd, offset, length, target, 0, str(state.base))
+            copy_range(state.base.fd, offset, length, target, 0, str(state.base))
         state.count(copies_on_write=1, copied_bytes=length)
 
     def _lengthen(self, index: int, old: int, new: int, fetched: FileMapping | None) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from cow import Copier, TruncatedFile, clone_range, read_all, write_all, write_nonzero
+from cow import TruncatedFile, clone_range, copy_sparse, read_all, write_all, write_nonzero
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import remove_tree, replacing
@@ -308,7 +308,7 @@ class _DirectoryWriter:
             return
         self._can_clone = False
         os.ftruncate(fd, size)
-        Copier().copy_sparse(source, 0, size, fd, 0, "a file that was just restored")
+        copy_sparse(source, 0, size, fd, 0, "a file that was just restored")
 
     def _move_in(self, staging: Path, target: Path, undo: contextlib.ExitStack) -> None:
         """Move everything from `staging` into the directory that was there already.

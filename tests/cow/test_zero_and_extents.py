@@ -9,8 +9,9 @@ import pytest
 from cow_sources import pattern
 from hypothesis import given, strategies as st
 
-from cow import Copier, OutOfBounds, TruncatedFile, data_extents, is_zero, write_all
-from cow.chunks import check_chunk_size, check_range, check_store_size, chunk_count, chunk_length, pieces
+from cow import OutOfBounds, TruncatedFile, copy_sparse, data_extents, is_zero, write_all
+from cow.chunks import check_geometry, check_range, chunk_count, chunk_length, pieces
+from cow.fileio import copy_range
 
 
 @given(st.binary(max_size=300), st.integers(0, 9000), st.integers(0, 20))
@@ -56,13 +57,13 @@ def test_chunk_lengths_add_up_to_the_size(size, chunk_size):
 @pytest.mark.parametrize("chunk_size", [0, -4096, 1024, 4097, 12288, 1 << 27])
 def test_unusable_chunk_sizes_are_refused(chunk_size):
     with pytest.raises(ValueError, match="power of two"):
-        check_chunk_size(chunk_size)
+        check_geometry(0, chunk_size)
 
 
 @pytest.mark.parametrize("size", [-1, 1 << 60, 4096 * (1 << 24) + 1])
 def test_unusable_store_sizes_are_refused(size):
     with pytest.raises(ValueError, match="out of range"):
-        check_store_size(size, 4096)
+        check_geometry(size, 4096)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, -1), (0, 11), (10, 1), (1 << 70, 0)])
@@ -104,7 +105,7 @@ def test_data_extents_without_support_is_one_range(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", [True, False])
-def test_copier_copies_data_and_leaves_holes(tmp_path, monkeypatch, kernel):
+def test_copying_copies_data_and_leaves_holes(tmp_path, monkeypatch, kernel):
     if not kernel:
 
         def refuse(*_):
@@ -118,13 +119,13 @@ def test_copier_copies_data_and_leaves_holes(tmp_path, monkeypatch, kernel):
         os.ftruncate(source, 1 << 20)
         os.pwrite(source, data, 300_000)
         os.ftruncate(target, 1 << 20)
-        Copier().copy_sparse(source, 0, 1 << 20, target, 0, "it")
+        copy_sparse(source, 0, 1 << 20, target, 0, "it")
         assert os.pread(target, 5000, 300_000) == data
         assert os.fstat(target).st_blocks == os.fstat(source).st_blocks
         with pytest.raises(TruncatedFile, match="the thing"):
-            Copier().copy_sparse(source, 4096, 1 << 20, target, 0, "the thing")
+            copy_sparse(source, 4096, 1 << 20, target, 0, "the thing")
         with pytest.raises(TruncatedFile, match="the thing"):
-            Copier().copy(source, 1 << 20, 1, target, 0, "the thing")
+            copy_range(source, 1 << 20, 1, target, 0, "the thing")
     finally:
         os.close(source)
         os.close(target)
