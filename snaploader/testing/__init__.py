@@ -19,7 +19,7 @@ with a `Link` they share a bandwidth; `FakeCAS` is a remote store without a netw
 Its docstring shows how to run it from pytest.
 """
 
-from snaploader.testing.calls import Call
+from snaploader.testing.dispatch import Call
 from snaploader.testing.fake import FakeCAS
 from snaploader.testing.faults import CallGate, Fault, FaultScript, Firing, Link
 from snaploader.testing.options import (

@@ -19,11 +19,8 @@ from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.remote.codec import compress_frames
-from snaploader.testing.backend import Backend, Failure, is_present, logger, overloaded
+from snaploader.testing.services import SKIPPABLE_FRAME, Backend, Failure, is_present, logger, overloaded
 from snaploader.testing.storage import BlobReader, MemoryPartition, Partition, StagedBlob
-
-SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little") + bytes(8)
-"""A zstd frame that decoders pass over: its magic number, the size of what follows, and that."""
 
 BUFFER_BYTES = 1024 * 1024
 """What an upload holds in memory before a worker thread stages it."""
@@ -140,8 +137,8 @@ class ByteStream:
     def _open(self, partition: Partition, name: ResourceName) -> BlobReader:
         reader = partition.open(name.digest)
         if reader is None:
-            if name.digest.size_bytes == 0:
-                return _Empty()
+            if name.digest.size_bytes == 0:  # which exists without being stored
+                return BlobReader.of(b"")
             raise NotFound(f"no blob {name.digest}")
         return reader
 
@@ -279,18 +276,6 @@ class ByteStream:
 
 def _boxed(piece: bytes) -> list[bytes]:
     return [piece]
-
-
-class _Empty:
-    """The empty blob, which exists without being stored."""
-
-    size = 0
-
-    def read(self, offset: int, size: int) -> bytes:  # noqa: ARG002
-        return b""
-
-    def close(self) -> None:
-        pass
 
 
 def _verify(reader: BlobReader, name: ResourceName, partition: Partition) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import threading
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import grpc
@@ -17,18 +20,123 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from snaploader._proto import bytestream_pb2, services
-from snaploader.errors import InvalidArgument
+from snaploader.errors import InvalidArgument, SnaploaderError
 from snaploader.testing import faults
-from snaploader.testing.backend import Backend, Failure, as_failure, overloaded, trailers
-from snaploader.testing.byte_stream import ByteStream
-from snaploader.testing.calls import Call, CallLog, describe
+from snaploader.testing.byte_stream import ByteStream, parse_resource_name
 from snaploader.testing.faults import Fault, FaultScript
-from snaploader.testing.services import ActionCache, Capabilities, ContentAddressableStorage
+from snaploader.testing.services import (
+    ActionCache,
+    Backend,
+    ContentAddressableStorage,
+    Failure,
+    as_failure,
+    overloaded,
+    trailers,
+)
 
 Context = Any
 Unary = Callable[[Any], Any]
 
 _STREAMS = frozenset({"Read", "Write"})
+_MAX_LOGGED_HASHES = 200_000
+
+
+@dataclass(slots=True)
+class Call:
+    """One call, as the server saw it. Fields about the outcome are filled in while it runs."""
+
+    method: str
+    """Name of the method, as in "BatchReadBlobs"."""
+    instance_name: str = ""
+    resource_name: str = ""
+    """Of ByteStream calls."""
+    hashes: tuple[str, ...] = ()
+    """Hashes of the blobs or of the action that the request names, in its order."""
+    metadata: Mapping[str, str | bytes] = field(default_factory=dict)
+    """Headers the client sent; of a repeated one, the last value."""
+    read_offset: int = 0
+    """Where a Read begins; of Write, where its first message writes."""
+    received_bytes: int = 0
+    """Size of the request messages."""
+    sent_bytes: int = 0
+    """Size of the response messages."""
+    status: str | None = None
+    """Name of the status code it ended with; None while it runs, "CANCELLED" when the client went away."""
+
+
+def describe(call: Call, request: Any) -> None:
+    """Fill in what the request says: its instance, its resource, the hashes it names."""
+    name = getattr(request, "resource_name", "")
+    if name:
+        call.resource_name = name
+        call.read_offset = getattr(request, "read_offset", 0) or getattr(request, "write_offset", 0)
+        with contextlib.suppress(SnaploaderError):
+            parsed = parse_resource_name(name)
+            call.instance_name = parsed.instance_name
+            call.hashes = (parsed.digest.hash,)
+        return
+    call.instance_name = getattr(request, "instance_name", "")
+    call.hashes = tuple(digest.hash for digest in _digests(request))
+
+
+def _digests(request: Any) -> Iterator[Any]:
+    for name in ("blob_digests", "digests"):
+        yield from getattr(request, name, ())
+    for item in getattr(request, "requests", ()):
+        yield item.digest
+    for name in ("action_digest", "root_digest"):
+        if hasattr(request, name):
+            yield getattr(request, name)
+
+
+class CallLog:
+    """The latest calls and counters of all of them. Thread-safe.
+
+    Args:
+        capacity: How many calls are remembered. Counters go on regardless.
+    """
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        self._lock = threading.Lock()
+        self._capacity = capacity
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the calls and the counters."""
+        with self._lock:
+            self._calls: deque[Call] = deque()
+            self._hashes = 0
+            self._counts: Counter[str] = Counter()
+            self._received: Counter[str] = Counter()
+            self._sent: Counter[str] = Counter()
+
+    def begin(self, call: Call) -> None:
+        """Record a call that begins."""
+        with self._lock:
+            self._counts[call.method] += 1
+            self._calls.append(call)
+            self._hashes += len(call.hashes)
+            while self._calls and (len(self._calls) > self._capacity or self._hashes > _MAX_LOGGED_HASHES):
+                self._hashes -= len(self._calls.popleft().hashes)
+
+    def end(self, call: Call, status: str) -> None:
+        """Record how it ended."""
+        with self._lock:
+            call.status = status
+            self._received[call.method] += call.received_bytes
+            self._sent[call.method] += call.sent_bytes
+
+    def calls(self) -> list[Call]:
+        """The remembered calls, oldest first."""
+        with self._lock:
+            return list(self._calls)
+
+    def sums(self, method: str | None) -> tuple[int, int, int]:
+        """Of a method, or of all: calls, and bytes of the messages of ended ones, received and sent."""
+        with self._lock:
+            counters = (self._counts, self._received, self._sent)
+            counts, received, sent = (sum(c.values()) if method is None else c[method] for c in counters)
+        return counts, received, sent
 
 
 class Dispatcher:
@@ -41,7 +149,6 @@ class Dispatcher:
         self._bytes = ByteStream(backend)
         self._cas = ContentAddressableStorage(backend)
         self._results = ActionCache(backend)
-        self._capabilities = Capabilities(backend)
         self._active = 0
         self._streams = 0
         self._is_idle = asyncio.Event()
@@ -73,7 +180,7 @@ class Dispatcher:
             services.BYTE_STREAM: {"QueryWriteStatus": self._bytes.query_write_status},
         }
         if self._backend.options.capabilities:
-            unary[services.CAPABILITIES] = {"GetCapabilities": run(self._capabilities.get_capabilities)}
+            unary[services.CAPABILITIES] = {"GetCapabilities": run(self._backend.get_capabilities)}
         tables = {
             service: {name: self._unary(service, name, handle) for name, handle in table.items()}
             for service, table in unary.items()
@@ -98,8 +205,7 @@ class Dispatcher:
             call = Call(method.name, received_bytes=len(raw))
             async with self._tracked(call, context):
                 request = _decode(method.request, raw)
-                fault = await self._begin(call, request, context)
-                await self._carry("up", len(raw))
+                fault = await self._begin(call, request, context, len(raw))
                 if fault is None:
                     reply: bytes = (await handle(request)).SerializeToString()
                 else:
@@ -114,7 +220,6 @@ class Dispatcher:
         self, fault: Fault, call: Call, request: Any, handle: Callable[[Any], Awaitable[Any]]
     ) -> bytes:
         """A unary call that a fault acts on."""
-        await self._before(fault, call)
         if call.method == "BatchUpdateBlobs":
             withheld = faults.damage_upload(fault, request)
             response = await handle(request)
@@ -142,10 +247,7 @@ class Dispatcher:
             call = Call(method.name, received_bytes=len(raw))
             async with self._tracked(call, context):
                 request = _decode(method.request, raw)
-                fault = await self._begin(call, request, context)
-                await self._carry("up", len(raw))
-                if fault is not None:
-                    await self._before(fault, call)
+                fault = await self._begin(call, request, context, len(raw))
                 async with contextlib.aclosing(handle(request, fault)) as responses:  # type: ignore[type-var]
                     async for response in responses:
                         reply = response.SerializeToString()
@@ -204,7 +306,6 @@ class Dispatcher:
                     raise
                 fault = await self._begin(call, first, context)
                 if fault is not None:
-                    await self._before(fault, call)
                     messages = faults.shaped_messages(fault, _chain(first, messages))
                     first = await anext(messages)
                 response = await self._bytes.write(first, messages)
@@ -231,8 +332,10 @@ class Dispatcher:
             await self._carry("up", len(raw))
             yield _decode(bytestream_pb2.WriteRequest, raw)
 
-    async def _begin(self, call: Call, request: Any, context: Context) -> Fault | None:
-        """Describe and record a call, check its credentials, and see which fault hits it."""
+    async def _begin(
+        self, call: Call, request: Any, context: Context, size: int | None = None
+    ) -> Fault | None:
+        """Record a call, of one message of so many bytes, check its credentials, and begin its fault."""
         call.metadata = dict(context.invocation_metadata() or ())
         describe(call, request)
         self._log.begin(call)
@@ -241,17 +344,19 @@ class Dispatcher:
         self._authenticate(call)
         if call.method in _STREAMS and self._streams > self._backend.options.max_streams:
             raise overloaded("too many streams are open")
-        return self._faults.take(call)
+        fault = self._faults.take(call)
+        if size is not None:
+            await self._carry("up", size)
+        if fault is not None:
+            await faults.before(fault)
+            if fault.drop_blob and faults.drops_before(call.method):
+                await self._drop(fault, call)
+        return fault
 
     async def _carry(self, direction: Literal["up", "down"], size: int) -> None:
         """Bring a message over the link, where there is one."""
         if self._faults.link is not None:
             await self._faults.link.carry(direction, size)
-
-    async def _before(self, fault: Fault, call: Call) -> None:
-        await faults.before(fault)
-        if fault.drop_blob and faults.drops_before(call.method):
-            await self._drop(fault, call)
 
     async def _drop(self, fault: Fault, call: Call) -> None:
         partition = self._backend.partition(call.instance_name)

@@ -19,16 +19,18 @@ import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
 from snaploader._proto import bytestream_pb2 as bytestream, remote_execution_pb2 as reapi
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument
-from snaploader.testing.backend import Failure
-from snaploader.testing.calls import Call
+from snaploader.testing.services import Failure
 from snaploader.testing.storage import Partition
+
+if TYPE_CHECKING:
+    from snaploader.testing.dispatch import Call
 
 ANY_METHOD = "*"
 _WRITES = frozenset({"BatchUpdateBlobs", "Write"})

@@ -17,11 +17,10 @@ from snaploader._proto import remote_execution_pb2 as reapi, services
 from snaploader._proto._pool import new_pool
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from snaploader.testing.backend import Backend, blob_bytes
-from snaploader.testing.calls import Call, CallLog
-from snaploader.testing.dispatch import Dispatcher
+from snaploader.testing.dispatch import Call, CallLog, Dispatcher
 from snaploader.testing.faults import FaultScript
 from snaploader.testing.options import ServerOptions, ServerTLS
+from snaploader.testing.services import Backend, blob_bytes
 from snaploader.testing.storage import (
     DiskStorage,
     MemoryStorage,
@@ -87,7 +86,7 @@ class EmbeddedServer:
         self._socket = None if unix_socket is None else os.path.abspath(unix_socket)
         self._tls = tls
         self.introspection = introspection
-        self._log = CallLog(log_capacity)
+        self.call_log = CallLog(log_capacity)
         self._folder: str | None = None
         self._storage: Storage | None = None
         if storage is None:
@@ -166,28 +165,28 @@ class EmbeddedServer:
 
     def calls(self, method: str) -> int:
         """How often a method was called, as in `calls("BatchUpdateBlobs")`."""
-        return self._log.count(method)
+        return self.call_log.sums(method)[0]
 
     def total_calls(self) -> int:
         """How often any method was called."""
-        return self._log.total()
+        return self.call_log.sums(None)[0]
 
     def received_bytes(self, method: str | None = None) -> int:
         """Bytes of request messages, of ended calls."""
-        return self._log.received_bytes(method)
+        return self.call_log.sums(method)[1]
 
     def sent_bytes(self, method: str | None = None) -> int:
         """Bytes of response messages, of ended calls."""
-        return self._log.sent_bytes(method)
+        return self.call_log.sums(method)[2]
 
     @property
     def requests(self) -> list[Call]:
         """The latest calls, oldest first."""
-        return self._log.calls()
+        return self.call_log.calls()
 
     def clear_log(self) -> None:
         """Forget the calls and set the counters to zero."""
-        self._log.clear()
+        self.call_log.clear()
 
     def put_blob(
         self, data: Buffer, function: DigestFunction = DigestFunction.SHA256, *, instance_name: str = ""
@@ -251,11 +250,6 @@ class EmbeddedServer:
             root_certificates=self._tls.client_ca,
             require_client_auth=self._tls.client_ca is not None,
         )
-
-    @property
-    def call_log(self) -> CallLog:
-        """The log behind `requests` and the counters."""
-        return self._log
 
 
 class LoopThread:

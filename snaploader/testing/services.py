@@ -1,35 +1,214 @@
-"""The services of single requests: ContentAddressableStorage, ActionCache and Capabilities."""
+"""The embedded server's services of single requests, and what all share: content, threads, errors."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from snaploader._proto import remote_execution_pb2 as reapi, semver_pb2, status_pb2
+from snaploader import errors
+from snaploader._proto import any_pb2, duration_pb2, remote_execution_pb2 as reapi, semver_pb2, status_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound
 from snaploader.remote.codec import compress, decompress
-from snaploader.testing.backend import (
-    Backend,
-    Failure,
-    as_failure,
-    blob_bytes,
-    digest_of,
-    is_present,
-    logger,
-)
-from snaploader.testing.byte_stream import SKIPPABLE_FRAME
-from snaploader.testing.storage import Partition, result_key
+from snaploader.testing.options import ServerOptions
+from snaploader.testing.storage import Partition, Storage, result_key
 
+logger = logging.getLogger("snaploader.testing")
+
+T = TypeVar("T")
+
+_WORKERS = 4
+_RETRY_AFTER_S = 1.0
+_DETAILS_KEY = "grpc-status-details-bin"
 _IDENTITY = reapi.Compressor.IDENTITY
 _ZSTD = reapi.Compressor.ZSTD
 _ITEM_OVERHEAD_BYTES = 128
 _TREE_PAGE_DIRECTORIES = 1000
 _MAX_TREE_DIRECTORIES = 1_000_000
 _MAX_TREE_BYTES = 256 * 1024 * 1024
+
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18" + (8).to_bytes(4, "little") + bytes(8)
+"""A zstd frame that decoders pass over: its magic number, the size of what follows, and that."""
+
+
+class Failure(Exception):
+    """Ends a call with a status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(f"{code.name}: {message}")
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+def overloaded(message: str) -> Failure:
+    """The refusal of a call that would be taken a little later."""
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=_RETRY_AFTER_S)
+
+
+_CODES: dict[type[errors.SnaploaderError], grpc.StatusCode] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    # Uploaded bytes that do not match their digest are the client's mistake (REAPI, BatchUpdateBlobs).
+    errors.DataLoss: grpc.StatusCode.INVALID_ARGUMENT,
+}
+
+
+def as_failure(error: Exception) -> Failure:
+    """The status for an error. What is not expected is logged, and INTERNAL."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, OSError) and not isinstance(error, errors.SnaploaderError):
+        typed = errors.from_os_error(error, "the server's storage failed")
+        logger.warning("%s", typed.message)
+        is_full = isinstance(typed, errors.ResourceExhausted)
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if is_full else grpc.StatusCode.INTERNAL
+        return Failure(code, typed.message)
+    if isinstance(error, errors.SnaploaderError) and type(error) in _CODES:
+        return Failure(_CODES[type(error)], error.message)
+    # As text: a kept traceback would keep the call, and with it gRPC's threads.
+    logger.error("a call failed inside the server\n%s", "".join(traceback.format_exception(error)))
+    return Failure(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+
+def trailers(failure: Failure) -> tuple[tuple[str, bytes], ...]:
+    """Status details, as google.rpc has them: a RetryInfo, when the failure has a delay."""
+    if failure.retry_after_s is None:
+        return ()
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(failure.retry_after_s * 1e9))
+    packed = delay.SerializeToString()
+    # RetryInfo{Duration retry_delay = 1}: a tag, one byte of length (a Duration is short), the Duration.
+    info = any_pb2.Any(
+        type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\x0a" + bytes([len(packed)]) + packed
+    )
+    status = status_pb2.Status(code=failure.code.value[0], message=failure.message, details=[info])
+    return ((_DETAILS_KEY, status.SerializeToString()),)
+
+
+class Backend:
+    """Options and content, and the threads that work on them. Disk and hashing never run on the loop."""
+
+    def __init__(self, options: ServerOptions, storage: Storage) -> None:
+        self.options = options
+        self.storage = storage
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="snaploader-server")
+
+    def close(self) -> None:
+        """End the threads, after what they are doing."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Run `work(*args)` on a worker thread."""
+        return asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    async def run_to_end(self, work: Callable[..., T], *args: object) -> T:
+        """The same, but when the caller is cancelled, it is so only after the work has ended.
+
+        For work on what the caller closes or hands on afterwards.
+        """
+        future = self.run(work, *args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            if not future.cancelled():
+                future.exception()  # retrieved, or asyncio would report it as forgotten
+            raise
+
+    def partition(self, instance_name: str) -> Partition:
+        """The content of an instance, which must be one that is served."""
+        served = self.options.instance_names
+        if served is not None and instance_name not in served:
+            raise Failure(
+                self.options.unknown_instance_status,
+                f"the instance {instance_name[:200]!r} is not served here",
+            )
+        return self.storage.partition(instance_name)
+
+    def function(self, requested: int) -> DigestFunction:
+        """The digest function of a request whose field `digest_function` says `requested`."""
+        if self.options.ignores_digest_function:
+            return self.options.digest_functions[0]
+        # Hashes of 64 digits without a function are SHA-256 (REAPI, DigestFunction.UNKNOWN).
+        number = requested or DigestFunction.SHA256.value
+        for function in self.options.digest_functions:
+            if function.value == number:
+                return function
+        raise InvalidArgument(f"the digest function {number} is not offered here")
+
+    def resolve(self, request: Any) -> tuple[DigestFunction, Partition]:
+        """The digest function and the content that a request is about."""
+        return self.function(request.digest_function), self.partition(request.instance_name)
+
+    def check_size(self, digest: Digest) -> None:
+        """InvalidArgument for a blob bigger than this server takes."""
+        limit = self.options.max_cas_blob_size_bytes
+        if limit and digest.size_bytes > limit:
+            raise InvalidArgument(f"the blob {digest} is bigger than max_cas_blob_size_bytes, {limit} bytes")
+
+    def check_writable(self) -> None:
+        """PermissionDenied on a server that is read-only."""
+        if self.options.read_only:
+            raise errors.PermissionDenied("this server is read-only")
+
+    def get_capabilities(self, request: reapi.GetCapabilitiesRequest) -> reapi.ServerCapabilities:
+        """What this server offers, as its options say."""
+        options = self.options
+        self.partition(request.instance_name)
+        major, minor = options.api_version
+        return reapi.ServerCapabilities(
+            cache_capabilities=reapi.CacheCapabilities(
+                digest_functions=[function.name for function in options.digest_functions],
+                action_cache_update_capabilities=reapi.ActionCacheUpdateCapabilities(
+                    update_enabled=options.update_enabled and not options.read_only
+                ),
+                max_batch_total_size_bytes=options.max_batch_total_size_bytes,
+                max_cas_blob_size_bytes=options.max_cas_blob_size_bytes,
+                symlink_absolute_path_strategy=reapi.SymlinkAbsolutePathStrategy.ALLOWED,
+                supported_compressors=[_ZSTD] if options.zstd_streams else [],
+                supported_batch_update_compressors=[_ZSTD] if options.zstd_batches else [],
+            ),
+            low_api_version=semver_pb2.SemVer(major=2),
+            high_api_version=semver_pb2.SemVer(major=major, minor=minor),
+        )
+
+
+def digest_of(message: reapi.Digest, function: DigestFunction) -> Digest:
+    """A digest of a request. InvalidArgument when malformed."""
+    return Digest.checked(message.hash, message.size_bytes, function)
+
+
+def is_present(partition: Partition, digest: Digest) -> bool:
+    """Whether a blob is there; the empty one always is."""
+    return digest.size_bytes == 0 or partition.contains(digest)
+
+
+def blob_bytes(partition: Partition, digest: Digest) -> bytes | None:
+    """A whole blob, for those known to be small."""
+    if digest.size_bytes == 0:
+        return b""
+    reader = partition.open(digest)
+    if reader is None:
+        return None
+    try:
+        return reader.read(0, reader.size)
+    finally:
+        reader.close()
 
 
 def status_of(code: grpc.StatusCode, message: str = "") -> status_pb2.Status:
@@ -44,20 +223,14 @@ class ContentAddressableStorage:
         self._backend = backend
 
     def find_missing_blobs(self, request: reapi.FindMissingBlobsRequest) -> reapi.FindMissingBlobsResponse:
-        """FindMissingBlobs."""
-        function = self._backend.function(request.digest_function)
-        partition = self._backend.partition(request.instance_name)
-        missing = [
-            message
-            for message in request.blob_digests
-            if not is_present(partition, digest_of(message, function))
-        ]
+        function, partition = self._backend.resolve(request)
+        digests = request.blob_digests
+        missing = [found for found in digests if not is_present(partition, digest_of(found, function))]
         return reapi.FindMissingBlobsResponse(missing_blob_digests=missing)
 
     def batch_update_blobs(self, request: reapi.BatchUpdateBlobsRequest) -> reapi.BatchUpdateBlobsResponse:
         """BatchUpdateBlobs: each blob has a status of its own."""
-        function = self._backend.function(request.digest_function)
-        partition = self._backend.partition(request.instance_name)
+        function, partition = self._backend.resolve(request)
         self._backend.check_writable()
         self._check_total(sum(item.digest.size_bytes for item in request.requests))
         response = reapi.BatchUpdateBlobsResponse()
@@ -90,10 +263,8 @@ class ContentAddressableStorage:
         partition.put(digest, data, verify=verify)
 
     def batch_read_blobs(self, request: reapi.BatchReadBlobsRequest) -> reapi.BatchReadBlobsResponse:
-        """BatchReadBlobs: each blob has a status of its own."""
         options = self._backend.options
-        function = self._backend.function(request.digest_function)
-        partition = self._backend.partition(request.instance_name)
+        function, partition = self._backend.resolve(request)
         digests = [digest_of(message, function) for message in request.digests]
         total = sum(digest.size_bytes for digest in digests)
         self._check_total(total)
@@ -104,19 +275,15 @@ class ContentAddressableStorage:
         for message, digest in zip(request.digests, digests, strict=True):
             data = self._load(partition, digest)
             if data is None:
-                response.responses.add(
-                    digest=message, status=status_of(grpc.StatusCode.NOT_FOUND, f"no blob {digest}")
-                )
+                status = status_of(grpc.StatusCode.NOT_FOUND, f"no blob {digest}")
+                response.responses.add(digest=message, status=status)
                 continue
-            packed = compress(data) if may_compress else None
-            if packed is not None and options.zstd_skippable_frame:
-                packed = SKIPPABLE_FRAME + packed
-            response.responses.add(
-                digest=message,
-                data=data if packed is None else packed,
-                compressor=_IDENTITY if packed is None else _ZSTD,
-                status=status_of(grpc.StatusCode.OK),
-            )
+            compressor, packed = _IDENTITY, compress(data) if may_compress else None
+            if packed is not None:
+                compressor = _ZSTD
+                data = SKIPPABLE_FRAME + packed if options.zstd_skippable_frame else packed
+            status = status_of(grpc.StatusCode.OK)
+            response.responses.add(digest=message, data=data, compressor=compressor, status=status)
         return response
 
     def _load(self, partition: Partition, digest: Digest) -> bytes | None:
@@ -139,8 +306,7 @@ class ContentAddressableStorage:
         """
         if not self._backend.options.get_tree:
             raise Failure(grpc.StatusCode.UNIMPLEMENTED, "GetTree is not implemented here")
-        function = self._backend.function(request.digest_function)
-        partition = self._backend.partition(request.instance_name)
+        function, partition = self._backend.resolve(request)
         skip = _page_token(request.page_token)
         page_size = min(request.page_size or _TREE_PAGE_DIRECTORIES, _TREE_PAGE_DIRECTORIES)
         page: list[reapi.Directory] = []
@@ -195,15 +361,14 @@ class ActionCache:
     def get_action_result(self, request: reapi.GetActionResultRequest) -> reapi.ActionResult:
         """GetActionResult: NOT_FOUND also when a blob that the result names is gone."""
         options = self._backend.options
-        function = self._backend.function(request.digest_function)
-        partition = self._backend.partition(request.instance_name)
+        function, partition = self._backend.resolve(request)
         digest = digest_of(request.action_digest, function)
         data = partition.get_result(result_key(digest, has_size=options.result_key_has_size))
         if data is None or (options.empty_result_not_found and not data):
             raise NotFound(f"no action result for {digest}")
         result = reapi.ActionResult.FromString(data)
         if options.check_completeness:
-            for named in named_digests(result, partition, function):
+            for named in _named_digests(result, partition, function):
                 if not is_present(partition, digest_of(named, function)):
                     raise NotFound(f"the action result for {digest} names {named.hash}, which is gone")
         return result
@@ -211,8 +376,7 @@ class ActionCache:
     def update_action_result(self, request: reapi.UpdateActionResultRequest) -> reapi.ActionResult:
         """UpdateActionResult: replaces what stood there, unless the options say otherwise."""
         options = self._backend.options
-        function = self._backend.function(request.digest_function)
-        partition = self._backend.partition(request.instance_name)
+        function, partition = self._backend.resolve(request)
         if options.read_only or not options.update_enabled:
             raise Failure(options.update_disabled_status, "updates of the action cache are not enabled")
         digest = digest_of(request.action_digest, function)
@@ -237,7 +401,7 @@ class ActionCache:
         return request.action_result
 
 
-def named_digests(
+def _named_digests(
     result: reapi.ActionResult, partition: Partition, function: DigestFunction
 ) -> Iterator[reapi.Digest]:
     """Every blob that a result needs: output files, trees and what is in them, stdout and stderr.
@@ -280,32 +444,3 @@ def _tree_digests(
     for directory in (tree.root, *tree.children):
         for file in directory.files:
             yield file.digest
-
-
-class Capabilities:
-    """The method GetCapabilities."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    def get_capabilities(self, request: reapi.GetCapabilitiesRequest) -> reapi.ServerCapabilities:
-        """What this server offers, as its options say."""
-        options = self._backend.options
-        self._backend.partition(request.instance_name)
-        zstd = [reapi.Compressor.ZSTD]
-        major, minor = options.api_version
-        return reapi.ServerCapabilities(
-            cache_capabilities=reapi.CacheCapabilities(
-                digest_functions=[function.name for function in options.digest_functions],
-                action_cache_update_capabilities=reapi.ActionCacheUpdateCapabilities(
-                    update_enabled=options.update_enabled and not options.read_only
-                ),
-                max_batch_total_size_bytes=options.max_batch_total_size_bytes,
-                max_cas_blob_size_bytes=options.max_cas_blob_size_bytes,
-                symlink_absolute_path_strategy=reapi.SymlinkAbsolutePathStrategy.ALLOWED,
-                supported_compressors=zstd if options.zstd_streams else [],
-                supported_batch_update_compressors=zstd if options.zstd_batches else [],
-            ),
-            low_api_version=semver_pb2.SemVer(major=2),
-            high_api_version=semver_pb2.SemVer(major=major, minor=minor),
-        )

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import os
 import stat
 import threading
 import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from snaploader.digest import Buffer, Digest, DigestFunction, Hasher
@@ -35,10 +38,10 @@ from snaploader.files import (
     open_private,
     open_regular,
     open_root,
-    open_written,
     remove_tree,
     write_all,
 )
+from snaploader.locks import lock_new
 
 _BLOB_MODE = 0o400
 _CHECKSUM_BYTES = 32
@@ -46,17 +49,19 @@ _MAX_RESULT_BYTES = 256 << 20
 """A cut result fails its checksum and so counts as absent."""
 
 
-class BlobReader(Protocol):
+@dataclass(frozen=True, slots=True)
+class BlobReader:
     """An open blob. It stays readable when the blob is deleted meanwhile."""
 
-    @property
-    def size(self) -> int: ...
+    size: int
+    read: Callable[[int, int], bytes]
+    """From an offset, up to so many bytes; fewer only at the end."""
+    close: Callable[[], object] = lambda: None
 
-    def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes from `offset`; less only at the end."""
-        ...
-
-    def close(self) -> None: ...
+    @classmethod
+    def of(cls, data: bytes) -> BlobReader:
+        """A blob in memory."""
+        return cls(len(data), lambda offset, size: data[offset : offset + size])
 
 
 class StagedBlob(Protocol):
@@ -66,11 +71,9 @@ class StagedBlob(Protocol):
 
     def commit(self) -> None:
         """Make the blob visible. DataLoss, and nothing visible, when the bytes do not match the digest."""
-        ...
 
     def discard(self) -> None:
         """Forget the bytes. No effect after commit or a second time."""
-        ...
 
 
 class Partition(Protocol):
@@ -80,27 +83,21 @@ class Partition(Protocol):
 
     def open(self, digest: Digest) -> BlobReader | None:
         """The blob, or None when absent."""
-        ...
 
     def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
         """Begin to store a blob; without `verify`, its size is compared and its hash is not."""
-        ...
 
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
         """Store a small blob at once. DataLoss when the size differs, or with `verify` the hash."""
-        ...
 
     def delete(self, digest: Digest) -> bool:
         """Drop a blob; whether it was there."""
-        ...
 
     def blobs(self) -> list[Digest]:
         """Every blob, sorted."""
-        ...
 
     def get_result(self, key: str) -> bytes | None:
         """The action result under a key."""
-        ...
 
     def put_result(self, key: str, data: bytes) -> None: ...
 
@@ -108,7 +105,6 @@ class Partition(Protocol):
 
     def results(self) -> list[str]:
         """The keys of all action results, sorted."""
-        ...
 
 
 class Storage(Protocol):
@@ -162,21 +158,6 @@ def parse_result_key(key: str) -> Digest:
     return Digest(hash_, int(size[0]) if size else 0, DigestFunction.parse(function))
 
 
-class _MemoryReader:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    @property
-    def size(self) -> int:
-        return len(self._data)
-
-    def read(self, offset: int, size: int) -> bytes:
-        return self._data[offset : offset + size]
-
-    def close(self) -> None:
-        pass
-
-
 class _MemoryStaged:
     def __init__(self, partition: MemoryPartition, digest: Digest, *, verify: bool) -> None:
         self._partition = partition
@@ -210,7 +191,7 @@ class MemoryPartition:
 
     def open(self, digest: Digest) -> BlobReader | None:
         data = self._blobs.get(digest)
-        return None if data is None else _MemoryReader(data)
+        return None if data is None else BlobReader.of(data)
 
     def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
         return _MemoryStaged(self, digest, verify=verify)
@@ -259,22 +240,6 @@ class MemoryStorage:
         """Nothing to do: content stays until the object goes."""
 
 
-class _FileReader:
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor = descriptor
-        self._size = size
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self._descriptor, size, offset)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
 class _StagedFile:
     def __init__(self, partition: DiskPartition, digest: Digest, path: str, *, verify: bool) -> None:
         self._partition = partition
@@ -299,22 +264,12 @@ class _StagedFile:
 
     def discard(self) -> None:
         self._close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        _unlink(self._path)
 
     def _close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-def _publish(staged: str, path: str, base: str) -> None:
-    """Move a file to its place, making its folder below `base` when it is the first there."""
-    try:
-        os.rename(staged, path)
-    except FileNotFoundError:
-        make_inside(base, os.path.dirname(path), Access())
-        os.rename(staged, path)
 
 
 class DiskPartition:
@@ -326,8 +281,12 @@ class DiskPartition:
         self._numbers = numbers
 
     def publish(self, staged: str, path: str) -> None:
-        """Move a staged file to its place."""
-        _publish(staged, path, os.path.dirname(self._staging))
+        """Move a staged file to its place, making the folder when it is the first there."""
+        try:
+            os.rename(staged, path)
+        except FileNotFoundError:
+            make_inside(os.path.dirname(self._staging), os.path.dirname(path), Access())
+            os.rename(staged, path)
 
     def blob_path(self, digest: Digest) -> str:
         """Where a blob lies."""
@@ -352,11 +311,14 @@ class DiskPartition:
             descriptor, status = open_regular(self.blob_path(digest))
         except (FileNotFoundError, OddEntry):
             return None
-        size = status.st_size
-        if size != digest.size_bytes:
+        if status.st_size != digest.size_bytes:
             os.close(descriptor)
             return None
-        return _FileReader(descriptor, size)
+        return BlobReader(
+            status.st_size,
+            lambda offset, size: os.pread(descriptor, size, offset),
+            functools.partial(os.close, descriptor),
+        )
 
     def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
         return _StagedFile(self, digest, self._staged_path(), verify=verify)
@@ -366,11 +328,7 @@ class DiskPartition:
         self._write_file(self.blob_path(digest), data, _BLOB_MODE)
 
     def delete(self, digest: Digest) -> bool:
-        try:
-            os.unlink(self.blob_path(digest))
-        except FileNotFoundError:
-            return False
-        return True
+        return _unlink(self.blob_path(digest))
 
     def blobs(self) -> list[Digest]:
         found = []
@@ -395,11 +353,7 @@ class DiskPartition:
         self._write_file(self._result_path(key), hashlib.sha256(data).digest() + data, 0o600)
 
     def delete_result(self, key: str) -> bool:
-        try:
-            os.unlink(self._result_path(key))
-        except FileNotFoundError:
-            return False
-        return True
+        return _unlink(self._result_path(key))
 
     def results(self) -> list[str]:
         return sorted(
@@ -416,9 +370,17 @@ class DiskPartition:
                 os.close(descriptor)
             self.publish(staged, path)
         except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(staged)
+            _unlink(staged)
             raise
+
+
+def _unlink(path: str) -> bool:
+    """Remove a file; whether it was there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -439,7 +401,10 @@ class DiskStorage:
         self._pid = os.getpid()
         with translate_os_errors("cannot use the server's folder"):
             open_private(os.path.dirname(self._base), "the server's folder", "v1")
-            self._lock: int | None = _lock(os.path.join(self._base, "lock"))
+            try:
+                self._lock: int | None = lock_new(os.path.join(self._base, "lock"), wait=False)
+            except BlockingIOError:
+                raise FailedPrecondition(f"another server uses {self._base}: stop it first") from None
             try:
                 base = open_root(self._base, Access(), "the server's folder")
                 try:
@@ -467,16 +432,3 @@ class DiskStorage:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
-
-
-def _lock(path: str) -> int:
-    descriptor = open_written(path, os.O_RDWR, Access())
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise FailedPrecondition(f"another server uses {os.path.dirname(path)}: stop it first") from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor

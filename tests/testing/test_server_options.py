@@ -20,9 +20,9 @@ from served import Serve, code_of, eventually
 from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.testing import CallGate, Fault, MemoryStorage, ServerOptions
-from snaploader.testing.backend import Backend
 from snaploader.testing.byte_stream import MAX_PARTIAL_UPLOADS
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
+from snaploader.testing.services import Backend
 
 SHA256 = DigestFunction.SHA256
 BLOB = b"some content" * 100_000

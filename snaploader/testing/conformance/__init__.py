@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from snaploader.testing.conformance import action_cache, byte_stream, cas
+from snaploader.testing.conformance import checks as _checks
 from snaploader.testing.conformance.endpoint import (
     Check,
     CheckFailed,
@@ -38,7 +38,7 @@ from snaploader.testing.conformance.endpoint import (
     Outcome,
 )
 
-CHECKS: tuple[Check, ...] = (*cas.check.checks, *byte_stream.check.checks, *action_cache.check.checks)
+CHECKS: tuple[Check, ...] = tuple(_checks.CHECKS)
 """Every check, in a sensible order."""
 
 

@@ -9,7 +9,7 @@ import enum
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -103,6 +103,15 @@ class Endpoint:
         """Call a method with this endpoint's headers and deadline. Raises grpc.RpcError."""
         return self.stub(service, method)(request, timeout=self.timeout_s, metadata=self.headers)
 
+    def _ask(self, service: str, method: str, about: Sequence[Digest], **fields: Any) -> Any:
+        """Call a method whose request names an instance and the digest function of blobs."""
+        # SHA-256 is also what an unset function means.
+        function = about[0].function.value if about else 0
+        request = services.methods(service)[method].request(
+            instance_name=self.instance_name, digest_function=function, **fields
+        )
+        return self.call(service, method, request)
+
     @cached_property
     def capabilities(self) -> reapi.ServerCapabilities:
         """What the server states; asked once."""
@@ -141,12 +150,8 @@ class Endpoint:
 
     def missing(self, digests: Sequence[Digest]) -> set[str]:
         """Hashes that FindMissingBlobs says are missing."""
-        request = reapi.FindMissingBlobsRequest(
-            instance_name=self.instance_name,
-            blob_digests=[message(digest) for digest in digests],
-            digest_function=function_of(digests),
-        )
-        response = self.call(services.CAS, "FindMissingBlobs", request)
+        blob_digests = [message(digest) for digest in digests]
+        response = self._ask(services.CAS, "FindMissingBlobs", digests, blob_digests=blob_digests)
         return {digest.hash for digest in response.missing_blob_digests}
 
     def batch_update(
@@ -154,28 +159,25 @@ class Endpoint:
     ) -> dict[str, grpc.StatusCode]:
         """BatchUpdateBlobs: the status of each blob by hash."""
         compressor = reapi.Compressor.ZSTD if zstd else reapi.Compressor.IDENTITY
-        request = reapi.BatchUpdateBlobsRequest(
-            instance_name=self.instance_name,
-            requests=[
-                reapi.BatchUpdateBlobsRequest.Request(digest=message(d), data=data, compressor=compressor)
-                for d, data in items
-            ],
-            digest_function=function_of([digest for digest, _ in items]),
-        )
-        response = self.call(services.CAS, "BatchUpdateBlobs", request)
+        requests = [
+            reapi.BatchUpdateBlobsRequest.Request(digest=message(digest), data=data, compressor=compressor)
+            for digest, data in items
+        ]
+        digests = [digest for digest, _ in items]
+        response = self._ask(services.CAS, "BatchUpdateBlobs", digests, requests=requests)
         return {item.digest.hash: code(item.status.code) for item in response.responses}
 
     def batch_read(
         self, digests: Sequence[Digest], *, accept_zstd: bool = False
     ) -> dict[str, reapi.BatchReadBlobsResponse.Response]:
         """BatchReadBlobs: the item of each blob by hash."""
-        request = reapi.BatchReadBlobsRequest(
-            instance_name=self.instance_name,
+        response = self._ask(
+            services.CAS,
+            "BatchReadBlobs",
+            digests,
             digests=[message(digest) for digest in digests],
             acceptable_compressors=[reapi.Compressor.ZSTD] if accept_zstd else [],
-            digest_function=function_of(digests),
         )
-        response = self.call(services.CAS, "BatchReadBlobs", request)
         return {item.digest.hash: item for item in response.responses}
 
     def read(self, digest: Digest, *, offset: int = 0, zstd: bool = False) -> bytes:
@@ -198,23 +200,15 @@ class Endpoint:
 
     def get_action_result(self, digest: Digest) -> reapi.ActionResult:
         """GetActionResult."""
-        request = reapi.GetActionResultRequest(
-            instance_name=self.instance_name,
-            action_digest=message(digest),
-            digest_function=function_of([digest]),
+        result: reapi.ActionResult = self._ask(
+            services.ACTION_CACHE, "GetActionResult", [digest], action_digest=message(digest)
         )
-        result: reapi.ActionResult = self.call(services.ACTION_CACHE, "GetActionResult", request)
         return result
 
     def update_action_result(self, digest: Digest, result: reapi.ActionResult) -> None:
         """UpdateActionResult."""
-        request = reapi.UpdateActionResultRequest(
-            instance_name=self.instance_name,
-            action_digest=message(digest),
-            action_result=result,
-            digest_function=function_of([digest]),
-        )
-        self.call(services.ACTION_CACHE, "UpdateActionResult", request)
+        fields = {"action_digest": message(digest), "action_result": result}
+        self._ask(services.ACTION_CACHE, "UpdateActionResult", [digest], **fields)
 
     def _name(self, middle: str, digest: Digest) -> str:
         instance = f"{self.instance_name}/" if self.instance_name else ""
@@ -233,11 +227,6 @@ def _split(url: str) -> tuple[str, str]:
 def message(digest: Digest) -> reapi.Digest:
     """The digest as a message."""
     return reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes)
-
-
-def function_of(digests: Sequence[Digest]) -> Any:
-    """What the field `digest_function` says for these digests; SHA-256 is also what unset means."""
-    return digests[0].function.value if digests else 0
 
 
 def code(number: int) -> grpc.StatusCode:
@@ -339,38 +328,7 @@ class Check:
         return self.name
 
 
-class Suite:
-    """Collects checks in the order they are written."""
-
-    def __init__(self) -> None:
-        self.checks: list[Check] = []
-
-    def __call__(self, function: Callable[[Endpoint], None]) -> Callable[[Endpoint], None]:
-        """Decorator: the function is a check, named and described by its name and docstring."""
-        description = (function.__doc__ or "").strip()
-        self.checks.append(Check(function.__name__, description, function))
-        return function
-
-
 def require(is_met: bool, message: str) -> None:
     """CheckFailed with this message, unless the condition is met."""
     if not is_met:
         raise CheckFailed(message)
-
-
-def store(endpoint: Endpoint, blobs: list[tuple[Digest, bytes]]) -> None:
-    """Store blobs in one batch. CheckFailed when the server does not take each."""
-    statuses = endpoint.batch_update(blobs)
-    for digest, _ in blobs:
-        require_stored(statuses, digest)
-
-
-def require_stored(statuses: Mapping[str, grpc.StatusCode], digest: Digest) -> None:
-    """CheckFailed unless these statuses of a BatchUpdateBlobs say that the blob was taken."""
-    status = statuses.get(digest.hash)
-    name = "nothing" if status is None else status.name
-    hint = ""
-    if status == grpc.StatusCode.INVALID_ARGUMENT and digest.function is DigestFunction.BLAKE3:
-        # NativeLink with `verify_hash` does so, and takes the same blob in a stream.
-        hint = ": it may hash batches with SHA-256 although the request names BLAKE3"
-    require(status == grpc.StatusCode.OK, f"BatchUpdateBlobs answered {name} for {digest}{hint}")
