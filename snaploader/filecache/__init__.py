@@ -46,7 +46,6 @@ Where to look:
     durability  what a power failure may have damaged
     openfolder  an open cache's hold on its folder: staging, quarantine, sweeping
     layout      where everything lies
-    hashes      many hashes as arrays
 """
 
 from snaploader.filecache.cache import DEFAULT_MAX_BYTES, FileCache

@@ -17,13 +17,12 @@ from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_o
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.evict import Evictor
-from snaploader.filecache.hashes import to_rows, to_words
 from snaploader.filecache.layout import space_of
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import NamelessFile, OddEntry, open_regular
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, to_rows, to_words
 
 SLOTS = 1 << 19
 

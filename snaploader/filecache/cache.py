@@ -20,7 +20,6 @@ from snaploader.filecache.blobs import BlobSpace
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.evict import AHEAD_PART, EVICTS_AHEAD_FROM_BYTES, Evictor
 from snaploader.filecache.exchange import BlobWriter
-from snaploader.filecache.hashes import to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space, group_folder
 from snaploader.filecache.openfolder import OpenFolder
 from snaploader.filecache.pins import Pin, PinSpace
@@ -29,6 +28,7 @@ from snaploader.filecache.refs import RefSpace
 from snaploader.filecache.retention import Lease, PinTable
 from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics, Ledger, VerifyReport
 from snaploader.files import PRIVATE, Access
+from snaploader.formats.digests import to_prefixes, to_words
 from snaploader.locks import FileLock
 
 DEFAULT_MAX_BYTES = 10 << 30

@@ -27,10 +27,10 @@ import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
-from snaploader.filecache.hashes import Words, to_hex, to_words
 from snaploader.filecache.layout import check_hash
 from snaploader.filecache.usage import CacheContext
 from snaploader.files import OddEntry, flush_folder, open_regular, read_file
+from snaploader.formats.digests import Words, to_hex, to_words
 from snaploader.locks import is_odd
 
 UNKNOWN_SIZE = -1

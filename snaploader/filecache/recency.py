@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.filecache.hashes import Prefixes
 from snaploader.filecache.openfolder import OpenFolder
 from snaploader.files import OddEntry, open_regular
+from snaploader.formats.digests import Prefixes
 from snaploader.locks import FileLock
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])

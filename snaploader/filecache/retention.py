@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.filecache import recency
-from snaploader.filecache.hashes import Prefixes, are_among, distinct, to_prefixes, to_words
 from snaploader.filecache.layout import Layout, Space
 from snaploader.filecache.openfolder import is_alive
 from snaploader.filecache.pins import UNKNOWN_SIZE, is_pin_name, load_pin
 from snaploader.filecache.scan import Scan
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
 from snaploader.files import OddEntry, open_regular, read_file
+from snaploader.formats.digests import Prefixes, are_among, distinct, to_prefixes, to_words
 
 _MAX_LEASE_BYTES = 8 << 24
 """Of hashes as many as a pin may keep; what is larger is no lease."""

@@ -26,10 +26,10 @@ import numpy.typing as npt
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.hashes import HashSet, Prefixes, Words, to_hex, to_words
 from snaploader.filecache.layout import SHARDS, Layout, Space
 from snaploader.filecache.usage import CacheContext
 from snaploader.files import OddEntry, open_regular, read_file, remove_tree
+from snaploader.formats.digests import HashSet, Prefixes, Words, to_hex, to_words
 from snaploader.locks import is_dead, try_lock
 
 BLOCK_BYTES = 512

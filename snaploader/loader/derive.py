@@ -17,8 +17,7 @@ from snaploader.blobstore import RemoteStore, TransferStatistics
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
-from snaploader.filecache.hashes import HashSet
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken

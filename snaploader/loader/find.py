@@ -13,9 +13,8 @@ from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.filecache import FileCache
-from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable, decode_chunked_file
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import (
     MAX_DECODED_BYTES,
     MAX_ENTRIES,

@@ -11,9 +11,8 @@ from typing import TypeAlias
 from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
-from snaploader.filecache.hashes import HashSet
 from snaploader.formats.chunktable import ChunkTable
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from snaploader.errors import DataLoss, NotFound
 from snaploader.filecache import FileCache
-from snaploader.filecache.hashes import Prefixes, to_prefixes
+from snaploader.formats.digests import Prefixes, to_prefixes
 from snaploader.workspace.model import pin_name
 
 _logger = logging.getLogger(__name__)

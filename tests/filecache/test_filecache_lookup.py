@@ -16,12 +16,11 @@ from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument
 from snaploader.filecache import FileCache, blobs, recency, scan
 from snaploader.filecache.blobs import VerifiedMemo
-from snaploader.filecache.hashes import HashSet, to_hex, to_words
 from snaploader.filecache.layout import Layout
 from snaploader.filecache.openfolder import OpenFolder
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.files import Access
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, HashSet, to_hex, to_words
 from snaploader.locks import FileLock
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
