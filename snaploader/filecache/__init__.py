@@ -34,24 +34,20 @@ The group "" is the folder `_default`. Promises:
 Where to look:
 
     cache       FileCache, which puts the parts together
-    blobs       looking blobs up, opening them verified, publishing them
-    exchange    how bytes come in, whole or in pieces, and files go out
+    blobs       looking blobs up, opening them verified, adding them, putting them elsewhere
     refs        small mutable values
-    pins        what is kept until its name is unpinned, and the file of a pin
-    retention   what eviction leaves alone: leases and pins of all processes
+    retention   what eviction leaves alone: leases and pins
+    usage       bytes in use, under the lock of all changes; statistics
+    layout      where everything lies; an open cache's hold on it: staging, quarantine, sweeping
     evict       making room, in order of last use
     scan        looking at many entries at once
-    recency     when entries were last used
-    usage       bytes in use, under the lock of all changes; statistics
+    recency     the log of uses in bulk
     durability  what a power failure may have damaged
-    openfolder  an open cache's hold on its folder: staging, quarantine, sweeping
-    layout      where everything lies
 """
 
+from snaploader.filecache.blobs import BlobWriter
 from snaploader.filecache.cache import DEFAULT_MAX_BYTES, FileCache
-from snaploader.filecache.exchange import BlobWriter
-from snaploader.filecache.pins import Pin
-from snaploader.filecache.retention import Lease
+from snaploader.filecache.retention import Lease, Pin
 from snaploader.filecache.usage import CacheEntry, CacheStatistics, VerifyReport
 
 __all__ = [

@@ -1,30 +1,53 @@
-"""The blobs of one group: looking them up, opening them verified, publishing them."""
+"""The blobs of one group: looking them up, opening them verified, adding them, putting them elsewhere.
+
+Files share their bytes with the cache where that is safe.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import secrets
 import stat
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import itemgetter
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
 from snaploader import files
-from snaploader.digest import Digest, DigestFunction, empty_digest
-from snaploader.errors import DataLoss, NotFound, ResourceExhausted, translate_os_errors
-from snaploader.filecache import recency
+from snaploader.digest import Buffer, Digest, DigestFunction, empty_digest
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    translate_os_errors,
+)
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.evict import Evictor
-from snaploader.filecache.layout import space_of
+from snaploader.filecache.layout import SPACE_OF, check_hash, disk_bytes, set_used, touch
 from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import ShardListings, disk_bytes, entry_name, set_aside_odd
+from snaploader.filecache.scan import ShardListings
 from snaploader.filecache.usage import CacheContext, Section
-from snaploader.files import NamelessFile, OddEntry, open_regular
-from snaploader.formats.digests import DigestArray, to_rows, to_words
+from snaploader.files import NamelessFile, suppress_errnos
+from snaploader.formats.digests import DigestArray, to_rows
 
 SLOTS = 1 << 19
+BULK_DIGESTS = 1024
+"""From this many digests on, folders are listed instead of each file being looked at."""
+PRESENT_TRIES = 2
+"""Looks at a blob that is to be added and is there: one that finds it unverified, one afterwards."""
+WRITABLE_MODE = 0o600
+
+_FUNCTION_OF = itemgetter(Digest._fields.index("function"))
+_NO_LINK = frozenset({errno.EXDEV, errno.EMLINK, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES})
+"""Why a link may be refused where a copy works; see link(2)."""
+
+_logger = logging.getLogger(__name__)
 
 
 class VerifiedMemo:
@@ -60,96 +83,60 @@ def _fingerprint(digest: Digest, status: os.stat_result) -> tuple[int, int]:
     return value, (value >> 20) % (SLOTS // 2) * 2
 
 
-BULK_DIGESTS = 1024
-"""From this many digests on, folders are listed instead of each file being looked at."""
-PRESENT_TRIES = 2
-"""Looks at a blob that is to be added and is there: one that finds it unverified, one afterwards."""
-
-_HASH_OF = itemgetter(Digest._fields.index("hash"))
-_FUNCTION_OF = itemgetter(Digest._fields.index("function"))
-
-_logger = logging.getLogger(__name__)
-
-
 class BlobSpace:
-    """The blobs of one group. Thread-safe, process-safe."""
+    """The blobs of one group; `FileCache` says what methods of its own do. Thread-safe, process-safe."""
 
-    def __init__(
-        self,
-        context: CacheContext,
-        durability: Durability,
-        uses: UseLog,
-        evictor: Evictor,
-    ) -> None:
+    def __init__(self, context: CacheContext, durability: Durability, uses: UseLog) -> None:
         self._context = context
+        self._layout = context.layout
+        self._count = context.counters.add
+        self._now_ns = context.host.now_ns
         self._durability = durability
         self._uses = uses
-        self._evictor = evictor
         self._memo = VerifiedMemo()
         self._listings = ShardListings(context.layout, durability)
-
-    @property
-    def mode(self) -> int:
+        self.mode = context.folder.access.readonly_mode
         """The permission bits of the files."""
-        return self._context.folder.access.readonly_mode
-
-    def path(self, digest: Digest) -> str:
-        """Tell where the file of a blob is, or would be."""
-        return self._context.layout.blob(digest)
-
-    def step_done(self, step: str) -> None:
-        """Tell that a step was done; see `HostEnvironment.after_step`."""
-        self._context.host.after_step(step)
 
     # Looking up
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
-        """See `FileCache.find_missing`."""
         with translate_os_errors("cannot look up blobs in the file cache"):
             if len(digests) < BULK_DIGESTS:
-                return {digest for digest in digests if not _is_empty_blob(digest) and not self.touch(digest)}
+                return {digest for digest in digests if not self._is_here(digest)}
             if isinstance(digests, DigestArray):
-                return self._find_missing_of(digests.function, digests)
-            return self._find_missing_bulk(list(digests))
+                return self._find_missing_bulk(digests)
+            missing: set[Digest] = set()
+            for function in set(map(_FUNCTION_OF, digests)):
+                some = DigestArray.of((one for one in digests if one.function is function), function)
+                missing |= self._find_missing_bulk(some)
+            return missing
 
-    def _find_missing_bulk(self, digests: list[Digest]) -> set[Digest]:
-        functions = set(map(_FUNCTION_OF, digests))
-        if len(functions) == 1:
-            return self._find_missing_of(functions.pop(), digests)
-        missing: set[Digest] = set()
-        for function in functions:
-            missing |= self._find_missing_of(function, [one for one in digests if one.function is function])
-        return missing
-
-    def _find_missing_of(self, function: DigestFunction, digests: list[Digest] | DigestArray) -> set[Digest]:
-        if isinstance(digests, DigestArray):
-            words = to_rows(digests.hashes)
-        else:
-            words = to_words(list(map(_HASH_OF, digests)))
-        present = self._listings.contains(space_of(function), words)
-        if isinstance(digests, DigestArray):
-            missing = set(digests.take(~present))
-        else:
-            missing = {digests[row] for row in np.flatnonzero(~present).tolist()}
-        missing.discard(empty_digest(function))
-        if self._durability.any_suspects:
+    def _find_missing_bulk(self, digests: DigestArray) -> set[Digest]:
+        words = to_rows(digests.hashes)
+        present = self._listings.contains(SPACE_OF[digests.function], words)
+        missing = set(digests.take(~present))
+        missing.discard(empty_digest(digests.function))
+        if self._durability.windows:
             # Listings leave suspects out, so that each is looked at here.
-            missing = {digest for digest in missing if not self.touch(digest)}
+            missing = {digest for digest in missing if not self._is_here(digest)}
         if present.any():
-            self._uses.append(self._context.layout.group, words[present, 0], self._context.host.now_ns())
+            self._uses.append(self._layout.group, words[present, 0], self._now_ns())
         return missing
 
-    def touch(self, digest: Digest) -> bool:
+    def _is_here(self, digest: Digest) -> bool:
         """Tell whether a blob is here, which counts as a use. Suspects of a power failure are read."""
-        path = self._context.layout.blob(digest)
+        if _is_empty_blob(digest):
+            return True
+        path = self._layout.blob(digest)
         try:
             status = os.stat(path, follow_symlinks=False)
             if (
                 stat.S_ISREG(status.st_mode)
                 and status.st_size == digest.size_bytes
-                and not self._durability.is_suspect(status)
+                and not (self._durability.windows and self._durability.is_suspect(status))
             ):
-                recency.touch(path, status, self._context.host.now_ns())
+                touch(path, status, self._now_ns())
             else:
                 os.close(self._open(digest))
         except (FileNotFoundError, NotADirectoryError, NotFound, DataLoss):
@@ -159,38 +146,35 @@ class BlobSpace:
     # Reading
 
     def open(self, digest: Digest) -> int:
-        """See `FileCache.open`."""
         try:
             fd = self._open(digest)
         except NotFound:
-            self._context.counters.add(misses=1)
+            self._count(misses=1)
             raise
-        self._context.counters.add(hits=1)
+        self._count(hits=1)
         return fd
 
     def _open(self, digest: Digest) -> int:
-        path = self._context.layout.blob(digest)
+        path = self._layout.blob(digest)
         with translate_os_errors(f"cannot open blob {digest}"):
             try:
-                fd, status = open_regular(path)
-            except (FileNotFoundError, NotADirectoryError):
-                if _is_empty_blob(digest):
-                    return self._open_new_empty(digest)
-                raise NotFound(f"blob {digest} is not in the file cache") from None
-            except OddEntry as error:
-                set_aside_odd(self._context, path)
-                raise NotFound(f"blob {digest} is not in the file cache: {error}") from error
+                fd, status = self._context.open_entry(path, f"blob {digest}")
+            except NotFound:
+                if not _is_empty_blob(digest):
+                    raise
+                with self.stage(digest) as staged:
+                    self._publish(digest, staged.fd, staged.link)
+                return self._open(digest)
             try:
                 if not self._memo.knows(digest, status):
                     status = self._verify(digest, fd, status)
-                recency.touch(fd, status, self._context.host.now_ns())
+                touch(fd, status, self._now_ns())
             except BaseException:
                 os.close(fd)
                 raise
         return fd
 
     def read(self, digest: Digest) -> bytes:
-        """See `FileCache.read`."""
         fd = self.open(digest)
         try:
             with translate_os_errors(f"cannot read blob {digest}"):
@@ -201,18 +185,40 @@ class BlobSpace:
             raise DataLoss(f"blob {digest} was changed to {len(data)} bytes while it was read: ask again")
         return data
 
+    def check(self, hash_: str, function: DigestFunction) -> tuple[Digest, bool] | None:
+        """Hash the blob of this name whatever is known of it; return whether it is right, None if gone."""
+        path = self._layout.entry(SPACE_OF[function], hash_)
+        with translate_os_errors(f"cannot verify blob {hash_}"):
+            try:
+                fd, status = self._context.open_entry(path, f"blob {hash_}")
+            except NotFound:
+                return None
+            try:
+                digest = Digest(hash_, status.st_size, function)
+                if self._is_hollow(status):
+                    self._quarantine(digest, status)
+                    return digest, False
+                self._verify(digest, fd, status)
+                # Reading may have set the time of last access, and this was no use.
+                set_used(fd, os.fstat(fd), status.st_atime_ns)
+            except DataLoss:
+                return digest, False
+            finally:
+                os.close(fd)
+        return digest, True
+
     def _verify(self, digest: Digest, fd: int, status: os.stat_result) -> os.stat_result:
         """Hash an open file; return its status, which changes if it was suspect. DataLoss when it is bad."""
         if status.st_size == digest.size_bytes:
             found, size = files.hash_file(fd, digest.function)
         else:
             found, size = "", status.st_size
-        self._context.counters.add(verified_blobs=1)
+        self._count(verified_blobs=1)
         if found == digest.hash and size == digest.size_bytes:
-            if self._durability.is_suspect(status):
+            if self._durability.windows and self._durability.is_suspect(status):
                 # It proved right: it is written anew, as it were, outside the window of suspicion.
                 with suppress(PermissionError):
-                    os.utime(fd, ns=(status.st_atime_ns, self._context.host.now_ns()))
+                    os.utime(fd, ns=(status.st_atime_ns, self._now_ns()))
                 status = os.fstat(fd)
             self._memo.add(digest, status)
             return status
@@ -221,14 +227,14 @@ class BlobSpace:
                 f"blob {digest}: the cache has this hash with a size of {status.st_size} bytes, "
                 "so the digest is wrong"
             )
-        self.quarantine(digest, status)
+        self._quarantine(digest, status)
         raise DataLoss(
             f"blob {digest} in the file cache had wrong bytes and is in quarantine now: fetch it again"
         )
 
     def _is_hollow(self, status: os.stat_result) -> bool:
         """Tell whether a file is larger than the cache and mostly a hole, so that reading it takes hours."""
-        return status.st_size > max(self._context.max_bytes, disk_bytes(status))
+        return status.st_size > max(self._context.ledger.max_bytes, disk_bytes(status))
 
     def _is_other_size(self, digest: Digest, fd: int, status: os.stat_result) -> bool:
         """Tell whether the file is right and the size in the digest is wrong."""
@@ -240,33 +246,101 @@ class BlobSpace:
             self._memo.add(real, status)
         return right
 
-    def _open_new_empty(self, digest: Digest) -> int:
+    def _quarantine(self, digest: Digest, status: os.stat_result) -> None:
+        """Take a bad file out of use, unless another stands in its place by now."""
+        with self._context.ledger.section() as section:
+            now = self._context.folder.set_aside(self._layout.blob(digest), known=status)
+            if now is None:
+                return
+            section.change(self._name(digest), disk_bytes(now), 0)
+        self._count(quarantined_blobs=1)
+        _logger.warning("blob %s had wrong bytes and was moved to %s", digest, self._layout.quarantine)
+
+    # Adding
+
+    def put_bytes(self, digest: Digest, data: Buffer) -> bool:
+        """Add bytes whose hash was checked; return False when the blob was here."""
+        self.check_fits(digest.size_bytes)
+        with translate_os_errors(f"cannot add blob {digest}"):
+            if self._is_present(digest):
+                return False
+            with self.stage(digest) as staged:
+                files.write_all(staged.fd, data)
+                return self.publish_written(digest, staged)
+
+    def put_file(self, digest: Digest, path: str, *, move: bool, link: bool, verify: bool) -> bool:
+        self.check_fits(digest.size_bytes)
+        with translate_os_errors(f"cannot add {path!r} as blob {digest}"):
+            fd, size = _open_source(path)
+            try:
+                if size != digest.size_bytes:
+                    raise DataLoss(f"{path!r} has {size} bytes, so it is not blob {digest}")
+                if self._is_present(digest):
+                    added = False
+                elif not (move or link):
+                    return self._put_copy(digest, fd, path, verify=verify)
+                else:
+                    if verify and files.hash_file(fd, digest.function)[0] != digest.hash:
+                        raise DataLoss(f"{path!r} does not have the digest {digest}")
+                    added = self._put_link(digest, fd, path)
+            finally:
+                os.close(fd)
+            if move:
+                os.unlink(path)
+            return added
+
+    def _put_link(self, digest: Digest, fd: int, path: str) -> bool:
+        with suppress_errnos(_NO_LINK):
+            # The time of last write is the time of adding: it tells what a power failure may have damaged.
+            os.utime(fd)
+            return self._publish(digest, fd, lambda target: os.link(path, target))
+        return self._put_copy(digest, fd, path, verify=False)
+
+    def _put_copy(self, digest: Digest, source: int, name: str, *, verify: bool) -> bool:
         with self.stage(digest) as staged:
-            self.publish(digest, staged.fd, staged.link)
-        return self._open(digest)
+            if verify:
+                hasher = digest.function.hasher()
+                size = files.copy_hashing(source, staged.fd, hasher, digest.size_bytes)
+                if size != digest.size_bytes or hasher.hexdigest() != digest.hash:
+                    raise DataLoss(f"{name!r} does not have the digest {digest}")
+            else:
+                files.copy_content(source, staged.fd, digest.size_bytes)
+            return self.publish_written(digest, staged)
 
-    # Writing
-
-    def stage(self, digest: Digest | None = None) -> NamelessFile:
-        """Make an empty file that is to become a blob, near its place if the digest is known already."""
-        layout = self._context.layout
-        folder = layout.group_path() if digest is None else os.path.dirname(layout.blob(digest))
-        return self._context.folder.nameless_file(folder)
+    def add_file(self, path: str, function: DigestFunction) -> tuple[Digest, bool]:
+        with translate_os_errors(f"cannot add {path!r} to the file cache"):
+            source, size = _open_source(path)
+            try:
+                self.check_fits(size)
+                with self.stage() as staged:
+                    hasher = function.hasher()
+                    size = files.copy_hashing(source, staged.fd, hasher)
+                    digest = Digest(hasher.hexdigest(), size, function)
+                    return digest, self.publish_written(digest, staged, look=True)
+            finally:
+                os.close(source)
 
     def check_fits(self, size: int) -> None:
         """Raise ResourceExhausted for a blob that can never fit."""
-        if size > self._context.max_bytes:
+        max_bytes = self._context.ledger.max_bytes
+        if size > max_bytes:
             raise ResourceExhausted(
-                f"a blob of {size} bytes does not fit into a file cache of {self._context.max_bytes}: "
-                "raise its max_bytes"
+                f"a blob of {size} bytes does not fit into a file cache of {max_bytes}: raise its max_bytes"
             )
 
-    def present(self, digest: Digest) -> bool:
+    def stage(self, digest: Digest | None = None) -> NamelessFile:
+        """Make an empty file that is to become a blob, near its place if the digest is known already."""
+        self._context.ledger.keep_bound()
+        return self._context.folder.nameless_file(
+            self._layout.group_path() if digest is None else os.path.dirname(self._layout.blob(digest))
+        )
+
+    def _is_present(self, digest: Digest) -> bool:
         """Tell whether a blob that is to be added is here already and verified, which counts as a use.
 
         What is there is verified, or else good bytes at hand would be dropped in favour of bad ones.
         """
-        path = self._context.layout.blob(digest)
+        path = self._layout.blob(digest)
         # Cheap for what is not there, which is the common case.
         if not os.path.exists(path):
             return False
@@ -279,47 +353,50 @@ class BlobSpace:
                     return False
                 is_known = self._memo.knows(digest, status)
                 if is_known:
-                    recency.touch(path, status, self._context.host.now_ns())
+                    touch(path, status, self._now_ns())
             if is_known:
-                self._context.counters.add(present_blobs=1)
+                self._count(present_blobs=1)
                 return True
             try:
                 # Takes long for a big blob, so that it is not done in a section; and then it is known.
                 os.close(self._open(digest))
             except (NotFound, DataLoss):
                 return False
-        # It is replaced all the time. `publish` copes with one that is there.
+        # It is replaced all the time. `_publish` copes with one that is there.
         return False
 
-    def publish(self, digest: Digest, fd: int, link: Callable[[str], None]) -> bool:
+    def publish_written(self, digest: Digest, staged: NamelessFile, *, look: bool = False) -> bool:
+        """Publish a staged file; with `look`, unless the blob is here by now."""
+        self._context.host.after_step("blob.written")
+        if look and self._is_present(digest):
+            return False
+        return self._publish(digest, staged.fd, staged.link)
+
+    def _publish(self, digest: Digest, fd: int, link: Callable[[str], None]) -> bool:
         """Make a whole, verified file the blob; return False when there was one already.
 
-        It appears under its name in one step, by link(2), which never replaces what is there.
-
-        Args:
-            fd: Of the file.
-            link: Gives the file a name.
+        It appears under its name in one step, by `link`, as link(2) never replaces what is there.
         """
         os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
-        recency.set_used(fd, status, self._context.host.now_ns())
+        set_used(fd, status, self._now_ns())
         size = disk_bytes(status)
-        added = self._evictor.add(size, lambda section: self._link(section, digest, size, link))
+        added = self._context.ledger.add(size, lambda section: self._link(section, digest, size, link))
         if added:
             self._memo.add(digest, status)
-            self._context.counters.add(added_blobs=1, added_bytes=digest.size_bytes)
+            self._count(added_blobs=1, added_bytes=digest.size_bytes)
         else:
-            self._context.counters.add(present_blobs=1)
+            self._count(present_blobs=1)
         return added
 
     def _link(self, section: Section, digest: Digest, size: int, link: Callable[[str], None]) -> bool:
-        target = self._context.layout.blob(digest)
+        target = self._layout.blob(digest)
         name = self._name(digest)
         with suppress(FileNotFoundError, NotADirectoryError):
             status = os.stat(target, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                recency.touch(target, status, self._context.host.now_ns())
+                touch(target, status, self._now_ns())
                 return False
             self._context.folder.set_aside(target)
         section.change(name, 0, size)
@@ -336,60 +413,118 @@ class BlobSpace:
         self._context.host.after_step("blob.linked")
         return True
 
-    def check(self, hash_: str, function: DigestFunction) -> tuple[Digest, bool] | None:
-        """Hash the blob of this name whatever is known of it; return whether it is right, None if gone."""
-        path = self._context.layout.entry(space_of(function), hash_)
-        with translate_os_errors(f"cannot verify blob {hash_}"):
-            try:
-                fd, status = open_regular(path)
-            except (FileNotFoundError, OddEntry):
-                return None
-            try:
-                digest = Digest(hash_, status.st_size, function)
-                if self._is_hollow(status):
-                    self.quarantine(digest, status)
-                    return digest, False
-                self._verify(digest, fd, status)
-                # Reading may have set the time of last access, and this was no use.
-                recency.set_used(fd, os.fstat(fd), status.st_atime_ns)
-            except DataLoss:
-                return digest, False
-            finally:
-                os.close(fd)
-        return digest, True
+    def _name(self, digest: Digest) -> str:
+        return self._context.name(SPACE_OF[digest.function], digest.hash)
 
-    # Taking away
+    # Taking away, and putting elsewhere
 
     def remove(self, digest: Digest) -> bool:
-        """See `FileCache.remove`."""
-        path = self._context.layout.blob(digest)
-        with translate_os_errors(f"cannot remove blob {digest}"), self._context.ledger.section() as section:
-            try:
-                status = os.stat(path, follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode):
-                    self._context.folder.set_aside(path)
-                    return True
-                os.unlink(path)
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            section.change(self._name(digest), disk_bytes(status), 0)
-        return True
+        with translate_os_errors(f"cannot remove blob {digest}"):
+            return self._context.remove_entry(SPACE_OF[digest.function], check_hash(digest.hash))
 
-    def quarantine(self, digest: Digest, status: os.stat_result) -> None:
-        """Take a bad file out of use, unless another stands in its place by now."""
-        path = self._context.layout.blob(digest)
-        with self._context.ledger.section() as section:
-            now = self._context.folder.set_aside(path, known=status)
-            if now is None:
-                return
-            section.change(self._name(digest), disk_bytes(now), 0)
-        self._context.counters.add(quarantined_blobs=1)
-        _logger.warning(
-            "blob %s had wrong bytes and was moved to %s", digest, self._context.layout.quarantine
-        )
+    def materialize(self, digest: Digest, destination: str, *, writable: bool, mode: int | None) -> None:
+        fd = self.open(digest)
+        try:
+            with translate_os_errors(f"cannot put blob {digest} at {destination!r}"):
+                try:
+                    if mode is None:
+                        mode = WRITABLE_MODE if writable else self.mode
+                    # A link shows the mode of the blob, which the cache and other links share.
+                    if writable or mode != self.mode or not self._link_out(digest, fd, destination):
+                        _copy_out(fd, digest.size_bytes, destination, mode)
+                except FileExistsError:
+                    raise FailedPrecondition(
+                        f"{destination!r} exists and is not overwritten: remove it or choose another place"
+                    ) from None
+        finally:
+            os.close(fd)
 
-    def _name(self, digest: Digest) -> str:
-        return entry_name(self._context.layout.group, space_of(digest.function), digest.hash)
+    def _link_out(self, digest: Digest, fd: int, destination: str) -> bool:
+        """Link the verified file to its destination; return False when only a copy will do."""
+        # Evicted between opening and linking, or on another file system, or linked too often already.
+        with suppress_errnos(_NO_LINK | {errno.ENOENT}):
+            os.link(self._layout.blob(digest), destination)
+            if os.stat(destination, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
+                return True
+            # Evicted and added again: this file is another one, which was not verified.
+            os.unlink(destination)
+        return False
+
+
+class BlobWriter:
+    """A writer of one blob, which adds it when all its bytes came, in order. For one thread.
+
+    A context manager; leaving it without `commit` drops what was written.
+    """
+
+    def __init__(self, blobs: BlobSpace, digest: Digest, *, verify: bool = True) -> None:
+        blobs.check_fits(digest.size_bytes)
+        self._blobs = blobs
+        self._digest = digest
+        self._hasher = digest.function.hasher() if verify else None
+        self._size = 0
+        with translate_os_errors(f"cannot write blob {digest}"):
+            self._staged = blobs.stage(digest)
+
+    def write(self, data: Buffer) -> None:
+        """Append bytes. DataLoss when they are more than the digest says."""
+        self._check_open()
+        self._size += len(memoryview(data).cast("B"))
+        if self._size > self._digest.size_bytes:
+            raise DataLoss(f"blob {self._digest}: more bytes came than its digest says")
+        if self._hasher is not None:
+            self._hasher.update(data)
+        with translate_os_errors(f"cannot write blob {self._digest}"):
+            files.write_all(self._staged.fd, data)
+
+    def commit(self) -> bool:
+        """Add the blob; return False when it was here. DataLoss when the bytes do not have the digest."""
+        self._check_open()
+        if self._size != self._digest.size_bytes:
+            raise DataLoss(f"blob {self._digest}: only {self._size} bytes came")
+        if self._hasher is not None and (found := self._hasher.hexdigest()) != self._digest.hash:
+            raise DataLoss(f"blob {self._digest}: the bytes that came have the hash {found}")
+        with translate_os_errors(f"cannot add blob {self._digest}"):
+            added = self._blobs.publish_written(self._digest, self._staged, look=True)
+        self.close()
+        return added
+
+    def close(self) -> None:
+        """Drop what was written, unless it was committed. Again is fine."""
+        self._staged.close()
+
+    def _check_open(self) -> None:
+        if self._staged.fd < 0:
+            raise FailedPrecondition(f"the writer of blob {self._digest} is closed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_source(path: str) -> tuple[int, int]:
+    """Open a file that is to be added; return its descriptor and size. InvalidArgument when it is none."""
+    # Not to wait for the writer of a FIFO, which is refused then.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise InvalidArgument(f"{path!r} is not a regular file")
+    return fd, status.st_size
+
+
+def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
+    """Copy to a new file that gets its name in one step when it is whole, and never before."""
+    folder, name = os.path.split(destination)
+    folder = folder or "."
+    with files.NamelessFile(folder, lambda: f"{folder}/.{name[:100]}.{secrets.token_hex(8)}") as copy:
+        files.copy_content(source, copy.fd, size)
+        os.fchmod(copy.fd, mode)
+        copy.link(destination)
 
 
 def _is_empty_blob(digest: Digest) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -15,21 +15,17 @@ from snaploader._environment import HOST, HostEnvironment
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import exchange, recency, scan
-from snaploader.filecache.blobs import BlobSpace
+from snaploader.filecache import recency, scan
+from snaploader.filecache.blobs import BlobSpace, BlobWriter
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.evict import AHEAD_PART, EVICTS_AHEAD_FROM_BYTES, Evictor
-from snaploader.filecache.exchange import BlobWriter
-from snaploader.filecache.layout import Layout, Space, group_folder
-from snaploader.filecache.openfolder import OpenFolder
-from snaploader.filecache.pins import Pin, PinSpace
+from snaploader.filecache.layout import Layout, OpenFolder, Space, group_folder
 from snaploader.filecache.recency import UseLog
 from snaploader.filecache.refs import RefSpace
-from snaploader.filecache.retention import Lease, PinTable
+from snaploader.filecache.retention import Lease, Pin, PinSpace, PinTable
 from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics, Ledger, VerifyReport
 from snaploader.files import PRIVATE, Access
 from snaploader.formats.digests import to_prefixes, to_words
-from snaploader.locks import FileLock
 
 DEFAULT_MAX_BYTES = 10 << 30
 _PIECE_BYTES = 1 << 20
@@ -89,30 +85,26 @@ class FileCache:
         self._pid = os.getpid()
         used_before = os.path.isdir(layout.groups)
         access = Access(cache_mode, "cache_mode")
-        base = layout.create(access)
         with translate_os_errors(f"cannot open the file cache {layout.root!r}"), ExitStack() as undo:
-            own = OpenFolder(layout, access, base)
+            own = OpenFolder(layout, access)
             undo.callback(own.close)
-            ledger = Ledger(own, layout.usage)
-            undo.callback(ledger.close)
-            use_lock = FileLock(own.open_written(f"{layout.usage}/uses.lock"))
-            undo.callback(use_lock.close)
+            ledger = Ledger(own, max_bytes)
+            undo.callback(ledger.lock.close)
+            uses = UseLog(own)
+            undo.callback(uses.close)
 
             def rebooted() -> None:
                 with ledger.section() as section:
                     section.forget_total()
 
-            self._durability = Durability(
-                layout, own, _environment.boot_id(), rebooted, used_before=used_before
-            )
+            self._durability = Durability(own, _environment.boot_id(), rebooted, used_before=used_before)
             undo.callback(self._durability.close)
-            self._context = CacheContext(layout, own, ledger, max_bytes, _environment)
-            uses = UseLog(layout.uses, use_lock, own)
+            self._context = CacheContext(layout, own, ledger, _environment)
             self._pin_table = PinTable(layout)
             self._evictor = Evictor(self._context, self._durability, uses, self._pin_table, evict_ahead_bytes)
             undo.callback(self._evictor.close)
-            self._blobs = BlobSpace(self._context, self._durability, uses, self._evictor)
-            self._refs = RefSpace(self._context, self._evictor)
+            self._blobs = BlobSpace(self._context, self._durability, uses)
+            self._refs = RefSpace(self._context)
             self._pins = PinSpace(self._context)
             own.sweep()
             self._close = undo.pop_all().close
@@ -182,7 +174,10 @@ class FileCache:
     def _add(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> bool:
         if isinstance(source, str | os.PathLike):
             return self.put_file(digest, source)
-        return self._put_checked(digest, source)
+        found = Digest.of(source, digest.function)
+        if found != digest:
+            raise DataLoss(f"the bytes for blob {digest} have the digest {found}")
+        return self.put_verified(digest, source)
 
     # Blobs: files in and out
 
@@ -203,7 +198,7 @@ class FileCache:
     def path(self, digest: Digest) -> str:
         """Return the path of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
         os.close(self.open(digest))
-        return self._blobs.path(digest)
+        return self._context.layout.blob(digest)
 
     def put_verified(self, digest: Digest, data: Buffer) -> bool:
         """Add bytes that the caller has just hashed, on trust; return False when the blob was here."""
@@ -211,7 +206,7 @@ class FileCache:
         size = len(memoryview(data).cast("B"))
         if size != digest.size_bytes:
             raise DataLoss(f"blob {digest}: {size} bytes were given for it")
-        return exchange.put_bytes(self._blobs, digest, data)
+        return self._blobs.put_bytes(digest, data)
 
     def put_file(
         self,
@@ -236,14 +231,14 @@ class FileCache:
             ResourceExhausted: The disk is full, or the cache is full of leased blobs.
         """
         self._check()
-        return exchange.put_file(self._blobs, digest, os.fspath(path), move=move, link=link, verify=verify)
+        return self._blobs.put_file(digest, os.fspath(path), move=move, link=link, verify=verify)
 
     def add_file(
         self, path: str | os.PathLike[str], function: DigestFunction = DigestFunction.SHA256
     ) -> tuple[Digest, bool]:
         """Add a copy of a file, which is read once; return its digest, and whether it was new here."""
         self._check()
-        return exchange.add_file(self._blobs, os.fspath(path), function)
+        return self._blobs.add_file(os.fspath(path), function)
 
     def writer(self, digest: Digest, *, verify: bool = True) -> BlobWriter:
         """Return a writer that adds a blob which arrives in pieces.
@@ -275,7 +270,7 @@ class FileCache:
             FailedPrecondition: The destination exists; nothing is overwritten.
         """
         self._check()
-        exchange.materialize(self._blobs, digest, os.fspath(destination), writable=writable, mode=mode)
+        self._blobs.materialize(digest, os.fspath(destination), writable=writable, mode=mode)
 
     def remove(self, digest: Digest) -> bool:
         """Remove a blob, leased, pinned or neither; return whether it was here.
@@ -322,7 +317,7 @@ class FileCache:
         """Return the keys of all refs of this group, sorted."""
         self._check()
         with translate_os_errors("cannot list refs"):
-            return sorted(self._refs.keys())
+            return sorted(found.hash for found in self._found() if found.space is Space.REFS)
 
     # Pins
 
@@ -380,9 +375,7 @@ class FileCache:
         """List all entries of this group, the longest unused first."""
         self._check()
         with translate_os_errors("cannot list the file cache"):
-            found = sorted(
-                scan.entries(self._context.layout, self._context.layout.group), key=lambda one: one.used_ns
-            )
+            found = sorted(self._found(), key=lambda one: one.used_ns)
             return [self._entry(*one) for one in zip(found, self._pinned(found), strict=True)]
 
     def statistics(self) -> CacheStatistics:
@@ -419,7 +412,7 @@ class FileCache:
         bad: list[Digest] = []
         bad_refs: list[str] = []
         odd: list[str] = []
-        for found in scan.entries(self._context.layout, self._context.layout.group, odd.append):
+        for found in self._found(odd.append):
             if found.space is Space.REFS:
                 refs += 1
                 try:
@@ -435,7 +428,7 @@ class FileCache:
                         bad.append(digest)
         with translate_os_errors("cannot set aside what is no entry of the file cache"):
             for path in odd:
-                scan.set_aside_odd(self._context, path)
+                self._context.set_aside_odd(path)
         pins, bad_pins = self._pins.verify()
         return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs), pins, tuple(bad_pins))
 
@@ -473,21 +466,17 @@ class FileCache:
                 f"the file cache {self._root!r} was opened before a fork: open another one in the child"
             )
 
-    def _put_checked(self, digest: Digest, data: Buffer) -> bool:
-        found = Digest.of(data, digest.function)
-        if found != digest:
-            raise DataLoss(f"the bytes for blob {digest} have the digest {found}")
-        return self.put_verified(digest, data)
+    def _found(self, odd: Callable[[str], None] = lambda _: None) -> Iterator[scan.FoundEntry]:
+        """All entries of this group; see `scan.entries`."""
+        return scan.entries(self._context.layout, self._context.layout.group, odd)
 
     def _pinned(self, found: list[scan.FoundEntry]) -> list[bool]:
         """Tell for each entry whether a pin names it."""
         self._pin_table.refresh(self._context.ledger.pin_generation())
         keys = recency.keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
         spaces = np.array([one.space for one in found], dtype=np.uint8)
-        pinned = np.zeros(len(found), dtype=np.bool_)
-        for space in Space:
-            pinned |= self._pin_table.pinned(space, keys) & (spaces == space)
-        return pinned.tolist()
+        pinned: list[bool] = self._pin_table.named(spaces, keys).tolist()
+        return pinned
 
     def _entry(self, found: scan.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None

@@ -18,8 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from snaploader.filecache.layout import Layout
-from snaploader.filecache.openfolder import OpenFolder
+from snaploader.filecache.layout import OpenFolder
 from snaploader.files import OddEntry, flush_file_system, open_regular
 from snaploader.locks import FileLock, is_odd
 
@@ -37,32 +36,31 @@ class Durability:
         boot_id: Of this boot.
         rebooted: Called under the lock when this is the first use after another boot.
         used_before: Whether the folder existed: then a missing state is a lost one.
+
+    Attributes:
+        windows: In which suspects were written, in nanoseconds since the epoch. Without any there are none.
     """
 
+    windows: list[Window]
+
     def __init__(
-        self,
-        layout: Layout,
-        folder: OpenFolder,
-        boot_id: str,
-        rebooted: Callable[[], None],
-        *,
-        used_before: bool,
+        self, folder: OpenFolder, boot_id: str, rebooted: Callable[[], None], *, used_before: bool
     ) -> None:
-        self._path = layout.state
-        self._base = layout.base
+        self._base = folder.layout.base
+        self._path = f"{self._base}/state"
         self._folder = folder
         self._boot_id = boot_id
-        self._lock = FileLock(folder.open_written(f"{layout.usage}/state.lock"))
+        self._lock = FileLock(folder.open_written(f"{folder.layout.usage}/state.lock"))
         try:
             with self._lock.held():
-                boot, flushed_ns, self._windows = self._load()
+                boot, flushed_ns, self.windows = self._load()
                 if boot != boot_id:
                     rebooted()
                     now_ns = time.time_ns()
                     if boot or used_before:
-                        self._windows.append((flushed_ns, now_ns))
-                    if len(self._windows) > MAX_WINDOWS:
-                        self._windows = [(min(self._windows)[0], now_ns)]
+                        self.windows.append((flushed_ns, now_ns))
+                    if len(self.windows) > MAX_WINDOWS:
+                        self.windows = [(min(self.windows)[0], now_ns)]
                     self._store(now_ns)
         except BaseException:
             self.close()
@@ -71,12 +69,7 @@ class Durability:
     def is_suspect(self, status: os.stat_result) -> bool:
         """Tell whether a power failure may have damaged a file since it was written."""
         modified_ns = status.st_mtime_ns
-        return any(start - CLOCK_SLACK_NS <= modified_ns <= end for start, end in self._windows)
-
-    @property
-    def any_suspects(self) -> bool:
-        """Whether there may be suspects at all."""
-        return bool(self._windows)
+        return any(start - CLOCK_SLACK_NS <= modified_ns <= end for start, end in self.windows)
 
     def sync(self) -> None:
         """Flush everything written so far to disk: it survives a power failure from now on."""
@@ -85,16 +78,16 @@ class Durability:
         with self._lock.held():
             boot, flushed_ns, windows = self._load()
             if boot == self._boot_id:
-                self._windows = windows
+                self.windows = windows
                 self._store(max(now_ns, flushed_ns))
 
     def clear(self) -> None:
         """Forget the windows known so far, in which no suspects are left."""
-        cleared = set(self._windows)
+        cleared = set(self.windows)
         with self._lock.held():
             boot, flushed_ns, windows = self._load()
             if boot == self._boot_id:
-                self._windows = [window for window in windows if window not in cleared]
+                self.windows = [window for window in windows if window not in cleared]
                 self._store(flushed_ns)
 
     def close(self) -> None:
@@ -118,7 +111,7 @@ class Durability:
         state = {
             "boot_id": self._boot_id,
             "flushed_ns": flushed_ns,
-            "suspect_windows_ns": self._windows,
+            "suspect_windows_ns": self.windows,
         }
         text = json.dumps(state, sort_keys=True)
         data = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode()

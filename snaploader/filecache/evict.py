@@ -27,10 +27,10 @@ import numpy.typing as npt
 from snaploader.errors import Cancelled, ResourceExhausted, SnaploaderError, translate_os_errors
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.layout import Space
+from snaploader.filecache.layout import Space, disk_bytes, entry_name
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.filecache.retention import PinTable, Protection
-from snaploader.filecache.scan import FoundEntry, Scan, disk_bytes, entry_name, set_aside_odd, sweep_trees
+from snaploader.filecache.scan import FoundEntry, Scan, sweep_trees
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.locks import FileLock
 
@@ -77,64 +77,53 @@ class Evictor:
     ) -> None:
         self._context = context
         self._is_closing = threading.Event()
-        self._goal_bytes = context.max_bytes - ahead_bytes
-        self._evict_from_bytes = context.max_bytes - ahead_bytes // 2
-        self._scan_from_bytes = context.max_bytes - 4 * ahead_bytes
+        self._max_bytes = context.ledger.max_bytes
+        self._goal_bytes = self._max_bytes - ahead_bytes
+        self._evict_from_bytes = self._max_bytes - ahead_bytes // 2
+        self._scan_from_bytes = self._max_bytes - 4 * ahead_bytes
         self._background = _BackgroundEviction(self._evict_ahead, self._is_closing) if ahead_bytes else None
         self._durability = durability
         self._uses = uses
         self._pins = pins
         self._protection = Protection(context.layout, pins)
         self._candidates: Candidates | None = None
-        self._added_bytes = 0
         self._exhausted: _Exhausted | None = None
         self._lock = FileLock(context.folder.open_written(f"{context.layout.usage}/evict.lock"))
+        context.ledger.evict_with(self._make_room, self._fill, self._scan_from_bytes)
         with self._lock.held_now() as held:
             if held:
                 # Nobody scans; if the ledger says so, that process was killed.
                 with context.ledger.section() as section:
                     section.abandon_scan()
 
-    def add(self, size_bytes: int, put: Callable[[Section], bool]) -> bool:
-        """Call `put` in a section of the ledger in which so many more bytes fit; return what it returns.
-
-        Evicts until they do. ResourceExhausted when they cannot.
-        """
-        while True:
-            with self._context.ledger.section() as section:
-                total = section.total_bytes
-                if total is not None and total + size_bytes <= self._context.max_bytes:
-                    is_put = put(section)
-                    self._added_bytes += size_bytes
-                    break
-            self._make_room(size_bytes)
-        total += size_bytes
-        if self._background is not None and (total > self._evict_from_bytes or self._should_scan(total)):
+    def _fill(self, total_bytes: int) -> None:
+        """Begin to evict ahead if it is time."""
+        if self._background is not None and (
+            total_bytes > self._evict_from_bytes or self._should_scan(total_bytes)
+        ):
             self._background.begin()
-        return is_put
 
     def _should_scan(self, total_bytes: int) -> bool:
         """Tell whether this process may need candidates soon: it adds much, and there is little room left."""
         candidates = self._candidates
-        room_bytes = self._context.max_bytes - total_bytes
+        room_bytes = self._max_bytes - total_bytes
         return (
             total_bytes > self._scan_from_bytes
-            and 4 * self._added_bytes > room_bytes
+            and 4 * self._context.ledger.added_bytes > room_bytes
             and (candidates is None or candidates.are_few)
         )
 
     def _make_room(self, extra_bytes: int) -> None:
-        limit = self._context.max_bytes - extra_bytes
+        limit = self._max_bytes - extra_bytes
         if limit < 0:
             raise ResourceExhausted(
-                f"{extra_bytes} bytes do not fit into a file cache of {self._context.max_bytes}: "
-                "raise its max_bytes"
+                f"{extra_bytes} bytes do not fit into a file cache of {self._max_bytes}: raise its max_bytes"
             )
         left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
                 f"the file cache is full: of {left} bytes all that could go is in use by running work"
-                f"{self._tell_pins()}, and {extra_bytes} more do not fit into its {self._context.max_bytes}: "
+                f"{self._tell_pins()}, and {extra_bytes} more do not fit into its {self._max_bytes}: "
                 "raise its max_bytes"
             )
 
@@ -244,9 +233,9 @@ class Evictor:
     def _tell_pins(self) -> str:
         """Return what an error says of pins."""
         totals = self._pins.totals()
-        if totals.damaged:
+        if damaged := totals.damaged_pins:
             return (
-                f" or held because {totals.damaged[0]!r} is damaged, one of {len(totals.damaged)} such pins "
+                f" or held because {damaged[0]!r} is damaged, one of {len(damaged)} such pins "
                 "(pin again what it kept, or unpin it)"
             )
         if not totals.pins:
@@ -308,7 +297,7 @@ class Evictor:
         try:
             self._context.host.after_step("scan.begun")
             begun_ns = self._context.host.now_ns()
-            is_suspect = self._durability.is_suspect if self._durability.any_suspects else None
+            is_suspect = self._durability.is_suspect if self._durability.windows else None
             scan = Scan(layout, is_suspect, self._check_open)
             self._context.host.after_step("scan.listed")
         except BaseException:
@@ -324,7 +313,7 @@ class Evictor:
             self._protection.refresh(section, again=True)
         self._context.counters.add(scans=1)
         for path in scan.odd:
-            set_aside_odd(self._context, path)
+            self._context.set_aside_odd(path)
         if is_suspect is not None and not scan.suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)

@@ -1,54 +1,86 @@
-"""Where everything lies in a cache folder. Names only; nothing here touches the disk but `create`."""
+"""A cache folder: where everything lies in it, and an open cache's hold on it.
+
+An open cache, the owner, holds a lock on a file `tmp/<token>.lock`. Its staging files lie in `tmp/<token>/`,
+its leases are called `leases/<token>.<number>`. What belongs to a token whose lock nobody holds is rubbish
+and is swept; age plays no part.
+
+The access time of an entry's file says when it was last used. It is set explicitly (mount options such as
+noatime do not matter), and so it survives restarts.
+"""
 
 from __future__ import annotations
 
 import enum
+import itertools
+import logging
 import os
 import re
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Self
 
-from snaploader.digest import Digest, DigestFunction
+from snaploader import files, locks
+from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.files import Access, check_inner, open_inner, open_root
+from snaploader.files import (
+    Access,
+    NamelessFile,
+    OddEntry,
+    check_inner,
+    kind_of,
+    make_inside,
+    open_inner,
+    open_new,
+    open_root,
+    open_written,
+    remove_tree,
+)
 
 FORMAT = "v1"
 """The version of the layout. Another layout gets another name, beside this one."""
-
 DEFAULT_GROUP_NAME = "_default"
 """Folder of the group "". No group id can be this, because ids begin with a letter or digit."""
+MAX_QUARANTINED = 16
+"""Bad files that are kept for inspection."""
+GRANULARITY_NS = 1_000_000_000
+"""Uses of a file closer together than this count as one: setting its time of use costs a write each time."""
+BLOCK_BYTES = 512
+"""Unit of st_blocks; see stat(2)."""
+ENTRY_NAME_LENGTH = 62
+SHARDS = tuple(f"{number:02x}" for number in range(256))
 
 _GROUP_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
 _HASH = re.compile(r"[0-9a-f]{64}")
-SHARDS = tuple(f"{number:02x}" for number in range(256))
+_LOCK = ".lock"
+
+_logger = logging.getLogger(__name__)
 
 
 class Space(enum.IntEnum):
     """The kinds of entries that a group holds, each in a folder of its own. The numbers are not stored."""
 
-    SHA256 = 0
-    BLAKE3 = 1
-    REFS = 2
+    folder: str
+    """The space's folder inside that of a group."""
+    function: DigestFunction | None
+    """The function that names the blobs of this space; None for refs."""
 
-    @property
-    def folder(self) -> str:
-        """The space's folder inside that of a group."""
-        return _FOLDERS[self]
+    def __new__(cls, number: int, folder: str, function: DigestFunction | None) -> Self:
+        """Make a member, whose value is the number."""
+        space = int.__new__(cls, number)
+        space._value_ = number
+        space.folder = folder
+        space.function = function
+        return space
 
-    @property
-    def function(self) -> DigestFunction | None:
-        """The function that names the blobs of this space; None for refs."""
-        return _FUNCTIONS.get(self)
-
-
-_FOLDERS = ("blobs/sha256", "blobs/blake3", "refs")
-_FUNCTIONS = {Space.SHA256: DigestFunction.SHA256, Space.BLAKE3: DigestFunction.BLAKE3}
-_SPACES = {function: space for space, function in _FUNCTIONS.items()}
+    SHA256 = 0, "blobs/sha256", DigestFunction.SHA256
+    BLAKE3 = 1, "blobs/blake3", DigestFunction.BLAKE3
+    REFS = 2, "refs", None
 
 
-def space_of(function: DigestFunction) -> Space:
-    """Return the space of the blobs of a digest function."""
-    return _SPACES[function]
+SPACE_OF = {space.function: space for space in Space if space.function}
+"""Where the blobs of a digest function are."""
 
 
 def check_hash(text: str) -> str:
@@ -70,58 +102,54 @@ def group_folder(group_id: str) -> str:
     return group_id
 
 
-@dataclass(frozen=True)
+def entry_name(group: str, space: Space, hash_: str) -> str:
+    """Return the ledger's name of an entry: its path relative to the folder of all groups."""
+    return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
+
+
+def disk_bytes(status: os.stat_result) -> int:
+    """Return the disk blocks of a file, in bytes."""
+    return status.st_blocks * BLOCK_BYTES
+
+
+def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
+    """Record a use in a file of this status, unless it was used within GRANULARITY_NS before."""
+    if not 0 <= now_ns - status.st_atime_ns < GRANULARITY_NS:
+        set_used(path, status, now_ns)
+
+
+def set_used(path: str | int, status: os.stat_result, now_ns: int) -> None:
+    """Set when a file was last used. Its time of last write stays, for it is part of its identity."""
+    # A cache shared with another user can be read without owning its files.
+    with suppress(PermissionError):
+        if isinstance(path, int):
+            os.utime(path, ns=(now_ns, status.st_mtime_ns))
+        else:
+            os.utime(path, ns=(now_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
 class Layout:
-    """The paths of one cache folder, seen from one group."""
+    """The paths of one cache folder, seen from one group. Immutable.
 
-    root: str
-    """The folder given by the user, absolute."""
-    group: str
-    """Folder name of the group."""
+    Args:
+        root: The folder given by the user, absolute.
+        group: Folder name of the group.
+    """
 
-    @property
-    def base(self) -> str:
-        return f"{self.root}/{FORMAT}"
-
-    @property
-    def groups(self) -> str:
-        return f"{self.base}/groups"
-
-    @property
-    def owners(self) -> str:
-        return f"{self.base}/tmp"  # noqa: S108
-
-    @property
-    def trash(self) -> str:
-        return f"{self.base}/trash"
-
-    @property
-    def quarantine(self) -> str:
-        return f"{self.base}/quarantine"
-
-    @property
-    def leases(self) -> str:
-        return f"{self.base}/leases"
-
-    @property
-    def usage(self) -> str:
-        return f"{self.base}/usage"
-
-    @property
-    def state(self) -> str:
-        return f"{self.base}/state"
-
-    @property
-    def uses(self) -> str:
-        return f"{self.usage}/uses"
+    def __init__(self, root: str, group: str) -> None:
+        self.root = root
+        self.group = group
+        self.base = f"{root}/{FORMAT}"
+        self.groups = f"{self.base}/groups"
+        self.owners = f"{self.base}/tmp"  # noqa: S108
+        self.trash = f"{self.base}/trash"
+        self.quarantine = f"{self.base}/quarantine"
+        self.leases = f"{self.base}/leases"
+        self.usage = f"{self.base}/usage"
 
     def group_path(self, group: str | None = None) -> str:
         """Return the folder of a group, by folder name; this layout's own by default."""
         return f"{self.groups}/{group or self.group}"
-
-    def trees(self, group: str) -> str:
-        """Return where earlier releases kept tracked directories; see `scan.sweep_trees`."""
-        return f"{self.group_path(group)}/trees"
 
     def pins(self, group: str | None = None) -> str:
         """Return the folder of a group's pins."""
@@ -129,11 +157,11 @@ class Layout:
 
     def entry(self, space: Space, hash_: str, group: str | None = None) -> str:
         """Return the file of one entry."""
-        return f"{self.groups}/{group or self.group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
+        return f"{self.groups}/{entry_name(group or self.group, space, hash_)}"
 
     def blob(self, digest: Digest) -> str:
         """Return the file of a blob of this group. InvalidArgument when the digest is malformed."""
-        return self.entry(_SPACES[digest.function], check_hash(digest.hash))
+        return self.entry(SPACE_OF[digest.function], check_hash(digest.hash))
 
     def create(self, access: Access) -> int:
         """Make the folders that always exist, check those that are there, and return a descriptor of `base`.
@@ -163,3 +191,186 @@ class Layout:
                         check_inner(name, group, access, f"{self.group_path()}/{name}")
                 undo.pop_all()
         return base
+
+
+class OpenFolder:
+    """The folder of one open cache, made if absent: its staging files, the quarantine. Thread-safe."""
+
+    def __init__(self, layout: Layout, access: Access) -> None:
+        self.layout = layout
+        self.access = access
+        self.pid = os.getpid()
+        self.token = f"{self.pid}-{secrets.token_hex(8)}"
+        self._numbers = itertools.count()
+        self._staging = f"{layout.owners}/{self.token}"
+        self._fd = -1
+        self._base = layout.create(access)
+        try:
+            self._fd = locks.lock_new(self._staging + _LOCK, mode=access.file_mode)
+            with self.folder(layout.owners) as owners:
+                os.close(open_inner(self.token, owners, access, self._staging))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is the process that opened the folder, not a forked child of it."""
+        return os.getpid() == self.pid
+
+    def unique_name(self) -> str:
+        """Return a name that nothing else has, also not after a crash."""
+        return f"{self.token}.{next(self._numbers)}"
+
+    def temp_path(self) -> str:
+        """Return a new path in the staging folder."""
+        return f"{self._staging}/{next(self._numbers)}"
+
+    def nameless_file(self, folder: str) -> NamelessFile:
+        """Make an empty file without a name in a folder of the layout, which is made if absent.
+
+        The folder matters: ext4 puts a new file's inode near its folder's, and making all files in one folder
+        to move them out crowds one place of the disk (2.5 times slower over 30,000 files).
+        """
+        try:
+            return NamelessFile(folder, self.temp_path)
+        except (FileNotFoundError, NotADirectoryError):
+            self.make_folder(folder)
+            return NamelessFile(folder, self.temp_path)
+
+    @contextmanager
+    def staged(self, data: Buffer, *, flush: bool = False) -> Iterator[str]:
+        """Make a file in the staging folder; give its path. It is removed at the end unless it was renamed.
+
+        Args:
+            flush: Have the bytes on disk first.
+        """
+        path = self.temp_path()
+        try:
+            fd = open_new(path, self.access.file_mode, os.O_WRONLY)
+            try:
+                files.write_all(fd, data)
+                if flush:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    @contextmanager
+    def folder(self, path: str) -> Iterator[int]:
+        """Open a folder in the layout's base, and check it again: others may have replaced it."""
+        fd = open_inner(os.path.basename(path), self._base, self.access, path)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def open_written(self, path: str, flags: int = os.O_RDWR) -> int:
+        """Open a file that is written in place, made if absent. What is no file is set aside."""
+        with suppress(OddEntry):
+            return open_written(path, flags, self.access)
+        self.set_aside(path)
+        return open_written(path, flags, self.access)
+
+    def make_folder(self, path: str) -> None:
+        """Make a folder of the layout and those above it. What is in the way, and no folder, is set aside."""
+        while True:
+            try:
+                make_inside(self.layout.base, path, self.access)
+                break
+            except NotADirectoryError as error:
+                self.set_aside(os.fsdecode(error.filename))
+
+    def set_aside(self, path: str, *, known: os.stat_result | None = None) -> os.stat_result | None:
+        """Move what should not be where it is to the quarantine; return its status, None when it is gone.
+
+        Args:
+            known: Only if it is still that very file.
+        """
+        try:
+            status = os.lstat(path)
+            if known is not None and (known.st_dev, known.st_ino) != (status.st_dev, status.st_ino):
+                return None
+            folder, name = os.path.split(path)
+            kept_name = (os.path.basename(folder) + name)[-120:]
+            target = f"{self.layout.quarantine}/{kept_name}.{self.unique_name()}"
+            os.rename(path, target)
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            _logger.warning("%r was %s and was moved to %r", path, kind_of(status), target)
+        with self.folder(self.layout.quarantine) as quarantine:
+            _keep_newest(quarantine, MAX_QUARANTINED)
+        return status
+
+    def close(self) -> None:
+        """Remove this owner's files. A forked child only drops the descriptors."""
+        if self._base < 0:
+            return
+        try:
+            # The whole folder may have been removed while it was in use.
+            if self._fd >= 0 and self.is_own and os.path.isdir(self.layout.leases):
+                with self._owned() as (owners, leases):
+                    _remove_owned(owners, leases, self.token)
+        finally:
+            if self._fd >= 0:
+                os.close(self._fd)
+            os.close(self._base)
+            self._fd = self._base = -1
+
+    def sweep(self) -> None:
+        """Remove what dead owners left, and all in the trash. Any number of processes may do so."""
+        with self._owned() as (owners, leases):
+            names = set(os.listdir(owners))
+            for name in names:
+                if name.endswith(_LOCK):
+                    fd = locks.try_lock(name, dir_fd=owners)
+                    try:
+                        if fd is not None or locks.is_odd(name, dir_fd=owners):
+                            _remove_owned(owners, leases, name.removesuffix(_LOCK))
+                    finally:
+                        if fd is not None:
+                            os.close(fd)
+            for name in os.listdir(leases):
+                lock = name.partition(".")[0] + _LOCK
+                if lock not in names and locks.is_dead(lock, dir_fd=owners):
+                    remove_tree(name, dir_fd=leases)
+        with self.folder(self.layout.trash) as trash:
+            for name in os.listdir(trash):
+                remove_tree(name, dir_fd=trash)
+
+    @contextmanager
+    def _owned(self) -> Iterator[tuple[int, int]]:
+        """Open the folders of what owners have."""
+        with self.folder(self.layout.owners) as owners, self.folder(self.layout.leases) as leases:
+            yield owners, leases
+
+
+def is_alive(layout: Layout, token: str) -> bool:
+    """Tell whether the owner of this token still has its cache open."""
+    return not locks.is_dead(f"{layout.owners}/{token}{_LOCK}")
+
+
+def _remove_owned(owners: int, leases: int, token: str) -> None:
+    """Remove the files of an owner, its lock last so that they stay findable. The caller holds the lock.
+
+    What only the user who made it may remove is left, with the lock, to a cache opened by that user.
+    """
+    remove_tree(token, dir_fd=owners)
+    for name in os.listdir(leases):
+        if name.partition(".")[0] == token:
+            remove_tree(name, dir_fd=leases)
+    if not locks.exists(token, dir_fd=owners):
+        remove_tree(token + _LOCK, dir_fd=owners)
+
+
+def _keep_newest(folder: int, count: int) -> None:
+    found = []
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):
+            found.append((os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime_ns, name))
+    for _, name in sorted(found)[:-count]:
+        remove_tree(name, dir_fd=folder)

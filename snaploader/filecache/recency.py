@@ -1,56 +1,31 @@
-"""When entries were last used.
+"""The log of uses in bulk.
 
-The access time of an entry's file says it, set explicitly (mount options such as noatime do not matter)
-and so it survives restarts. It is set once a second at most, so the order of entries that are used again
-within a second is not exact. Setting it for each of 200,000 blobs takes most of a second, so uses in
-bulk are appended to one file instead, `usage/uses`: records of 16 bytes, a key and the time in
-nanoseconds since the epoch, little-endian. The key is the first eight bytes of the hash, exclusive or
-those of the SHA-256 of the group's folder name; two entries of one key only keep each other young.
-Eviction takes the later of both times.
+The access time of an entry's file says when it was last used (`layout.touch`). Setting it for each of
+200,000 blobs takes most of a second, so uses in bulk are appended to one file instead, `usage/uses`:
+records of 16 bytes, a key and the time in nanoseconds since the epoch, little-endian. The key is the first
+eight bytes of the hash, exclusive or those of the SHA-256 of the group's folder name; two entries of one key
+only keep each other young. Eviction takes the later of both times.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.filecache.openfolder import OpenFolder
+from snaploader.filecache.layout import OpenFolder
 from snaploader.files import OddEntry, open_regular
-from snaploader.formats.digests import Prefixes
+from snaploader.formats.digests import Prefixes, is_first
 from snaploader.locks import FileLock
 
 _RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
 Records = npt.NDArray[np.void]
-GRANULARITY_NS = 1_000_000_000
-"""Uses of a file closer together than this count as one: setting its time of use costs a write each time."""
 COMPACT_BYTES = 32 << 20
 """Size from which the log is rewritten with one record per key."""
 _MAX_READ_BYTES = 1 << 30
-
-
-def touch(path: str | int, status: os.stat_result, now_ns: int) -> None:
-    """Record a use in the file itself, unless it was used within GRANULARITY_NS before.
-
-    Args:
-        status: Of the file.
-    """
-    if not 0 <= now_ns - status.st_atime_ns < GRANULARITY_NS:
-        set_used(path, status, now_ns)
-
-
-def set_used(path: str | int, status: os.stat_result, now_ns: int) -> None:
-    """Set when a file was last used. Its time of last write stays, for it is part of its identity."""
-    # A cache shared with another user can be read without owning its files.
-    with suppress(PermissionError):
-        if isinstance(path, int):
-            os.utime(path, ns=(now_ns, status.st_mtime_ns))
-        else:
-            os.utime(path, ns=(now_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
 class Position(NamedTuple):
@@ -63,10 +38,14 @@ class Position(NamedTuple):
 class UseLog:
     """Uses in bulk. Thread-safe, process-safe."""
 
-    def __init__(self, path: str, lock: FileLock, folder: OpenFolder) -> None:
-        self._path = path
-        self._lock = lock
+    def __init__(self, folder: OpenFolder) -> None:
         self._folder = folder
+        self._path = f"{folder.layout.usage}/uses"
+        self._lock = FileLock(folder.open_written(f"{self._path}.lock"))
+
+    def close(self) -> None:
+        """Give up the descriptor."""
+        self._lock.close()
 
     def append(self, group: str, prefixes: Prefixes, now_ns: int) -> None:
         """Record that all of these entries of a group were used now."""
@@ -135,8 +114,7 @@ def newest(records: Records) -> Records:
     """Return the newest record of each key, sorted by key."""
     order = np.argsort(records["key"])
     ordered = records["key"][order]
-    first = np.ones(len(ordered), dtype=np.bool_)
-    first[1:] = ordered[1:] != ordered[:-1]
+    first = is_first(ordered)
     latest = np.empty(int(first.sum()), dtype=_RECORD)
     if len(latest):
         latest["key"] = ordered[first]

@@ -4,33 +4,72 @@ A lease keeps blobs while their user lives. It is a file `leases/<token>.<number
 of each hash, sorted, little-endian; two hashes that begin alike only protect each other. It holds as long as
 the owner of its token lives, so the lease of a killed process ends with it.
 
-Pins (`pins`) are read once, then only those that changed.
+A pin keeps blobs and refs until its name is unpinned, over restarts and crashes. It is a file `pins/<name>`
+of its group, replaced in one step by rename(2) and flushed to disk:
+
+    "snappin1"  sha256(rest)  rest
+    rest = count of hashes (uint64)  count of refs (uint64)  hashes  sizes  keys of the refs
+
+Hashes and keys are 32 bytes each, sorted and without repetitions; sizes are int64, -1 where unknown.
+Numbers are little-endian. What a damaged pin was to keep is not known any more, so that nothing of its group
+is evicted until it is pinned again or unpinned.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
+import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import recency
-from snaploader.filecache.layout import Layout, Space
-from snaploader.filecache.openfolder import is_alive
-from snaploader.filecache.pins import UNKNOWN_SIZE, is_pin_name, load_pin
+from snaploader.filecache.layout import Layout, Space, check_hash, is_alive
 from snaploader.filecache.scan import Scan
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
-from snaploader.files import OddEntry, open_regular, read_file
-from snaploader.formats.digests import Prefixes, are_among, distinct, to_prefixes, to_words
+from snaploader.files import OddEntry, flush_folder, open_regular, read_file
+from snaploader.formats.digests import (
+    Prefixes,
+    Words,
+    are_among,
+    distinct,
+    is_first,
+    to_hex,
+    to_prefixes,
+    to_rows,
+    to_words,
+)
+from snaploader.locks import is_odd
 
-_MAX_LEASE_BYTES = 8 << 24
+UNKNOWN_SIZE = -1
+MAX_PIN_ENTRIES = 1 << 24
+"""Hashes, and refs, of one pin: 8 TiB in chunks of 512 KiB."""
+MAX_NAME_LENGTH = 200
+
+_MAGIC = b"snappin1"
+_CHECKED_FROM = len(_MAGIC) + HASH_BYTES
+_COUNTS = struct.Struct("<QQ")
+_HEADER_BYTES = _CHECKED_FROM + _COUNTS.size
+_HASH_AND_SIZE_BYTES = HASH_BYTES + 8
+_MAX_FILE_BYTES = _HEADER_BYTES + MAX_PIN_ENTRIES * (_HASH_AND_SIZE_BYTES + HASH_BYTES)
+_NAME = re.compile(rf"[A-Za-z0-9_@-][A-Za-z0-9._@-]{{0,{MAX_NAME_LENGTH - 1}}}")
+_MAX_LEASE_BYTES = 8 * MAX_PIN_ENTRIES
 """Of hashes as many as a pin may keep; what is larger is no lease."""
+_NO_KEYS: Prefixes = np.empty(0, dtype=np.uint64)
+_NO_NUMBERS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+_logger = logging.getLogger(__name__)
 
 
 class Lease:
@@ -63,7 +102,7 @@ class Lease:
         """End the lease. Again is fine."""
         path, self._path = self._path, None
         # Closing the cache ends its leases; a forked child has none.
-        if path is None or self._ledger.closed:
+        if path is None or self._ledger.lock.closed:
             return
         with self._ledger.section() as section:
             with suppress(FileNotFoundError):
@@ -79,56 +118,210 @@ class Lease:
         self.release()
 
 
-class LeaseTable:
-    """All leases of all processes, as the evictor sees them. For one thread at a time."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pin:
+    """What one name keeps from eviction."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._generation = -1
-        self._prefixes: Prefixes = np.empty(0, dtype=np.uint64)
+    name: str
+    hashes: npt.NDArray[np.uint8]
+    """Of the blobs, one row of 32 bytes each, sorted, without repetitions. Read-only."""
+    sizes_bytes: npt.NDArray[np.int64]
+    """Of the blobs; -1 where the size was not given. Read-only."""
+    refs: tuple[str, ...]
+    """Keys of the refs, sorted."""
 
-    def refresh(self, generation: int, *, again: bool = False) -> bool:
-        """Read the leases if they changed, in a section of the ledger; return whether they did.
-
-        Args:
-            again: Read them in any case: an owner may have died, which changes no generation.
-        """
-        if generation == self._generation and not again:
-            return False
-        held = [np.empty(0, dtype=np.uint64)]
-        alive: dict[str, bool] = {}
-        for name in os.listdir(self._layout.leases):
-            token = name.partition(".")[0]
-            if token not in alive:
-                alive[token] = is_alive(self._layout, token)
-            if alive[token]:
-                with suppress(FileNotFoundError, OddEntry):
-                    held.append(_load(f"{self._layout.leases}/{name}"))
-        self._prefixes = distinct(np.concatenate(held))
-        self._generation = generation
-        return True
-
-    def protected(self, prefixes: Prefixes) -> npt.NDArray[np.bool_]:
-        """Tell of each whether it is leased."""
-        return are_among(prefixes, self._prefixes)
+    def keeps(self, key: str) -> bool:
+        """Tell whether a blob of this hash, or a ref of this key (64 hexadecimal digits), is kept."""
+        row = np.frombuffer(bytes.fromhex(check_hash(key)), np.uint8)
+        return key in self.refs or bool((self.hashes == row).all(axis=1).any())
 
 
-def _load(path: str) -> Prefixes:
-    """Read what a lease keeps; nothing if no cache wrote such a file."""
-    fd, status = open_regular(path)
+def encode_pin(words: Words, sizes_bytes: npt.NDArray[np.int64], refs: Words) -> bytes:
+    """Return the file of a pin. The rows are sorted and without repetitions."""
+    rest = b"".join(
+        (
+            _COUNTS.pack(len(words), len(refs)),
+            words.astype(">u8").tobytes(),
+            sizes_bytes.astype("<i8").tobytes(),
+            refs.astype(">u8").tobytes(),
+        )
+    )
+    return _MAGIC + hashlib.sha256(rest).digest() + rest
+
+
+def decode_pin(name: str, data: bytes) -> Pin | None:
+    """Return the pin in a file; None when the file is damaged."""
+    if len(data) < _HEADER_BYTES or data[: len(_MAGIC)] != _MAGIC:
+        return None
+    rest = memoryview(data)[_CHECKED_FROM:]
+    if hashlib.sha256(rest).digest() != data[len(_MAGIC) : _CHECKED_FROM]:
+        return None
+    hashes, refs = _COUNTS.unpack_from(rest)
+    sizes_at = _HEADER_BYTES + hashes * HASH_BYTES
+    refs_at = sizes_at + hashes * 8
+    if len(data) != refs_at + refs * HASH_BYTES:
+        return None
+    return Pin(
+        name,
+        np.frombuffer(data, np.uint8, hashes * HASH_BYTES, _HEADER_BYTES).reshape(-1, HASH_BYTES),
+        # On a big-endian machine this copies.
+        np.frombuffer(data, "<i8", hashes, sizes_at).astype(np.int64, copy=False),
+        tuple(data[at : at + HASH_BYTES].hex() for at in range(refs_at, len(data), HASH_BYTES)),
+    )
+
+
+def _has_size(header: bytes, size: int) -> bool:
+    hashes, refs = _COUNTS.unpack_from(header, _CHECKED_FROM)
+    return bool(size == _HEADER_BYTES + hashes * _HASH_AND_SIZE_BYTES + refs * HASH_BYTES)
+
+
+def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
+    """Read a pin's file; return its status and the pin, None when it is damaged. Raises OSError."""
     try:
-        if status.st_size > _MAX_LEASE_BYTES:
-            return np.empty(0, dtype=np.uint64)
-        data = read_file(fd, status.st_size)
+        fd, status = open_regular(path)
+    except OddEntry:
+        return os.lstat(path), None
+    try:
+        is_sane = _HEADER_BYTES <= status.st_size <= _MAX_FILE_BYTES
+        # Not even its beginning is read into memory with all the rest unless that fits its size.
+        is_sane = is_sane and _has_size(os.pread(fd, _HEADER_BYTES, 0), status.st_size)
+        data = read_file(fd, status.st_size) if is_sane else b""
+        return status, decode_pin(os.path.basename(path), data)
     finally:
         os.close(fd)
-    return np.frombuffer(data, dtype="<u8", count=len(data) // 8).astype(np.uint64)
 
 
-_logger = logging.getLogger(__name__)
+class PinSpace:
+    """The pins of one group; `FileCache` says what the methods do. Thread-safe, process-safe."""
 
-_NO_KEYS: Prefixes = np.empty(0, dtype=np.uint64)
-_NO_NUMBERS: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+    def __init__(self, context: CacheContext) -> None:
+        self._context = context
+        self._folder = context.layout.pins()
+        self._parents_flushed = False
+
+    def pin(
+        self,
+        name: str,
+        digests: Iterable[Digest],
+        hashes: Iterable[npt.NDArray[np.uint8]],
+        refs: Iterable[str],
+    ) -> None:
+        path = self._path(name)
+        words, sizes_bytes = _sorted_hashes(list(digests), hashes)
+        keys = to_words(sorted(set(refs)))
+        if max(len(words), len(keys)) > MAX_PIN_ENTRIES:
+            raise InvalidArgument(
+                f"pin {name!r} of {len(words)} blobs and {len(keys)} refs: {MAX_PIN_ENTRIES} of each at most"
+            )
+        with translate_os_errors(f"cannot pin {name!r}"):
+            folder = self._context.folder
+            with folder.staged(encode_pin(words, sizes_bytes, keys), flush=True) as temporary:
+                self._context.host.after_step("pin.written")
+                folder.make_folder(self._folder)
+                # Evictions happen in sections too, so none is under way that has not seen this pin.
+                with self._context.ledger.section() as section:
+                    # First, so that a pin whose process is killed here is seen as well.
+                    section.pins_changed()
+                    self._context.host.after_step("pin.announced")
+                    if is_odd(path):
+                        folder.set_aside(path)
+                    os.rename(temporary, path)
+                self._context.host.after_step("pin.renamed")
+                self._flush_folder()
+
+    def unpin(self, name: str) -> bool:
+        path = self._path(name)
+        with translate_os_errors(f"cannot unpin {name!r}"):
+            with self._context.ledger.section() as section:
+                if not os.path.lexists(path):
+                    return False
+                section.pins_changed()
+                self._context.host.after_step("unpin.announced")
+                if is_odd(path):
+                    self._context.folder.set_aside(path)
+                else:
+                    os.unlink(path)
+            self._context.host.after_step("unpin.unlinked")
+            self._flush_folder()
+        return True
+
+    def names(self, prefix: str) -> list[str]:
+        with translate_os_errors("cannot list pins"), suppress(FileNotFoundError):
+            return sorted(
+                name for name in os.listdir(self._folder) if name.startswith(prefix) and _NAME.fullmatch(name)
+            )
+        return []
+
+    def get(self, name: str) -> Pin:
+        path = self._path(name)
+        with translate_os_errors(f"cannot read pin {name!r}"):
+            try:
+                pin = load_pin(path)[1]
+            except FileNotFoundError:
+                raise NotFound(f"nothing is pinned as {name!r} in the file cache") from None
+        if pin is None:
+            raise DataLoss(
+                f"pin {name!r} is damaged ({path!r}), so that nothing of its group is evicted: "
+                "pin again what it kept, or unpin it"
+            )
+        return pin
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Read all pins; return how many there are, and the names of those that are damaged."""
+        names = self.names("")
+        bad = []
+        for name in names:
+            try:
+                self.get(name)
+            except NotFound:
+                continue
+            except SnaploaderError:
+                bad.append(name)
+        return len(names), bad
+
+    def _path(self, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise InvalidArgument(
+                f"pin name {name[:220]!r} is not 1 to {MAX_NAME_LENGTH} letters, digits or any of . _ @ - "
+                "that do not begin with a dot"
+            )
+        return f"{self._folder}/{name}"
+
+    def _flush_folder(self) -> None:
+        """Make the names in the folder of pins survive a power failure."""
+        flush_folder(self._folder)
+        if not self._parents_flushed:
+            # Whoever made these folders need not have flushed them yet.
+            layout = self._context.layout
+            for folder in (layout.group_path(), layout.groups, layout.base, layout.root):
+                flush_folder(folder)
+            self._parents_flushed = True
+
+
+def _sorted_hashes(
+    digests: list[Digest], hashes: Iterable[npt.NDArray[np.uint8]]
+) -> tuple[Words, npt.NDArray[np.int64]]:
+    """Return each hash once, sorted, and their sizes."""
+    words = [to_words([digest.hash for digest in digests])]
+    sizes = [np.array([digest.size_bytes for digest in digests], dtype=np.int64)]
+    if len(digests) and not 0 <= int(sizes[0].min()) <= int(sizes[0].max()) <= MAX_BLOB_BYTES:
+        raise InvalidArgument("a digest to be pinned has a size that no blob has")
+    for rows in hashes:
+        if rows.ndim != 2 or rows.shape[1] != HASH_BYTES or rows.dtype != np.uint8:
+            raise InvalidArgument(f"hashes to be pinned are not rows of {HASH_BYTES} bytes (uint8)")
+        words.append(to_rows(rows))
+        sizes.append(np.full(len(rows), UNKNOWN_SIZE, dtype=np.int64))
+    all_words, all_sizes = np.concatenate(words), np.concatenate(sizes)
+    order = np.lexsort((all_sizes, *all_words.T[::-1]))
+    all_words, all_sizes = all_words[order], all_sizes[order]
+    is_last = np.ones(len(all_words), dtype=np.bool_)
+    is_last[:-1] = (all_words[1:] != all_words[:-1]).any(axis=1)
+    clash = ~is_last[:-1] & (all_sizes[:-1] != UNKNOWN_SIZE) & (all_sizes[:-1] != all_sizes[1:])
+    if clash.any():
+        row = int(np.flatnonzero(clash)[0])
+        raise InvalidArgument(f"hash {to_hex(all_words[row])} is to be pinned with two sizes")
+    # Of equal hashes the last is the one whose size is known, if any is.
+    return all_words[is_last], all_sizes[is_last]
 
 
 _Name: TypeAlias = "tuple[str, str]"
@@ -146,9 +339,6 @@ class CountedKeys:
         self.keys = _NO_KEYS
         self.sizes_bytes = _NO_NUMBERS
         self._counts = _NO_NUMBERS
-
-    def __len__(self) -> int:
-        return len(self.keys)
 
     def change(
         self, removed: list[Prefixes], added: list[Prefixes], sizes_bytes: list[npt.NDArray[np.int64]]
@@ -168,9 +358,7 @@ class CountedKeys:
         sizes[len(keys) - len(known) :] = known
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        is_first = np.ones(len(keys), dtype=np.bool_)
-        is_first[1:] = keys[1:] != keys[:-1]
-        starts = np.flatnonzero(is_first)
+        starts = np.flatnonzero(is_first(keys))
         if len(starts):
             by, sizes = np.add.reduceat(by[order], starts), np.maximum.reduceat(sizes[order], starts)
         named = by > 0
@@ -215,11 +403,14 @@ class PinTable:
                 self._update()
                 self._generation = generation
 
-    def pinned(self, space: Space, keys: Prefixes) -> npt.NDArray[np.bool_]:
-        """Tell of each key whether a pin names an entry of that key."""
+    def named(self, spaces: npt.NDArray[np.uint8], keys: Prefixes) -> npt.NDArray[np.bool_]:
+        """Tell of each entry, by its space and key, whether a pin names it."""
         with self._lock:
-            pinned = (self._refs if space is Space.REFS else self._blobs).keys
-        return are_among(keys, pinned)
+            blobs, refs = self._blobs.keys, self._refs.keys
+        named = are_among(keys, blobs)
+        is_ref = spaces == Space.REFS
+        named[is_ref] = are_among(keys[is_ref], refs)
+        return named
 
     def damaged_groups(self) -> set[str]:
         """Return the folder names of groups with a damaged pin, which may have kept anything there."""
@@ -230,13 +421,10 @@ class PinTable:
         """Return what the pins kept together at the last refresh."""
         with self._lock:
             sizes = self._blobs.sizes_bytes
-            damaged = (self._path(name) for name, known in self._known.items() if known.is_damaged)
+            pinned_bytes = int(sizes[sizes > 0].sum())
+            damaged = sorted(self._path(name) for name, known in self._known.items() if known.is_damaged)
             return PinTotals(
-                len(self._known),
-                len(self._blobs),
-                int(sizes[sizes > 0].sum()),
-                len(self._refs),
-                tuple(sorted(damaged)),
+                len(self._known), len(self._blobs.keys), pinned_bytes, len(self._refs.keys), tuple(damaged)
             )
 
     def _update(self) -> None:
@@ -268,7 +456,7 @@ class PinTable:
                 os.scandir(self._layout.pins(group)) as found,
             ):
                 for entry in found:
-                    if is_pin_name(entry.name):
+                    if _NAME.fullmatch(entry.name):
                         with suppress(FileNotFoundError):
                             yield (group, entry.name), _identity(entry.stat(follow_symlinks=False))
 
@@ -298,39 +486,65 @@ def _identity(status: os.stat_result) -> _Identity:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-Rows = npt.NDArray[np.int64]
-"""Places in a scan."""
-
-
 class Protection:
     """Leases and pins of all processes, as the evictor sees them. For one thread at a time."""
 
     def __init__(self, layout: Layout, pins: PinTable) -> None:
-        self._leases = LeaseTable(layout)
+        self._layout = layout
+        self._lease_generation = -1
+        self._leased = _NO_KEYS
         self._pins = pins
         self._pins_version = -1
 
     def refresh(self, section: Section, *, again: bool = False) -> bool:
-        """Read what changed; return whether anything did. What `again` does: see the tables."""
-        changed = self._leases.refresh(section.lease_generation, again=again)
+        """Read what changed, in a section of the ledger; return whether anything did.
+
+        Args:
+            again: Read the leases in any case: an owner may have died, which changes no generation.
+        """
+        changed = again or section.lease_generation != self._lease_generation
+        if changed:
+            self._leased = self._read_leases()
+            self._lease_generation = section.lease_generation
         self._pins.refresh(section.pin_generation)
         if self._pins_version != self._pins.version:
             self._pins_version = self._pins.version
             changed = True
         return changed
 
-    def holds(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
-        """Tell of each of these entries whether it must stay."""
-        is_blob = scan.space[rows] <= Space.BLAKE3
-        return (self._leases.protected(scan.prefixes[rows]) & is_blob) | self.is_pinned(scan, rows)
+    def holds(self, scan: Scan, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Tell of each of these entries, by their places in a scan, whether it must stay."""
+        held = are_among(scan.prefixes[rows], self._leased)
+        held &= scan.space[rows] != Space.REFS
+        held |= self.is_pinned(scan, rows)
+        return held
 
-    def is_pinned(self, scan: Scan, rows: Rows) -> npt.NDArray[np.bool_]:
+    def is_pinned(self, scan: Scan, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Tell of each of these entries whether a pin keeps it, or may have before it was damaged."""
-        space = scan.space[rows]
-        keys = scan.use_keys[rows]
-        pinned: npt.NDArray[np.bool_] = self._pins.pinned(Space.SHA256, keys) & (space <= Space.BLAKE3)
-        pinned |= self._pins.pinned(Space.REFS, keys) & (space == Space.REFS)
+        pinned: npt.NDArray[np.bool_] = self._pins.named(scan.space[rows], scan.use_keys[rows])
         for group in self._pins.damaged_groups():
             if group in scan.groups:
                 pinned |= scan.group[rows] == scan.groups.index(group)
         return pinned
+
+    def _read_leases(self) -> Prefixes:
+        leased = [_NO_KEYS]
+        alive: dict[str, bool] = {}
+        for name in os.listdir(self._layout.leases):
+            token = name.partition(".")[0]
+            if token not in alive:
+                alive[token] = is_alive(self._layout, token)
+            if alive[token]:
+                with suppress(FileNotFoundError, OddEntry):
+                    leased.append(_read_lease(f"{self._layout.leases}/{name}"))
+        return distinct(np.concatenate(leased))
+
+
+def _read_lease(path: str) -> Prefixes:
+    """Read what a lease keeps; nothing if no cache wrote such a file."""
+    fd, status = open_regular(path)
+    try:
+        data = b"" if status.st_size > _MAX_LEASE_BYTES else read_file(fd, status.st_size)
+    finally:
+        os.close(fd)
+    return np.frombuffer(data, dtype="<u8", count=len(data) // 8).astype(np.uint64)

@@ -26,18 +26,22 @@ import numpy.typing as npt
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.layout import SHARDS, Layout, Space
+from snaploader.filecache.layout import (
+    ENTRY_NAME_LENGTH,
+    SHARDS,
+    Layout,
+    Space,
+    disk_bytes,
+    entry_name,
+)
 from snaploader.filecache.usage import CacheContext
 from snaploader.files import OddEntry, open_regular, read_file, remove_tree
 from snaploader.formats.digests import HashSet, Prefixes, Words, to_hex, to_words
 from snaploader.locks import is_dead, try_lock
 
-BLOCK_BYTES = 512
-"""Unit of st_blocks; see stat(2)."""
-
+_SPACES = tuple(Space)
 _SHARD = re.compile(r"[0-9a-f]{2}")
-_NAME_LENGTH = 62
-_NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}")
+_NAME = re.compile(rf"[0-9a-f]{{{ENTRY_NAME_LENGTH}}}")
 
 
 class FoundEntry(NamedTuple):
@@ -49,11 +53,6 @@ class FoundEntry(NamedTuple):
     used_ns: int
     status: os.stat_result | None
     """None where nobody asks for it."""
-
-
-def disk_bytes(status: os.stat_result) -> int:
-    """Return the disk blocks of a file, in bytes."""
-    return status.st_blocks * BLOCK_BYTES
 
 
 def group_names(layout: Layout) -> list[str]:
@@ -99,18 +98,6 @@ def _shard_entries(path: str, space: Space, shard: str, odd: Callable[[str], Non
                 odd(entry.path)
 
 
-def set_aside_odd(context: CacheContext, path: str) -> None:
-    """Move what is called like an entry and is none to the quarantine. It was not counted."""
-    # In a section no entry takes its place meanwhile.
-    with context.ledger.section():
-        try:
-            status = os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        if not (len(os.path.basename(path)) == _NAME_LENGTH and stat.S_ISREG(status.st_mode)):
-            context.folder.set_aside(path)
-
-
 def sweep_trees(context: CacheContext) -> int:
     """Remove the tracked directories of all groups; return the disk blocks, in bytes, of those in use.
 
@@ -119,7 +106,7 @@ def sweep_trees(context: CacheContext) -> int:
     """
     layout, in_use_bytes = context.layout, 0
     for group in group_names(layout):
-        for shard in _folders(layout.trees(group)):
+        for shard in _folders(f"{layout.group_path(group)}/trees"):
             for entry in _folders(shard):
                 lock = try_lock(f"{entry}/lock")
                 if lock is None and not is_dead(f"{entry}/lock"):
@@ -213,7 +200,7 @@ class Scan:
 
     def name(self, row: int) -> tuple[str, Space, str]:
         """Return the group's folder, the space and the hash of an entry."""
-        return self.groups[self.group[row]], Space(int(self.space[row])), to_hex(self.words[row])
+        return self.groups[self.group[row]], _SPACES[self.space[row]], to_hex(self.words[row])
 
     def sizes_by_entry(self, names: set[str]) -> dict[str, int]:
         """Return the sizes of the named entries (as the ledger names them) that the scan saw."""
@@ -226,11 +213,6 @@ class Scan:
             group, space, hash_ = self.name(row)
             sizes[entry_name(group, space, hash_)] = int(self.disk_bytes[row])
         return {name: sizes[name] for name in names & sizes.keys()}
-
-
-def entry_name(group: str, space: Space, hash_: str) -> str:
-    """Return the ledger's name of an entry: its path relative to the folder of all groups."""
-    return f"{group}/{space.folder}/{hash_[:2]}/{hash_[2:]}"
 
 
 RACY_NS = 20_000_000
@@ -300,7 +282,7 @@ class ShardListings:
     def _names(self, path: str) -> list[str]:
         with os.scandir(path) as found:
             names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
-        return self._without_suspects(path, names) if self._durability.any_suspects else names
+        return self._without_suspects(path, names) if self._durability.windows else names
 
     def _without_suspects(self, path: str, names: list[str]) -> list[str]:
         vouched = []

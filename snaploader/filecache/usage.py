@@ -1,4 +1,4 @@
-"""What a cache takes and counts: the ledger of bytes that all processes share, and statistics.
+"""What a cache takes: the ledger of bytes that all processes share, entries that come and go, statistics.
 
 The file `usage/ledger` is 48 bytes: a magic, the total of all entries in bytes of disk blocks, and four
 counters. Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under an
@@ -14,17 +14,25 @@ last word of the journal over what the scan saw or missed.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest
-from snaploader.filecache.layout import Layout
-from snaploader.filecache.openfolder import OpenFolder
+from snaploader.errors import NotFound
+from snaploader.filecache.layout import (
+    ENTRY_NAME_LENGTH,
+    Layout,
+    OpenFolder,
+    Space,
+    disk_bytes,
+    entry_name,
+)
 from snaploader.files import OddEntry, open_regular, remove_tree
 from snaploader.locks import FileLock
 
@@ -50,6 +58,7 @@ class Section:
         if fields[0] != _MAGIC:
             fields = (_MAGIC, _UNKNOWN, 0, 0, 0, 0)
         _, self._total, self.lease_generation, self.changes, self._scanning, self.pin_generation = fields
+        self._ledger.seen_bytes = self._total
 
     def _store(self) -> None:
         data = _FORMAT.pack(
@@ -117,12 +126,53 @@ class Section:
 
 
 class Ledger:
-    """The count of bytes that all processes share. Thread-safe, process-safe."""
+    """The count of bytes that all processes share. Thread-safe, process-safe.
 
-    def __init__(self, folder: OpenFolder, path: str) -> None:
+    Args:
+        max_bytes: Bound of the total, in bytes of disk blocks.
+    """
+
+    def __init__(self, folder: OpenFolder, max_bytes: int) -> None:
         self._folder = folder
-        self._journal = f"{path}/journal"
-        self.lock = FileLock(folder.open_written(f"{path}/ledger"))
+        self._journal = f"{folder.layout.usage}/journal"
+        self.max_bytes = max_bytes
+        self.added_bytes = 0
+        """What this object added, in bytes of disk blocks."""
+        self.lock = FileLock(folder.open_written(f"{folder.layout.usage}/ledger"))
+        self.seen_bytes = _UNKNOWN
+        """The total that the last section of this object saw first."""
+        Section(self)
+
+    def evict_with(
+        self, make_room: Callable[[int], None], fill: Callable[[int], None], fills_from_bytes: int
+    ) -> None:
+        """Set what is called when there is no room for so many bytes, and when a total exceeds this."""
+        self._make_room, self._fill, self._fills_from_bytes = make_room, fill, fills_from_bytes
+
+    def add(self, size_bytes: int, put: Callable[[Section], bool]) -> bool:
+        """Call `put` in a section in which so many more bytes fit; return what it returns.
+
+        Evicts until they do. ResourceExhausted when they cannot.
+        """
+        while True:
+            with self.section() as section:
+                total = section.total_bytes
+                if total is not None and total + size_bytes <= self.max_bytes:
+                    is_put = put(section)
+                    self.added_bytes += size_bytes
+                    break
+            self._make_room(size_bytes)
+        if total + size_bytes > self._fills_from_bytes:
+            self._fill(total + size_bytes)
+        return is_put
+
+    def keep_bound(self) -> None:
+        """Evict now if the cache takes more than it may, as when its bound was lowered.
+
+        Whoever is about to write needs the room on disk first, as the disk may be full.
+        """
+        if self.seen_bytes > self.max_bytes:
+            self._make_room(0)
 
     @contextmanager
     def section(self) -> Iterator[Section]:
@@ -139,15 +189,6 @@ class Ledger:
         """Return how often pins came or went."""
         with self.section() as section:
             return section.pin_generation
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self.lock.closed
-
-    def close(self) -> None:
-        """Give up the descriptor."""
-        self.lock.close()
 
     # For sections only
 
@@ -209,7 +250,7 @@ class CacheStatistics:
     """Content of those of them whose size the pins tell."""
     pinned_refs: int
     damaged_pins: tuple[str, ...]
-    """Paths of pins that cannot be read. Of their groups nothing is evicted."""
+    """Paths of pins that cannot be read, sorted. Of their groups nothing is evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,15 +288,13 @@ class VerifyReport:
 
 
 class PinTotals(NamedTuple):
-    """What the pins of all groups keep together."""
+    """What the pins of all groups keep together; see `CacheStatistics`."""
 
     pins: int
-    blobs: int
-    content_bytes: int
-    """Of those blobs whose size the pins tell; each counts once in a group."""
-    refs: int
-    damaged: tuple[str, ...]
-    """Paths of pins that cannot be read, sorted."""
+    pinned_blobs: int
+    pinned_bytes: int
+    pinned_refs: int
+    damaged_pins: tuple[str, ...]
 
 
 class Counters:
@@ -273,28 +312,61 @@ class Counters:
 
     def snapshot(self, total_bytes: int | None, max_bytes: int, pins: PinTotals) -> CacheStatistics:
         """Return all counts at one moment."""
+        stands: dict[str, Any] = {"total_bytes": total_bytes, "max_bytes": max_bytes, **pins._asdict()}
         with self._lock:
-            values = dict(self._values)
-        stands: dict[str, Any] = {
-            "total_bytes": total_bytes,
-            "max_bytes": max_bytes,
-            "pins": pins.pins,
-            "pinned_blobs": pins.blobs,
-            "pinned_bytes": pins.content_bytes,
-            "pinned_refs": pins.refs,
-            "damaged_pins": pins.damaged,
-        }
-        counted = (field.name for field in fields(CacheStatistics) if field.name not in stands)
-        return CacheStatistics(**stands | {name: values.get(name, 0) for name in counted})
+            counted = {field.name: self._values.get(field.name, 0) for field in fields(CacheStatistics)}
+        return CacheStatistics(**counted | stands)
 
 
 @dataclass(frozen=True)
 class CacheContext:
-    """What the parts of one open cache share."""
+    """What the parts of one open cache share, and what is done alike with blobs and refs."""
 
     layout: Layout
     folder: OpenFolder
     ledger: Ledger
-    max_bytes: int
     host: HostEnvironment
     counters: Counters = field(default_factory=Counters)
+
+    def name(self, space: Space, hash_: str) -> str:
+        """Return the ledger's name of an entry of this group."""
+        return entry_name(self.layout.group, space, hash_)
+
+    def open_entry(self, path: str, what: str) -> tuple[int, os.stat_result]:
+        """Open an entry's file for reading. NotFound when there is none; what is no file is set aside."""
+        try:
+            return open_regular(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(f"{what} is not in the file cache") from None
+        except OddEntry as error:
+            self.set_aside_odd(path)
+            raise NotFound(f"{what} is not in the file cache: {error}") from error
+
+    def remove_entry(self, space: Space, hash_: str, inode: int | None = None) -> bool:
+        """Remove an entry, only that very file if `inode` is given; return whether there was one."""
+        path = self.layout.entry(space, hash_)
+        with self.ledger.section() as section:
+            try:
+                status = os.stat(path, follow_symlinks=False)
+                if inode not in (None, status.st_ino):
+                    return False
+                if not stat.S_ISREG(status.st_mode):
+                    self.folder.set_aside(path)
+                    return True
+                os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            section.change(self.name(space, hash_), disk_bytes(status), 0)
+        return True
+
+    def set_aside_odd(self, path: str) -> None:
+        """Move what is called like an entry and is none to the quarantine. It was not counted."""
+        # In a section no entry takes its place meanwhile.
+        with self.ledger.section():
+            try:
+                status = os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            # A file that has the place of a folder of entries has a shorter name than an entry.
+            if not stat.S_ISREG(status.st_mode) or len(os.path.basename(path)) != ENTRY_NAME_LENGTH:
+                self.folder.set_aside(path)

@@ -266,9 +266,14 @@ def are_among(prefixes: Prefixes, known: Prefixes) -> npt.NDArray[np.bool_]:
 def distinct(prefixes: Prefixes) -> Prefixes:
     """Return each of them once, sorted. (`np.unique` imports `numpy.ma` first, which takes some 15 ms.)"""
     ordered = np.sort(prefixes)
-    is_first = np.ones(len(ordered), dtype=np.bool_)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    return ordered[is_first]
+    return ordered[is_first(ordered)]
+
+
+def is_first(ordered: Prefixes) -> npt.NDArray[np.bool_]:
+    """Tell of each of some sorted words whether it differs from the one before."""
+    first = np.ones(len(ordered), dtype=np.bool_)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return first
 
 
 def to_hex(words: Words) -> str:

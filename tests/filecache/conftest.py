@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from snaploader.filecache import recency
+from snaploader.filecache import layout
 
 
 @pytest.fixture(autouse=True)
 def exact_times_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each use counts, however soon after the last; processes that a test starts go by the second."""
-    monkeypatch.setattr(recency, "GRANULARITY_NS", 0)
+    monkeypatch.setattr(layout, "GRANULARITY_NS", 0)

@@ -150,9 +150,9 @@ def test_scan_that_finds_no_suspects_ends_the_suspicion(tmp_path):
     with FileCache(tmp_path, _environment=booted("2")) as cache:
         cache.verify()
         cache.prune(1 << 30)
-        assert not cache._durability.any_suspects
+        assert not cache._durability.windows
     with FileCache(tmp_path, _environment=booted("2")) as cache:
-        assert not cache._durability.any_suspects
+        assert not cache._durability.windows
 
 
 def test_verify_reports_and_removes_what_is_bad_and_uses_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from filecache_helpers import blob, blob_file, child, disk_bytes_below, key, leftovers, put
 
+from snaploader import files
 from snaploader._environment import HostEnvironment
 from snaploader.errors import InvalidArgument, NotFound, ResourceExhausted
-from snaploader.filecache import FileCache, blobs, evict, recency
+from snaploader.filecache import FileCache, blobs, evict, layout
 
 BLOCK = 4096
 """What a small file takes; checked below."""
@@ -40,6 +42,28 @@ def test_longest_unused_goes_first(tmp_path):
         small(cache, "e")
         assert present(cache, *"abcde") == set("ade")
         assert cache.statistics().evicted_entries == 2
+
+
+@pytest.mark.parametrize(
+    "add",
+    [lambda cache: small(cache, "e"), lambda cache: cache.put_ref(key("e"), b"x")],
+    ids=["blob", "ref"],
+)
+def test_cache_over_a_lowered_bound_makes_room_before_it_writes_to_a_full_disk(tmp_path, monkeypatch, add):
+    with FileCache(tmp_path) as cache:
+        for seed in "abcd":
+            small(cache, seed)
+
+    def full_above_the_bound(fd, data, _write=files.write_all):
+        if disk_bytes_below(tmp_path) > 2 * BLOCK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write(fd, data)
+
+    monkeypatch.setattr(files, "write_all", full_above_the_bound)
+    with FileCache(tmp_path, max_bytes=2 * BLOCK) as cache:
+        add(cache)
+        assert cache.statistics().total_bytes == 2 * BLOCK
+        assert present(cache, *"abcd") == {"d"}
 
 
 @pytest.mark.parametrize(
@@ -611,7 +635,7 @@ def test_more_than_there_is_cannot_be_kept_free(tmp_path, ahead):
 
 
 def test_uses_within_a_second_count_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(recency, "GRANULARITY_NS", 1_000_000_000)
+    monkeypatch.setattr(layout, "GRANULARITY_NS", 1_000_000_000)
     # Ahead of the kernel's clock, which sets the time of access (relatime) when it is behind.
     now_ns = time.time_ns() + 3600 * 1_000_000_000
     with FileCache(tmp_path, _environment=HostEnvironment(now_ns=lambda: now_ns)) as cache:

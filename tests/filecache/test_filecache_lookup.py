@@ -16,8 +16,7 @@ from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument
 from snaploader.filecache import FileCache, blobs, recency, scan
 from snaploader.filecache.blobs import VerifiedMemo
-from snaploader.filecache.layout import Layout
-from snaploader.filecache.openfolder import OpenFolder
+from snaploader.filecache.layout import Layout, OpenFolder
 from snaploader.filecache.recency import Position, UseLog
 from snaploader.files import Access
 from snaploader.formats.digests import DigestArray, HashSet, to_hex, to_words
@@ -145,11 +144,10 @@ def test_strange_names_in_a_blob_folder_are_passed_over(tmp_path):
 
 @pytest.fixture
 def log(tmp_path):
-    layout = Layout(str(tmp_path), "_default")
-    folder = OpenFolder(layout, Access(), layout.create(Access()))
-    lock = FileLock(folder.open_written(str(tmp_path / "lock")))
-    yield UseLog(str(tmp_path / "uses"), lock, folder)
-    lock.close()
+    folder = OpenFolder(Layout(str(tmp_path), "_default"), Access())
+    uses = UseLog(folder)
+    yield uses
+    uses.close()
     folder.close()
 
 
@@ -193,7 +191,7 @@ def test_newest_record_of_each_key_is_found_in_any_order():
 
 def test_torn_record_of_a_killed_writer_is_overwritten(log, tmp_path):
     log.append("g", prefixes(1), 10)
-    with open(tmp_path / "uses", "ab") as file:
+    with open(tmp_path / "v1/usage/uses", "ab") as file:
         file.write(b"torn")
     records, position = log.read()
     assert len(records) == 1
@@ -209,14 +207,14 @@ def test_big_log_is_compacted_and_readers_start_over(log, tmp_path, monkeypatch)
     for round_ in range(20):
         log.append("g", prefixes(*range(10)), round_)
         _, position = log.read(position)
-    assert (tmp_path / "uses").stat().st_size <= 1600 + 160
+    assert (tmp_path / "v1/usage/uses").stat().st_size <= 1600 + 160
     records, _ = log.read(Position(position.inode + 1, position.offset))
     newest = recency.newest(records)
     assert len(newest) == 10
     assert set(newest["time_ns"].tolist()) == {19}
     for round_ in range(20, 60):
         log.append("g", prefixes(*range(1000 + 10 * round_, 1010 + 10 * round_)), round_)
-    assert (tmp_path / "uses").stat().st_size <= 1600 + 160
+    assert (tmp_path / "v1/usage/uses").stat().st_size <= 1600 + 160
     assert 59 in log.read()[0]["time_ns"]
 
 

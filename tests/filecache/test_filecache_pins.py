@@ -21,7 +21,7 @@ from snaploader.errors import (
     NotFound,
     ResourceExhausted,
 )
-from snaploader.filecache import FileCache, pins, retention
+from snaploader.filecache import FileCache, retention
 
 BLOCK = 4096
 
@@ -364,7 +364,7 @@ def test_disk_that_is_full_leaves_the_old_pin(tmp_path, monkeypatch):
         def full(fd):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(pins.os, "fsync", full)
+        monkeypatch.setattr(retention.os, "fsync", full)
         with pytest.raises(ResourceExhausted, match="cannot pin 'p'"):
             cache.pin("p", [small(cache, "b")])
         monkeypatch.undo()

@@ -14,7 +14,7 @@ from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
 from snaploader import DirectorySource, SnapshotKey
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
-from snaploader.filecache import pins
+from snaploader.filecache import retention
 from snaploader.formats.dirtree import (
     ChunkedEntry,
     DirectoryEntry,
@@ -464,7 +464,7 @@ def test_a_pin_that_cannot_be_flushed_leaves_what_was_pinned(
     host = make_host("a")
     if before:
         host.cache.pin("mine", refs=before)
-    flush = pins.flush_folder
+    flush = retention.flush_folder
     calls = []
 
     def fail_once(path: str) -> None:
@@ -473,7 +473,7 @@ def test_a_pin_that_cannot_be_flushed_leaves_what_was_pinned(
             raise OSError(errno.EIO, "flaky disk")
         flush(path)
 
-    monkeypatch.setattr(pins, "flush_folder", fail_once)
+    monkeypatch.setattr(retention, "flush_folder", fail_once)
     with pytest.raises(DataLoss, match="cannot pin 'mine'"):
         save_directory(host, home, pin="mine")
     assert [host.cache.pinned(name).refs for name in host.cache.pins()] == ([before] if before else [])
@@ -486,7 +486,7 @@ def test_a_pin_that_cannot_be_put_back_does_not_hide_why_the_save_failed(
     host.cache.pin("mine", refs=["a" * 64])
 
     def fail(*_: object, **__: object) -> bool:
-        monkeypatch.setattr(pins, "encode_pin", full_disk)
+        monkeypatch.setattr(retention, "encode_pin", full_disk)
         raise FailedPrecondition("no refs today")
 
     def full_disk(*_: object) -> bytes:

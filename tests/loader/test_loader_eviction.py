@@ -13,7 +13,7 @@ from test_loader_faults import flip_a_bit
 
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import NotFound, translate_os_errors
-from snaploader.filecache.exchange import BlobWriter
+from snaploader.filecache.blobs import BlobWriter
 from snaploader.loader.results import ManifestSource
 from snaploader.testing import EmbeddedServer
 

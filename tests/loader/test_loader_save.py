@@ -23,7 +23,7 @@ from snaploader.errors import (
     SnaploaderError,
     Unavailable,
 )
-from snaploader.filecache import recency
+from snaploader.filecache import layout
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions
 
 
@@ -335,7 +335,7 @@ def test_replacing_a_snapshot_20_times_evicts_no_other(
     make_host: HostFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each load counts as a use, however soon after the last.
-    monkeypatch.setattr(recency, "GRANULARITY_NS", 0)
+    monkeypatch.setattr(layout, "GRANULARITY_NS", 0)
     keep = image(1)
     host = make_host("a", max_bytes=60 * CHUNK)
     host.save(keep, "keep")
