@@ -16,7 +16,7 @@ import grpc
 import zstandard
 
 from snaploader._proto import bytestream_pb2 as bytestream
-from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.remote.codec import compress_frames
 from snaploader.testing.services import SKIPPABLE_FRAME, Backend, Failure, is_present, logger, overloaded
@@ -66,19 +66,11 @@ def parse_resource_name(name: str) -> ResourceName:
     compressor = match["compressor"]
     if compressor not in (None, "zstd"):
         raise InvalidArgument(f"the compressor {compressor!r} is not supported")
-    function = DigestFunction.SHA256
-    if match["function"] is not None:
-        if match["function"] != "blake3":
-            raise InvalidArgument(
-                f"the digest function {match['function']!r} may not stand in a resource name"
-            )
-        function = DigestFunction.BLAKE3
-    return ResourceName(
-        instance_name=match["instance"] or "",
-        digest=Digest.checked(match["hash"], int(match["size"]), function),
-        is_compressed=compressor is not None,
-        is_upload=match["upload"] is not None,
-    )
+    if match["function"] not in (None, "blake3"):
+        raise InvalidArgument(f"the digest function {match['function']!r} may not stand in a resource name")
+    function = DigestFunction.SHA256 if match["function"] is None else DigestFunction.BLAKE3
+    digest = Digest.checked(match["hash"], int(match["size"]), function)
+    return ResourceName(match["instance"] or "", digest, compressor is not None, match["upload"] is not None)
 
 
 class ByteStream:
@@ -93,14 +85,17 @@ class ByteStream:
         await self._uploads.close()
 
     async def read(self, request: bytestream.ReadRequest) -> AsyncIterator[bytestream.ReadResponse]:
-        """The messages of Read."""
         name, partition = self._resolve(request.resource_name)
         if name.is_upload:
             raise InvalidArgument(f"{request.resource_name!r} names an upload, which cannot be read")
         offset, limit = self._range(request, name)
         if name.digest.size_bytes == 0 and not name.is_compressed:
             return
-        reader = await self._backend.run(self._open, partition, name)
+        reader = await self._backend.run(partition.open, name.digest)
+        if reader is None and name.digest.size_bytes == 0:  # which exists without being stored
+            reader = BlobReader.of(b"")
+        if reader is None:
+            raise NotFound(f"no blob {name.digest}")
         try:
             if name.is_compressed:
                 pieces = self._compressed_pieces(reader, offset, limit)
@@ -119,10 +114,8 @@ class ByteStream:
         """The offset and the end of what is asked for."""
         offset, size = request.read_offset, name.digest.size_bytes
         if not 0 <= offset <= size:
-            raise Failure(
-                self._backend.options.beyond_end_status,
-                f"read_offset {offset} is outside of the blob {name.digest}",
-            )
+            status = self._backend.options.beyond_end_status
+            raise Failure(status, f"read_offset {offset} is outside of the blob {name.digest}")
         if request.read_limit < 0:
             raise InvalidArgument(f"read_limit {request.read_limit} is negative")
         if not request.read_limit:
@@ -133,14 +126,6 @@ class ByteStream:
         if self._backend.options.read_limit_status is not None:
             raise Failure(self._backend.options.read_limit_status, "read_limit is not supported here")
         return offset, min(size, offset + request.read_limit)
-
-    def _open(self, partition: Partition, name: ResourceName) -> BlobReader:
-        reader = partition.open(name.digest)
-        if reader is None:
-            if name.digest.size_bytes == 0:  # which exists without being stored
-                return BlobReader.of(b"")
-            raise NotFound(f"no blob {name.digest}")
-        return reader
 
     def _plain_pieces(self, reader: BlobReader, offset: int, end: int) -> Iterator[bytes]:
         step = self._backend.options.read_chunk_bytes
@@ -167,9 +152,8 @@ class ByteStream:
         self._backend.check_size(name.digest)
         options = self._backend.options
         if options.early_return and await self._backend.run(is_present, partition, name.digest):
-            return bytestream.WriteResponse(
-                committed_size=-1 if name.is_compressed else name.digest.size_bytes
-            )
+            size = -1 if name.is_compressed else name.digest.size_bytes
+            return bytestream.WriteResponse(committed_size=size)
         key = (name.instance_name, first.resource_name)
         upload = self._resumed(key, first.write_offset)
         is_new = upload is None
@@ -240,14 +224,9 @@ class ByteStream:
                 return False
 
     def _committed_size(self, upload: Upload, name: ResourceName) -> int:
-        if not name.is_compressed:
-            return name.digest.size_bytes
-        sizes = {
-            "compressed": upload.received,
-            "uncompressed": name.digest.size_bytes,
-            "minus-one": -1,
-        }
-        return sizes[self._backend.options.compressed_committed_size]
+        size = name.digest.size_bytes
+        sizes = {"compressed": upload.received, "uncompressed": size, "minus-one": -1}
+        return sizes[self._backend.options.compressed_committed_size] if name.is_compressed else size
 
     async def query_write_status(
         self, request: bytestream.QueryWriteStatusRequest
@@ -302,7 +281,8 @@ class Upload:
         self._digest = digest
         self._is_compressed = is_compressed
         self._staged: StagedBlob | None = None
-        self._inflater: _Inflater | None = None
+        self._target: StagedBlob | zstandard.ZstdDecompressionWriter | None = None
+        """Where bytes go: the staged blob, or what inflates them into it in bounded memory."""
         self._buffer: list[bytes] = []
         self._buffered = 0
         in_memory = isinstance(partition, MemoryPartition)
@@ -317,7 +297,6 @@ class Upload:
         """Whether a stream feeds it."""
 
     async def feed(self, data: bytes) -> None:
-        """Add bytes of the stream."""
         self._buffer.append(data)
         self._buffered += len(data)
         self.received += len(data)
@@ -329,7 +308,6 @@ class Upload:
         await self._backend.run_to_end(self._commit)
 
     async def discard(self) -> None:
-        """Forget it all."""
         self._buffer = []
         if self._staged is not None:
             await self._backend.run_to_end(self._staged.discard)
@@ -344,42 +322,19 @@ class Upload:
     def _stage(self) -> StagedBlob:
         pieces, self._buffer, self._buffered = self._buffer, [], 0
         if self._staged is None:
-            self._staged = self._partition.stage(self._digest, verify=self._backend.options.verify_writes)
+            verify = self._backend.options.verify_writes
+            self._target = self._staged = self._partition.stage(self._digest, verify=verify)
             if self._is_compressed:
-                self._inflater = _Inflater(self._staged)
-        target = self._inflater or self._staged
-        for piece in pieces:
-            target.write(piece)
-        return self._staged
-
-
-class _Inflater:
-    """Decompresses frames into a staged blob. Memory is bounded; too much output is the blob's error."""
-
-    def __init__(self, staged: StagedBlob) -> None:
-        self._writer = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_writer(
-            cast("IO[bytes]", self._Out(staged)), write_size=BUFFER_BYTES, closefd=False
-        )
-
-    def write(self, data: Buffer) -> None:
-        """Add compressed bytes. InvalidArgument when they are not zstd."""
+                self._target = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_writer(
+                    cast("IO[bytes]", self._staged), write_size=BUFFER_BYTES, closefd=False
+                )
+        assert self._target is not None
         try:
-            self._writer.write(data)
+            for piece in pieces:
+                self._target.write(piece)
         except zstandard.ZstdError as error:
             raise InvalidArgument(f"the data is not zstd: {error}") from error
-
-    class _Out:
-        """A staged blob as a file to write to."""
-
-        def __init__(self, staged: StagedBlob) -> None:
-            self._staged = staged
-
-        def write(self, data: bytes) -> int:
-            self._staged.write(data)
-            return len(data)
-
-        def flush(self) -> None:
-            pass
+        return self._staged
 
 
 class Uploads:
@@ -395,7 +350,6 @@ class Uploads:
         self._granted_bytes = 0
 
     def get(self, key: tuple[str, str]) -> Upload | None:
-        """The upload of that name, active or broken."""
         return self._uploads.get(key)
 
     async def admit(self, key: tuple[str, str], upload: Upload) -> None:

@@ -13,6 +13,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import grpc
@@ -35,7 +36,6 @@ from snaploader.testing.services import (
 )
 
 Context = Any
-Unary = Callable[[Any], Any]
 
 _STREAMS = frozenset({"Read", "Write"})
 _MAX_LOGGED_HASHES = 200_000
@@ -166,21 +166,21 @@ class Dispatcher:
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """For `grpc.aio.Server.add_generic_rpc_handlers`."""
-        run = self._in_worker
+        run = self._backend.run
         unary: dict[str, dict[str, Callable[[Any], Awaitable[Any]]]] = {
             services.CAS: {
-                "FindMissingBlobs": run(self._cas.find_missing_blobs),
-                "BatchUpdateBlobs": run(self._cas.batch_update_blobs),
-                "BatchReadBlobs": run(self._cas.batch_read_blobs),
+                "FindMissingBlobs": partial(run, self._cas.find_missing_blobs),
+                "BatchUpdateBlobs": partial(run, self._cas.batch_update_blobs),
+                "BatchReadBlobs": partial(run, self._cas.batch_read_blobs),
             },
             services.ACTION_CACHE: {
-                "GetActionResult": run(self._results.get_action_result),
-                "UpdateActionResult": run(self._results.update_action_result),
+                "GetActionResult": partial(run, self._results.get_action_result),
+                "UpdateActionResult": partial(run, self._results.update_action_result),
             },
             services.BYTE_STREAM: {"QueryWriteStatus": self._bytes.query_write_status},
         }
         if self._backend.options.capabilities:
-            unary[services.CAPABILITIES] = {"GetCapabilities": run(self._backend.get_capabilities)}
+            unary[services.CAPABILITIES] = {"GetCapabilities": partial(run, self._backend.get_capabilities)}
         tables = {
             service: {name: self._unary(service, name, handle) for name, handle in table.items()}
             for service, table in unary.items()
@@ -189,12 +189,6 @@ class Dispatcher:
         tables[services.BYTE_STREAM]["Read"] = self._server_stream(services.BYTE_STREAM, "Read", self._read)
         tables[services.BYTE_STREAM]["Write"] = self._write()
         return [grpc.method_handlers_generic_handler(service, table) for service, table in tables.items()]
-
-    def _in_worker(self, method: Unary) -> Callable[[Any], Awaitable[Any]]:
-        def run(request: Any) -> Awaitable[Any]:
-            return self._backend.run(method, request)
-
-        return run
 
     def _unary(
         self, service: str, name: str, handle: Callable[[Any], Awaitable[Any]]
@@ -231,10 +225,8 @@ class Dispatcher:
             response = await handle(request)
         faults.damage(fault, response)
         if fault.lose_reply:
-            raise faults.failure_of(fault)
-        reply: bytes = response.SerializeToString()
-        if reply and fault.flip_bit is not None and faults.flips_serialised(fault, call.method):
-            reply = faults.flip(reply, fault.flip_bit % (8 * len(reply)))
+            raise fault.failure()
+        reply = faults.damage_reply(fault, call.method, response.SerializeToString())
         await faults.Flow(Fault(bandwidth_bytes_per_s=fault.bandwidth_bytes_per_s)).shape(reply)
         return reply
 
@@ -255,7 +247,7 @@ class Dispatcher:
                         del response  # a client that reads nothing is not to hold another copy
                         await self._send(reply, context)
                 if fault is not None and fault.lose_reply:
-                    raise faults.failure_of(fault)
+                    raise fault.failure()
 
         return grpc.unary_stream_rpc_method_handler(call_once)
 
@@ -312,7 +304,7 @@ class Dispatcher:
                 if fault is not None and fault.drop_blob:
                     await self._drop(fault, call)
                 if fault is not None and fault.lose_reply:
-                    raise faults.failure_of(fault)
+                    raise fault.failure()
                 reply = response.SerializeToString()
                 call.sent_bytes = len(reply)
                 await self._carry("down", len(reply))
@@ -349,7 +341,7 @@ class Dispatcher:
             await self._carry("up", size)
         if fault is not None:
             await faults.before(fault)
-            if fault.drop_blob and faults.drops_before(call.method):
+            if fault.drop_blob and call.method not in faults.WRITES:
                 await self._drop(fault, call)
         return fault
 

@@ -39,22 +39,25 @@ class FakeCAS:
         """How often each blob was written."""
         self._lock = threading.Lock()
 
+    def _count(self, method: str) -> None:
+        with self._lock:
+            self.calls[method] += 1
+
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Those that are not in `blobs`, the empty one never."""
+        self._count("find_missing")
         with self._lock:
-            self.calls["find_missing"] += 1
             return {digest for digest in digests if digest.size_bytes and digest not in self.blobs}
 
     def read(self, digest: Digest) -> bytes:
         """One blob, verified."""
+        self._count("read")
         with self._lock:
-            self.calls["read"] += 1
             return self._read(digest)
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Each blob to `sink`, on this thread."""
-        with self._lock:
-            self.calls["read_many"] += 1
+        self._count("read_many")
         for digest in digests:
             with self._lock:
                 data = self._read(digest)
@@ -62,8 +65,8 @@ class FakeCAS:
 
     def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
         """One blob into `write`, in two pieces when it has more than one byte."""
+        self._count("read_to")
         with self._lock:
-            self.calls["read_to"] += 1
             data = memoryview(self._read(digest))
         middle = len(data) // 2
         for piece in (data[:middle], data[middle:]):
@@ -83,20 +86,17 @@ class FakeCAS:
 
     def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
         """Store one blob, verified."""
-        with self._lock:
-            self.calls["write"] += 1
+        self._count("write")
         self._write(digest, source)
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store each, on this thread."""
-        with self._lock:
-            self.calls["write_many"] += 1
+        self._count("write_many")
         return self._write_all(uploads)
 
     def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store those that are not there."""
-        with self._lock:
-            self.calls["upload_missing"] += 1
+        self._count("upload_missing")
         return self._write_all(uploads, only_missing=True)
 
     def _write_all(self, uploads: Iterable[Upload], *, only_missing: bool = False) -> TransferStatistics:
@@ -122,17 +122,15 @@ class FakeCAS:
 
     def get_action_result(self, action_digest: Digest) -> reapi.ActionResult:
         """The result under a key. What it names is not checked."""
-        with self._lock:
-            self.calls["get_action_result"] += 1
-            data = self.action_results.get(action_digest)
+        self._count("get_action_result")
+        data = self.action_results.get(action_digest)
         if data is None:
             raise NotFound(f"no action result for {action_digest} in the fake store")
         return reapi.ActionResult.FromString(data)
 
     def update_action_result(self, action_digest: Digest, action_result: reapi.ActionResult) -> None:
         """Keep a result under a key."""
-        with self._lock:
-            self.calls["update_action_result"] += 1
-            if not self.update_enabled:
-                raise FailedPrecondition("updates of action results are not enabled in the fake store")
-            self.action_results[action_digest] = action_result.SerializeToString()
+        self._count("update_action_result")
+        if not self.update_enabled:
+            raise FailedPrecondition("updates of action results are not enabled in the fake store")
+        self.action_results[action_digest] = action_result.SerializeToString()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from snaploader.testing.dispatch import Call
 
 ANY_METHOD = "*"
-_WRITES = frozenset({"BatchUpdateBlobs", "Write"})
+WRITES = frozenset({"BatchUpdateBlobs", "Write"})
 _STREAMS = frozenset({"Read", "Write"})
 
 
@@ -155,10 +155,10 @@ class Fault:
         """The hash of `digest`."""
         return self.digest.hash if isinstance(self.digest, Digest) else self.digest
 
-    @property
-    def code(self) -> grpc.StatusCode:
-        """The code of `status`, UNAVAILABLE when not given."""
-        return grpc.StatusCode.UNAVAILABLE if self.status is None else status_code(self.status)
+    def failure(self) -> Failure:
+        """The status that it ends a call with."""
+        code = grpc.StatusCode.UNAVAILABLE if self.status is None else status_code(self.status)
+        return Failure(code, self.message, retry_after_s=self.retry_after_s)
 
     def is_about(self, call: Call) -> bool:
         """Whether the rule is about this call."""
@@ -277,11 +277,6 @@ class FaultScript:
             return [r.fault for r in self._rules if r.fault.times is not None and not r.is_used_up]
 
 
-def failure_of(fault: Fault) -> Failure:
-    """The status that a fault ends a call with."""
-    return Failure(fault.code, fault.message, retry_after_s=fault.retry_after_s)
-
-
 async def before(fault: Fault) -> None:
     """What happens before any work is done."""
     if fault.latency_s:
@@ -291,12 +286,7 @@ async def before(fault: Fault) -> None:
     if fault.hang:
         await asyncio.Event().wait()
     if fault.status is not None and not fault.lose_reply and fault.cut_after_bytes is None:
-        raise failure_of(fault)
-
-
-def drops_before(method: str) -> bool:
-    """Whether a blob to drop is dropped before the call, not after."""
-    return method not in _WRITES
+        raise fault.failure()
 
 
 def drop_blobs(fault: Fault, hashes: Iterable[str], partition: Partition) -> None:
@@ -326,23 +316,25 @@ def damage(fault: Fault, response: Any) -> None:
             item.status.message = fault.message
             if isinstance(response, reapi.BatchReadBlobsResponse):
                 item.data = b""
-    if not items:
-        return
-    if fault.flip_bit is not None and isinstance(response, reapi.BatchReadBlobsResponse) and items[0].data:
-        items[0].data = flip(items[0].data, fault.flip_bit % (8 * len(items[0].data)))
-    if fault.wrong_digest:
+    if items and isinstance(response, reapi.BatchReadBlobsResponse):
+        items[0].data = flip(items[0].data, fault.flip_bit)
+    if items and fault.wrong_digest:
         items[0].digest.hash = _other(items[0].digest.hash)
 
 
-def flips_serialised(fault: Fault, method: str) -> bool:
-    """Whether `flip_bit` is about the serialised response."""
-    return fault.flip_bit is not None and method not in {*_STREAMS, "BatchReadBlobs", "BatchUpdateBlobs"}
+def damage_reply(fault: Fault, method: str, reply: bytes) -> bytes:
+    """The serialised response as the fault leaves it."""
+    is_about_blobs = method in {*_STREAMS, "BatchReadBlobs", "BatchUpdateBlobs"}
+    return reply if is_about_blobs else flip(reply, fault.flip_bit)
 
 
-def flip(data: bytes, bit: int) -> bytes:
-    """`data` with one bit changed."""
+def flip(data: bytes, bit: int | None) -> bytes:
+    """`data` with one bit changed, which is counted modulo its size; as it is where there is none."""
+    if bit is None or not data:
+        return data
     changed = bytearray(data)
-    changed[bit // 8] ^= 1 << (bit % 8)
+    byte, bit = divmod(bit % (8 * len(data)), 8)
+    changed[byte] ^= 1 << bit
     return bytes(changed)
 
 
@@ -354,8 +346,8 @@ def damage_upload(fault: Fault, request: reapi.BatchUpdateBlobsRequest) -> list[
         for item in items:
             request.requests.remove(item)
         return withheld
-    if fault.flip_bit is not None and items and items[0].data:
-        items[0].data = flip(items[0].data, fault.flip_bit % (8 * len(items[0].data)))
+    if items:
+        items[0].data = flip(items[0].data, fault.flip_bit)
     return []
 
 
@@ -392,7 +384,7 @@ class Flow:
     def end(self) -> None:
         """Raise what the stream ends with, unless it is to look whole."""
         if self._fault.cut_after_bytes is not None:
-            raise failure_of(self._fault)
+            raise self._fault.failure()
 
 
 async def shaped_responses(

@@ -18,7 +18,7 @@ from snaploader._proto._pool import new_pool
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.testing.dispatch import Call, CallLog, Dispatcher
-from snaploader.testing.faults import FaultScript
+from snaploader.testing.faults import FaultScript, flip
 from snaploader.testing.options import ServerOptions, ServerTLS
 from snaploader.testing.services import Backend, blob_bytes
 from snaploader.testing.storage import (
@@ -84,7 +84,7 @@ class EmbeddedServer:
         self._host = host
         self._port = port
         self._socket = None if unix_socket is None else os.path.abspath(unix_socket)
-        self._tls = tls
+        self.tls = tls
         self.introspection = introspection
         self.call_log = CallLog(log_capacity)
         self._folder: str | None = None
@@ -161,7 +161,7 @@ class EmbeddedServer:
         """What a client is given: grpc://…, grpcs://… or unix:…"""
         if self._socket is not None:
             return self.address
-        return f"{'grpc' if self._tls is None else 'grpcs'}://{self.address}"
+        return f"{'grpc' if self.tls is None else 'grpcs'}://{self.address}"
 
     def calls(self, method: str) -> int:
         """How often a method was called, as in `calls("BatchUpdateBlobs")`."""
@@ -210,11 +210,10 @@ class EmbeddedServer:
 
     def corrupt_blob(self, digest: Digest, bit: int = 0, *, instance_name: str = "") -> None:
         """Change one bit of a stored blob, which is then served as it is. NotFound when absent."""
-        data = bytearray(self.get_blob(digest, instance_name=instance_name))
+        data = self.get_blob(digest, instance_name=instance_name)
         if not 0 <= bit < 8 * len(data):
             raise InvalidArgument(f"the blob {digest} has no bit {bit}")
-        data[bit // 8] ^= 1 << (bit % 8)
-        self._partition(instance_name).put(digest, bytes(data), verify=False)
+        self._partition(instance_name).put(digest, flip(data, bit), verify=False)
 
     def blobs(self, *, instance_name: str = "") -> list[Digest]:
         """The digests of all stored blobs, sorted."""
@@ -223,12 +222,8 @@ class EmbeddedServer:
     def action_results(self, *, instance_name: str = "") -> dict[Digest, reapi.ActionResult]:
         """All action results by action digest (of size 0 where results are kept under the hash alone)."""
         partition = self._partition(instance_name)
-        found = ((key, partition.get_result(key)) for key in partition.results())
-        return {
-            parse_result_key(key): reapi.ActionResult.FromString(data)
-            for key, data in found
-            if data is not None
-        }
+        found = {parse_result_key(key): partition.get_result(key) for key in partition.results()}
+        return {key: reapi.ActionResult.FromString(data) for key, data in found.items() if data is not None}
 
     def delete_action_result(self, digest: Digest, *, instance_name: str = "") -> None:
         """Drop an action result. NotFound when absent."""
@@ -240,16 +235,6 @@ class EmbeddedServer:
         if self._storage is None:
             raise FailedPrecondition("the server was never started, so its folder is not open")
         return self._storage.partition(instance_name)
-
-    def credentials(self) -> grpc.ServerCredentials | None:
-        """What the TLS options mean to gRPC."""
-        if self._tls is None:
-            return None
-        return grpc.ssl_server_credentials(
-            [(self._tls.private_key, self._tls.certificate)],
-            root_certificates=self._tls.client_ca,
-            require_client_auth=self._tls.client_ca is not None,
-        )
 
 
 class LoopThread:
@@ -388,11 +373,14 @@ class _Running:
         self._server.add_generic_rpc_handlers(tuple(self._dispatcher.handlers()))
         if server.introspection:
             self._health = _add_introspection(self._server)
-        credentials = server.credentials()
+        tls = server.tls
         try:
-            if credentials is None:
+            if tls is None:
                 port = self._server.add_insecure_port(server.address)
             else:
+                credentials = grpc.ssl_server_credentials(
+                    [(tls.private_key, tls.certificate)], tls.client_ca, tls.client_ca is not None
+                )
                 port = self._server.add_secure_port(server.address, credentials)
         except RuntimeError as error:
             raise Unavailable(f"cannot listen on {server.address}", transient=False) from error
