@@ -7,13 +7,12 @@ in one step, under the workspace's lock; what a killed process leaves is told by
 
 from __future__ import annotations
 
-import abc
 import ctypes
 import errno
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -27,7 +26,8 @@ from snaploader.workspace.model import Scope, WorkspaceSpec, check_workspace_id
 from snaploader.workspace.runtime import contents
 from snaploader.workspace.runtime.attachments import Attachments, drop
 from snaploader.workspace.runtime.contents import Folder, Layout
-from snaploader.workspace.runtime.protocol import Attachment, Capture, Runtime
+from snaploader.workspace.runtime.protocol import Attachment, Capture, Runtime, RuntimeStatus
+from snaploader.workspace.runtime.runs import read_run
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -56,13 +56,6 @@ class FolderRuntime(Runtime):
         with translate_os_errors(f"cannot use {self._layout.base!r} for workspaces"):
             self._layout.make()
         self._attachments = Attachments(self._layout)
-
-    @abc.abstractmethod
-    def _is_running(self, workspace_id: str) -> bool:
-        """Whether anything runs in the workspace's folder, which exists."""
-
-    def _carry_over(self, old: Folder, new: Folder) -> None:
-        """Keep what a new folder should have of the one that it replaces. Raises OSError."""
 
     keeps_memory = False  # a folder has none
 
@@ -136,8 +129,9 @@ class FolderRuntime(Runtime):
                 opened = self._attachments.open_from(workspace_id, loader, rest or snapshot, staging)
                 undo.callback(drop, opened)
                 replace_file(staging.placed, token.encode())
-                if os.path.lexists(folder.path):
-                    self._carry_over(folder, staging)
+                for path, kept in ((folder.log, staging.log), (f"{folder.log}.1", f"{staging.log}.1")):
+                    with suppress(FileNotFoundError):
+                        os.link(path, kept)
                 self._host.after_step("place.built")
                 self._install(staging, folder)
                 undo.pop_all()
@@ -158,6 +152,25 @@ class FolderRuntime(Runtime):
                 self._host.after_step("remove.removed")
             self._attachments.replace(workspace_id, {})
             os.unlink(self._layout.lock(workspace_id))
+
+    def status(self, workspace_id: str) -> RuntimeStatus:
+        folder = self._find(workspace_id)
+        if folder is None:
+            return RuntimeStatus(workspace_id)
+        with translate_os_errors(f"cannot look at workspace {workspace_id!r}"):
+            run = read_run(folder)
+        if run is None:
+            return RuntimeStatus(workspace_id, exists=True, placed=self._placed(folder))
+        is_running = run.is_running
+        return RuntimeStatus(
+            workspace_id,
+            exists=True,
+            is_running=is_running,
+            pid=run.command.pid if is_running and run.command is not None else None,
+            exit_code=run.exit_code,
+            started_at=run.started_at,
+            placed=self._placed(folder),
+        )
 
     def workspaces(self) -> list[str]:
         with translate_os_errors("cannot list the workspaces"):
@@ -232,6 +245,10 @@ class FolderRuntime(Runtime):
         """The token of the last `place`."""
         with translate_os_errors(f"cannot look at {folder.path!r}"):
             return (contents.read_file(folder.placed) or b"").decode(errors="replace")
+
+    def _is_running(self, workspace_id: str) -> bool:
+        run = read_run(self._layout.folder(workspace_id))
+        return run is not None and run.is_running
 
     def _check_stopped(self, workspace_id: str, what: str) -> None:
         if os.path.lexists(self._layout.folder(workspace_id).path) and self._is_running(workspace_id):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,7 +22,7 @@ from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import supervisor
 from snaploader.workspace.runtime.contents import Folder, make_durable_again, volumes_of
 from snaploader.workspace.runtime.folder import FolderRuntime, locked
-from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, RuntimeStatus, StopOutcome
+from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, StopOutcome
 from snaploader.workspace.runtime.readiness import (
     PROBES,
     ProbedWorkspace,
@@ -133,25 +132,6 @@ class ProcessRuntime(FolderRuntime):
                 return StopOutcome.STOPPED
             return end_run(workspace_id, folder, run, timeout_s, force=force)
 
-    def status(self, workspace_id: str) -> RuntimeStatus:
-        folder = self._find(workspace_id)
-        if folder is None:
-            return RuntimeStatus(workspace_id)
-        with translate_os_errors(f"cannot look at workspace {workspace_id!r}"):
-            run = read_run(folder)
-        if run is None:
-            return RuntimeStatus(workspace_id, exists=True, placed=self._placed(folder))
-        is_running = run.is_running
-        return RuntimeStatus(
-            workspace_id,
-            exists=True,
-            is_running=is_running,
-            pid=run.command.pid if is_running and run.command is not None else None,
-            exit_code=run.exit_code,
-            started_at=run.started_at,
-            placed=self._placed(folder),
-        )
-
     def wait_ready(
         self,
         spec: WorkspaceSpec,
@@ -191,15 +171,6 @@ class ProcessRuntime(FolderRuntime):
                 if run is not None and run.was_cut_off and kill_leftovers(workspace_id, folder, run):
                     swept.append(workspace_id)
         return sorted(swept)
-
-    def _is_running(self, workspace_id: str) -> bool:
-        run = read_run(self._layout.folder(workspace_id))
-        return run is not None and run.is_running
-
-    def _carry_over(self, old: Folder, new: Folder) -> None:
-        for path, kept in ((old.log, new.log), (f"{old.log}.1", f"{new.log}.1")):
-            with suppress(FileNotFoundError):
-                os.link(path, kept)
 
     def _environment_of(self, spec: WorkspaceSpec, folder: Folder, token: str) -> dict[str, str]:
         """The whole environment of a workspace's command: nothing is inherited."""

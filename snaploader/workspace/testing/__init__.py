@@ -10,8 +10,7 @@
 must do; `snaploader.workspace.testing.contract` shows how to run them from pytest.
 """
 
-from snaploader.workspace.testing.contract import RUNTIME_CHECKS
+from snaploader.workspace.testing.contract import RUNTIME_CHECKS, Harness, RuntimeCheck
 from snaploader.workspace.testing.fake import FakeRuntime, RuntimeCall, RuntimeGate
-from snaploader.workspace.testing.harness import Harness, RuntimeCheck
 
 __all__ = ["RUNTIME_CHECKS", "FakeRuntime", "Harness", "RuntimeCall", "RuntimeCheck", "RuntimeGate"]

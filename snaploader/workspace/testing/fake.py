@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from cow import COWStore
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition
-from snaploader.files import replace_file
-from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec
-from snaploader.workspace.runtime.contents import Folder, read_file
 from snaploader.workspace.runtime.folder import FolderRuntime
-from snaploader.workspace.runtime.protocol import (
-    DEFAULT_STOP_TIMEOUT_S,
-    Attachment,
-    Capture,
-    RuntimeStatus,
-    StopOutcome,
-)
+from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Capture, StopOutcome
+from snaploader.workspace.runtime.runs import read_run, write_run_without_command
+from snaploader.workspace.runtime.supervisor import write_end
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 30.0
 """How long a gate and who waits at it wait, unless told otherwise."""
@@ -73,6 +67,19 @@ class RuntimeCall:
 class _Failure:
     error: BaseException
     is_after: bool
+
+
+def _scripted(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Note the calls of a method, and let them wait or fail as the script says."""
+
+    @wraps(method)
+    def call(runtime: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        about: Any = next(iter((*args, *kwargs.values())), "")
+        workspace_id = about.workspace_id if isinstance(about, WorkspaceSpec) else about
+        with runtime._called(method.__name__, workspace_id):
+            return method(runtime, *args, **kwargs)
+
+    return call
 
 
 class FakeRuntime(FolderRuntime):
@@ -140,70 +147,45 @@ class FakeRuntime(FolderRuntime):
     def end(self, workspace_id: str, exit_code: int = 1) -> None:
         """Let the workspace's command end by itself."""
         folder = self._existing(workspace_id)
-        _write_run(folder, {**_read_run(folder), "is_running": False, "exit_code": exit_code})
+        run = read_run(folder)
+        if run is not None:
+            write_end(folder.end, run.token, exit_code)
 
-    def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
-        """See `Runtime.create`."""
-        with self._called("create", spec.workspace_id):
-            super().create(spec, source)
-
+    @_scripted
     def start(self, spec: WorkspaceSpec) -> None:
-        """See `Runtime.start`."""
-        with self._called("start", spec.workspace_id):
-            folder = self._existing(spec.workspace_id)
-            if not _read_run(folder).get("is_running"):
-                now_us = int(datetime.now(UTC).timestamp() * 1_000_000)
-                _write_run(folder, {"is_running": True, "started_at_us": now_us})
+        folder = self._existing(spec.workspace_id)
+        if not self._is_running(spec.workspace_id):
+            write_run_without_command(folder)
 
+    @_scripted
     def wait_ready(
         self,
         spec: WorkspaceSpec,
         timeout_s: float | None = None,
         cancelled: threading.Event | None = None,
     ) -> None:
-        """See `Runtime.wait_ready`."""
+        name = f"workspace {spec.workspace_id!r}"
         timeout_s = spec.readiness.timeout_s if timeout_s is None else timeout_s
-        with self._called("wait_ready", spec.workspace_id):
-            if not self._is_running(self._name_of(spec.workspace_id)):
-                raise FailedPrecondition(f"workspace {spec.workspace_id!r} does not run")
-            if spec.workspace_id not in self._unready:
-                return
-            if cancelled is not None and cancelled.wait(timeout_s):
-                raise Cancelled(f"waiting for workspace {spec.workspace_id!r} was called off")
-            raise DeadlineExceeded(
-                f"workspace {spec.workspace_id!r} was not ready within {timeout_s:g} s: it is set not to be"
-            )
+        self._existing(spec.workspace_id)
+        if not self._is_running(spec.workspace_id):
+            raise FailedPrecondition(f"{name} does not run")
+        if spec.workspace_id not in self._unready:
+            return
+        if cancelled is not None and cancelled.wait(timeout_s):
+            raise Cancelled(f"waiting for {name} was called off")
+        raise DeadlineExceeded(f"{name} was not ready within {timeout_s:g} s: it is set not to be")
 
+    @_scripted
     def stop(
         self, workspace_id: str, *, timeout_s: float = DEFAULT_STOP_TIMEOUT_S, force: bool = True
     ) -> StopOutcome:
-        """See `Runtime.stop`."""
-        with self._called("stop", workspace_id):
-            folder = self._find(workspace_id)
-            if folder is None or not self._is_running(workspace_id):
-                return StopOutcome.NOT_RUNNING
-            is_stubborn = workspace_id in self._stubborn
-            if is_stubborn and not force:
-                raise DeadlineExceeded(f"workspace {workspace_id!r} did not stop within {timeout_s:g} s")
-            exit_code = -9 if is_stubborn else -15
-            _write_run(folder, {**_read_run(folder), "is_running": False, "exit_code": exit_code})
-            return StopOutcome.KILLED if is_stubborn else StopOutcome.STOPPED
-
-    def status(self, workspace_id: str) -> RuntimeStatus:
-        """See `Runtime.status`."""
-        folder = self._find(workspace_id)
-        if folder is None:
-            return RuntimeStatus(workspace_id)
-        run = _read_run(folder)
-        started_us = run.get("started_at_us")
-        return RuntimeStatus(
-            workspace_id,
-            exists=True,
-            is_running=run.get("is_running", False),
-            exit_code=run.get("exit_code"),
-            started_at=None if started_us is None else datetime.fromtimestamp(started_us / 1_000_000, UTC),
-            placed=self._placed(folder),
-        )
+        if self._find(workspace_id) is None or not self._is_running(workspace_id):
+            return StopOutcome.NOT_RUNNING
+        is_stubborn = workspace_id in self._stubborn
+        if is_stubborn and not force:
+            raise DeadlineExceeded(f"workspace {workspace_id!r} did not stop within {timeout_s:g} s")
+        self.end(workspace_id, -9 if is_stubborn else -15)
+        return StopOutcome.KILLED if is_stubborn else StopOutcome.STOPPED
 
     @contextmanager
     def capture(self, spec: WorkspaceSpec, scope: Scope) -> Iterator[Capture]:
@@ -211,61 +193,15 @@ class FakeRuntime(FolderRuntime):
         with self._called("capture", spec.workspace_id), super().capture(spec, scope) as captured:
             yield captured
 
-    def continue_on(self, spec: WorkspaceSpec, runtime_name: str) -> None:
-        """See `Runtime.continue_on`."""
-        with self._called("continue_on", spec.workspace_id):
-            super().continue_on(spec, runtime_name)
-
-    def place(
-        self,
-        spec: WorkspaceSpec,
-        loader: SnapshotLoader,
-        snapshot: Snapshot,
-        *,
-        base: Snapshot | None = None,
-        token: str,
-        progress: ProgressCallback | None = None,
-    ) -> None:
-        """See `Runtime.place`."""
-        with self._called("place", spec.workspace_id):
-            super().place(spec, loader, snapshot, base=base, token=token, progress=progress)
-
-    def remove(self, workspace_id: str) -> None:
-        """See `Runtime.remove`."""
-        with self._called("remove", workspace_id):
-            super().remove(workspace_id)
-
-    def workspaces(self) -> list[str]:
-        """See `Runtime.workspaces`."""
-        with self._called("workspaces"):
-            return super().workspaces()
-
-    def sweep(self) -> list[str]:
-        """See `Runtime.sweep`."""
-        with self._called("sweep"):
-            return super().sweep()
-
-    def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
-        """See `Runtime.attach`."""
-        with self._called("attach", workspace_id):
-            super().attach(workspace_id, name, content)
-
-    def detach(self, workspace_id: str, name: str) -> None:
-        """See `Runtime.detach`."""
-        with self._called("detach", workspace_id):
-            super().detach(workspace_id, name)
-
-    def attachments(self, workspace_id: str) -> Mapping[str, Attachment]:
-        """See `Runtime.attachments`."""
-        with self._called("attachments", workspace_id):
-            return super().attachments(workspace_id)
-
-    def _is_running(self, workspace_id: str) -> bool:
-        return bool(_read_run(self._layout.folder(workspace_id)).get("is_running"))
-
-    def _name_of(self, workspace_id: str) -> str:
-        self._existing(workspace_id)
-        return workspace_id
+    create = _scripted(FolderRuntime.create)
+    continue_on = _scripted(FolderRuntime.continue_on)
+    place = _scripted(FolderRuntime.place)
+    remove = _scripted(FolderRuntime.remove)
+    workspaces = _scripted(FolderRuntime.workspaces)
+    sweep = _scripted(FolderRuntime.sweep)
+    attach = _scripted(FolderRuntime.attach)
+    detach = _scripted(FolderRuntime.detach)
+    attachments = _scripted(FolderRuntime.attachments)
 
     @contextmanager
     def _called(self, method: str, workspace_id: str = "") -> Iterator[None]:
@@ -285,12 +221,3 @@ class FakeRuntime(FolderRuntime):
 def _check_method(method: str) -> None:
     if method.startswith("_") or not callable(getattr(FakeRuntime, method, None)):
         raise ValueError(f"a runtime has no method {method!r}")
-
-
-def _read_run(folder: Folder) -> dict[str, Any]:
-    data = read_file(folder.run)
-    return {} if data is None else dict(json.loads(data))
-
-
-def _write_run(folder: Folder, run: Mapping[str, Any]) -> None:
-    replace_file(folder.run, json.dumps(run).encode())
