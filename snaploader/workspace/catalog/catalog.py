@@ -56,7 +56,7 @@ class Catalog:
         self._where = f"catalog {self.url}"
         self._is_closed = False
         self._connect_anew()
-        _fork_guard.add(self)
+        _catalogs.add(self)
 
     @classmethod
     def open(cls, address: str | os.PathLike[str]) -> Self:
@@ -131,9 +131,6 @@ class Catalog:
         Args:
             wait_s: How long to wait for it; 0: not at all; None: for ever.
             cancelled: Ends the waiting when set; the lock is not held then.
-
-        Raises:
-            Unavailable: PostgreSQL cannot be reached.
         """
         if self._locks is None:
             return contextlib.nullcontext(True)
@@ -176,7 +173,7 @@ class Catalog:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """A block that forks and `close` wait for."""
-        with _fork_guard.passed(), self._blocks.one():
+        with _all_blocks.one(), self._blocks.one():
             if self._is_closed:
                 raise FailedPrecondition(f"{self._where} is closed")
             yield
@@ -213,19 +210,14 @@ class Catalog:
         finally:
             # A child that was forked within the block leaves it too; the connection is its parent's.
             if os.getpid() == process:
-                _give_back(connection, is_wanted=self._engine.pool is pool)
-
-
-def _give_back(connection: Connection, *, is_wanted: bool) -> None:
-    """Give a connection back to its pool, or close it if that was done away with meanwhile."""
-    try:
-        if not is_wanted:
-            connection.invalidate()
-        connection.close()
-    except SQLAlchemyError:
-        # Rolling back failed since the database is gone, and what was not committed with it.
-        connection.invalidate()
-        connection.close()
+                try:
+                    if self._engine.pool is not pool:  # which was done away with meanwhile
+                        connection.invalidate()
+                    connection.close()
+                except SQLAlchemyError:
+                    # Rolling back failed since the database is gone, and what was not committed with it.
+                    connection.invalidate()
+                    connection.close()
 
 
 class _OpenBlocks:
@@ -267,55 +259,39 @@ class _OpenBlocks:
             self._changed.wait_for(lambda: self._count <= self.own, timeout_s)
 
     def begin_fork(self) -> None:
-        """Let no other thread open a block."""
+        """Let no other thread open a block, until `end_fork`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_forking)
             self._is_forking = True
 
     def end_fork(self) -> None:
-        """Let blocks be opened again."""
         with self._changed:
             self._is_forking = False
             self._changed.notify_all()
 
 
-class _ForkGuard:
-    """Keeps forks and blocks that use connections apart, in one process."""
-
-    def __init__(self) -> None:
-        self._catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
-        self._blocks = _OpenBlocks()
-
-    def add(self, catalog: Catalog) -> None:
-        """Tell `catalog` of forks for as long as it lives."""
-        self._catalogs.add(catalog)
-
-    def passed(self) -> AbstractContextManager[None]:
-        """A block during which other threads do not fork."""
-        return self._blocks.one()
-
-    def before_fork(self) -> None:
-        """Wait for open blocks, keep new ones from being opened, and close idle connections."""
-        self._blocks.begin_fork()
-        self._blocks.wait_for_none(_FORK_TIMEOUT_S)
-        for catalog in list(self._catalogs):
-            catalog.close_idle_connections()
-
-    def after_fork_in_parent(self) -> None:
-        """Let blocks be opened again."""
-        self._blocks.end_fork()
-
-    def after_fork_in_child(self) -> None:
-        """Begin anew, with the blocks of the one thread that is left."""
-        self._blocks = _OpenBlocks(self._blocks.own)
-        for catalog in list(self._catalogs):
-            catalog.forget_connections()
+_catalogs: weakref.WeakSet[Catalog] = weakref.WeakSet()
+_all_blocks = _OpenBlocks()
+"""Blocks of all catalogs, during which other threads do not fork."""
 
 
-_fork_guard = _ForkGuard()
+def _before_fork() -> None:
+    _all_blocks.begin_fork()
+    _all_blocks.wait_for_none(_FORK_TIMEOUT_S)
+    for catalog in list(_catalogs):
+        catalog.close_idle_connections()
+
+
+def _after_fork_in_child() -> None:
+    """Begin anew, with the blocks of the one thread that is left."""
+    global _all_blocks
+    _all_blocks = _OpenBlocks(_all_blocks.own)
+    for catalog in list(_catalogs):
+        catalog.forget_connections()
+
 
 os.register_at_fork(
-    before=_fork_guard.before_fork,
-    after_in_parent=_fork_guard.after_fork_in_parent,
-    after_in_child=_fork_guard.after_fork_in_child,
+    before=_before_fork,
+    after_in_parent=lambda: _all_blocks.end_fork(),
+    after_in_child=_after_fork_in_child,
 )

@@ -48,6 +48,7 @@ from snaploader.errors import (
 
 SQLITE = "sqlite"
 POSTGRESQL = "postgresql"
+T = TypeVar("T")
 
 _DRIVERS = {
     "sqlite": "sqlite",
@@ -56,8 +57,6 @@ _DRIVERS = {
     "postgresql": "postgresql+psycopg",
     "postgresql+psycopg": "postgresql+psycopg",
 }
-T = TypeVar("T")
-
 _SECRETS = {"password", "sslpassword", "oauth_client_secret"}
 """Parameters of a connection string that nobody else may read."""
 
@@ -117,11 +116,7 @@ _inherited: list[Connection] = []
 
 
 def parse_address(address: str | os.PathLike[str]) -> URL:
-    """Return the URL of a catalog; text that looks like no URL is a path.
-
-    Raises:
-        InvalidArgument: no such kind of database, no file named, or no URL. The message repeats no password.
-    """
+    """Return the URL of a catalog; text that looks like no URL is a path. No error repeats a password."""
     if not isinstance(address, str):
         return _of_file(os.fspath(address))
     scheme, is_url, _ = address.partition("://")
@@ -194,11 +189,7 @@ def _check_file(path: str | None) -> None:
 
 
 def make_engine(url: URL) -> Engine:
-    """Make an engine for the catalog's transactions; no connection is opened.
-
-    Raises:
-        FailedPrecondition: the database's driver is not installed.
-    """
+    """Make an engine for the catalog's transactions; no connection is opened."""
     if url.get_backend_name() == SQLITE:
         return _sqlite_engine(url)
     engine = _postgresql_engine(
@@ -234,12 +225,7 @@ def reading(engine: Engine) -> Connection:
 
 
 def prepare_database(engine: Engine) -> None:
-    """Create an SQLite file that is not there, readable by its owner alone, and switch it to WAL mode.
-
-    Raises:
-        NotFound: its folder is not there.
-        FailedPrecondition: its file system cannot share memory between processes.
-    """
+    """Create an SQLite file that is not there, readable by its owner alone, and switch it to WAL mode."""
     if engine.dialect.name != SQLITE:
         return
     if not (_is_uri(engine.url) and engine.url.query.get("mode") in _NEVER_CREATED):
@@ -297,11 +283,7 @@ def _sqlite_engine(url: URL) -> Engine:
 
 
 def when_free(work: Callable[[], T]) -> T:
-    """Do `work` once no other connection of SQLite is in its way; DeadlineExceeded after 30 s.
-
-    Args:
-        work: One statement, which has done nothing when it is refused.
-    """
+    """Do `work`, one statement, once no other connection of SQLite is in its way, for 30 s at most."""
     give_up_at = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
@@ -346,16 +328,10 @@ def advisory_lock(
     wait_s: float | None,
     cancelled: threading.Event | None = None,
 ) -> Iterator[bool]:
-    """Hold the lock of that name in the database of `engine`; the block is told whether it is held.
-
-    Waiting ones are served in the order in which they came. Not reentrant.
-
-    Args:
-        where: Names the catalog in errors.
-        wait_s: How long to wait; 0: not at all; None: for ever.
-        cancelled: Ends the waiting when set.
-    """
-    key = _key(name)
+    """See `Catalog.lock`. Waiting ones are served in the order in which they came."""
+    # Two names that share 64 bits of a hash merely wait for each other.
+    digest = hashlib.blake2b(f"snaploader workspace {name}".encode(), digest_size=8).digest()
+    key = int.from_bytes(digest, "big", signed=True)
     process = os.getpid()
     with translate_database_errors(where):
         connection = engine.connect()
@@ -364,19 +340,17 @@ def advisory_lock(
             held = _acquire(connection, key, wait_s, cancelled)
         yield held
         if held and os.getpid() == process:
-            _release(connection, key, name)
+            try:
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
+            except exc.SQLAlchemyError:
+                # The connection is gone, and the lock with it. Its holder finds out by the operation's token.
+                _log.warning("the database let go of the lock of %s before its time", name, exc_info=True)
     finally:
         if os.getpid() == process:
             connection.close()
         else:
             # A forked child speaks on its parent's connection neither now nor by its destructor.
             _inherited.append(connection)
-
-
-def _key(name: str) -> int:
-    """64 bits of a hash: two names that share them merely wait for each other."""
-    digest = hashlib.blake2b(f"snaploader workspace {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
 
 
 def _acquire(
@@ -404,14 +378,6 @@ def _wait(connection: Connection, key: int, timeout_s: float) -> bool:
             raise
         return False
     return True
-
-
-def _release(connection: Connection, key: int, name: str) -> None:
-    try:
-        connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
-    except exc.SQLAlchemyError:
-        # The connection is gone, and the lock with it. Whoever held it finds out by the operation's token.
-        _log.warning("the database let go of the lock of %s before its time", name, exc_info=True)
 
 
 _SQLITE: dict[int, type[SnaploaderError]] = {
@@ -501,11 +467,7 @@ _ADVICE: dict[type[SnaploaderError], str] = {
 
 @contextmanager
 def translate_database_errors(where: str) -> Iterator[None]:
-    """Raise typed errors, chained, for every error of a database that leaves the block.
-
-    Args:
-        where: Which catalog, as in "catalog sqlite:////var/lib/catalog.db".
-    """
+    """Raise typed errors, chained, for every error of a database that leaves the block, about `where`."""
     try:
         yield
     except exc.SQLAlchemyError as error:
@@ -539,11 +501,7 @@ def from_database_error(error: exc.SQLAlchemyError, where: str) -> SnaploaderErr
 def _is_busy(error: BaseException) -> bool:
     """Whether SQLite refused because another connection holds the database."""
     found = error.orig if isinstance(error, exc.DBAPIError) else error
-    return isinstance(found, sqlite3.Error) and _primary_code(found) in {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_PROTOCOL,
-    }
+    return isinstance(found, sqlite3.Error) and _SQLITE.get(_code(found) & 0xFF) is DeadlineExceeded
 
 
 def _typed(
@@ -554,18 +512,14 @@ def _typed(
 
 
 def _from_sqlite(error: sqlite3.Error, where: str, reason: str) -> SnaploaderError:
-    if _primary_code(error) != sqlite3.SQLITE_IOERR:
-        return _typed(_SQLITE.get(_primary_code(error), Internal), where, reason)
+    if _code(error) & 0xFF != sqlite3.SQLITE_IOERR:
+        return _typed(_SQLITE.get(_code(error) & 0xFF, Internal), where, reason)
     if _code(error) in _SQLITE_CANNOT_WRITE:
         advice = "the catalog could not be written: make room on its disk, or look at the disk"
         return _typed(ResourceExhausted, where, reason, advice)
     if _code(error) in _SQLITE_READ_WRONG:
         return _typed(DataLoss, where, reason)
     return _typed(Unavailable, where, reason, "look at its disk, and try again")
-
-
-def _primary_code(error: BaseException) -> int:
-    return _code(error) & 0xFF
 
 
 def _code(error: BaseException) -> int:

@@ -28,10 +28,6 @@ from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 MAX_EVENTS = 1000
 """Most events of one listing, unless told otherwise."""
 
-_VERSIONS = select(tables.versions, tables.snapshots.c.runtime_name, tables.snapshots.c.source).join(
-    tables.snapshots
-)
-"""All versions. Those whose snapshot is not complete are left out when they are listed."""
 _UNFINISHED = (SnapshotStatus.PENDING, SnapshotStatus.DELETING, SnapshotStatus.ORPHANED)
 
 
@@ -66,10 +62,8 @@ class Reader:
 
     def workspace(self, workspace_id: str) -> Workspace:
         """Return the workspace of that id, even when it was deleted. NotFound when there never was one."""
-        row = self._first(select(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
-        if row is None:
-            raise NotFound(f"there is no workspace {workspace_id!r}")
-        return tables.workspace_of(row)
+        query = select(tables.workspaces).where(tables.workspaces.c.id == workspace_id)
+        return tables.workspace_of(self._known(query, f"workspace {workspace_id!r}"))
 
     def workspaces(
         self,
@@ -127,10 +121,8 @@ class Reader:
 
     def snapshot(self, name: str) -> SnapshotRecord:
         """Return the snapshot of that name, whatever its status. NotFound when there is none."""
-        row = self._first(select(tables.snapshots).where(tables.snapshots.c.name == name))
-        if row is None:
-            raise NotFound(f"there is no snapshot {name!r} in the catalog")
-        return tables.snapshot_of(row)
+        query = select(tables.snapshots).where(tables.snapshots.c.name == name)
+        return tables.snapshot_of(self._known(query, f"snapshot {name!r} in the catalog"))
 
     def snapshots(
         self, workspace_id: str, *, statuses: Collection[SnapshotStatus] = (SnapshotStatus.COMPLETE,)
@@ -213,9 +205,7 @@ class Reader:
 
     def policy(self, name: str = DEFAULT_POLICY) -> Policy:
         """Return the policy of that name; the default one always exists. NotFound when there is none."""
-        row = self._first(select(tables.policies).where(tables.policies.c.name == name))
-        if row is None:
-            raise NotFound(f"there is no policy {name!r}")
+        row = self._known(select(tables.policies).where(tables.policies.c.name == name), f"policy {name!r}")
         return Policy.from_mapping(row.name, row.settings)
 
     def policies(self) -> list[Policy]:
@@ -245,14 +235,21 @@ class Reader:
     def _first(self, query: Executable) -> Row[Any] | None:
         return next(iter(self._all(query)), None)
 
+    def _known(self, query: Executable, what: str) -> Row[Any]:
+        row = self._first(query)
+        if row is None:
+            raise NotFound(f"there is no {what}")
+        return row
+
     def _guarded(self) -> AbstractContextManager[None]:
         return translate_database_errors(self._where)
 
 
 def _versions_of(workspace_id: str) -> Select[Any]:
-    return _VERSIONS.where(
-        tables.versions.c.workspace_id == workspace_id,
-        tables.snapshots.c.status == SnapshotStatus.COMPLETE,
+    snapshots = tables.snapshots.c
+    versions = select(tables.versions, snapshots.runtime_name, snapshots.source).join(tables.snapshots)
+    return versions.where(
+        tables.versions.c.workspace_id == workspace_id, snapshots.status == SnapshotStatus.COMPLETE
     )
 
 

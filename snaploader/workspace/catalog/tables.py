@@ -1,7 +1,8 @@
 """The tables of the catalog as the newest migration leaves them, and what their columns and rows mean.
 
-Types of columns make values the same on every database, and check them on the way in; functions turn rows
-into the values of `snaploader.workspace.model` and back. docs/formats/catalog.md describes the tables.
+Types of columns make values the same on every database, and raise InvalidArgument for those that it cannot
+keep; functions turn rows into the values of `snaploader.workspace.model` and back. docs/formats/catalog.md
+describes the tables.
 """
 
 from __future__ import annotations
@@ -69,7 +70,6 @@ class Moment(TypeDecorator[datetime]):
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
-        """Microseconds. InvalidArgument for a time without a zone."""
         if value is None:
             return None
         if value.tzinfo is None:
@@ -77,18 +77,16 @@ class Moment(TypeDecorator[datetime]):
         return (value - _EPOCH) // _MICROSECOND
 
     def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """An aware time in UTC."""
         return None if value is None else _EPOCH + value * _MICROSECOND
 
 
 class Prose(TypeDecorator[str]):
-    """Any text that every database can hold."""
+    """Any text that every database can hold: without a zero byte or half a surrogate pair."""
 
     impl = Text
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """The text. InvalidArgument for one with a zero byte or half a surrogate pair."""
         if value is None:
             return None
         if not isinstance(value, str):
@@ -108,11 +106,10 @@ class Word(Prose):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Text; PostgreSQL sorts it as people of the database's language do, unless told otherwise."""
+        # PostgreSQL sorts text as people of the database's language do, unless told otherwise.
         return Text(collation="C") if dialect.name == "postgresql" else Text()
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """The text. InvalidArgument as for `Prose`, and when it is too long."""
         word = super().process_bind_param(value, dialect)
         if word is not None and len(word) > MAX_WORD_LENGTH:
             raise InvalidArgument(
@@ -127,11 +124,9 @@ class OptionalWord(Word):
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        """None for empty text."""
         return super().process_bind_param(value or None, dialect)
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> str:
-        """Empty text for NULL."""
         return value or ""
 
 
@@ -146,7 +141,6 @@ class Choice(TypeDecorator[E], Generic[E]):
         self.enumeration = enumeration
 
     def process_bind_param(self, value: E | None, dialect: Dialect) -> str | None:
-        """Its text. InvalidArgument when it is none of the enumeration."""
         if value is None:
             return None
         try:
@@ -155,7 +149,6 @@ class Choice(TypeDecorator[E], Generic[E]):
             raise InvalidArgument(f"{value!r} is no {self.enumeration.__name__}") from None
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> E | None:
-        """The value of that text."""
         return None if value is None else self.enumeration(value)
 
 
@@ -166,7 +159,6 @@ class Document(TypeDecorator[Mapping[str, Any]]):
     cache_ok = True
 
     def process_bind_param(self, value: Mapping[str, Any] | None, dialect: Dialect) -> str | None:
-        """JSON. InvalidArgument for what JSON does not know."""
         if value is None:
             return None
         try:
@@ -175,7 +167,6 @@ class Document(TypeDecorator[Mapping[str, Any]]):
             raise InvalidArgument(f"this cannot be written as JSON: {error}") from error
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Mapping[str, Any] | None:
-        """The object as a dict."""
         return None if value is None else json.loads(value)
 
 

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Connection,
     Executable,
     Row,
+    Select,
     Table,
     bindparam,
     delete,
@@ -119,14 +120,11 @@ class Transaction(Reader):
 
     def lock_workspace(self, workspace_id: str) -> Workspace:
         """Return a workspace that nobody else changes until the block ends."""
-        if workspace_id in self._locked:
-            return self._locked[workspace_id]
-        table = tables.workspaces
-        row = self._first(select(table).where(table.c.id == workspace_id).with_for_update())
-        if row is None:
-            raise NotFound(f"there is no workspace {workspace_id!r}")
-        workspace = self._locked[workspace_id] = tables.workspace_of(row)
-        return workspace
+        if workspace_id not in self._locked:
+            query = select(tables.workspaces).where(tables.workspaces.c.id == workspace_id).with_for_update()
+            row = self._known(query, f"workspace {workspace_id!r}")
+            self._locked[workspace_id] = tables.workspace_of(row)
+        return self._locked[workspace_id]
 
     def add_workspace(self, workspace: Workspace) -> None:
         """Add a workspace. FailedPrecondition: its id was used before, or its slot is another's."""
@@ -336,9 +334,7 @@ class Transaction(Reader):
         if status is RunStatus.RUNNING:
             raise InvalidArgument("a run ends as succeeded or failed")
         table = tables.runs
-        row = self._first(select(table.c.workspace_id).where(table.c.id == run_id))
-        if row is None:
-            raise NotFound(f"there is no run {run_id}")
+        row = self._known(select(table.c.workspace_id).where(table.c.id == run_id), f"run {run_id}")
         self.lock_workspace(row.workspace_id)
         changes = {"status": status, "completed_at": completed_at, "error": error}
         running = update(table).where(table.c.id == run_id, table.c.status == RunStatus.RUNNING)
@@ -361,7 +357,7 @@ class Transaction(Reader):
         settings = policy.to_mapping()
         if Policy.from_mapping(policy.name, settings) != policy:
             raise InvalidArgument(f"a duration of policy {policy.name!r} cannot be kept to the microsecond")
-        before = self._locked_policy(policy.name)
+        before = self._first(_locking_policy(policy.name))
         self._upsert(tables.policies, {"name": policy.name, "settings": settings}, key="name")
         self._touched_policies.add(policy.name)
         if before is not None:
@@ -394,8 +390,7 @@ class Transaction(Reader):
         """
         if name == DEFAULT_POLICY:
             raise FailedPrecondition(f"policy {name!r} exists always: change it instead")
-        if self._locked_policy(name) is None:
-            raise NotFound(f"there is no policy {name!r}")
+        self._known(_locking_policy(name), f"policy {name!r}")
         table = tables.workspaces
         deleted = table.c.state == WorkspaceState.DELETED
         follower = self._first(select(table.c.id).where(table.c.policy == name, ~deleted).limit(1))
@@ -540,14 +535,11 @@ class Transaction(Reader):
             f"workspace id {workspace.id!r} was used before, {used}: ids are never used again, choose another"
         )
 
-    def _locked_policy(self, name: str) -> Row[Any] | None:
-        return self._first(select(tables.policies).where(tables.policies.c.name == name).with_for_update())
-
     def _use_policy(self, name: str) -> None:
         # Shared with others who use it: who changes it waits, and then sees this workspace.
         policy = select(tables.policies.c.name).where(tables.policies.c.name == name)
-        if self._first(policy.with_for_update(read=True)) is None:
-            raise NotFound(f"there is no policy {name!r}: add it first, or use {DEFAULT_POLICY!r}")
+        missing = f"policy {name!r}: add it first, or use {DEFAULT_POLICY!r}"
+        self._known(policy.with_for_update(read=True), missing)
 
     def _use_owner(self, name: str) -> None:
         if not name:
@@ -611,6 +603,10 @@ class Transaction(Reader):
         except SnaploaderError as error:
             self._refusal = error
             raise
+
+
+def _locking_policy(name: str) -> Select[Any]:
+    return select(tables.policies).where(tables.policies.c.name == name).with_for_update()
 
 
 def _renewed_deletion(
