@@ -63,14 +63,10 @@ class ByteBudget:
     @property
     def used_bytes(self) -> int:
         """The bytes that are granted now."""
-        with self._lock:
-            return self._used()
-
-    def _used(self) -> int:
-        return sum(share.size_bytes for share in self._shares if share.granted)
+        return sum(share.size_bytes for share in list(self._shares) if share.granted)
 
     def _grant(self) -> None:
-        used = self._used()
+        used = self.used_bytes
         for share in self._shares:
             if not share.granted:
                 if used and used + share.size_bytes > self._total:

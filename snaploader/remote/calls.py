@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 
@@ -83,16 +83,10 @@ class Recorder:
             return RemoteStatistics(dict(self._calls), dict(self._failed), **self._numbers)
 
 
-class Cancellable(Protocol):
-    """A call that can be ended from another thread."""
-
-    def cancel(self) -> bool: ...
-
-
 class StreamGuard:
     """Watches one stream; `touch` it at each message."""
 
-    def __init__(self, call: Cancellable) -> None:
+    def __init__(self, call: Any) -> None:
         self.call = call
         self.touched = time.monotonic()
         self.expired = False
@@ -122,7 +116,7 @@ class Watchdog:
         self._closed = False
 
     @contextmanager
-    def watch(self, call: Cancellable) -> Iterator[StreamGuard]:
+    def watch(self, call: Any) -> Iterator[StreamGuard]:
         """Watch a call while the block runs."""
         guard = StreamGuard(call)
         with self._condition:

@@ -38,11 +38,7 @@ class RemoteCapabilities:
     @property
     def message_limit_bytes(self) -> int:
         """The biggest request worth trying."""
-        return (
-            min(self.max_batch_bytes, MESSAGE_LIMIT_BYTES)
-            if self.max_batch_bytes > 0
-            else MESSAGE_LIMIT_BYTES
-        )
+        return min(self.max_batch_bytes or MESSAGE_LIMIT_BYTES, MESSAGE_LIMIT_BYTES)
 
 
 def negotiate(
@@ -69,9 +65,9 @@ def negotiate(
             f" version {_API_MAJOR} is needed"
         )
     cache = server.cache_capabilities
-    known = {function.value for function in DigestFunction}
-    offered = frozenset(DigestFunction(value) for value in cache.digest_functions if value in known)
-    if not cache.digest_functions:
+    named = set(cache.digest_functions)
+    offered = frozenset(function for function in DigestFunction if function.value in named)
+    if not named:
         offered = frozenset((DigestFunction.SHA256,))
     zstd = compression and reapi.Compressor.ZSTD in cache.supported_compressors
     return RemoteCapabilities(

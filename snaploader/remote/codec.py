@@ -11,6 +11,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from typing import IO, NamedTuple, cast
 
 import zstandard
@@ -23,21 +24,15 @@ from snaploader.formats.digests import varint
 
 def read_name(instance_name: str, digest: Digest, *, zstd: bool = False) -> str:
     """Return the name under which a blob is read; with `zstd`, its compressed form."""
-    return _join(instance_name, _blob(digest, zstd=zstd))
+    kind = "compressed-blobs/zstd" if zstd else "blobs"
+    name = f"{kind}/{digest.function.resource_name_part}{digest.hash}/{digest.size_bytes}"
+    return f"{instance_name}/{name}" if instance_name else name
 
 
 def upload_name(instance_name: str, digest: Digest, *, zstd: bool = False) -> str:
     """Return a name to write a blob under, a new one at every call: it identifies one upload."""
-    return _join(instance_name, f"uploads/{uuid.uuid4()}/{_blob(digest, zstd=zstd)}")
-
-
-def _blob(digest: Digest, *, zstd: bool) -> str:
-    kind = "compressed-blobs/zstd" if zstd else "blobs"
-    return f"{kind}/{digest.function.resource_name_part}{digest.hash}/{digest.size_bytes}"
-
-
-def _join(instance_name: str, name: str) -> str:
-    return f"{instance_name}/{name}" if instance_name else name
+    upload = f"uploads/{uuid.uuid4()}"
+    return read_name(f"{instance_name}/{upload}" if instance_name else upload, digest, zstd=zstd)
 
 
 _RESERVED = frozenset(
@@ -62,27 +57,34 @@ MIN_BYTES = 256
 
 _WINDOW_LIMIT_BYTES = 128 * 1024 * 1024
 _OUTPUT_BYTES = 1024 * 1024
-_local = threading.local()
-"""A compressor and a decompressor for each thread: they are costly to make, and not thread-safe."""
+
+
+class _Local(threading.local):
+    """A compressor and a decompressor for each thread: they are costly to make, and not thread-safe."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self.decompressor = _new_decompressor()
+
+
+def _new_decompressor() -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
+
+
+_local = _Local()
 
 
 def compress(data: Buffer) -> bytes | None:
     """Compress to one zstd frame; None when that is not smaller. Releases the GIL."""
     if len(data) < MIN_BYTES:
         return None
-    compressor = getattr(_local, "compressor", None)
-    if compressor is None:
-        compressor = _local.compressor = zstandard.ZstdCompressor(level=LEVEL)
-    compressed = cast("bytes", compressor.compress(data))
+    compressed = _local.compressor.compress(data)
     return compressed if len(compressed) < len(data) else None
 
 
 def decompress(data: Buffer, size_bytes: int) -> bytes:
     """Decompress zstd frames whose content must have this size. DataLoss for any other, or no zstd."""
-    decompressor = getattr(_local, "decompressor", None)
-    if decompressor is None:
-        decompressor = _local.decompressor = _new_decompressor()
-    return b"".join(_decompress([data], size_bytes, decompressor))
+    return b"".join(_decompress([data], size_bytes, _local.decompressor))
 
 
 def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[bytes]:
@@ -109,11 +111,7 @@ def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator
     DataLoss as soon as there is more than that, at the end when there is less, or when it is no zstd; also
     when the stream is far longer than any compressor makes it, as a row of empty frames could go on for ever.
     """
-    yield from _decompress(compressed, size_bytes, _new_decompressor())
-
-
-def _new_decompressor() -> zstandard.ZstdDecompressor:
-    return zstandard.ZstdDecompressor(max_window_size=_WINDOW_LIMIT_BYTES)
+    return _decompress(compressed, size_bytes, _new_decompressor())
 
 
 def _decompress(
@@ -158,23 +156,6 @@ class _Pieces:
         return taken
 
 
-def load(upload: Upload) -> Buffer:
-    """Read the whole content, verified if it was not before. DataLoss when it does not have the digest."""
-    digest = upload.digest
-    if isinstance(upload.source, str | os.PathLike):
-        path = os.fspath(upload.source)
-        with translate_os_errors(f"cannot read {path!r} for upload"), open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            _check_size(digest, size, path)
-            data: Buffer = file.read()
-    else:
-        data = memoryview(upload.source).cast("B")
-    _check_size(digest, len(data), upload.source)
-    if not upload.verified and digest.function.hash(data) != digest.hash:
-        raise _mismatch(digest, upload.source)
-    return data
-
-
 class Content:
     """Content that is read in pieces, from any offset, more than once, by one thread at a time.
 
@@ -187,26 +168,27 @@ class Content:
 
     def __init__(self, upload: Upload) -> None:
         self._digest = upload.digest
-        self._source = upload.source
         self._lock = threading.Lock()
         self._closed = False
         self._hasher = None if upload.verified else upload.digest.function.hasher()
-        self._read_bytes = 0
+        self.read_bytes = 0
+        """How far the content was read."""
         self._fd = -1
         self._view = memoryview(b"")
-        if isinstance(self._source, str | os.PathLike):
-            path = os.fspath(self._source)
-            with translate_os_errors(f"cannot read {path!r} for upload"):
-                self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if isinstance(upload.source, str | os.PathLike):
+            self._name = repr(os.fspath(upload.source))
+            with translate_os_errors(f"cannot read {self._name} for upload"):
+                self._fd = os.open(upload.source, os.O_RDONLY | os.O_CLOEXEC)
                 size = os.fstat(self._fd).st_size
         else:
-            self._view = memoryview(self._source).cast("B")
+            self._name = "the data given"
+            self._view = memoryview(upload.source).cast("B")
             size = len(self._view)
-        try:
-            _check_size(self._digest, size, self._source)
-        except DataLoss:
+        if size != self._digest.size_bytes:
             self.close()
-            raise
+            raise DataLoss(
+                f"{self._name} has {size} bytes, not those of digest {self._digest}; nothing was stored"
+            )
 
     def pieces(self, offset: int, piece_bytes: int) -> Iterator[Buffer]:
         """Give the content from `offset` on. DataLoss, before the last piece, when the hash is wrong."""
@@ -228,43 +210,25 @@ class Content:
                 os.close(self._fd)
                 self._fd = -1
 
-    @property
-    def read_bytes(self) -> int:
-        """How far the content was read."""
-        return self._read_bytes
-
     def _piece(self, offset: int, length: int) -> Buffer:
         if self._fd < 0:
             return self._view[offset : offset + length]
-        with translate_os_errors(f"cannot read {self._source!r} for upload"):
+        with translate_os_errors(f"cannot read {self._name} for upload"):
             piece = os.pread(self._fd, length, offset)
         if not piece:
-            raise DataLoss(f"{self._source!r} became shorter while it was uploaded")
+            raise DataLoss(f"{self._name} became shorter while it was uploaded")
         return piece
 
     def _check(self, offset: int, piece: Buffer) -> None:
         end = offset + len(piece)
-        if not offset <= self._read_bytes < end:
+        if not offset <= self.read_bytes < end:
             return
         if self._hasher is not None:
-            self._hasher.update(memoryview(piece)[self._read_bytes - offset :])
+            self._hasher.update(memoryview(piece)[self.read_bytes - offset :])
             if end == self._digest.size_bytes and self._hasher.hexdigest() != self._digest.hash:
-                self._read_bytes, self._hasher = 0, self._digest.function.hasher()
-                raise _mismatch(self._digest, self._source)
-        self._read_bytes = end
-
-
-def _check_size(digest: Digest, size: int, source: object) -> None:
-    if size != digest.size_bytes:
-        raise DataLoss(f"{_name(source)} has {size} bytes, not those of digest {digest}; nothing was stored")
-
-
-def _mismatch(digest: Digest, source: object) -> DataLoss:
-    return DataLoss(f"{_name(source)} does not have digest {digest}; nothing was stored")
-
-
-def _name(source: object) -> str:
-    return repr(source) if isinstance(source, str | os.PathLike) else "the data given"
+                self.read_bytes, self._hasher = 0, self._digest.function.hasher()
+                raise DataLoss(f"{self._name} does not have digest {self._digest}; nothing was stored")
+        self.read_bytes = end
 
 
 class Item(NamedTuple):
@@ -279,13 +243,14 @@ class Item(NamedTuple):
 
     @property
     def digest(self) -> Digest:
-        """The blob's digest."""
         return self.upload.digest
 
     @classmethod
     def of(cls, upload: Upload, *, zstd: bool) -> Item:
-        """Load an upload and compress it, where that is wanted and helps. DataLoss as `load`."""
-        data = load(upload)
+        """Load an upload, and compress it where that is wanted and helps. DataLoss as `Content`."""
+        with closing(Content(upload)) as content:
+            pieces = list(content.pieces(0, upload.digest.size_bytes))
+        data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         compressed = compress(data) if zstd else None
         return cls(upload, data if compressed is None else compressed, compressed is not None)
 

@@ -1,69 +1,47 @@
 """gRPC statuses become typed errors here, and nowhere else.
 
-    UNAVAILABLE, ABORTED              Unavailable         transient
-    DEADLINE_EXCEEDED                 DeadlineExceeded    transient
-    RESOURCE_EXHAUSTED                ResourceExhausted   transient, unless a message was too large
-    INTERNAL, UNKNOWN                 Internal            transient
-    CANCELLED                         Cancelled           transient, unless the cancelling was ours
-    UNAUTHENTICATED                   Unauthenticated     after a refresh of the credentials, once
-    DATA_LOSS                         DataLoss
-    NOT_FOUND                         NotFound
-    INVALID_ARGUMENT, OUT_OF_RANGE    InvalidArgument
-    FAILED_PRECONDITION, ALREADY_EXISTS   FailedPrecondition
-    PERMISSION_DENIED                 PermissionDenied
-    UNIMPLEMENTED                     Unimplemented
-
 The status itself stays reachable through the error's `__cause__`, for `code_of` and its siblings.
 """
 
 from __future__ import annotations
 
+import re
 from typing import cast
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from snaploader import errors
 from snaploader._proto import duration_pb2, status_pb2
-from snaploader.errors import (
-    Cancelled,
-    DataLoss,
-    DeadlineExceeded,
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    NotFound,
-    PermissionDenied,
-    ResourceExhausted,
-    SnaploaderError,
-    Unauthenticated,
-    Unavailable,
-    Unimplemented,
-)
+from snaploader.errors import SnaploaderError
 
 Code = grpc.StatusCode
 
 _ERRORS: dict[grpc.StatusCode, tuple[type[SnaploaderError], bool]] = {
-    Code.UNAVAILABLE: (Unavailable, True),
-    Code.ABORTED: (Unavailable, True),
-    Code.DEADLINE_EXCEEDED: (DeadlineExceeded, True),
-    Code.RESOURCE_EXHAUSTED: (ResourceExhausted, True),
-    Code.INTERNAL: (Internal, True),
-    Code.UNKNOWN: (Internal, True),
-    Code.CANCELLED: (Cancelled, True),
-    Code.UNAUTHENTICATED: (Unauthenticated, False),
-    Code.DATA_LOSS: (DataLoss, False),
-    Code.NOT_FOUND: (NotFound, False),
-    Code.INVALID_ARGUMENT: (InvalidArgument, False),
-    Code.OUT_OF_RANGE: (InvalidArgument, False),
-    Code.FAILED_PRECONDITION: (FailedPrecondition, False),
-    Code.ALREADY_EXISTS: (FailedPrecondition, False),
-    Code.PERMISSION_DENIED: (PermissionDenied, False),
-    Code.UNIMPLEMENTED: (Unimplemented, False),
+    Code.UNAVAILABLE: (errors.Unavailable, True),
+    Code.ABORTED: (errors.Unavailable, True),
+    Code.DEADLINE_EXCEEDED: (errors.DeadlineExceeded, True),
+    Code.RESOURCE_EXHAUSTED: (errors.ResourceExhausted, True),  # unless a message was too large
+    Code.INTERNAL: (errors.Internal, True),
+    Code.UNKNOWN: (errors.Internal, True),
+    Code.CANCELLED: (errors.Cancelled, True),  # the server's cancelling, not ours
+    Code.UNAUTHENTICATED: (errors.Unauthenticated, False),  # but once, when credentials could be renewed
+    Code.DATA_LOSS: (errors.DataLoss, False),
+    Code.NOT_FOUND: (errors.NotFound, False),
+    Code.INVALID_ARGUMENT: (errors.InvalidArgument, False),
+    Code.OUT_OF_RANGE: (errors.InvalidArgument, False),
+    Code.FAILED_PRECONDITION: (errors.FailedPrecondition, False),
+    Code.ALREADY_EXISTS: (errors.FailedPrecondition, False),
+    Code.PERMISSION_DENIED: (errors.PermissionDenied, False),
+    Code.UNIMPLEMENTED: (errors.Unimplemented, False),
 }
+"""The kind of each code, and whether it is transient."""
+
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 _MAX_DETAILS = 1000
 _DETAILS_KEY = "grpc-status-details-bin"
 _RETRY_INFO = "/google.rpc.RetryInfo"
+_TOO_LARGE = re.compile("larger than max|too large|exceeds maximum", re.IGNORECASE)
 
 
 class MessageStatus(Exception):
@@ -90,8 +68,8 @@ def from_message(status: status_pb2.Status, what: str) -> SnaploaderError:
 
 
 def _typed(code: grpc.StatusCode, details: str, what: str, cause: Exception) -> SnaploaderError:
-    kind, transient = _ERRORS.get(code, (Internal, False))
-    if code is Code.RESOURCE_EXHAUSTED and _says_too_large(details):
+    kind, transient = _ERRORS.get(code, (errors.Internal, False))
+    if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE.search(details):
         transient = False
     shown = details if len(details) <= _MAX_DETAILS else details[:_MAX_DETAILS] + "…"
     typed = kind(f"{what} failed: {shown or 'no reason given'} ({code.name})", transient=transient)
@@ -123,11 +101,6 @@ def is_too_large(error: BaseException) -> bool:
     if code is Code.RESOURCE_EXHAUSTED:
         return isinstance(error, SnaploaderError) and not error.transient
     return code in (Code.INVALID_ARGUMENT, Code.OUT_OF_RANGE)
-
-
-def _says_too_large(details: str) -> bool:
-    lowered = details.lower()
-    return "larger than max" in lowered or "too large" in lowered or "exceeds maximum" in lowered
 
 
 def retry_after_s(error: BaseException) -> float | None:
