@@ -20,11 +20,9 @@ from snaploader.errors import (
 )
 from snaploader.remote.config import PEM, Endpoint, Limits, Timeouts, TLSConfig
 
-_MAX_RECONNECT_MS = 5_000
 
-
-def channel_options(timeouts: Timeouts, limits: Limits, server_name: str = "") -> list[tuple[str, str | int]]:
-    """Return gRPC's channel arguments."""
+def open_channel(endpoint: Endpoint, tls: TLSConfig, timeouts: Timeouts, limits: Limits) -> grpc.Channel:
+    """Make a channel, which connects at its first call. InvalidArgument for unusable certificates."""
     options: list[tuple[str, str | int]] = [
         ("grpc.primary_user_agent", f"snaploader/{__version__}"),
         ("grpc.max_send_message_length", -1),
@@ -35,7 +33,7 @@ def channel_options(timeouts: Timeouts, limits: Limits, server_name: str = "") -
         ("grpc.enable_http_proxy", 0),  # would read environment variables
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", int(timeouts.connect_s * 1000)),
-        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
     if timeouts.keepalive_s:
         interval_ms = int(timeouts.keepalive_s * 1000)
@@ -44,16 +42,10 @@ def channel_options(timeouts: Timeouts, limits: Limits, server_name: str = "") -
             ("grpc.keepalive_timeout_ms", interval_ms),
             ("grpc.keepalive_permit_without_calls", 0),
         ]
-    if server_name:
-        options += [("grpc.ssl_target_name_override", server_name), ("grpc.default_authority", server_name)]
-    return options
-
-
-def open_channel(endpoint: Endpoint, tls: TLSConfig, timeouts: Timeouts, limits: Limits) -> grpc.Channel:
-    """Make a channel, which connects at its first call. InvalidArgument for unusable certificates."""
-    options = channel_options(timeouts, limits, tls.server_name if endpoint.secure else "")
     if not endpoint.secure:
         return grpc.insecure_channel(endpoint.target, options)
+    if name := tls.server_name:
+        options += [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)]
     credentials = grpc.ssl_channel_credentials(
         root_certificates=_pem(tls.certificate, "the TLS certificate"),
         private_key=_pem(tls.client_key, "the TLS client key"),

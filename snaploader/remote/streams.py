@@ -8,13 +8,7 @@ from contextlib import closing
 from snaploader._proto import bytestream_pb2
 from snaploader.blobstore import TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
-from snaploader.errors import (
-    Cancelled,
-    DataLoss,
-    Internal,
-    InvalidArgument,
-    SnaploaderError,
-)
+from snaploader.errors import Cancelled, DataLoss, Internal, InvalidArgument, SnaploaderError
 from snaploader.remote.calls import Caller
 from snaploader.remote.codec import (
     MIN_BYTES,
@@ -85,7 +79,6 @@ class _Download:
         self._write = write
         self._hasher = digest.function.hasher()
         self._received = 0
-        self._wire_bytes = 0
 
     def attempt(self, attempts: Attempts) -> None:
         # A broken compressed stream goes on uncompressed: servers differ in whether they heed an
@@ -99,7 +92,6 @@ class _Download:
             resource_name=read_name(self._caller.instance_name, self._digest, zstd=zstd),
             read_offset=self._received,
         )
-        self._wire_bytes = 0
         with closing(self._caller.transport.receive("Read", request, attempts)) as messages:
             wire = self._counted(messages)
             pieces: Iterator[Buffer] = decompress_frames(wire, self._digest.size_bytes) if zstd else wire
@@ -111,14 +103,17 @@ class _Download:
                     raise
                 self._caller.recorder.add(corrupted=1)
                 raise DataLoss(f"blob {self._digest} came damaged from the server: {error}") from error
-            finally:
-                self._caller.recorder.add(wire_bytes_read=self._wire_bytes)
-        self._finish()
+        if self._received != self._digest.size_bytes:
+            raise DataLoss(
+                f"the server ended the stream of blob {self._digest} after {self._received} bytes",
+                transient=True,
+            )
+        self._caller.recorder.add(blobs_read=1, content_bytes_read=self._received)
 
     def _counted(self, messages: Generator[bytestream_pb2.ReadResponse, None, None]) -> Iterator[Buffer]:
         for message in messages:
             if message.data:
-                self._wire_bytes += len(message.data)
+                self._caller.recorder.add(wire_bytes_read=len(message.data))
                 yield message.data
 
     def _take(self, piece: Buffer, attempts: Attempts) -> None:
@@ -131,14 +126,6 @@ class _Download:
         deliver(self._write, piece)
         self._received = received
         attempts.progressed()
-
-    def _finish(self) -> None:
-        if self._received != self._digest.size_bytes:
-            raise DataLoss(
-                f"the server ended the stream of blob {self._digest} after {self._received} bytes",
-                transient=True,
-            )
-        self._caller.recorder.add(blobs_read=1, content_bytes_read=self._received)
 
 
 class _Upload:
@@ -158,9 +145,11 @@ class _Upload:
         offset = self._resume_offset(attempts)
         if offset == self._digest.size_bytes:
             return
-        frames = self._frames(offset)
+        frame_bytes = self._caller.limits.stream_frame_bytes
+        pieces = self._content.pieces(offset, frame_bytes)
+        frames = _Frames(compress_frames(pieces, frame_bytes) if self._zstd else pieces)
         try:
-            response = self._caller.transport.send("Write", frames.requests(), attempts)
+            response = self._caller.transport.send("Write", frames.requests(self._name, offset), attempts)
         except SnaploaderError as error:
             if code_of(error) is Code.ALREADY_EXISTS:
                 self.was_present = True
@@ -173,17 +162,16 @@ class _Upload:
         finally:
             self.sent = frames.sent
             self._caller.recorder.add(wire_bytes_written=frames.sent)
-        self._check(response.committed_size)
+        size = self._digest.size_bytes
+        if response.committed_size not in ({size, -1, self.sent} if self._zstd else {size}):
+            raise Internal(
+                f"writing {self._digest} failed: the server kept {response.committed_size} bytes",
+                transient=True,
+            )
         self.was_present = not frames.all_sent
-
-    def _frames(self, offset: int) -> _Frames:
-        frame_bytes = self._caller.limits.stream_frame_bytes
-        pieces = self._content.pieces(offset, frame_bytes)
-        return _Frames(self._name, offset, compress_frames(pieces, frame_bytes) if self._zstd else pieces)
 
     def _resume_offset(self, attempts: Attempts) -> int:
         """Find out where to go on. Compressed uploads start again: servers differ about offsets into them."""
-        instance = self._caller.instance_name
         if self._name and not self._zstd:
             request = bytestream_pb2.QueryWriteStatusRequest(resource_name=self._name)
             try:
@@ -198,17 +186,8 @@ class _Upload:
                         self._committed = committed
                         attempts.progressed()
                     return committed
-        self._name = upload_name(instance, self._digest, zstd=self._zstd)
+        self._name = upload_name(self._caller.instance_name, self._digest, zstd=self._zstd)
         return 0
-
-    def _check(self, committed: int) -> None:
-        accepted = {self._digest.size_bytes}
-        if self._zstd:
-            accepted |= {-1, self.sent}
-        if committed not in accepted:
-            raise Internal(
-                f"writing {self._digest} failed: the server kept {committed} bytes", transient=True
-            )
 
 
 class _Frames:
@@ -218,16 +197,13 @@ class _Frames:
     has ended, when the next attempt is counting its own.
     """
 
-    def __init__(self, name: str, offset: int, frames: Iterator[Buffer]) -> None:
+    def __init__(self, frames: Iterator[Buffer]) -> None:
         self.sent = 0
         self.all_sent = False
-        self._name = name
-        self._offset = offset
         self._frames = frames
 
-    def requests(self) -> Iterator[bytes]:
-        """Give the messages, serialised."""
-        name, offset = self._name, self._offset
+    def requests(self, name: str, offset: int) -> Iterator[bytes]:
+        """Give the messages, serialised; only the first has a name."""
         frame = next(self._frames, None)
         while frame is not None:
             following = next(self._frames, None)
