@@ -166,12 +166,7 @@ class CredentialHelper:
 
     Runs `HELPER get` with `{"uri": …}` on its standard input and expects `{"headers": {name:
     [values…]}, "expires": RFC 3339 time}` on its standard output. The answer is kept until shortly
-    before it expires; without a time, until a server refuses it.
-
-    Args:
-        command: The program, found on PATH like any other.
-        uri: What it is asked for.
-        timeout_s: How long it may take.
+    before it expires; without a time, until a server refuses it. The program is found on PATH.
     """
 
     def __init__(self, command: str | os.PathLike[str], uri: str, timeout_s: float) -> None:
@@ -194,11 +189,10 @@ class CredentialHelper:
         return True
 
     def _run(self) -> tuple[Headers, float]:
-        question = json.dumps({"uri": self._uri}).encode()
         try:
             done = subprocess.run(
                 [self._command, "get"],
-                input=question,
+                input=json.dumps({"uri": self._uri}).encode(),
                 capture_output=True,
                 timeout=self._timeout_s,
                 check=False,

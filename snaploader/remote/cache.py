@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import operator
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
 from types import TracebackType
 from typing import Generic, Self, TypeVar
@@ -30,27 +28,18 @@ from snaploader.errors import (
 )
 from snaploader.formats.digests import DigestArray
 from snaploader.remote import streams
-from snaploader.remote.auth import (
-    Credentials,
-    Headers,
-    RequestMetadata,
-    checked_headers,
-    is_secret,
-    make_credentials,
-)
+from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
 from snaploader.remote.bulk import ByteBudget, Task, run_all
-from snaploader.remote.calls import Caller, Recorder, RemoteStatistics, Transport
+from snaploader.remote.calls import Caller, Recorder, RemoteStatistics, Settings, Transport
 from snaploader.remote.capabilities import (
     MESSAGE_LIMIT_BYTES,
     RemoteCapabilities,
     negotiate,
     without_capabilities,
 )
-from snaploader.remote.cas import CASClient, batches, distinct, function_field, to_message
-from snaploader.remote.channel import open_channel, tls_failure
+from snaploader.remote.cas import CASClient, batches, function_field, to_message
 from snaploader.remote.codec import instance_name_error
 from snaploader.remote.config import (
-    Endpoint,
     Limits,
     RetryCallback,
     RetryEvent,
@@ -65,13 +54,8 @@ from snaploader.workers import WorkerPool
 _DIGEST_BYTES = 80
 """A digest in a message, about."""
 
-_TLS_PROBE_S = 5.0
-"""Bounds finding out why a connection with TLS fails."""
-
 _inherited: list[Connection] = []
 """Connections of a parent process, kept so that gRPC's destructors do not run on them in a child."""
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -182,19 +166,19 @@ class RemoteCache:
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of `digests` that the server does not hold. It counts this as a use of the others."""
         connection, cas = self._connected()
-        groups: list[Sequence[Digest]] = []
+        by_function: dict[DigestFunction, Sequence[Digest]] = {}
         if isinstance(digests, DigestArray):
-            wanted = digests.take(digests.sizes > 0)
-            groups = [wanted] if len(wanted) else []
+            by_function[digests.function] = digests.take(digests.sizes > 0)
         else:
-            by_function: dict[DigestFunction, list[Digest]] = defaultdict(list)
-            for digest in distinct(digests):
-                by_function[digest.function].append(digest)
-            groups += by_function.values()
-        for group in groups:
-            cas.check(group[0])
+            wanted = dict.fromkeys(digest for digest in digests if digest.size_bytes)
+            for function in {digest.function: None for digest in wanted}:
+                by_function[function] = [digest for digest in wanted if digest.function is function]
         count = self._settings.limits.find_missing_digests
-        pages = [group[at : at + count] for group in groups for at in range(0, len(group), count)]
+        pages = [
+            group[at : at + count] for group in by_function.values() for at in range(0, len(group), count)
+        ]
+        for page in pages:
+            cas.check(page[0])
         if len(pages) <= 1:
             return cas.find_missing(pages[0], connection.cancellation) if pages else set()
         missing: list[set[Digest]] = []
@@ -244,7 +228,8 @@ class RemoteCache:
             for digest in wanted:
                 if not digest.size_bytes:
                     sink(digest, b"")
-            for group in batches(distinct(wanted), lambda digest: digest, cas.batch_limit, max_blobs):
+            filled = (digest for digest in wanted if digest.size_bytes)
+            for group in batches(filled, lambda digest: digest, cas.batch_limit, max_blobs):
                 yield sum(digest.size_bytes for digest in group), partial(cas.read, group, sink)
 
         with _sink_errors():
@@ -410,24 +395,6 @@ def _not_allowed(action_digest: Digest) -> SnaploaderError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Everything the user chose."""
-
-    endpoint: Endpoint
-    instance_name: str
-    headers: Headers
-    credentials: Credentials | None
-    tls: TLSConfig
-    timeouts: Timeouts
-    retry: RetryPolicy
-    limits: Limits
-    digest_function: DigestFunction | None
-    compression: bool
-    on_retry: RetryCallback | None
-    open_channel: Callable[[], grpc.Channel] | None
-
-
 class Connection:
     """One process's connection: the whole stack is put together here. Thread-safe."""
 
@@ -439,16 +406,7 @@ class Connection:
         self.budget = ByteBudget(settings.limits.in_flight_bytes)
         self._settings = settings
         self._recorder = recorder
-        self._is_open_to_others = not (settings.endpoint.secure or settings.endpoint.is_on_this_host)
-        self._may_warn = threading.Lock()  # taken by the one who does, and kept
-        self._transport = Transport(
-            settings.open_channel
-            or partial(open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits),
-            settings.timeouts,
-            self._headers,
-            recorder,
-            self._tls_failure,
-        )
+        self._transport = Transport(settings, recorder)
         self._cas = Once(self._make_client)
 
     @property
@@ -465,26 +423,6 @@ class Connection:
         self.cancellation.cancel()
         self._transport.close()
         self._pool.close()
-
-    def _headers(self) -> Headers:
-        credentials = self._settings.credentials
-        headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
-        if self._is_open_to_others and not self._may_warn.locked():
-            secrets = sorted({name for name, _ in headers if is_secret(name)})
-            if secrets and self._may_warn.acquire(blocking=False):
-                log.warning(
-                    "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
-                    "use a grpcs:// URL where the server offers TLS",
-                    ", ".join(secrets),
-                    self._settings.endpoint.url,
-                )
-        return headers
-
-    def _tls_failure(self) -> SnaploaderError | None:
-        settings = self._settings
-        if settings.open_channel is not None:
-            return None  # whatever it has for TLS
-        return tls_failure(settings.endpoint, settings.tls, min(_TLS_PROBE_S, settings.timeouts.connect_s))
 
     def _on_retry(self, event: RetryEvent) -> None:
         self._recorder.add(retries=1)
@@ -527,17 +465,14 @@ class Once(Generic[T]):
         """Return the value, made now if need be."""
         with self._lock:
             future = self._future
-            is_maker = future is None
             if future is None:
-                future = self._future = Future()
-        if not is_maker:
+                made = self._future = Future()
+        if future is not None:
             return future.result()
         try:
-            value = self._make()
-        except BaseException as error:
+            made.set_result(self._make())
+        except BaseException as error:  # noqa: BLE001 - raised below
             with self._lock:
                 self._future = None
-            future.set_exception(error)
-            raise
-        future.set_result(value)
-        return value
+            made.set_exception(error)
+        return made.result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -9,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
 
 from snaploader._proto import services
+from snaploader.digest import DigestFunction
 from snaploader.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -21,11 +24,14 @@ from snaploader.errors import (
     Unavailable,
     translate_thread_errors,
 )
-from snaploader.remote.auth import Headers
+from snaploader.remote.auth import Credentials, Headers, is_secret
 from snaploader.remote.capabilities import RemoteCapabilities
-from snaploader.remote.config import Limits, Timeouts
+from snaploader.remote.channel import open_channel, tls_failure
+from snaploader.remote.config import Endpoint, Limits, RetryCallback, RetryPolicy, Timeouts, TLSConfig
 from snaploader.remote.retry import Attempts, Cancellation, Retrier
 from snaploader.remote.status import from_rpc_error
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +163,9 @@ class Watchdog:
                 self._condition.wait(None if oldest is None else min(self._idle_s, oldest - limit))
 
 
+_TLS_PROBE_S = 5.0
+"""Bounds finding out why a connection with TLS fails."""
+
 _RAW = frozenset(("BatchUpdateBlobs", "Write"))
 """Methods whose requests come serialised (snaploader.remote.codec)."""
 
@@ -165,39 +174,47 @@ _DISCONNECTED = "Socket closed"
 """What gRPC says of a call for which there was no connection, and of one whose connection ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the user chose."""
+
+    endpoint: Endpoint
+    instance_name: str
+    headers: Headers
+    credentials: Credentials | None
+    tls: TLSConfig
+    timeouts: Timeouts
+    retry: RetryPolicy
+    limits: Limits
+    digest_function: DigestFunction | None
+    compression: bool
+    on_retry: RetryCallback | None
+    open_channel: Callable[[], grpc.Channel] | None
+
+
 class Transport:
     """The methods of the four services on one channel. Thread-safe.
 
     A channel that could not connect is replaced, so that the next call tries again at once: when to try again
     is for `snaploader.remote.retry` to say, and gRPC's own backoff may outlast it.
-
-    Args:
-        open_channel: Makes a channel, which is closed here.
-        headers: What to send along, asked for at every call.
-        tls_failure: Says why no connection could be made where TLS is to blame, which gRPC hardly tells.
     """
 
-    def __init__(
-        self,
-        open_channel: Callable[[], grpc.Channel],
-        timeouts: Timeouts,
-        headers: Callable[[], Headers],
-        recorder: Recorder,
-        tls_failure: Callable[[], SnaploaderError | None],
-    ) -> None:
-        self._open_channel = open_channel
-        self._timeouts = timeouts
-        self._headers = headers
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self._settings = settings
         self._recorder = recorder
-        self._tls_failure = tls_failure
-        self._watchdog = Watchdog(timeouts.idle_s)
+        self._is_open_to_others = not (settings.endpoint.secure or settings.endpoint.is_on_this_host)
+        self._may_warn = threading.Lock()  # taken by the one who does, and kept
+        self._open_channel = settings.open_channel or partial(
+            open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits
+        )
+        self._watchdog = Watchdog(settings.timeouts.idle_s)
         self._lock = threading.Lock()
         self._closed = False
-        self._channel = _Channel(open_channel())
+        self._channel = _Channel(self._open_channel())
 
     def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
         """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
-        options = self._begin(method, attempts, self._timeouts.call_s)
+        options = self._begin(method, attempts, self._settings.timeouts.call_s)
         channel = self._channel
         try:
             return channel.stubs[method](request, **options)
@@ -264,6 +281,20 @@ class Transport:
         self._recorder.call(method)
         return options
 
+    def _headers(self) -> Headers:
+        credentials = self._settings.credentials
+        headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
+        if self._is_open_to_others and not self._may_warn.locked():
+            secrets = sorted({name for name, _ in headers if is_secret(name)})
+            if secrets and self._may_warn.acquire(blocking=False):
+                log.warning(
+                    "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
+                    "use a grpcs:// URL where the server offers TLS",
+                    ", ".join(secrets),
+                    self._settings.endpoint.url,
+                )
+        return headers
+
     def _replace(self, channel: _Channel) -> None:
         """Replace a channel that cannot connect, once, by one that has nothing to back off from."""
         with self._lock:
@@ -280,7 +311,7 @@ class Transport:
             return Cancelled(f"{attempts.operation} was called off", transient=False)
         if idle:
             return DeadlineExceeded(
-                f"{attempts.operation} failed: the server was silent for {self._timeouts.idle_s:g} s"
+                f"{attempts.operation} failed: the server was silent for {self._settings.timeouts.idle_s:g} s"
             )
         if isinstance(error, grpc.RpcError):
             typed = from_rpc_error(error, attempts.operation)
@@ -290,7 +321,10 @@ class Transport:
                 self._replace(channel)
             elif _DISCONNECTED not in typed.message:
                 return typed
-            reason = self._tls_failure()
+            if self._settings.open_channel is not None:
+                return typed  # whatever it has for TLS
+            timeout_s = min(_TLS_PROBE_S, self._settings.timeouts.connect_s)
+            reason = tls_failure(self._settings.endpoint, self._settings.tls, timeout_s)
             if reason is None:
                 return typed
             reason.__cause__ = error

@@ -84,11 +84,6 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     return items[:middle], items[middle:]
 
 
-def distinct(digests: Iterable[Digest]) -> Iterator[Digest]:
-    """Give each digest once, in order, without the empty blob, which exists everywhere."""
-    return iter(dict.fromkeys(digest for digest in digests if digest.size_bytes))
-
-
 class BatchLimit:
     """The size of batches, in bytes: lowered when a server refuses one that was below. Thread-safe."""
 

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import socket
 import ssl
+from pathlib import Path
 
 import grpc
 
@@ -138,23 +139,18 @@ def _ssl_context(tls: TLSConfig) -> ssl.SSLContext:
 def _pem(source: PEM | None, what: str) -> bytes | None:
     if source is None:
         return None
-    if isinstance(source, bytes):
-        content = source
-    else:
-        with (
-            translate_os_errors(f"cannot read {what}", absent=InvalidArgument),
-            open(os.fspath(source), "rb") as file,
-        ):
-            content = file.read()
+    content = source
+    if not isinstance(content, bytes):
+        with translate_os_errors(f"cannot read {what}", absent=InvalidArgument):
+            content = Path(content).read_bytes()
     if b"-----BEGIN " not in content:
         raise InvalidArgument(f"{what} is not in PEM form (it has no -----BEGIN line)")
     return content
 
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
-_SETTINGS = ((_M_ARENA_MAX, 1), (_M_TRIM_THRESHOLD, 512 * 1024 * 1024), (_M_MMAP_THRESHOLD, 32 * 1024 * 1024))
+_MIB = 1024 * 1024
+_MALLOPT = ((-8, 1), (-1, 512 * _MIB), (-3, 32 * _MIB))
+"""M_ARENA_MAX, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h."""
 
 
 def tune_malloc() -> bool:
@@ -169,5 +165,5 @@ def tune_malloc() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    results = [mallopt(parameter, value) for parameter, value in _SETTINGS]  # each, whatever the others say
+    results = [mallopt(parameter, value) for parameter, value in _MALLOPT]  # each, whatever the others say
     return all(result == 1 for result in results)

@@ -84,7 +84,7 @@ def compress(data: Buffer) -> bytes | None:
 
 def decompress(data: Buffer, size_bytes: int) -> bytes:
     """Decompress zstd frames whose content must have this size. DataLoss for any other, or no zstd."""
-    return b"".join(_decompress([data], size_bytes, _local.decompressor))
+    return b"".join(decompress_frames([data], size_bytes, _local.decompressor))
 
 
 def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[bytes]:
@@ -101,7 +101,11 @@ def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[byt
         yield bytes(pending[start : start + frame_bytes])
 
 
-def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator[bytes]:
+def decompress_frames(
+    compressed: Iterable[Buffer],
+    size_bytes: int,
+    decompressor: zstandard.ZstdDecompressor | None = None,
+) -> Iterator[bytes]:
     """Decompress a stream, piece by piece, as it comes.
 
     Args:
@@ -111,16 +115,10 @@ def decompress_frames(compressed: Iterable[Buffer], size_bytes: int) -> Iterator
     DataLoss as soon as there is more than that, at the end when there is less, or when it is no zstd; also
     when the stream is far longer than any compressor makes it, as a row of empty frames could go on for ever.
     """
-    return _decompress(compressed, size_bytes, _new_decompressor())
-
-
-def _decompress(
-    compressed: Iterable[Buffer], size_bytes: int, decompressor: zstandard.ZstdDecompressor
-) -> Iterator[bytes]:
     source = _Pieces(compressed, 2 * size_bytes + _OUTPUT_BYTES)
     produced = 0
     try:
-        with decompressor.stream_reader(
+        with (decompressor or _new_decompressor()).stream_reader(
             cast("IO[bytes]", source), read_size=_OUTPUT_BYTES, read_across_frames=True
         ) as reader:
             while piece := reader.read1(min(_OUTPUT_BYTES, size_bytes - produced + 1)):

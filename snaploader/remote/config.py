@@ -81,12 +81,8 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise InvalidArgument(f"retry attempts must be at least 1, not {self.attempts}")
-        if (
-            self.initial_delay_s < 0
-            or self.max_delay_s < 0
-            or not 0 <= self.jitter <= 1
-            or not self.budget_s > 0
-        ):
+        is_delay_negative = self.initial_delay_s < 0 or self.max_delay_s < 0
+        if is_delay_negative or not 0 <= self.jitter <= 1 or not self.budget_s > 0:
             raise InvalidArgument(
                 f"delays must not be negative, jitter within 0 and 1, the budget above 0: {self}"
             )
@@ -176,8 +172,7 @@ def parse_endpoint(url: str) -> Endpoint:
     anything else, with what to write instead.
     """
     if url.startswith("unix:"):
-        path = url.removeprefix("unix:")
-        path = path.removeprefix("//") if path.startswith("//") else path
+        path = url.removeprefix("unix:").removeprefix("//")
         if not path or "\0" in path:
             raise InvalidArgument(f"remote cache URL {url!r} has no socket path: write unix:/path/of/socket")
         return Endpoint(f"unix:{path}", False, "localhost", "http://localhost", url)

@@ -89,8 +89,8 @@ class Attempts:
         self.number = 0
         self.fruitless = 0
         """Failed attempts since the last one that made progress."""
-        self.share = 0.0
-        """Random, from 0 to 1: of the jitter in the next wait."""
+        self._share = 0.0  # random, of the jitter in the next wait
+        self._policy = policy
         self._deadline = time.monotonic() + policy.budget_s + extra_s
         self._progressed = False
 
@@ -114,43 +114,24 @@ class Attempts:
         """Note that this attempt failed."""
         self.fruitless = 1 if self._progressed else self.fruitless + 1
         self._progressed = False
-        self.share = random.random()  # noqa: S311 - spreads load, keeps no secret
+        self._share = random.random()  # noqa: S311 - spreads load, keeps no secret
 
+    def delay_s(self, error: SnaploaderError) -> float:
+        """Return the wait after an error: doubled with each fruitless attempt, capped, a share random.
 
-class Backoff(tenacity.wait.wait_base):
-    """Waits that double with each fruitless attempt, capped, a share random; or longer, if the server asks.
-
-    None after credentials were renewed.
-    """
-
-    def __init__(self, policy: RetryPolicy, attempts: Attempts) -> None:
-        self._policy = policy
-        self._attempts = attempts
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> float:
-        error = _error(retry_state)
+        Longer, if the server asks; none after credentials were renewed.
+        """
         if isinstance(error, Unauthenticated):
             return 0.0
-        policy, attempts = self._policy, self._attempts
-        full = min(policy.max_delay_s, policy.initial_delay_s * 2.0 ** min(attempts.fruitless - 1, 60))
-        return max(full * (1.0 - policy.jitter * attempts.share), retry_after_s(error) or 0.0)
+        policy = self._policy
+        full = min(policy.max_delay_s, policy.initial_delay_s * 2.0 ** min(self.fruitless - 1, 60))
+        return max(full * (1.0 - policy.jitter * self._share), retry_after_s(error) or 0.0)
 
-
-class _Stop(tenacity.stop.stop_base):
-    """Stops after so many attempts without progress, or when the next wait would use up the budget.
-
-    Renewing credentials is no attempt.
-    """
-
-    def __init__(self, limit: int, attempts: Attempts, wait: Backoff) -> None:
-        self._limit = limit
-        self._attempts = attempts
-        self._wait = wait
-
-    def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        if self._attempts.fruitless >= self._limit and _error(retry_state).transient:
+    def are_over(self, error: SnaploaderError) -> bool:
+        """Tell whether there were enough without progress, or the next wait would use up the budget."""
+        if self.fruitless >= self._policy.attempts and error.transient:  # renewing credentials is no attempt
             return True
-        return self._wait(retry_state) >= self._attempts.remaining_s
+        return self.delay_s(error) >= self.remaining_s
 
 
 class Retrier:
@@ -223,16 +204,13 @@ class Retrier:
             return self._refresh()
 
         def tell(state: tenacity.RetryCallState) -> None:
-            self._on_retry(RetryEvent(operation, attempts.number, wait(state), _error(state)))
+            error = _error(state)
+            self._on_retry(RetryEvent(operation, attempts.number, attempts.delay_s(error), error))
 
-        wait = Backoff(self._policy, attempts)
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_worth_a_try),
-            wait=wait,
-            stop=(
-                tenacity.stop_when_event_set(cancellation.event)
-                | _Stop(self._policy.attempts, attempts, wait)
-            ),
+            wait=lambda state: attempts.delay_s(_error(state)),
+            stop=lambda state: cancellation.event.is_set() or attempts.are_over(_error(state)),
             before_sleep=tell,
             sleep=cancellation.sleep,
             reraise=True,

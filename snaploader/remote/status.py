@@ -6,7 +6,7 @@ The status itself stays reachable through the error's `__cause__`, for `code_of`
 from __future__ import annotations
 
 import re
-from typing import cast
+from typing import Any, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -44,51 +44,50 @@ _RETRY_INFO = "/google.rpc.RetryInfo"
 _TOO_LARGE = re.compile("larger than max|too large|exceeds maximum", re.IGNORECASE)
 
 
-class MessageStatus(Exception):
-    """A google.rpc.Status found inside a response, as the cause of a typed error."""
+class MessageStatus(grpc.RpcError):
+    """A google.rpc.Status found inside a response, which answers as a failed call does."""
 
     def __init__(self, status: status_pb2.Status) -> None:
         super().__init__(status.message)
-        self.status = status
-        self.code = _BY_NUMBER.get(status.code, Code.UNKNOWN)
+        self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return _BY_NUMBER.get(self._status.code, Code.UNKNOWN)
+
+    def details(self) -> str:
+        return self._status.message
+
+    def trailing_metadata(self) -> Any:
+        return ((_DETAILS_KEY, self._status.SerializeToString()),)
+
+
+def from_message(status: status_pb2.Status, what: str) -> SnaploaderError:
+    """Translate a status, not OK, inside a response; `what` as in `from_rpc_error`."""
+    return from_rpc_error(MessageStatus(status), what)
 
 
 def from_rpc_error(error: grpc.RpcError, what: str) -> SnaploaderError:
     """Translate the error of a call; `what` says what was being done, as in "reading 1f…/4096"."""
     call = _call(error)
-    if call is None:
-        return _typed(Code.UNKNOWN, str(error), what, error)
-    return _typed(call.code(), call.details() or "", what, error)
-
-
-def from_message(status: status_pb2.Status, what: str) -> SnaploaderError:
-    """Translate a status, not OK, inside a response."""
-    cause = MessageStatus(status)
-    return _typed(cause.code, status.message, what, cause)
-
-
-def _typed(code: grpc.StatusCode, details: str, what: str, cause: Exception) -> SnaploaderError:
+    code, details = (Code.UNKNOWN, str(error)) if call is None else (call.code(), call.details() or "")
     kind, transient = _ERRORS.get(code, (errors.Internal, False))
     if code is Code.RESOURCE_EXHAUSTED and _TOO_LARGE.search(details):
         transient = False
     shown = details if len(details) <= _MAX_DETAILS else details[:_MAX_DETAILS] + "…"
     typed = kind(f"{what} failed: {shown or 'no reason given'} ({code.name})", transient=transient)
-    typed.__cause__ = cause
+    typed.__cause__ = error
     return typed
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:
     """Return the gRPC code behind a typed error; None when there is none."""
-    cause = error.__cause__
-    if isinstance(cause, MessageStatus):
-        return cause.code
-    call = _call(cause)
+    call = _call(error.__cause__)
     return call.code() if call is not None else None
 
 
 def is_of_whole_call(error: BaseException) -> bool:
     """Tell whether a call as such failed, rather than one blob in it."""
-    return _call(error.__cause__) is not None
+    return _call(error.__cause__) is not None and not isinstance(error.__cause__, MessageStatus)
 
 
 def is_too_large(error: BaseException) -> bool:
@@ -105,11 +104,8 @@ def is_too_large(error: BaseException) -> bool:
 
 def retry_after_s(error: BaseException) -> float | None:
     """Return how long the server asks to wait before a retry (RetryInfo); None when it does not."""
-    cause = error.__cause__
+    call = _call(error.__cause__)
     try:
-        if isinstance(cause, MessageStatus):
-            return _delay(cause.status)
-        call = _call(cause)
         for key, value in (call.trailing_metadata() or ()) if call is not None else ():
             if key == _DETAILS_KEY and isinstance(value, bytes):
                 return _delay(status_pb2.Status.FromString(value))

@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, DigestFunction
-from snaploader.remote.cas import BatchLimit, batches, distinct, function_field, halves, to_message
+from snaploader.remote.cas import BatchLimit, batches, function_field, halves, to_message
 from snaploader.remote.codec import (
     ITEM_OVERHEAD_BYTES,
     Item,
@@ -114,10 +114,3 @@ def test_halves_are_whole_and_smaller(items: list[int]) -> None:
     assert [*first, *second] == items
     assert first
     assert second
-
-
-def test_distinct_drops_repeats_and_the_empty_blob() -> None:
-    one = Digest.of(b"1", DigestFunction.SHA256)
-    empty = Digest.of(b"", DigestFunction.SHA256)
-    other = Digest.of(b"1", DigestFunction.BLAKE3)
-    assert list(distinct([one, empty, one, other])) == [one, other]

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 
 import pytest
-import tenacity
 
 from snaploader._proto import duration_pb2, status_pb2
 from snaploader.errors import (
@@ -21,7 +20,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.remote.config import RetryEvent, RetryPolicy
-from snaploader.remote.retry import Attempts, Backoff, Cancellation, Retrier
+from snaploader.remote.retry import Attempts, Cancellation, Retrier
 from snaploader.remote.status import from_message
 
 FAST = RetryPolicy(initial_delay_s=0.0, max_delay_s=0.0)
@@ -154,9 +153,7 @@ def wait(policy: RetryPolicy, error: SnaploaderError, failures: int = 1) -> floa
     attempts = Attempts("testing", policy, 0, Cancellation())
     for _ in range(failures):
         attempts.failed()
-    state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
-    state.set_exception((type(error), error, None))
-    return Backoff(policy, attempts)(state)
+    return attempts.delay_s(error)
 
 
 def test_server_says_how_long_to_wait() -> None:

@@ -366,9 +366,9 @@ def warnings_of(
     url: str, make_remote: MakeRemote, caplog: pytest.LogCaptureFixture, **arguments: object
 ) -> list[str]:
     caplog.clear()
-    connection = make_remote(url, **arguments)._connect()
-    connection._headers()
-    connection._headers()  # as two calls would
+    transport = make_remote(url, **arguments)._connect()._transport
+    transport._headers()
+    transport._headers()  # as two calls would
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
