@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeAlias
 
@@ -36,8 +36,10 @@ class Secret(str):
 REQUEST_METADATA_HEADER = "build.bazel.remote.execution.v2.requestmetadata-bin"
 """Named by the REAPI, in the comment of RequestMetadata."""
 
+SECRET_NAME = re.compile(r"auth|cookie|key|passw|secret|token")
+"""In the names of headers that likely hold what should not be sent in the clear."""
+
 _NAME = re.compile(r"[0-9a-z_.-]{1,256}")
-_SECRET = re.compile(r"auth|cookie|key|passw|secret|token")
 _VALUE = re.compile(r"[\x20-\x7e]{0,8192}")
 
 
@@ -59,12 +61,7 @@ class RequestMetadata:
         """Return this as the metadata of a call: a name and a value."""
         message = remote_execution_pb2.RequestMetadata(
             tool_details=remote_execution_pb2.ToolDetails(tool_name="snaploader", tool_version=__version__),
-            action_id=self.action_id,
-            tool_invocation_id=self.tool_invocation_id,
-            correlated_invocations_id=self.correlated_invocations_id,
-            action_mnemonic=self.action_mnemonic,
-            target_id=self.target_id,
-            configuration_id=self.configuration_id,
+            **asdict(self),
         )
         return REQUEST_METADATA_HEADER, message.SerializeToString()
 
@@ -90,11 +87,6 @@ def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str
             )
         checked.append((name, value if isinstance(value, bytes) else Secret(value)))
     return tuple(checked)
-
-
-def is_secret(name: str) -> bool:
-    """Tell whether a header of this name likely holds what should not be sent in the clear."""
-    return _SECRET.search(name) is not None
 
 
 _EXPIRY_MARGIN_S = 30.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeAlias
 
@@ -19,15 +20,13 @@ Task: TypeAlias = "tuple[int, Callable[[Cancellation], None]]"
 """The bytes a task holds, and what it does."""
 
 
+@dataclass(eq=False, slots=True)
 class Share:
     """Bytes of a `ByteBudget` that are asked for, held, or given back."""
 
-    __slots__ = ("granted", "size_bytes", "wake")
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-        self.granted = False
-        self.wake: SimpleQueue[None] = SimpleQueue()
+    size_bytes: int
+    granted: bool = False
+    wake: SimpleQueue[None] = field(default_factory=SimpleQueue)
 
 
 class ByteBudget:

@@ -51,8 +51,7 @@ from snaploader.remote.config import (
 from snaploader.remote.retry import Cancellation, Retrier, SinkFailed
 from snaploader.workers import WorkerPool
 
-_DIGEST_BYTES = 80
-"""A digest in a message, about."""
+_DIGEST_BYTES = 80  # a digest in a message, about
 
 _inherited: list[Connection] = []
 """Connections of a parent process, kept so that gRPC's destructors do not run on them in a child."""

@@ -24,7 +24,7 @@ from snaploader.errors import (
     Unavailable,
     translate_thread_errors,
 )
-from snaploader.remote.auth import Credentials, Headers, is_secret
+from snaploader.remote.auth import SECRET_NAME, Credentials, Headers
 from snaploader.remote.capabilities import RemoteCapabilities
 from snaploader.remote.channel import open_channel, tls_failure
 from snaploader.remote.config import Endpoint, Limits, RetryCallback, RetryPolicy, Timeouts, TLSConfig
@@ -89,13 +89,13 @@ class Recorder:
             return RemoteStatistics(dict(self._calls), dict(self._failed), **self._numbers)
 
 
+@dataclass(eq=False, slots=True)
 class StreamGuard:
     """Watches one stream; `touch` it at each message."""
 
-    def __init__(self, call: Any) -> None:
-        self.call = call
-        self.touched = time.monotonic()
-        self.expired = False
+    call: Any
+    touched: float = field(default_factory=time.monotonic)
+    expired: bool = False
 
     def touch(self) -> None:
         self.touched = time.monotonic()
@@ -163,12 +163,9 @@ class Watchdog:
                 self._condition.wait(None if oldest is None else min(self._idle_s, oldest - limit))
 
 
-_TLS_PROBE_S = 5.0
-"""Bounds finding out why a connection with TLS fails."""
+_TLS_PROBE_S = 5.0  # bounds finding out why a connection with TLS fails
 
-_RAW = frozenset(("BatchUpdateBlobs", "Write"))
-"""Methods whose requests come serialised (snaploader.remote.codec)."""
-
+_RAW = ("BatchUpdateBlobs", "Write")  # methods whose requests come serialised (snaploader.remote.codec)
 _NOT_CONNECTED = "failed to connect"
 _DISCONNECTED = "Socket closed"
 """What gRPC says of a call for which there was no connection, and of one whose connection ended."""
@@ -214,8 +211,7 @@ class Transport:
 
     def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
         """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
-        options = self._begin(method, attempts, self._settings.timeouts.call_s)
-        channel = self._channel
+        channel, options = self._begin(method, attempts, self._settings.timeouts.call_s)
         try:
             return channel.stubs[method](request, **options)
         except (grpc.RpcError, ValueError) as error:
@@ -223,8 +219,7 @@ class Transport:
 
     def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
         """Send one request; gives the messages of the server's stream. Close it to end the call early."""
-        options = self._begin(method, attempts)
-        channel = self._channel
+        channel, options = self._begin(method, attempts)
         try:
             call = channel.stubs[method](request, **options)
         except ValueError as error:
@@ -246,9 +241,8 @@ class Transport:
 
         A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
         """
-        options = self._begin(method, attempts)
+        channel, options = self._begin(method, attempts)
         source = _Requests(requests)
-        channel = self._channel
         try:
             call = channel.stubs[method].future(source, **options)
         except ValueError as error:
@@ -275,17 +269,19 @@ class Transport:
         self._channel.channel.close()
         self._watchdog.close()
 
-    def _begin(self, method: str, attempts: Attempts, most_s: float = math.inf) -> dict[str, Any]:
-        """Count a call, and return the options to make it with."""
+    def _begin(
+        self, method: str, attempts: Attempts, most_s: float = math.inf
+    ) -> tuple[_Channel, dict[str, Any]]:
+        """Count a call, and return the channel and the options to make it with."""
         options = {"timeout": attempts.timeout_s(most_s), "metadata": self._headers()}
         self._recorder.call(method)
-        return options
+        return self._channel, options
 
     def _headers(self) -> Headers:
         credentials = self._settings.credentials
         headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
         if self._is_open_to_others and not self._may_warn.locked():
-            secrets = sorted({name for name, _ in headers if is_secret(name)})
+            secrets = sorted({name for name, _ in headers if SECRET_NAME.search(name)})
             if secrets and self._may_warn.acquire(blocking=False):
                 log.warning(
                     "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "

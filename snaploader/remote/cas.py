@@ -29,6 +29,7 @@ from snaploader.remote.codec import ITEM_OVERHEAD_BYTES, Item, batch_update_requ
 from snaploader.remote.retry import Attempts, Cancellation, deliver
 
 _TRIES_AT_WRONG_BYTES = 2
+_LEAST_LIMIT_BYTES = 64 * 1024  # refusals of smaller batches have other reasons than size
 _BLOB_DIGESTS = reapi.FindMissingBlobsRequest.BLOB_DIGESTS_FIELD_NUMBER
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,6 @@ def function_field(function: DigestFunction) -> reapi.DigestFunction.Value:
     """Return the field digest_function: unset for SHA-256, which older servers infer from the hash."""
     number = 0 if function is DigestFunction.SHA256 else function.value
     return cast("reapi.DigestFunction.Value", number)
-
-
-_LEAST_LIMIT_BYTES = 64 * 1024
-"""Refusals of smaller batches have other reasons than size."""
 
 
 def batches(
@@ -221,9 +218,8 @@ class CASClient:
 
     def _warn_of_refusal(self, digest: Digest, refusal: SnaploaderError | None) -> None:
         """Warn, once, of a server that refuses in batches what it takes as a stream, which is slower."""
-        if not isinstance(refusal, InvalidArgument) or status.is_of_whole_call(refusal):
-            return
-        if not self._may_warn.acquire(blocking=False):
+        is_of_blob = isinstance(refusal, InvalidArgument) and not status.is_of_whole_call(refusal)
+        if refusal is None or not is_of_blob or not self._may_warn.acquire(blocking=False):
             return
         log.warning(
             "%s takes blobs as single streams only, which is slow: it refused %s in a batch (%s). Servers "

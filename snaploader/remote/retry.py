@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import tenacity
@@ -134,27 +135,17 @@ class Attempts:
         return self.delay_s(error) >= self.remaining_s
 
 
+@dataclass(frozen=True, slots=True)
 class Retrier:
-    """Runs operations until they succeed or fail for good. Thread-safe.
+    """Runs operations until they succeed or fail for good. Thread-safe."""
 
-    Args:
-        policy: When to retry.
-        on_retry: Sees every retry before its wait.
-        refresh: Renews the credentials; called once per operation, when a server does not accept them.
-        min_bytes_per_s: Gives what is big more time than the policy's budget.
-    """
-
-    def __init__(
-        self,
-        policy: RetryPolicy,
-        on_retry: RetryCallback,
-        refresh: Callable[[], bool] = lambda: False,
-        min_bytes_per_s: float = math.inf,
-    ) -> None:
-        self._policy = policy
-        self._on_retry = on_retry
-        self._refresh = refresh
-        self._min_bytes_per_s = min_bytes_per_s
+    policy: RetryPolicy
+    on_retry: RetryCallback
+    """Sees every retry before its wait."""
+    refresh: Callable[[], bool] = lambda: False
+    """Renews the credentials; called once per operation, when a server does not accept them."""
+    min_bytes_per_s: float = math.inf
+    """Gives what is big more time than the policy's budget."""
 
     def run(
         self,
@@ -169,7 +160,7 @@ class Retrier:
             operation: For messages and events, such as "reading 1f…/4096".
             size_bytes: What is transferred.
         """
-        attempts = Attempts(operation, self._policy, size_bytes / self._min_bytes_per_s, cancellation)
+        attempts = Attempts(operation, self.policy, size_bytes / self.min_bytes_per_s, cancellation)
 
         def once() -> T:
             cancellation.check()
@@ -201,11 +192,11 @@ class Retrier:
             if was_refreshed or not isinstance(error, Unauthenticated):
                 return False
             was_refreshed = True
-            return self._refresh()
+            return self.refresh()
 
         def tell(state: tenacity.RetryCallState) -> None:
             error = _error(state)
-            self._on_retry(RetryEvent(operation, attempts.number, attempts.delay_s(error), error))
+            self.on_retry(RetryEvent(operation, attempts.number, attempts.delay_s(error), error))
 
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_worth_a_try),
