@@ -1,18 +1,17 @@
 """The command line. Needs the `cli` extra (click, platformdirs, rich); no other part imports it.
 
-    app                        the root command, and running it
-    commands                   commands, groups of them, options
-    options, config, values    what a command line, the environment and a configuration file may say
-    resources                  caches, a loader, a catalog: made from the options when a command asks for them
-    output, drawing            all that is printed; tables, trees and bars, by rich
-    exits, process             errors as messages and exit codes; standard streams, signals, libraries
-    save, load, show           snapshots: `save`; `restore` and `read`; `show` and `invalidate`
-    lookup                     which snapshot is meant, and how it is described
-    cache, serve               the commands of these names
-    doctor, doctor_checks      `doctor`, and its checks of the file cache and the remote cache
+    app                   the root command, and running it
+    options               commands, groups of them, and the options that they share
+    config, values        what the environment and a configuration file may say; types of options
+    resources             caches, a loader, a catalog: made from the options when a command asks for them
+    output                all that is printed; errors as messages and exit codes
+    process               standard streams, signals, libraries
+    save, load, show      snapshots: `save`; `restore` and `read`; `show` and `invalidate`
+    lookup                which snapshot is meant, and how it is described
+    cache, doctor, serve  the commands of these names
     demo, demo_story, demo_image
-                               `demo`, the story it plays, and the disk image that it is about
-    workspace                  the commands of workspaces, a package
+                          `demo`, the story it plays, and the disk image that it is about
+    workspace             the commands of workspaces, a package
 
 A command's module is imported when the command is chosen, and what takes long to import (numpy, gRPC,
 SQLAlchemy, rich) by the function that needs it: `snaploader --version` needs none of it.
@@ -28,7 +27,7 @@ from snaploader.cli.process import complete_standard_streams, spare_threads
 MISSING_EXTRA_EXIT_CODE = 4
 """That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
 INTERRUPTED_EXIT_CODE = 130
-"""`exits.INTERRUPTED`, for the same reason."""
+"""`output.INTERRUPTED`, for the same reason."""
 
 
 def main() -> None:

@@ -13,10 +13,15 @@ from types import FrameType
 import click
 
 from snaploader._version import __version__
-from snaploader.cli.commands import CommandsOnDemand, Group, NoCommand
-from snaploader.cli.exits import TERMINATED, ReaderLeft, explain
-from snaploader.cli.options import Invocation, shared_options, workspace_options
-from snaploader.cli.output import Output
+from snaploader.cli.options import (
+    CommandsOnDemand,
+    Group,
+    Invocation,
+    NoCommand,
+    shared_options,
+    workspace_options,
+)
+from snaploader.cli.output import TERMINATED, Output, ReaderLeft, explain
 from snaploader.cli.process import let_go, writing_to_stdout
 
 COMMANDS = {

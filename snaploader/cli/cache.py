@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snaploader.cli.commands import Group, destructive, option
-from snaploader.cli.options import common, shared_options
+from snaploader.cli.options import Group, command, destructive, option, shared_options
 from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import SIZE, format_size
@@ -29,17 +28,17 @@ def cache(**_shared: object) -> None:
     """Look at the local cache, remove things from it, check it."""
 
 
-@cache.command("ls")
-@option("--kind", scope="cache ls", type=click.Choice(KINDS), help="Only entries of this kind.")
-@common
+@command("cache ls", group=cache)
+@option("--kind", type=click.Choice(KINDS), help="Only entries of this kind.")
 def list_(caches: Caches, kind: str | None) -> None:
     """List what the local cache holds of the group, least recently used first."""
-    output = caches.output
     entries = sorted(
         (entry for entry in caches.file_cache.entries() if kind in {None, entry.kind}),
         key=lambda entry: (entry.last_used_s, entry.key),
     )
-    output.json(
+    disk_bytes = sum(entry.disk_bytes for entry in entries)
+    allowed_bytes = caches.settings.max_cache_size
+    caches.output.data(
         {
             "entries": [
                 {
@@ -53,25 +52,24 @@ def list_(caches: Caches, kind: str | None) -> None:
                 }
                 for entry in entries
             ],
-            "disk_bytes": sum(entry.disk_bytes for entry in entries),
-            "max_cache_size_bytes": caches.settings.max_cache_size,
+            "disk_bytes": disk_bytes,
+            "max_cache_size_bytes": allowed_bytes,
         }
     )
     for entry in entries:
         name = entry.key if entry.digest is None else str(entry.digest)
         pinned = "  pinned" if entry.pinned else ""
-        output.text(f"{entry.kind:<9}  {_time(entry)}  {format_size(entry.disk_bytes):>10}  {name}{pinned}")
-    total = format_size(sum(entry.disk_bytes for entry in entries))
-    output.detail(
-        f"{len(entries)} entries, {total} on disk, {format_size(caches.settings.max_cache_size)} allowed"
+        size = format_size(entry.disk_bytes)
+        caches.output.text(f"{entry.kind:<9}  {_time(entry)}  {size:>10}  {name}{pinned}")
+    caches.output.detail(
+        f"{len(entries)} entries, {format_size(disk_bytes)} on disk, {format_size(allowed_bytes)} allowed"
     )
 
 
-@cache.command("rm")
+@command("cache rm", group=cache)
 @click.argument("names", nargs=-1, required=True, metavar="KEY…")
-@option("--force", scope="cache rm", is_flag=True, help="Also what is pinned, which may exist nowhere else.")
-@destructive("cache rm")
-@common
+@option("--force", is_flag=True, help="Also what is pinned, which may exist nowhere else.")
+@destructive
 def remove(caches: Caches, names: tuple[str, ...], force: bool, yes: bool, dry_run: bool) -> None:
     """Remove entries by what `cache ls` calls them; a unique beginning is enough.
 
@@ -99,17 +97,15 @@ def remove(caches: Caches, names: tuple[str, ...], force: bool, yes: bool, dry_r
         else:
             file_cache.delete_ref(entry.key)
     freed = sum(entry.disk_bytes for entry in chosen.values())
-    caches.output.json({"removed": [entry.key for entry in chosen.values()], "freed_bytes": freed})
-    for entry in chosen.values():
-        caches.output.text(f"removed {entry.kind} {entry.key}")
+    caches.output.data(
+        {"removed": [entry.key for entry in chosen.values()], "freed_bytes": freed},
+        *(f"removed {entry.kind} {entry.key}" for entry in chosen.values()),
+    )
 
 
-@cache.command("prune")
-@option(
-    "--target-size", scope="cache prune", type=SIZE, help="Size to come down to.  [default: --max-cache-size]"
-)
-@destructive("cache prune")
-@common
+@command("cache prune", group=cache)
+@option("--target-size", type=SIZE, help="Size to come down to.  [default: --max-cache-size]")
+@destructive
 def prune(caches: Caches, target_size: int | None, yes: bool, dry_run: bool) -> None:
     """Remove what was used least recently, of all groups, until the cache is no larger than a size.
 
@@ -127,12 +123,13 @@ def prune(caches: Caches, target_size: int | None, yes: bool, dry_run: bool) -> 
     file_cache.prune(target)
     statistics = file_cache.statistics()
     freed, total = statistics.evicted_bytes, statistics.total_bytes
-    caches.output.json({"freed_bytes": freed, "disk_bytes": total})
-    caches.output.text(f"freed {format_size(freed)}; {format_size(total or 0)} remain")
+    caches.output.data(
+        {"freed_bytes": freed, "disk_bytes": total},
+        f"freed {format_size(freed)}; {format_size(total or 0)} remain",
+    )
 
 
-@cache.command("verify")
-@common
+@command("cache verify", group=cache)
 def verify(caches: Caches) -> None:
     """Hash every blob of the group, and read its refs and pins; what is wrong is taken out of use.
 
@@ -141,16 +138,14 @@ def verify(caches: Caches) -> None:
     """
     report = caches.file_cache.verify()
     counts = record(report, "blobs", "content_bytes", "refs", "bad_refs", "pins", "bad_pins")
-    caches.output.json({**counts, "bad_blobs": [str(digest) for digest in report.bad_blobs]})
-    caches.output.text(
-        f"verified {report.blobs} blobs ({format_size(report.content_bytes)}) and {report.refs} refs"
+    bad_pin = "nothing is evicted until it is pinned again or unpinned"
+    caches.output.data(
+        {**counts, "bad_blobs": [str(digest) for digest in report.bad_blobs]},
+        f"verified {report.blobs} blobs ({format_size(report.content_bytes)}) and {report.refs} refs",
+        *(f"bad blob {digest}, now in quarantine" for digest in report.bad_blobs),
+        *(f"bad ref {key}, now removed" for key in report.bad_refs),
+        *(f"bad pin {name}: {bad_pin}" for name in report.bad_pins),
     )
-    for digest in report.bad_blobs:
-        caches.output.text(f"bad blob {digest}, now in quarantine")
-    for key in report.bad_refs:
-        caches.output.text(f"bad ref {key}, now removed")
-    for name in report.bad_pins:
-        caches.output.text(f"bad pin {name}: nothing is evicted until it is pinned again or unpinned")
     bad = len(report.bad_blobs) + len(report.bad_refs)
     if bad:
         raise DataLoss(
@@ -164,24 +159,22 @@ def verify(caches: Caches) -> None:
         )
 
 
-@cache.command("pins")
-@common
+@command("cache pins", group=cache)
 def pins(caches: Caches) -> None:
     """List what is pinned in the group, by name: it is never evicted."""
-    file_cache, output = caches.file_cache, caches.output
+    file_cache = caches.file_cache
     rows = [_pin_row(file_cache, name) for name in file_cache.pins()]
-    output.json({"pins": rows})
-    for row in rows:
-        if row["damaged"]:
-            output.text(f"{row['name']}  damaged: nothing of the group is evicted")
-        else:
-            size = format_size(row["content_bytes"])
-            output.text(f"{row['name']}  {row['blobs']} blobs, {size}, {row['refs']} refs")
+    lines = [
+        f"{row['name']}  damaged: nothing of the group is evicted"
+        if row["damaged"]
+        else f"{row['name']}  {row['blobs']} blobs, {format_size(row['content_bytes'])}, {row['refs']} refs"
+        for row in rows
+    ]
+    caches.output.data({"pins": rows}, *lines)
 
 
-@cache.command("unpin")
+@command("cache unpin", group=cache)
 @click.argument("names", nargs=-1, required=True, metavar="NAME…")
-@common
 def unpin(caches: Caches, names: tuple[str, ...]) -> None:
     """Let go what is pinned under names, as `cache pins` lists them; even when a pin is damaged.
 
@@ -192,9 +185,7 @@ def unpin(caches: Caches, names: tuple[str, ...]) -> None:
     if absent:
         raise NotFound(f"nothing is pinned as {min(absent)!r}: see `snaploader cache pins`")
     unpinned = [name for name in dict.fromkeys(names) if file_cache.unpin(name)]
-    caches.output.json({"unpinned": unpinned})
-    for name in unpinned:
-        caches.output.text(f"unpinned {name}")
+    caches.output.data({"unpinned": unpinned}, *(f"unpinned {name}" for name in unpinned))
 
 
 class _Going:
@@ -223,27 +214,21 @@ class _Going:
 
     def print(self) -> None:
         """The list, for --dry-run."""
-        self._output.json(
+        words = {None: "", True: "  on the server", False: "  not on the server"}
+        lines = [
+            f"{entry.kind} {entry.key}  {format_size(entry.disk_bytes)}{words[self._is_remote(entry)]}"
+            for entry in self.entries
+        ]
+        self._output.data(
             {
                 "would_remove": [
-                    {
-                        "kind": entry.kind,
-                        "key": entry.key,
-                        "disk_bytes": entry.disk_bytes,
-                        "remote": self._is_remote(entry),
-                    }
+                    {**record(entry, "kind", "key", "disk_bytes"), "remote": self._is_remote(entry)}
                     for entry in self.entries
                 ],
                 "would_free_bytes": sum(entry.disk_bytes for entry in self.entries),
-            }
+            },
+            *(f"would remove {line}" for line in (*lines, self.summary())),
         )
-        words = {None: "", True: "  on the server", False: "  not on the server"}
-        for entry in self.entries:
-            self._output.text(
-                f"would remove {entry.kind} {entry.key}  {format_size(entry.disk_bytes)}"
-                f"{words[self._is_remote(entry)]}"
-            )
-        self._output.text(f"would remove {self.summary()}")
 
 
 def _pin_row(file_cache: FileCache, name: str) -> dict[str, Any]:

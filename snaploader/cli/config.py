@@ -204,14 +204,15 @@ def _name(key: str) -> str:
     return key.replace("_", "-")
 
 
+def long_name(option: click.Option) -> str:
+    """The name of an option that begins with two dashes, without them."""
+    return next(name for name in option.opts if name.startswith("--")).removeprefix("--")
+
+
 def _options(command: click.Command) -> dict[str, click.Option]:
-    """The options of a command by their long names, without dashes in front."""
-    found = {}
-    for param in command.params:
-        if isinstance(param, click.Option) and param.name not in {"config", "help", "version"}:
-            long = next(name for name in param.opts if name.startswith("--"))
-            found[long.removeprefix("--")] = param
-    return found
+    """The options of a command by their long names."""
+    found = [param for param in command.params if isinstance(param, click.Option)]
+    return {long_name(each): each for each in found if each.name not in {"config", "help", "version"}}
 
 
 def _is_shared(name: str, option: click.Option) -> bool:

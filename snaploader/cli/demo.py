@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,28 +12,24 @@ from pathlib import Path
 
 import click
 
-from snaploader.cli.commands import Command, option
-from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import common
+from snaploader.cli.options import command, option
+from snaploader.cli.output import CheckFailed
 from snaploader.cli.process import load_grpc
 from snaploader.cli.resources import Caches
-from snaploader.cli.values import Size, format_size, format_time
+from snaploader.cli.values import Size, format_time
 from snaploader.errors import translate_os_errors
 
-_demo_option = functools.partial(option, scope="demo")
 
-
-@click.command(cls=Command)
-@_demo_option("--size", type=Size(64 << 20), default="256MiB", help="Size of the image.")
-@_demo_option(
+@command("demo")
+@option("--size", type=Size(64 << 20), default="256MiB", help="Size of the image.")
+@option(
     "--data",
     "data_bytes",
     type=Size(16 << 20),
     default="64MiB",
     help="About how many bytes of files go into it.",
 )
-@_demo_option("--work-dir", type=click.Path(path_type=Path), help="Folder to work in.  [default: temporary]")
-@common
+@option("--work-dir", type=click.Path(path_type=Path), help="Folder to work in.  [default: temporary]")
 def demo(caches: Caches, size: int, data_bytes: int, work_dir: Path | None) -> None:
     """Save a real disk image on one host, load it lazily on another, and prove every byte right.
 
@@ -53,7 +48,7 @@ def demo(caches: Caches, size: int, data_bytes: int, work_dir: Path | None) -> N
     with tempfile.TemporaryDirectory(prefix="snaploader-demo-", dir=work_dir) as folder:
         play(Path(folder), size, data_bytes, ledger, output.talk)
     seconds = time.monotonic() - begin
-    output.json(
+    output.data(
         {
             "steps": [dataclasses.asdict(row) for row in ledger.rows],
             "proofs": [dataclasses.asdict(proof) for proof in ledger.proofs],
@@ -62,23 +57,20 @@ def demo(caches: Caches, size: int, data_bytes: int, work_dir: Path | None) -> N
         }
     )
     output.table(
-        ["step", "host", "touched>", "fetched>", "uploaded>", "time>"],
-        [
-            [
-                row.step,
-                row.host,
-                _size(row.touched_bytes),
-                _size(row.fetched_bytes),
-                _size(row.uploaded_bytes),
-                format_time(row.seconds),
-            ]
-            for row in ledger.rows
-        ],
+        {
+            "step": "step",
+            "host": "host",
+            "touched>": "touched_bytes",
+            "fetched>": "fetched_bytes",
+            "uploaded>": "uploaded_bytes",
+            "time>": lambda row: format_time(row.seconds),
+        },
+        ledger.rows,
     )
     output.text()
     output.table(
-        ["", "proof", "evidence"],
-        [["ok" if proof.holds else "FAILED", proof.claim, proof.evidence] for proof in ledger.proofs],
+        {"": lambda proof: "ok" if proof.holds else "FAILED", "proof": "claim", "evidence": "evidence"},
+        ledger.proofs,
     )
     if ledger.failed:
         raise CheckFailed(
@@ -86,10 +78,6 @@ def demo(caches: Caches, size: int, data_bytes: int, work_dir: Path | None) -> N
         )
     output.text()
     output.text(f"all {len(ledger.proofs)} proofs hold; {format_time(seconds)} in all")
-
-
-def _size(count: int | None) -> str:
-    return "-" if count is None else format_size(count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import sys
 import tempfile
@@ -13,9 +14,8 @@ from typing import Any
 
 import click
 
-from snaploader.cli.commands import Command, option
 from snaploader.cli.lookup import check_there, file_names, file_size, find, served_line, snapshot_record
-from snaploader.cli.options import ReadOptions, TaskOptions, common, read_options, task_options
+from snaploader.cli.options import ReadOptions, TaskOptions, command, option, read_options, task_options
 from snaploader.cli.output import record
 from snaploader.cli.process import Nowhere, writing_to_stdout
 from snaploader.cli.resources import Caches
@@ -30,19 +30,17 @@ PIECE_BYTES = 1 << 20
 ReadAt = Callable[[int, int], bytes]
 
 
-@click.command(cls=Command)
+@command("restore")
 @task_options
 @read_options
 @option(
     "--only",
     "names",
-    scope="restore",
     multiple=True,
     metavar="NAME",
     help="Only this file or directory, or what stands in one, as in home/etc; repeatable.",
 )
 @click.argument("output_dir", type=click.Path(path_type=Path), metavar="OUTPUT_DIR")
-@common
 def restore(
     caches: Caches,
     task_options: TaskOptions,
@@ -67,21 +65,21 @@ def restore(
     with output.bars() as progress:
         result = loader.restore_snapshot(snapshot, output_dir, progress=progress)
     seconds = time.monotonic() - begin
-    placed = sorted((*result.files.items(), *result.directories.items()))
-    output.json(
+    files, directories = _placed(snapshot, result.files), _placed(snapshot, result.directories)
+    output.data(
         {
             **snapshot_record(snapshot),
             "output_directory": str(output_dir),
-            "files": _placed(snapshot, result.files),
-            "directories": _placed(snapshot, result.directories),
+            "files": files,
+            "directories": directories,
             **record(result, "written_bytes", "hole_bytes", "fetched_blobs", "fetched_bytes"),
             "seconds": round(seconds, 6),
-        }
+        },
+        f"restored  {served_line(snapshot)}",
     )
-    output.text(f"restored  {served_line(snapshot)}")
     output.table(
-        ["file", "size>", "path"],
-        [[name, format_size(file_size(snapshot, name)), str(path)] for name, path in placed],
+        {"file": "name", "size>": "size_bytes", "path": "path"},
+        sorted((*files, *directories), key=operator.itemgetter("name")),
     )
     output.text(
         f"written   {format_size(result.written_bytes)}, holes {format_size(result.hole_bytes)}, "
@@ -97,13 +95,12 @@ def _placed(snapshot: Snapshot, paths: Mapping[str, Path]) -> list[dict[str, Any
     ]
 
 
-@click.command(cls=Command)
+@command("read")
 @task_options
 @read_options
-@option("--offset", scope="read", type=SIZE, default="0", help="Where to begin.")
-@option("--size", scope="read", type=SIZE, help="How many bytes.  [default: to the end]")
+@option("--offset", type=SIZE, default="0", help="Where to begin.")
+@option("--size", type=SIZE, help="How many bytes.  [default: to the end]")
 @click.argument("name", metavar="NAME")
-@common
 def read(
     caches: Caches,
     task_options: TaskOptions,

@@ -1,4 +1,4 @@
-"""The options that commands share, and how they reach a command.
+"""Commands, groups of them that are imported on demand, and the options that they share.
 
 Every option is looked for on the command line, in the environment as SNAPLOADER_ and its name in
 capitals, in the configuration file, and has a default otherwise. The shared ones may stand before or
@@ -8,16 +8,16 @@ after the name of the command.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from snaploader.cli.commands import FILE, SHARED, WHICH, WORKSPACES, option
-from snaploader.cli.config import ConfigFile, default_path
+from snaploader.cli.config import ConfigFile, default_path, environment_variable, long_name
 from snaploader.cli.output import Output
 from snaploader.cli.resources import Caches, Settings, Workspaces, WorkspaceSettings
 from snaploader.cli.values import DURATION, KEY_VALUE, MODE, Size
@@ -27,7 +27,156 @@ from snaploader.task import SnapshotTask
 
 P = ParamSpec("P")
 R = TypeVar("R")
+V = TypeVar("V")
 F = TypeVar("F", bound=Callable[..., Any])
+
+OWN = "Options"
+WHICH = "Which snapshot"
+WORKSPACES = "Where workspaces are"
+SHARED = "Options of all commands"
+
+FILE = click.Path(path_type=Path)
+
+
+class Option(click.Option):
+    """An option that knows under which heading it is listed."""
+
+    def __init__(self, *args: Any, section: str = OWN, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.section = section
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option's line in the help. An on/off option defaults to yes or no, where click names a flag."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.secondary_opts:
+            return record
+        names, text = record
+        # Asked for here: click 8.1 names the flag of the option's own default, whatever the file says.
+        word = "yes" if self.get_default(ctx) else "no"
+        for flags in (self.opts, self.secondary_opts):
+            text = text.replace(f"default: {flags[0].lstrip('-')}]", f"default: {word}]")
+        return names, text
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """The option as messages name it, and the variable where the value came from one."""
+        hint = click.Parameter.get_error_hint(self, ctx)  # type: ignore[arg-type,unused-ignore]
+        if ctx is not None and ctx.get_parameter_source(str(self.name)) is ParameterSource.ENVIRONMENT:
+            hint += f" (from {self.envvar})"
+        return hint
+
+
+class Command(click.Command):
+    """A command whose help lists its own options first, and those that it shares under headings.
+
+    Args:
+        scope: The whole name of the command, which is in the environment variables of its own options.
+    """
+
+    def __init__(self, *args: Any, scope: str = "", **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        for param in self.params:
+            if isinstance(param, Option) and param.envvar is None:
+                param.envvar = environment_variable(long_name(param), scope)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write all options to the help page."""
+        sections: dict[str, list[tuple[str, str]]] = {OWN: [], WHICH: [], WORKSPACES: [], SHARED: []}
+        for param in self.get_params(ctx):
+            # Recent versions of click have records of arguments too; the usage line shows those.
+            record = None if isinstance(param, click.Argument) else param.get_help_record(ctx)
+            if record is not None:
+                sections[param.section if isinstance(param, Option) else SHARED].append(record)
+        for section, records in sections.items():
+            if records:
+                with formatter.section(section):
+                    formatter.write_dl(records)
+
+
+class NoCommand(click.UsageError):
+    """A group of commands stands alone. Its help is the message."""
+
+
+class CommandsOnDemand(Mapping[str, click.Command]):
+    """Commands by name, each imported when it is asked for.
+
+    Args:
+        package: The package that they are in.
+        homes: Module and attribute of each command, as in "cache:cache", and the line that the help of its
+            group has about it.
+    """
+
+    def __init__(self, package: str, homes: Mapping[str, tuple[str, str]]) -> None:
+        self._package = package
+        self._homes = homes
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, _, attribute = self._homes[name][0].partition(":")
+        command: click.Command = getattr(import_module(f"{self._package}.{module}"), attribute)
+        return command
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def help_lines(self) -> list[tuple[str, str]]:
+        """What the help says of each, sorted by name. Nothing is imported."""
+        return [(name, self._homes[name][1]) for name in sorted(self._homes)]
+
+
+class Group(click.Group):
+    """A group of commands that tells which there are when it stands alone.
+
+    Args:
+        on_demand: Its commands, where they are in modules of their own.
+    """
+
+    command_class = Command
+
+    def __init__(self, *args: Any, on_demand: CommandsOnDemand | None = None, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        if on_demand is not None:
+            self.commands = on_demand  # type: ignore[assignment]  # nothing is added to them
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments up to the command's name."""
+        if not args and not ctx.resilient_parsing:
+            raise NoCommand(f"{ctx.command_path} needs the name of a command: see --help", ctx)
+        return super().parse_args(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands to the help page."""
+        commands: object = self.commands
+        if isinstance(commands, CommandsOnDemand):
+            with formatter.section("Commands"):
+                formatter.write_dl(commands.help_lines())
+        else:
+            super().format_commands(ctx, formatter)
+
+
+def option(*names: str, section: str = OWN, shared: bool = False, **attributes: Any) -> Callable[[F], F]:
+    """A click option with its environment variable. Its help shows the default, unless that is empty.
+
+    Args:
+        section: Heading in the help.
+        shared: Several commands have it, and one variable for all of them.
+    """
+    if shared:
+        long = next(name for name in names if name.startswith("--"))
+        attributes["envvar"] = environment_variable(long.partition("/")[0].removeprefix("--"))
+    attributes.setdefault("show_default", attributes.get("default") not in {None, ""})
+    return click.option(*names, cls=Option, section=section, show_envvar=True, **attributes)
+
+
+def destructive(function: F) -> F:
+    """`--yes` and `--dry-run`, of a command that removes things and asks first; see `Output.must_ask`."""
+    yes = option("--yes", "-y", is_flag=True, help="Do not ask, on a terminal either.")
+    dry_run = option("--dry-run", is_flag=True, help="Only say what would go.")
+    return yes(dry_run(function))
 
 
 @dataclass
@@ -61,9 +210,9 @@ def _command_path(ctx: click.Context) -> list[str]:
     return path
 
 
-_shared = functools.partial(option, section=SHARED)
-_which = functools.partial(option, section=WHICH)
-_where = functools.partial(option, section=WORKSPACES)
+_shared = functools.partial(option, section=SHARED, shared=True)
+_which = functools.partial(option, section=WHICH, shared=True)
+_where = functools.partial(option, section=WORKSPACES, shared=True)
 
 _COMMON = (
     _shared(
@@ -141,48 +290,93 @@ def _gathering(kind: type[Any], name: str, function: Callable[..., R]) -> Callab
 
     @functools.wraps(function)
     def with_value(*args: Any, **kwargs: Any) -> R:
-        values = {field.name: kwargs.pop(field.name) for field in fields(kind)}
+        values = {name: kwargs.pop(name) for name in _names(kind)}
         return function(*args, **{name: kind(**values)}, **kwargs)
 
     return with_value
 
 
 def shared_options(function: F) -> F:
-    """The options of all commands, for a function that reads them with `settings_of`."""
+    """The options of all commands, for a group of them."""
     return _decorated(function, _COMMON)
 
 
-def common(function: Callable[Concatenate[Caches, P], R]) -> Callable[P, R]:
-    """The options of all commands; the function gets `Caches` made from them, which end with it."""
-
-    @click.pass_context
-    @functools.wraps(function)
-    def with_caches(ctx: click.Context, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        for name in (*(field.name for field in fields(Settings)), "as_json", "quiet", "verbose"):
-            kwargs.pop(name, None)
-        output = output_of(ctx)
-        if isinstance(ctx.obj, Invocation):
-            ctx.obj.output = output
-        settings = settings_of(ctx)
-        settings.check_files([field.name for field in fields(Settings) if _said(ctx, field.name) is not None])
-        with Caches(settings, output) as caches, output.logging():
-            return function(caches, *args, **kwargs)
-
-    return shared_options(with_caches)
+def workspace_options(function: F) -> F:
+    """Where workspaces are, for a group of commands that say it."""
+    return _decorated(function, _WORKSPACES)
 
 
-def output_of(ctx: click.Context) -> Output:
-    """How this invocation wants to print."""
-    return Output(
-        as_json=bool(_effective(ctx, "as_json")),
-        quiet=bool(_effective(ctx, "quiet")),
-        verbose=int(_effective(ctx, "verbose") or 0),
-    )
+def command(
+    path: str, *, group: click.Group | None = None, cls: type[Command] = Command, **attributes: Any
+) -> Callable[[Callable[Concatenate[Caches, P], None]], Command]:
+    """A command with the options of all; its function gets `Caches` made from them, which end with it.
+
+    Args:
+        path: Its whole name, as in "cache ls".
+        group: Where it is put, unless that imports it on demand.
+    """
+
+    def decorate(function: Callable[Concatenate[Caches, P], None]) -> Command:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            ctx = click.get_current_context()
+            for name in (*_names(Settings), "as_json", "quiet", "verbose"):
+                kwargs.pop(name, None)
+            output = Output(
+                as_json=bool(_effective(ctx, "as_json")),
+                quiet=bool(_effective(ctx, "quiet")),
+                verbose=int(_effective(ctx, "verbose") or 0),
+            )
+            if isinstance(ctx.obj, Invocation):
+                ctx.obj.output = output
+            settings = _effective_value(ctx, Settings)
+            settings.check_files([name for name in _names(Settings) if _said(ctx, name) is not None])
+            with Caches(settings, output) as caches, output.logging():
+                function(caches, *args, **kwargs)
+
+        name = path.rpartition(" ")[2]
+        made = click.command(name, cls=cls, scope=path, **attributes)(shared_options(run))
+        if group is not None:
+            group.add_command(made)
+        return made
+
+    return decorate
 
 
-def settings_of(ctx: click.Context) -> Settings:
-    """The values of the shared options."""
-    return Settings(**{field.name: _effective(ctx, field.name) for field in fields(Settings)})
+def workspace_command(
+    path: str, **attributes: Any
+) -> Callable[[Callable[Concatenate[Workspaces, P], None]], Command]:
+    """A command that also says where workspaces are; its function gets what is made from the options."""
+
+    def decorate(function: Callable[Concatenate[Workspaces, P], None]) -> Command:
+        @functools.wraps(function)
+        def run(caches: Caches, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            for name in _names(WorkspaceSettings):
+                kwargs.pop(name, None)
+            settings = _effective_value(click.get_current_context(), WorkspaceSettings)
+            try:
+                function(Workspaces(caches, settings), *args, **kwargs)
+            except KeyboardInterrupt as interrupt:
+                workspace_id = kwargs.get("workspace_id")
+                look = f"show {workspace_id}" if workspace_id else "ls"
+                interrupt.add_note(
+                    "an operation that had begun was finished, or taken back: look with "
+                    f"`snaploader workspace {look}`"
+                )
+                raise
+
+        return command(path, **attributes)(workspace_options(run))
+
+    return decorate
+
+
+def _names(kind: type[Any]) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _effective_value(ctx: click.Context, kind: type[V]) -> V:
+    """The values of the options that a dataclass has fields for."""
+    return kind(**{name: _effective(ctx, name) for name in _names(kind)})
 
 
 def _effective(ctx: click.Context, name: str) -> Any:
@@ -295,11 +489,13 @@ def read_options(function: Callable[..., R]) -> Callable[..., R]:
 _SAVE = (
     option(
         "--save-policy",
+        shared=True,
         type=click.Choice([str(policy) for policy in SavePolicy]),
         help="Whether a snapshot that stands remotely is replaced.  [default: always]",
     ),
     option(
         "--min-refresh-interval",
+        shared=True,
         type=DURATION,
         help="Leave the default branch's remote snapshot alone when it is younger.  [default: 0s]",
     ),
@@ -334,48 +530,14 @@ _WORKSPACES = (
 )
 
 
-def workspace_options(function: F) -> F:
-    """Where workspaces are, for a function that reads it with `workspace_settings_of`."""
-    return _decorated(function, _WORKSPACES)
+@functools.partial(_decorated, decorators=(*_COMMON, *_TASK, *_READ, *_SAVE, *_WORKSPACES))
+def _all_shared() -> None:
+    """Has the options that several commands may have."""
 
 
-def workspace_settings_of(ctx: click.Context) -> WorkspaceSettings:
-    """Where workspaces are."""
-    names = (field.name for field in fields(WorkspaceSettings))
-    return WorkspaceSettings(**{name: _effective(ctx, name) for name in names})
-
-
-def with_workspaces(function: Callable[Concatenate[Workspaces, P], R]) -> Callable[P, R]:
-    """The options of all commands and where workspaces are; the function gets what is made from them."""
-
-    @functools.wraps(function)
-    def opened(caches: Caches, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        for item in fields(WorkspaceSettings):
-            kwargs.pop(item.name, None)
-        settings = workspace_settings_of(click.get_current_context())
-        try:
-            return function(Workspaces(caches, settings), *args, **kwargs)
-        except KeyboardInterrupt as interrupt:
-            workspace_id = kwargs.get("workspace_id")
-            look = f"show {workspace_id}" if workspace_id else "ls"
-            interrupt.add_note(
-                "an operation that had begun was finished, or taken back: look with "
-                f"`snaploader workspace {look}`"
-            )
-            raise
-
-    return workspace_options(common(opened))
-
-
-def _shared_by_name() -> dict[str, click.Option]:
-    def bare() -> None: ...
-
-    function: Callable[..., Any] = bare
-    for decorate in (*_COMMON, *_TASK, *_READ, *_SAVE, *_WORKSPACES):
-        function = decorate(function)
-    shared = {option.opts[0].removeprefix("--"): option for option in function.__click_params__}  # type: ignore[attr-defined]
-    return {name: option for name, option in shared.items() if name != "config"}
-
-
-SHARED_OPTIONS = _shared_by_name()
+SHARED_OPTIONS = {
+    long_name(option): option
+    for option in reversed(_all_shared.__click_params__)  # type: ignore[attr-defined]
+    if option.name != "config"
+}
 """Options that several commands may have, by long name: what may stand at the top of a configuration file."""

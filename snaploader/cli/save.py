@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import stat
 import sys
@@ -15,9 +14,16 @@ from typing import Any
 import click
 
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
-from snaploader.cli.commands import Command, option
 from snaploader.cli.lookup import key_record
-from snaploader.cli.options import TaskOptions, common, first_given, save_options, task_options
+from snaploader.cli.options import (
+    Command,
+    TaskOptions,
+    command,
+    first_given,
+    option,
+    save_options,
+    task_options,
+)
 from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import KEY_VALUE, ChunkSize, Size, format_size, format_time
@@ -49,31 +55,23 @@ class SaveCommand(Command):
         return super().parse_args(ctx, args)
 
 
-_save_option = functools.partial(option, scope="save")
-
-
-@click.command(cls=SaveCommand)
+@command("save", cls=SaveCommand)
 @task_options
-@_save_option("--chunked/--plain", "chunked", default=None, help="Keep all files in chunks, or all whole.")
-@_save_option(
+@option("--chunked/--plain", "chunked", default=None, help="Keep all files in chunks, or all whole.")
+@option(
     "--chunk-threshold",
     type=Size(),
     default=f"{DEFAULT_CHUNK_THRESHOLD_BYTES >> 20}MiB",
     help="Files of this size or more are kept in chunks.",
 )
-@_save_option("--chunk-size", type=ChunkSize(), help="Size of a chunk: a power of two, 4KiB to 64MiB.")
-@_save_option(
-    "--snapshot-id", "new_snapshot_id", metavar="ID", help="Id of the snapshot.  [default: new UUID]"
-)
+@option("--chunk-size", type=ChunkSize(), help="Size of a chunk: a power of two, 4KiB to 64MiB.")
+@option("--snapshot-id", "new_snapshot_id", metavar="ID", help="Id of the snapshot.  [default: new UUID]")
 @save_options
-@_save_option(
-    "--property", "properties", multiple=True, type=KEY_VALUE, help="Property kept with the snapshot."
-)
-@_save_option(
+@option("--property", "properties", multiple=True, type=KEY_VALUE, help="Property kept with the snapshot.")
+@option(
     "--pin", metavar="NAME", help="Keep the snapshot from eviction on this host until `cache unpin NAME`."
 )
 @click.argument("files", nargs=-1, required=True, metavar="FILE|DIR…")
-@common
 def save(
     caches: Caches,
     task_options: TaskOptions,
@@ -192,7 +190,7 @@ def _print(caches: Caches, result: SaveResult, seconds: float, pin: str | None) 
     sizes = ("size_bytes", "hashed_bytes", "hole_bytes", "stored_bytes", "deduplicated_bytes")
     uploads = ("uploaded_blobs", "uploaded_bytes", "uploaded_wire_bytes")
     stands = result.remote_manifest
-    output.json(
+    output.data(
         {
             "snapshot_id": result.snapshot_id,
             "ref": result.key.ref,
@@ -204,24 +202,20 @@ def _print(caches: Caches, result: SaveResult, seconds: float, pin: str | None) 
             "pin": pin,
             "warnings": result.warnings,
             "seconds": round(seconds, 6),
-        }
+        },
+        f"snapshot  {result.snapshot_id}",
+        f"ref       {result.key.ref or '(none)'}",
     )
-    output.text(f"snapshot  {result.snapshot_id}")
-    output.text(f"ref       {result.key.ref or '(none)'}")
-    everything: list[SavedFile | SavedDirectory] = [*result.files, *result.directories]
     output.table(
-        ["file", "kept", "size>", "holes>", "stored>", "deduplicated>"],
-        [
-            [
-                saved.name,
-                _kept(saved),
-                format_size(saved.size_bytes),
-                format_size(saved.hole_bytes),
-                format_size(saved.stored_bytes),
-                format_size(saved.deduplicated_bytes),
-            ]
-            for saved in everything
-        ],
+        {
+            "file": "name",
+            "kept": _kept,
+            "size>": "size_bytes",
+            "holes>": "hole_bytes",
+            "stored>": "stored_bytes",
+            "deduplicated>": "deduplicated_bytes",
+        },
+        [*result.files, *result.directories],
     )
     if result.saved_remotely:
         output.text(f"uploaded  {format_size(result.uploaded_bytes)} in {result.uploaded_blobs} blobs")

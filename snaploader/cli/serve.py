@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from pathlib import Path
 
 import click
 
-from snaploader.cli.commands import Command, option
-from snaploader.cli.options import common
+from snaploader.cli.options import command, option
 from snaploader.cli.process import load_grpc, stop_signal
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import parse_address
@@ -21,21 +19,17 @@ _DRAIN_S = 5.0
 """What calls under way get to end after a signal."""
 
 
-_serve_option = functools.partial(option, scope="serve")
-
-
-@click.command(cls=Command)
-@_serve_option(
+@command("serve")
+@option(
     "--listen",
     default="127.0.0.1:8980",
     metavar="HOST:PORT",
     help="Where to listen; port 0 takes a free one.",
 )
-@_serve_option(
+@option(
     "--root", type=click.Path(path_type=Path), metavar="DIR", help="Keeps what is stored.  [default: memory]"
 )
-@_serve_option("--like", type=click.Choice(LIKE), help="Behave as this server does, with its limits.")
-@common
+@option("--like", type=click.Choice(LIKE), help="Behave as this server does, with its limits.")
 def serve(caches: Caches, listen: str, root: Path | None, like: str | None) -> None:
     """Run a small REAPI cache (CAS, ByteStream, ActionCache) until SIGINT or SIGTERM.
 
@@ -51,7 +45,7 @@ def serve(caches: Caches, listen: str, root: Path | None, like: str | None) -> N
     server = EmbeddedServer(root, options, host=host, port=port, introspection=has_introspection)
     with stop_signal() as stopped, server:
         caches.output.text(server.url)
-        caches.output.json({"url": server.url, "port": server.port})
+        caches.output.data({"url": server.url, "port": server.port})
         caches.output.flush()
         caches.output.talk(f"serving {root or 'from memory'}; stop with Ctrl-C")
         stopped.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,3 +195,8 @@ def format_size(count: float) -> str:
 def format_time(seconds: float) -> str:
     """A span of time as a person reads it: `3.2 ms`, `1.25 s`."""
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def time_words(time: datetime | None) -> str:
+    """A time to the minute, in UTC."""
+    return "-" if time is None else f"{time:%Y-%m-%d %H:%M}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli_runner import CommandLine, Outcome
 
-from snaploader.cli import doctor_checks
+from snaploader.cli import doctor
 from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions
@@ -140,8 +140,8 @@ def test_a_cache_that_loses_blobs_is_found(cli: CommandLine, monkeypatch: pytest
 
 
 def test_a_wrong_clock_is_found(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor_checks.time.time
-    monkeypatch.setattr(doctor_checks.time, "time", lambda: real() + 3600)
+    real = doctor.time.time
+    monkeypatch.setattr(doctor.time, "time", lambda: real() + 3600)
     outcome = cli("doctor", "--json")
     assert outcome.exit_code == 13
     assert statuses(outcome)["cache: clock"] == "failed"

@@ -15,7 +15,7 @@ from cli_runner import CommandLine
 
 import cow
 from snaploader import errors
-from snaploader.cli import exits
+from snaploader.cli.output import CheckFailed, explain
 from snaploader.testing import EmbeddedServer, Fault, FaultScript, ServerOptions
 
 ERRORS_PAGE = Path(__file__).parents[2] / "docs/errors.md"
@@ -31,11 +31,11 @@ def subclasses(base: type[BaseException]) -> list[type[BaseException]]:
 
 @pytest.mark.parametrize("kind", subclasses(errors.SnaploaderError)[1:], ids=lambda kind: kind.__name__)
 def test_every_error_ends_with_its_documented_code(kind: type[errors.SnaploaderError]) -> None:
-    failure = exits.explain(kind("what happened"))
+    failure = explain(kind("what happened"))
     assert failure.message == "what happened"
-    assert DOCUMENTED[failure.exit_code] == failure.kind
-    assert issubclass(kind, getattr(errors, failure.kind))
-    assert kind.__module__ != errors.__name__ or failure.kind == kind.__name__
+    assert DOCUMENTED[failure.exit_code] == failure.error
+    assert issubclass(kind, getattr(errors, failure.error))
+    assert kind.__module__ != errors.__name__ or failure.error == kind.__name__
 
 
 @pytest.mark.parametrize(
@@ -54,25 +54,25 @@ def test_every_error_ends_with_its_documented_code(kind: type[errors.SnaploaderE
         (click.Abort(), 130),
         (KeyboardInterrupt(), 130),
         (BrokenPipeError(), 141),
-        (exits.CheckFailed("x"), 13),
+        (CheckFailed("x"), 13),
         (RuntimeError("bug"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
 def test_other_errors_end_with_documented_codes(error: BaseException, code: int) -> None:
-    assert exits.explain(error).exit_code == code
+    assert explain(error).exit_code == code
     assert code in DOCUMENTED
 
 
 def test_notes_are_part_of_the_message() -> None:
     error = errors.Unavailable("the server is away")
     error.add_note("the snapshot is saved in the local cache")
-    assert exits.explain(error).message.endswith("\nthe snapshot is saved in the local cache")
+    assert explain(error).message.endswith("\nthe snapshot is saved in the local cache")
 
 
 def test_a_defect_says_that_it_is_one() -> None:
-    failure = exits.explain(TypeError("odd"))
-    assert failure.unexpected
+    failure = explain(TypeError("odd"))
+    assert (failure.error, failure.exit_code) == ("Internal", 1)
     assert "report" in failure.message
 
 

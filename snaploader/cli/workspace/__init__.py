@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import click
 
-from snaploader.cli.commands import CommandsOnDemand, Group
-from snaploader.cli.options import shared_options, workspace_options
+from snaploader.cli.options import CommandsOnDemand, Group, shared_options, workspace_options
 
 COMMANDS = {
     "create": ("operations:create", "Make a workspace, and start it."),

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from snaploader.cli.commands import Command, option
-from snaploader.cli.exits import CheckFailed
-from snaploader.cli.options import with_workspaces
-from snaploader.cli.output import record
+from snaploader.cli.options import option, workspace_command
+from snaploader.cli.output import CheckFailed, record
 from snaploader.cli.process import stop_signal
 from snaploader.cli.resources import Workspaces, needing_an_extra
 from snaploader.cli.values import DURATION, parse_address
@@ -25,26 +23,22 @@ if TYPE_CHECKING:
     from snaploader.workspace import AuditRecord, LifecycleExecutor, Metrics, RecoverySummary, Stats
 
 
-_lifecycle_option = functools.partial(option, scope="workspace lifecycle")
-
-
-@click.command("lifecycle", cls=Command)
-@_lifecycle_option("--once", is_flag=True, help="Look at all workspaces once, and end.")
-@_lifecycle_option(
+@workspace_command("workspace lifecycle")
+@option("--once", is_flag=True, help="Look at all workspaces once, and end.")
+@option(
     "--tick",
     metavar="TIME",
     help="With --once: decide as of this time, ISO 8601, UTC if it names no zone.  [default: now]",
 )
-@_lifecycle_option("--interval", type=DURATION, default="60s", help="Between two looks.")
-@_lifecycle_option(
+@option("--interval", type=DURATION, default="60s", help="Between two looks.")
+@option(
     "--max-concurrency", type=click.IntRange(1), default=10, help="Workspaces that are worked on at once."
 )
-@_lifecycle_option(
+@option(
     "--metrics-listen",
     metavar="HOST:PORT",
     help="Serve metrics to prometheus there; port 0 takes a free one.",
 )
-@with_workspaces
 def lifecycle(
     workspaces: Workspaces,
     once: bool,
@@ -162,7 +156,7 @@ def parse_time(text: str) -> datetime:
 def _print_record(workspaces: Workspaces, audit: AuditRecord) -> None:
     output = workspaces.output
     names = ("workspace_id", "owner", "transition", "state_before", "state_after", "created_at", "error")
-    output.line(record(audit, *names))
+    output.json_line(record(audit, *names))
     outcome = audit.error or f"{audit.state_before} → {audit.state_after}"
     output.text(f"{audit.created_at:%Y-%m-%d %H:%M:%S}  {audit.workspace_id}  {audit.transition}: {outcome}")
     output.flush()
@@ -170,7 +164,7 @@ def _print_record(workspaces: Workspaces, audit: AuditRecord) -> None:
 
 def _print_stats(workspaces: Workspaces, stats: Stats) -> None:
     output = workspaces.output
-    output.json(record(stats, "tick", "transitions", "errors", "skipped", "elapsed_s"))
+    output.data(record(stats, "tick", "transitions", "errors", "skipped", "elapsed_s"))
     for name, transition in stats.transitions.items():
         output.text(f"{name}  {transition}")
     for name, why in stats.skipped.items():
@@ -179,20 +173,17 @@ def _print_stats(workspaces: Workspaces, stats: Stats) -> None:
         output.warn(f"{name}: {error}")
 
 
-@click.command("recover", cls=Command)
+@workspace_command("workspace recover")
 @option(
     "--rebind-state",
-    scope="workspace recover",
     is_flag=True,
     help="Go on with this state directory: the one that the catalog knows for this host is lost for good.",
 )
 @option(
     "--forget-remote",
-    scope="workspace recover",
     is_flag=True,
     help="Give up what a remote cache that is gone for good has of commits that failed or were deleted.",
 )
-@with_workspaces
 def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) -> None:
     """Bring the catalog and what is on this host together again, after a crash or a restart.
 
@@ -201,7 +192,7 @@ def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) 
     Ends with exit code 13 when something could not be put right.
     """
     summary = workspaces.manager.recover(rebind_state=rebind_state, forget_remote=forget_remote)
-    workspaces.output.json(dataclasses.asdict(summary))
+    workspaces.output.data(dataclasses.asdict(summary))
     for line in summary_lines(summary):
         workspaces.output.text(line)
     if summary.problems:

@@ -6,35 +6,31 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from snaploader.cli.commands import Command, option
-from snaploader.cli.options import with_workspaces
-from snaploader.cli.output import Branch
+from snaploader.cli.options import option, workspace_command
+from snaploader.cli.output import Branch, Column, record
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
-from snaploader.cli.values import SIZE, format_size
+from snaploader.cli.values import SIZE, format_size, time_words
 from snaploader.cli.workspace.records import (
-    event_record,
+    EVENT,
+    RUN,
+    SIZE as SIZE_FIELDS,
+    VERSION,
     exit_words,
     history,
-    run_record,
-    size_record,
     snapshot_record,
-    time_words,
-    version_record,
     workspace_record,
 )
-from snaploader.workspace import OperationKind, Run, RunStatus, SnapshotInfo, Workspace, WorkspaceState
+from snaploader.workspace import OperationKind, Run, RunStatus, Workspace, WorkspaceState
 
 if TYPE_CHECKING:
     from snaploader.workspace.runtime import RuntimeStatus
     from snaploader.workspace.sizes import HostSizes, WorkspaceSize
-
-_COLUMNS = ("workspace", "host", "state", "version>", "exclusive>", "shared>", "used")
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
 """What is still being made is no workspace yet."""
@@ -43,23 +39,19 @@ FORK_EVENT = "workspace_fork"
 """Tells which commit a workspace was forked from."""
 
 
-_ls_option = functools.partial(option, scope="workspace ls")
-
-
-@click.command("ls", cls=Command)
-@_ls_option(
+@workspace_command("workspace ls")
+@option(
     "--state", type=click.Choice([state.value for state in WorkspaceState]), help="Only those in this state."
 )
-@_ls_option("--owner", help="Only those of this owner.")
-@_ls_option("--all-hosts", is_flag=True, help="Those of other hosts too.")
-@_ls_option("--deleted", is_flag=True, help="Deleted ones too.")
-@_ls_option("--tree", is_flag=True, help="Show the history of each.")
-@_ls_option(
+@option("--owner", help="Only those of this owner.")
+@option("--all-hosts", is_flag=True, help="Those of other hosts too.")
+@option("--deleted", is_flag=True, help="Deleted ones too.")
+@option("--tree", is_flag=True, help="Show the history of each.")
+@option(
     "--sizes/--no-sizes",
     default=True,
     help="Tell what each costs, for which the chunks of all snapshots on this host are counted.",
 )
-@with_workspaces
 def list_(
     workspaces: Workspaces,
     state: str | None,
@@ -85,11 +77,10 @@ def list_(
     measured = _measure(workspaces) if sizes else None
     here = [each for each in found if each.host == workspaces.host]
     costs = {} if measured is None else {each.id: _size(measured, each) for each in here}
-    workspaces.output.json(
+    workspaces.output.data(
         {
             "workspaces": [
-                {**workspace_record(each), "size": size_record(costs[each.id]) if each.id in costs else None}
-                for each in found
+                {**workspace_record(each), "size": _size_record(costs.get(each.id))} for each in found
             ],
             "stored_bytes": None if measured is None else measured.stored_bytes,
         }
@@ -97,24 +88,18 @@ def list_(
     if tree:
         forks = _forks(workspaces)
         for each in found:
-            _print_tree(workspaces, each, workspaces.manager.list_snapshots(each.id), forks)
+            snapshots = workspaces.manager.list_snapshots(each.id)
+            workspaces.output.tree(Branch(each.id, history(each, snapshots, forks)))
         return
-    rows = [
-        {
-            "workspace": each.id,
-            "host": each.host,
-            "state": _state(each, _status(workspaces, each)),
-            "version>": str(each.last_version or "-"),
-            "exclusive>": format_size(costs[each.id].exclusive_bytes) if each.id in costs else "-",
-            "shared>": format_size(costs[each.id].shared_bytes) if each.id in costs else "-",
-            "used": time_words(each.last_used_at),
-        }
-        for each in found
-    ]
-    left_out = set() if all_hosts else {"host"}
-    left_out |= set() if sizes else {"exclusive>", "shared>"}
-    columns = [column for column in _COLUMNS if column not in left_out]
-    workspaces.output.table(columns, [[row[column] for column in columns] for row in rows])
+    columns: dict[str, Column] = {"workspace": "id"}
+    if all_hosts:
+        columns["host"] = "host"
+    columns["state"] = lambda each: _state(each, _status(workspaces, each))
+    columns["version>"] = lambda each: str(each.last_version or "-")
+    if sizes:
+        columns["exclusive>"] = functools.partial(_cost, costs, "exclusive_bytes")
+        columns["shared>"] = functools.partial(_cost, costs, "shared_bytes")
+    workspaces.output.table({**columns, "used": "last_used_at"}, found)
     if measured is not None:
         together = format_size(measured.stored_bytes)
         workspaces.output.detail(
@@ -122,9 +107,8 @@ def list_(
         )
 
 
-@click.command("show", cls=Command)
+@workspace_command("workspace show")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@with_workspaces
 def show(workspaces: Workspaces, workspace_id: str) -> None:
     """Show a workspace, what it costs, and its history as a tree of snapshots."""
     with workspaces.catalog.reading() as reader:
@@ -135,13 +119,13 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
     )
     size = _size(_measure(workspaces), found)
     status = workspaces.runtime.status(workspace_id)
-    workspaces.output.json(
+    workspaces.output.data(
         {
             **workspace_record(found),
             "pid": status.pid,
             "exit_code": status.exit_code,
-            "latest_run": run_record(run),
-            "size": size_record(size),
+            "latest_run": None if run is None else record(run, *RUN),
+            "size": _size_record(size),
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
@@ -153,7 +137,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
         workspaces.output.text(f"{name:<{width}}  {text}")
     workspaces.output.text()
     if not workspaces.output.as_json:
-        _print_tree(workspaces, found, snapshots, _forks(workspaces))
+        workspaces.output.tree(Branch(found.id, history(found, snapshots, _forks(workspaces))))
     for info in snapshots:
         if not info.is_managed:
             workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
@@ -222,13 +206,12 @@ def _size(sizes: HostSizes, workspace: Workspace) -> WorkspaceSize:
     return sizes.workspaces.get(workspace.id, WorkspaceSize())
 
 
-def _print_tree(
-    workspaces: Workspaces,
-    workspace: Workspace,
-    snapshots: Sequence[SnapshotInfo],
-    forks: Mapping[str, list[str]],
-) -> None:
-    workspaces.output.tree(Branch(workspace.id, history(workspace, snapshots, forks)))
+def _cost(costs: Mapping[str, WorkspaceSize], name: str, workspace: Workspace) -> str:
+    return format_size(getattr(costs[workspace.id], name)) if workspace.id in costs else "-"
+
+
+def _size_record(size: WorkspaceSize | None) -> dict[str, Any] | None:
+    return None if size is None else record(size, *SIZE_FIELDS)
 
 
 def _forks(workspaces: Workspaces) -> dict[str, list[str]]:
@@ -241,41 +224,32 @@ def _forks(workspaces: Workspaces) -> dict[str, list[str]]:
     return forks
 
 
-@click.command("versions", cls=Command)
+@workspace_command("workspace versions")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@with_workspaces
 def versions(workspaces: Workspaces, workspace_id: str) -> None:
     """List the versions of a workspace, oldest first."""
     found = workspaces.manager.list_versions(workspace_id)
-    workspaces.output.json({"versions": [version_record(each) for each in found]})
+    workspaces.output.data({"versions": [record(each, *VERSION) for each in found]})
     workspaces.output.table(
-        ["version>", "created", "source", "name"],
-        [
-            [str(each.number), time_words(each.created_at), str(each.source), each.display_name]
-            for each in found
-        ],
+        {"version>": "number", "created": "created_at", "source": "source", "name": "display_name"}, found
     )
 
 
-_events_option = functools.partial(option, scope="workspace events")
-
-
-@click.command("events", cls=Command)
+@workspace_command("workspace events")
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@_events_option(
+@option(
     "--after",
     type=click.IntRange(0),
     metavar="ID",
     help="Only events later than the one of this id, beginning with the first of them.",
 )
-@_events_option("--type", "types", multiple=True, help="Only events of this type; repeatable.")
-@_events_option(
+@option("--type", "types", multiple=True, help="Only events of this type; repeatable.")
+@option(
     "--limit",
     type=click.IntRange(1),
     default=1000,
     help="No more than so many: the newest, or with --after the first.",
 )
-@with_workspaces
 def events(
     workspaces: Workspaces, workspace_id: str, after: int | None, types: tuple[str, ...], limit: int
 ) -> None:
@@ -288,64 +262,47 @@ def events(
         )
         if workspace_id and not found:
             reader.workspace(workspace_id)  # NotFound, unless it only has no such events
-    records = [event_record(event) for event in found]
-    workspaces.output.json({"events": records})
+    workspaces.output.data({"events": [record(event, *EVENT) for event in found]})
     workspaces.output.table(
-        ["id>", "time", "workspace", "type", "payload"],
-        [
-            [
-                str(event.id),
-                f"{event.created_at:%Y-%m-%d %H:%M:%S}",
-                event.workspace_id,
-                event.type,
-                json.dumps(record["payload"]) if record["payload"] else "",
-            ]
-            for event, record in zip(found, records, strict=True)
-        ],
+        {
+            "id>": "id",
+            "time": lambda event: f"{event.created_at:%Y-%m-%d %H:%M:%S}",
+            "workspace": "workspace_id",
+            "type": "type",
+            "payload": lambda event: json.dumps(dict(event.payload)) if event.payload else "",
+        },
+        found,
     )
 
 
-@click.command("log", cls=Command)
+@workspace_command("workspace log")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@option("--max-size", scope="workspace log", type=SIZE, default="64KiB", help="No more than its last bytes.")
-@with_workspaces
+@option("--max-size", type=SIZE, default="64KiB", help="No more than its last bytes.")
 def log(workspaces: Workspaces, workspace_id: str, max_size: int) -> None:
     """Print the end of what the command of a workspace has printed, byte for byte; of earlier runs too."""
     with workspaces.catalog.reading() as reader:
         reader.workspace(workspace_id)
     data = workspaces.runtime.log_tail(workspace_id, max_size)
-    workspaces.output.json({"log": data.decode(errors="replace")})
+    workspaces.output.data({"log": data.decode(errors="replace")})
     if not workspaces.output.as_json:
         with writing_to_stdout():
             sys.stdout.buffer.write(data)
 
 
-@click.command("orphans", cls=Command)
+@workspace_command("workspace orphans")
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@with_workspaces
 def orphans(workspaces: Workspaces, workspace_id: str) -> None:
     """List what commits that failed have left in the remote cache: of one workspace, or of all on this host.
 
     Nothing of it is visible there. The next commit of the workspace reuses it, and clears the list.
     """
     found = workspaces.manager.orphaned_uploads(workspace_id)
-    workspaces.output.json(
-        {
-            "orphans": [
-                {
-                    "workspace_id": each.workspace_id,
-                    "snapshot_name": each.snapshot_name,
-                    "blobs": len(each.digests),
-                    "size_bytes": each.size_bytes,
-                }
-                for each in found
-            ]
-        }
-    )
+    rows = [
+        {**record(each, "workspace_id", "snapshot_name", "size_bytes"), "blobs": len(each.digests)}
+        for each in found
+    ]
+    workspaces.output.data({"orphans": rows})
     workspaces.output.table(
-        ["workspace", "snapshot", "blobs>", "size>"],
-        [
-            [each.workspace_id, each.snapshot_name, str(len(each.digests)), format_size(each.size_bytes)]
-            for each in found
-        ],
+        {"workspace": "workspace_id", "snapshot": "snapshot_name", "blobs>": "blobs", "size>": "size_bytes"},
+        rows,
     )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
+from typing import Any
 
 import click
 
-from snaploader.cli.commands import Command, destructive, option
-from snaploader.cli.options import with_workspaces
+from snaploader.cli.options import Command, destructive, option, workspace_command
+from snaploader.cli.output import record
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import DURATION, KEY_VALUE, format_size
-from snaploader.cli.workspace.records import result_record, snapshot_record, workspace_record
+from snaploader.cli.workspace.records import RESULT, snapshot_record, workspace_record
 from snaploader.errors import InvalidArgument
 from snaploader.workspace import Readiness, Scope, SnapshotResult, SnapshotSource, Volume, Workspace
 
@@ -36,46 +36,42 @@ class WithCommand(Command):
 _COMMAND = f"{__name__}.command"
 
 
-_create_option = functools.partial(option, scope="workspace create")
-
-
-@click.command("create", cls=WithCommand)
+@workspace_command("workspace create", cls=WithCommand)
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@_create_option(
+@option(
     "--volume",
     multiple=True,
     type=KEY_VALUE,
     metavar="NAME=/DIR",
     help="Durable directory: its name, and where the command sees it; repeatable.",
 )
-@_create_option("--env", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
-@_create_option("--ready-tcp", metavar="HOST:PORT", help="Ready when it takes connections.")
-@_create_option("--ready-http", metavar="URL", help="Ready when it answers 200 to 399.")
-@_create_option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it.")
-@_create_option(
-    "--ready-interval", type=DURATION, default=f"{_DEFAULT.interval_s:g}s", help="Between two tries."
-)
-@_create_option("--ready-timeout", type=DURATION, default=f"{_DEFAULT.timeout_s:g}s", help="How long to try.")
-@_create_option("--owner", default="", help="Whose it is.")
-@_create_option("--base", default="", metavar="NAME", help="Template it is made from.")
-@_create_option("--policy", default="default", help="Its policy.")
-@_create_option(
+@option("--env", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
+@option("--ready-tcp", metavar="HOST:PORT", help="Ready when it takes connections.")
+@option("--ready-http", metavar="URL", help="Ready when it answers 200 to 399.")
+@option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it.")
+@option("--ready-interval", type=DURATION, default=f"{_DEFAULT.interval_s:g}s", help="Between two tries.")
+@option("--ready-timeout", type=DURATION, default=f"{_DEFAULT.timeout_s:g}s", help="How long to try.")
+@option("--owner", default="", help="Whose it is.")
+@option("--base", default="", metavar="NAME", help="Template it is made from.")
+@option("--policy", default="default", help="Its policy.")
+@option(
     "--schedule",
+    "autostart_schedule",
     default="",
     metavar="CRON",
     help="When to start it, as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'.",
 )
-@_create_option(
+@option(
     "--from",
     "source",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="Its first content, which is copied.",
 )
-@_create_option("--no-start", is_flag=True, help="Leave it stopped.")
-@with_workspaces
+@option("--no-start", is_flag=True, help="Leave it stopped.")
 def create(
     workspaces: Workspaces,
+    /,
     workspace_id: str,
     volume: tuple[tuple[str, str], ...],
     env: tuple[tuple[str, str], ...],
@@ -84,12 +80,9 @@ def create(
     ready_command: str | None,
     ready_interval: float,
     ready_timeout: float,
-    owner: str,
-    base: str,
-    policy: str,
-    schedule: str,
     source: Path | None,
     no_start: bool,
+    **details: str,
 ) -> None:
     """Make a workspace and start the command in it, which goes on running; its id is printed.
 
@@ -106,50 +99,36 @@ def create(
         environment=dict(env),
         volumes=tuple(Volume(name, directory) for name, directory in volume),
         readiness=readiness,
-        owner=owner,
-        base=base,
-        policy=policy,
-        autostart_schedule=schedule,
         source=source,
         start=not no_start,
+        **details,
     )
     _print_new(workspaces, workspace)
 
 
-_fork_option = functools.partial(option, scope="workspace fork")
-
-
-@click.command("fork", cls=Command)
+@workspace_command("workspace fork")
 @click.argument("origin", metavar="SNAPSHOT|WORKSPACE")
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@_fork_option("--owner", help="Whose it is.  [default: that of the origin]")
-@_fork_option("--policy", help="Its policy.  [default: that of the origin]")
-@_fork_option("--env", multiple=True, type=KEY_VALUE, help="Changes to the origin's environment; repeatable.")
-@_fork_option("--schedule", default="", metavar="CRON", help="When to start it.")
-@_fork_option("--no-start", is_flag=True, help="Leave it stopped.")
-@with_workspaces
+@option("--owner", help="Whose it is.  [default: that of the origin]")
+@option("--policy", help="Its policy.  [default: that of the origin]")
+@option("--env", multiple=True, type=KEY_VALUE, help="Changes to the origin's environment; repeatable.")
+@option("--schedule", "autostart_schedule", default="", metavar="CRON", help="When to start it.")
+@option("--no-start", is_flag=True, help="Leave it stopped.")
 def fork(
     workspaces: Workspaces,
+    /,
     origin: str,
     workspace_id: str,
-    owner: str | None,
-    policy: str | None,
     env: tuple[tuple[str, str], ...],
-    schedule: str,
     no_start: bool,
+    **details: Any,
 ) -> None:
     """Make a workspace from a committed snapshot, or from the latest one of a workspace; its id is printed.
 
     It runs the same command and shares all content with its origin, but does not depend on it.
     """
     workspace = workspaces.manager.fork(
-        origin,
-        workspace_id,
-        environment=dict(env),
-        owner=owner,
-        policy=policy,
-        autostart_schedule=schedule,
-        start=not no_start,
+        origin, workspace_id, environment=dict(env), start=not no_start, **details
     )
     _print_new(workspaces, workspace)
 
@@ -165,72 +144,61 @@ def _readiness(checks: dict[str, str | None], interval_s: float, timeout_s: floa
 
 
 def _print_new(workspaces: Workspaces, workspace: Workspace) -> None:
-    workspaces.output.json(workspace_record(workspace))
-    workspaces.output.text(workspace.id)
+    workspaces.output.data(workspace_record(workspace), workspace.id)
     workspaces.output.detail(f"{workspace.id} is {workspace.state}")
 
 
-@click.command("pause", cls=Command)
+@workspace_command("workspace pause")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@with_workspaces
 def pause(workspaces: Workspaces, workspace_id: str) -> None:
     """Park a workspace: its state becomes a snapshot on this host, and its processes and files go.
 
     What the snapshot holds is its policy's onPause. `resume` brings it back.
     """
     result = workspaces.manager.pause(workspace_id)
-    workspaces.output.json(result_record(result))
-    workspaces.output.text(
-        f"paused {workspace_id}: {result.scope}, {format_size(result.stored_bytes)} stored"
+    workspaces.output.data(
+        record(result, *RESULT),
+        f"paused {workspace_id}: {result.scope}, {format_size(result.stored_bytes)} stored",
     )
 
 
-@click.command("resume", cls=Command)
+@workspace_command("workspace resume")
 @click.argument("workspace_id", metavar="WORKSPACE")
 @option(
     "--ready-timeout",
-    scope="workspace resume",
     type=DURATION,
     help="How long it may take to be ready.  [default: as given to create]",
 )
-@with_workspaces
 def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
     """Bring a paused workspace back, and wait until it is ready."""
     workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
-    workspaces.output.json(workspace_record(workspace))
-    workspaces.output.text(f"resumed {workspace_id}")
+    workspaces.output.data(workspace_record(workspace), f"resumed {workspace_id}")
 
 
-@click.command("start", cls=Command)
+@workspace_command("workspace start")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@with_workspaces
 def start(workspaces: Workspaces, workspace_id: str) -> None:
     """Start a workspace that was stopped, and wait until it is ready. A paused one is resumed instead."""
     workspace = workspaces.manager.start(workspace_id)
-    workspaces.output.json(workspace_record(workspace))
-    workspaces.output.text(f"started {workspace_id}")
+    workspaces.output.data(workspace_record(workspace), f"started {workspace_id}")
 
 
-@click.command("stop", cls=Command)
+@workspace_command("workspace stop")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@with_workspaces
 def stop(workspaces: Workspaces, workspace_id: str) -> None:
     """Stop what runs in a workspace, by force what still runs after 10 seconds. Its files stay."""
     workspace = workspaces.manager.stop(workspace_id)
-    workspaces.output.json(workspace_record(workspace))
-    workspaces.output.text(f"stopped {workspace_id}")
+    workspaces.output.data(workspace_record(workspace), f"stopped {workspace_id}")
 
 
-@click.command("rm", cls=Command)
+@workspace_command("workspace rm")
 @click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
 @option(
     "--forget-remote",
-    scope="workspace rm",
     is_flag=True,
     help="Leave commits in the remote cache, which may be gone for good.",
 )
-@destructive("workspace rm")
-@with_workspaces
+@destructive
 def remove(
     workspaces: Workspaces, workspace_ids: tuple[str, ...], *, forget_remote: bool, yes: bool, dry_run: bool
 ) -> None:
@@ -248,97 +216,85 @@ def remove(
                 f"{workspace_id}: its files and {len(infos)} snapshots, {remote} of them on the server"
             )
         if dry_run:
-            output.json(
-                {
-                    "would_delete": [
-                        {"id": each, "snapshots": [snapshot_record(info) for info in infos]}
-                        for each, infos in snapshots.items()
-                    ]
-                }
-            )
-            for line in lines:
-                output.text(f"would delete {line}")
+            going = [
+                {"id": each, "snapshots": [snapshot_record(info) for info in infos]}
+                for each, infos in snapshots.items()
+            ]
+            output.data({"would_delete": going}, *(f"would delete {line}" for line in lines))
             return
         where = "but leave the commits on the server" if forget_remote else "also on the server"
         output.confirm("\n".join([*lines, f"Delete this, {where}?"]))
     for workspace_id in workspace_ids:
         workspaces.manager.delete(workspace_id, forget_remote=forget_remote)
-        workspaces.output.text(f"deleted {workspace_id}; its name cannot be used again")
-    workspaces.output.json({"deleted": list(workspace_ids)})
+        output.text(f"deleted {workspace_id}; its name cannot be used again")
+    output.data({"deleted": list(workspace_ids)})
 
 
-_snapshot_option = functools.partial(option, scope="workspace snapshot")
-
-
-@click.command("snapshot", cls=Command)
+@workspace_command("workspace snapshot")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@_snapshot_option("--name", default="", help='What lists call it.  [default: "Version N"]')
-@_snapshot_option(
+@option("--name", default="", help='What lists call it.  [default: "Version N"]')
+@option(
     "--source",
     type=click.Choice([source.value for source in SnapshotSource]),
     default=SnapshotSource.MANUAL.value,
     help="Why it is taken.",
 )
-@_snapshot_option(
+@option(
     "--scope",
     type=click.Choice([scope.value for scope in Scope], case_sensitive=False),
     default=Scope.FULL.value,
     help="Full: everything. Data: the durable directories alone.",
 )
-@with_workspaces
 def snapshot(workspaces: Workspaces, workspace_id: str, name: str, source: str, scope: str) -> None:
     """Take a snapshot of a workspace, as its next version. It is stopped meanwhile."""
     result = workspaces.manager.create_snapshot(workspace_id, name, source, scope=Scope.parse(scope))
     _print_version(workspaces, result)
 
 
-@click.command("version", cls=Command)
+@workspace_command("workspace version")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@with_workspaces
 def version(workspaces: Workspaces, workspace_id: str) -> None:
     """Take a snapshot with source pre_exec and no name, as its next version. It is stopped meanwhile."""
     _print_version(workspaces, workspaces.manager.create_version(workspace_id))
 
 
-@click.command("rollback", cls=Command)
+@workspace_command("workspace rollback")
 @click.argument("workspace_id", metavar="WORKSPACE")
 @click.argument("number", metavar="VERSION", type=int)
 @option(
     "--keep-current",
-    scope="workspace rollback",
     is_flag=True,
     help="First keep the present state as a version.",
 )
-@with_workspaces
 def rollback(workspaces: Workspaces, workspace_id: str, number: int, keep_current: bool) -> None:
     """Go back to a version of a workspace. Its present state is lost, unless it is kept.
 
     Versions stay as they are, and the next one gets the next number.
     """
     workspace = workspaces.manager.rollback(workspace_id, number, keep_current=keep_current)
-    workspaces.output.json({**workspace_record(workspace), "version": number})
-    workspaces.output.text(f"{workspace_id} goes on from version {number}")
+    workspaces.output.data(
+        {**workspace_record(workspace), "version": number}, f"{workspace_id} goes on from version {number}"
+    )
 
 
-@click.command("commit", cls=Command)
+@workspace_command("workspace commit")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@option("--name", scope="workspace commit", default="", help="What lists call it.")
-@with_workspaces
+@option("--name", default="", help="What lists call it.")
 def commit(workspaces: Workspaces, workspace_id: str, name: str) -> None:
     """Take a snapshot and put it into the remote cache, where workspaces can be forked from it.
 
     What it holds is its policy's onCommit. A paused workspace stays paused.
     """
     result = workspaces.manager.commit(workspace_id, name)
-    workspaces.output.json(result_record(result))
-    workspaces.output.text(
-        f"committed {result.snapshot_name}: {result.scope}, {format_size(result.uploaded_bytes)} uploaded"
+    workspaces.output.data(
+        record(result, *RESULT),
+        f"committed {result.snapshot_name}: {result.scope}, {format_size(result.uploaded_bytes)} uploaded",
     )
 
 
 def _print_version(workspaces: Workspaces, result: SnapshotResult) -> None:
-    workspaces.output.json(result_record(result))
-    workspaces.output.text(
+    workspaces.output.data(
+        record(result, *RESULT),
         f"version {result.version} of {result.workspace_id}: {result.scope}, "
-        f"{format_size(result.read_bytes)} read, {format_size(result.stored_bytes)} stored"
+        f"{format_size(result.read_bytes)} read, {format_size(result.stored_bytes)} stored",
     )

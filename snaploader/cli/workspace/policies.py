@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 
-from snaploader.cli.commands import Command, Group, option
-from snaploader.cli.options import shared_options, with_workspaces, workspace_options
+from snaploader.cli.options import (
+    Group,
+    option,
+    shared_options,
+    workspace_command,
+    workspace_options,
+)
 from snaploader.cli.resources import Workspaces, needing_an_extra
 from snaploader.cli.workspace.records import workspace_record
 from snaploader.errors import InvalidArgument, NotFound
@@ -27,10 +31,9 @@ def policy(**_shared: object) -> None:
     """Named policies: what pausing and committing hold, when the lifecycle stops, parks and deletes."""
 
 
-@policy.command("set", short_help="Make or change a policy.")
+@workspace_command("workspace policy set", group=policy, short_help="Make or change a policy.")
 @click.argument("name", metavar="POLICY")
 @click.argument("values", metavar="FIELD=VALUE…", nargs=-1)
-@with_workspaces
 def set_policy(workspaces: Workspaces, name: str, values: tuple[str, ...]) -> None:
     """Make a policy, or change the fields that are given: onPause=Full onCommit=Data autostopAfterSeconds=8h.
 
@@ -45,38 +48,34 @@ def set_policy(workspaces: Workspaces, name: str, values: tuple[str, ...]) -> No
         merged = {field: value for field, value in {**before, **changes}.items() if value is not None}
         changed = Policy.from_mapping(name, merged)
         transaction.put_policy(changed)
-    _print(workspaces, changed)
+    workspaces.output.data(_record(changed), *_fields(changed))
 
 
-@policy.command("show", short_help="Show a policy.")
+@workspace_command("workspace policy show", group=policy, short_help="Show a policy.")
 @click.argument("name", metavar="POLICY")
-@with_workspaces
 def show_policy(workspaces: Workspaces, name: str) -> None:
     """Show the fields of a policy; rules that are off are left out."""
     with workspaces.catalog.reading() as reader:
         found = reader.policy(name)
-    _print(workspaces, found)
+    workspaces.output.data(_record(found), *_fields(found))
 
 
-@policy.command("ls", short_help="List the policies.")
-@with_workspaces
+@workspace_command("workspace policy ls", group=policy, short_help="List the policies.")
 def list_policies(workspaces: Workspaces) -> None:
     """List the policies."""
     with workspaces.catalog.reading() as reader:
         found = reader.policies()
-    workspaces.output.json({"policies": [_record(each) for each in found]})
-    workspaces.output.table(["policy", "fields"], [[each.name, " ".join(_fields(each))] for each in found])
+    workspaces.output.data({"policies": [_record(each) for each in found]})
+    workspaces.output.table({"policy": "name", "fields": lambda each: " ".join(_fields(each))}, found)
 
 
-@policy.command("rm", short_help="Remove a policy that nothing uses.")
+@workspace_command("workspace policy rm", group=policy, short_help="Remove a policy that nothing uses.")
 @click.argument("name", metavar="POLICY")
-@with_workspaces
 def remove_policy(workspaces: Workspaces, name: str) -> None:
     """Remove a policy that no workspace has."""
     with workspaces.catalog.transaction() as transaction:
         transaction.remove_policy(name)
-    workspaces.output.json({"removed": name})
-    workspaces.output.text(f"removed policy {name}")
+    workspaces.output.data({"removed": name}, f"removed policy {name}")
 
 
 def parse_field(text: str) -> tuple[str, Any]:
@@ -97,34 +96,23 @@ def parse_field(text: str) -> tuple[str, Any]:
 
 
 def _record(policy: Policy) -> dict[str, Any]:
-    return {"name": policy.name, **_values(policy)}
-
-
-def _values(policy: Policy) -> dict[str, Any]:
-    """The fields that are set; whole seconds as integers."""
-    values = policy.to_mapping()
-    return {
+    """Its name and the fields that are set; whole seconds as integers."""
+    fields = {
         field: int(value) if isinstance(value, float) and value.is_integer() else value
-        for field, value in values.items()
+        for field, value in policy.to_mapping().items()
     }
+    return {"name": policy.name, **fields}
 
 
 def _fields(policy: Policy) -> list[str]:
     """The fields as `set` takes them."""
-    values = _values(policy).items()
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values]
+    (_, *fields) = _record(policy).items()
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fields]
 
 
-def _print(workspaces: Workspaces, policy: Policy) -> None:
-    workspaces.output.json(_record(policy))
-    for field in _fields(policy):
-        workspaces.output.text(field)
-
-
-@click.command("owner", cls=Command)
+@workspace_command("workspace owner")
 @click.argument("name", metavar="OWNER")
 @click.argument("status", required=False, type=click.Choice([status.value for status in OwnerStatus]))
-@with_workspaces
 def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
     """Show whether an owner is active or suspended, or make it so.
 
@@ -135,19 +123,14 @@ def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
             transaction.set_owner_status(name, OwnerStatus(status))
     with workspaces.catalog.reading() as reader:
         found = reader.owner_status(name)
-    workspaces.output.json({"owner": name, "status": str(found)})
-    workspaces.output.text(f"{name}: {found}")
+    workspaces.output.data({"owner": name, "status": str(found)}, f"{name}: {found}")
 
 
-_set_option = functools.partial(option, scope="workspace set")
-
-
-@click.command("set", cls=Command)
+@workspace_command("workspace set")
 @click.argument("workspace_id", metavar="WORKSPACE")
-@_set_option("--policy", help="Name of its policy.")
-@_set_option("--owner", help="Whose it is; empty: nobody's.")
-@_set_option("--schedule", metavar="CRON", help="When to start it; empty: never.")
-@with_workspaces
+@option("--policy", help="Name of its policy.")
+@option("--owner", help="Whose it is; empty: nobody's.")
+@option("--schedule", metavar="CRON", help="When to start it; empty: never.")
 def set_(
     workspaces: Workspaces, workspace_id: str, policy: str | None, owner: str | None, schedule: str | None
 ) -> None:
@@ -163,5 +146,4 @@ def set_(
     with workspaces.catalog.transaction() as transaction:
         workspace = transaction.update_workspace(workspace_id, **changes)
         transaction.add_event(workspace_id, CHANGE_EVENT, changes, datetime.now(UTC))
-    workspaces.output.json(workspace_record(workspace))
-    workspaces.output.text(f"changed {workspace_id}")
+    workspaces.output.data(workspace_record(workspace), f"changed {workspace_id}")

@@ -8,33 +8,33 @@ left hangs from the snapshot it went on from. So a long history is not a deep on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from snaploader.cli.output import Branch, record
-from snaploader.cli.values import format_size
+from snaploader.cli.values import format_size, time_words
 from snaploader.workspace import (
-    Event,
-    Run,
     SnapshotInfo,
     SnapshotKind,
     SnapshotRecord,
-    SnapshotResult,
-    Version,
     Workspace,
     WorkspaceState,
 )
 
 if TYPE_CHECKING:
-    from snaploader.workspace import WorkspaceSize
+    pass
+
+SIZE = ("exclusive_bytes", "shared_bytes", "snapshots")
+"""The attributes of a `WorkspaceSize` that its record has; and so on."""
+RESULT = (
+    *("workspace_id", "snapshot_name", "runtime_name", "display_name", "version", "created_at"),
+    *("scope", "read_bytes", "stored_bytes", "uploaded_bytes"),
+)
+VERSION = ("id", "number", "display_name", "source", "snapshot_name", "runtime_name", "created_at")
+RUN = ("transition", "status", "reason", "created_at", "completed_at", "deadline", "error")
+EVENT = ("id", "workspace_id", "type", "payload", "created_at")
 
 _NOW = ""
 """Stands for the present state, which is no snapshot; all of those have names."""
-
-
-def time_words(time: datetime | None) -> str:
-    """A time to the minute, in UTC."""
-    return "-" if time is None else f"{time:%Y-%m-%d %H:%M}"
 
 
 def exit_words(exit_code: int) -> str:
@@ -59,11 +59,6 @@ def workspace_record(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def size_record(size: WorkspaceSize) -> dict[str, Any]:
-    """What a workspace takes on this host."""
-    return record(size, "exclusive_bytes", "shared_bytes", "snapshots")
-
-
 def snapshot_record(info: SnapshotInfo) -> dict[str, Any]:
     """A snapshot of a workspace; one that the catalog does not manage has little more than its name."""
     values = record(info, "runtime_name", "is_managed", "is_local", "version", "display_name")
@@ -71,37 +66,6 @@ def snapshot_record(info: SnapshotInfo) -> dict[str, Any]:
         origin = ("name", "kind", "scope", "source", "created_at", "parent")
         values |= record(info.record, *origin, "is_remote", "size_bytes")
     return values
-
-
-def result_record(result: SnapshotResult) -> dict[str, Any]:
-    """What taking a snapshot returned."""
-    names = (
-        "workspace_id",
-        "snapshot_name",
-        "runtime_name",
-        "display_name",
-        "version",
-        "created_at",
-        "scope",
-    )
-    return record(result, *names, "scope", "read_bytes", "stored_bytes", "uploaded_bytes")
-
-
-def version_record(version: Version) -> dict[str, Any]:
-    """A version."""
-    names = ("id", "number", "display_name", "source", "snapshot_name", "runtime_name", "created_at")
-    return record(version, *names)
-
-
-def run_record(run: Run | None) -> dict[str, Any] | None:
-    """The latest start, stop or delete."""
-    names = ("transition", "status", "reason", "created_at", "completed_at", "deadline", "error")
-    return None if run is None else record(run, *names)
-
-
-def event_record(event: Event) -> dict[str, Any]:
-    """An event."""
-    return record(event, "id", "workspace_id", "type", "payload", "created_at")
 
 
 def history(
