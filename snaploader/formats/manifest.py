@@ -34,6 +34,9 @@ MAX_NAME_BYTES = 255
 MAX_METADATA = 64
 """Most auxiliary metadata entries."""
 
+_RECORD_BYTES = 64
+"""More than the record around an ActionResult adds."""
+
 _TYPE_URL_PREFIX = "type.googleapis.com/"
 
 
@@ -80,9 +83,7 @@ class Manifest:
             raise InvalidArgument(f"a snapshot of {len(names)} files is refused: {MAX_FILES} are allowed")
         for name in names:
             check_name(name)
-        for name, count in Counter(names).items():
-            if count > 1:
-                raise InvalidArgument(f"file {name!r} is in a manifest twice")
+        _check_distinct(names)
         for name, file in self.files.items():
             self._check_digest(file.digest, name)
             if file.mode is not None and not 0 <= file.mode <= 0o777:
@@ -151,18 +152,11 @@ class Manifest:
 
     @classmethod
     def from_action_result(cls, result: reapi.ActionResult, function: DigestFunction) -> Manifest:
-        """The manifest in an ActionResult, all of it checked.
+        """The manifest in an ActionResult, whose digests are of `function`, all of it checked.
 
-        Args:
-            function: Behind the digests, which do not say so themselves.
-
-        Raises:
-            InvalidArgument: It is no manifest, or one that could do harm.
+        InvalidArgument when it is no manifest, or one that could do harm.
         """
-        if result.ByteSize() > MAX_MANIFEST_BYTES:
-            raise InvalidArgument(
-                f"a manifest of {result.ByteSize()} bytes is refused: {MAX_MANIFEST_BYTES} are allowed"
-            )
+        _check_size(result.ByteSize())
         if result.output_symlinks or result.output_file_symlinks or result.output_directory_symlinks:
             raise InvalidArgument("a manifest must not hold symbolic links")
         if len(result.output_files) + len(result.output_directories) > MAX_FILES:
@@ -173,18 +167,14 @@ class Manifest:
             raise InvalidArgument("a manifest must begin its auxiliary metadata with the VM configuration")
         directory_names, rest = _take_directory_names(metadata[1:])
         vm_metadata, others = _split_metadata(rest)
+        trees = result.output_directories
+        _check_distinct([*(file.path for file in result.output_files), *(tree.path for tree in trees)])
         files: dict[str, PlainFile] = {}
         for file in result.output_files:
-            if file.path in files:
-                raise InvalidArgument(f"file {file.path!r} is in a manifest twice")
             has_mode = file.node_properties.HasField("unix_mode")
             mode = file.node_properties.unix_mode.value if has_mode else None
             files[file.path] = PlainFile(_get_digest(file, "digest", function), file.is_executable, mode)
-        chunked_files: dict[str, Digest] = {}
-        for directory in result.output_directories:
-            if directory.path in chunked_files:
-                raise InvalidArgument(f"file {directory.path!r} is in a manifest twice")
-            chunked_files[directory.path] = _get_digest(directory, "tree_digest", function)
+        chunked_files = {tree.path: _get_digest(tree, "tree_digest", function) for tree in trees}
         unknown = directory_names - chunked_files.keys()
         if unknown:
             raise InvalidArgument(f"directory {min(unknown)[:80]!r} has no tree in its manifest")
@@ -197,8 +187,8 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, function: DigestFunction) -> Manifest:
-        """The manifest in a serialised ActionResult; InvalidArgument as `from_action_result`."""
-        _check_size(data)
+        """The manifest in a serialised ActionResult, as `from_action_result` reads it."""
+        _check_size(len(data), _RECORD_BYTES)
         result = parse_message(reapi.ActionResult, data, "a manifest is not a serialised ActionResult")
         return cls.from_action_result(result, function)
 
@@ -211,8 +201,8 @@ class Manifest:
 
     @classmethod
     def parse_local(cls, data: bytes) -> Manifest:
-        """The manifest in a record of the local file cache; InvalidArgument as `from_action_result`."""
-        _check_size(data)
+        """The manifest in a record of the local file cache."""
+        _check_size(len(data), _RECORD_BYTES)
         record = parse_message(
             snaploader_pb2.LocalManifest, data, "a local manifest is not a serialised record"
         )
@@ -332,7 +322,14 @@ def _get_digest(
     return Digest.checked(digest.hash, digest.size_bytes, function)
 
 
-def _check_size(data: bytes) -> None:
-    # The record around an ActionResult adds a few bytes.
-    if len(data) > MAX_MANIFEST_BYTES + 64:
-        raise InvalidArgument(f"a manifest of {len(data)} bytes is refused: {MAX_MANIFEST_BYTES} are allowed")
+def _check_distinct(names: list[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise InvalidArgument(f"file {name!r} is in a manifest twice")
+
+
+def _check_size(size_bytes: int, spare_bytes: int = 0) -> None:
+    if size_bytes > MAX_MANIFEST_BYTES + spare_bytes:
+        raise InvalidArgument(
+            f"a manifest of {size_bytes} bytes is refused: {MAX_MANIFEST_BYTES} are allowed"
+        )

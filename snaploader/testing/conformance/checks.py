@@ -612,9 +612,9 @@ def _require_update(endpoint: Endpoint, key: Digest, files: int) -> None:
     trees = [(d.path, d.tree_digest.hash, d.tree_digest.size_bytes) for d in found.output_directories]
     expected = [(d.path, d.tree_digest.hash, d.tree_digest.size_bytes) for d in stored.output_directories]
     require(trees == expected, "output_directories came back changed")
-    metadata = [item.SerializeToString() for item in found.execution_metadata.auxiliary_metadata]
-    wanted = [item.SerializeToString() for item in stored.execution_metadata.auxiliary_metadata]
-    require(metadata[: len(wanted)] == wanted, "auxiliary_metadata came back changed")
+    wanted = list(stored.execution_metadata.auxiliary_metadata)
+    metadata = list(found.execution_metadata.auxiliary_metadata)[: len(wanted)]
+    require(metadata == wanted, "auxiliary_metadata came back changed")
 
 
 def _require_incomplete(endpoint: Endpoint, function: DigestFunction, result: reapi.ActionResult) -> None:

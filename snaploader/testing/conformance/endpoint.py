@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ import zstandard
 from snaploader._proto import bytestream_pb2 as bytestream, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument, SnaploaderError
+from snaploader.remote import codec
 
 MESSAGE_BYTES = 4 * 1024 * 1024 - 64 * 1024
 """Content that fits in a message of gRPC's default bound, with room for the fields around it."""
@@ -120,33 +120,34 @@ class Endpoint:
         return answer
 
     @property
+    def _caches(self) -> reapi.CacheCapabilities:
+        return self.capabilities.cache_capabilities
+
+    @property
     def functions(self) -> list[DigestFunction]:
         """Digest functions that both sides know."""
-        offered = set(self.capabilities.cache_capabilities.digest_functions)
+        offered = set(self._caches.digest_functions)
         return [function for function in DigestFunction if function.value in offered]
 
     @property
     def zstd_streams(self) -> bool:
         """Whether the server states zstd for ByteStream."""
-        return reapi.Compressor.ZSTD in self.capabilities.cache_capabilities.supported_compressors
+        return reapi.Compressor.ZSTD in self._caches.supported_compressors
 
     @property
     def zstd_batches(self) -> bool:
         """Whether the server states zstd for BatchUpdateBlobs."""
-        return (
-            reapi.Compressor.ZSTD in self.capabilities.cache_capabilities.supported_batch_update_compressors
-        )
+        return reapi.Compressor.ZSTD in self._caches.supported_batch_update_compressors
 
     @property
     def update_enabled(self) -> bool:
         """Whether the server states that action results may be written."""
-        return self.capabilities.cache_capabilities.action_cache_update_capabilities.update_enabled
+        return self._caches.action_cache_update_capabilities.update_enabled
 
     @property
     def batch_bytes(self) -> int:
         """Content that must fit in one batch."""
-        stated = self.capabilities.cache_capabilities.max_batch_total_size_bytes
-        return min(stated or MESSAGE_BYTES, MESSAGE_BYTES)
+        return min(self._caches.max_batch_total_size_bytes or MESSAGE_BYTES, MESSAGE_BYTES)
 
     def missing(self, digests: Sequence[Digest]) -> set[str]:
         """Hashes that FindMissingBlobs says are missing."""
@@ -182,14 +183,13 @@ class Endpoint:
 
     def read(self, digest: Digest, *, offset: int = 0, zstd: bool = False) -> bytes:
         """The data of ByteStream.Read, as it came."""
-        name = self._name("compressed-blobs/zstd" if zstd else "blobs", digest)
+        name = codec.read_name(self.instance_name, digest, zstd=zstd)
         request = bytestream.ReadRequest(resource_name=name, read_offset=offset)
         return b"".join(part.data for part in self.call(services.BYTE_STREAM, "Read", request))
 
     def upload_name(self, digest: Digest, *, zstd: bool = False) -> str:
         """A fresh resource name for a write."""
-        kind = "compressed-blobs/zstd" if zstd else "blobs"
-        return self._name(f"uploads/{uuid.uuid4()}/{kind}", digest)
+        return codec.upload_name(self.instance_name, digest, zstd=zstd)
 
     def write(self, digest: Digest, data: bytes, *, zstd: bool = False) -> int:
         """ByteStream.Write of these bytes under a fresh name: the committed size."""
@@ -210,10 +210,6 @@ class Endpoint:
         fields = {"action_digest": message(digest), "action_result": result}
         self._ask(services.ACTION_CACHE, "UpdateActionResult", [digest], **fields)
 
-    def _name(self, middle: str, digest: Digest) -> str:
-        instance = f"{self.instance_name}/" if self.instance_name else ""
-        return f"{instance}{middle}/{digest.function.resource_name_part}{digest}"
-
 
 def _split(url: str) -> tuple[str, str]:
     if url.startswith("unix:"):
@@ -231,10 +227,7 @@ def message(digest: Digest) -> reapi.Digest:
 
 def code(number: int) -> grpc.StatusCode:
     """The gRPC code of a number in a message."""
-    for known in grpc.StatusCode:
-        if known.value[0] == number:
-            return known
-    return grpc.StatusCode.UNKNOWN
+    return next((known for known in grpc.StatusCode if known.value[0] == number), grpc.StatusCode.UNKNOWN)
 
 
 def unpack(packed: bytes, limit: int) -> bytes:
