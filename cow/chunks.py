@@ -65,6 +65,14 @@ def check_range(offset: SupportsIndex, length: SupportsIndex, size: int) -> tupl
     return offset, length
 
 
+def check_index(index: SupportsIndex, count: int) -> int:
+    """The index as a plain int. OutOfBounds unless it is one of `count` chunks."""
+    index = operator.index(index)
+    if not 0 <= index < count:
+        raise OutOfBounds(f"chunk {index} is not one of {count} chunks, which are counted from 0")
+    return index
+
+
 def chunk_count(size: int, chunk_size: int) -> int:
     """How many chunks hold `size` bytes."""
     return -(-size // chunk_size)
@@ -91,10 +99,7 @@ def pieces(offset: int, length: int, chunk_size: int) -> Iterator[tuple[int, int
 
 
 def chunk_mask(chunks: Iterable[int] | npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
-    """A mask of `count` chunks, from indices or from such a mask.
-
-    TypeError for anything else, ValueError for a mask of another length, OutOfBounds for a wrong index.
-    """
+    """A mask of `count` chunks, from indices or from such a mask."""
     if isinstance(chunks, np.ndarray) and chunks.dtype == np.bool_:
         if chunks.shape != (count,):
             raise ValueError(f"the mask of chunks has shape {chunks.shape}, but the store has {count} chunks")
@@ -136,11 +141,9 @@ class ChunkSource(Protocol):
         May be called again for the same chunk, after the store let go of its mapping; bytes that
         were fetched once should then be near. Whatever is raised reaches the reader unchanged.
         """
-        ...
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """A hint, most wanted first: these will likely be opened soon. Returns at once, never raises."""
-        ...
 
 
 HOLE: Final = 0
@@ -157,11 +160,10 @@ OWN_FILE: Final = (PRIVATE, FROZEN)
 
 
 class ChunkStates:
-    """The state of each chunk, in flat numpy tables: about 10 bytes a chunk, nothing per chunk in Python.
+    """The state of each chunk, in flat numpy tables: about 10 bytes a chunk, none for what is never written.
 
-    `np.zeros` gets fresh pages from the kernel, so what is never written takes no memory. Single elements are
-    set under the GIL without a lock; the arrays themselves are replaced only in the exclusive section of
-    the store's gate, which keeps writers out.
+    Single elements are set under the GIL without a lock; the arrays themselves are replaced only in the
+    exclusive section of the store's gate, which keeps writers out.
     """
 
     def __init__(self, size: int, chunk_size: int) -> None:
@@ -270,8 +272,8 @@ class StoreStatistics:
     dirty_bytes: int
     """Length of these chunks."""
     origins: Mapping[str, OriginStatistics]
-    """Where what was read came from: "hole", "local_file" or what the source says. Chunks that were
-    written before anything was read of them, and those copied by `from_file`, are in none."""
+    """Where what was read came from: "hole", "local_file" or what the source says. Not for chunks that were
+    written before they were read, nor those that `from_file` copied."""
     hole_reads: int
     """Reads of a part of a hole, repeated ones too."""
     copies_on_write: int
@@ -290,14 +292,7 @@ class StoreStatistics:
 class StoreState:
     """The shared state of a store. What may change says when."""
 
-    def __init__(
-        self,
-        files: PrivateFiles,
-        size: int,
-        chunk_size: int,
-        budget: MappingBudget,
-        source: ChunkSource | None,
-    ) -> None:
+    def __init__(self, files: PrivateFiles, size: int, chunk_size: int, budget: MappingBudget) -> None:
         self.files = files
         self.size = size
         """Grows, in the gate's exclusive section."""
@@ -306,7 +301,7 @@ class StoreState:
         """Mapped chunks. What is found here is the chunk's content now, or was when the reader began."""
         self.descriptors = CachePart(budget._files)
         """Private files that are open for writing. A checkpoint lets go of them all."""
-        self.source = source
+        self.source: ChunkSource | None = None
         """Replaced, in the gate's exclusive section, by one that serves the same bytes."""
         self.base: BaseFile | None = None
         """Set before the store is used."""
@@ -314,7 +309,7 @@ class StoreState:
         self.epoch = 0
         """Number of checkpoints begun; names the files made since."""
         self.checkpoint: Checkpoint | None = None
-        """The open one. Set and cleared in the gate's exclusive section."""
+        """The open one. Changes in the gate's exclusive section."""
         self.superseded: list[str] = []
         """Private files that only the open checkpoint needs, and which are removed when it ends."""
         self.gate = Gate(lambda: StoreClosed(f"the store in {files.folder!r} is closed"))

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PAGE_SIZE = mmap.PAGESIZE
 """Granularity of dirty pages and of mappings."""
 
-_COPY_BUFFER_SIZE = 1 << 20
 _NO_SEEK_DATA = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
 _PROBE = 4096
@@ -57,8 +56,7 @@ def is_zero(buffer: Buffer) -> bool:
 def data_extents(fd: int, size: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """The ranges (start, end) of the file between `start` and `size` that may hold data, in order.
 
-    What lies between them is holes, which read as zeros. A file system that does not know its holes
-    gives one range with everything. Changes the file offset of `fd`.
+    A file system that does not know its holes gives one range with everything. Changes the offset of `fd`.
     """
     position = start
     while position < size:
@@ -162,7 +160,7 @@ def copy_range(
     except OSError as error:
         if error.errno not in _NO_KERNEL_COPY:
             raise
-    buffer = memoryview(bytearray(min(length, _COPY_BUFFER_SIZE)))
+    buffer = memoryview(bytearray(min(length, _BLOCK)))
     while length:
         part = buffer[:length]
         read_all(source, part, source_offset, what)
@@ -176,20 +174,18 @@ def copy_sparse(
     source: int, source_offset: int, length: int, target: int, target_offset: int, what: str
 ) -> None:
     """Do as `copy_range` does, but for holes; the target must read as zeros there already."""
-    if os.fstat(source).st_size < source_offset + length:
-        raise TruncatedFile(
-            f"{what} is shorter than {source_offset + length} bytes: restore it and open it again"
-        )
-    for start, end in data_extents(source, source_offset + length, source_offset):
-        copy_range(source, start, end - start, target, target_offset + start - source_offset, what)
+    end = source_offset + length
+    if os.fstat(source).st_size < end:
+        raise TruncatedFile(f"{what} is shorter than {end} bytes: restore it and open it again")
+    for start, stop in data_extents(source, end, source_offset):
+        copy_range(source, start, stop - start, target, target_offset + start - source_offset, what)
 
 
 @contextmanager
 def replaced_file(path: str, *, durable: bool) -> Iterator[int]:
     """A descriptor of an empty file that replaces `path` when the block ends; removed when it raises.
 
-    Until then it lies beside `path` under a name of its own, which a child forked within the block leaves to
-    its parent. `durable` waits until file and name are on disk.
+    A child forked within the block leaves it to its parent. `durable` waits until file and name are on disk.
     """
     pid = os.getpid()
     temporary = f"{path}.{pid}-{secrets.token_hex(4)}.tmp"
@@ -237,19 +233,18 @@ class PrivateFiles(_Descriptor):
     """A folder of private chunk files. Thread-safe; the store sees to it that no two calls fight over a file.
 
     A chunk that is written after a checkpoint gets a new file, named by the epoch, so a file that was
-    handed out never changes. Files become part of the store only when it says so, so they need no
-    temporary name: a crash leaves a scratch folder to delete, whatever the names in it.
+    handed out never changes. They need no temporary names: a crash leaves a scratch folder to delete.
+
+    `folder` is made if absent. StoreInUse when it is, or was, another store's.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Take possession of `folder`, made if absent. StoreInUse when it is, or was, another store's."""
         self._pid = os.getpid()
         self.folder = os.path.abspath(os.fspath(folder))
-        try:
+        self._made = False
+        with suppress(FileExistsError):
             os.makedirs(self.folder, mode=0o700)
             self._made = True
-        except FileExistsError:
-            self._made = False
         self.fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._claim()
@@ -261,9 +256,7 @@ class PrivateFiles(_Descriptor):
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreInUse(
-                f"the folder {self.folder!r} belongs to an open store: give each its own"
-            ) from None
+            raise StoreInUse(f"the folder {self.folder!r} is an open store's: give each its own") from None
         with os.scandir(self.fd) as entries:
             left = next((entry.name for entry in entries if _NAME.fullmatch(entry.name)), None)
         if left is not None:
@@ -275,7 +268,7 @@ class PrivateFiles(_Descriptor):
         return f"{self.folder}/{name}"
 
     def create(self, name: str, length: int) -> int:
-        """Make a file of `length` zeros that takes no blocks; returns its descriptor."""
+        """The descriptor of a new file of `length` zeros that takes no blocks."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         fd = os.open(name, flags, 0o600, dir_fd=self.fd)
         try:

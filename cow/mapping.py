@@ -156,9 +156,8 @@ class ClockCache(Generic[R]):
 
     Resources are active or at rest. Those that were not looked up lately are rested when the active ones
     weigh more than `max_active_weight`, and let go of, those at rest first, when there are too many or all of
-    them weigh too much. Looking one up makes it active. A resource that somebody else refers to stays alive
-    nevertheless, is counted, and can be looked up: what is in use may exceed the bounds. Looking up what is
-    active takes no lock.
+    them weigh too much. Looking one up makes it active; if it is, that takes no lock. A resource that
+    somebody else refers to stays alive nevertheless, is counted, and can be looked up.
     """
 
     def __init__(self, max_weight: int, max_entries: int, max_active_weight: int | None = None) -> None:
@@ -333,7 +332,6 @@ class CachePart(Generic[R]):
         del dropped
 
     def clear(self) -> None:
-        """Forget all of them."""
         self.discard(*self._held)
 
     def _forget(self, index: int) -> R | None:

@@ -21,7 +21,6 @@ from cow.chunks import (
     OWN_FILE,
     StoreState,
     check_range,
-    chunk_count,
     chunk_length,
     pieces,
 )
@@ -52,9 +51,7 @@ class ReadaheadOptions:
 
     def __post_init__(self) -> None:
         if self.max_bytes < 0 or self.pause < 0 or not 0 <= self.poor_ratio <= 1:
-            raise ValueError(
-                "max_bytes and pause must not be negative, and poor_ratio must be within 0 and 1"
-            )
+            raise ValueError("max_bytes and pause must not be negative, poor_ratio must be within 0 and 1")
         if self.min_chunks < 1 or self.streak < 1 or self.max_stride < 1:
             raise ValueError("min_chunks, streak and max_stride must be at least 1")
 
@@ -87,10 +84,7 @@ class ReadaheadPlanner:
         """How many of them were read afterwards."""
 
     def touched(self, position: int, count: int, skip: Callable[[int], bool]) -> list[int]:
-        """Note the first read of `position`; returns what to ask for now, nearest first.
-
-        `count` is the number of positions, `skip` tells which need not be asked for.
-        """
+        """Note the first read of one of `count` positions; returns what to ask for now, nearest first."""
         self._clock += 1
         hit = self._asked.pop(position, None) is not None
         if hit:
@@ -192,7 +186,6 @@ class ChunkReader:
         return result
 
     def readinto(self, offset: int, target: memoryview) -> None:
-        """Fill `target`, a view of bytes, from `offset`."""
         state = self._state
         offset, size = check_range(offset, len(target), state.size)
         index, start = divmod(offset, state.chunk_size)
@@ -207,11 +200,9 @@ class ChunkReader:
         state = self._state
         offset, size = check_range(offset, size, state.size)
         index, start = divmod(offset, state.chunk_size)
-        if size and start + size <= state.chunk_size:
-            mapping = self.map(index)
-            if mapping is not None:
-                mapping.slice(start, size)
-                return np.asarray(mapping)[start : start + size]
+        if size and start + size <= state.chunk_size and (mapping := self.map(index)):
+            mapping.slice(start, size)
+            return np.asarray(mapping)[start : start + size]
         copy = np.empty(size, np.uint8)
         if size:
             self._fill(offset, copy.data)
@@ -219,10 +210,9 @@ class ChunkReader:
         return copy
 
     def map(self, index: int, on_open: Callable[[int], None] | None = None) -> FileMapping | None:
-        """The mapping of a chunk; None for a hole.
+        """The mapping of a chunk, which is inside the store; None for a hole.
 
         `on_open` is called with a descriptor of the chunk's own file if this thread has to open that.
-        Bounds must have been checked before: the store may grow, and then its last chunk is mapped anew.
         """
         state = self._state
         mapping = self._mappings.get(index)
@@ -235,19 +225,16 @@ class ChunkReader:
                     index, lambda: self._mappings.get(index) or self._map_lazy(index, on_open)
                 )
             with state.locks.hold(index):
-                mapping = self._mappings.get(index)
-                kind = state.chunks.kind_of[index]
-                if mapping is None and kind not in (HOLE, LAZY):
-                    mapping = self._map_local(index, kind, on_open)
+                mapping = self._mappings.get(index) or self._map_local(index, on_open)
         return mapping
 
     def export(self, path: str | os.PathLike[str], *, durable: bool) -> None:
         """Write the whole store to `path` through a temporary file beside it. Maps nothing."""
         state = self._state
         with replaced_file(os.path.abspath(os.fspath(path)), durable=durable) as target:
-            size = state.size
+            with state.tables_lock:
+                size, kinds = state.size, state.chunks.kind.copy()
             os.ftruncate(target, size)
-            kinds = state.chunks.kind[: chunk_count(size, state.chunk_size)].copy()
             state.count_origins(kinds == HOLE, HOLE_ORIGIN)
             if state.base is not None:
                 is_base = kinds == BASE
@@ -306,11 +293,9 @@ class ChunkReader:
                 self._fill_much(index, start, part)
 
     def _fill_much(self, index: int, start: int, target: memoryview) -> None:
-        """Fill `target` from a chunk, while other threads run.
-
-        The first time it is read from the file, which is open then: that takes half the time of copying
-        out of a mapping whose pages must be faulted in.
-        """
+        """Fill `target` from a chunk, while other threads run."""
+        # The first time it is read from the file, which is open then: that takes half the time of copying
+        # out of a mapping whose pages must be faulted in.
         was_read = False
 
         def read(fd: int) -> None:
@@ -329,10 +314,13 @@ class ChunkReader:
         self._count_hole(index)
         np.frombuffer(target, np.uint8).fill(0)
 
-    def _map_local(self, index: int, kind: int, on_open: Callable[[int], None] | None) -> FileMapping:
-        """Map a chunk that is in a local file. The caller holds its lock."""
+    def _map_local(self, index: int, on_open: Callable[[int], None] | None) -> FileMapping | None:
+        """Map a chunk if it is in a local file. The caller holds its lock."""
         state = self._state
         length = state.length(index)
+        kind = state.chunks.kind_of[index]
+        if kind in (HOLE, LAZY):
+            return None
         if kind == BASE:
             assert state.base is not None
             state.count_origin(index, BASE_ORIGIN)

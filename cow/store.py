@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from cow.chunks import (
     StoreState,
     StoreStatistics,
     check_geometry,
+    check_index,
     chunk_count,
     chunk_length,
     chunk_mask,
@@ -36,8 +37,6 @@ from cow.sync import Gate
 from cow.writer import ChunkWriter
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from typing_extensions import Buffer
 
 
@@ -82,7 +81,8 @@ class COWStore:
         if source is None and lazy.any():
             raise ValueError("chunks were given but no source to get them from")
         files = PrivateFiles(data_dir)
-        self._state = StoreState(files, size, chunk_size, budget or default_budget(), source)
+        self._state = StoreState(files, size, chunk_size, budget or default_budget())
+        self._state.source = source
         self._state.chunks.kind[lazy] = LAZY
         self._reader = ChunkReader(self._state, readahead)
         self._writer = ChunkWriter(self._state, self._reader)
@@ -150,10 +150,7 @@ class COWStore:
 
     @property
     def dirty_chunks(self) -> npt.NDArray[np.int64]:
-        """Sorted indices of the chunks modified since the store was opened or a checkpoint last committed.
-
-        Writing zeros to a hole modifies nothing.
-        """
+        """Sorted indices of the chunks modified since the store was opened or a checkpoint last committed."""
         with self._state.gate.reading():
             return np.flatnonzero(self._state.dirty())
 
@@ -161,7 +158,7 @@ class COWStore:
         """Which pages (of `cow.PAGE_SIZE` bytes) of a chunk were modified, since when as `dirty_chunks`."""
         state = self._state
         with state.gate.reading(), state.tables_lock:
-            index = self._check_index(index)
+            index = check_index(index, self.chunk_count)
             first = index * state.chunk_size // PAGE_SIZE
             count = page_count(state.length(index))
             pages = state.chunks.pages[first : first + count].copy()
@@ -173,7 +170,7 @@ class COWStore:
     def is_hole(self, index: int) -> bool:
         """Whether a chunk is a hole: zeros without a file."""
         with self._state.gate.reading():
-            return self._state.chunks.kind_of[self._check_index(index)] == HOLE
+            return self._state.chunks.kind_of[check_index(index, self.chunk_count)] == HOLE
 
     def read_at(self, offset: int, size: int) -> bytes:
         """The `size` bytes at `offset`. OutOfBounds unless all are inside the store."""
@@ -185,10 +182,7 @@ class COWStore:
             gate.leave_read()
 
     def readinto_at(self, offset: int, buffer: Buffer) -> int:
-        """Fill a writable contiguous buffer from `offset`; returns its length.
-
-        OutOfBounds, and nothing filled, unless all is inside the store.
-        """
+        """Fill a writable contiguous buffer from `offset`, as `read_at` would; returns its length."""
         view = memoryview(buffer)
         if view.readonly:
             raise TypeError("readinto_at needs a writable buffer")
@@ -214,10 +208,10 @@ class COWStore:
     def write_at(self, offset: int, data: Buffer) -> int:
         """Write all of `data`, any contiguous buffer, at `offset`; returns its length in bytes.
 
-        A chunk written in part is copied first, fetched if it is lazy; a chunk covered whole is not.
-        OutOfBounds, and nothing written, unless all is inside the store. When the operating system refuses
-        (a full disk), chunks before the one that failed are written, and that one keeps its content; if it
-        was private already, a first part of the range may be written.
+        A chunk written in part is copied first, fetched if it is lazy; a chunk covered whole is not. Writing
+        zeros to a hole modifies nothing. OutOfBounds, and nothing written, unless all is inside the store.
+        When the operating system refuses (a full disk), chunks before the one that failed are written, and
+        that one keeps its content; if it was private already, a first part of the range may be written.
         """
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
@@ -228,7 +222,7 @@ class COWStore:
         """Grow the store to `size` bytes; what is new is a hole.
 
         ValueError for a smaller size, or one out of range. A short last chunk with data becomes private and
-        dirty, because it gets longer; if it is lazy it is fetched.
+        dirty, and is fetched if it is lazy.
         """
         size = operator.index(size)
         with self._state.gate.reading():
@@ -250,10 +244,9 @@ class COWStore:
             state.files.sync_folder()
 
     def checkpoint(self) -> Checkpoint:
-        """Freeze the whole store at one moment, to save it while it is written on.
+        """Freeze the whole store at one moment. CheckpointConflict while another checkpoint is open.
 
         Waits for writes in progress, holds back new ones for that moment, and does no I/O.
-        CheckpointConflict while another checkpoint is open.
         """
         state = self._state
         with state.gate.reading(), state.gate.exclusive():
@@ -308,12 +301,6 @@ class COWStore:
         state = "closed" if self.closed else f"{self.size} bytes"
         return f"<COWStore {self._state.files.folder!r}, {state}>"
 
-    def _check_index(self, index: int) -> int:
-        index = operator.index(index)
-        if not 0 <= index < self.chunk_count:
-            raise OutOfBounds(f"chunk {index} is not in a store of {self.chunk_count} chunks")
-        return index
-
     def _sync_chunk(self, index: int) -> None:
         state = self._state
         with state.locks.hold(index):
@@ -332,12 +319,11 @@ class COWStore:
 
 
 class Checkpoint:
-    """All bytes of a store as they were at one moment; made by `COWStore.checkpoint`.
+    """All bytes of a store as they were at one moment; made by `COWStore.checkpoint`. Thread-safe.
 
     Nothing that is written to the store later shows here: chunks with files of their own are frozen, and the
-    next write to one copies it first. Thread-safe. End it with `commit` or `release`; leaving the `with`
-    block without a commit releases it. CheckpointConflict when it is used after its end, StoreClosed
-    when the store was closed.
+    next write to one copies it first. End it with `commit` or `release`; leaving the `with` block without a
+    commit releases it. CheckpointConflict when it is used after its end, StoreClosed after the store's.
     """
 
     def __init__(self, state: StoreState) -> None:
@@ -370,15 +356,14 @@ class Checkpoint:
         return chunk_length(index, self.size, self.chunk_size)
 
     def is_hole(self, index: int) -> bool:
-        """Whether a chunk is a hole: all zeros, without a file."""
+        """Whether a chunk is a hole."""
         self._check(index)
         return bool(self._kind[index] == HOLE)
 
     def path(self, index: int) -> str | None:
-        """Path of the file that holds exactly this chunk, or None when it has none of its own.
+        """Path of the file that holds exactly this chunk; None for one without a file of its own.
 
-        The file never changes again and exists until the checkpoint ends, so it may be hard-linked into a
-        cache. None for holes, for chunks in the source and in the original file.
+        The file never changes again and exists until the checkpoint ends, so it may be linked into a cache.
         """
         self._check(index)
         if self._kind[index] != FROZEN:
@@ -469,18 +454,16 @@ class Checkpoint:
     def _check(self, index: int) -> None:
         self._gate.check()
         self._state.gate.check()
-        if not 0 <= index < self.chunk_count:
-            raise OutOfBounds(f"chunk {index} is not in a checkpoint of {self.chunk_count} chunks")
+        check_index(index, self.chunk_count)
 
     def _name(self, index: int) -> str:
         return file_name(index, int(self._epoch[index]))
 
 
 class StoreFile(io.RawIOBase):
-    """An unbuffered binary file over a store: seekable, readable, writable.
+    """An unbuffered binary file over a store. Not thread-safe: it has a position.
 
-    Reads end at the end of the store; a write that would pass it is OutOfBounds (`truncate` grows the
-    store first). Closing it leaves the store open. Not thread-safe: it has a position.
+    Reads end at the end of the store; a write that would pass it is OutOfBounds (`truncate` grows it first).
     """
 
     def __init__(self, store: COWStore) -> None:

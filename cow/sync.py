@@ -31,7 +31,6 @@ class Gate:
         self.closed = False
 
     def check(self) -> None:
-        """Raise if closed."""
         if self.closed:
             raise self._closed_error()
 
@@ -43,7 +42,6 @@ class Gate:
             raise self._closed_error()
 
     def leave_read(self) -> None:
-        """End a read."""
         self._readers.pop()
         if self.closed and not self._readers:
             self._notify()
@@ -54,20 +52,17 @@ class Gate:
         while self._exclusive or self.closed:
             self.leave_write()
             with self._changed:
-                while self._exclusive and not self.closed:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self.closed or not self._exclusive)
             self.check()
             self._writers.append(None)
 
     def leave_write(self) -> None:
-        """End a write."""
         self._writers.pop()
         if (self._exclusive or self.closed) and not self._writers:
             self._notify()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """`enter_read` and `leave_read` around a block."""
         self.enter_read()
         try:
             yield
@@ -78,14 +73,12 @@ class Gate:
     def exclusive(self) -> Iterator[None]:
         """Run a block while no write is in flight. Reads go on."""
         with self._changed:
-            while self._exclusive and not self.closed:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self.closed or not self._exclusive)
             self.check()
             self._exclusive = True
         try:
             with self._changed:
-                while self._writers:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: not self._writers)
             yield
         finally:
             with self._changed:
@@ -97,8 +90,7 @@ class Gate:
         with self._changed:
             self.closed = True
             self._changed.notify_all()
-            while self._readers or self._writers or self._exclusive:
-                self._changed.wait()
+            self._changed.wait_for(lambda: not (self._readers or self._writers or self._exclusive))
 
     def _notify(self) -> None:
         with self._changed:
@@ -106,10 +98,7 @@ class Gate:
 
 
 class ChunkLocks:
-    """One lock per chunk, made on demand, so that a big store costs nothing at rest.
-
-    Held for local work only, never while a source is asked.
-    """
+    """One lock per chunk, made on demand. Held for local work only, never while a source is asked."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -119,10 +108,7 @@ class ChunkLocks:
     def hold(self, index: int) -> Iterator[None]:
         """Hold the lock of chunk `index`. Not reentrant; hold one at a time."""
         with self._lock:
-            held = self._held.get(index)
-            if held is None:
-                held = self._held[index] = (threading.Lock(), [])
-            lock, users = held
+            lock, users = self._held.setdefault(index, (threading.Lock(), []))
             users.append(None)
         try:
             with lock:

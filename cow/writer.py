@@ -23,8 +23,8 @@ from cow.reader import ChunkReader
 class ChunkWriter:
     """Writes and growth for one store. Thread-safe.
 
-    What may be slow, fetching chunks that are written in part, happens before the gate is entered as a
-    writer, so that a checkpoint never waits for a source.
+    Chunks that are written in part are fetched before the gate is entered as a writer, so that a checkpoint
+    never waits for a source.
     """
 
     def __init__(self, state: StoreState, reader: ChunkReader) -> None:
@@ -41,10 +41,7 @@ class ChunkWriter:
         state.base = base
 
     def copy_file(self, base: BaseFile) -> None:
-        """Copy the chunks of a file into private files of a new store, which nobody else uses yet.
-
-        Chunks of only zeros become holes. On a file system with reflinks the extents are shared, not copied.
-        """
+        """Copy the chunks of a file, but for those of only zeros, into private files of such a store."""
         state, chunks = self._state, self._state.chunks
         buffer = memoryview(bytearray(state.chunk_size))
         clone = True
@@ -175,10 +172,9 @@ class ChunkWriter:
             self._state.chunks.unsynced[index] = True
 
     def _open_private(self, index: int) -> OpenFile:
-        state = self._state
         file = self._descriptors.get(index)
         if file is None:
-            fd = state.files.open(state.name(index), writable=True)
+            fd = self._state.files.open(self._state.name(index), writable=True)
             file = self._descriptors.add(index, OpenFile(fd))
         return file
 
