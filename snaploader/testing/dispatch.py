@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from snaploader._proto import bytestream_pb2, services
+from snaploader._proto import bytestream_pb2 as bytestream, remote_execution_pb2 as reapi, services
 from snaploader.errors import InvalidArgument, SnaploaderError
 from snaploader.testing import faults
 from snaploader.testing.byte_stream import ByteStream, parse_resource_name
@@ -182,19 +182,19 @@ class Dispatcher:
         if self._backend.options.capabilities:
             unary[services.CAPABILITIES] = {"GetCapabilities": partial(run, self._backend.get_capabilities)}
         tables = {
-            service: {name: self._unary(service, name, handle) for name, handle in table.items()}
+            service: {
+                name: self._unary(services.methods(service)[name], handle) for name, handle in table.items()
+            }
             for service, table in unary.items()
         }
-        tables[services.CAS]["GetTree"] = self._server_stream(services.CAS, "GetTree", self._tree)
-        tables[services.BYTE_STREAM]["Read"] = self._server_stream(services.BYTE_STREAM, "Read", self._read)
+        tables[services.CAS]["GetTree"] = self._server_stream(reapi.GetTreeRequest, "GetTree", self._tree)
+        tables[services.BYTE_STREAM]["Read"] = self._server_stream(bytestream.ReadRequest, "Read", self._read)
         tables[services.BYTE_STREAM]["Write"] = self._write()
         return [grpc.method_handlers_generic_handler(service, table) for service, table in tables.items()]
 
     def _unary(
-        self, service: str, name: str, handle: Callable[[Any], Awaitable[Any]]
+        self, method: services.Method, handle: Callable[[Any], Awaitable[Any]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        method = services.methods(service)[name]
-
         async def call_once(raw: bytes, context: Context) -> bytes:
             call = Call(method.name, received_bytes=len(raw))
             async with self._tracked(call, context):
@@ -214,31 +214,23 @@ class Dispatcher:
         self, fault: Fault, call: Call, request: Any, handle: Callable[[Any], Awaitable[Any]]
     ) -> bytes:
         """A unary call that a fault acts on."""
-        if call.method == "BatchUpdateBlobs":
-            withheld = faults.damage_upload(fault, request)
-            response = await handle(request)
-            for digest in withheld:
-                response.responses.add(digest=digest)
-            if fault.drop_blob:
-                await self._drop(fault, call)
-        else:
-            response = await handle(request)
+        withheld = faults.damage_upload(fault, request) if call.method == "BatchUpdateBlobs" else []
+        response = await handle(request)
+        for digest in withheld:
+            response.responses.add(digest=digest)
         faults.damage(fault, response)
-        if fault.lose_reply:
-            raise fault.failure()
+        await self._after(fault, call)
         reply = faults.damage_reply(fault, call.method, response.SerializeToString())
         await faults.Flow(Fault(bandwidth_bytes_per_s=fault.bandwidth_bytes_per_s)).shape(reply)
         return reply
 
     def _server_stream(
-        self, service: str, name: str, handle: Callable[[Any, Fault | None], AsyncIterator[Any]]
+        self, kind: Any, name: str, handle: Callable[[Any, Fault | None], AsyncIterator[Any]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        method = services.methods(service)[name]
-
         async def call_once(raw: bytes, context: Context) -> None:
-            call = Call(method.name, received_bytes=len(raw))
+            call = Call(name, received_bytes=len(raw))
             async with self._tracked(call, context):
-                request = _decode(method.request, raw)
+                request = _decode(kind, raw)
                 fault = await self._begin(call, request, context, len(raw))
                 async with contextlib.aclosing(handle(request, fault)) as responses:  # type: ignore[type-var]
                     async for response in responses:
@@ -246,8 +238,8 @@ class Dispatcher:
                         call.sent_bytes += len(reply)
                         del response  # a client that reads nothing is not to hold another copy
                         await self._send(reply, context)
-                if fault is not None and fault.lose_reply:
-                    raise fault.failure()
+                if fault is not None:
+                    await self._after(fault, call)
 
         return grpc.unary_stream_rpc_method_handler(call_once)
 
@@ -301,10 +293,8 @@ class Dispatcher:
                     messages = faults.shaped_messages(fault, _chain(first, messages))
                     first = await anext(messages)
                 response = await self._bytes.write(first, messages)
-                if fault is not None and fault.drop_blob:
-                    await self._drop(fault, call)
-                if fault is not None and fault.lose_reply:
-                    raise fault.failure()
+                if fault is not None:
+                    await self._after(fault, call)
                 reply = response.SerializeToString()
                 call.sent_bytes = len(reply)
                 await self._carry("down", len(reply))
@@ -314,7 +304,7 @@ class Dispatcher:
 
     async def _messages(
         self, raws: AsyncIterator[bytes], call: Call
-    ) -> AsyncIterator[bytestream_pb2.WriteRequest]:
+    ) -> AsyncIterator[bytestream.WriteRequest]:
         while True:
             async with self._idle_limit("the client sent"):
                 raw = await anext(raws, None)
@@ -322,7 +312,7 @@ class Dispatcher:
                 return
             call.received_bytes += len(raw)
             await self._carry("up", len(raw))
-            yield _decode(bytestream_pb2.WriteRequest, raw)
+            yield _decode(bytestream.WriteRequest, raw)
 
     async def _begin(
         self, call: Call, request: Any, context: Context, size: int | None = None
@@ -349,6 +339,13 @@ class Dispatcher:
         """Bring a message over the link, where there is one."""
         if self._faults.link is not None:
             await self._faults.link.carry(direction, size)
+
+    async def _after(self, fault: Fault, call: Call) -> None:
+        """Let a fault act on work that is done."""
+        if fault.drop_blob and call.method in faults.WRITES:
+            await self._drop(fault, call)
+        if fault.lose_reply:
+            raise fault.failure()
 
     async def _drop(self, fault: Fault, call: Call) -> None:
         partition = self._backend.partition(call.instance_name)
