@@ -11,6 +11,7 @@ from snaploader.workspace.hooks import (
 from snaploader.workspace.host import SlotPool as SlotPool
 from snaploader.workspace.lifecycle import (
     LifecycleExecutor as LifecycleExecutor,
+    Metrics as Metrics,
     Stats as Stats,
 )
 from snaploader.workspace.manager import (
@@ -20,7 +21,6 @@ from snaploader.workspace.manager import (
     RecoverySummary as RecoverySummary,
     WorkspaceManager as WorkspaceManager,
 )
-from snaploader.workspace.metrics import Metrics as Metrics
 from snaploader.workspace.model import (
     Event as Event,
     Operation as Operation,

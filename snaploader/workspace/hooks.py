@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from types import TracebackType
-from typing import Self
 
 from snaploader.workspace.model import WorkspaceState
 from snaploader.workspace.policy import Transition
@@ -86,21 +84,6 @@ class HookDelivery:
         self._waiting: deque[Notification | AuditRecord] = deque()
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        self._failures = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def failures(self) -> int:
-        """How many deliveries failed or were dropped so far."""
-        with self._changed:
-            return self._failures
 
     def send(self, record: Notification | AuditRecord) -> None:
         """Hand `record` to its hooks soon. Neither waits nor raises."""
@@ -171,8 +154,6 @@ class HookDelivery:
     def _failed(
         self, record: Notification | AuditRecord, why: str, error: BaseException | None = None
     ) -> None:
-        with self._changed:
-            self._failures += 1
         kind, of = type(record).__name__, record.workspace_id
         logger.warning("%s of %s of %r: %s", kind, record.transition, of, why, exc_info=error)
         self._on_failure()

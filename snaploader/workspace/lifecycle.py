@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from enum import StrEnum
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Self
 
-from snaploader.errors import Cancelled, InvalidArgument
+from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument
 from snaploader.workspace.hooks import (
     CLOSE_TIMEOUT_S,
     NO_HOOKS,
@@ -38,7 +38,7 @@ from snaploader.workspace.hooks import (
     Hooks,
     Notification,
 )
-from snaploader.workspace.model import Run, RunStatus, RunTransition, WorkspaceState
+from snaploader.workspace.model import Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import (
     Situation,
     StopAction,
@@ -49,9 +49,10 @@ from snaploader.workspace.policy import (
 )
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Catalog, Reader
+    from prometheus_client import CollectorRegistry
+
+    from snaploader.workspace.catalog import Reader
     from snaploader.workspace.manager import HeldWorkspace, WorkspaceManager
-    from snaploader.workspace.metrics import Metrics
 
 
 MAX_CONCURRENCY = 10
@@ -64,6 +65,9 @@ DORMANT_EVENT = "dormancy_mark"
 """Type of the event of a workspace that was marked dormant; its payload says when it is to be deleted."""
 
 STOP_EVENT = "workspace_stop"
+
+BUCKETS_S = (0.005, 0.025, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Upper bounds of the histogram, from a tick with nothing to do to one that takes longer than a minute."""
 
 RUN_OF = {
     Transition.AUTOSTOP: RunTransition.STOP,
@@ -97,7 +101,7 @@ class Stats:
     tick: datetime
     """It was decided by this time, cut to the minute."""
     transitions: Mapping[str, Transition]
-    """TransitionResult, by workspace id."""
+    """Those that were made, by workspace id."""
     errors: Mapping[str, str]
     """What failed, by workspace id."""
     skipped: Mapping[str, Skip]
@@ -133,7 +137,6 @@ class LifecycleExecutor:
             raise InvalidArgument(f"max_concurrency must be at least 1: it is {max_concurrency}")
         self._manager = manager
         self._max_concurrency = max_concurrency
-        self._maker = TransitionMaker(manager.catalog, clock)
         self._metrics = metrics
         self._clock = clock
         self._wait = wait
@@ -153,11 +156,6 @@ class LifecycleExecutor:
         For when nothing runs any more.
         """
         return self._delivery.close(timeout_s)
-
-    @property
-    def hook_failures(self) -> int:
-        """How many deliveries to hooks failed or were dropped so far."""
-        return self._delivery.failures
 
     def run_once(self, tick: datetime | None = None, *, stop: threading.Event | None = None) -> Stats:
         """Look once at all workspaces of this host that are due.
@@ -238,7 +236,7 @@ class LifecycleExecutor:
         except Exception as error:
             logger.warning("lifecycle of workspace %r failed", workspace_id, exc_info=True)
             if outcome is None:
-                return _Failure.of(error)
+                return error
         for record in outcome.records:
             self._delivery.send(record)
         return outcome.result
@@ -254,67 +252,116 @@ class LifecycleExecutor:
             return _Outcome(Skip.CHANGED)
         if is_irreversible(transition, situation.policy) and not ticks.agree:
             return _Outcome(Skip.UNCONFIRMED)
+
+        def guard(reader: Reader) -> None:
+            if Situation.read(reader, workspace_id).decide(tick) is not transition:
+                raise _DecisionChanged
+
         try:
-            made = self._maker.make(held, situation, transition, tick)
+            made = self._make(held.guarded(guard), situation, transition, tick)
+        except _DecisionChanged:
+            made = None
         except Cancelled:
             raise
         except Exception as error:
             logger.warning("%s of workspace %r failed", transition, workspace_id, exc_info=True)
-            failure = _Failure.of(error)
-            self._note_failure(workspace_id, transition, situation, failure)
-            return _Outcome(failure, (self._audit(situation, transition, None, failure.text),))
+            self._note_failure(workspace_id, transition, situation.run, _text(error))
+            return _Outcome(error, (self._audit(situation.workspace, transition, None, _text(error)),))
         if made is None:
             return _Outcome(Skip.CHANGED)
-        return _Outcome(
-            transition, (self._notification(situation, made), self._audit(situation, transition, made))
-        )
+        return _Outcome(transition, (made, self._audit(situation.workspace, transition, made.state)))
 
     def _situation(self, workspace_id: str) -> Situation:
         with self._manager.catalog.reading() as reader:
             return Situation.read(reader, workspace_id)
 
+    def _make(
+        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
+    ) -> Notification | None:
+        """Make the transition that was decided. None: it was no longer to be made when it was about to begin.
+
+        Raises whatever the manager and the catalog do.
+        """
+        workspace = situation.workspace
+        match transition:
+            case Transition.AUTOSTOP if situation.policy.autostop_action is StopAction.PAUSE:
+                held.pause(reason=transition)
+                state = WorkspaceState.PAUSED
+            case Transition.AUTOSTOP:
+                held.stop(reason=transition)
+                state = WorkspaceState.STOPPED
+            case Transition.AUTOSTART:
+                is_paused = workspace.state is WorkspaceState.PAUSED
+                (held.resume if is_paused else held.start)(reason=transition)
+                state = WorkspaceState.RUNNING
+            case Transition.FAILED_STOP if workspace.state is WorkspaceState.RUNNING:
+                held.stop(reason=transition)
+                state = WorkspaceState.STOPPED
+            case Transition.FAILED_STOP:
+                return self._note(workspace.id, transition, tick)
+            case Transition.DORMANCY:
+                if workspace.state is WorkspaceState.RUNNING:
+                    held.stop(reason=transition)
+                return self._note(workspace.id, transition, tick)
+            case Transition.DELETE:
+                held.delete(reason=transition)
+                state = WorkspaceState.DELETED
+        return Notification(workspace.id, workspace.owner, transition, state, self._clock())
+
+    def _note(self, workspace_id: str, transition: Transition, tick: datetime) -> Notification | None:
+        """Write down all that is left to do: that it is dormant, or is stopped after a failed start."""
+        with self._manager.catalog.transaction() as changes:
+            changes.lock_workspace(workspace_id)
+            situation = Situation.read(changes, workspace_id)
+            if situation.decide(tick) is not transition:
+                return None
+            now, workspace, deleting_at = self._clock(), situation.workspace, None
+            if transition is Transition.DORMANCY:
+                deleting_at = deletion_time(tick, None, situation.policy.delete_after_dormant, tick)
+                changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
+                shown = None if deleting_at is None else deleting_at.isoformat()
+                changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, now)
+            else:
+                # A run that succeeded ends the failure.
+                run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
+                changes.finish_run(run.id, RunStatus.SUCCEEDED, now)
+                changes.add_event(workspace_id, STOP_EVENT, {"reason": transition.value}, now)
+            return Notification(workspace_id, workspace.owner, transition, workspace.state, now, deleting_at)
+
     def _note_failure(
-        self, workspace_id: str, transition: Transition, situation: Situation, failure: _Failure
+        self, workspace_id: str, transition: Transition, before: Run | None, error: str
     ) -> None:
+        """Write down a failed run, unless the operation that failed has done so itself since `before`."""
         try:
-            self._maker.note_failure(workspace_id, transition, situation.run, failure.text)
+            with self._manager.catalog.transaction() as changes:
+                changes.lock_workspace(workspace_id)
+                latest = changes.latest_run(workspace_id)
+                if latest is not None and latest.status is RunStatus.FAILED and latest != before:
+                    return
+                now = self._clock()
+                run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
+                changes.finish_run(run.id, RunStatus.FAILED, now, error)
         except Exception:
             logger.warning(
                 "the failed %s of %r could not be written down", transition, workspace_id, exc_info=True
             )
 
-    def _notification(self, situation: Situation, made: TransitionResult) -> Notification:
-        workspace = situation.workspace
-        return Notification(
-            workspace.id, workspace.owner, made.transition, made.state, self._clock(), made.deleting_at
-        )
-
     def _audit(
-        self, situation: Situation, transition: Transition, made: TransitionResult | None, error: str = ""
+        self, workspace: Workspace, transition: Transition, after: WorkspaceState | None, error: str = ""
     ) -> AuditRecord:
-        workspace = situation.workspace
         return AuditRecord(
             workspace.id,
             workspace.owner,
             transition,
             workspace.host,
             state_before=workspace.state,
-            state_after=None if made is None else made.state,
+            state_after=after,
             created_at=self._clock(),
             error=error,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    text: str
-
-    @classmethod
-    def of(cls, error: Exception) -> _Failure:
-        return cls(f"{type(error).__name__}: {error}")
-
-
-_Result = Transition | Skip | _Failure
+_Result = Transition | Skip | Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,18 +372,19 @@ class _Outcome:
     records: tuple[Notification | AuditRecord, ...] = ()
 
 
+class _DecisionChanged(Exception):
+    """Something else is to be done with the workspace now, or nothing."""
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _stats(tick: datetime, results: Mapping[str, _Result], elapsed_s: float) -> Stats:
-    return Stats(
-        tick,
-        MappingProxyType(
-            {each: result for each, result in results.items() if isinstance(result, Transition)}
-        ),
-        MappingProxyType(
-            {each: result.text for each, result in results.items() if isinstance(result, _Failure)}
-        ),
-        MappingProxyType({each: result for each, result in results.items() if isinstance(result, Skip)}),
-        elapsed_s,
-    )
+    made = {each: result for each, result in results.items() if isinstance(result, Transition)}
+    failed = {each: _text(result) for each, result in results.items() if isinstance(result, Exception)}
+    skipped = {each: result for each, result in results.items() if isinstance(result, Skip)}
+    return Stats(tick, MappingProxyType(made), MappingProxyType(failed), MappingProxyType(skipped), elapsed_s)
 
 
 def wall_clock_ticks(
@@ -365,103 +413,67 @@ def wall_clock_ticks(
             return
 
 
-@dataclass(frozen=True, slots=True)
-class TransitionResult:
-    """A transition that was made, and what came of it."""
+class Metrics:
+    """Counts for Prometheus what the lifecycle does. Thread-safe.
 
-    transition: Transition
-    state: WorkspaceState
-    deleting_at: datetime | None = None
+    Needs the extra `metrics`, which is imported when one is made; docs/workspaces.md lists the metrics.
 
+    Args:
+        registry: Where the metrics are registered, which can be done once; None: prometheus_client's default.
 
-class TransitionMaker:
-    """Makes transitions of workspaces whose locks are held. Thread-safe."""
+    Raises:
+        FailedPrecondition: prometheus-client is not installed, or the registry has these metrics already.
+    """
 
-    def __init__(self, catalog: Catalog, clock: Callable[[], datetime]) -> None:
-        self._catalog = catalog
-        self._clock = clock
-
-    def make(
-        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
-    ) -> TransitionResult | None:
-        """Make the transition that was decided. None: it was no longer to be made when it was about to begin.
-
-        Raises whatever the manager and the catalog do.
-        """
-        workspace_id = situation.workspace.id
-
-        def guard(reader: Reader) -> None:
-            if Situation.read(reader, workspace_id).decide(tick) is not transition:
-                raise _DecisionChanged
-
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
         try:
-            return self._make(held.guarded(guard), situation, transition, tick)
-        except _DecisionChanged:
-            return None
+            from prometheus_client import REGISTRY, Counter, Histogram
+        except ImportError as error:
+            raise FailedPrecondition(
+                "metrics need prometheus-client: pip install 'snaploader[metrics]'"
+            ) from error
+        registry = REGISTRY if registry is None else registry
+        try:
+            self._duration = Histogram(
+                "snaploader_lifecycle_run_duration_seconds",
+                "Time of one look at all workspaces that are due, and their transitions.",
+                buckets=BUCKETS_S,
+                registry=registry,
+            )
+            self._transitions = Counter(
+                "snaploader_lifecycle_transitions_total",
+                "Transitions made.",
+                ["transition"],
+                registry=registry,
+            )
+            self._errors = Counter(
+                "snaploader_lifecycle_errors_total",
+                "Workspaces whose transition failed, and ticks that failed as a whole.",
+                registry=registry,
+            )
+            self._hook_failures = Counter(
+                "snaploader_lifecycle_hook_failures_total",
+                "Deliveries to hooks that failed or were dropped.",
+                registry=registry,
+            )
+        except ValueError as error:
+            raise FailedPrecondition(
+                "this registry has the metrics of the lifecycle already: make one Metrics, and share it"
+            ) from error
+        for transition in Transition:
+            self._transitions.labels(transition.value)  # shown as zero from the start
 
-    def _make(
-        self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
-    ) -> TransitionResult | None:
-        workspace_id, state = situation.workspace.id, situation.workspace.state
-        match transition:
-            case Transition.AUTOSTOP if situation.policy.autostop_action is StopAction.PAUSE:
-                held.pause(reason=transition)
-                return TransitionResult(transition, WorkspaceState.PAUSED)
-            case Transition.AUTOSTOP:
-                held.stop(reason=transition)
-                return TransitionResult(transition, WorkspaceState.STOPPED)
-            case Transition.AUTOSTART:
-                (held.resume if state is WorkspaceState.PAUSED else held.start)(reason=transition)
-                return TransitionResult(transition, WorkspaceState.RUNNING)
-            case Transition.FAILED_STOP if state is WorkspaceState.RUNNING:
-                held.stop(reason=transition)
-                return TransitionResult(transition, WorkspaceState.STOPPED)
-            case Transition.FAILED_STOP:
-                return self._note_stopped(workspace_id, tick)
-            case Transition.DORMANCY:
-                if state is WorkspaceState.RUNNING:
-                    held.stop(reason=transition)
-                return self._mark_dormant(workspace_id, tick)
-            case Transition.DELETE:
-                held.delete(reason=transition)
-                return TransitionResult(transition, WorkspaceState.DELETED)
+    def observe(self, transitions: Iterable[Transition], errors: int, elapsed_s: float) -> None:
+        """Count one `run_once`: the transitions made, how many failed, and its time in seconds."""
+        self._duration.observe(elapsed_s)
+        for transition in transitions:
+            self._transitions.labels(transition.value).inc()
+        self._errors.inc(errors)
 
-    def note_failure(self, workspace_id: str, transition: Transition, before: Run | None, error: str) -> None:
-        """Write down a failed run, unless the operation that failed has done so itself since `before`."""
-        with self._catalog.transaction() as changes:
-            changes.lock_workspace(workspace_id)
-            latest = changes.latest_run(workspace_id)
-            if latest is not None and latest.status is RunStatus.FAILED and latest != before:
-                return
-            now = self._clock()
-            run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
-            changes.finish_run(run.id, RunStatus.FAILED, now, error)
+    def tick_failed(self) -> None:
+        """Count a tick that failed as a whole, as when the database cannot be reached."""
+        self._errors.inc()
 
-    def _note_stopped(self, workspace_id: str, tick: datetime) -> TransitionResult | None:
-        """A start failed and left nothing running: a run that succeeded ends the failure."""
-        with self._catalog.transaction() as changes:
-            changes.lock_workspace(workspace_id)
-            situation = Situation.read(changes, workspace_id)
-            if situation.decide(tick) is not Transition.FAILED_STOP:
-                return None
-            now = self._clock()
-            run = changes.add_run(workspace_id, RunTransition.STOP, now, Transition.FAILED_STOP)
-            changes.finish_run(run.id, RunStatus.SUCCEEDED, now)
-            changes.add_event(workspace_id, STOP_EVENT, {"reason": Transition.FAILED_STOP.value}, now)
-            return TransitionResult(Transition.FAILED_STOP, situation.workspace.state)
-
-    def _mark_dormant(self, workspace_id: str, tick: datetime) -> TransitionResult | None:
-        with self._catalog.transaction() as changes:
-            changes.lock_workspace(workspace_id)
-            situation = Situation.read(changes, workspace_id)
-            if situation.decide(tick) is not Transition.DORMANCY:
-                return None
-            deleting_at = deletion_time(tick, None, situation.policy.delete_after_dormant, tick)
-            changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
-            shown = None if deleting_at is None else deleting_at.isoformat()
-            changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, self._clock())
-            return TransitionResult(Transition.DORMANCY, situation.workspace.state, deleting_at)
-
-
-class _DecisionChanged(Exception):
-    """Something else is to be done with the workspace now, or nothing."""
+    def hook_failed(self) -> None:
+        """Count a delivery that failed or was dropped."""
+        self._hook_failures.inc()

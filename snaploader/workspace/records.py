@@ -16,11 +16,11 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import PRIVATE, flush_folder
@@ -111,21 +111,16 @@ class PausedRecords:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = state_folder(folder)
-
-    @property
-    def folder(self) -> str:
-        """Where the records are."""
-        return self._folder
+        self.folder = state_folder(folder)
 
     def path(self, name: str) -> str:
         """Where an entry is, or would be."""
-        return f"{self._folder}/{name}"
+        return f"{self.folder}/{name}"
 
     def write(self, record: PausedRecord) -> None:
         """Keep a record, in the place of an earlier one. It is on disk when the call returns."""
         workspace_id = check_workspace_id(record.workspace.id)
-        data = json.dumps(encode(record), indent=1).encode()
+        data = json.dumps(encode(record), indent=1, default=_plain).encode()
         if self.exists(workspace_id) and not self._is_ours(workspace_id):
             raise FailedPrecondition(
                 f"{self.path(workspace_id)!r} is no record of a paused workspace: move it away"
@@ -138,7 +133,7 @@ class PausedRecords:
                 flush_folder(staging)
                 self.remove(workspace_id)
                 os.rename(staging, self.path(workspace_id))
-                flush_folder(self._folder)
+                flush_folder(self.folder)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
@@ -186,12 +181,12 @@ class PausedRecords:
     def trash(self, name: str) -> str:
         """Rename an entry aside, for the next sweep; its new path, empty when there was none."""
         aside = self._aside(name, TRASH)
-        with translate_os_errors(f"cannot move {name!r} aside in {self._folder!r}"):
+        with translate_os_errors(f"cannot move {name!r} aside in {self.folder!r}"):
             try:
                 os.rename(self.path(name), aside)
             except FileNotFoundError:
                 return ""
-            flush_folder(self._folder)
+            flush_folder(self.folder)
         return aside
 
     def exists(self, workspace_id: str) -> bool:
@@ -230,13 +225,13 @@ class PausedRecords:
         return found == {_FILE: False} or (not found and (is_leftover(name) or is_workspace_id(name)))
 
     def _names(self) -> list[str]:
-        with translate_os_errors(f"cannot list {self._folder!r}"):
-            return sorted(os.listdir(self._folder))
+        with translate_os_errors(f"cannot list {self.folder!r}"):
+            return sorted(os.listdir(self.folder))
 
     def _aside(self, name: str, kind: str) -> str:
         # A name may be as long as names can be, in bytes; its end matters little then.
         kept = os.fsdecode(os.fsencode(name)[:_MAX_KEPT_BYTES])
-        return f"{self._folder}/{kept}{kind}{uuid.uuid4().hex}"
+        return f"{self.folder}/{kept}{kind}{uuid.uuid4().hex}"
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -255,20 +250,14 @@ def owner_of(leftover: str) -> str:
 
 
 def encode(record: PausedRecord) -> dict[str, Any]:
-    """The values to be written as JSON."""
+    """The values to be written as JSON, by `_plain` where JSON has none like them."""
+    workspace = record.workspace
     return {
         "format": FORMAT,
-        "workspace": _workspace(record.workspace),
+        "workspace": {**_fields(_SPEC, workspace.spec), **_fields(_WORKSPACE, workspace)},
         "policy": {"name": record.policy.name, "values": record.policy.to_mapping()},
-        "snapshots": [_snapshot(snapshot) for snapshot in record.snapshots],
-        "versions": [
-            {
-                "number": version.number,
-                "snapshot_name": version.snapshot_name,
-                "display_name": version.display_name,
-            }
-            for version in record.versions
-        ],
+        "snapshots": [_fields(_SNAPSHOT, snapshot) for snapshot in record.snapshots],
+        "versions": [_fields(_VERSION, version) for version in record.versions],
     }
 
 
@@ -276,15 +265,15 @@ def decode(values: Any) -> PausedRecord:
     """The record in parsed JSON."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"this is no record of format {FORMAT}")
-    workspace = _read_workspace(values["workspace"])
-    snapshots = tuple(_read_snapshot(workspace.id, each) for each in values["snapshots"])
+    spec = WorkspaceSpec(**_read(_SPEC, values["workspace"]))
+    workspace = Workspace(spec, state=WorkspaceState.PAUSED, **_read(_WORKSPACE, values["workspace"]))
+    snapshots = tuple(
+        SnapshotRecord(workspace_id=workspace.id, **_read(_SNAPSHOT, each)) for each in values["snapshots"]
+    )
     names = {snapshot.name for snapshot in snapshots}
     if workspace.current_snapshot not in names:
         raise ValueError("the snapshot that the workspace is paused as is not among its snapshots")
-    versions = tuple(
-        KeptVersion(_number(each["number"]), _text(each["snapshot_name"]), _text(each["display_name"]))
-        for each in values["versions"]
-    )
+    versions = tuple(KeptVersion(**_read(_VERSION, each)) for each in values["versions"])
     numbers = [0, *(version.number for version in versions)]
     if any(number >= following for number, following in pairwise(numbers)) or numbers[-1] > MAX_VERSION:
         raise ValueError("the numbers of the versions do not rise")
@@ -294,105 +283,36 @@ def decode(values: Any) -> PausedRecord:
     return PausedRecord(workspace, policy, snapshots, versions)
 
 
-def _workspace(workspace: Workspace) -> dict[str, Any]:
-    spec = workspace.spec
-    return {
-        "workspace_id": workspace.id,
-        "command": list(spec.command),
-        "environment": dict(spec.environment),
-        "volumes": [{"name": each.name, "durable_dir": each.durable_dir} for each in spec.volumes],
-        "readiness": {
-            "kind": spec.readiness.kind,
-            "target": spec.readiness.target,
-            "interval_s": spec.readiness.interval_s,
-            "timeout_s": spec.readiness.timeout_s,
-        },
-        "host": workspace.host,
-        "created_at": _stamp(workspace.created_at),
-        "last_used_at": _stamp(workspace.last_used_at),
-        "owner": workspace.owner,
-        "base": workspace.base,
-        "policy": workspace.policy,
-        "autostart_schedule": workspace.autostart_schedule,
-        "slot": workspace.slot,
-        "current_snapshot": workspace.current_snapshot,
-        "base_snapshot": workspace.base_snapshot,
-        "paused_at": _stamp(workspace.paused_at),
-        "dormant_at": _stamp(workspace.dormant_at),
-        "deleting_at": _stamp(workspace.deleting_at),
-    }
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.astimezone(UTC).isoformat(timespec="microseconds")
+    return dict(value) if isinstance(value, Mapping) else asdict(value)
 
 
-def _read_workspace(values: Mapping[str, Any]) -> Workspace:
-    readiness = values["readiness"]
-    if values["slot"] is None:
+def _fields(readers: _Readers, value: object) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in readers}
+
+
+def _read(readers: _Readers, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: read(values[name]) for name, read in readers.items()}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no number from 0")
+    return value
+
+
+def _slot(value: Any) -> int:
+    if value is None:
         raise ValueError("it lacks its slot")
-    spec = WorkspaceSpec(
-        check_workspace_id(values["workspace_id"]),
-        tuple(map(_text, values["command"])),
-        {_text(name): _text(value) for name, value in values["environment"].items()},
-        check_volumes(Volume(_text(each["name"]), _text(each["durable_dir"])) for each in values["volumes"]),
-        Readiness(
-            _text(readiness["kind"]),
-            _text(readiness["target"]),
-            float(readiness["interval_s"]),
-            float(readiness["timeout_s"]),
-        ),
-    )
-    return Workspace(
-        spec,
-        host=_text(values["host"]),
-        state=WorkspaceState.PAUSED,
-        created_at=_time(values["created_at"]),
-        last_used_at=_time(values["last_used_at"]),
-        owner=_text(values["owner"]),
-        base=_text(values["base"]),
-        policy=_text(values["policy"]),
-        autostart_schedule=_text(values["autostart_schedule"]),
-        slot=_number(values["slot"]),
-        current_snapshot=_text(values["current_snapshot"]),
-        base_snapshot=_text(values["base_snapshot"]),
-        paused_at=_time_if_any(values["paused_at"]),
-        dormant_at=_time_if_any(values["dormant_at"]),
-        deleting_at=_time_if_any(values["deleting_at"]),
-    )
-
-
-def _snapshot(snapshot: SnapshotRecord) -> dict[str, Any]:
-    return {
-        "name": snapshot.name,
-        "runtime_name": snapshot.runtime_name,
-        "kind": snapshot.kind.value,
-        "scope": snapshot.scope.value,
-        "source": snapshot.source.value,
-        "created_at": _stamp(snapshot.created_at),
-        "display_name": snapshot.display_name,
-        "parent": snapshot.parent,
-        "manifest_ref": snapshot.manifest_ref,
-        "is_remote": snapshot.is_remote,
-        "size_bytes": snapshot.size_bytes,
-    }
-
-
-def _read_snapshot(workspace_id: str, values: Mapping[str, Any]) -> SnapshotRecord:
-    return SnapshotRecord(
-        name=_text(values["name"]),
-        workspace_id=workspace_id,
-        runtime_name=_text(values["runtime_name"]),
-        kind=SnapshotKind(values["kind"]),
-        scope=Scope(values["scope"]),
-        source=SnapshotSource(values["source"]),
-        created_at=_time(values["created_at"]),
-        display_name=_text(values["display_name"]),
-        parent=_text(values["parent"]),
-        manifest_ref=_text(values["manifest_ref"]),
-        is_remote=bool(values["is_remote"]),
-        size_bytes=_number(values["size_bytes"]),
-    )
-
-
-def _stamp(time: datetime | None) -> str | None:
-    return None if time is None else time.astimezone(UTC).isoformat(timespec="microseconds")
+    return _number(value)
 
 
 def _time(text: Any) -> datetime:
@@ -406,13 +326,56 @@ def _time_if_any(text: Any) -> datetime | None:
     return None if text is None else _time(text)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
+def _environment(values: Any) -> dict[str, str]:
+    return {_text(name): _text(value) for name, value in values.items()}
 
 
-def _number(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no number from 0")
-    return value
+def _volumes(values: Any) -> tuple[Volume, ...]:
+    return check_volumes(Volume(**_read({"name": _text, "durable_dir": _text}, each)) for each in values)
+
+
+def _readiness(values: Any) -> Readiness:
+    readers: _Readers = {"kind": _text, "target": _text, "interval_s": float, "timeout_s": float}
+    return Readiness(**_read(readers, values))
+
+
+# The fields that are kept, in this order, and what reads each.
+
+_Readers: TypeAlias = Mapping[str, Callable[[Any], Any]]
+
+_SPEC: _Readers = {
+    "workspace_id": check_workspace_id,
+    "command": lambda values: tuple(map(_text, values)),
+    "environment": _environment,
+    "volumes": _volumes,
+    "readiness": _readiness,
+}
+_WORKSPACE: _Readers = {
+    "host": _text,
+    "created_at": _time,
+    "last_used_at": _time,
+    "owner": _text,
+    "base": _text,
+    "policy": _text,
+    "autostart_schedule": _text,
+    "slot": _slot,
+    "current_snapshot": _text,
+    "base_snapshot": _text,
+    "paused_at": _time_if_any,
+    "dormant_at": _time_if_any,
+    "deleting_at": _time_if_any,
+}
+_SNAPSHOT: _Readers = {
+    "name": _text,
+    "runtime_name": _text,
+    "kind": SnapshotKind,
+    "scope": Scope,
+    "source": SnapshotSource,
+    "created_at": _time,
+    "display_name": _text,
+    "parent": _text,
+    "manifest_ref": _text,
+    "is_remote": bool,
+    "size_bytes": _number,
+}
+_VERSION: _Readers = {"number": _number, "snapshot_name": _text, "display_name": _text}

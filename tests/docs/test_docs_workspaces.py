@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from snaploader.workspace.lifecycle import Metrics
 from snaploader.workspace.manager import RecoverySummary, WorkspaceManager
-from snaploader.workspace.metrics import Metrics
 from snaploader.workspace.model import OperationKind, WorkspaceState
 from snaploader.workspace.policy import Policy, Transition
 

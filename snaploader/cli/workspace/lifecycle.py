@@ -126,7 +126,7 @@ def _metrics(workspaces: Workspaces, listen: str | None) -> Iterator[Metrics | N
         return
     host, port = parse_address(listen, "--metrics-listen")
     with needing_an_extra("workspaces need"):
-        from snaploader.workspace.metrics import Metrics
+        from snaploader.workspace.lifecycle import Metrics
     with needing_an_extra("--metrics-listen needs"):
         from prometheus_client import CollectorRegistry, start_http_server
     registry = CollectorRegistry()

@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, Unavailable
 from snaploader.workspace.hooks import AuditRecord, Hooks, Notification
-from snaploader.workspace.lifecycle import LifecycleExecutor, Skip
-from snaploader.workspace.metrics import Metrics
+from snaploader.workspace.lifecycle import LifecycleExecutor, Metrics, Skip
 from snaploader.workspace.model import (
     Operation,
     OperationKind,
@@ -539,7 +538,8 @@ def test_hooks_that_raise_or_hang_neither_undo_nor_fail_nor_delay_a_transition(c
         raise RuntimeError("mail server is gone")
 
     hooks = Hooks(notify=(broken,), audit=(lambda record: release.wait(300),))
-    executor = LifecycleExecutor(manager, hooks=hooks)
+    registry = CollectorRegistry()
+    executor = LifecycleExecutor(manager, hooks=hooks, metrics=Metrics(registry))
     try:
         stats = executor.run_once(NOW)  # returns although the hook hangs
         assert not release.is_set()
@@ -549,7 +549,7 @@ def test_hooks_that_raise_or_hang_neither_undo_nor_fail_nor_delay_a_transition(c
     assert stats.transitions == {"a": Transition.AUTOSTOP, "b": Transition.AUTOSTOP}
     assert stats.errors == {}
     assert state_of(catalog, "a").state is state_of(catalog, "b").state is STOPPED
-    assert executor.hook_failures == 2
+    assert registry.get_sample_value("snaploader_lifecycle_hook_failures_total") == 2
     assert "mail server is gone" in caplog.text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Self
 
 import pytest
 from lifecycle_values import NOW
@@ -12,6 +13,23 @@ from snaploader.workspace import hooks as hooks_module
 from snaploader.workspace.hooks import AuditRecord, HookDelivery, Hooks, Notification
 from snaploader.workspace.model import WorkspaceState
 from snaploader.workspace.policy import Transition
+
+
+class Delivery(HookDelivery):
+    """Counts what failed, and is closed at the end of a block."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        self.failures = 0
+        super().__init__(hooks, on_failure=self.count)
+
+    def count(self) -> None:
+        self.failures += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def notification(number: int = 0) -> Notification:
@@ -25,7 +43,7 @@ def audit_record() -> AuditRecord:
 
 def test_each_record_reaches_each_hook_of_its_kind_once_in_order():
     first, second, audited = [], [], []
-    with HookDelivery(Hooks(notify=(first.append, second.append), audit=(audited.append,))) as delivery:
+    with Delivery(Hooks(notify=(first.append, second.append), audit=(audited.append,))) as delivery:
         for number in range(100):
             delivery.send(notification(number))
         delivery.send(audit_record())
@@ -36,22 +54,22 @@ def test_each_record_reaches_each_hook_of_its_kind_once_in_order():
 
 def test_nothing_is_started_where_there_is_no_hook():
     before = threading.active_count()
-    with HookDelivery(Hooks(audit=(print,))) as delivery:
+    with Delivery(Hooks(audit=(print,))) as delivery:
         delivery.send(notification())
         assert threading.active_count() == before
 
 
 def test_a_hook_that_raises_is_logged_and_counted_and_the_others_are_called(caplog):
-    seen, failures = [], []
+    seen = []
 
     def broken(record: Notification) -> None:
         raise SystemExit("mail server is gone")
 
-    with HookDelivery(Hooks(notify=(broken, seen.append)), on_failure=lambda: failures.append(1)) as delivery:
+    with Delivery(Hooks(notify=(broken, seen.append))) as delivery:
         delivery.send(notification(1))
         delivery.send(notification(2))
     assert seen == [notification(1), notification(2)]
-    assert delivery.failures == len(failures) == 2
+    assert delivery.failures == 2
     assert "Notification of autostop of 'ws-1': SystemExit: mail server is gone" in caplog.text
 
 
@@ -62,7 +80,7 @@ def test_a_hook_that_hangs_holds_up_neither_sending_nor_closing(caplog):
         entered.set()
         release.wait(300)
 
-    delivery = HookDelivery(Hooks(notify=(hangs,)))
+    delivery = Delivery(Hooks(notify=(hangs,)))
     try:
         delivery.send(notification(1))
         assert entered.wait(300)
@@ -85,7 +103,7 @@ def test_records_beyond_the_most_that_wait_are_dropped_and_counted(monkeypatch, 
         release.wait(300)
         seen.append(record.workspace_id)
 
-    with HookDelivery(Hooks(notify=(slow,))) as delivery:
+    with Delivery(Hooks(notify=(slow,))) as delivery:
         delivery.send(notification(0))
         assert entered.wait(300)
         for number in (1, 2, 3):
@@ -98,7 +116,7 @@ def test_records_beyond_the_most_that_wait_are_dropped_and_counted(monkeypatch, 
 
 def test_what_is_sent_after_closing_is_dropped_and_closing_is_repeatable(caplog):
     seen = []
-    delivery = HookDelivery(Hooks(notify=(seen.append,)))
+    delivery = Delivery(Hooks(notify=(seen.append,)))
     assert delivery.close()
     with caplog.at_level(logging.WARNING):
         delivery.send(notification())
@@ -111,7 +129,7 @@ def test_a_system_without_threads_to_give_drops_records_and_raises_nothing(monke
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
-    with HookDelivery(Hooks(notify=(print,))) as delivery:
+    with Delivery(Hooks(notify=(print,))) as delivery:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             delivery.send(notification(1))

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from snaploader.errors import FailedPrecondition
-from snaploader.workspace.metrics import Metrics
+from snaploader.workspace.lifecycle import Metrics
 from snaploader.workspace.policy import Transition
 
 
@@ -60,7 +60,7 @@ def test_without_prometheus_client_the_extra_is_named(monkeypatch):
 
 def test_prometheus_client_is_imported_only_when_metrics_are_made():
     program = (
-        "import sys, snaploader.workspace.metrics as m\n"
+        "import sys, snaploader.workspace.lifecycle as m\n"
         "assert 'prometheus_client' not in sys.modules\n"
         "m.Metrics()\n"
         "import prometheus_client\n"

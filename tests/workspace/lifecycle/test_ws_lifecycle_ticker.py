@@ -11,8 +11,7 @@ from lifecycle_values import NOW
 from prometheus_client import CollectorRegistry
 
 from snaploader.errors import InvalidArgument, Unavailable
-from snaploader.workspace.lifecycle import LifecycleExecutor, wall_clock_ticks
-from snaploader.workspace.metrics import Metrics
+from snaploader.workspace.lifecycle import LifecycleExecutor, Metrics, wall_clock_ticks
 
 
 class Time:
