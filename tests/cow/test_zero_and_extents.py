@@ -1,4 +1,4 @@
-"""Zero tests, ranges, extents."""
+"""Zero tests, ranges, extents, copies, writing without pages of zeros."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import pytest
 from cow_sources import pattern
 from hypothesis import given, strategies as st
 
-from cow import OutOfBounds, TruncatedFile, copy_sparse, data_extents, is_zero, write_all
+from cow import (
+    PAGE_SIZE,
+    OutOfBounds,
+    TruncatedFile,
+    copy_sparse,
+    data_extents,
+    is_zero,
+    write_all,
+    write_nonzero,
+)
 from cow.chunks import check_geometry, check_range, chunk_count, chunk_length, pieces
 from cow.fileio import copy_range
 
@@ -145,3 +154,23 @@ def test_write_all_goes_on_after_short_writes(tmp_path, monkeypatch):
         assert os.pread(fd, 9, 0) == b"\0\0abcde"
     finally:
         os.close(fd)
+
+
+@given(parts=st.lists(st.sampled_from(["zero", "full", "last byte"]), max_size=6), tail=st.integers(0, 9))
+def test_what_is_written_without_zeros_reads_back(tmp_path_factory, parts, tail):
+    pages = {"zero": bytes(PAGE_SIZE), "full": b"x" * PAGE_SIZE, "last byte": bytes(PAGE_SIZE - 1) + b"x"}
+    data = b"".join(pages[part] for part in parts) + b"\0" * tail
+    path = tmp_path_factory.mktemp("nonzero") / "file"
+    with path.open("wb") as file:
+        file.truncate(PAGE_SIZE + len(data))
+        write_nonzero(file.fileno(), data, PAGE_SIZE)
+    assert path.read_bytes() == bytes(PAGE_SIZE) + data
+
+
+@pytest.mark.parametrize("tail", [b"", b"tail"])
+def test_pages_of_zeros_take_no_blocks(tmp_path, tail):
+    data = b"x" * PAGE_SIZE + bytes(30 * PAGE_SIZE) + b"y" * PAGE_SIZE + bytes(30 * PAGE_SIZE) + tail
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(len(data))
+        write_nonzero(file.fileno(), data, 0)
+        assert os.fstat(file.fileno()).st_blocks * 512 <= 3 * PAGE_SIZE
