@@ -6,20 +6,8 @@
         digest, added = cache.add_file("memory.img")
         cache.put_ref(key, digest.hash.encode())
 
-The file system is the only truth; there is no database beside it that could disagree. The layout:
-
-    <root>/v1/
-      groups/<group>/blobs/<sha256|blake3>/<2 hex>/<62 hex>   immutable, mode 0400, named by hash
-      groups/<group>/refs/<2 hex>/<62 hex>                    mutable, replaced in one step
-      tmp/<token>/, tmp/<token>.lock                          staging files of an open cache
-      groups/<group>/pins/<name>                              what is kept until it is unpinned
-      leases/<token>.<number>                                 blobs that must not be evicted
-      trash/                                                  folders on their way out
-      quarantine/                                             the last 16 files that had wrong bytes
-      usage/                                                  the bytes in use, uses in bulk, locks
-      state                                                   what a power failure may have damaged
-
-The group "" is the folder `_default`. Promises:
+The file system is the only truth; there is no database beside it that could disagree. What lies where, and in
+which format, is in docs/formats/filecache.md. Promises:
 
 - A blob is visible when it is whole and verified, and not before. It is hashed again at its first use in
   each process; wrong bytes are never served.
@@ -40,8 +28,7 @@ Where to look:
     usage       bytes in use, under the lock of all changes; statistics
     layout      where everything lies; an open cache's hold on it: staging, quarantine, sweeping
     evict       making room, in order of last use
-    scan        looking at many entries at once
-    recency     the log of uses in bulk
+    bulk        many entries at once: scans, listings, the log of uses
     durability  what a power failure may have damaged
 """
 

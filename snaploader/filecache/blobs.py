@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from operator import itemgetter
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -28,10 +27,9 @@ from snaploader.errors import (
     ResourceExhausted,
     translate_os_errors,
 )
+from snaploader.filecache.bulk import ShardListings, UseLog
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import SPACE_OF, check_hash, disk_bytes, set_used, touch
-from snaploader.filecache.recency import UseLog
-from snaploader.filecache.scan import ShardListings
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import NamelessFile, suppress_errnos
 from snaploader.formats.digests import DigestArray, to_rows
@@ -500,9 +498,7 @@ class BlobWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

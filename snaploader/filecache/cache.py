@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -15,12 +14,12 @@ from snaploader._environment import HOST, HostEnvironment
 from snaploader.blobstore import Sink, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import recency, scan
+from snaploader.filecache import bulk
 from snaploader.filecache.blobs import BlobSpace, BlobWriter
+from snaploader.filecache.bulk import UseLog
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.evict import AHEAD_PART, EVICTS_AHEAD_FROM_BYTES, Evictor
 from snaploader.filecache.layout import Layout, OpenFolder, Space, group_folder
-from snaploader.filecache.recency import UseLog
 from snaploader.filecache.refs import RefSpace
 from snaploader.filecache.retention import Lease, Pin, PinSpace, PinTable
 from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics, Ledger, VerifyReport
@@ -34,7 +33,7 @@ _PIECE_BYTES = 1 << 20
 class FileCache:
     """Blobs and refs in a folder of this host, shared by threads and processes.
 
-    A `snaploader.blobstore.BlobStore`. See the package's docstring for the layout and the promises.
+    A `snaploader.blobstore.BlobStore`. See the package's docstring for the promises.
     Thread-safe. Not to be used in a forked child: make another one there, on the same folder.
 
     Args:
@@ -95,7 +94,7 @@ class FileCache:
 
             def rebooted() -> None:
                 with ledger.section() as section:
-                    section.forget_total()
+                    section.set_total(None)
 
             self._durability = Durability(own, _environment.boot_id(), rebooted, used_before=used_before)
             undo.callback(self._durability.close)
@@ -453,9 +452,7 @@ class FileCache:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check(self) -> None:
@@ -466,19 +463,19 @@ class FileCache:
                 f"the file cache {self._root!r} was opened before a fork: open another one in the child"
             )
 
-    def _found(self, odd: Callable[[str], None] = lambda _: None) -> Iterator[scan.FoundEntry]:
-        """All entries of this group; see `scan.entries`."""
-        return scan.entries(self._context.layout, self._context.layout.group, odd)
+    def _found(self, odd: Callable[[str], None] = lambda _: None) -> Iterator[bulk.FoundEntry]:
+        """All entries of this group; see `bulk.entries`."""
+        return bulk.entries(self._context.layout, self._context.layout.group, odd)
 
-    def _pinned(self, found: list[scan.FoundEntry]) -> list[bool]:
+    def _pinned(self, found: list[bulk.FoundEntry]) -> list[bool]:
         """Tell for each entry whether a pin names it."""
         self._pin_table.refresh(self._context.ledger.pin_generation())
-        keys = recency.keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
+        keys = bulk.use_keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
         spaces = np.array([one.space for one in found], dtype=np.uint8)
         pinned: list[bool] = self._pin_table.named(spaces, keys).tolist()
         return pinned
 
-    def _entry(self, found: scan.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
+    def _entry(self, found: bulk.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None
         if found.space.function is not None:
             path = self._context.layout.entry(found.space, found.hash, group)

@@ -2,11 +2,8 @@
 
 A blob is not flushed to disk when it is added: that would double the cost of a save. The kernel flushes
 it some thirty seconds later. If the machine dies before that, the file may be there with the right size
-and zeros inside. So the file `state` holds, as text with a checksum, the id of the boot that last used
-the cache, a time up to which all was flushed, and windows of time. The first cache opened after
-another boot closes a window: from the flushed time to now. Blobs written in a window are suspects:
-they are verified before they count as present, and one that proves right gets a new time of last write,
-outside the window. A lost or damaged state makes everything written so far a suspect.
+and zeros inside. So the file `state` (docs/formats/filecache.md) tells in which windows of time what was
+written may be damaged: such blobs are suspects, verified before they count as present.
 """
 
 from __future__ import annotations

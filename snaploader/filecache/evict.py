@@ -25,12 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.errors import Cancelled, ResourceExhausted, SnaploaderError, translate_os_errors
-from snaploader.filecache import recency
+from snaploader.filecache.bulk import FoundEntry, Position, Scan, UseLog, apply_uses, sweep_trees
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.layout import Space, disk_bytes, entry_name
-from snaploader.filecache.recency import Position, UseLog
+from snaploader.filecache.layout import disk_bytes, entry_name
 from snaploader.filecache.retention import PinTable, Protection
-from snaploader.filecache.scan import FoundEntry, Scan, sweep_trees
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.locks import FileLock
 
@@ -60,7 +58,8 @@ class _Exhausted(NamedTuple):
     """What a scan found when nothing could go."""
 
     state: _State
-    when_s: float
+    until_s: float
+    """How long it is believed."""
     pinned_bytes: int
 
 
@@ -68,12 +67,7 @@ class Evictor:
     """Keeps the cache within its bound. Thread-safe, process-safe."""
 
     def __init__(
-        self,
-        context: CacheContext,
-        durability: Durability,
-        uses: UseLog,
-        pins: PinTable,
-        ahead_bytes: int,
+        self, context: CacheContext, durability: Durability, uses: UseLog, pins: PinTable, ahead_bytes: int
     ) -> None:
         self._context = context
         self._is_closing = threading.Event()
@@ -119,7 +113,8 @@ class Evictor:
             raise ResourceExhausted(
                 f"{extra_bytes} bytes do not fit into a file cache of {self._max_bytes}: raise its max_bytes"
             )
-        left = self._reduce(limit)
+        with translate_os_errors("cannot evict from the file cache"), self._lock.held():
+            left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
                 f"the file cache is full: of {left} bytes all that could go is in use by running work"
@@ -131,8 +126,8 @@ class Evictor:
         """Evict until the cache takes no more than this, or all else is in use; return its size then."""
         with translate_os_errors("cannot prune the file cache"), self._lock.held():
             self._rescan()
-        self._reduce(target_bytes)
-        return self._context.ledger.total_bytes() or 0
+            self._reduce(target_bytes)
+            return self._context.ledger.total_bytes() or 0
 
     def plan(self, target_bytes: int) -> list[tuple[str, FoundEntry]]:
         """List what `prune` would evict now, in that order: the group's folder and the entry."""
@@ -159,11 +154,6 @@ class Evictor:
                 self._background.close()
         self._lock.close()
 
-    def _reduce(self, limit: int) -> int | None:
-        """Evict down to `limit` bytes; return the size when no more could go, and None otherwise."""
-        with translate_os_errors("cannot evict from the file cache"), self._lock.held():
-            return self._reduce_held(limit)
-
     def _evict_ahead(self) -> bool:
         """Scan if it is time, and evict to the goal, in turns with others; return whether it was of use."""
         with translate_os_errors("cannot evict from the file cache"):
@@ -179,7 +169,7 @@ class Evictor:
                 if (self._context.ledger.total_bytes() or 0) <= self._goal_bytes:
                     return True
                 with self._lock.held_now() as held:
-                    if not held or self._reduce_held(self._goal_bytes, AHEAD_ENTRIES) is not None:
+                    if not held or self._reduce(self._goal_bytes, AHEAD_ENTRIES) is not None:
                         return False
         return True
 
@@ -187,8 +177,11 @@ class Evictor:
         if self._is_closing.is_set():
             raise Cancelled("the file cache was closed while it was used")
 
-    def _reduce_held(self, limit: int, most: int | None = None) -> int | None:
-        """Do as `_reduce` with the lock held. Ends, with None, also after `most` evictions."""
+    def _reduce(self, limit: int, most: int | None = None) -> int | None:
+        """Evict down to `limit` bytes; return the size when no more could go, and None otherwise.
+
+        Ends, with None, also after `most` evictions. The caller holds the eviction lock.
+        """
         scanned = False
         fruitless = 0
         # Reading pins may take a while, for which nobody should have to wait: sections find them read.
@@ -204,7 +197,9 @@ class Evictor:
                     self._refresh_protection(section, candidates)
             if (total is not None and total <= limit) or most == 0:
                 return None
-            if total is not None and self._still_exhausted(state):
+            known = self._exhausted
+            is_known = known is not None and known.state == state and time.monotonic() < known.until_s
+            if total is not None and is_known:
                 return total
             if total is None or candidates is None:
                 self._rescan()
@@ -216,19 +211,13 @@ class Evictor:
                 fruitless = 0
                 most = None if most is None else most - 1
                 continue
-            pinned_bytes = self._pinned_bytes(candidates.scan)
             self._candidates = None
             if scanned and (is_complete or fruitless >= MAX_FRUITLESS_SCANS):
-                self._exhausted = _Exhausted(state, time.monotonic(), pinned_bytes)
+                scan = candidates.scan
+                pinned = self._protection.is_pinned(scan, np.arange(len(scan)))
+                pinned_bytes = int(scan.disk_bytes[pinned].sum())
+                self._exhausted = _Exhausted(state, time.monotonic() + RETRY_SCAN_S, pinned_bytes)
                 return total
-
-    def _still_exhausted(self, state: _State) -> bool:
-        known = self._exhausted
-        return known is not None and known.state == state and time.monotonic() < known.when_s + RETRY_SCAN_S
-
-    def _pinned_bytes(self, scan: Scan) -> int:
-        """Sum up the disk blocks, in bytes, of the entries that pins keep."""
-        return int(scan.disk_bytes[self._protection.is_pinned(scan, np.arange(len(scan)))].sum())
 
     def _tell_pins(self) -> str:
         """Return what an error says of pins."""
@@ -246,22 +235,20 @@ class Evictor:
     def _evict_one(self, candidates: Candidates, *, is_fresh: bool) -> bool:
         """Evict the next entry that may go; return False when there is none."""
         while (row := candidates.next_row(is_fresh=is_fresh)) is not None:
-            group, space, hash_ = candidates.scan.name(row)
             with self._context.ledger.section() as section:
-                size = self._evict_file(section, group, space, hash_, candidates, row)
+                size = self._evict_file(section, candidates, row)
             if size is not None:
                 candidates.changes += 1
                 self._context.counters.add(evicted_entries=1, evicted_bytes=size)
                 return True
         return False
 
-    def _evict_file(
-        self, section: Section, group: str, space: Space, hash_: str, candidates: Candidates, row: int
-    ) -> int | None:
+    def _evict_file(self, section: Section, candidates: Candidates, row: int) -> int | None:
         self._refresh_protection(section, candidates)
         if self._protection.holds(candidates.scan, np.array([row]))[0]:
             candidates.set_aside(row)
             return None
+        group, space, hash_ = candidates.scan.name(row)
         path = self._context.layout.entry(space, hash_, group)
         try:
             status = os.stat(path, follow_symlinks=False)
@@ -435,7 +422,7 @@ class Candidates:
             return
         records, self._log = log.read(self._log)
         scan = self.scan
-        scan.used_ns = recency.apply(scan.used_ns, scan.use_keys, records, now_ns)
+        scan.used_ns = apply_uses(scan.used_ns, scan.use_keys, records, now_ns)
         self._sort(np.array(self._take_rest(), dtype=np.int64))
 
     def _take_rest(self) -> list[int]:

@@ -173,24 +173,21 @@ class Layout:
             ExitStack() as opened,
         ):
 
-            def inner(name: str, parent: int, path: str) -> int:
-                fd = open_inner(name, parent, access, path)
+            def inner(parent: int, path: str) -> int:
+                fd = open_inner(os.path.basename(path), parent, access, path)
                 opened.callback(os.close, fd)
                 return fd
 
             root = open_root(self.root, access, "the cache folder")
             opened.callback(os.close, root)
-            base = open_inner(FORMAT, root, access, self.base)
-            with ExitStack() as undo:
-                undo.callback(os.close, base)
-                for path in (self.owners, self.trash, self.quarantine, self.leases, self.usage):
-                    inner(os.path.basename(path), base, path)
-                group = inner(self.group, inner("groups", base, self.groups), self.group_path())
-                for name in ("blobs", "refs", "trees", "pins"):
-                    with suppress(FileNotFoundError):
-                        check_inner(name, group, access, f"{self.group_path()}/{name}")
-                undo.pop_all()
-        return base
+            base = inner(root, self.base)
+            for path in (self.owners, self.trash, self.quarantine, self.leases, self.usage):
+                inner(base, path)
+            group = inner(inner(base, self.groups), self.group_path())
+            for name in ("blobs", "refs", "trees", "pins"):
+                with suppress(FileNotFoundError):
+                    check_inner(name, group, access, f"{self.group_path()}/{name}")
+            return os.dup(base)
 
 
 class OpenFolder:

@@ -1,7 +1,7 @@
 """Refs: small mutable values under a key, such as the local manifest of a snapshot.
 
-A ref file is a magic of eight bytes, the SHA-256 of the value, and the value. It is replaced in one step by
-rename(2). A file whose checksum is wrong (a power failure, bit rot) is removed and counts as absent.
+A ref's file is replaced in one step by rename(2). One whose checksum is wrong (a power failure, bit rot) is
+removed and counts as absent.
 
 It is not flushed to disk: fsync(2) takes some ten times as long as all the rest, and what a ref names is
 not flushed either. After a power failure the last value, or on file systems other than ext4 and btrfs any
@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import stat
+from contextlib import suppress
 
 from snaploader import files
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
@@ -58,8 +59,10 @@ class RefSpace:
         path = self._path(key)
         if len(value) > MAX_REF_BYTES:
             raise InvalidArgument(f"ref {key} of {len(value)} bytes is bigger than {MAX_REF_BYTES}")
-        if not overwrite and self._stands(key):
-            return False
+        if not overwrite:
+            with suppress(NotFound):
+                self.get(key)
+                return False
         self._context.ledger.keep_bound()
         with (
             translate_os_errors(f"cannot write ref {key}"),
@@ -96,13 +99,6 @@ class RefSpace:
     def delete(self, key: str) -> bool:
         with translate_os_errors(f"cannot remove ref {key}"):
             return self._context.remove_entry(Space.REFS, check_hash(key))
-
-    def _stands(self, key: str) -> bool:
-        try:
-            self.get(key)
-        except NotFound:
-            return False
-        return True
 
     def _path(self, key: str) -> str:
         return self._context.layout.entry(Space.REFS, check_hash(key))

@@ -5,14 +5,9 @@ of each hash, sorted, little-endian; two hashes that begin alike only protect ea
 the owner of its token lives, so the lease of a killed process ends with it.
 
 A pin keeps blobs and refs until its name is unpinned, over restarts and crashes. It is a file `pins/<name>`
-of its group, replaced in one step by rename(2) and flushed to disk:
-
-    "snappin1"  sha256(rest)  rest
-    rest = count of hashes (uint64)  count of refs (uint64)  hashes  sizes  keys of the refs
-
-Hashes and keys are 32 bytes each, sorted and without repetitions; sizes are int64, -1 where unknown.
-Numbers are little-endian. What a damaged pin was to keep is not known any more, so that nothing of its group
-is evicted until it is pinned again or unpinned.
+of its group, replaced in one step by rename(2) and flushed to disk; docs/formats/filecache.md has its
+grammar. What a damaged pin was to keep is not known any more, so that nothing of its group is evicted until
+it is pinned again or unpinned.
 """
 
 from __future__ import annotations
@@ -26,7 +21,6 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -34,9 +28,8 @@ import numpy.typing as npt
 
 from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
-from snaploader.filecache import recency
+from snaploader.filecache.bulk import Scan, use_keys
 from snaploader.filecache.layout import Layout, Space, check_hash, is_alive
-from snaploader.filecache.scan import Scan
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
 from snaploader.files import OddEntry, flush_folder, open_regular, read_file
 from snaploader.formats.digests import (
@@ -61,8 +54,7 @@ _MAGIC = b"snappin1"
 _CHECKED_FROM = len(_MAGIC) + HASH_BYTES
 _COUNTS = struct.Struct("<QQ")
 _HEADER_BYTES = _CHECKED_FROM + _COUNTS.size
-_HASH_AND_SIZE_BYTES = HASH_BYTES + 8
-_MAX_FILE_BYTES = _HEADER_BYTES + MAX_PIN_ENTRIES * (_HASH_AND_SIZE_BYTES + HASH_BYTES)
+_MAX_FILE_BYTES = _HEADER_BYTES + MAX_PIN_ENTRIES * (HASH_BYTES + 8 + HASH_BYTES)
 _NAME = re.compile(rf"[A-Za-z0-9_@-][A-Za-z0-9._@-]{{0,{MAX_NAME_LENGTH - 1}}}")
 _MAX_LEASE_BYTES = 8 * MAX_PIN_ENTRIES
 """Of hashes as many as a pin may keep; what is larger is no lease."""
@@ -112,9 +104,7 @@ class Lease:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -149,32 +139,6 @@ def encode_pin(words: Words, sizes_bytes: npt.NDArray[np.int64], refs: Words) ->
     return _MAGIC + hashlib.sha256(rest).digest() + rest
 
 
-def decode_pin(name: str, data: bytes) -> Pin | None:
-    """Return the pin in a file; None when the file is damaged."""
-    if len(data) < _HEADER_BYTES or data[: len(_MAGIC)] != _MAGIC:
-        return None
-    rest = memoryview(data)[_CHECKED_FROM:]
-    if hashlib.sha256(rest).digest() != data[len(_MAGIC) : _CHECKED_FROM]:
-        return None
-    hashes, refs = _COUNTS.unpack_from(rest)
-    sizes_at = _HEADER_BYTES + hashes * HASH_BYTES
-    refs_at = sizes_at + hashes * 8
-    if len(data) != refs_at + refs * HASH_BYTES:
-        return None
-    return Pin(
-        name,
-        np.frombuffer(data, np.uint8, hashes * HASH_BYTES, _HEADER_BYTES).reshape(-1, HASH_BYTES),
-        # On a big-endian machine this copies.
-        np.frombuffer(data, "<i8", hashes, sizes_at).astype(np.int64, copy=False),
-        tuple(data[at : at + HASH_BYTES].hex() for at in range(refs_at, len(data), HASH_BYTES)),
-    )
-
-
-def _has_size(header: bytes, size: int) -> bool:
-    hashes, refs = _COUNTS.unpack_from(header, _CHECKED_FROM)
-    return bool(size == _HEADER_BYTES + hashes * _HASH_AND_SIZE_BYTES + refs * HASH_BYTES)
-
-
 def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
     """Read a pin's file; return its status and the pin, None when it is damaged. Raises OSError."""
     try:
@@ -182,13 +146,27 @@ def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
     except OddEntry:
         return os.lstat(path), None
     try:
-        is_sane = _HEADER_BYTES <= status.st_size <= _MAX_FILE_BYTES
-        # Not even its beginning is read into memory with all the rest unless that fits its size.
-        is_sane = is_sane and _has_size(os.pread(fd, _HEADER_BYTES, 0), status.st_size)
-        data = read_file(fd, status.st_size) if is_sane else b""
-        return status, decode_pin(os.path.basename(path), data)
+        header = os.pread(fd, _HEADER_BYTES, 0)
+        if len(header) < _HEADER_BYTES or status.st_size > _MAX_FILE_BYTES:
+            return status, None
+        hashes, refs = _COUNTS.unpack_from(header, _CHECKED_FROM)
+        sizes_at = _HEADER_BYTES + hashes * HASH_BYTES
+        refs_at = sizes_at + hashes * 8
+        size = refs_at + refs * HASH_BYTES
+        # Nothing more is read into memory unless the beginning fits the file's size.
+        data = read_file(fd, size) if size == status.st_size else b""
     finally:
         os.close(fd)
+    checksum = hashlib.sha256(memoryview(data)[_CHECKED_FROM:]).digest()
+    if len(data) != size or data[:_CHECKED_FROM] != _MAGIC + checksum:
+        return status, None
+    return status, Pin(
+        os.path.basename(path),
+        np.frombuffer(data, np.uint8, hashes * HASH_BYTES, _HEADER_BYTES).reshape(-1, HASH_BYTES),
+        # On a big-endian machine this copies.
+        np.frombuffer(data, "<i8", hashes, sizes_at).astype(np.int64, copy=False),
+        tuple(data[at : at + HASH_BYTES].hex() for at in range(refs_at, len(data), HASH_BYTES)),
+    )
 
 
 class PinSpace:
@@ -377,7 +355,7 @@ class _Known(NamedTuple):
 class PinTable:
     """All pins of all groups: 8 bytes for each hash of each pin, 24 for each pinned blob. Thread-safe.
 
-    Entries go by the key that the log of uses gives them (`recency.keys`): a pin keeps only what is in its
+    Entries go by the key that the log of uses gives them (`use_keys`): a pin keeps only what is in its
     own group, and two entries whose keys are equal by chance only protect each other.
     """
 
@@ -474,8 +452,8 @@ class PinTable:
             identity = _UNREAD
         if pin is None:
             return _Known(identity, _NO_KEYS, _NO_KEYS, is_damaged=True), _NO_NUMBERS
-        blobs = recency.keys(group, to_prefixes(pin.hashes))
-        refs = recency.keys(group, to_words(pin.refs)[:, 0])
+        blobs = use_keys(group, to_prefixes(pin.hashes))
+        refs = use_keys(group, to_words(pin.refs)[:, 0])
         return _Known(identity, blobs, refs, is_damaged=False), pin.sizes_bytes
 
     def _path(self, name: _Name) -> str:

@@ -1,10 +1,9 @@
 """What a cache takes: the ledger of bytes that all processes share, entries that come and go, statistics.
 
-The file `usage/ledger` is 48 bytes: a magic, the total of all entries in bytes of disk blocks, and four
-counters. Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under an
-exclusive lock, for some ten microseconds. Within a section the total is changed before the file system is,
-when an entry appears, and after it, when one goes. So a process killed in between leaves a total that is
-too high, never too low, until the next scan puts it right.
+Every change of the cache (an entry, lease or pin comes or goes) happens in a section: under the exclusive
+lock of `usage/ledger` (docs/formats/filecache.md), for some ten microseconds. Within a section the total is
+changed before the file system is, when an entry appears, and after it, when one goes. So a process killed in
+between leaves a total that is too high, never too low, until the next scan puts it right.
 
 A scan takes seconds in a big cache and nobody waits for it. While one runs, sections also note what
 they change in `usage/journal`; the scan ends with a section that takes, for each entry noted, the
@@ -48,17 +47,12 @@ class Section:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._load()
-
-    def _load(self) -> None:
-        data = os.pread(self._ledger.lock.fd, _FORMAT.size, 0)
-        fields: tuple[bytes, int, int, int, int, int] = (b"", _UNKNOWN, 0, 0, 0, 0)
-        if len(data) == _FORMAT.size:
+        data = os.pread(ledger.lock.fd, _FORMAT.size, 0)
+        fields: tuple[bytes, int, int, int, int, int] = (_MAGIC, _UNKNOWN, 0, 0, 0, 0)
+        if len(data) == _FORMAT.size and data.startswith(_MAGIC):
             fields = _FORMAT.unpack(data)
-        if fields[0] != _MAGIC:
-            fields = (_MAGIC, _UNKNOWN, 0, 0, 0, 0)
         _, self._total, self.lease_generation, self.changes, self._scanning, self.pin_generation = fields
-        self._ledger.seen_bytes = self._total
+        ledger.seen_bytes = self._total
 
     def _store(self) -> None:
         data = _FORMAT.pack(
@@ -94,11 +88,6 @@ class Section:
         self.pin_generation += 1
         self._store()
 
-    def forget_total(self) -> None:
-        """Forget a total that is not to be trusted, as after a power failure."""
-        self._total = _UNKNOWN
-        self._store()
-
     def begin_scan(self) -> None:
         """Note changes from now on. Only the holder of the eviction lock scans."""
         self._ledger.clear_journal()
@@ -119,9 +108,9 @@ class Section:
         self._ledger.clear_journal()
         return changed
 
-    def set_total(self, total_bytes: int) -> None:
-        """Set the total that a scan found."""
-        self._total = total_bytes
+    def set_total(self, total_bytes: int | None) -> None:
+        """Set the total that a scan found; None when it is not to be trusted, as after a power failure."""
+        self._total = _UNKNOWN if total_bytes is None else total_bytes
         self._store()
 
 

@@ -14,10 +14,10 @@ from hypothesis import given, strategies as st
 
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.errors import Cancelled, InvalidArgument
-from snaploader.filecache import FileCache, blobs, recency, scan
+from snaploader.filecache import FileCache, blobs, bulk
 from snaploader.filecache.blobs import VerifiedMemo
+from snaploader.filecache.bulk import Position, UseLog
 from snaploader.filecache.layout import Layout, OpenFolder
-from snaploader.filecache.recency import Position, UseLog
 from snaploader.files import Access
 from snaploader.formats.digests import DigestArray, HashSet, to_hex, to_words
 from snaploader.locks import FileLock
@@ -109,10 +109,10 @@ def test_listing_made_right_after_a_change_is_not_trusted(tmp_path, monkeypatch)
         digest = put(cache, 1, 10)
         folder = blob_file(cache, digest).parent
         now = time.time_ns()
-        for age_ns, noticed in ((scan.RACY_NS // 2, True), (scan.RACY_NS * 2, False)):
+        for age_ns, noticed in ((bulk.RACY_NS // 2, True), (bulk.RACY_NS * 2, False)):
             put(cache, 1, 10)
             os.utime(folder, ns=(now, now))
-            monkeypatch.setattr(scan.time, "time_ns", lambda age_ns=age_ns: now + age_ns)
+            monkeypatch.setattr(bulk.time, "time_ns", lambda age_ns=age_ns: now + age_ns)
             assert cache.find_missing(padding | {digest}) == padding
             blob_file(cache, digest).unlink()
             os.utime(folder, ns=(now, now))
@@ -127,7 +127,7 @@ def test_listing_is_kept_while_the_folder_stands_still(tmp_path, monkeypatch):
         os.utime(blob_file(cache, digest).parent, ns=(0, 0))
         cache.find_missing(padding | {digest})
         with monkeypatch.context() as patched:
-            patched.setattr(scan.os, "listdir", None)
+            patched.setattr(bulk.os, "listdir", None)
             assert cache.find_missing(padding | {digest}) == padding
 
 
@@ -166,8 +166,8 @@ def test_log_of_uses_is_read_in_pieces(log):
     log.append("g", prefixes(1), 20)
     more, _ = log.read(position)
     assert [int(time) for time in more["time_ns"]] == [20]
-    times = recency.apply(
-        np.array([5, 15, 5]), recency.keys("g", prefixes(1, 2, 3)), np.concatenate([records, more]), 100
+    times = bulk.apply_uses(
+        np.array([5, 15, 5]), bulk.use_keys("g", prefixes(1, 2, 3)), np.concatenate([records, more]), 100
     )
     assert times.tolist() == [20, 15, 5]
 
@@ -175,16 +175,16 @@ def test_log_of_uses_is_read_in_pieces(log):
 def test_log_of_uses_tells_groups_apart_and_does_not_trust_the_future(log):
     log.append("a", prefixes(1), 10**30 % 2**62)
     records, _ = log.read()
-    assert recency.apply(np.array([5]), recency.keys("b", prefixes(1)), records, 100).tolist() == [5]
-    assert recency.apply(np.array([5]), recency.keys("a", prefixes(1)), records, 100).tolist() == [100]
+    assert bulk.apply_uses(np.array([5]), bulk.use_keys("b", prefixes(1)), records, 100).tolist() == [5]
+    assert bulk.apply_uses(np.array([5]), bulk.use_keys("a", prefixes(1)), records, 100).tolist() == [100]
 
 
 def test_newest_record_of_each_key_is_found_in_any_order():
     rng = random.Random(1)
-    records = recency.newest(np.empty(0, dtype=[("key", "<u8"), ("time_ns", "<i8")]))
+    records = bulk.newest(np.empty(0, dtype=[("key", "<u8"), ("time_ns", "<i8")]))
     assert len(records) == 0
     pairs = [(rng.randrange(50), rng.randrange(1000)) for _ in range(500)]
-    found = recency.newest(np.array(pairs, dtype=records.dtype))
+    found = bulk.newest(np.array(pairs, dtype=records.dtype))
     expected = {key: max(time for other, time in pairs if other == key) for key, _ in pairs}
     assert found.tolist() == sorted(expected.items())
 
@@ -202,14 +202,14 @@ def test_torn_record_of_a_killed_writer_is_overwritten(log, tmp_path):
 
 
 def test_big_log_is_compacted_and_readers_start_over(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(recency, "COMPACT_BYTES", 1600)
+    monkeypatch.setattr(bulk, "COMPACT_BYTES", 1600)
     position = Position()
     for round_ in range(20):
         log.append("g", prefixes(*range(10)), round_)
         _, position = log.read(position)
     assert (tmp_path / "v1/usage/uses").stat().st_size <= 1600 + 160
     records, _ = log.read(Position(position.inode + 1, position.offset))
-    newest = recency.newest(records)
+    newest = bulk.newest(records)
     assert len(newest) == 10
     assert set(newest["time_ns"].tolist()) == {19}
     for round_ in range(20, 60):

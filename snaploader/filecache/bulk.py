@@ -1,15 +1,21 @@
-"""Looking at many entries at once: scans of every group, and listings of one group's blob folders.
+"""Many entries at once: scans of every group, listings of blob folders, the log of uses.
 
-A scan finds what there is, how big it is and when it was last used. A listing answers which of many blobs
-exist. It is kept as long as its folder stands still: a folder's modification time changes when a name in it
-appears or goes, whoever does it, so a listing holds for as long as one stat(2) gives the same time. File
-systems keep that time in steps of up to some ten milliseconds: a change soon after the listing may leave the
-time as it was. So a listing made less than RACY_NS after the folder's last change is not trusted a second
-time.
+A scan finds what there is, how big it is and when it was last used.
+
+A listing answers which of many blobs exist. It is kept as long as its folder stands still: a folder's
+modification time changes when a name in it appears or goes, whoever does it, so a listing holds for as long
+as one stat(2) gives the same time. File systems keep that time in steps of up to some ten milliseconds: a
+change soon after the listing may leave the time as it was. So a listing made less than RACY_NS after the
+folder's last change is not trusted a second time.
+
+An entry's file says when it was last used (`layout.touch`). Setting that for each of 200,000 blobs takes most
+of a second, so uses in bulk are appended to one file instead, `usage/uses`, by keys
+(docs/formats/filecache.md); two entries of one key only keep each other young. The later time counts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -24,24 +30,36 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader.errors import InvalidArgument
-from snaploader.filecache import recency
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import (
     ENTRY_NAME_LENGTH,
     SHARDS,
     Layout,
+    OpenFolder,
     Space,
     disk_bytes,
     entry_name,
 )
 from snaploader.filecache.usage import CacheContext
 from snaploader.files import OddEntry, open_regular, read_file, remove_tree
-from snaploader.formats.digests import HashSet, Prefixes, Words, to_hex, to_words
-from snaploader.locks import is_dead, try_lock
+from snaploader.formats.digests import HashSet, Prefixes, Words, is_first, to_hex, to_words
+from snaploader.locks import FileLock, is_dead, try_lock
+
+RACY_NS = 20_000_000
+COMPACT_BYTES = 32 << 20
+"""Size from which the log is rewritten with one record per key."""
 
 _SPACES = tuple(Space)
 _SHARD = re.compile(r"[0-9a-f]{2}")
 _NAME = re.compile(rf"[0-9a-f]{{{ENTRY_NAME_LENGTH}}}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+_GROUP = 32
+"""Folders that are looked through at once. Numpy takes longer to be called than to look through one of them;
+all of them at once would take as much memory again as their listings."""
+_NOTHING: Words = np.empty((0, 4), dtype=np.uint64)
+_RECORD = np.dtype([("key", "<u8"), ("time_ns", "<i8")])
+_MAX_READ_BYTES = 1 << 30
+Records = npt.NDArray[np.void]
 
 
 class FoundEntry(NamedTuple):
@@ -148,26 +166,22 @@ class Scan:
 
     Args:
         is_suspect: Tells whether a power failure may have damaged a blob; None where it damaged none.
-        check_open: Called now and then; it raises to call the scan off.
+        check: Called now and then; it raises to call the scan off.
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        is_suspect: Callable[[os.stat_result], bool] | None,
-        check_open: Callable[[], None],
+        self, layout: Layout, is_suspect: Callable[[os.stat_result], bool] | None, check: Callable[[], None]
     ) -> None:
         self.suspects = 0
         """Blobs that a power failure may have damaged."""
         self.odd: list[str] = []
         """Paths of what is called like an entry and is none."""
-        self._layout = layout
         self.groups = group_names(layout)
         """Folder names."""
         hashes: list[str] = []
         columns = (array("H"), array("B"), array("q"), array("q"))
         add_group, add_space, add_size, add_use = (column.append for column in columns)
-        words = [np.empty((0, 4), dtype=np.uint64)]
+        words = [_NOTHING]
         for number, group in enumerate(self.groups):
             for found in entries(layout, group, self.odd.append):
                 space, hash_, size, used_ns, status = found
@@ -179,7 +193,7 @@ class Scan:
                 if is_suspect is not None and status is not None and space is not Space.REFS:
                     self.suspects += is_suspect(status)
                 if len(hashes) == 4096:
-                    check_open()
+                    check()
                     words.append(to_words(hashes))
                     hashes.clear()
         words.append(to_words(hashes))
@@ -193,7 +207,7 @@ class Scan:
         """As the log of uses names the entries."""
         for number, group in enumerate(self.groups):
             rows = self.group == number
-            self.use_keys[rows] = recency.keys(group, self.prefixes[rows])
+            self.use_keys[rows] = use_keys(group, self.prefixes[rows])
 
     def __len__(self) -> int:
         return len(self.group)
@@ -208,19 +222,8 @@ class Scan:
             return {}
         wanted = np.array([int(name.replace("/", "")[-64:][:16], 16) for name in names], dtype=np.uint64)
         rows: npt.NDArray[np.intp] = np.flatnonzero(np.isin(self.prefixes, wanted))
-        sizes = {}
-        for row in rows.tolist():
-            group, space, hash_ = self.name(row)
-            sizes[entry_name(group, space, hash_)] = int(self.disk_bytes[row])
+        sizes = {entry_name(*self.name(row)): int(self.disk_bytes[row]) for row in rows.tolist()}
         return {name: sizes[name] for name in names & sizes.keys()}
-
-
-RACY_NS = 20_000_000
-_GROUP = 32
-"""Folders that are looked through at once. Numpy takes longer to be called than to look through one of them;
-all of them at once would take as much memory again as their listings."""
-_HASH = re.compile(r"[0-9a-f]{64}")
-_NOTHING: Words = np.empty((0, 4), dtype=np.uint64)
 
 
 class _Listing(NamedTuple):
@@ -281,16 +284,15 @@ class ShardListings:
 
     def _names(self, path: str) -> list[str]:
         with os.scandir(path) as found:
-            names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
-        return self._without_suspects(path, names) if self._durability.windows else names
-
-    def _without_suspects(self, path: str, names: list[str]) -> list[str]:
-        vouched = []
-        for name in names:
-            with suppress(FileNotFoundError):
-                if not self._durability.is_suspect(os.stat(f"{path}/{name}", follow_symlinks=False)):
-                    vouched.append(name)
-        return vouched
+            if not self._durability.windows:
+                return [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
+            vouched = []
+            for entry in found:
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode) and not self._durability.is_suspect(status):
+                        vouched.append(entry.name)
+            return vouched
 
 
 def _to_words(names: list[list[str]]) -> list[Words]:
@@ -304,3 +306,111 @@ def _to_words(names: list[list[str]]) -> list[Words]:
     ends = list(accumulate(map(len, names)))
     # Copies, as a part of an array would keep all of it.
     return [words[start:end].copy() for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class Position(NamedTuple):
+    """How far a reader got in the log: a file and a place in it."""
+
+    inode: int = 0
+    offset: int = 0
+
+
+class UseLog:
+    """Uses in bulk. Thread-safe, process-safe."""
+
+    def __init__(self, folder: OpenFolder) -> None:
+        self._folder = folder
+        self._path = f"{folder.layout.usage}/uses"
+        self._lock = FileLock(folder.open_written(f"{self._path}.lock"))
+
+    def close(self) -> None:
+        """Give up the descriptor."""
+        self._lock.close()
+
+    def append(self, group: str, prefixes: Prefixes, now_ns: int) -> None:
+        """Record that all of these entries of a group were used now."""
+        records = np.empty(len(prefixes), dtype=_RECORD)
+        records["key"] = use_keys(group, prefixes)
+        records["time_ns"] = now_ns
+        with self._lock.held():
+            fd = self._folder.open_written(self._path)
+            try:
+                size = os.fstat(fd).st_size
+                if size > COMPACT_BYTES:
+                    new_fd, size = self._compacted()
+                    os.close(fd)
+                    fd = new_fd
+                # What a writer that was killed or met a full disk left of a record is overwritten.
+                position = size - size % _RECORD.itemsize
+                view = memoryview(records.tobytes())
+                while view:
+                    count = os.pwrite(fd, view, position)
+                    view, position = view[count:], position + count
+            finally:
+                os.close(fd)
+
+    def read(self, since: Position = Position()) -> tuple[Records, Position]:  # noqa: B008
+        """Return the records after `since`, or all when the log was rewritten, and how far they go."""
+        try:
+            fd, status = open_regular(self._path)
+        except (FileNotFoundError, OddEntry):
+            return np.empty(0, dtype=_RECORD), since
+        with os.fdopen(fd, "rb") as file:
+            offset = since.offset if since.inode == status.st_ino else 0
+            if status.st_size - offset > _MAX_READ_BYTES:
+                # Nobody's log grows so far: it is compacted long before.
+                return np.empty(0, dtype=_RECORD), Position(status.st_ino, status.st_size)
+            file.seek(offset)
+            data = file.read(max(0, status.st_size - offset))
+        whole = len(data) - len(data) % _RECORD.itemsize
+        return np.frombuffer(data[:whole], dtype=_RECORD), Position(status.st_ino, offset + whole)
+
+    def grew(self, since: Position) -> bool:
+        """Tell whether there is anything after `since`."""
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            return False
+        return status.st_ino != since.inode or status.st_size >= since.offset + _RECORD.itemsize
+
+    def _compacted(self) -> tuple[int, int]:
+        """Replace the log by one with the newest record of each key; return its descriptor and size."""
+        latest = newest(self.read()[0])
+        if latest.nbytes > COMPACT_BYTES // 2:
+            # More than any cache holds blobs: the ones unused for longest do not matter any more.
+            latest = latest[np.argsort(latest["time_ns"])][-(COMPACT_BYTES // 2 // _RECORD.itemsize) :]
+        with self._folder.staged(latest.tobytes()) as temporary:
+            os.rename(temporary, self._path)
+        return self._folder.open_written(self._path), latest.nbytes
+
+
+def use_keys(group: str, prefixes: Prefixes) -> Prefixes:
+    """Return the log's keys for entries of a group, by folder name."""
+    salt = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+    return prefixes ^ np.uint64(salt)
+
+
+def newest(records: Records) -> Records:
+    """Return the newest record of each key, sorted by key."""
+    order = np.argsort(records["key"])
+    ordered = records["key"][order]
+    first = is_first(ordered)
+    latest = np.empty(int(first.sum()), dtype=_RECORD)
+    if len(latest):
+        latest["key"] = ordered[first]
+        latest["time_ns"] = np.maximum.reduceat(records["time_ns"][order], np.flatnonzero(first))
+    return latest
+
+
+def apply_uses(
+    times_ns: npt.NDArray[np.int64], entry_keys: Prefixes, records: Records, now_ns: int
+) -> npt.NDArray[np.int64]:
+    """Return each time, or that of the newest record of its key if later. A future time counts as now."""
+    if not len(records):
+        return times_ns
+    latest = newest(records)
+    places = np.searchsorted(latest["key"], entry_keys)
+    places[places == len(latest)] = 0
+    known = latest["key"][places] == entry_keys
+    logged = np.minimum(latest["time_ns"][places], now_ns)
+    return np.where(known, np.maximum(times_ns, logged), times_ns)
