@@ -35,8 +35,8 @@ _NAME = re.compile(r"[0-9]+\.[0-9]+")
 def is_zero(buffer: Buffer) -> bool:
     """Whether every byte of `buffer` is zero; true for an empty one.
 
-    The buffer must be C-contiguous. Runs at memory speed, stops at the first block that is not zero, and
-    releases the GIL for all but tiny buffers.
+    The buffer must be C-contiguous; its alignment and item type do not matter. Runs at memory speed, stops at
+    the first block that is not zero, and releases the GIL for all but tiny buffers.
     """
     view = memoryview(buffer)
     if not view.nbytes:
