@@ -130,28 +130,15 @@ class Internal(SnaploaderError):
     exit_code = 1
 
 
-_BY_ERRNO: dict[int, type[SnaploaderError]] = {
-    errno.ENOENT: NotFound,
-    errno.ENOSPC: ResourceExhausted,
-    errno.EDQUOT: ResourceExhausted,
-    errno.EFBIG: ResourceExhausted,
-    errno.EMFILE: ResourceExhausted,
-    errno.ENFILE: ResourceExhausted,
-    errno.ENOMEM: ResourceExhausted,
-    errno.EACCES: PermissionDenied,
-    errno.EPERM: PermissionDenied,
-    errno.EROFS: PermissionDenied,
-    errno.EIO: DataLoss,
-    errno.ENOTDIR: InvalidArgument,
-    errno.EISDIR: InvalidArgument,
-    errno.ENAMETOOLONG: InvalidArgument,
-    errno.ELOOP: InvalidArgument,
-    errno.EINVAL: InvalidArgument,
-    errno.EEXIST: FailedPrecondition,
-    errno.ENOTEMPTY: FailedPrecondition,
-    errno.EBUSY: FailedPrecondition,
-    errno.EXDEV: FailedPrecondition,
+_ERRNOS: dict[type[SnaploaderError], tuple[int, ...]] = {
+    NotFound: (errno.ENOENT,),
+    ResourceExhausted: (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    PermissionDenied: (errno.EACCES, errno.EPERM, errno.EROFS),
+    DataLoss: (errno.EIO,),
+    InvalidArgument: (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+    FailedPrecondition: (errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV),
 }
+_BY_ERRNO = {number: kind for kind, numbers in _ERRNOS.items() for number in numbers}
 
 
 def from_os_error(error: OSError, what: str, *, absent: type[SnaploaderError] = NotFound) -> SnaploaderError:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from snaploader.errors import Cancelled, translate_thread_errors
@@ -113,14 +112,8 @@ class WorkerPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Helper:
-    """A thread's share of one call, of which it does one item after the other."""
 
 
 class _SharedWork(Generic[T]):
@@ -145,8 +138,8 @@ class _SharedWork(Generic[T]):
         self._start = start
         self._taking = threading.Lock()
         self._lock = threading.Lock()
-        self._queued: set[_Helper] = set()
-        self._working: set[_Helper] = set()
+        self._queued: set[object] = set()
+        self._working: set[object] = set()
         self._is_over = False
         self._wake: SimpleQueue[None] = SimpleQueue()
 
@@ -193,14 +186,14 @@ class _SharedWork(Generic[T]):
 
     def _add_helper(self) -> None:
         """One more thread, where there may be: each that finds work wakes the next."""
-        helper = _Helper()
+        helper = object()  # a thread's share of the call
         with self._lock:
             if self._is_over or len(self._queued) + len(self._working) >= self._max_helpers:
                 return
             self._queued.add(helper)
         self._start(lambda: self._help(helper))
 
-    def _help(self, helper: _Helper) -> None:
+    def _help(self, helper: object) -> None:
         with self._lock:
             if helper not in self._queued:
                 return

@@ -19,39 +19,6 @@ with a `Link` they share a bandwidth; `FakeCAS` is a remote store without a netw
 Its docstring shows how to run it from pytest.
 """
 
-from snaploader.testing.dispatch import Call
-from snaploader.testing.fake import FakeCAS
-from snaploader.testing.faults import CallGate, Fault, FaultScript, Firing, Link
-from snaploader.testing.options import (
-    PRESETS,
-    ServerOptions,
-    ServerTLS,
-    like_bazel_remote,
-    like_buildbarn,
-    like_buildgrid,
-    like_casd,
-    like_nativelink,
-)
-from snaploader.testing.server import EmbeddedServer
-from snaploader.testing.storage import DiskStorage, MemoryStorage
+from snaploader._lazy import attach as _attach
 
-__all__ = [
-    "PRESETS",
-    "Call",
-    "CallGate",
-    "DiskStorage",
-    "EmbeddedServer",
-    "FakeCAS",
-    "Fault",
-    "FaultScript",
-    "Firing",
-    "Link",
-    "MemoryStorage",
-    "ServerOptions",
-    "ServerTLS",
-    "like_bazel_remote",
-    "like_buildbarn",
-    "like_buildgrid",
-    "like_casd",
-    "like_nativelink",
-]
+__getattr__, __dir__ = _attach(__name__, globals())

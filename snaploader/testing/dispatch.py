@@ -267,7 +267,7 @@ class Dispatcher:
 
     async def _read(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:
         async with contextlib.aclosing(self._bytes.read(request)) as whole:  # type: ignore[type-var]
-            async for response in whole if fault is None else faults.shaped_responses(fault, whole):
+            async for response in whole if fault is None else faults.shaped(fault, whole):
                 yield response
 
     async def _tree(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:  # noqa: ARG002
@@ -290,7 +290,7 @@ class Dispatcher:
                     raise
                 fault = await self._begin(call, first, context)
                 if fault is not None:
-                    messages = faults.shaped_messages(fault, _chain(first, messages))
+                    messages = faults.shaped(fault, _chain(first, messages))
                     first = await anext(messages)
                 response = await self._bytes.write(first, messages)
                 if fault is not None:

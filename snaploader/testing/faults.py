@@ -19,7 +19,7 @@ import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
 
@@ -31,6 +31,8 @@ from snaploader.testing.storage import Partition
 
 if TYPE_CHECKING:
     from snaploader.testing.dispatch import Call
+
+M = TypeVar("M", bytestream.ReadResponse, bytestream.WriteRequest)
 
 ANY_METHOD = "*"
 WRITES = frozenset({"BatchUpdateBlobs", "Write"})
@@ -381,37 +383,17 @@ class Flow:
             await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
         return data, ends
 
-    def end(self) -> None:
-        """Raise what the stream ends with, unless it is to look whole."""
-        if self._fault.cut_after_bytes is not None:
-            raise self._fault.failure()
 
-
-async def shaped_responses(
-    fault: Fault, responses: AsyncIterator[bytestream.ReadResponse]
-) -> AsyncIterator[bytestream.ReadResponse]:
-    """The messages of Read, with the fault in them."""
-    flow = Flow(fault)
-    async for response in responses:
-        data, ends = await flow.shape(response.data)
-        if data:
-            yield bytestream.ReadResponse(data=data)
-        if ends:
-            flow.end()
-            return
-
-
-async def shaped_messages(
-    fault: Fault, messages: AsyncIterator[bytestream.WriteRequest]
-) -> AsyncIterator[bytestream.WriteRequest]:
-    """The messages of Write, with the fault in them."""
+async def shaped(fault: Fault, messages: AsyncIterator[M]) -> AsyncIterator[M]:
+    """The messages of Read or Write, with the fault in them."""
     flow = Flow(fault)
     async for message in messages:
-        data, ends = await flow.shape(message.data)
-        message.data = data
-        if ends:
+        message.data, ends = await flow.shape(message.data)
+        if ends and isinstance(message, bytestream.WriteRequest):
             message.finish_write = False
-        yield message
+        if message.data or isinstance(message, bytestream.WriteRequest):
+            yield message
+        if ends and fault.cut_after_bytes is not None:
+            raise fault.failure()
         if ends:
-            flow.end()
             return
