@@ -94,74 +94,19 @@ def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
     """Wait until all processes have ended; returns whether they have in this time."""
     give_up_at = time.monotonic() + timeout_s
     with ExitStack() as opened:
-        for fd in [fd for process in processes if (fd := process.open_pidfd()) is not None]:
-            opened.callback(os.close, fd)
-            left_s = max(0.0, give_up_at - time.monotonic())
-            if not is_readable(fd, left_s):
-                return False
-    return True
+        fds = []
+        for process in processes:
+            if (fd := process.open_pidfd()) is not None:
+                opened.callback(os.close, fd)
+                fds.append(fd)
+        return all(is_readable(fd, give_up_at - time.monotonic()) for fd in fds)
 
 
 def is_readable(fd: int, timeout_s: float) -> bool:
-    """Wait until a descriptor is readable; returns whether it is in this time."""
+    """Wait until a descriptor is readable; returns whether it is in this time. Looks once at the least."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(math.ceil(timeout_s * 1000)))
-
-
-def _kill_trees(roots: Iterable[ProcessIdentity], timeout_s: float) -> bool:
-    """Kill processes and all below them; returns whether nothing is left in this time.
-
-    The roots come last: as long as they live, what others orphan stays below them.
-    """
-    give_up_at = time.monotonic() + timeout_s
-    roots = list(roots)
-    while below := _below(roots):
-        if not _kill(below, give_up_at):
-            return False
-    return _kill(roots, give_up_at)
-
-
-def _kill_marked(mark: bytes, timeout_s: float) -> tuple[bool, bool]:
-    """Kill all processes that have `mark`, a variable "NAME=value", in the environment they began with.
-
-    Returns whether there were any, and whether all ended in this time.
-    """
-    give_up_at = time.monotonic() + timeout_s
-    found = False
-    while marked := _marked(mark):
-        found = True
-        if not _kill(marked, give_up_at):
-            return True, False
-    return found, True
-
-
-def _below(roots: list[ProcessIdentity]) -> list[ProcessIdentity]:
-    alive = [root for root in roots if root.is_alive]
-    pids = {pid for root in alive for pid in descendants(root.pid)} - {root.pid for root in alive}
-    return [process for pid in pids if (process := ProcessIdentity.of(pid)) is not None]
-
-
-def _kill(processes: list[ProcessIdentity], give_up_at: float) -> bool:
-    for process in processes:
-        process.send(signal.SIGKILL)
-    return wait_ended(processes, max(0.0, give_up_at - time.monotonic()))
-
-
-def _marked(mark: bytes) -> list[ProcessIdentity]:
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdecimal():
-            continue
-        try:
-            with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
-                has_mark = mark in file.read().split(b"\0")
-        except OSError:  # ended, or another user's
-            continue
-        process = ProcessIdentity.of(int(name)) if has_mark else None
-        if process is not None:
-            found.append(process)
-    return found
+    return bool(poll.poll(max(0, math.ceil(timeout_s * 1000))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,11 +176,8 @@ def new_token() -> str:
 
 def write_run_without_command(folder: Folder) -> None:
     """Write down that a workspace without a command runs. Raises OSError."""
-    run = {
-        "token": new_token(),
-        "boot_id": read_boot_id(),
-        "started_at_us": time.time_ns() // 1000,
-    }
+    now_us = time.time_ns() // 1000
+    run = {"token": new_token(), "boot_id": read_boot_id(), "started_at_us": now_us}
     replace_file(folder.run, json.dumps(run).encode())
 
 
@@ -243,18 +185,11 @@ def read_log(folder: Folder, max_bytes: int) -> bytes:
     """Return the last bytes of the output of the latest runs. Raises OSError."""
     data = b""
     for path in (folder.log, f"{folder.log}.1"):
-        if len(data) < max_bytes:
-            data = _tail(path, max_bytes - len(data)) + data
+        with suppress(FileNotFoundError), open(path, "rb") as file:
+            left_bytes = max_bytes - len(data)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - left_bytes))
+            data = file.read(left_bytes) + data
     return data
-
-
-def _tail(path: str, max_bytes: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - max_bytes))
-            return file.read(max_bytes)
-    except FileNotFoundError:
-        return b""
 
 
 def _read(path: str) -> dict[str, Any] | None:
@@ -278,7 +213,7 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
     outcome = StopOutcome.STOPPED
     if run.supervisor is not None:
         run.supervisor.send(signal.SIGTERM)
-    if not wait_ended(run.processes, max(0.0, timeout_s)):
+    if not wait_ended(run.processes, timeout_s):
         if not force:
             raise DeadlineExceeded(
                 f"workspace {workspace_id!r} still runs {timeout_s:g} s after it was asked to stop: give it "
@@ -294,9 +229,11 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
 
 def kill_leftovers(workspace_id: str, folder: Folder, run: Run) -> bool:
     """Kill what a run left whose supervisor and guard were killed; returns whether there was anything."""
-    found, is_done = _kill_marked(f"{RUN_VARIABLE}={run.token}".encode(), _KILL_TIMEOUT_S)
-    if not is_done:
-        raise _unkillable(workspace_id)
+    give_up_at = time.monotonic() + _KILL_TIMEOUT_S
+    found = False
+    while marked := _marked(f"{RUN_VARIABLE}={run.token}".encode()):
+        found = True
+        _kill(workspace_id, marked, give_up_at)
     write_end(folder.end, run.token, None)
     return found
 
@@ -307,12 +244,40 @@ def _force(workspace_id: str, run: Run) -> None:
         process.send(signal.SIGCONT)  # one that was stopped takes no other signal
     if run.supervisor is not None:
         run.supervisor.send(signal.SIGQUIT)
-    if not wait_ended(run.processes, _KILL_TIMEOUT_S) and not _kill_trees(outer, _KILL_TIMEOUT_S):
-        raise _unkillable(workspace_id)
+    if wait_ended(run.processes, _KILL_TIMEOUT_S):
+        return
+    give_up_at = time.monotonic() + _KILL_TIMEOUT_S
+    while below := _below(outer):
+        _kill(workspace_id, below, give_up_at)
+    # They come last: as long as they live, what others orphan stays below them.
+    _kill(workspace_id, outer, give_up_at)
 
 
-def _unkillable(workspace_id: str) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"processes of workspace {workspace_id!r} did not end {_KILL_TIMEOUT_S:g} s after they were killed: "
-        "they wait for a device, or belong to another user"
-    )
+def _below(roots: list[ProcessIdentity]) -> list[ProcessIdentity]:
+    alive = [root for root in roots if root.is_alive]
+    pids = {pid for root in alive for pid in descendants(root.pid)} - {root.pid for root in alive}
+    return [process for pid in pids if (process := ProcessIdentity.of(pid)) is not None]
+
+
+def _kill(workspace_id: str, processes: list[ProcessIdentity], give_up_at: float) -> None:
+    for process in processes:
+        process.send(signal.SIGKILL)
+    if not wait_ended(processes, give_up_at - time.monotonic()):
+        raise DeadlineExceeded(
+            f"processes of workspace {workspace_id!r} did not end {_KILL_TIMEOUT_S:g} s after they were "
+            "killed: they wait for a device, or belong to another user"
+        )
+
+
+def _marked(mark: bytes) -> list[ProcessIdentity]:
+    """Find processes that have `mark`, a variable "NAME=value", in the environment they began with."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with (
+            suppress(OSError),  # ended, or another user's
+            open(f"/proc/{name}/environ", "rb", buffering=0) as file,
+        ):
+            has_mark = mark in file.read().split(b"\0")
+            if has_mark and (process := ProcessIdentity.of(int(name))) is not None:
+                found.append(process)
+    return found

@@ -331,7 +331,9 @@ def test_a_process_is_known_by_more_than_its_pid() -> None:
         assert other.open_pidfd() is None
         other.send(signal.SIGKILL)
     assert runs.wait_ended([ProcessIdentity(me.pid, 0, me.boot_id)], 0)
-    assert not runs.wait_ended([me], 0)
+    open_before = os.listdir("/proc/self/fd")
+    assert not runs.wait_ended([me, me], 0)
+    assert os.listdir("/proc/self/fd") == open_before
 
 
 def test_a_run_of_another_boot_is_over(runtime: ProcessRuntime) -> None:
