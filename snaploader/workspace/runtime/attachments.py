@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
@@ -40,18 +40,12 @@ class _Attached:
     """Who has the store open."""
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenStore:
+class _OpenStore(NamedTuple):
     """A store that is open in this process."""
 
     store: COWStore
-    closing: ExitStack | None = None
-    """What closes it; None when that is the caller's business."""
-
-    def drop(self) -> None:
-        """Close the store if this runtime opened it."""
-        if self.closing is not None:
-            self.closing.close()
+    closing: ExitStack
+    """What closes it; empty when that is the caller's business."""
 
 
 OpenStores: TypeAlias = dict[str, _OpenStore]
@@ -59,7 +53,7 @@ OpenStores: TypeAlias = dict[str, _OpenStore]
 
 
 class Attachments:
-    """The attachments of all workspaces of a runtime. Thread-safe.
+    """The attachments of all workspaces of a runtime, as `Runtime` says. Thread-safe.
 
     What changes a workspace's attachments is called under that workspace's lock.
     """
@@ -70,7 +64,6 @@ class Attachments:
         self._opened: dict[str, OpenStores] = {}
 
     def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
-        """See `Runtime.attach`."""
         check_attachment_name(name)
         folder = self._layout.folder(workspace_id)
         known = _read(folder)
@@ -86,10 +79,9 @@ class Attachments:
         _write(folder, {**known, name: attached})
         if isinstance(content, COWStore):
             with self._lock:
-                self._opened.setdefault(workspace_id, {})[attached.store] = _OpenStore(content)
+                self._opened.setdefault(workspace_id, {})[attached.store] = _OpenStore(content, ExitStack())
 
     def detach(self, workspace_id: str, name: str) -> None:
-        """See `Runtime.detach`."""
         folder = self._layout.folder(workspace_id)
         known = _read(folder)
         attached = known.pop(name, None)
@@ -99,19 +91,19 @@ class Attachments:
         with self._lock:
             opened = self._opened.get(workspace_id, {}).pop(attached.store, None)
         if opened is not None:
-            opened.drop()
+            opened.closing.close()
 
     def usable(self, workspace_id: str) -> dict[str, Attachment]:
-        """See `Runtime.attachments`."""
         known = _read(self._layout.folder(workspace_id))
         with self._lock:
             opened = dict(self._opened.get(workspace_id, {}))
         usable: dict[str, Attachment] = {}
         for name, attached in known.items():
+            mine = opened.get(attached.store)
             if attached.path:
                 usable[name] = Path(attached.path)
-            elif attached.store in opened and not opened[attached.store].store.closed:
-                usable[name] = opened[attached.store].store
+            elif mine is not None and not mine.store.closed:
+                usable[name] = mine.store
         return usable
 
     def captured(self, workspace_id: str) -> dict[str, Attachment]:
@@ -177,11 +169,11 @@ class Attachments:
 def drop(opened: OpenStores) -> None:
     """Close the stores that this runtime opened."""
     for each in opened.values():
-        each.drop()
+        each.closing.close()
 
 
 class _Shared:
-    """What the stores of one snapshot share; closed when the last of them has released it. Thread-safe."""
+    """What the stores of one snapshot share; closed when each of them has released it. Thread-safe."""
 
     def __init__(self, count: int, shared: ExitStack) -> None:
         self._lock = threading.Lock()
@@ -189,7 +181,6 @@ class _Shared:
         self._shared = shared
 
     def release(self) -> None:
-        """Give up one store's share; called once for each store."""
         with self._lock:
             self._count -= 1
             is_last = not self._count

@@ -104,7 +104,7 @@ class ProcessRuntime(FolderRuntime):
             run = read_run(folder)
             if run is not None and run.is_running:
                 return
-            if run is not None and run.was_cut_off:
+            if run is not None:
                 kill_leftovers(workspace_id, folder, run)
             make_durable_again(folder, volumes_of(spec))
             if spec.command:
@@ -120,17 +120,9 @@ class ProcessRuntime(FolderRuntime):
             return StopOutcome.NOT_RUNNING
         with self._changing(workspace_id, f"cannot stop workspace {workspace_id!r}"):
             folder = self._find(workspace_id)
-            run = None if folder is None else read_run(folder)
-            if folder is None or run is None:
+            if folder is None:
                 return StopOutcome.NOT_RUNNING
-            if not run.is_running:
-                if run.was_cut_off and kill_leftovers(workspace_id, folder, run):
-                    return StopOutcome.KILLED
-                return StopOutcome.NOT_RUNNING
-            if not run.processes:
-                supervisor.write_end(folder.end, run.token, None)
-                return StopOutcome.STOPPED
-            return end_run(workspace_id, folder, run, timeout_s, force=force)
+            return end_run(workspace_id, folder, timeout_s, force=force)
 
     def wait_ready(
         self,
@@ -168,12 +160,11 @@ class ProcessRuntime(FolderRuntime):
                 locked(self._layout.lock(workspace_id), wait=False) as held,
             ):
                 run = read_run(folder) if held is not None else None
-                if run is not None and run.was_cut_off and kill_leftovers(workspace_id, folder, run):
+                if run is not None and kill_leftovers(workspace_id, folder, run):
                     swept.append(workspace_id)
         return sorted(swept)
 
     def _environment_of(self, spec: WorkspaceSpec, folder: Folder, token: str) -> dict[str, str]:
-        """The whole environment of a workspace's command: nothing is inherited."""
         return {
             "PATH": DEFAULT_PATH,
             "HOME": folder.root,
@@ -187,13 +178,7 @@ class ProcessRuntime(FolderRuntime):
     def _launch(self, spec: WorkspaceSpec, folder: Folder, lock: int) -> None:
         """Start the command under a supervisor of its own; returns when it runs and that is written down.
 
-        Args:
-            lock: Descriptor of the workspace's lock, which the supervisor holds too until then.
-
-        Raises:
-            FailedPrecondition: The command cannot be executed.
-            DeadlineExceeded: The supervisor does not answer.
-            OSError: The run cannot be written down.
+        Until then the supervisor holds the workspace's lock too, by its descriptor.
         """
         token = new_token()
         environment = self._environment_of(spec, folder, token)

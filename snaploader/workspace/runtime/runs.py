@@ -139,11 +139,6 @@ class Run:
             return self.boot_id == read_boot_id()
         return any(process.is_alive for process in self.processes)
 
-    @property
-    def was_cut_off(self) -> bool:
-        """Whether nobody saw its end, so that processes may be left."""
-        return not self.has_ended and self.boot_id == read_boot_id() and not self.is_running
-
 
 def read_run(folder: Folder) -> Run | None:
     """Return the latest run, or None before the first. Raises OSError, and DataLoss for a damaged file."""
@@ -208,8 +203,15 @@ def _identity(run: dict[str, Any], name: str) -> ProcessIdentity | None:
     return ProcessIdentity(pid, start_ticks, run["boot_id"])
 
 
-def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, force: bool) -> StopOutcome:
-    """Stop a run that has processes; see `Runtime.stop`."""
+def end_run(workspace_id: str, folder: Folder, timeout_s: float, *, force: bool) -> StopOutcome:
+    """Stop the latest run, if it goes on; see `Runtime.stop`."""
+    run = read_run(folder)
+    if run is None or not run.is_running:
+        was_left = run is not None and kill_leftovers(workspace_id, folder, run)
+        return StopOutcome.KILLED if was_left else StopOutcome.NOT_RUNNING
+    if not run.processes:
+        write_end(folder.end, run.token, None)
+        return StopOutcome.STOPPED
     outcome = StopOutcome.STOPPED
     if run.supervisor is not None:
         run.supervisor.send(signal.SIGTERM)
@@ -222,13 +224,14 @@ def end_run(workspace_id: str, folder: Folder, run: Run, timeout_s: float, *, fo
         outcome = StopOutcome.KILLED
         _force(workspace_id, run)
     now = read_run(folder)
-    if now is not None and not now.has_ended and kill_leftovers(workspace_id, folder, now):
-        return StopOutcome.KILLED
-    return outcome
+    was_left = now is not None and kill_leftovers(workspace_id, folder, now)
+    return StopOutcome.KILLED if was_left else outcome
 
 
 def kill_leftovers(workspace_id: str, folder: Folder, run: Run) -> bool:
-    """Kill what a run left whose supervisor and guard were killed; returns whether there was anything."""
+    """Kill what a run left if nobody saw its end; returns whether there was anything."""
+    if run.has_ended or run.is_running or run.boot_id != read_boot_id():
+        return False
     give_up_at = time.monotonic() + _KILL_TIMEOUT_S
     found = False
     while marked := _marked(f"{RUN_VARIABLE}={run.token}".encode()):
