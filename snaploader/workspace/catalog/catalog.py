@@ -254,7 +254,6 @@ class _OpenBlocks:
         return count
 
     def wait_for_none(self, timeout_s: float) -> None:
-        """Wait until no other thread has a block open."""
         with self._changed:
             self._changed.wait_for(lambda: self._count <= self.own, timeout_s)
 

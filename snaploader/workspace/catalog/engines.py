@@ -212,7 +212,6 @@ def make_lock_engine(url: URL) -> Engine:
 
 
 def writing(engine: Engine) -> Connection:
-    """Return a connection whose next transaction may write."""
     return engine.connect().execution_options(**{_WRITES: True})
 
 
@@ -482,7 +481,6 @@ def translate_database_errors(where: str) -> Iterator[None]:
 
 
 def from_database_error(error: exc.SQLAlchemyError, where: str) -> SnaploaderError:
-    """The typed error for one of SQLAlchemy."""
     if isinstance(error, exc.TimeoutError):
         return ResourceExhausted(
             f"{where}: all connections are in use: make fewer transactions at once", transient=True
@@ -523,7 +521,6 @@ def _from_sqlite(error: sqlite3.Error, where: str, reason: str) -> SnaploaderErr
 
 
 def _code(error: BaseException) -> int:
-    """The extended result code; 0 where SQLite was not asked."""
     return int(getattr(error, "sqlite_errorcode", 0))
 
 

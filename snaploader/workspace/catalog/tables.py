@@ -366,7 +366,6 @@ def workspace_values(workspace: Workspace) -> dict[str, Any]:
 
 
 def workspace_of(row: Row[Any]) -> Workspace:
-    """Return the workspace of a row."""
     fields = row._asdict()
     operation = None
     if row.operation_kind is not None:
@@ -403,12 +402,10 @@ def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
 
 
 def snapshot_values(record: SnapshotRecord) -> dict[str, Any]:
-    """Return the columns of a snapshot."""
     return {name: getattr(record, name) for name in _SNAPSHOT}
 
 
 def snapshot_of(row: Row[Any]) -> SnapshotRecord:
-    """Return the snapshot of a row."""
     return SnapshotRecord(**{name: row._mapping[name] for name in _SNAPSHOT})
 
 
@@ -427,10 +424,8 @@ def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Vers
 
 
 def event_of(row: Row[Any]) -> Event:
-    """Return the event of a row."""
     return Event(row.id, row.workspace_id, row.type, row.payload, row.created_at)
 
 
 def run_of(row: Row[Any], prefix: str = "") -> Run:
-    """Return the run of a row, or of a joined row in which its columns have a prefix."""
     return Run(**{name: row._mapping[prefix + name] for name in _RUN})

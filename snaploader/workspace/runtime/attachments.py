@@ -159,7 +159,6 @@ class Attachments:
         return swept
 
     def close(self) -> None:
-        """Close the stores that this runtime opened."""
         with self._lock:
             all_opened, self._opened = self._opened, {}
         for opened in all_opened.values():
@@ -167,7 +166,6 @@ class Attachments:
 
 
 def drop(opened: OpenStores) -> None:
-    """Close the stores that this runtime opened."""
     for each in opened.values():
         each.closing.close()
 

@@ -76,11 +76,9 @@ class Layout:
         self.stores = f"{base}/stores"
 
     def folder(self, workspace_id: str) -> Folder:
-        """Return the folder of a workspace."""
         return Folder(f"{self.workspaces}/{workspace_id}")
 
     def lock(self, workspace_id: str) -> str:
-        """Return the path of a workspace's lock file."""
         return f"{self.locks}/{workspace_id}"
 
     def replaced(self, workspace_id: str) -> str:
@@ -89,20 +87,16 @@ class Layout:
 
     def beside(self, workspace_id: str, purpose: str) -> str:
         """A new path beside the workspace, for its folder while it is built or removed."""
-        return f"{self.workspaces}/{workspace_id}.{purpose}-{_unique()}"
+        return f"{self.workspaces}/{workspace_id}.{purpose}-{secrets.token_hex(8)}"
 
     def store_folder(self, workspace_id: str, pid: int, start_ticks: int) -> str:
         """A new path for stores that a process has open."""
-        return f"{self.stores}/{workspace_id}.{pid}-{start_ticks}-{_unique()}"
+        return f"{self.stores}/{workspace_id}.{pid}-{start_ticks}-{secrets.token_hex(8)}"
 
     def make(self) -> None:
         """Make the folders. Raises OSError."""
         for path in (self.base, self.workspaces, self.locks, self.stores):
             open_private(path, "a folder of the runtime")
-
-
-def _unique() -> str:
-    return secrets.token_hex(8)
 
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -118,11 +112,9 @@ def read_file(path: str) -> bytes | None:
 
 
 def make_beneath(root: str, path: str) -> None:
-    """Make a folder and those above it, up to `root`. What is there already stays.
+    """Make a folder and those above it, up to `root`, if they are not there.
 
-    Raises:
-        OSError: NotADirectoryError when anything on the way is a symbolic link or a file: no link is
-            followed, so nothing is made outside of `root`.
+    NotADirectoryError when anything on the way is a symbolic link or a file: nothing is made elsewhere.
     """
     fd = os.open(root, _FOLDER)
     try:
@@ -137,13 +129,9 @@ def make_beneath(root: str, path: str) -> None:
 
 
 def copy_tree(source: str, target: str) -> None:
-    """Copy the content of a folder to a new one: modes, times and symbolic links too; blocks are shared
-    where the disk can, and holes stay holes.
+    """Copy the content of a folder to a new one: modes, times and symbolic links too.
 
-    Raises:
-        InvalidArgument: there is something else than files, folders and symbolic links, or a name that is
-            not UTF-8, which no snapshot can hold.
-        NotFound, ResourceExhausted, …: as the operating system says.
+    Blocks are shared where the disk can, and holes stay holes. InvalidArgument for what no snapshot can hold.
     """
     with translate_os_errors(f"cannot copy {source!r}"):
         if not stat.S_ISDIR(os.stat(source).st_mode):
@@ -209,24 +197,19 @@ def volumes_of(spec: WorkspaceSpec) -> tuple[Volume, ...]:
 
 
 def make_durable(
-    folder: Folder, volumes: Sequence[Volume], kind: type[InvalidArgument | FailedPrecondition]
+    folder: Folder, volumes: Sequence[Volume], kind: type[InvalidArgument | FailedPrecondition] | None
 ) -> None:
-    """Make the durable directories that are not there; raise `kind` where something else is."""
+    """Make the durable directories that are not there; raise `kind`, if any, where something else is."""
     for volume in volumes:
         try:
             make_beneath(folder.root, _beneath_root(volume))
         except NotADirectoryError as error:
+            if kind is None:
+                continue
             raise kind(
                 f"durable directory {volume.durable_dir!r} of volume {volume.name!r} cannot be reached: "
                 "it is, or lies behind, a symbolic link or a file. Put a folder in its place"
             ) from error
-
-
-def make_durable_again(folder: Folder, volumes: Sequence[Volume]) -> None:
-    """Make the durable directories that are gone; leave alone what was put in place of one."""
-    for volume in volumes:
-        with suppress(NotADirectoryError):
-            make_beneath(folder.root, _beneath_root(volume))
 
 
 def check_fits(snapshot: Snapshot, volumes: Sequence[Volume], workspace_id: str) -> None:
@@ -282,11 +265,8 @@ def restore(
     for volume in volumes:
         if _entry(volume) in snapshot.directories:
             write(snapshot, _entry(volume), f"{folder.root}/{_beneath_root(volume)}")
-    if with_indexes and written:
-        _write_indexes(written)
-
-
-def _write_indexes(written: Sequence[tuple[DirectoryTree, Path, str]]) -> None:
+    if not with_indexes or not written:
+        return
     # Each waits a moment for the clock; together they wait once.
     with ThreadPoolExecutor(len(written), thread_name_prefix="snaploader-index") as threads:
         for warning in threads.map(lambda directory: write_restored_index(*directory), written):
@@ -295,7 +275,6 @@ def _write_indexes(written: Sequence[tuple[DirectoryTree, Path, str]]) -> None:
 
 
 def _entry(volume: Volume) -> str:
-    """Return the name of a volume in a snapshot."""
     return VOLUME_PREFIX + volume.name
 
 

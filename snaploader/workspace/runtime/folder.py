@@ -242,7 +242,6 @@ class FolderRuntime(Runtime):
         return folder
 
     def _placed(self, folder: Folder) -> str:
-        """The token of the last `place`."""
         with translate_os_errors(f"cannot look at {folder.path!r}"):
             return (contents.read_file(folder.placed) or b"").decode(errors="replace")
 

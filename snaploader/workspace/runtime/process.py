@@ -20,7 +20,7 @@ from snaploader.errors import (
 )
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import supervisor
-from snaploader.workspace.runtime.contents import Folder, make_durable_again, volumes_of
+from snaploader.workspace.runtime.contents import Folder, make_durable, volumes_of
 from snaploader.workspace.runtime.folder import FolderRuntime, locked
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, StopOutcome
 from snaploader.workspace.runtime.readiness import (
@@ -106,7 +106,7 @@ class ProcessRuntime(FolderRuntime):
                 return
             if run is not None:
                 kill_leftovers(workspace_id, folder, run)
-            make_durable_again(folder, volumes_of(spec))
+            make_durable(folder, volumes_of(spec), None)  # what was put in place of one is let be
             if spec.command:
                 self._launch(spec, folder, lock)
             else:

@@ -58,7 +58,6 @@ class ReadinessProbe(Protocol):
 
 
 def probe_none(workspace: ProbedWorkspace, timeout_s: float) -> str:  # noqa: ARG001
-    """Ready at once."""
     return ""
 
 

@@ -56,14 +56,12 @@ class ProcessIdentity:
 
     @classmethod
     def current(cls) -> Self:
-        """This process."""
         identity = cls.of(os.getpid())
         assert identity is not None
         return identity
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process still runs."""
         return self == ProcessIdentity.of(self.pid)
 
     def open_pidfd(self) -> int | None:
@@ -79,7 +77,6 @@ class ProcessIdentity:
         return None
 
     def send(self, number: int) -> None:
-        """Send the process a signal if it still runs."""
         fd = self.open_pidfd()
         if fd is None:
             return
@@ -132,7 +129,6 @@ class Run:
 
     @property
     def is_running(self) -> bool:
-        """Whether the run goes on."""
         if self.has_ended:
             return False
         if not self.processes:
@@ -165,7 +161,6 @@ def read_run(folder: Folder) -> Run | None:
 
 
 def new_token() -> str:
-    """Return a token for a new run."""
     return secrets.token_hex(16)
 
 

@@ -85,7 +85,6 @@ def descendants(pid: int) -> dict[int, ProcessStat]:
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal, if the process is there."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -352,7 +351,6 @@ def supervise(orders: Orders, guard_pid: int, handshake: int, lock: int) -> None
 
 
 def main() -> None:
-    """Do what the module's docstring says."""
     handshake, lock = (int(number) for number in sys.argv[1:3])
     for fd in (handshake, lock):
         os.set_inheritable(fd, False)

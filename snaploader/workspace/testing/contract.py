@@ -19,7 +19,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -52,9 +52,7 @@ class Harness(Protocol):
         """Return a runtime on the same state, as another process would have; the check closes it."""
         ...
 
-    def write(self, workspace_id: str, path: str, data: bytes) -> None:
-        """Write a file of a workspace, at an absolute path as the workspace sees it; folders are made."""
-        ...
+    def write(self, workspace_id: str, path: str, data: bytes) -> None: ...
 
     def read(self, workspace_id: str, path: str) -> bytes | None:
         """Return what a file of a workspace holds, or None when there is none."""
@@ -91,8 +89,6 @@ class LoaderWithoutContent:
     """In place of a loader: whatever it is asked for is gone from every cache."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """A method that raises NotFound."""
-
         def fail(*_: Any, **__: Any) -> Any:
             raise NotFound(f"{name}: this content is gone from every cache")
 
@@ -100,7 +96,6 @@ class LoaderWithoutContent:
 
 
 def new_id() -> str:
-    """Return an id that no workspace has."""
     return f"check-{uuid.uuid4().hex[:12]}"
 
 
@@ -165,7 +160,6 @@ def place(
 
 
 def write(harness: Harness, spec: WorkspaceSpec, files: Mapping[str, bytes]) -> None:
-    """Write files by their paths."""
     for path, data in files.items():
         harness.write(spec.workspace_id, path, data)
 
@@ -178,13 +172,11 @@ def require_content(harness: Harness, spec: WorkspaceSpec, files: Mapping[str, b
 
 
 def require(is_met: bool, message: str) -> None:
-    """Raise AssertionError with this message unless the condition is met."""
     if not is_met:
         raise AssertionError(message)
 
 
 def require_error(kind: type[BaseException], call: Callable[[], object]) -> None:
-    """Raise AssertionError unless the call raises that error."""
     try:
         call()
     except kind:
@@ -288,11 +280,8 @@ def a_workspace_without_a_command_runs_too(harness: Harness) -> None:
 def other_processes_see_and_stop_a_running_workspace(harness: Harness) -> None:
     """What one runtime started goes on when that is closed, and another one stops it."""
     with workspace(harness) as spec:
-        starter = harness.another()
-        try:
+        with closing(harness.another()) as starter:
             starter.start(spec)
-        finally:
-            starter.close()
         status = harness.runtime.status(spec.workspace_id)
         require(status.is_running, f"it went with the runtime that started it: {status}")
         outcome = harness.runtime.stop(spec.workspace_id)
@@ -360,13 +349,10 @@ def all_runtimes_tell_the_same(harness: Harness) -> None:
     with workspace(harness) as spec:
         snapshot = capture(harness, spec, Scope.FULL)
         place(harness, spec, snapshot, "shared")
-        other = harness.another()
-        try:
+        with closing(harness.another()) as other:
             mine, theirs = (each.status(spec.workspace_id) for each in (harness.runtime, other))
             require(mine == theirs, f"one says {mine}, the other {theirs}")
             require(spec.workspace_id in other.workspaces(), "the other does not list it")
-        finally:
-            other.close()
 
 
 @check
@@ -399,9 +385,8 @@ def a_full_snapshot_brings_back_everything(harness: Harness) -> None:
     with workspace(harness) as spec:
         write(harness, spec, before)
         snapshot = capture(harness, spec, Scope.FULL)
-        write(
-            harness, spec, {"/srv/data/a": b"other", "/etc/c": b"other", "/new": b"n", "/srv/data/new": b"n"}
-        )
+        after = {"/srv/data/a": b"other", "/etc/c": b"other", "/new": b"n", "/srv/data/new": b"n"}
+        write(harness, spec, after)
         place(harness, spec, snapshot, "back")
         require_content(harness, spec, {**before, "/new": None, "/srv/data/new": None})
         require(harness.runtime.status(spec.workspace_id).placed == "back", "the token is not told")
@@ -490,10 +475,8 @@ def a_failed_placement_changes_nothing(harness: Harness) -> None:
         snapshot = capture(harness, spec, Scope.FULL)
         place(harness, spec, snapshot, "good")
         write(harness, spec, {"/srv/data/a": b"2"})
-        require_error(
-            SnaploaderError,
-            lambda: place(harness, spec, snapshot, "bad", loader=LoaderWithoutContent()),
-        )
+        empty = LoaderWithoutContent()
+        require_error(SnaploaderError, lambda: place(harness, spec, snapshot, "bad", loader=empty))
         require_content(harness, spec, {"/srv/data/a": b"2"})
         require(harness.runtime.status(spec.workspace_id).placed == "good", "the token changed")
         left = [name for name in harness.runtime.leftovers() if name.startswith(f"{spec.workspace_id}.")]
@@ -513,10 +496,7 @@ def volumes_that_a_workspace_lacks_are_not_dropped(harness: Harness) -> None:
     """Placing a snapshot with a volume that the workspace does not have is FailedPrecondition."""
     with workspace(harness) as spec, workspace(harness, volumes=VOLUMES[:1]) as smaller:
         snapshot = capture(harness, spec, Scope.DATA)
-        require_error(
-            FailedPrecondition,
-            lambda: place(harness, smaller, snapshot, "t"),
-        )
+        require_error(FailedPrecondition, lambda: place(harness, smaller, snapshot, "t"))
 
 
 # Disks and memory files beside a workspace's folder
@@ -542,9 +522,7 @@ def an_attached_store_is_in_full_snapshots(harness: Harness) -> None:
         require(isinstance(placed, COWStore) and placed is not store, f"the disk came back as {placed}")
         assert isinstance(placed, COWStore)
         lazy = placed.statistics().lazy_chunks
-        require(
-            lazy == 1, f"{lazy} chunks of the disk are fetched when touched, and not the one that has data"
-        )
+        require(lazy == 1, f"{lazy} chunks are fetched when touched, and not the one that has data")
         require(placed.read_at(0, 5) == bytes(5), "the disk has what was written after the snapshot")
         require(placed.read_at(CHUNK, CHUNK) == content, "the disk came back with other content")
         placed.write_at(0, b"changed")
@@ -575,14 +553,11 @@ def attachments_are_told_apart_by_name(harness: Harness) -> None:
 def a_store_of_another_process_is_not_left_out(harness: Harness) -> None:
     """Capturing with Full where a store is not open is FailedPrecondition, rather than without it."""
     with workspace(harness) as spec, new_store(harness, CHUNK) as store:
-        other = harness.another()
-        try:
+        with closing(harness.another()) as other:
             other.attach(spec.workspace_id, "disk", store)
             require(not harness.runtime.attachments(spec.workspace_id), "the other's store is told as usable")
             require_error(FailedPrecondition, lambda: capture(harness, spec, Scope.FULL))
             capture(harness, spec, Scope.DATA)
-        finally:
-            other.close()
         require_error(FailedPrecondition, lambda: capture(harness, spec, Scope.FULL))
         harness.runtime.detach(spec.workspace_id, "disk")
         capture(harness, spec, Scope.FULL)

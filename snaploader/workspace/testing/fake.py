@@ -63,12 +63,6 @@ class RuntimeCall:
     """Empty for calls that are about none."""
 
 
-@dataclass(slots=True)
-class _Failure:
-    error: BaseException
-    is_after: bool
-
-
 def _scripted(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
     """Note the calls of a method, and let them wait or fail as the script says."""
 
@@ -108,7 +102,7 @@ class FakeRuntime(FolderRuntime):
         self.calls: list[RuntimeCall] = []
         """Every call received, in order of arrival; those of `status` are left out."""
         self._script = threading.Lock()
-        self._failures: dict[str, deque[_Failure]] = defaultdict(deque)
+        self._failures: dict[str, deque[tuple[BaseException, bool]]] = defaultdict(deque)
         self._gates: dict[str, deque[RuntimeGate]] = defaultdict(deque)
         self._unready: set[str] = set()
         self._stubborn: set[str] = set()
@@ -125,7 +119,7 @@ class FakeRuntime(FolderRuntime):
         """
         _check_method(method)
         with self._script:
-            self._failures[method].extend([_Failure(error, after_effect)] * times)
+            self._failures[method].extend([(error, after_effect)] * times)
 
     def hold_next(self, method: str) -> RuntimeGate:
         """Let the next call of a method wait, before it does anything, until the gate is opened."""
@@ -208,14 +202,14 @@ class FakeRuntime(FolderRuntime):
         with self._script:
             self.calls.append(RuntimeCall(method, workspace_id))
             gate = self._gates[method].popleft() if self._gates[method] else None
-            failure = self._failures[method].popleft() if self._failures[method] else None
+            error, is_after = self._failures[method].popleft() if self._failures[method] else (None, False)
         if gate is not None:
             gate.pass_through()
-        if failure is not None and not failure.is_after:
-            raise failure.error
+        if error is not None and not is_after:
+            raise error
         yield
-        if failure is not None:
-            raise failure.error
+        if error is not None:
+            raise error
 
 
 def _check_method(method: str) -> None:
