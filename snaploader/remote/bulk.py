@@ -82,8 +82,7 @@ def run_all(tasks: Iterable[Task], pool: WorkerPool, budget: ByteBudget, parent:
     that does not answer may keep the other threads for a while.
     """
     cancellation = parent.child()
-    latest: dict[int, Share] = {}
-    """By thread, as each works on one task at a time."""
+    latest: dict[int, Share] = {}  # by thread, as each works on one task at a time
 
     def work(task: Task) -> None:
         size_bytes, call = task

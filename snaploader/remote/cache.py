@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar, cast
 
 import grpc
 
@@ -176,8 +176,6 @@ class RemoteCache:
         pages = [
             group[at : at + count] for group in by_function.values() for at in range(0, len(group), count)
         ]
-        for page in pages:
-            cas.check(page[0])
         if len(pages) <= 1:
             return cas.find_missing(pages[0], connection.cancellation) if pages else set()
         missing: list[set[Digest]] = []
@@ -267,10 +265,9 @@ class RemoteCache:
                     cas.check_upload(upload)
                     yield upload
 
-        connection.run_all(
-            (sum(map(cas.held_bytes, group)), partial(send, group))
-            for group in batches(wanted(), lambda upload: upload.digest, cas.batch_limit, max_blobs)
-        )
+        groups = batches(wanted(), lambda upload: upload.digest, cas.batch_limit, max_blobs)
+        tasks = ((sum(map(cas.held_bytes, group)), partial(send, group)) for group in groups)
+        connection.run_all(tasks)
         return reduce(operator.add, done) if done else TransferStatistics()
 
     def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
@@ -294,10 +291,8 @@ class RemoteCache:
             digest_function=function_field(action_digest.function),
         )
         operation = f"getting action result {action_digest}"
-        result: reapi.ActionResult = cas.caller.unary(
-            operation, "GetActionResult", request, connection.cancellation
-        )
-        return result
+        answer = cas.caller.unary(operation, "GetActionResult", request, connection.cancellation)
+        return cast("reapi.ActionResult", answer)
 
     def update_action_result(self, action_digest: Digest, action_result: reapi.ActionResult) -> None:
         """Keep a result under a digest, in place of what stood there.
@@ -414,7 +409,6 @@ class Connection:
         return self._cas.get()
 
     def run_all(self, tasks: Iterable[Task]) -> None:
-        """Run tasks in parallel, within the bounds of this cache."""
         run_all(tasks, self._pool, self.budget, self.cancellation)
 
     def close(self) -> None:

@@ -199,7 +199,6 @@ class Transport:
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
         self._settings = settings
         self._recorder = recorder
-        self._is_open_to_others = not (settings.endpoint.secure or settings.endpoint.is_on_this_host)
         self._may_warn = threading.Lock()  # taken by the one who does, and kept
         self._open_channel = settings.open_channel or partial(
             open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits
@@ -248,7 +247,7 @@ class Transport:
         except ValueError as error:
             raise self._error(method, error, attempts, channel) from error
         with self._watchdog.watch(call) as guard:
-            source.attach(call, guard, attempts)
+            source.attach(call, guard, attempts.cancellation)
             try:
                 response = call.result()
             except (grpc.RpcError, grpc.FutureCancelledError) as error:
@@ -280,14 +279,15 @@ class Transport:
     def _headers(self) -> Headers:
         credentials = self._settings.credentials
         headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
-        if self._is_open_to_others and not self._may_warn.locked():
+        endpoint = self._settings.endpoint
+        if not endpoint.secure and not self._may_warn.locked():
             secrets = sorted({name for name, _ in headers if SECRET_NAME.search(name)})
-            if secrets and self._may_warn.acquire(blocking=False):
+            if secrets and self._may_warn.acquire(blocking=False) and not endpoint.is_on_this_host:
                 log.warning(
                     "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
                     "use a grpcs:// URL where the server offers TLS",
                     ", ".join(secrets),
-                    self._settings.endpoint.url,
+                    endpoint.url,
                 )
         return headers
 
@@ -359,18 +359,13 @@ class _Requests:
     def __init__(self, requests: Iterator[bytes]) -> None:
         self._requests = requests
         self._call: Any = None
-        self._on_next: Callable[[], None] = lambda: None
+        self._guard: StreamGuard | None = None
+        self._cancellation: Cancellation | None = None
         self.error: BaseException | None = None
 
-    def attach(self, call: Any, guard: StreamGuard, attempts: Attempts) -> None:
+    def attach(self, call: Any, guard: StreamGuard, cancellation: Cancellation) -> None:
         """Name the call these requests are for, which may have taken some of them already."""
-
-        def on_next() -> None:
-            guard.touch()
-            attempts.cancellation.check()
-
-        self._on_next = on_next
-        self._call = call
+        self._call, self._guard, self._cancellation = call, guard, cancellation
         if self.error is not None:
             call.cancel()
 
@@ -379,7 +374,9 @@ class _Requests:
 
     def __next__(self) -> bytes:
         try:
-            self._on_next()
+            if self._guard is not None and self._cancellation is not None:
+                self._guard.touch()
+                self._cancellation.check()
             return next(self._requests)
         except StopIteration:
             raise

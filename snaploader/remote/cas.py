@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -119,11 +120,10 @@ class CASClient:
     def check_upload(self, upload: Upload) -> None:
         """Check the digest and its size: ResourceExhausted when the server takes no blob so big."""
         digest = self.check(upload.digest)
-        if 0 < self.caller.capabilities.max_blob_bytes < digest.size_bytes:
+        most = self.caller.capabilities.max_blob_bytes
+        if 0 < most < digest.size_bytes:
             raise ResourceExhausted(
-                f"blob {digest} is too big: the server takes at most "
-                f"{self.caller.capabilities.max_blob_bytes} bytes",
-                transient=False,
+                f"blob {digest} is too big: the server takes at most {most} bytes", transient=False
             )
 
     def held_bytes(self, upload: Upload) -> int:
@@ -135,7 +135,7 @@ class CASClient:
 
     def find_missing(self, digests: Sequence[Digest], cancellation: Cancellation) -> set[Digest]:
         """Return those the server does not hold."""
-        function = digests[0].function
+        function = self.check(digests[0]).function
         asked = digests if isinstance(digests, DigestArray) else DigestArray.of(digests, function)
         request = reapi.FindMissingBlobsRequest(
             instance_name=self.caller.instance_name, digest_function=function_field(function)
@@ -236,16 +236,19 @@ class CASClient:
 class _Batch(ABC, Generic[T]):
     """Blobs of one message: what remains of them shrinks from attempt to attempt."""
 
-    def __init__(self, caller: Caller, doing: str, items: dict[Digest, T]) -> None:
+    def __init__(
+        self, caller: Caller, doing: str, items: dict[Digest, T], size_of: Callable[[T], int]
+    ) -> None:
         self.caller = caller
         self.operation = f"{doing} {next(iter(items)) if len(items) == 1 else f'{len(items)} blobs'}"
         self.remaining = {(digest.hash, digest.size_bytes): item for digest, item in items.items()}
         self.function = next(iter(items)).function
+        self._size_of = size_of
 
     @property
-    @abstractmethod
     def size_bytes(self) -> int:
         """The content of what remains, as it goes on the wire."""
+        return sum(map(self._size_of, self.remaining.values()))
 
     @abstractmethod
     def attempt(self, attempts: Attempts) -> None:
@@ -283,13 +286,9 @@ class _Batch(ABC, Generic[T]):
 
 class _ReadBatch(_Batch[Digest]):
     def __init__(self, caller: Caller, digests: Sequence[Digest], sink: Sink) -> None:
-        super().__init__(caller, "reading", {digest: digest for digest in digests})
+        super().__init__(caller, "reading", {digest: digest for digest in digests}, attrgetter("size_bytes"))
         self._sink = sink
         self._wrong: Counter[Digest] = Counter()
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(digest.size_bytes for digest in self.remaining.values())
 
     def attempt(self, attempts: Attempts) -> None:
         zstd = self.caller.capabilities.zstd_streams
@@ -332,12 +331,10 @@ def _decoded(digest: Digest, item: reapi.BatchReadBlobsResponse.Response) -> byt
 
 class _UpdateBatch(_Batch[Item]):
     def __init__(self, caller: Caller, items: Sequence[Item]) -> None:
-        super().__init__(caller, "writing", {item.digest: item for item in items})
+        super().__init__(
+            caller, "writing", {item.digest: item for item in items}, lambda item: len(item.data)
+        )
         self.blobs = self.content_bytes = self.wire_bytes = 0
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(len(item.data) for item in self.remaining.values())
 
     def attempt(self, attempts: Attempts) -> None:
         request = batch_update_request(self.caller.instance_name, self.remaining.values(), self.function)

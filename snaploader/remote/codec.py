@@ -49,12 +49,10 @@ def instance_name_error(instance_name: str) -> str | None:
     return f"contains the reserved part {min(reserved)!r}" if reserved else None
 
 
-LEVEL = 1
-"""Fast enough to keep up with a network; higher levels gain a few per cent."""
-
 MIN_BYTES = 256
 """Smaller blobs are not worth compressing."""
 
+_LEVEL = 1  # fast enough to keep up with a network; higher levels gain a few per cent
 _WINDOW_LIMIT_BYTES = 128 * 1024 * 1024
 _OUTPUT_BYTES = 1024 * 1024
 
@@ -63,7 +61,7 @@ class _Local(threading.local):
     """A compressor and a decompressor for each thread: they are costly to make, and not thread-safe."""
 
     def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self.compressor = zstandard.ZstdCompressor(level=_LEVEL)
         self.decompressor = _new_decompressor()
 
 
@@ -89,7 +87,7 @@ def decompress(data: Buffer, size_bytes: int) -> bytes:
 
 def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[bytes]:
     """Compress content that comes in pieces, into pieces of `frame_bytes`, the last one shorter."""
-    compressor = zstandard.ZstdCompressor(level=LEVEL).compressobj()
+    compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
     pending = bytearray()
     for piece in content:
         pending += compressor.compress(piece)
@@ -169,8 +167,7 @@ class Content:
         self._lock = threading.Lock()
         self._closed = False
         self._hasher = None if upload.verified else upload.digest.function.hasher()
-        self.read_bytes = 0
-        """How far the content was read."""
+        self.read_bytes = 0  # how far the content was read
         self._fd = -1
         self._view = memoryview(b"")
         if isinstance(upload.source, str | os.PathLike):

@@ -29,7 +29,6 @@ class Cancellation:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.event = threading.Event()
-        """The flag itself, to wait for."""
         self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
 
     def child(self) -> Cancellation:
@@ -88,8 +87,7 @@ class Attempts:
         self.operation = operation
         self.cancellation = cancellation
         self.number = 0
-        self.fruitless = 0
-        """Failed attempts since the last one that made progress."""
+        self.fruitless = 0  # failed since the last one that made progress
         self._share = 0.0  # random, of the jitter in the next wait
         self._policy = policy
         self._deadline = time.monotonic() + policy.budget_s + extra_s

@@ -168,6 +168,26 @@ def test_a_near_store_is_told_which_bytes_were_hashed_already(far: FakeCAS) -> N
     assert near.verified == dict(zip(DIGESTS, (True, True, True, False, False), strict=True))
 
 
+def test_a_file_cache_does_not_hash_again_what_it_is_told_was_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "blob").write_bytes(BLOBS[1])
+    hashed: list[Digest] = []
+    of = Digest.of
+    monkeypatch.setattr(Digest, "of", lambda data, function: hashed.append(of(data, function)) or hashed[-1])
+    with FileCache(tmp_path / "cache") as cache:
+        done = cache.write_many(
+            [
+                Upload(DIGESTS[0], BLOBS[0], verified=True),
+                Upload(DIGESTS[1], tmp_path / "blob", verified=True),
+                Upload(DIGESTS[2], BLOBS[2]),
+            ]
+        )
+        assert (done.blobs, hashed) == (3, [DIGESTS[2]])
+        with pytest.raises(DataLoss):
+            cache.write_many([Upload(DIGESTS[3], BLOBS[3][1:], verified=True)])
+
+
 def test_what_a_sink_raises_is_raised_and_ends_the_transfer(
     tiers: TieredStore, near: BlobStore, far: FakeCAS
 ) -> None:

@@ -10,13 +10,7 @@ from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
 from snaploader.digest import Digest, DigestFunction
 from snaploader.remote.cas import BatchLimit, batches, function_field, halves, to_message
-from snaploader.remote.codec import (
-    ITEM_OVERHEAD_BYTES,
-    Item,
-    batch_update_request,
-    varint,
-    write_request,
-)
+from snaploader.remote.codec import ITEM_OVERHEAD_BYTES, Item, batch_update_request, varint, write_request
 
 functions = st.sampled_from(DigestFunction)
 

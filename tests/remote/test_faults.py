@@ -11,19 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from remote_data import (
-    BLAKE3,
-    KIB,
-    MIB,
-    QUICK,
-    SHA256,
-    MakeRemote,
-    MakeServer,
-    named,
-    noise,
-    text,
-    uploads,
-)
+from remote_data import BLAKE3, KIB, MIB, QUICK, SHA256, MakeRemote, MakeServer, named, noise, text, uploads
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Upload
