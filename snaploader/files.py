@@ -233,6 +233,15 @@ def open_regular(path: str, *, dir_fd: int | None = None) -> tuple[int, os.stat_
     return _open_file(path, os.O_RDONLY, dir_fd)
 
 
+def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
+    """Read a regular file, at most one byte more than this; return that and its status. As `open_regular`."""
+    fd, status = open_regular(path)
+    try:
+        return read_file(fd, max_bytes), status
+    finally:
+        os.close(fd)
+
+
 def open_written(path: str, flags: int, access: Access) -> int:
     """Open a regular file that is written in place, made if absent; return its descriptor.
 

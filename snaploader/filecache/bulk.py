@@ -41,7 +41,7 @@ from snaploader.filecache.layout import (
     entry_name,
 )
 from snaploader.filecache.usage import CacheContext
-from snaploader.files import OddEntry, open_regular, read_file, remove_tree
+from snaploader.files import OddEntry, open_regular, read_regular, remove_tree
 from snaploader.formats.digests import HashSet, Prefixes, Words, is_first, to_hex, to_words
 from snaploader.locks import FileLock, is_dead, try_lock
 
@@ -152,11 +152,7 @@ def _folders(path: str) -> list[str]:
 
 def _recorded_bytes(path: str) -> int:
     with suppress(FileNotFoundError, OddEntry):
-        fd = open_regular(path)[0]
-        try:
-            text = read_file(fd, 32)
-        finally:
-            os.close(fd)
+        text = read_regular(path, 32)[0]
         return int(text) if text.isdigit() else 0
     return 0
 
@@ -226,12 +222,6 @@ class Scan:
         return {name: sizes[name] for name in names & sizes.keys()}
 
 
-class _Listing(NamedTuple):
-    modified_ns: int
-    trusted: bool
-    words: Words
-
-
 class ShardListings:
     """The listings of one group's blob folders. 32 bytes per blob. Thread-safe.
 
@@ -242,7 +232,8 @@ class ShardListings:
     def __init__(self, layout: Layout, durability: Durability) -> None:
         self._layout = layout
         self._durability = durability
-        self._listings: dict[str, _Listing] = {}
+        self._listings: dict[str, tuple[int | None, Words]] = {}
+        """By folder: when it was changed last, None if that is not to be trusted, and what is there."""
 
     def contains(self, space: Space, words: Words) -> npt.NDArray[np.bool_]:
         """Tell of each hash whether a blob of this name exists."""
@@ -261,24 +252,24 @@ class ShardListings:
     def _listed(self, space: Space, shards: Sequence[str]) -> Words:
         """Return the hashes of all that lies in some folders."""
         listed: list[Words] = [_NOTHING]
-        fresh: list[tuple[str, int, bool]] = []
+        fresh: list[tuple[str, int | None]] = []
         names: list[list[str]] = []
         for shard in shards:
             path = f"{self._layout.group_path()}/{space.folder}/{shard}"
             try:
                 modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns
                 known = self._listings.get(path)
-                if known is not None and known.trusted and known.modified_ns == modified_ns:
-                    listed.append(known.words)
+                if known is not None and known[0] == modified_ns:
+                    listed.append(known[1])
                     continue
-                trusted = abs(time.time_ns() - modified_ns) > RACY_NS
+                is_racy = abs(time.time_ns() - modified_ns) <= RACY_NS
                 found = self._names(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            fresh.append((path, modified_ns, trusted))
+            fresh.append((path, None if is_racy else modified_ns))
             names.append([shard + name for name in found])
-        for (path, modified_ns, trusted), words in zip(fresh, _to_words(names), strict=True):
-            self._listings[path] = _Listing(modified_ns, trusted, words)
+        for (path, trusted_ns), words in zip(fresh, _to_words(names), strict=True):
+            self._listings[path] = trusted_ns, words
             listed.append(words)
         return np.concatenate(listed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Self
 
 import numpy as np
@@ -79,7 +79,6 @@ class FileCache:
         layout = Layout(os.path.abspath(os.fspath(root)), group_folder(group_id))
         self._root = layout.root
         self._group_id = group_id
-        self._max_bytes = max_bytes
         self._closed = False
         self._pid = os.getpid()
         used_before = os.path.isdir(layout.groups)
@@ -91,12 +90,7 @@ class FileCache:
             undo.callback(ledger.lock.close)
             uses = UseLog(own)
             undo.callback(uses.close)
-
-            def rebooted() -> None:
-                with ledger.section() as section:
-                    section.set_total(None)
-
-            self._durability = Durability(own, _environment.boot_id(), rebooted, used_before=used_before)
+            self._durability = Durability(own, ledger, _environment.boot_id(), used_before=used_before)
             undo.callback(self._durability.close)
             self._context = CacheContext(layout, own, ledger, _environment)
             self._pin_table = PinTable(layout)
@@ -121,7 +115,7 @@ class FileCache:
     @property
     def max_bytes(self) -> int:
         """The bound, in bytes of disk blocks."""
-        return self._max_bytes
+        return self._context.ledger.max_bytes
 
     # Blobs: the BlobStore interface
 
@@ -383,7 +377,7 @@ class FileCache:
             with self._context.ledger.section() as section:
                 total_bytes, generation = section.total_bytes, section.pin_generation
             self._pin_table.refresh(generation)
-        return self._context.counters.snapshot(total_bytes, self._max_bytes, self._pin_table.totals())
+        return self._context.counters.snapshot(total_bytes, self.max_bytes, self._pin_table.totals())
 
     def prune(self, target_bytes: int = 0) -> int:
         """Evict, of all groups, down to `target_bytes` of disk blocks; return the size then.
@@ -396,9 +390,7 @@ class FileCache:
     def prune_plan(self, target_bytes: int = 0) -> list[CacheEntry]:
         """List what `prune` would evict now, of all groups, in that order. Nothing is evicted."""
         self._check()
-        return [
-            self._entry(found, pinned=False, group=group) for group, found in self._evictor.plan(target_bytes)
-        ]
+        return [self._entry(found, False, group) for group, found in self._evictor.plan(target_bytes)]
 
     def verify(self) -> VerifyReport:
         """Hash every blob and read every ref and pin of this group.
@@ -420,9 +412,9 @@ class FileCache:
             elif found.space.function is not None:
                 checked = self._blobs.check(found.hash, found.space.function)
                 if checked is not None:
-                    digest, right = checked
+                    digest, is_right = checked
                     blobs, size = blobs + 1, size + digest.size_bytes
-                    if not right:
+                    if not is_right:
                         bad.append(digest)
         with translate_os_errors("cannot set aside what is no entry of the file cache"):
             for path in odd:
@@ -477,10 +469,8 @@ class FileCache:
     def _entry(self, found: bulk.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
         digest = None
         if found.space.function is not None:
-            path = self._context.layout.entry(found.space, found.hash, group)
-            try:
-                digest = Digest(found.hash, os.stat(path).st_size, found.space.function)
-            except FileNotFoundError:
-                digest = None
+            with suppress(FileNotFoundError):
+                size = os.stat(self._context.layout.entry(found.space, found.hash, group)).st_size
+                digest = Digest(found.hash, size, found.space.function)
         kind = "ref" if found.space is Space.REFS else "blob"
         return CacheEntry(kind, found.hash, digest, found.disk_bytes, found.used_ns / 1e9, pinned)

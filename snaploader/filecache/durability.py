@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 from snaploader.filecache.layout import OpenFolder
-from snaploader.files import OddEntry, flush_file_system, open_regular
+from snaploader.filecache.usage import Ledger
+from snaploader.files import OddEntry, flush_file_system, read_regular
 from snaploader.locks import FileLock, is_odd
 
 CLOCK_SLACK_NS = 1_000_000_000
@@ -30,8 +30,8 @@ class Durability:
     """Knows which blobs are suspects, and flushes. Thread-safe, process-safe.
 
     Args:
+        ledger: Forgets its total when this is the first use after another boot.
         boot_id: Of this boot.
-        rebooted: Called under the lock when this is the first use after another boot.
         used_before: Whether the folder existed: then a missing state is a lost one.
 
     Attributes:
@@ -40,9 +40,7 @@ class Durability:
 
     windows: list[Window]
 
-    def __init__(
-        self, folder: OpenFolder, boot_id: str, rebooted: Callable[[], None], *, used_before: bool
-    ) -> None:
+    def __init__(self, folder: OpenFolder, ledger: Ledger, boot_id: str, *, used_before: bool) -> None:
         self._base = folder.layout.base
         self._path = f"{self._base}/state"
         self._folder = folder
@@ -52,7 +50,8 @@ class Durability:
             with self._lock.held():
                 boot, flushed_ns, self.windows = self._load()
                 if boot != boot_id:
-                    rebooted()
+                    with ledger.section() as section:
+                        section.set_total(None)
                     now_ns = time.time_ns()
                     if boot or used_before:
                         self.windows.append((flushed_ns, now_ns))
@@ -93,12 +92,9 @@ class Durability:
 
     def _load(self) -> tuple[str, int, list[Window]]:
         with suppress(FileNotFoundError, OddEntry, ValueError, KeyError, TypeError):
-            fd, status = open_regular(self._path)
-            with os.fdopen(fd, encoding="utf-8") as file:
-                if status.st_size > _MAX_STATE_BYTES:
-                    return "", 0, []
-                checksum, _, text = file.read().partition("\n")
-            if hashlib.sha256(text.encode()).hexdigest() == checksum:
+            data = read_regular(self._path, _MAX_STATE_BYTES)[0]
+            checksum, _, text = data.partition(b"\n")
+            if len(data) <= _MAX_STATE_BYTES and hashlib.sha256(text).hexdigest().encode() == checksum:
                 state = json.loads(text)
                 windows = [(int(start), int(end)) for start, end in state["suspect_windows_ns"]]
                 return str(state["boot_id"]), int(state["flushed_ns"]), windows

@@ -92,14 +92,12 @@ def check_hash(text: str) -> str:
 
 def group_folder(group_id: str) -> str:
     """Return the folder name of a group. InvalidArgument unless the id is well formed."""
-    if not group_id:
-        return DEFAULT_GROUP_NAME
-    if not _GROUP_ID.fullmatch(group_id):
+    if group_id and not _GROUP_ID.fullmatch(group_id):
         raise InvalidArgument(
             f"group id {group_id[:140]!r} is not 1 to 128 letters, digits or any of . _ @ + - "
             "beginning with a letter or digit"
         )
-    return group_id
+    return group_id or DEFAULT_GROUP_NAME
 
 
 def entry_name(group: str, space: Space, hash_: str) -> str:
@@ -122,10 +120,7 @@ def set_used(path: str | int, status: os.stat_result, now_ns: int) -> None:
     """Set when a file was last used. Its time of last write stays, for it is part of its identity."""
     # A cache shared with another user can be read without owning its files.
     with suppress(PermissionError):
-        if isinstance(path, int):
-            os.utime(path, ns=(now_ns, status.st_mtime_ns))
-        else:
-            os.utime(path, ns=(now_ns, status.st_mtime_ns), follow_symlinks=False)
+        os.utime(path, ns=(now_ns, status.st_mtime_ns), follow_symlinks=isinstance(path, int))
 
 
 class Layout:

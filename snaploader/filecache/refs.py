@@ -72,29 +72,26 @@ class RefSpace:
             set_used(temporary, status, self._context.host.now_ns())
             self._context.host.after_step("ref.written")
             size = disk_bytes(status)
-            return self._context.ledger.add(
-                size, lambda section: self._publish(section, key, temporary, path, size, overwrite)
-            )
 
-    def _publish(
-        self, section: Section, key: str, temporary: str, path: str, size: int, overwrite: bool
-    ) -> bool:
-        old = 0
-        try:
-            found = os.stat(path, follow_symlinks=False)
-            if not stat.S_ISREG(found.st_mode):
-                self._context.folder.set_aside(path)
-            elif not overwrite:
-                return False
-            else:
-                old = disk_bytes(found)
-        except (FileNotFoundError, NotADirectoryError):
-            self._context.folder.make_folder(os.path.dirname(path))
-        section.change(self._context.name(Space.REFS, key), old, size)
-        self._context.host.after_step("ref.counted")
-        os.rename(temporary, path)
-        self._context.host.after_step("ref.renamed")
-        return True
+            def publish(section: Section) -> bool:
+                old = 0
+                try:
+                    found = os.stat(path, follow_symlinks=False)
+                    if not stat.S_ISREG(found.st_mode):
+                        self._context.folder.set_aside(path)
+                    elif not overwrite:
+                        return False
+                    else:
+                        old = disk_bytes(found)
+                except (FileNotFoundError, NotADirectoryError):
+                    self._context.folder.make_folder(os.path.dirname(path))
+                section.change(self._context.name(Space.REFS, key), old, size)
+                self._context.host.after_step("ref.counted")
+                os.rename(temporary, path)
+                self._context.host.after_step("ref.renamed")
+                return True
+
+            return self._context.ledger.add(size, publish)
 
     def delete(self, key: str) -> bool:
         with translate_os_errors(f"cannot remove ref {key}"):

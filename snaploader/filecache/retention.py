@@ -31,7 +31,7 @@ from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderErr
 from snaploader.filecache.bulk import Scan, use_keys
 from snaploader.filecache.layout import Layout, Space, check_hash, is_alive
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
-from snaploader.files import OddEntry, flush_folder, open_regular, read_file
+from snaploader.files import OddEntry, flush_folder, open_regular, read_file, read_regular
 from snaploader.formats.digests import (
     Prefixes,
     Words,
@@ -520,9 +520,6 @@ class Protection:
 
 def _read_lease(path: str) -> Prefixes:
     """Read what a lease keeps; nothing if no cache wrote such a file."""
-    fd, status = open_regular(path)
-    try:
-        data = b"" if status.st_size > _MAX_LEASE_BYTES else read_file(fd, status.st_size)
-    finally:
-        os.close(fd)
-    return np.frombuffer(data, dtype="<u8", count=len(data) // 8).astype(np.uint64)
+    data = read_regular(path, _MAX_LEASE_BYTES)[0]
+    count = len(data) // 8 if len(data) <= _MAX_LEASE_BYTES else 0
+    return np.frombuffer(data, dtype="<u8", count=count).astype(np.uint64)

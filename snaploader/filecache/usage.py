@@ -17,7 +17,7 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -32,13 +32,13 @@ from snaploader.filecache.layout import (
     disk_bytes,
     entry_name,
 )
-from snaploader.files import OddEntry, open_regular, remove_tree
+from snaploader.files import OddEntry, open_regular, read_regular, remove_tree
 from snaploader.locks import FileLock
 
 _FORMAT = struct.Struct("<8sqqqqq")
 _MAGIC = b"snapled1"
 _UNKNOWN = -1
-_MAX_JOURNAL_CHARACTERS = 256 << 20
+_MAX_JOURNAL_BYTES = 256 << 20
 """A scan during which more than a million entries change is put right by the next one."""
 
 
@@ -156,10 +156,7 @@ class Ledger:
         return is_put
 
     def keep_bound(self) -> None:
-        """Evict now if the cache takes more than it may, as when its bound was lowered.
-
-        Whoever is about to write needs the room on disk first, as the disk may be full.
-        """
+        """Evict, before anything is written to what may be a full disk, if the bound was lowered."""
         if self.seen_bytes > self.max_bytes:
             self._make_room(0)
 
@@ -189,17 +186,14 @@ class Ledger:
             os.close(fd)
 
     def read_journal(self) -> dict[str, int]:
-        try:
-            with os.fdopen(open_regular(self._journal)[0], encoding="utf-8", errors="replace") as file:
-                lines = file.read(_MAX_JOURNAL_CHARACTERS).splitlines()
-        except (FileNotFoundError, OddEntry):
-            return {}
         changed = {}
-        for line in lines:
-            # A writer that met a full disk may have left a part of a line, and then changed nothing.
-            size, _, entry = line.partition(" ")
-            if size.isdigit() and entry:
-                changed[entry] = int(size)
+        with suppress(FileNotFoundError, OddEntry):
+            data = read_regular(self._journal, _MAX_JOURNAL_BYTES)[0]
+            for line in data.decode(errors="replace").splitlines():
+                # A writer that met a full disk may have left a part of a line, and then changed nothing.
+                size, _, entry = line.partition(" ")
+                if size.isdigit() and entry:
+                    changed[entry] = int(size)
         return changed
 
     def clear_journal(self) -> None:
