@@ -165,13 +165,6 @@ class ChunkTable:
         """Bytes of the file in holes."""
         return self.size - self.stored_bytes
 
-    @property
-    def mask(self) -> npt.NDArray[np.bool_]:
-        """For every chunk of the file, whether it holds data. A new array at every call."""
-        mask = np.zeros(self.chunk_count, np.bool_)
-        mask[self.indices] = True
-        return mask
-
     def chunk_length(self, index: int) -> int:
         """Bytes of chunk `index`: the chunk size, or less for the last one. IndexError outside the file."""
         if not 0 <= index < self.chunk_count:
@@ -206,63 +199,37 @@ class ChunkTable:
             sizes[-1] = self.chunk_length(int(self.indices[-1]))
         return DigestArray(self.hashes, sizes, self.function)
 
-    def merge(
-        self,
-        indices: npt.ArrayLike,
-        hashes: npt.ArrayLike,
-        holes: npt.ArrayLike = (),
-        *,
-        size: int | None = None,
-    ) -> ChunkTable:
-        """A new table in which some chunks have other content. All work is done on whole arrays.
+    def replace(self, changes: Mapping[int, bytes | None], *, size: int | None = None) -> ChunkTable:
+        """A new table in which some chunks have other content. Most of the work is done on whole arrays.
 
         Args:
-            indices: Chunks with new data, in any order, none twice.
-            hashes: Their hashes, in the same order.
-            holes: Chunks that are holes now, none of them in `indices`.
+            changes: The hash, of 32 bytes, of each chunk with new data; None for one that is a hole now.
             size: Of the file, when it has grown; it cannot have shrunk. If it ended in a short chunk
                 with data, that chunk is longer now and must be among the changes.
 
         Raises:
             InvalidArgument: Any of this does not hold.
         """
-        new = np.asarray(indices, dtype=np.int64).reshape(-1)
-        new_hashes = np.asarray(hashes, dtype=np.uint8).reshape(-1, HASH_BYTES)
-        gone = np.asarray(holes, dtype=np.int64).reshape(-1)
         size = self.size if size is None else size
-        if len(new) != len(new_hashes):
-            raise InvalidArgument(f"{len(new)} chunks were given with {len(new_hashes)} hashes")
-        changed = np.concatenate((new, gone))
-        # np.unique would import numpy.ma first, which takes some 15 ms.
-        ordered = np.sort(changed)
-        if (ordered[1:] == ordered[:-1]).any():
-            raise InvalidArgument("a chunk is among the changes of a table twice")
-        self._check_growth(size, changed)
-        if len(gone) and not 0 <= gone.min() <= gone.max() < -(-size // self.chunk_size):
-            raise InvalidArgument(f"a hole lies outside a file of {size} bytes")
-        kept = ~np.isin(self.indices, changed)
-        merged = np.concatenate((self.indices[kept], new))
-        order = merged.argsort(kind="stable")
-        merged_hashes = np.concatenate((self.hashes[kept], new_hashes))
-        return ChunkTable(size, self.chunk_size, self.function, merged[order], merged_hashes[order])
-
-    def replace(self, changes: Mapping[int, bytes | None], *, size: int | None = None) -> ChunkTable:
-        """Do as `merge` does, for few changes: chunk indices to hashes of 32 bytes, or None for a hole."""
         data = {index: hash_ for index, hash_ in changes.items() if hash_ is not None}
         for index, hash_ in data.items():
             if len(hash_) != HASH_BYTES:
                 raise InvalidArgument(f"the hash of chunk {index} has {len(hash_)} bytes, not {HASH_BYTES}")
-        hashes = np.frombuffer(b"".join(data.values()), np.uint8)
-        holes = [index for index, hash_ in changes.items() if hash_ is None]
-        return self.merge(list(data), hashes, holes, size=size)
-
-    def _check_growth(self, size: int, changed: _Integers) -> None:
+        holes = changes.keys() - data.keys()
+        if holes and not 0 <= min(holes) <= max(holes) < -(-size // self.chunk_size):
+            raise InvalidArgument(f"a hole lies outside a file of {size} bytes")
         if size < self.size:
             raise InvalidArgument(f"a chunked file cannot shrink from {self.size} to {size} bytes")
         last = self.chunk_count - 1
         grows_last = size > self.size and self.size % self.chunk_size and self.row_of(last) is not None
-        if grows_last and last not in changed:
+        if grows_last and last not in changes:
             raise InvalidArgument(f"chunk {last} grew with its file, so its digest must be given anew")
+        kept = ~np.isin(self.indices, np.array([*changes], np.int64))
+        merged = np.concatenate((self.indices[kept], np.array([*data], np.int64)))
+        new_hashes = np.frombuffer(b"".join(data.values()), np.uint8).reshape(-1, HASH_BYTES)
+        hashes = np.concatenate((self.hashes[kept], new_hashes))
+        order = merged.argsort(kind="stable")
+        return ChunkTable(size, self.chunk_size, self.function, merged[order], hashes[order])
 
     def __eq__(self, other: object) -> bool:
         """Whether both describe the same content with the same chunks."""

@@ -39,7 +39,9 @@ def test_a_table_knows_every_chunk() -> None:
     assert (chunks.chunk_count, chunks.stored_count) == (11, 3)
     assert chunks.get(4) == Digest(hash_of(44).hex(), CHUNK, DigestFunction.BLAKE3)
     assert chunks.get(10) == Digest(hash_of(99).hex(), 5, DigestFunction.BLAKE3)
-    assert [chunks.get(index) is None for index in range(11)] == [not stored for stored in chunks.mask]
+    assert [chunks.get(index) is None for index in range(11)] == [
+        index not in {1, 4, 10} for index in range(11)
+    ]
     assert [chunks.row_of(index) for index in (0, 1, 4, 9, 10)] == [None, 0, 1, None, 2]
     assert list(chunks.digests()) == [chunks.digest(row) for row in range(3)]
     assert (chunks.chunk_length(9), chunks.chunk_length(10)) == (CHUNK, 5)
@@ -164,12 +166,6 @@ def test_changes_replace_add_and_remove_chunks() -> None:
     assert before.replace({}) == before
 
 
-def test_merging_takes_whole_arrays_in_any_order() -> None:
-    before = table(5 * CHUNK, {0: 1, 2: 3, 4: 5})
-    hashes = np.array([list(hash_of(9)), list(hash_of(8))], np.uint8)
-    assert content(before.merge(np.array([3, 0]), hashes, np.array([4]))) == {0: 8, 2: 3, 3: 9}
-
-
 @pytest.mark.parametrize("function", list(DigestFunction))
 def test_a_grown_file_keeps_its_chunks(function: DigestFunction) -> None:
     before = table(2 * CHUNK, {0: 1, 1: 2}, function)
@@ -203,14 +199,6 @@ def test_a_short_last_hole_may_grow() -> None:
 def test_changes_outside_the_rules_are_refused(changes: dict[int, bytes | None], size: int | None) -> None:
     with pytest.raises(InvalidArgument):
         table(5 * CHUNK, {0: 1}).replace(changes, size=size)
-
-
-@pytest.mark.parametrize(
-    ("indices", "count", "holes"), [([1, 1], 2, []), ([1], 1, [1]), ([1], 2, []), ([], 0, [2, 2])]
-)
-def test_a_chunk_must_not_change_twice(indices: list[int], count: int, holes: list[int]) -> None:
-    with pytest.raises(InvalidArgument):
-        table(5 * CHUNK, {0: 1}).merge(indices, np.zeros((count, 32), np.uint8), holes)
 
 
 @given(
