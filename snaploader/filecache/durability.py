@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection
 from contextlib import suppress
 
 from snaploader.filecache.layout import OpenFolder
@@ -71,20 +72,18 @@ class Durability:
         """Flush everything written so far to disk: it survives a power failure from now on."""
         now_ns = time.time_ns()
         flush_file_system(self._base)
-        with self._lock.held():
-            boot, flushed_ns, windows = self._load()
-            if boot == self._boot_id:
-                self.windows = windows
-                self._store(max(now_ns, flushed_ns))
+        self._update(now_ns, ())
 
     def clear(self) -> None:
         """Forget the windows known so far, in which no suspects are left."""
-        cleared = set(self.windows)
+        self._update(0, self.windows)
+
+    def _update(self, flushed_ns: int, cleared: Collection[Window]) -> None:
         with self._lock.held():
-            boot, flushed_ns, windows = self._load()
+            boot, known_ns, windows = self._load()
             if boot == self._boot_id:
                 self.windows = [window for window in windows if window not in cleared]
-                self._store(flushed_ns)
+                self._store(max(flushed_ns, known_ns))
 
     def close(self) -> None:
         """Give up the descriptor."""
@@ -101,11 +100,7 @@ class Durability:
         return "", 0, []
 
     def _store(self, flushed_ns: int) -> None:
-        state = {
-            "boot_id": self._boot_id,
-            "flushed_ns": flushed_ns,
-            "suspect_windows_ns": self.windows,
-        }
+        state = {"boot_id": self._boot_id, "flushed_ns": flushed_ns, "suspect_windows_ns": self.windows}
         text = json.dumps(state, sort_keys=True)
         data = f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode()
         with self._folder.staged(data, flush=True) as temporary:

@@ -1,4 +1,4 @@
-"""Looking up many: hashes as arrays, listings of folders, the log of uses, the memo of what was verified."""
+"""Looking up many: listings of folders, the log of uses, the memo of what was verified."""
 
 from __future__ import annotations
 
@@ -10,54 +10,18 @@ import time
 import numpy as np
 import pytest
 from filecache_helpers import BLAKE3, SHA256, blob, blob_file, put
-from hypothesis import given, strategies as st
 
 from snaploader.digest import Digest, DigestFunction, empty_digest
-from snaploader.errors import Cancelled, InvalidArgument
+from snaploader.errors import Cancelled
 from snaploader.filecache import FileCache, blobs, bulk
 from snaploader.filecache.blobs import VerifiedMemo
 from snaploader.filecache.bulk import Position, UseLog
 from snaploader.filecache.layout import Layout, OpenFolder
 from snaploader.files import Access
-from snaploader.formats.digests import DigestArray, HashSet, to_hex, to_words
+from snaploader.formats.digests import DigestArray
 from snaploader.locks import FileLock
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
-
-# Few distinct words, so that many hashes begin alike.
-alike = st.tuples(*[st.sampled_from(["00" * 8, "ab" * 8, "ff" * 8])] * 4).map("".join)
-
-
-def test_hashes_become_words_and_back():
-    words = to_words(HASHES)
-    assert [to_hex(row) for row in words] == HASHES
-    assert [int(first) for first in words[:, 0]] == [int(hash_[:16], 16) for hash_ in HASHES]
-    assert to_words([]).shape == (0, 4)
-
-
-@pytest.mark.parametrize("bad", ["a" * 63, "a" * 65, "A" * 64, "g" * 64, " " * 64, "é" * 64, "a" * 62 + " a"])
-def test_malformed_hash_among_many_is_refused(bad):
-    with pytest.raises(InvalidArgument):
-        to_words([*HASHES[:10], bad])
-
-
-def test_lengths_that_make_up_for_each_other_are_refused():
-    with pytest.raises(InvalidArgument):
-        to_words(["a" * 63, "b" * 65])
-
-
-@pytest.mark.parametrize("place", [0, 4095, 4096, 4999])
-def test_malformed_hash_is_refused_in_every_piece(place):
-    hashes = list(HASHES)
-    hashes[place] = hashes[place].upper()
-    with pytest.raises(InvalidArgument):
-        to_words(hashes)
-
-
-@given(st.lists(alike, max_size=30), st.lists(alike, max_size=30))
-def test_hash_set_answers_like_a_set_also_for_hashes_that_begin_alike(members, asked):
-    found = HashSet(to_words(members)).contains(to_words(asked))
-    assert found.tolist() == [hash_ in members for hash_ in asked]
 
 
 def test_many_digests_of_both_functions_are_looked_up_exactly(tmp_path):

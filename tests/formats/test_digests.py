@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -9,7 +11,7 @@ from hypothesis import given, strategies as st
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, HashSet, to_hex, to_words
 
 SHA256, BLAKE3 = DigestFunction.SHA256, DigestFunction.BLAKE3
 
@@ -78,3 +80,42 @@ def test_functions_are_told_apart() -> None:
     array = DigestArray(np.zeros((1, 32), np.uint8), np.ones(1, np.int64), BLAKE3)
     assert Digest("00" * 32, 1, BLAKE3) in array
     assert Digest("00" * 32, 1, SHA256) not in array
+
+
+MANY_HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
+# Few distinct words, so that many hashes begin alike.
+ALIKE = st.tuples(*[st.sampled_from(["00" * 8, "ab" * 8, "ff" * 8])] * 4).map("".join)
+
+
+def test_hashes_become_words_and_back() -> None:
+    words = to_words(MANY_HASHES)
+    assert [to_hex(row) for row in words] == MANY_HASHES
+    assert [int(first) for first in words[:, 0]] == [int(hash_[:16], 16) for hash_ in MANY_HASHES]
+    assert to_words([]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("bad", ["a" * 63, "a" * 65, "A" * 64, "g" * 64, " " * 64, "é" * 64, "a" * 62 + " a"])
+def test_a_malformed_hash_among_many_is_refused(bad: str) -> None:
+    with pytest.raises(InvalidArgument):
+        to_words([*MANY_HASHES[:10], bad])
+
+
+def test_lengths_that_make_up_for_each_other_are_refused() -> None:
+    with pytest.raises(InvalidArgument):
+        to_words(["a" * 63, "b" * 65])
+
+
+@pytest.mark.parametrize("place", [0, 4095, 4096, 4999])
+def test_a_malformed_hash_is_refused_in_every_piece(place: int) -> None:
+    hashes = list(MANY_HASHES)
+    hashes[place] = hashes[place].upper()
+    with pytest.raises(InvalidArgument):
+        to_words(hashes)
+
+
+@given(st.lists(ALIKE, max_size=30), st.lists(ALIKE, max_size=30))
+def test_a_set_answers_like_a_set_also_for_hashes_that_begin_alike(
+    members: list[str], asked: list[str]
+) -> None:
+    found = HashSet(to_words(members)).contains(to_words(asked))
+    assert found.tolist() == [hash_ in members for hash_ in asked]
