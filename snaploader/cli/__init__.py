@@ -9,8 +9,7 @@
     save, load, show      snapshots: `save`; `restore` and `read`; `show` and `invalidate`
     lookup                which snapshot is meant, and how it is described
     cache, doctor, serve  the commands of these names
-    demo, demo_story, demo_image
-                          `demo`, the story it plays, and the disk image that it is about
+    demo, demo_image      `demo` and the story it plays; the disk image that it is about
     workspace             the commands of workspaces, a package
 
 A command's module is imported when the command is chosen, and what takes long to import (numpy, gRPC,

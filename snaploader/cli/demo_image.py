@@ -17,7 +17,6 @@ import stat
 import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from cow import COWStore
@@ -25,13 +24,6 @@ from snaploader.errors import FailedPrecondition, Internal, translate_os_errors
 
 TOOLS = ("mke2fs", "debugfs", "e2fsck")
 TIMEOUT_S = 60
-
-_IMAP = re.compile(r"located at block (\d+)")
-_BLOCK_SIZE = re.compile(r"^Block size:\s+(\d+)$", re.MULTILINE)
-_BLOCK_COUNT = re.compile(r"^Block count:\s+(\d+)$", re.MULTILINE)
-_BLOCKS_PER_GROUP = re.compile(r"^Blocks per group:\s+(\d+)$", re.MULTILINE)
-_FIRST_BLOCK = re.compile(r"^First block:\s+(\d+)$", re.MULTILINE)
-_DESCRIPTOR_SIZE = re.compile(r"^Group descriptor size:\s+(\d+)$", re.MULTILINE)
 
 MAX_FILE_BYTES = 8 << 20
 """Bigger files are left out, so that the image holds many."""
@@ -111,10 +103,14 @@ class Window:
         with path.open("xb") as file:
             file.truncate(store.size)
         self._copy(0, SUPERBLOCK_BYTES)
-        found = layout(path)
-        self.block_size = found.block_size
+        text = _debugfs(path, "stats -h").decode(errors="replace")
+        self.block_size = _number("Block size:", text)
+        first = _number("First block:", text)
+        groups = -(-(_number("Block count:", text) - first) // _number("Blocks per group:", text))
+        table_bytes = groups * (_number("Group descriptor size:", text) if "descriptor size:" in text else 32)
         self._present: set[int] = set()
-        self.load(found.descriptor_blocks)
+        # The superblock, and the group descriptors behind it.
+        self.load(range(first, first + 1 - (-table_bytes // self.block_size)))
 
     @property
     def loaded_bytes(self) -> int:
@@ -132,10 +128,10 @@ class Window:
         self._walk(name)
         return read_file(self._path, name)
 
-    def first_block(self, name: str) -> int:
-        """The block in which the file `name` begins."""
+    def offset(self, name: str) -> int:
+        """Where in the image the file `name` begins."""
         self._walk(name)
-        return first_block(self._path, name)
+        return int(_debugfs(self._path, f"bmap {name} 0")) * self.block_size
 
     def _walk(self, name: str) -> None:
         """Load what leads to a file, from the root folder on, and the file."""
@@ -143,7 +139,7 @@ class Window:
         for depth in range(len(parts) + 1):
             place = "/" + "/".join(parts[:depth])
             self.load([inode_block(self._path, place)])
-            self.load(file_blocks(self._path, place))
+            self.load(map(int, _debugfs(self._path, f"blocks {place}").split()))
 
     def _copy(self, offset: int, size: int) -> None:
         data = self._store.read_at(offset, min(size, self._store.size - offset))
@@ -162,7 +158,12 @@ def require_tools() -> None:
 
 def make_image(path: Path, tree: Path, size: int) -> None:
     """A new ext4 image of `size` bytes that holds the files under `tree`."""
-    _run("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", str(tree), str(path), f"{size >> 10}k")
+    done = _start(
+        *("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", str(tree), str(path), f"{size >> 10}k")
+    )
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode(errors="replace").strip()
+        raise FailedPrecondition(f"mke2fs failed with exit code {done.returncode}: {said[-500:]}")
 
 
 def is_clean(path: Path) -> tuple[bool, str]:
@@ -177,43 +178,13 @@ def read_file(image: Path, name: str) -> bytes:
     return _debugfs(image, f"cat {name}")
 
 
-def file_blocks(image: Path, name: str) -> list[int]:
-    """The blocks a file or folder of an image lies in."""
-    return [int(number) for number in _debugfs(image, f"blocks {name}").split()]
-
-
 def inode_block(image: Path, name: str) -> int:
     """The block that the inode of a file or folder lies in."""
-    return _number(_IMAP, _debugfs(image, f"imap {name}").decode(errors="replace"))
+    return _number("located at block", _debugfs(image, f"imap {name}").decode(errors="replace"))
 
 
-def first_block(image: Path, name: str) -> int:
-    """The block that a file begins in."""
-    return int(_debugfs(image, f"bmap {name} 0"))
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the descriptors of an image lie."""
-
-    block_size: int
-    descriptor_blocks: range
-    """The superblock, and the group descriptors behind it."""
-
-
-def layout(image: Path) -> Layout:
-    """The layout that the superblock tells."""
-    text = _debugfs(image, "stats -h").decode(errors="replace")
-    block_size = _number(_BLOCK_SIZE, text)
-    first = _number(_FIRST_BLOCK, text)
-    groups = -(-(_number(_BLOCK_COUNT, text) - first) // _number(_BLOCKS_PER_GROUP, text))
-    descriptor_size = _DESCRIPTOR_SIZE.search(text)
-    table_bytes = groups * (int(descriptor_size[1]) if descriptor_size else 32)
-    return Layout(block_size, range(first, first + 1 - (-table_bytes // block_size)))
-
-
-def _number(pattern: re.Pattern[str], text: str) -> int:
-    match = pattern.search(text)
+def _number(label: str, text: str) -> int:
+    match = re.search(rf"^\s*{label}\s+(\d+)", text, re.MULTILINE)
     if match is None:
         raise Internal(f"debugfs gave an unexpected answer: {text.strip()[:200]!r}")
     return int(match[1])
@@ -230,13 +201,6 @@ def _debugfs(image: Path, request: str) -> bytes:
     if done.returncode or complaints:
         raise Internal(f"debugfs could not do {request!r} on {image.name}: {'; '.join(complaints)}")
     return done.stdout
-
-
-def _run(tool: str, *arguments: str) -> None:
-    done = _start(tool, *arguments)
-    if done.returncode:
-        said = (done.stderr or done.stdout).decode(errors="replace").strip()
-        raise FailedPrecondition(f"{tool} failed with exit code {done.returncode}: {said[-500:]}")
 
 
 def _start(tool: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
