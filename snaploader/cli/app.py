@@ -13,14 +13,7 @@ from types import FrameType
 import click
 
 from snaploader._version import __version__
-from snaploader.cli.options import (
-    CommandsOnDemand,
-    Group,
-    Invocation,
-    NoCommand,
-    shared_options,
-    workspace_options,
-)
+from snaploader.cli.options import CommandsOnDemand, Group, NoCommand, shared_options, workspace_options
 from snaploader.cli.output import TERMINATED, Output, ReaderLeft, explain
 from snaploader.cli.process import let_go, writing_to_stdout
 
@@ -75,19 +68,17 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     # Until the options are parsed; usage errors come before that.
-    invocation = Invocation(Output(as_json="--json" in own, verbose=2 if "-vv" in own else 0))
+    output = Output(as_json="--json" in own, verbose=2 if "-vv" in own else 0)
     with _ending_on_sigterm():
         try:
-            code = app.main(
-                args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=invocation
-            )
+            code = app.main(args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=output)
             with writing_to_stdout():
                 sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
         except BaseException as error:  # noqa: BLE001  every error ends here, as a message
-            return _report(error, invocation.output)
+            return _report(error, output)
         finally:
             let_go(sys.stdout)
             let_go(sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -85,12 +85,8 @@ def remove(caches: Caches, names: tuple[str, ...], force: bool, yes: bool, dry_r
             f"{pinned[0].kind} {pinned[0].key} is pinned by {_pins_of(file_cache, pinned[0])}: it may exist "
             "nowhere else. Nothing was removed; --force removes it all the same"
         )
-    if dry_run or caches.output.must_ask(yes=yes):
-        going = _Going(caches, list(chosen.values()))
-        if dry_run:
-            going.print()
-            return
-        caches.output.confirm(f"Remove {going.summary()}?")
+    if not _is_agreed(caches, "Remove", lambda: list(chosen.values()), yes=yes, dry_run=dry_run):
+        return
     for entry in chosen.values():
         if entry.digest is not None:
             file_cache.remove(entry.digest)
@@ -113,13 +109,8 @@ def prune(caches: Caches, target_size: int | None, yes: bool, dry_run: bool) -> 
     """
     file_cache = caches.file_cache
     target = caches.settings.max_cache_size if target_size is None else target_size
-    if dry_run or caches.output.must_ask(yes=yes):
-        going = _Going(caches, file_cache.prune_plan(target))
-        if dry_run:
-            going.print()
-            return
-        if going.entries:
-            caches.output.confirm(f"Evict {going.summary()}?")
+    if not _is_agreed(caches, "Evict", lambda: file_cache.prune_plan(target), yes=yes, dry_run=dry_run):
+        return
     file_cache.prune(target)
     statistics = file_cache.statistics()
     freed, total = statistics.evicted_bytes, statistics.total_bytes
@@ -188,47 +179,42 @@ def unpin(caches: Caches, names: tuple[str, ...]) -> None:
     caches.output.data({"unpinned": unpinned}, *(f"unpinned {name}" for name in unpinned))
 
 
-class _Going:
-    """Entries that are to go, and whether the remote cache has them."""
-
-    def __init__(self, caches: Caches, entries: Sequence[CacheEntry]) -> None:
-        self._output = caches.output
-        self.entries = entries
-        self._missing = caches.missing_remotely(
-            {entry.digest for entry in entries if entry.digest is not None}
-        )
-
-    def _is_remote(self, entry: CacheEntry) -> bool | None:
-        """None where it was not asked: refs and directories have other names there."""
-        if entry.digest is None or self._missing is None:
-            return None
-        return entry.digest not in self._missing
-
-    def summary(self) -> str:
-        """How much it is, for people."""
-        size = format_size(sum(entry.disk_bytes for entry in self.entries))
-        blobs = sum(entry.digest is not None for entry in self.entries)
-        remote = sum(bool(self._is_remote(entry)) for entry in self.entries)
-        known = "no server was asked" if self._missing is None else f"the server has {remote}"
-        return f"{len(self.entries)} entries ({size}), {blobs} of them blobs, of which {known}"
-
-    def print(self) -> None:
-        """The list, for --dry-run."""
-        words = {None: "", True: "  on the server", False: "  not on the server"}
-        lines = [
-            f"{entry.kind} {entry.key}  {format_size(entry.disk_bytes)}{words[self._is_remote(entry)]}"
-            for entry in self.entries
-        ]
-        self._output.data(
-            {
-                "would_remove": [
-                    {**record(entry, "kind", "key", "disk_bytes"), "remote": self._is_remote(entry)}
-                    for entry in self.entries
-                ],
-                "would_free_bytes": sum(entry.disk_bytes for entry in self.entries),
-            },
-            *(f"would remove {line}" for line in (*lines, self.summary())),
-        )
+def _is_agreed(
+    caches: Caches, verb: str, entries: Callable[[], Sequence[CacheEntry]], *, yes: bool, dry_run: bool
+) -> bool:
+    """Whether entries are to go; asks where somebody is there to answer. With --dry-run only tells which."""
+    output = caches.output
+    if not dry_run and not output.must_ask(yes=yes):
+        return True
+    going = entries()
+    missing = caches.missing_remotely({entry.digest for entry in going if entry.digest is not None})
+    # Refs and directories have other names on the server, and are not asked for.
+    remote = [
+        None if entry.digest is None or missing is None else entry.digest not in missing for entry in going
+    ]
+    freed = sum(entry.disk_bytes for entry in going)
+    blobs = sum(entry.digest is not None for entry in going)
+    known = "no server was asked" if missing is None else f"the server has {sum(map(bool, remote))}"
+    summary = f"{len(going)} entries ({format_size(freed)}), {blobs} of them blobs, of which {known}"
+    if not dry_run:
+        if going:
+            output.confirm(f"{verb} {summary}?")
+        return True
+    listed = list(zip(going, remote, strict=True))
+    words = {None: "", True: "  on the server", False: "  not on the server"}
+    lines = [
+        f"{entry.kind} {entry.key}  {format_size(entry.disk_bytes)}{words[there]}" for entry, there in listed
+    ]
+    output.data(
+        {
+            "would_remove": [
+                {**record(entry, "kind", "key", "disk_bytes"), "remote": there} for entry, there in listed
+            ],
+            "would_free_bytes": freed,
+        },
+        *(f"would remove {line}" for line in (*lines, summary)),
+    )
+    return False
 
 
 def _pin_row(file_cache: FileCache, name: str) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from snaploader.cli.lookup import check_there, file_names, file_size, find, served_line, snapshot_record
-from snaploader.cli.options import ReadOptions, TaskOptions, command, option, read_options, task_options
+from snaploader.cli.lookup import check_there, file_size, find, served_line, snapshot_record
+from snaploader.cli.options import ReadOptions, command, option, read_options
 from snaploader.cli.output import record
 from snaploader.cli.process import Nowhere, writing_to_stdout
 from snaploader.cli.resources import Caches
@@ -31,7 +31,6 @@ ReadAt = Callable[[int, int], bytes]
 
 
 @command("restore")
-@task_options
 @read_options
 @option(
     "--only",
@@ -41,13 +40,7 @@ ReadAt = Callable[[int, int], bytes]
     help="Only this file or directory, or what stands in one, as in home/etc; repeatable.",
 )
 @click.argument("output_dir", type=click.Path(path_type=Path), metavar="OUTPUT_DIR")
-def restore(
-    caches: Caches,
-    task_options: TaskOptions,
-    read_options: ReadOptions,
-    names: tuple[str, ...],
-    output_dir: Path,
-) -> None:
+def restore(caches: Caches, read_options: ReadOptions, names: tuple[str, ...], output_dir: Path) -> None:
     """Write the files and directories of the best snapshot to a folder, holes as holes.
 
     Looks for a snapshot of --ref, then of --base-ref, then of --default-ref, and says which of them served.
@@ -57,7 +50,7 @@ def restore(
         raise InvalidArgument(f"the output folder {str(output_dir)!r} is not a folder")
     output = caches.output
     begin = time.monotonic()
-    loader, snapshot = find(caches, task_options, read_options)
+    loader, snapshot = find(caches, read_options)
     if names:
         for name in names:
             check_there(snapshot, name)
@@ -96,19 +89,11 @@ def _placed(snapshot: Snapshot, paths: Mapping[str, Path]) -> list[dict[str, Any
 
 
 @command("read")
-@task_options
 @read_options
 @option("--offset", type=SIZE, default="0", help="Where to begin.")
 @option("--size", type=SIZE, help="How many bytes.  [default: to the end]")
 @click.argument("name", metavar="NAME")
-def read(
-    caches: Caches,
-    task_options: TaskOptions,
-    read_options: ReadOptions,
-    offset: int,
-    size: int | None,
-    name: str,
-) -> None:
+def read(caches: Caches, read_options: ReadOptions, offset: int, size: int | None, name: str) -> None:
     """Write a part of one file of the best snapshot to stdout, loading only the chunks it lies in.
 
     A file in a directory is named by its path: home/etc/hosts.
@@ -117,13 +102,13 @@ def read(
     """
     if isinstance(sys.stdout, Nowhere):
         raise FailedPrecondition("stdout is closed, and the bytes would be lost: send it to a file or a pipe")
-    loader, snapshot = find(caches, task_options, read_options)
+    loader, snapshot = find(caches, read_options)
     check_there(snapshot, name)
     try:
         snapshot = snapshot.file(name)
     except InvalidArgument as error:
         raise InvalidArgument(f"{error.message}: write it out with `restore --only {name}`") from error
-    (file,) = file_names(snapshot)
+    (file,) = snapshot.manifest.names
     length = file_size(snapshot, file)
     if size is None:
         size = max(length - offset, 0)

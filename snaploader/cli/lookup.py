@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from snaploader._proto import timestamp_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
-from snaploader.cli.options import ReadOptions, TaskOptions, first_given
+from snaploader.cli.options import ReadOptions, first_given
 from snaploader.cli.resources import Caches
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.keys import SnapshotKey, SnapshotKeySet, is_universal
@@ -41,27 +41,22 @@ class Lookup:
         )
 
 
-def lookup(
-    caches: Caches, task_options: TaskOptions, read_options: ReadOptions, *, readonly: bool = False
-) -> Lookup:
+def lookup(caches: Caches, options: ReadOptions, *, readonly: bool = False) -> Lookup:
     """A loader made as the options say, and the keys they name.
 
     Args:
         readonly: Keep no manifest that is found and mint no version.
     """
-    by_id = bool(read_options.snapshot_id)
-    if by_id and task_options.ref:
+    if options.snapshot_id and options.ref:
         raise InvalidArgument("--snapshot-id and --ref exclude each other: an id names one snapshot exactly")
-    task = None if by_id else task_options.task(caches.settings)
-    wishes = task_options.wishes
-    policy = ReadPolicy.parse(read_options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST)
+    task = None if options.snapshot_id else options.task(caches.settings)
+    wishes = options.wishes
+    policy = ReadPolicy.parse(options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST)
     loader = caches.loader(
-        share_snapshots=task_options.share,
-        universal_ref=task_options.universal_fallback,
+        share_snapshots=options.share,
+        universal_ref=options.universal_fallback,
         max_stale_fallback_age_s=first_given(
-            read_options.max_stale_fallback_age,
-            wishes.max_stale_fallback_age_s,
-            DEFAULT_MAX_STALE_FALLBACK_AGE_S,
+            options.max_stale_fallback_age, wishes.max_stale_fallback_age_s, DEFAULT_MAX_STALE_FALLBACK_AGE_S
         ),
         readonly=readonly,
     )
@@ -69,19 +64,17 @@ def lookup(
     if task is not None:
         key_set = loader.snapshot_key_set(
             task,
-            task_options.configuration_hash,
-            task_options.runner_id,
+            options.configuration_hash,
+            options.runner_id,
             # Who wants what this host has gets it even when the server is away.
-            allow_stale_version=read_options.allow_degraded or policy is ReadPolicy.LOCAL_ONLY,
+            allow_stale_version=options.allow_degraded or policy is ReadPolicy.LOCAL_ONLY,
         )
-    return Lookup(loader, key_set, read_options, policy, caches.settings.remote_instance_name)
+    return Lookup(loader, key_set, options, policy, caches.settings.remote_instance_name)
 
 
-def find(
-    caches: Caches, task_options: TaskOptions, read_options: ReadOptions
-) -> tuple[SnapshotLoader, Snapshot]:
+def find(caches: Caches, options: ReadOptions) -> tuple[SnapshotLoader, Snapshot]:
     """The loader and the snapshot that the options name. Tells of keys that could not be asked."""
-    looking = lookup(caches, task_options, read_options)
+    looking = lookup(caches, options)
     snapshot = looking.find()
     for failure in snapshot.failures:
         if not isinstance(failure.error, LookupError):
@@ -119,7 +112,7 @@ def key_set_record(key_set: SnapshotKeySet) -> dict[str, Any]:
 def vm_configuration_record(snapshot: Snapshot) -> dict[str, Any]:
     """What the machine was made of: the fields that are set, or only the type of a foreign message."""
     packed = snapshot.manifest.vm_configuration
-    record: dict[str, Any] = {"type": _message_name(packed.type_url)}
+    record: dict[str, Any] = {"type": packed.type_url.rpartition("/")[2]}
     if record["type"] != VMConfiguration.DESCRIPTOR.full_name:
         return record
     try:
@@ -142,13 +135,14 @@ def served_ref(snapshot: Snapshot) -> str:
 def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
     """What served, and what was tried before."""
     metadata = snapshot.vm_metadata
+    task = None if metadata is None else metadata.last_executed_task
     return {
         "ref": served_ref(snapshot),
         "source": str(snapshot.source),
         "key": key_record(snapshot.key),
         "snapshot_id": str(metadata.snapshot_id) if metadata is not None else snapshot.key.snapshot_id,
         "created": None if metadata is None else time_record(metadata.created_timestamp),
-        "last_executed_task": None if metadata is None else _task_record(metadata.last_executed_task),
+        "last_executed_task": None if task is None else _task_record(task),
         "digest_function": snapshot.manifest.digest_function.name,
         "degraded": snapshot.degraded,
         "failures": [
@@ -186,11 +180,6 @@ def served_line(snapshot: Snapshot) -> str:
     return f"{name} from the {snapshot.source} cache"
 
 
-def file_names(snapshot: Snapshot) -> list[str]:
-    """The names of all files and directories, sorted."""
-    return sorted(snapshot.manifest.names)
-
-
 def file_size(snapshot: Snapshot, name: str) -> int:
     """The size of one of its files or directories, in bytes."""
     if name in snapshot.directories:
@@ -203,7 +192,7 @@ def check_there(snapshot: Snapshot, name: str) -> None:
     """NotFound, with what there is instead, unless `name` is of a file or directory, or a path in one."""
     top, slash, inside = name.partition("/")
     inside = inside.rstrip("/")
-    known, where = file_names(snapshot), "the snapshot"
+    known, where = sorted(snapshot.manifest.names), "the snapshot"
     if top in known and not inside and (not slash or top in snapshot.directories):
         return
     if top in snapshot.directories:
@@ -217,7 +206,3 @@ def check_there(snapshot: Snapshot, name: str) -> None:
         where = repr(f"{top}/{above}".rstrip("/"))
     shown = ", ".join(repr(other) for other in known[:20]) + (", …" if len(known) > 20 else "")
     raise NotFound(f"the snapshot has no file {name!r}; {where} has {shown or 'none'}")
-
-
-def _message_name(type_url: str) -> str:
-    return type_url.rpartition("/")[2]

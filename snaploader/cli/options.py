@@ -107,25 +107,21 @@ class CommandsOnDemand(Mapping[str, click.Command]):
 
     def __init__(self, package: str, homes: Mapping[str, tuple[str, str]]) -> None:
         self._package = package
-        self._homes = homes
+        self.homes = homes
 
     def __getitem__(self, name: str) -> click.Command:
-        module, _, attribute = self._homes[name][0].partition(":")
+        module, _, attribute = self.homes[name][0].partition(":")
         command: click.Command = getattr(import_module(f"{self._package}.{module}"), attribute)
         return command
 
     def __contains__(self, name: object) -> bool:
-        return name in self._homes
+        return name in self.homes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._homes)
+        return iter(self.homes)
 
     def __len__(self) -> int:
-        return len(self._homes)
-
-    def help_lines(self) -> list[tuple[str, str]]:
-        """What the help says of each, sorted by name. Nothing is imported."""
-        return [(name, self._homes[name][1]) for name in sorted(self._homes)]
+        return len(self.homes)
 
 
 class Group(click.Group):
@@ -134,8 +130,6 @@ class Group(click.Group):
     Args:
         on_demand: Its commands, where they are in modules of their own.
     """
-
-    command_class = Command
 
     def __init__(self, *args: Any, on_demand: CommandsOnDemand | None = None, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
@@ -151,11 +145,11 @@ class Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands to the help page."""
         commands: object = self.commands
-        if isinstance(commands, CommandsOnDemand):
-            with formatter.section("Commands"):
-                formatter.write_dl(commands.help_lines())
-        else:
+        if not isinstance(commands, CommandsOnDemand):
             super().format_commands(ctx, formatter)
+            return
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, commands.homes[name][1]) for name in sorted(commands)])
 
 
 def option(*names: str, section: str = OWN, shared: bool = False, **attributes: Any) -> Callable[[F], F]:
@@ -179,14 +173,6 @@ def destructive(function: F) -> F:
     return yes(dry_run(function))
 
 
-@dataclass
-class Invocation:
-    """One run of the program, as `ctx.obj`."""
-
-    output: Output
-    """How it wants to print, as far as that is known."""
-
-
 def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None) -> Path | None:
     """Runs before other options of a command are looked at, and sets their defaults."""
     root = ctx.find_root()
@@ -198,15 +184,7 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if path is not None:
         loaded = ConfigFile(path, SHARED_OPTIONS)
         loaded.check(root.command)
-        ctx.default_map = loaded.defaults(root.command, _command_path(ctx))
-    return path
-
-
-def _command_path(ctx: click.Context) -> list[str]:
-    path: list[str] = []
-    while ctx.parent is not None:
-        path.insert(0, str(ctx.info_name))
-        ctx = ctx.parent
+        ctx.default_map = loaded.defaults(root.command, ctx.command_path.split()[1:])
     return path
 
 
@@ -290,7 +268,7 @@ def _gathering(kind: type[Any], name: str, function: Callable[..., R]) -> Callab
 
     @functools.wraps(function)
     def with_value(*args: Any, **kwargs: Any) -> R:
-        values = {name: kwargs.pop(name) for name in _names(kind)}
+        values = {each: kwargs.pop(each) for each in _names(kind)}
         return function(*args, **{name: kind(**values)}, **kwargs)
 
     return with_value
@@ -322,13 +300,10 @@ def command(
             ctx = click.get_current_context()
             for name in (*_names(Settings), "as_json", "quiet", "verbose"):
                 kwargs.pop(name, None)
-            output = Output(
-                as_json=bool(_effective(ctx, "as_json")),
-                quiet=bool(_effective(ctx, "quiet")),
-                verbose=int(_effective(ctx, "verbose") or 0),
-            )
-            if isinstance(ctx.obj, Invocation):
-                ctx.obj.output = output
+            output = ctx.ensure_object(Output)
+            output.as_json = bool(_effective(ctx, "as_json"))
+            output.quiet = bool(_effective(ctx, "quiet"))
+            output.verbose = int(_effective(ctx, "verbose") or 0)
             settings = _effective_value(ctx, Settings)
             settings.check_files([name for name in _names(Settings) if _said(ctx, name) is not None])
             with Caches(settings, output) as caches, output.logging():
@@ -456,8 +431,8 @@ def task_options(function: Callable[..., R]) -> Callable[..., R]:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadOptions:
-    """How a snapshot is looked for."""
+class ReadOptions(TaskOptions):
+    """Which snapshot is looked for, and how."""
 
     snapshot_id: str
     read_policy: str | None
@@ -483,7 +458,7 @@ _READ = (
 
 def read_options(function: Callable[..., R]) -> Callable[..., R]:
     """The options of looking for a snapshot; the function gets them as `read_options`."""
-    return _decorated(_gathering(ReadOptions, "read_options", function), _READ)
+    return _decorated(_gathering(ReadOptions, "read_options", function), (*_TASK, *_READ))
 
 
 _SAVE = (

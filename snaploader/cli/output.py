@@ -53,6 +53,14 @@ _COW_ERRORS = {
 }
 """By name, because what has raised none has not imported `cow`; the nearest one counts."""
 
+_EXTRAS = {
+    "alembic": ("workspace", "workspaces need"),
+    "cronsim": ("workspace", "workspaces need"),
+    "sqlalchemy": ("workspace", "workspaces need"),
+    "prometheus_client": ("metrics", "--metrics-listen needs"),
+}
+"""By package: the extra that installs it, and what needs it."""
+
 
 class CheckFailed(Exception):
     """Checks ran to their end, and not all of them passed. What is wrong has been printed already."""
@@ -86,6 +94,11 @@ def explain(error: BaseException) -> Failure:
     if isinstance(error, click.ClickException):
         # Usage errors have exit code 2, which is InvalidArgument's too.
         return Failure("InvalidArgument", error.format_message(), error.exit_code)
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing in _EXTRAS:
+        extra, what_needs = _EXTRAS[missing]
+        message = f"{what_needs} the Python package {missing!r}, which is not installed: pip install"
+        return explain(errors.FailedPrecondition(f"{message} 'snaploader[cli,{extra}]'"))
     if isinstance(error, CheckFailed):
         return Failure("CheckFailed", str(error), CHECK_FAILED)
     if isinstance(error, KeyboardInterrupt | click.Abort):

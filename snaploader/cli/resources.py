@@ -8,24 +8,23 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from snaploader.cli.output import Output
 from snaploader.cli.process import load_grpc
 from snaploader.cli.values import check_file, format_time
-from snaploader.errors import FailedPrecondition, InvalidArgument, SnaploaderError, translate_os_errors
+from snaploader.errors import InvalidArgument, SnaploaderError, translate_os_errors
 from snaploader.files import open_private
 
 if TYPE_CHECKING:
     from snaploader.digest import Digest, DigestFunction
     from snaploader.filecache import FileCache
     from snaploader.loader import SnapshotLoader
-    from snaploader.remote import RemoteCache, RetryEvent, Timeouts, TLSConfig
+    from snaploader.remote import RemoteCache, RetryEvent, TLSConfig
     from snaploader.workspace import Catalog, ProcessRuntime, WorkspaceManager
 
 MAX_SECRET_BYTES = 64 << 10
@@ -35,13 +34,6 @@ REMOTE_FILES = ("bearer_token_file", "netrc", "tls_certificate", "tls_client_cer
 
 CATALOG_FILE = "catalog.sqlite"
 """The catalog in the state directory, where no other is named."""
-
-_EXTRAS = {
-    "alembic": "workspace",
-    "cronsim": "workspace",
-    "sqlalchemy": "workspace",
-    "prometheus_client": "metrics",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,35 +89,29 @@ class Settings:
             group_id=self.group_id,
         )
 
-    def check_files(self, names: Collection[str] | None = None) -> None:
-        """InvalidArgument when a file for the remote cache is missing.
-
-        Args:
-            names: Look at these settings only.
-        """
+    def check_files(self, names: Collection[str]) -> None:
+        """InvalidArgument when a file is missing that one of these settings names for the remote cache."""
         for name in REMOTE_FILES:
             path: Path | None = getattr(self, name)
-            if path is not None and (names is None or name in names):
-                check_file(option_name(name), path)
-        helper = self.credential_helper
-        if helper is None or not (names is None or "credential_helper" in names):
-            return
-        if shutil.which(helper) is None:
+            if path is not None and name in names:
+                check_file("--" + name.replace("_", "-"), path)
+        helper = self.credential_helper if "credential_helper" in names else None
+        if helper is not None and shutil.which(helper) is None:
             raise InvalidArgument(f"--credential-helper: {helper!r} is no program that can be run")
 
 
-class Caches:
+class Caches(contextlib.ExitStack):
     """Caches and loaders of one command, closed in reverse order at its end. For one thread."""
 
     def __init__(self, settings: Settings, output: Output) -> None:
+        super().__init__()
         self.settings = settings
         self.output = output
-        self._open = contextlib.ExitStack()
 
     @cached_property
     def file_cache(self) -> FileCache:
         """The local cache."""
-        return self._open.enter_context(self.settings.open_file_cache())
+        return self.enter_context(self.settings.open_file_cache())
 
     @cached_property
     def remote_cache(self) -> RemoteCache | None:
@@ -133,20 +119,24 @@ class Caches:
         settings = self.settings
         if not settings.remote_cache:
             return None
-        settings.check_files()
+        settings.check_files((*REMOTE_FILES, "credential_helper"))
         tokens = (settings.bearer_token_file, settings.credential_helper, settings.netrc)
         if sum(value is not None for value in tokens) > 1:
             raise InvalidArgument("give one of --bearer-token-file, --credential-helper and --netrc only")
+        call_s = settings.remote_timeout
+        if call_s <= 0:
+            raise InvalidArgument("--remote-timeout must be above 0")
         load_grpc()
-        from snaploader.remote import RemoteCache, RetryPolicy
+        from snaploader.remote import RemoteCache, RetryPolicy, Timeouts
 
-        return self._open.enter_context(
+        usual = Timeouts()
+        return self.enter_context(
             RemoteCache(
                 settings.remote_cache,
                 instance_name=settings.remote_instance_name,
                 headers=settings.remote_header,
                 tls=self._tls(),
-                timeouts=self._timeouts(),
+                timeouts=Timeouts(min(usual.connect_s, call_s), call_s, idle_s=min(usual.idle_s, call_s)),
                 retry=RetryPolicy(attempts=settings.remote_retries + 1),
                 digest_function=settings.function,
                 compression=settings.remote_cache_compression,
@@ -166,11 +156,7 @@ class Caches:
             options["digest_function"] = function
         readonly = self.settings.remote_readonly
         loader = SnapshotLoader(self.file_cache, self.remote_cache, remote_readonly=readonly, **options)
-        return self._open.enter_context(loader)
-
-    def enter(self, context: contextlib.AbstractContextManager[Any]) -> Any:
-        """Enter a context manager that is to end with the command, before the caches do."""
-        return self._open.enter_context(context)
+        return self.enter_context(loader)
 
     def missing_remotely(self, digests: Collection[Digest]) -> set[Digest] | None:
         """Which blobs the remote cache lacks; None without one, or with a warning when it cannot be asked."""
@@ -198,35 +184,11 @@ class Caches:
 
         return TLSConfig(settings.tls_certificate, certificate, key, settings.tls_server_name)
 
-    def _timeouts(self) -> Timeouts:
-        call = self.settings.remote_timeout
-        if call <= 0:
-            raise InvalidArgument("--remote-timeout must be above 0")
-        from snaploader.remote import Timeouts
-
-        defaults = Timeouts()
-        return Timeouts(
-            connect_s=min(defaults.connect_s, call), call_s=call, idle_s=min(defaults.idle_s, call)
-        )
-
     def _tell_retry(self, event: RetryEvent) -> None:
         self.output.wait(
             f"{event.operation}: attempt {event.attempt} failed ({event.error.message}), "
             f"trying again in {format_time(event.delay_s)}"
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
-
-
-def option_name(setting: str) -> str:
-    """The option on the command line that a setting comes from."""
-    return "--" + setting.replace("_", "-")
 
 
 def read_secret(path: Path | None) -> str | None:
@@ -278,12 +240,8 @@ class Workspaces:
 
     def __init__(self, caches: Caches, settings: WorkspaceSettings) -> None:
         self.caches = caches
+        self.output = caches.output
         self.settings = settings
-
-    @property
-    def output(self) -> Output:
-        """Where the command says things."""
-        return self.caches.output
 
     @property
     def host(self) -> str:
@@ -293,65 +251,38 @@ class Workspaces:
     @cached_property
     def catalog(self) -> Catalog:
         """The catalog, made when there is none."""
-        with needing_an_extra("workspaces need"):
-            from snaploader.workspace import Catalog
+        from snaploader.workspace import Catalog
 
-            if not self.settings.catalog:
-                self._folder()
-            catalog: Catalog = self._ending(Catalog.open(self.settings.catalog_url))
-            return catalog
+        if not self.settings.catalog:
+            self._folder()
+        return self.caches.enter_context(Catalog.open(self.settings.catalog_url))
 
     @cached_property
     def runtime(self) -> ProcessRuntime:
         """What runs the workspaces of this host."""
-        with needing_an_extra("workspaces need"):
-            from snaploader.workspace import ProcessRuntime
+        from snaploader.workspace import ProcessRuntime
 
-            runtime: ProcessRuntime = self._ending(ProcessRuntime(self._folder() / "runtime"))
-            return runtime
+        return self.caches.enter_context(ProcessRuntime(self._folder() / "runtime"))
 
     @cached_property
     def manager(self) -> WorkspaceManager:
         """What does things to workspaces."""
         catalog = self.catalog  # first: it tells best what is missing
-        with needing_an_extra("workspaces need"):
-            from snaploader.workspace import WorkspaceManager
+        from snaploader.workspace import WorkspaceManager
 
-            manager: WorkspaceManager = self._ending(
-                WorkspaceManager(
-                    catalog,
-                    self.caches.loader(),
-                    self.caches.file_cache,
-                    self.runtime,
-                    self._folder(),
-                    host=self.settings.host_name,
-                    instance_name=self.caches.settings.remote_instance_name,
-                )
-            )
-            return manager
+        manager = WorkspaceManager(
+            catalog,
+            self.caches.loader(),
+            self.caches.file_cache,
+            self.runtime,
+            self._folder(),
+            host=self.settings.host_name,
+            instance_name=self.caches.settings.remote_instance_name,
+        )
+        return self.caches.enter_context(manager)
 
     def _folder(self) -> Path:
         folder = self.settings.state_folder
         with translate_os_errors(f"cannot use the state directory {str(folder)!r}"):
             open_private(str(folder), "the state directory")
         return folder
-
-    def _ending(self, opened: Any) -> Any:
-        """The same; it is closed before the caches are."""
-        return self.caches.enter(contextlib.closing(opened))
-
-
-@contextlib.contextmanager
-def needing_an_extra(what: str) -> Iterator[None]:
-    """FailedPrecondition, naming the extra, when the block imports a package that is not installed."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        extra = _EXTRAS.get(missing)
-        if extra is None:
-            raise
-        raise FailedPrecondition(
-            f"{what} the Python package {missing!r}, which is not installed: "
-            f"pip install 'snaploader[cli,{extra}]'"
-        ) from error

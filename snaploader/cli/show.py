@@ -9,7 +9,6 @@ from typing import Any
 from snaploader import keys
 from snaploader.cli.lookup import (
     Lookup,
-    file_names,
     file_size,
     key_name,
     key_record,
@@ -32,16 +31,15 @@ from snaploader.policy import ReadPolicy
 
 
 @command("show")
-@task_options
 @read_options
-def show(caches: Caches, task_options: TaskOptions, read_options: ReadOptions) -> None:
+def show(caches: Caches, read_options: ReadOptions) -> None:
     """Show the key set, where its manifests are, and of what the snapshot that serves consists.
 
     Changes nothing in any cache, but for trees that are fetched. Ends as `restore` would when there is no
     snapshot, after showing the keys.
     """
     output = caches.output
-    looking = lookup(caches, task_options, read_options, readonly=True)
+    looking = lookup(caches, read_options, readonly=True)
     places = _manifest_places(caches, looking)
     error: SnaploaderError | None = None
     snapshot: Snapshot | None = None
@@ -109,7 +107,7 @@ def _manifest_places(caches: Caches, looking: Lookup) -> list[Place]:
 
 def _snapshot_record(caches: Caches, snapshot: Snapshot) -> dict[str, Any]:
     """A snapshot, and how much of each of its files and directories is where."""
-    digests = {name: _digests(snapshot, name) for name in file_names(snapshot)}
+    digests = {name: _digests(snapshot, name) for name in sorted(snapshot.manifest.names)}
     everything = {digest for of_file in digests.values() for digest in of_file}
     missing_locally = caches.file_cache.find_missing(everything)
     missing_remotely = caches.missing_remotely(everything) if snapshot.allow_remote else None

@@ -7,20 +7,12 @@ import re
 import stat
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
 from snaploader.errors import InvalidArgument, translate_os_errors
 from snaploader.policy import parse_duration_s
-
-if TYPE_CHECKING:
-    _Integer = click.ParamType[int]
-    _Float = click.ParamType[float]
-    _Pair = click.ParamType[tuple[str, str]]
-else:
-    # Only recent versions of click have a generic class here.
-    _Integer = _Float = _Pair = click.ParamType
 
 MAX_SIZE = (1 << 63) - 1
 """The largest file offset there is."""
@@ -92,7 +84,22 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
-class Size(_Integer):
+class _Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in recent versions only
+    """A type of options whose values a function reads; what it refuses is a usage error."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value, which has been converted already where it is no string."""
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except InvalidArgument as error:
+            self.fail(error.message, param, ctx)
+
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for."""
+        raise NotImplementedError
+
+
+class Size(_Parsed):
     """A number of bytes."""
 
     name = "size"
@@ -100,74 +107,58 @@ class Size(_Integer):
     def __init__(self, minimum: int = 0) -> None:
         self._minimum = minimum
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes; a usage error when `value` is none."""
-        try:
-            size = value if isinstance(value, int) else parse_size(str(value))
-        except InvalidArgument as error:
-            self.fail(error.message, param, ctx)
+    def parse(self, text: str) -> int:
+        """The bytes; see `parse_size`."""
+        size = parse_size(text)
         if size < self._minimum:
-            self.fail(f"{size} is too small: at least {self._minimum} is needed", param, ctx)
+            raise InvalidArgument(f"{size} is too small: at least {self._minimum} is needed")
         return size
 
 
 class ChunkSize(Size):
     """The size of a chunk."""
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes; a usage error when chunks cannot be of this size."""
+    def parse(self, text: str) -> int:
+        """The bytes, where chunks can be of this size."""
         from snaploader.formats.chunktable import check_geometry
 
-        size = super().convert(value, param, ctx)
-        try:
-            check_geometry(0, size)
-        except InvalidArgument as error:
-            self.fail(error.message, param, ctx)
+        size = super().parse(text)
+        check_geometry(0, size)
         return size
 
 
-class Duration(_Float):
+class Duration(_Parsed):
     """A number of seconds."""
 
     name = "duration"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The seconds; a usage error when `value` is no duration."""
-        try:
-            return float(value) if isinstance(value, int | float) else parse_duration_s(str(value))
-        except InvalidArgument as error:
-            self.fail(error.message, param, ctx)
+    def parse(self, text: str) -> float:
+        """The seconds, from a number with an optional unit: s, m, h or d."""
+        return parse_duration_s(text)
 
 
-class Mode(_Integer):
+class Mode(_Parsed):
     """Permission bits, octal as for chmod(1)."""
 
     name = "mode"
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def parse(self, text: str) -> int:
         """The number."""
-        if isinstance(value, int):
-            return value
-        text = str(value)
         if not re.fullmatch(r"[0-7]{3,4}", text):
-            self.fail(f"{text[:20]!r} is not an octal mode such as 0700 or 2770", param, ctx)
+            raise InvalidArgument(f"{text[:20]!r} is not an octal mode such as 0700 or 2770")
         return int(text, 8)
 
 
-class KeyValue(_Pair):
+class KeyValue(_Parsed):
     """A pair written as k=v. In an environment variable there is one pair on each line."""
 
     name = "k=v"
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
+    def parse(self, text: str) -> tuple[str, str]:
         """The pair, split at the first equals sign. Messages never quote it: it may be a secret."""
-        if isinstance(value, tuple):
-            return str(value[0]), str(value[1])
-        key, equals, content = str(value).partition("=")
+        key, equals, content = text.partition("=")
         if not equals or not key.strip():
-            self.fail("an option of this kind is written as k=v, with a key that is not empty", param, ctx)
+            raise InvalidArgument("an option of this kind is written as k=v, with a key that is not empty")
         return key.strip(), content
 
     def split_envvar_value(self, rv: str) -> list[str]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import click
 
 from snaploader.cli.options import option, workspace_command
-from snaploader.cli.output import CheckFailed, record
+from snaploader.cli.output import CheckFailed, Output, record
 from snaploader.cli.process import stop_signal
-from snaploader.cli.resources import Workspaces, needing_an_extra
+from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import DURATION, parse_address
 from snaploader.errors import InvalidArgument, Unavailable
 
@@ -54,43 +54,29 @@ def lifecycle(
     """
     if tick is not None and not once:
         raise InvalidArgument("--tick goes with --once only")
+    from snaploader.workspace.hooks import Hooks
+    from snaploader.workspace.lifecycle import LifecycleExecutor
+
+    make_executor = functools.partial(LifecycleExecutor, workspaces.manager, max_concurrency=max_concurrency)
     if once:
         at = None if tick is None else parse_time(tick)
-        with _executor(workspaces, max_concurrency) as executor:
-            _print_stats(workspaces, executor.run_once(at))
+        with make_executor() as executor:
+            _print_stats(workspaces.output, executor.run_once(at))
         return
     if interval <= 0:
         raise InvalidArgument("--interval must be above 0")
-    with stop_signal() as stopped, _metrics(workspaces, metrics_listen) as metrics:
+    output = workspaces.output
+    with stop_signal() as stopped, _metrics(output, metrics_listen) as metrics:
         for line in summary_lines(workspaces.manager.recover()):
-            workspaces.output.talk(line)
-        show = functools.partial(_print_record, workspaces)
+            output.talk(line)
+        hooks = Hooks(audit=(functools.partial(_print_transition, output),))
         with (
-            _executor(workspaces, max_concurrency, metrics=metrics, show=show) as executor,
+            make_executor(hooks=hooks, metrics=metrics) as executor,
             _running(executor, interval, ended=stopped.wake),
         ):
-            workspaces.output.talk(f"looking every {interval:g} s; stop with Ctrl-C")
+            output.talk(f"looking every {interval:g} s; stop with Ctrl-C")
             stopped.wait()
-    workspaces.output.talk("stopped")
-
-
-@contextlib.contextmanager
-def _executor(
-    workspaces: Workspaces,
-    max_concurrency: int,
-    *,
-    metrics: Metrics | None = None,
-    show: Callable[[AuditRecord], None] | None = None,
-) -> Iterator[LifecycleExecutor]:
-    """What makes the transitions; `show` is told of each."""
-    with needing_an_extra("workspaces need"):
-        from snaploader.workspace.hooks import Hooks
-        from snaploader.workspace.lifecycle import LifecycleExecutor
-    hooks = Hooks() if show is None else Hooks(audit=(show,))
-    with LifecycleExecutor(
-        workspaces.manager, max_concurrency=max_concurrency, hooks=hooks, metrics=metrics
-    ) as executor:
-        yield executor
+    output.talk("stopped")
 
 
 @contextlib.contextmanager
@@ -119,16 +105,16 @@ def _running(executor: LifecycleExecutor, interval_s: float, ended: Callable[[],
 
 
 @contextlib.contextmanager
-def _metrics(workspaces: Workspaces, listen: str | None) -> Iterator[Metrics | None]:
+def _metrics(output: Output, listen: str | None) -> Iterator[Metrics | None]:
     """Metrics of the lifecycle, served while the block runs; None when they are not asked for."""
     if listen is None:
         yield None
         return
     host, port = parse_address(listen, "--metrics-listen")
-    with needing_an_extra("workspaces need"):
-        from snaploader.workspace.lifecycle import Metrics
-    with needing_an_extra("--metrics-listen needs"):
-        from prometheus_client import CollectorRegistry, start_http_server
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    from snaploader.workspace.lifecycle import Metrics
+
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     try:
@@ -136,7 +122,7 @@ def _metrics(workspaces: Workspaces, listen: str | None) -> Iterator[Metrics | N
     except OSError as error:
         raise Unavailable(f"--metrics-listen: cannot listen on {listen}: {error.strerror}") from error
     try:
-        workspaces.output.talk(f"metrics on http://{host}:{server.server_port}/metrics")
+        output.talk(f"metrics on http://{host}:{server.server_port}/metrics")
         yield metrics
     finally:
         server.shutdown()
@@ -153,8 +139,7 @@ def parse_time(text: str) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
-def _print_record(workspaces: Workspaces, audit: AuditRecord) -> None:
-    output = workspaces.output
+def _print_transition(output: Output, audit: AuditRecord) -> None:
     names = ("workspace_id", "owner", "transition", "state_before", "state_after", "created_at", "error")
     output.json_line(record(audit, *names))
     outcome = audit.error or f"{audit.state_before} → {audit.state_after}"
@@ -162,11 +147,11 @@ def _print_record(workspaces: Workspaces, audit: AuditRecord) -> None:
     output.flush()
 
 
-def _print_stats(workspaces: Workspaces, stats: Stats) -> None:
-    output = workspaces.output
-    output.data(record(stats, "tick", "transitions", "errors", "skipped", "elapsed_s"))
-    for name, transition in stats.transitions.items():
-        output.text(f"{name}  {transition}")
+def _print_stats(output: Output, stats: Stats) -> None:
+    output.data(
+        record(stats, "tick", "transitions", "errors", "skipped", "elapsed_s"),
+        *(f"{name}  {transition}" for name, transition in stats.transitions.items()),
+    )
     for name, why in stats.skipped.items():
         output.detail(f"{name} was left alone: {why}")
     for name, error in stats.errors.items():
@@ -192,9 +177,7 @@ def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) 
     Ends with exit code 13 when something could not be put right.
     """
     summary = workspaces.manager.recover(rebind_state=rebind_state, forget_remote=forget_remote)
-    workspaces.output.data(dataclasses.asdict(summary))
-    for line in summary_lines(summary):
-        workspaces.output.text(line)
+    workspaces.output.data(dataclasses.asdict(summary), *summary_lines(summary))
     if summary.problems:
         count = len(summary.problems)
         things = "1 thing" if count == 1 else f"{count} things"

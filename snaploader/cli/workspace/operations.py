@@ -165,9 +165,7 @@ def pause(workspaces: Workspaces, workspace_id: str) -> None:
 @workspace_command("workspace resume")
 @click.argument("workspace_id", metavar="WORKSPACE")
 @option(
-    "--ready-timeout",
-    type=DURATION,
-    help="How long it may take to be ready.  [default: as given to create]",
+    "--ready-timeout", type=DURATION, help="How long it may take to be ready.  [default: as given to create]"
 )
 def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | None) -> None:
     """Bring a paused workspace back, and wait until it is ready."""
@@ -194,9 +192,7 @@ def stop(workspaces: Workspaces, workspace_id: str) -> None:
 @workspace_command("workspace rm")
 @click.argument("workspace_ids", metavar="WORKSPACE…", nargs=-1, required=True)
 @option(
-    "--forget-remote",
-    is_flag=True,
-    help="Leave commits in the remote cache, which may be gone for good.",
+    "--forget-remote", is_flag=True, help="Leave commits in the remote cache, which may be gone for good."
 )
 @destructive
 def remove(
@@ -261,11 +257,7 @@ def version(workspaces: Workspaces, workspace_id: str) -> None:
 @workspace_command("workspace rollback")
 @click.argument("workspace_id", metavar="WORKSPACE")
 @click.argument("number", metavar="VERSION", type=int)
-@option(
-    "--keep-current",
-    is_flag=True,
-    help="First keep the present state as a version.",
-)
+@option("--keep-current", is_flag=True, help="First keep the present state as a version.")
 def rollback(workspaces: Workspaces, workspace_id: str, number: int, keep_current: bool) -> None:
     """Go back to a version of a workspace. Its present state is lost, unless it is kept.
 

@@ -8,14 +8,8 @@ from typing import Any
 
 import click
 
-from snaploader.cli.options import (
-    Group,
-    option,
-    shared_options,
-    workspace_command,
-    workspace_options,
-)
-from snaploader.cli.resources import Workspaces, needing_an_extra
+from snaploader.cli.options import Group, option, shared_options, workspace_command, workspace_options
+from snaploader.cli.resources import Workspaces
 from snaploader.cli.workspace.records import workspace_record
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.policy import parse_duration_s
@@ -136,8 +130,8 @@ def set_(
 ) -> None:
     """Change what the lifecycle goes by. All else of a workspace is as it was made."""
     if schedule:
-        with needing_an_extra("workspaces need"):
-            from snaploader.workspace.policy import parse_schedule
+        from snaploader.workspace.policy import parse_schedule
+
         parse_schedule(schedule)
     given = {"policy": policy, "owner": owner, "autostart_schedule": schedule}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from snaploader.cli.output import Branch, record
 from snaploader.cli.values import format_size, time_words
-from snaploader.workspace import (
-    SnapshotInfo,
-    SnapshotKind,
-    SnapshotRecord,
-    Workspace,
-    WorkspaceState,
-)
+from snaploader.workspace import SnapshotInfo, SnapshotKind, SnapshotRecord, Workspace, WorkspaceState
 
 if TYPE_CHECKING:
     pass
