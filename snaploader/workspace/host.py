@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from snaploader._environment import read_boot_id
 from snaploader.errors import (
@@ -32,10 +32,8 @@ from snaploader.errors import (
 )
 from snaploader.files import flush_folder, open_new, open_private
 from snaploader.locks import lock_new
+from snaploader.workspace.catalog import Catalog, HostState
 from snaploader.workspace.model import check_workspace_id
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Catalog
 
 FIRST_PAUSE_S = 0.001
 LONGEST_PAUSE_S = 0.05
@@ -106,7 +104,7 @@ class HostHome:
                         "recover(rebind_state=True))"
                     )
                 with self._catalog.transaction() as tx:
-                    tx.claim_host(self._host, state_id, folder, place, replace=replace)
+                    tx.claim_host(HostState(self._host, state_id, folder, place), replace=replace)
             self.is_claimed = True
 
     def _state_id(self) -> str:

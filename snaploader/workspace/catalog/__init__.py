@@ -13,7 +13,7 @@ SQLite by default, with nothing to install; PostgreSQL by URL, for many hosts. O
 from __future__ import annotations
 
 from snaploader.workspace.catalog.catalog import Catalog
-from snaploader.workspace.catalog.reader import DueWorkspace, Reader
+from snaploader.workspace.catalog.reader import DueWorkspace, HostState, Reader
 from snaploader.workspace.catalog.transaction import Transaction
 
-__all__ = ["Catalog", "DueWorkspace", "Reader", "Transaction"]
+__all__ = ["Catalog", "DueWorkspace", "HostState", "Reader", "Transaction"]

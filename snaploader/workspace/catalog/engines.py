@@ -68,8 +68,6 @@ _NEARLY_A_URL = re.compile(
 """What a URL becomes by a slip, and libpq's `password=…`: as a path it would be repeated in every message."""
 _YES = frozenset({"true", "yes", "on", "y", "t", "1"})
 """What SQLAlchemy takes for `uri=true`."""
-_NEVER_CREATED = ("ro", "rw")
-"""Modes of SQLite's URIs in which a file must be there."""
 _USER = re.compile(r"[^/]*:[^/]*@")
 
 BUSY_TIMEOUT_S = 30.0
@@ -106,8 +104,6 @@ _WRITES = "snaploader_writes"
 
 _LOOK_EVERY_S = 0.25
 """How often whoever waits for a lock checks whether the waiting was cancelled."""
-
-_LOCK_NOT_AVAILABLE = "55P03"
 
 _log = logging.getLogger(__name__)
 
@@ -227,7 +223,7 @@ def prepare_database(engine: Engine) -> None:
     """Create an SQLite file that is not there, readable by its owner alone, and switch it to WAL mode."""
     if engine.dialect.name != SQLITE:
         return
-    if not (_is_uri(engine.url) and engine.url.query.get("mode") in _NEVER_CREATED):
+    if not (_is_uri(engine.url) and engine.url.query.get("mode") in ("ro", "rw")):  # where it must be there
         _create_file(file_of(engine.url))
     with contextlib.closing(engine.raw_connection()) as connection:
         cursor = connection.cursor()
@@ -373,7 +369,7 @@ def _wait(connection: Connection, key: int, timeout_s: float) -> bool:
     try:
         connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
     except exc.DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
             raise
         return False
     return True

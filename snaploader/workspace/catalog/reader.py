@@ -44,6 +44,7 @@ class HostState(NamedTuple):
     host: str
     state_id: str
     state_directory: str
+    """Its path, for messages."""
     place: Mapping[str, Any] | None = None
     """Where it lies: whatever tells it from a copy, as the manager says; None: not known yet."""
 

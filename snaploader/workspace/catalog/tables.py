@@ -190,9 +190,11 @@ _SERIAL = BigInteger().with_variant(Integer, "sqlite")
 """Numbers that the database gives. SQLite does so for columns that are declared INTEGER only."""
 
 
-def _one_of(column: str, enumeration: type[StrEnum]) -> CheckConstraint:
+def _choice(name: str, enumeration: type[StrEnum]) -> tuple[Column[Any], CheckConstraint]:
+    """Return a column of one of these values, and what holds it to them."""
     values = ", ".join(f"'{each.value}'" for each in enumeration)
-    return CheckConstraint(f"{column} IN ({values})", name=f"{column}_is_known")
+    constraint = CheckConstraint(f"{name} IN ({values})", name=f"{name}_is_known")
+    return Column(name, Choice(enumeration), nullable=False), constraint
 
 
 policies = Table(
@@ -206,8 +208,7 @@ owners = Table(
     "owners",
     metadata,
     Column("name", Word, primary_key=True),
-    Column("status", Choice(OwnerStatus), nullable=False),
-    _one_of("status", OwnerStatus),
+    *_choice("status", OwnerStatus),
 )
 
 hosts = Table(
@@ -232,7 +233,7 @@ workspaces = Table(
     metadata,
     Column("id", Word, primary_key=True),
     Column("host", Word, nullable=False),
-    Column("state", Choice(WorkspaceState), nullable=False),
+    *_choice("state", WorkspaceState),
     Column("owner", OptionalWord, ForeignKey("owners.name")),
     Column("base", Word, nullable=False),
     Column("policy", Word, ForeignKey("policies.name"), nullable=False),
@@ -254,7 +255,6 @@ workspaces = Table(
     Column("operation_started_at", Moment),
     Column("operation_snapshot", Word),
     Column("operation_version", Integer),
-    _one_of("state", WorkspaceState),
     CheckConstraint("last_version >= 0", name="last_version_is_a_number"),
     CheckConstraint(
         "(operation_kind IS NULL) = (operation_token IS NULL)"
@@ -275,20 +275,16 @@ snapshots = Table(
     Column("name", Word, primary_key=True),
     Column("workspace_id", Word, ForeignKey("workspaces.id"), nullable=False),
     Column("runtime_name", Word, nullable=False),
-    Column("kind", Choice(SnapshotKind), nullable=False),
-    Column("scope", Choice(Scope), nullable=False),
-    Column("source", Choice(SnapshotSource), nullable=False),
-    Column("status", Choice(SnapshotStatus), nullable=False),
+    *_choice("kind", SnapshotKind),
+    *_choice("scope", Scope),
+    *_choice("source", SnapshotSource),
+    *_choice("status", SnapshotStatus),
     Column("display_name", Prose, nullable=False),
     Column("parent", Word, nullable=False),
     Column("manifest_ref", Word, nullable=False),
     Column("is_remote", Boolean, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("created_at", Moment, nullable=False),
-    _one_of("kind", SnapshotKind),
-    _one_of("scope", Scope),
-    _one_of("source", SnapshotSource),
-    _one_of("status", SnapshotStatus),
     CheckConstraint("size_bytes >= 0", name="size_is_a_number"),
     UniqueConstraint("runtime_name"),
     Index(None, "workspace_id", "created_at"),
@@ -327,15 +323,13 @@ runs = Table(
     metadata,
     Column("id", _SERIAL, primary_key=True),
     Column("workspace_id", Word, ForeignKey("workspaces.id"), nullable=False),
-    Column("transition", Choice(RunTransition), nullable=False),
-    Column("status", Choice(RunStatus), nullable=False),
+    *_choice("transition", RunTransition),
+    *_choice("status", RunStatus),
     Column("created_at", Moment, nullable=False),
     Column("completed_at", Moment),
     Column("deadline", Moment),
     Column("reason", Prose, nullable=False),
     Column("error", Prose, nullable=False),
-    _one_of("transition", RunTransition),
-    _one_of("status", RunStatus),
     Index(None, "workspace_id", "id"),
     sqlite_autoincrement=True,
 )

@@ -33,7 +33,7 @@ from snaploader.errors import (
 )
 from snaploader.workspace.catalog import tables
 from snaploader.workspace.catalog.engines import POSTGRESQL
-from snaploader.workspace.catalog.reader import Reader
+from snaploader.workspace.catalog.reader import HostState, Reader
 from snaploader.workspace.model import (
     MAX_VERSION,
     Event,
@@ -402,26 +402,13 @@ class Transaction(Reader):
         self._locked.clear()
         self._run(delete(tables.policies).where(tables.policies.c.name == name))
 
-    def claim_host(
-        self,
-        host: str,
-        state_id: str,
-        state_directory: str,
-        place: Mapping[str, Any] | None = None,
-        *,
-        replace: bool = False,
-    ) -> None:
+    def claim_host(self, claim: HostState, *, replace: bool = False) -> None:
         """Say which state directory a host works with.
 
-        Args:
-            state_directory: Its path, for messages.
-            place: What tells it from a copy.
-            replace: Also when the host has another one.
-
-        Raises:
-            FailedPrecondition: the host has another one, or this one is another host's.
+        FailedPrecondition: the host has another one, unless that is to be replaced, or it is another host's.
         """
         table = tables.hosts
+        host, state_id, state_directory, place = claim
         shown = state_directory.encode(errors="backslashreplace").decode().replace("\0", "")
         owner = self._first(select(table).where(table.c.state_id == state_id, table.c.name != host))
         if owner is not None:

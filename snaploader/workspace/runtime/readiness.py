@@ -129,11 +129,7 @@ _SHOWN_LOG_LINES = 10
 class RunWatch:
     """Notices the end of a workspace's run. A context manager.
 
-    Args:
-        grace_s: How long what the command leaves behind may take to end.
-
-    Raises:
-        FailedPrecondition: The workspace does not run.
+    FailedPrecondition: the workspace does not run. What the command leaves behind has `grace_s` to end.
     """
 
     def __init__(self, workspace_id: str, folder: Folder, grace_s: float) -> None:

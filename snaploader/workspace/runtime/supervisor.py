@@ -40,10 +40,6 @@ _NOT_STARTED = 127
 """Exit code of a command that cannot be started, as in shells."""
 _ENDED = frozenset(b"ZXx")
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import FrameType
-
 
 class ProcessStat:
     """The fields of /proc/<pid>/stat that are needed; see proc_pid_stat(5)."""
@@ -143,18 +139,15 @@ class Log:
         self._fd = fd
         self._size = os.fstat(fd).st_size
 
-    def _begin_anew(self) -> None:
-        try:
-            os.replace(self._path, f"{self._path}.1")
-        except FileNotFoundError:
-            pass  # moved by an earlier try, which could not open a new one
-        self._open()
-
     def write(self, data: bytes) -> None:
         """Append. What a full disk does not take is lost: the command is not held up by its log."""
         try:
             if self._size + len(data) > MAX_LOG_BYTES:
-                self._begin_anew()
+                try:
+                    os.replace(self._path, f"{self._path}.1")
+                except FileNotFoundError:
+                    pass  # moved by an earlier try, which could not open a new one
+                self._open()
             self._size += os.write(self._fd, data)
         except OSError:
             pass
@@ -169,7 +162,8 @@ class Supervisor:
         self._wake, wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD):
-            _handle(number)
+            # Its number is written to the wake-up descriptor. Unlike SIG_IGN, doing nothing is not inherited.
+            signal.signal(number, lambda *_: None)  # noqa: TID251  (this is a program)
         self._output, self._output_writer = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._output, False)
         self._log = Log(orders.log)
@@ -238,18 +232,15 @@ class Supervisor:
             os._exit(_NOT_STARTED)
 
     def _write_run(self, supervisor: int) -> None:
-        processes = ", ".join(
-            f'"{name}": [{pid}, {_start_ticks(pid)}]'
-            for name, pid in (
-                ("guard", self._guard),
-                ("supervisor", supervisor),
-                ("command", self._command),
-            )
-        )
+        pids = {"guard": self._guard, "supervisor": supervisor, "command": self._command}
+        processes = ""
+        for name, pid in pids.items():
+            stat = read_stat(pid)
+            processes += f', "{name}": [{pid}, {0 if stat is None else stat.start_ticks}]'
         replace_file(
             self._orders.run,
             f'{{"token": "{self._orders.token}", "boot_id": "{self._orders.boot_id}", '
-            f'"started_at_us": {time.time_ns() // 1000}, {processes}}}\n',
+            f'"started_at_us": {time.time_ns() // 1000}{processes}}}\n',
         )
 
     def _reap(self) -> bool:
@@ -382,20 +373,6 @@ def _prctl(option: int, value: int) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-
-
-def _start_ticks(pid: int) -> int:
-    stat = read_stat(pid)
-    return stat.start_ticks if stat is not None else 0
-
-
-def _handle(number: int) -> None:
-    """Let a signal write its number to the wake-up descriptor, and do nothing else."""
-    signal.signal(number, _ignore)  # noqa: TID251  (this is a program)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing; unlike SIG_IGN, this is not inherited."""
 
 
 def _reset_signals() -> None:

@@ -95,7 +95,7 @@ def host(tmp_path: Path, populated: Path) -> Iterator[Host]:
         with catalog.transaction() as transaction:  # the copy is the host's from now on
             state = transaction.host_state("here")
             assert state is not None
-            transaction.claim_host("here", state.state_id, str(folder / "state"))
+            transaction.claim_host(state._replace(state_directory=str(folder / "state"), place=None))
         with open_host(folder, catalog) as opened:
             yield opened
 

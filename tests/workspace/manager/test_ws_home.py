@@ -147,7 +147,7 @@ def test_a_host_of_an_earlier_release_is_known_from_its_next_operation_on(
     with host.catalog.transaction() as tx:
         state = tx.host_state("host-a")
         assert state is not None
-        tx.claim_host("host-a", state.state_id, state.state_directory)
+        tx.claim_host(state._replace(place=None))
     make_host().manager.stop("one")
     with host.catalog.reading() as reader:
         assert reader.host_state("host-a") == state
