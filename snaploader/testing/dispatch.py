@@ -102,7 +102,6 @@ class CallLog:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the calls and the counters."""
         with self._lock:
             self._calls: deque[Call] = deque()
             self._hashes = 0
@@ -111,7 +110,6 @@ class CallLog:
             self._sent: Counter[str] = Counter()
 
     def begin(self, call: Call) -> None:
-        """Record a call that begins."""
         with self._lock:
             self._counts[call.method] += 1
             self._calls.append(call)
@@ -120,7 +118,6 @@ class CallLog:
                 self._hashes -= len(self._calls.popleft().hashes)
 
     def end(self, call: Call, status: str) -> None:
-        """Record how it ended."""
         with self._lock:
             call.status = status
             self._received[call.method] += call.received_bytes
@@ -156,7 +153,6 @@ class Dispatcher:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is under way."""
         return self._active == 0
 
     async def close(self) -> None:

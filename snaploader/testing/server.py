@@ -245,6 +245,7 @@ class LoopThread:
         self._users = 0
         self._pid = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
@@ -253,9 +254,12 @@ class LoopThread:
             if self._pid != os.getpid():
                 self._pid, self._users = os.getpid(), 0
             if self._users == 0:
-                self._loop = asyncio.new_event_loop()
+                self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
                 self._thread = threading.Thread(
-                    target=self._serve, args=(self._loop,), name="snaploader-server-loop", daemon=True
+                    target=self._serve,
+                    args=(self._loop, self._stop),
+                    name="snaploader-server-loop",
+                    daemon=True,
                 )
                 self._thread.start()
             self._users += 1
@@ -268,7 +272,7 @@ class LoopThread:
                 return
             assert self._loop is not None
             assert self._thread is not None
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
             self._loop = self._thread = None
 
@@ -278,18 +282,9 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     @staticmethod
-    def _serve(loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        try:
-            loop.run_forever()
-        finally:
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            asyncio.set_event_loop(None)
-            loop.close()
+    def _serve(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(stop.wait())
 
 
 LOOP = LoopThread()

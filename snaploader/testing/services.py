@@ -107,18 +107,13 @@ class Backend:
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="snaploader-server")
 
     def close(self) -> None:
-        """End the threads, after what they are doing."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        """Run `work(*args)` on a worker thread."""
         return asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     async def run_to_end(self, work: Callable[..., T], *args: object) -> T:
-        """The same, but when the caller is cancelled, it is so only after the work has ended.
-
-        For work on what the caller closes or hands on afterwards.
-        """
+        """Do as `run`, for work on what the caller closes: when it is cancelled, the work ends first."""
         future = self.run(work, *args)
         try:
             return await asyncio.shield(future)
@@ -162,7 +157,6 @@ class Backend:
             raise InvalidArgument(f"the blob {digest} is bigger than max_cas_blob_size_bytes, {limit} bytes")
 
     def check_writable(self) -> None:
-        """PermissionDenied on a server that is read-only."""
         if self.options.read_only:
             raise errors.PermissionDenied("this server is read-only")
 
@@ -189,7 +183,6 @@ class Backend:
 
 
 def digest_of(message: reapi.Digest, function: DigestFunction) -> Digest:
-    """A digest of a request. InvalidArgument when malformed."""
     return Digest.checked(message.hash, message.size_bytes, function)
 
 
@@ -205,14 +198,11 @@ def blob_bytes(partition: Partition, digest: Digest) -> bytes | None:
     reader = partition.open(digest)
     if reader is None:
         return None
-    try:
+    with contextlib.closing(reader):
         return reader.read(0, reader.size)
-    finally:
-        reader.close()
 
 
 def status_of(code: grpc.StatusCode, message: str = "") -> status_pb2.Status:
-    """A status inside a message."""
     return status_pb2.Status(code=code.value[0], message=message)
 
 
