@@ -71,7 +71,7 @@ class Finding:
 
 
 def check(manager: WorkspaceManager) -> list[Finding]:
-    """Everything that is wrong with the workspaces of the manager's host; empty when nothing is.
+    """Everything that is wrong with the workspaces of the manager's host.
 
     Reads the manifest of each snapshot that is kept here, and looks for every blob, but does not read
     content: `FileCache.verify` does. What others are working on is left out.

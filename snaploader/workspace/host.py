@@ -62,11 +62,7 @@ def write_new(path: str, data: bytes) -> None:
 
 
 class HostHome:
-    """Claims the host for its state directory, once. Thread-safe.
-
-    Args:
-        folder: The state directory; it exists.
-    """
+    """Claims the host for its state directory, once. Thread-safe."""
 
     def __init__(self, folder: str, catalog: Catalog, host: str) -> None:
         self._folder = folder
@@ -78,11 +74,8 @@ class HostHome:
     def claim(self, *, replace: bool = False) -> None:
         """Make sure that this is the host's state directory; the first one that asks is.
 
-        Args:
-            replace: Take the place of another one, which is lost for good.
-
-        Raises:
-            FailedPrecondition: The host has another state directory; this one is another host's, or a copy.
+        FailedPrecondition when the host has another one, unless that is to be replaced because it is lost for
+        good, or when this one is another host's, or a copy.
         """
         with self._mutex:
             if self.is_claimed and not replace:
@@ -233,15 +226,9 @@ class WorkspaceLocks:
     def acquire(
         self, workspace_id: str, *, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> HeldLock:
-        """The lock of a workspace, after waiting for it.
+        """The lock of a workspace, after waiting for it. DeadlineExceeded when others held it all the time.
 
-        Args:
-            timeout_s: How long to wait, in seconds; None: for ever.
-            cancelled: Set from elsewhere to call the waiting off.
-
-        Raises:
-            DeadlineExceeded: Somebody else held it all the time.
-            Cancelled: The waiting was called off.
+        Setting `cancelled` calls the waiting off, which raises Cancelled.
         """
         give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
         path = f"{self._folder}/{check_workspace_id(workspace_id)}{_LOCK}"

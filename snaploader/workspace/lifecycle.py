@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument
@@ -145,16 +145,11 @@ class LifecycleExecutor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
-        """Wait until the hooks took what is left, at most `timeout_s`; whether they did.
-
-        For when nothing runs any more.
-        """
+        """Once nothing runs any more, wait for hooks to take what is left; whether they did in time."""
         return self._delivery.close(timeout_s)
 
     def run_once(self, tick: datetime | None = None, *, stop: threading.Event | None = None) -> Stats:
@@ -278,10 +273,7 @@ class LifecycleExecutor:
     def _make(
         self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
     ) -> Notification | None:
-        """Make the transition that was decided. None: it was no longer to be made when it was about to begin.
-
-        Raises whatever the manager and the catalog do.
-        """
+        """Make the transition that was decided. None: it was no longer to be made."""
         workspace = situation.workspace
         match transition:
             case Transition.AUTOSTOP if situation.policy.autostop_action is StopAction.PAUSE:
@@ -395,9 +387,6 @@ def wall_clock_ticks(
     The next tick is looked for when the one before was dealt with: two never overlap, those that were missed
     are left out, and delays do not add up. A clock that is set to another time gives a tick at once or within
     one interval.
-
-    Raises:
-        InvalidArgument: the interval is not above zero.
     """
     if not 0 < interval_s < float("inf"):
         raise InvalidArgument(f"the interval of ticks must be above 0 s: it is {interval_s!r}")

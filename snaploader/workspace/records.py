@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import PRIVATE, flush_folder
+from snaploader.workspace.catalog import Reader
 from snaploader.workspace.host import state_folder, write_new
 from snaploader.workspace.model import (
     MAX_VERSION,
@@ -41,9 +42,6 @@ from snaploader.workspace.model import (
     is_workspace_id,
 )
 from snaploader.workspace.policy import Policy
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader
 
 STAGING = ".staging-"
 TRASH = ".trash-"
@@ -80,11 +78,7 @@ class PausedRecord:
 
     @classmethod
     def of(cls, reader: Reader, workspace: Workspace, new: SnapshotRecord | None = None) -> PausedRecord:
-        """The record of a workspace that the catalog knows.
-
-        Args:
-            new: The snapshot that it is being paused as, which the catalog does not know as complete yet.
-        """
+        """The record of a workspace; `new` is what it is being paused as, not complete in the catalog yet."""
         snapshots = [
             # Of pauses only the one that it is paused as counts: an earlier one is on its way out.
             snapshot
@@ -104,11 +98,7 @@ class PausedRecord:
 
 
 class PausedRecords:
-    """The folder of paused workspaces. Thread-safe; what is done to one id needs the lock of its workspace.
-
-    Args:
-        folder: Made if absent.
-    """
+    """The folder of paused workspaces. Thread-safe; what is done to one needs the lock of its workspace."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = state_folder(folder)
@@ -139,12 +129,7 @@ class PausedRecords:
                 raise
 
     def read(self, workspace_id: str) -> PausedRecord:
-        """The record of a workspace.
-
-        Raises:
-            NotFound: There is none.
-            DataLoss: It cannot be read, or is of another workspace.
-        """
+        """The record of a workspace. DataLoss when it cannot be read, or is of another workspace."""
         return self._read(check_workspace_id(workspace_id), workspace_id)
 
     def read_leftover(self, name: str) -> PausedRecord:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition
+from snaploader.workspace.catalog import Transaction
 from snaploader.workspace.manager.operation import ALIVE, Services, Work
 from snaploader.workspace.manager.snapshots import Saved, completed, let_go, new_record, remove_unfinished
 from snaploader.workspace.model import (
@@ -21,9 +21,6 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.records import PausedRecord
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Transaction
 
 COMMIT = "workspace_commit"
 

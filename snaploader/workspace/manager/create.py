@@ -7,10 +7,10 @@ is not shown. A creation that fails, or whose process is killed, leaves nothing 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from snaploader.errors import FailedPrecondition, NotFound
+from snaploader.workspace.catalog import Reader
 from snaploader.workspace.manager.commit import COMMIT
 from snaploader.workspace.manager.operation import Services, Work, give_slot_back, new_operation
 from snaploader.workspace.manager.snapshots import completed, new_record
@@ -27,75 +27,59 @@ from snaploader.workspace.model import (
 )
 from snaploader.workspace.policy import parse_schedule
 
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader
-
 CREATE = "workspace_create"
 FORK = "workspace_fork"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a new workspace is to be.
-
-    Raises:
-        TypeError: its command or environment holds something else than text.
-        InvalidArgument: its schedule is malformed.
-    """
-
-    spec: WorkspaceSpec
-    owner: str
-    base: str
-    policy: str
-    autostart_schedule: str
-    start: bool
-
-    def __post_init__(self) -> None:
-        if self.autostart_schedule:
-            parse_schedule(self.autostart_schedule)
-        environment = self.spec.environment
-        for what, texts in (
-            ("command", self.spec.command),
-            ("environment", [*environment, *environment.values()]),
-        ):
-            for text in texts:
-                if not isinstance(text, str):
-                    raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
+def new_workspace(
+    services: Services, spec: WorkspaceSpec, owner: str, base: str, policy: str, autostart_schedule: str
+) -> Workspace:
+    """The workspace that is to be. TypeError or InvalidArgument when it cannot be."""
+    if autostart_schedule:
+        parse_schedule(autostart_schedule)
+    for what, texts in (
+        ("command", spec.command),
+        ("environment", [*spec.environment, *spec.environment.values()]),
+    ):
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
+    now = services.clock()
+    stopped = WorkspaceState.STOPPED
+    return Workspace(spec, services.host, stopped, now, now, owner, base, policy, autostart_schedule)
 
 
-def create(services: Services, plan: Plan, source: str | os.PathLike[str] | None) -> Workspace:
+def create(
+    services: Services, workspace: Workspace, source: str | os.PathLike[str] | None, *, start: bool
+) -> Workspace:
     """Reserve, make the files, keep what it began as, start, record. See `WorkspaceManager.create`."""
-    _check_nothing_is_here(services, plan.spec.workspace_id)
+    _check_nothing_is_here(services, workspace.id)
     has_content = source is not None
-    work = _begin(services, plan, OperationKind.CREATE, Scope.FULL if has_content else None)
+    work = _begin(services, workspace, OperationKind.CREATE, Scope.FULL if has_content else None)
     with work:
-        services.runtime.create(plan.spec, source)
+        services.runtime.create(workspace.spec, source)
         work.reach("made")
         base = work.capture().record if has_content else None
-        return _finish(work, plan, CREATE, base, template=plan.base)
+        return _finish(work, CREATE, base, start=start, template=workspace.base)
 
 
-def fork(services: Services, origin: SnapshotRecord, plan: Plan) -> Workspace:
+def fork(services: Services, workspace: Workspace, origin: SnapshotRecord, *, start: bool) -> Workspace:
     """Reserve, derive, place, start, record. See `WorkspaceManager.fork`."""
-    _check_nothing_is_here(services, plan.spec.workspace_id)
+    _check_nothing_is_here(services, workspace.id)
     snapshot = services.content.find(origin)
-    work = _begin(services, plan, OperationKind.FORK, origin.scope)
+    work = _begin(services, workspace, OperationKind.FORK, origin.scope)
     assert work.pending is not None
     with work:
         derived = services.content.derive(work.pending, snapshot, remote=False).record
         work.reach("derived")
         work.place(services.content.find(derived), None)
         derived = replace(derived, size_bytes=origin.size_bytes)
-        return _finish(work, plan, FORK, derived, origin=origin.name, origin_workspace=origin.workspace_id)
+        source = {"origin": origin.name, "origin_workspace": origin.workspace_id}
+        return _finish(work, FORK, derived, start=start, **source)
 
 
 def find_commit(reader: Reader, name: str) -> SnapshotRecord:
-    """The commit of that name, or the latest commit of the workspace of that id.
-
-    Raises:
-        NotFound: There is none.
-        FailedPrecondition: It is no commit, or not complete.
-    """
+    """The commit of that name, or the latest commit of the workspace of that id."""
     if "." not in name:
         reader.workspace(name)
         commits = [record for record in reader.snapshots(name) if record.kind is SnapshotKind.COMMIT]
@@ -119,11 +103,7 @@ def find_commit(reader: Reader, name: str) -> SnapshotRecord:
 def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
     """Refuse an id of which this host has something that the catalog does not know: it may be the wrong one.
 
-    To be called before the operation begins. From then on, what is here of that id is what the operation
-    made, and goes when it is taken back.
-
-    Raises:
-        FailedPrecondition: There are files of it, or a record of it as paused, whole or not.
+    Once the operation has begun, what is here of that id is what it made, and goes when it is taken back.
     """
     if not services.has_traces_of(workspace_id):
         return
@@ -141,48 +121,31 @@ def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
     )
 
 
-def _begin(services: Services, plan: Plan, kind: OperationKind, base_scope: Scope | None) -> Work:
-    """Take a slot and the id, and say what is under way.
-
-    Args:
-        base_scope: The scope of the snapshot that the workspace begins as; None: it begins with nothing.
-    """
-    workspace_id = plan.spec.workspace_id
-    slot = services.slots.acquire(workspace_id)
+def _begin(services: Services, workspace: Workspace, kind: OperationKind, base_scope: Scope | None) -> Work:
+    """Take a slot and the id, and say what is under way. Without `base_scope` it begins as no snapshot."""
+    slot = services.slots.acquire(workspace.id)
+    workspace = replace(workspace, slot=slot)
     try:
         with services.catalog.transaction() as tx:
-            now = services.clock()
-            workspace = Workspace(
-                plan.spec,
-                services.host,
-                WorkspaceState.STOPPED,
-                created_at=now,
-                last_used_at=now,
-                owner=plan.owner,
-                base=plan.base,
-                policy=plan.policy,
-                autostart_schedule=plan.autostart_schedule,
-                slot=slot,
-            )
             tx.add_workspace(workspace)
             pending = None
             if base_scope is not None:
                 pending = new_record(tx, services, workspace, SnapshotKind.BASE, base_scope)
             operation = new_operation(services, kind, "" if pending is None else pending.name)
-            tx.begin_operation(workspace_id, operation)
+            tx.begin_operation(workspace.id, operation)
             if pending is not None:
                 tx.put_snapshot(pending)
     except BaseException:
-        give_slot_back(services, slot, workspace_id)
+        give_slot_back(services, slot, workspace.id)
         raise
     work = Work(services, workspace, operation, pending=pending)
     work.reach("begun")
     return work
 
 
-def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **payload: str) -> Workspace:
+def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool, **payload: str) -> Workspace:
     """Start the new workspace, if it is to be, and show it once it is ready."""
-    if plan.start:
+    if start:
         work.start()
         work.wait_ready()
     name = "" if base is None else base.name
@@ -191,11 +154,11 @@ def _finish(work: Work, plan: Plan, event: str, base: SnapshotRecord | None, **p
             tx.put_snapshot(completed(base))
         tx.update_workspace(
             work.workspace_id,
-            state=WorkspaceState.RUNNING if plan.start else WorkspaceState.STOPPED,
+            state=WorkspaceState.RUNNING if start else WorkspaceState.STOPPED,
             current_snapshot=name,
             base_snapshot=name,
         )
-        if plan.start:
+        if start:
             work.record_run(tx, RunTransition.START)
         work.record_event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
         return tx.workspace(work.workspace_id)

@@ -8,17 +8,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Final, TypeVar
 
 from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
+from snaploader.workspace.catalog import Reader
 from snaploader.workspace.host import HeldLock
 from snaploader.workspace.manager import commit, lifetime, pause, undo, versions
 from snaploader.workspace.manager.operation import USER, Services
 from snaploader.workspace.model import SnapshotResult, Workspace
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader
-
 
 T = TypeVar("T")
 
@@ -41,13 +38,9 @@ class HeldWorkspace:
         self._services = services
         self._sections = sections
         self._lock = lock
+        self.workspace_id: Final = lock.workspace_id
         self._is_settled = is_settled
         """Whether it was seen, under this lock, that nothing is under way. It holds for one operation."""
-
-    @property
-    def workspace_id(self) -> str:
-        """The id of the workspace."""
-        return self._lock.workspace_id
 
     def guarded(self, guard: Callable[[Reader], None]) -> HeldWorkspace:
         """The same, under a condition: `guard` is called in the transaction that begins an operation.
@@ -110,15 +103,12 @@ class HeldWorkspace:
 
 
 class CriticalSections:
-    """Threads on which operations run to their end, whatever becomes of those who asked for them.
+    """Threads on which operations run to their end, whatever becomes of who asked for them. Thread-safe.
 
     An operation stops a workspace, works and starts it again: it must not be left in the middle because its
     caller was interrupted. So it runs on a thread of the manager, which shares the workspace's lock, while
-    the caller only waits for the result. Under one lock they follow one another. The first thread starts
-    with the first operation. Thread-safe.
-
-    Args:
-        workers: Most operations at one time; further ones wait, holding their locks.
+    the caller only waits for the result. Under one lock they follow one another. When all `workers` are at
+    work, further operations wait, holding their locks.
     """
 
     def __init__(self, workers: int = DEFAULT_WORKERS) -> None:
@@ -126,19 +116,28 @@ class CriticalSections:
         self._pid = os.getpid()
 
     def run_to_end(self, hold: HeldLock, work: Callable[[], T]) -> T:
-        """The result of `work`, which goes on under the lock even when waiting for it is interrupted.
-
-        Raises:
-            Cancelled: The manager was closed; nothing was done.
-        """
+        """The result of `work`. Cancelled when the manager was closed; nothing was done then."""
         if os.getpid() != self._pid:
             raise FailedPrecondition("this manager was made before a fork: make another one in the child")
-        section = _Section(hold.share(), work)
+        hold.share()
+        unclaimed = threading.Lock()
+
+        def run() -> T:
+            if not unclaimed.acquire(blocking=False):
+                raise Cancelled("the operation was called off before it began")
+            try:
+                # Whoever gave up waiting for one operation may ask for the next under the same lock.
+                with hold.turn:
+                    return work()
+            finally:
+                hold.release()
+
         try:
             with translate_thread_errors("the manager of the workspaces was closed"):
-                future = self._pool.submit(section.run)
+                future = self._pool.submit(run)
         except BaseException:
-            section.give_up()
+            if unclaimed.acquire(blocking=False):
+                hold.release()  # it has not begun, and never will
             raise
         return future.result()
 
@@ -146,28 +145,3 @@ class CriticalSections:
         """Wait for all operations under way, and end the threads. Idempotent; nothing in a forked child."""
         if os.getpid() == self._pid:
             self._pool.shutdown(wait=True)
-
-
-class _Section(Generic[T]):
-    """Work and its share of a lock, which is released once: when the work ended or was never begun."""
-
-    def __init__(self, hold: HeldLock, work: Callable[[], T]) -> None:
-        self._hold = hold
-        self._work = work
-        self._unclaimed = threading.Lock()
-
-    def run(self) -> T:
-        """Do the work, unless it was given up."""
-        if not self._unclaimed.acquire(blocking=False):
-            raise Cancelled("the operation was called off before it began")
-        try:
-            # Whoever gave up waiting for one operation may ask for the next under the same lock.
-            with self._hold.turn:
-                return self._work()
-        finally:
-            self._hold.release()
-
-    def give_up(self) -> None:
-        """Release the lock if the work has not begun; it never will then."""
-        if self._unclaimed.acquire(blocking=False):
-            self._hold.release()

@@ -102,11 +102,7 @@ def _check_remote(services: Services, commits: Iterable[SnapshotRecord]) -> None
 
 
 def bring_back(services: Services, workspace: Workspace, token: str) -> None:
-    """Place the snapshot that the workspace's state goes on from, because its files are gone from the host.
-
-    Raises:
-        NotFound: There is none, or it is not whole any more.
-    """
+    """Place the snapshot that the workspace's state goes on from, for its files are gone from the host."""
     name = workspace.current_snapshot
     if not name:
         raise NotFound(

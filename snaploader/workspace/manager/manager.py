@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from types import MappingProxyType, TracebackType
-from typing import Final, Self
+from types import MappingProxyType
+from typing import Any, Final, Self
 
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
@@ -65,6 +65,11 @@ class WorkspaceManager:
     takes it back.
 
     What is given here is the caller's to close, after the manager. Call `recover` once at start-up.
+
+    Whatever is asked of one workspace raises NotFound when there is none of that id, InvalidArgument when the
+    id is malformed, FailedPrecondition when the workspace was deleted, is in a state that does not allow it,
+    or lives on another host, DeadlineExceeded when others held its lock for too long, and Cancelled when the
+    manager was closed meanwhile. What else a method raises is said there.
 
     Args:
         catalog: Where workspaces are written down.
@@ -139,9 +144,7 @@ class WorkspaceManager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Making workspaces
@@ -185,7 +188,6 @@ class WorkspaceManager:
                 does not know, which are left alone; or the command cannot be started, or ended before it was
                 ready.
             DeadlineExceeded: it was not ready in time.
-            Cancelled: the manager was closed meanwhile.
             NotFound: there is no such policy, or no such source.
             ResourceExhausted: all slots of the host are taken, or the disk is full.
         """
@@ -200,8 +202,8 @@ class WorkspaceManager:
             check_volumes(volumes),
             readiness or Readiness(),
         )
-        plan = create.Plan(spec, owner, base, policy, autostart_schedule, start)
-        return self._make(spec.workspace_id, partial(create.create, self._services, plan, source))
+        workspace = create.new_workspace(self._services, spec, owner, base, policy, autostart_schedule)
+        return self._make(create.create, workspace, source=source, start=start)
 
     def fork(
         self,
@@ -231,30 +233,27 @@ class WorkspaceManager:
         Raises:
             NotFound: there is no such snapshot or workspace, it has no commit, or its content is gone.
             FailedPrecondition: the snapshot is no commit: a pause cannot be forked. Or as for `create`.
-            InvalidArgument, ResourceExhausted, DeadlineExceeded, Cancelled: as for `create`.
+            InvalidArgument, ResourceExhausted, DeadlineExceeded: as for `create`.
         """
         new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
         with self.catalog.reading() as reader:
             origin_commit = create.find_commit(reader, origin)
             parent = reader.workspace(origin_commit.workspace_id)
-        plan = create.Plan(
-            replace(
-                parent.spec,
-                workspace_id=new_id,
-                environment={**parent.spec.environment, **(environment or {})},
-            ),
+        merged = {**parent.spec.environment, **(environment or {})}
+        workspace = create.new_workspace(
+            self._services,
+            replace(parent.spec, workspace_id=new_id, environment=merged),
             parent.owner if owner is None else owner,
             parent.base,
             parent.policy if policy is None else policy,
             autostart_schedule,
-            start,
         )
-        return self._make(new_id, partial(create.fork, self._services, origin_commit, plan))
+        return self._make(create.fork, workspace, origin=origin_commit, start=start)
 
-    def _make(self, workspace_id: str, make: Callable[[], Workspace]) -> Workspace:
-        lock = self._acquire(workspace_id)
+    def _make(self, make: Callable[..., Workspace], workspace: Workspace, **how: Any) -> Workspace:
+        lock = self._acquire(workspace.id)
         with self._releasing(lock):
-            return self._sections.run_to_end(lock, make)
+            return self._sections.run_to_end(lock, partial(make, self._services, workspace, **how))
 
     # Versions
 
@@ -277,12 +276,9 @@ class WorkspaceManager:
             scope: What it holds.
 
         Raises:
-            InvalidArgument: the id, the name, the source or the scope is malformed.
-            NotFound: there is no such workspace.
-            FailedPrecondition: it is paused or deleted, or lives on another host.
+            InvalidArgument: the name, the source or the scope is malformed.
             ResourceExhausted: the disk is full, or the file cache too small.
-            DeadlineExceeded: others held its lock for too long, or it was not ready again in time: it runs
-                then, and there is no version.
+            DeadlineExceeded: it was not ready again in time: it runs then, and there is no version.
             SnaploaderError: whatever the runtime raises. If the workspace could not be started again, a note
                 says so, and it is stopped.
         """
@@ -312,11 +308,10 @@ class WorkspaceManager:
 
         Raises:
             InvalidArgument: `version` is not a whole number from 1 to 2**31 - 1.
-            NotFound: there is no such workspace or version, or the version's content is gone.
-                Nothing was stopped then.
-            FailedPrecondition, DeadlineExceeded, SnaploaderError: as for `create_snapshot`. If the workspace
-                could not be started when its state was replaced, or was not ready in time, a note says that
-                it is rolled back, and stopped.
+            NotFound: there is no such version, or its content is gone. Nothing was stopped then.
+            DeadlineExceeded, SnaploaderError: as for `create_snapshot`. If the workspace could not be started
+                when its state was replaced, or was not ready in time, a note says that it is rolled back, and
+                stopped.
         """
         check_number(version)
         with self.hold(workspace_id) as held:
@@ -328,10 +323,8 @@ class WorkspaceManager:
         """Pause a running or stopped workspace: only its snapshot, its record and its slot stay on the host.
 
         Its policy's `onPause` says what is kept. All of it is local: the remote cache is not asked for
-        anything. The snapshot is temporary: the next capture after a resume takes its place.
-
-        Raises:
-            As `create_snapshot`.
+        anything. The snapshot is temporary: the next capture after a resume takes its place. Raises as
+        `create_snapshot`.
         """
         with self.hold(workspace_id) as held:
             return held.pause()
@@ -348,10 +341,9 @@ class WorkspaceManager:
             ready_timeout_s: Instead of that of the readiness check.
 
         Raises:
-            DeadlineExceeded: it was not ready in time, or others held its lock for too long.
-            NotFound: there is no such workspace, or content of its snapshot is gone.
-            FailedPrecondition: it is not paused, lives on another host, or ended before it was ready.
-            Cancelled: the manager was closed meanwhile.
+            DeadlineExceeded: it was not ready in time.
+            NotFound: content of its snapshot is gone.
+            FailedPrecondition: it ended before it was ready.
         """
         with self.hold(workspace_id) as held:
             return held.resume(ready_timeout_s=ready_timeout_s)
@@ -365,9 +357,8 @@ class WorkspaceManager:
         `orphaned_uploads`).
 
         Raises:
-            FailedPrecondition: there is no remote cache, and nothing was stopped; or as `create_snapshot`.
-            Unavailable and the like: the remote cache failed.
-            As `create_snapshot` besides.
+            FailedPrecondition: there is no remote cache, and nothing was stopped.
+            Unavailable and the like: the remote cache failed. As `create_snapshot` besides.
         """
         check_display_name(name)
         with self.hold(workspace_id) as held:
@@ -381,21 +372,15 @@ class WorkspaceManager:
         If its files are gone, its latest snapshot takes their place.
 
         Raises:
-            FailedPrecondition: it is not stopped, lives on another host, or its command cannot be started, or
-                ended before it was ready.
-            NotFound: there is no such workspace, or neither files nor snapshot of it.
-            DeadlineExceeded: others held its lock for too long, or it was not ready in time.
-            Cancelled: the manager was closed meanwhile.
+            FailedPrecondition: its command cannot be started, or ended before it was ready.
+            NotFound: there are neither files nor a snapshot of it.
+            DeadlineExceeded: it was not ready in time.
         """
         with self.hold(workspace_id) as held:
             return held.start()
 
     def stop(self, workspace_id: str) -> Workspace:
-        """Stop a running workspace, by force when it takes too long; its files stay.
-
-        Raises:
-            NotFound, FailedPrecondition, DeadlineExceeded: as for `start`; it is not running.
-        """
+        """Stop a running workspace, by force when it takes too long; its files stay."""
         with self.hold(workspace_id) as held:
             return held.stop()
 
@@ -410,9 +395,7 @@ class WorkspaceManager:
                 commits stays there, and an event `remote_orphan` names each.
 
         Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: it was deleted, lives on another host, or has commits and there is no remote
-                cache.
+            FailedPrecondition: it has commits, and there is no remote cache.
             Unavailable and the like: the remote cache, which has commits of it, does not answer. Nothing
                 changed.
         """
@@ -420,12 +403,7 @@ class WorkspaceManager:
             return held.delete(forget_remote=forget_remote)
 
     def touch(self, workspace_id: str) -> Workspace:
-        """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way.
-
-        Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: it was deleted, or is being deleted.
-        """
+        """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way."""
         with self.catalog.transaction() as tx:
             workspace = tx.lock_workspace(workspace_id)
             check_state(workspace, "use", ALIVE)
@@ -459,7 +437,7 @@ class WorkspaceManager:
     # Asking: no lock is taken, and what is shown is one consistent state of the catalog
 
     def workspace(self, workspace_id: str) -> Workspace:
-        """The workspace of that id, a deleted one too. NotFound when there is none."""
+        """The workspace of that id, a deleted one too."""
         with self.catalog.reading() as reader:
             return reader.workspace(workspace_id)
 
@@ -481,14 +459,11 @@ class WorkspaceManager:
 
         What the caches hold is joined with what the catalog manages. A snapshot that only the file cache
         knows, because the catalog was lost or replaced, is listed last and marked as unmanaged.
-
-        Raises:
-            NotFound: there is no such workspace.
         """
         return list_snapshots(self._services, workspace_id)
 
     def list_versions(self, workspace_id: str) -> list[Version]:
-        """The numbered snapshots of a workspace, by number. NotFound when there is no such workspace."""
+        """The numbered snapshots of a workspace, by number."""
         with self.catalog.reading() as reader:
             reader.workspace(workspace_id)
             return reader.versions(workspace_id)
@@ -498,7 +473,7 @@ class WorkspaceManager:
 
         Raises:
             InvalidArgument: the number is not between 1 and 2**31 - 1.
-            NotFound: there is no such workspace, or it has no such version.
+            NotFound: it has no such version.
         """
         check_number(version)
         with self.catalog.reading() as reader:
@@ -546,7 +521,6 @@ class WorkspaceManager:
             workspace_id: The workspace to ask about; empty: all.
 
         Raises:
-            NotFound: there is no such workspace.
             FailedPrecondition: there is no remote cache to ask.
         """
         return commit.orphaned_uploads(self._services, workspace_id)
@@ -567,13 +541,7 @@ class WorkspaceManager:
 
         Args:
             timeout_s: How long to wait for the lock, in seconds. Default: `lock_timeout_s`.
-            cancelled: Set from elsewhere to call the waiting off.
-
-        Raises:
-            NotFound: there is no such workspace.
-            FailedPrecondition: it was deleted.
-            DeadlineExceeded: somebody else held the lock all the time.
-            Cancelled: the waiting was called off, or the manager is closed.
+            cancelled: Set from elsewhere to call the waiting off, which raises Cancelled.
         """
         lock = self._acquire(workspace_id, timeout_s, cancelled)
         with self._releasing(lock):

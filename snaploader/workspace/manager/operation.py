@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from snaploader._environment import HostEnvironment
 from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.loader import Snapshot
+from snaploader.workspace.catalog import Catalog, Reader, Transaction
 from snaploader.workspace.host import SlotPool
 from snaploader.workspace.manager.snapshots import Saved, SnapshotContent, find_snapshot, let_go
 from snaploader.workspace.model import (
@@ -41,9 +41,6 @@ from snaploader.workspace.model import (
 )
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import Runtime, StopOutcome
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Catalog, Reader, Transaction
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +149,7 @@ class Work:
         self.services = services
         self.workspace = workspace
         """The workspace as it was when the operation began."""
+        self.workspace_id = workspace.id
         self.operation = operation
         self.pending = pending
         """The snapshot that is being taken, if any."""
@@ -168,9 +166,7 @@ class Work:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # A child that was forked in the middle leaves through here as well, and the work is its parent's.
         if error is not None and os.getpid() == self._pid:
             self.services.undo(self, error)
@@ -188,17 +184,11 @@ class Work:
         target: str = "",
         version: int | None = None,
     ) -> Work:
-        """Say in the catalog what is under way.
+        """Say in the catalog what is under way. FailedPrecondition where that cannot be done.
 
         Args:
-            allowed: States in which the operation can be done.
             prepare: Makes the record of the snapshot to be taken.
-            target: Name of the snapshot to go back to.
-            version: Its number.
-
-        Raises:
-            NotFound: There is no such workspace.
-            FailedPrecondition: It is another host's, or in another state.
+            target: Name of the snapshot to go back to, of this `version`.
         """
         with services.catalog.transaction() as tx:
             workspace = tx.lock_workspace(workspace_id)
@@ -216,11 +206,6 @@ class Work:
         work = cls(services, workspace, operation, pending=pending, reason=reason)
         work.reach("begun")
         return work
-
-    @property
-    def workspace_id(self) -> str:
-        """The id of the workspace worked on."""
-        return self.workspace.id
 
     @property
     def was_running(self) -> bool:
@@ -257,11 +242,7 @@ class Work:
         self.reach("started")
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until what was started afresh is ready. One without a readiness check is so at once.
-
-        Args:
-            timeout_s: Instead of that of the check.
-        """
+        """Wait until what was started afresh is ready. One without a readiness check is so at once."""
         if self.workspace.spec.readiness.kind == NO_CHECK:
             return
         self.services.runtime.wait_ready(self.workspace.spec, timeout_s, self.services.closing)
@@ -364,10 +345,9 @@ def with_slot(services: Services, workspace_id: str) -> None:
 
 
 def give_slot_back(services: Services, slot: int, workspace_id: str) -> None:
-    """Free a slot that could not be recorded as the workspace's.
+    """Free a slot that could not be recorded as the workspace's, unless it may have been all the same.
 
-    It stays where the catalog says, or may say, that it was recorded all the same: recovery frees it then,
-    and until then nobody else must get it.
+    Recovery frees it then, and until then nobody else must get it.
     """
     try:
         workspace = services.find_workspace(workspace_id)

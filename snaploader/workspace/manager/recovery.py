@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from snaploader.errors import (
     DataLoss,
@@ -24,6 +23,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.policy import ReadPolicy
+from snaploader.workspace.catalog import Reader
 from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back, finish_deletion
 from snaploader.workspace.manager.operation import RECOVERY, Services, runs_nevertheless
@@ -40,9 +40,6 @@ from snaploader.workspace.model import (
     is_workspace_id,
 )
 from snaploader.workspace.records import TRASH, PausedRecord, owner_of
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader
 
 log = logging.getLogger(__name__)
 
@@ -297,12 +294,7 @@ class _Recovery:
         return is_here and workspace.slot != slot
 
     def _adopt(self, record: PausedRecord) -> None:
-        """Give the catalog back what it lost: the workspace, its snapshots that are here, its versions.
-
-        Raises:
-            NotFound, DataLoss: The snapshot that it is paused as is not whole on this host.
-            InvalidArgument: The record says of it what no catalog can hold.
-        """
+        """Give the catalog back what it lost: the workspace, its snapshots that are here, its versions."""
         present = [snapshot for snapshot in record.snapshots if self._is_whole(snapshot)]
         names = {snapshot.name for snapshot in present}
         workspace = replace(record.workspace, host=self.services.host, operation=None)

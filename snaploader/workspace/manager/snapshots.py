@@ -23,6 +23,7 @@ from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader import SaveResult, Snapshot, SnapshotLoader
 from snaploader.policy import ReadPolicy
+from snaploader.workspace.catalog import Reader, Transaction
 from snaploader.workspace.model import (
     Scope,
     SnapshotInfo,
@@ -40,7 +41,6 @@ from snaploader.workspace.runtime.contents import NO_VOLUMES, VOLUME_PREFIX
 from snaploader.workspace.runtime.protocol import Capture
 
 if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader, Transaction
     from snaploader.workspace.manager.operation import Services
 
 log = logging.getLogger(__name__)
@@ -79,11 +79,7 @@ class Saved:
 
 
 class SnapshotContent:
-    """The content of workspaces' snapshots in the caches: saved, found and dropped. Thread-safe.
-
-    Args:
-        instance_name: The instance name of the remote cache; part of every snapshot's key.
-    """
+    """The content of workspaces' snapshots in the caches: saved, found and dropped. Thread-safe."""
 
     def __init__(self, loader: SnapshotLoader, file_cache: FileCache, instance_name: str) -> None:
         self.loader = loader
@@ -152,11 +148,7 @@ class SnapshotContent:
     # Finding
 
     def find(self, record: SnapshotRecord, policy: ReadPolicy = ReadPolicy.LOCAL_FIRST) -> Snapshot:
-        """The snapshot of this record, if nothing of it is missing.
-
-        Raises:
-            NotFound: It is not whole anywhere where `policy` looks.
-        """
+        """The snapshot of this record. NotFound when it is not whole anywhere where `policy` looks."""
         return self.loader.get_snapshot_by_id(
             record.runtime_name, instance_name=self.instance_name, read_policy=policy
         )
@@ -178,10 +170,7 @@ class SnapshotContent:
         return [pin.removeprefix(_PINS) for pin in self.file_cache.pins(pin_name(f"{workspace_id}."))]
 
     def as_saved(self, record: SnapshotRecord) -> SnapshotRecord:
-        """The record of a snapshot that was saved by a process that ended before it could tell.
-
-        Its size is that of the distinct blobs.
-        """
+        """The record of a snapshot whose process ended before it could tell; sized by its distinct blobs."""
         sizes_bytes = self.file_cache.pinned(pin_name(record.name)).sizes_bytes
         return replace(
             record,
@@ -270,15 +259,11 @@ def new_record(
     source: SnapshotSource = SnapshotSource.MANUAL,
     display_name: str = "",
 ) -> SnapshotRecord:
-    """The record of a snapshot that is about to be taken.
-
-    Its parent is the snapshot that the workspace's state goes on from. A pause is temporary, so that its
-    own parent stands for it.
-    """
+    """The record of a snapshot that is about to be taken."""
     now = services.clock()
     parent = find_snapshot(tx, workspace.current_snapshot)
     if parent is not None and parent.kind is SnapshotKind.PAUSE:
-        parent = find_snapshot(tx, parent.parent)
+        parent = find_snapshot(tx, parent.parent)  # a pause is temporary
     name = new_snapshot_name(workspace.id, now)
     return SnapshotRecord(
         name,
@@ -312,11 +297,7 @@ def find_snapshot(tx: Reader, name: str) -> SnapshotRecord | None:
 def load_state(
     services: Services, workspace: Workspace, name: str
 ) -> tuple[SnapshotRecord, Snapshot, Snapshot | None]:
-    """The snapshot of that name, and the one that has all but the durable directories under a Data snapshot.
-
-    Raises:
-        NotFound: There is none of that name, or one of the two is not whole any more.
-    """
+    """The snapshot of that name, and what has all but the durable directories under a Data snapshot."""
     with services.catalog.reading() as reader:
         record = reader.snapshot(name)
         base = None if record.scope is Scope.FULL else find_snapshot(reader, workspace.base_snapshot)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
+from snaploader.workspace.catalog import Transaction
 from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless
 from snaploader.workspace.manager.snapshots import remove_unfinished
 from snaploader.workspace.manager.versions import carry_on, is_placed
@@ -20,9 +20,6 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     WorkspaceState,
 )
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Transaction
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +53,9 @@ def undo_failed(work: Work, error: BaseException) -> None:
 
 
 def undo(work: Work, error: BaseException | None = None) -> None:
-    """Bring the workspace back to its state before the operation.
+    """Bring the workspace back to its state before the operation; without `error` its process was killed.
 
     The runtime is put in order first, then the catalog says so, and then the content that was taken goes.
-
-    Args:
-        error: Why it failed; None: its process was killed.
     """
     if not _is_under_way(work):
         if error is not None:
@@ -74,7 +68,7 @@ def undo(work: Work, error: BaseException | None = None) -> None:
             error.add_note(f"workspace {work.workspace_id!r} is rolled back nevertheless")
         carry_on(work)
         return
-    _UNDO.get(work.operation.kind, _nothing)(work)
+    _put_back(work)
     if work.operation.kind in {OperationKind.CREATE, OperationKind.FORK}:
         _forget(work)
         return
@@ -91,12 +85,7 @@ def undo(work: Work, error: BaseException | None = None) -> None:
 def settle(services: Services, workspace_id: str) -> Operation | None:
     """Finish or take back what is under way on a workspace, whose lock proves that nobody is doing it.
 
-    Returns:
-        What was under way; None: nothing was.
-
-    Raises:
-        NotFound: There is no such workspace.
-        FailedPrecondition: It is under way on another host.
+    Returns what that was, if anything. FailedPrecondition when it is under way on another host.
     """
     with services.catalog.reading() as reader:
         workspace = reader.workspace(workspace_id)
@@ -118,6 +107,20 @@ def _is_under_way(work: Work) -> bool:
     workspace = work.services.find_workspace(work.workspace_id)
     operation = None if workspace is None else workspace.operation
     return operation is not None and operation.token == work.operation.token
+
+
+def _put_back(work: Work) -> None:
+    """Bring what is on this host to what it was, but for running."""
+    services, workspace_id = work.services, work.workspace_id
+    match work.operation.kind:
+        case OperationKind.CREATE | OperationKind.FORK | OperationKind.RESUME:
+            # Nothing of it was in the runtime, which was seen before the operation began.
+            services.stop(workspace_id)
+            services.runtime.remove(workspace_id)
+        case OperationKind.START:
+            services.stop(workspace_id)
+        case OperationKind.PAUSE:
+            services.records.remove(workspace_id)
 
 
 def _restart(work: Work, error: BaseException | None) -> BaseException | None:
@@ -196,35 +199,6 @@ def _forget(work: Work) -> None:
     with services.catalog.transaction() as tx:
         tx.end_operation(work.workspace_id, work.operation.token)
         tx.forget_workspace(work.workspace_id)
-
-
-def _nothing(work: Work) -> None:
-    """The state of the runtime is as it was, but for running."""
-
-
-def _remove_state(work: Work) -> None:
-    """Nothing of the workspace was in the runtime before, which was seen before the operation began."""
-    work.services.stop(work.workspace_id)
-    work.services.runtime.remove(work.workspace_id)
-
-
-def _stop(work: Work) -> None:
-    """It did not run before."""
-    work.services.stop(work.workspace_id)
-
-
-def _remove_record(work: Work) -> None:
-    """It was not paused before."""
-    work.services.records.remove(work.workspace_id)
-
-
-_UNDO: dict[OperationKind, Callable[[Work], None]] = {
-    OperationKind.CREATE: _remove_state,
-    OperationKind.FORK: _remove_state,
-    OperationKind.RESUME: _remove_state,
-    OperationKind.START: _stop,
-    OperationKind.PAUSE: _remove_record,
-}
 
 
 def _text(error: BaseException) -> str:

@@ -124,10 +124,7 @@ def finish_rollback(
 ) -> Workspace:
     """Start and record. A workspace that cannot be started, or is not ready, is rolled back, and stopped.
 
-    Args:
-        target: The snapshot that was gone back to.
-        kept: What was captured of the state before, if that was wanted.
-        until_ready: Whether to wait until it is ready.
+    `kept` is what was captured of the state before, if that was wanted.
     """
     problem = _start(work, until_ready=until_ready)
     with work.recording() as tx:
