@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,6 +63,18 @@ def check(function: Callable[[Endpoint], None]) -> Callable[[Endpoint], None]:
     return function
 
 
+def check_each(function: Callable[[Endpoint, DigestFunction], None]) -> Callable[[Endpoint], None]:
+    """Add a function to `CHECKS` that is called with each digest function that both sides know."""
+
+    @check
+    @functools.wraps(function)
+    def with_each(endpoint: Endpoint) -> None:
+        for digest_function in endpoint.functions:
+            function(endpoint, digest_function)
+
+    return with_each
+
+
 @check
 def capabilities_are_usable(endpoint: Endpoint) -> None:
     """The server offers SHA-256 or BLAKE3 and speaks version 2 of the API."""
@@ -86,32 +99,29 @@ def health_is_told_in_the_standard_way(endpoint: Endpoint) -> None:
     require(answer == b"\x08\x01", "the server serves, but its health service does not say so")
 
 
-@check
-def unknown_blobs_are_missing(endpoint: Endpoint) -> None:
+@check_each
+def unknown_blobs_are_missing(endpoint: Endpoint, function: DigestFunction) -> None:
     """FindMissingBlobs names what was never stored."""
-    for function in endpoint.functions:
-        digest, _ = fresh(100, function)
-        require(endpoint.missing([digest]) == {digest.hash}, f"{digest} was never stored, but is not missing")
+    digest, _ = fresh(100, function)
+    require(endpoint.missing([digest]) == {digest.hash}, f"{digest} was never stored, but is not missing")
 
 
-@check
-def stored_blobs_are_not_missing(endpoint: Endpoint) -> None:
+@check_each
+def stored_blobs_are_not_missing(endpoint: Endpoint, function: DigestFunction) -> None:
     """FindMissingBlobs tells what BatchUpdateBlobs stored from what it did not."""
-    for function in endpoint.functions:
-        stored, absent = [fresh(size, function) for size in (1, 1000)], fresh(50, function)
-        _store(endpoint, stored)
-        missing = endpoint.missing([digest for digest, _ in [*stored, absent]])
-        require(missing == {absent[0].hash}, f"only {absent[0]} should be missing, the server says {missing}")
+    stored, absent = [fresh(size, function) for size in (1, 1000)], fresh(50, function)
+    _store(endpoint, stored)
+    missing = endpoint.missing([digest for digest, _ in [*stored, absent]])
+    require(missing == {absent[0].hash}, f"only {absent[0]} should be missing, the server says {missing}")
 
 
-@check
-def the_empty_blob_is_never_missing(endpoint: Endpoint) -> None:
+@check_each
+def the_empty_blob_is_never_missing(endpoint: Endpoint, function: DigestFunction) -> None:
     """FindMissingBlobs leaves out the empty blob once it was stored; some servers have it from the start."""
-    for function in endpoint.functions:
-        empty = Digest.of(b"", function)
-        if endpoint.missing([empty]):
-            _store(endpoint, [(empty, b"")])
-        require(not endpoint.missing([empty]), "the empty blob is missing though it was stored")
+    empty = Digest.of(b"", function)
+    if endpoint.missing([empty]):
+        _store(endpoint, [(empty, b"")])
+    require(not endpoint.missing([empty]), "the empty blob is missing though it was stored")
 
 
 @check
@@ -132,14 +142,13 @@ def a_digest_may_be_asked_for_twice(endpoint: Endpoint) -> None:
     require(endpoint.missing([digest, digest]) == {digest.hash}, "a digest named twice confuses the server")
 
 
-@check
-def batches_give_back_the_bytes(endpoint: Endpoint) -> None:
+@check_each
+def batches_give_back_the_bytes(endpoint: Endpoint, function: DigestFunction) -> None:
     """BatchReadBlobs returns what BatchUpdateBlobs stored."""
-    for function in endpoint.functions:
-        blobs = [fresh(size, function) for size in (1, 4096, 60 * _KIB - 1)]
-        for blob in blobs:
-            _store(endpoint, [blob])
-            _expect(endpoint, [blob])
+    blobs = [fresh(size, function) for size in (1, 4096, 60 * _KIB - 1)]
+    for blob in blobs:
+        _store(endpoint, [blob])
+        _expect(endpoint, [blob])
 
 
 @check
@@ -152,32 +161,28 @@ def full_batches_are_taken(endpoint: Endpoint) -> None:
     _expect(endpoint, blobs)
 
 
-@check
-def an_absent_blob_does_not_spoil_a_batch(endpoint: Endpoint) -> None:
+@check_each
+def an_absent_blob_does_not_spoil_a_batch(endpoint: Endpoint, function: DigestFunction) -> None:
     """BatchReadBlobs says NOT_FOUND for what is absent, and returns the rest."""
-    for function in endpoint.functions:
-        stored, absent = fresh(500, function), fresh(500, function)
-        _store(endpoint, [stored])
-        items = endpoint.batch_read([absent[0], stored[0]])
-        _require_status(items, absent[0], grpc.StatusCode.NOT_FOUND)
-        require(items[stored[0].hash].data == stored[1], "the blob that is there came with other bytes")
+    stored, absent = fresh(500, function), fresh(500, function)
+    _store(endpoint, [stored])
+    items = endpoint.batch_read([absent[0], stored[0]])
+    _require_status(items, absent[0], grpc.StatusCode.NOT_FOUND)
+    require(items[stored[0].hash].data == stored[1], "the blob that is there came with other bytes")
 
 
-@check
-def wrong_bytes_are_refused_in_a_batch(endpoint: Endpoint) -> None:
+@check_each
+def wrong_bytes_are_refused_in_a_batch(endpoint: Endpoint, function: DigestFunction) -> None:
     """BatchUpdateBlobs stores no bytes under a digest they do not have, and stores the rest."""
-    for function in endpoint.functions:
-        good, bad = fresh(500, function), fresh(500, function)
-        statuses = endpoint.batch_update([(bad[0], bytes(500)), good])
-        require(
-            statuses.get(bad[0].hash) != _OK,
-            "wrong bytes were taken for a blob: the server does not verify (NativeLink: add a verify store)",
-        )
-        _require_stored(statuses, good[0])
-        missing = endpoint.missing([bad[0], good[0]])
-        require(
-            missing == {bad[0].hash}, f"only the refused blob should be missing, the server says {missing}"
-        )
+    good, bad = fresh(500, function), fresh(500, function)
+    statuses = endpoint.batch_update([(bad[0], bytes(500)), good])
+    require(
+        statuses.get(bad[0].hash) != _OK,
+        "wrong bytes were taken for a blob: the server does not verify (NativeLink: add a verify store)",
+    )
+    _require_stored(statuses, good[0])
+    missing = endpoint.missing([bad[0], good[0]])
+    require(missing == {bad[0].hash}, f"only the refused blob should be missing, the server says {missing}")
 
 
 @check
@@ -209,74 +214,66 @@ def batches_may_be_compressed(endpoint: Endpoint) -> None:
         require(plain.data == data, "a compressed batch changed the bytes")
 
 
-@check
-def streams_give_back_the_bytes(endpoint: Endpoint) -> None:
+@check_each
+def streams_give_back_the_bytes(endpoint: Endpoint, function: DigestFunction) -> None:
     """Read returns what Write stored, below, at and above the size of a message."""
-    for function in endpoint.functions:
-        for size in (1, _MIB, 5 * _MIB + 7):
-            digest, data = fresh(size, function)
-            committed = endpoint.write(digest, data)
-            require(committed == size, f"committed_size is {committed} after a write of {size} bytes")
-            require(endpoint.read(digest) == data, f"{digest} came with other bytes")
+    for size in (1, _MIB, 5 * _MIB + 7):
+        digest, data = fresh(size, function)
+        committed = endpoint.write(digest, data)
+        require(committed == size, f"committed_size is {committed} after a write of {size} bytes")
+        require(endpoint.read(digest) == data, f"{digest} came with other bytes")
 
 
-@check
-def batches_and_streams_share_blobs(endpoint: Endpoint) -> None:
+@check_each
+def batches_and_streams_share_blobs(endpoint: Endpoint, function: DigestFunction) -> None:
     """What came in a batch can be read as a stream, and the other way round."""
-    for function in endpoint.functions:
-        digest, data = fresh(1000, function)
-        _store(endpoint, [(digest, data)])
-        require(endpoint.read(digest) == data, "a blob of a batch was streamed with other bytes")
-        digest, data = fresh(1000, function)
-        endpoint.write(digest, data)
-        item = endpoint.batch_read([digest]).get(digest.hash)
-        require(item is not None and item.data == data, "a streamed blob came in a batch with other bytes")
+    digest, data = fresh(1000, function)
+    _store(endpoint, [(digest, data)])
+    require(endpoint.read(digest) == data, "a blob of a batch was streamed with other bytes")
+    digest, data = fresh(1000, function)
+    endpoint.write(digest, data)
+    item = endpoint.batch_read([digest]).get(digest.hash)
+    require(item is not None and item.data == data, "a streamed blob came in a batch with other bytes")
 
 
-@check
-def reads_start_at_their_offset(endpoint: Endpoint) -> None:
+@check_each
+def reads_start_at_their_offset(endpoint: Endpoint, function: DigestFunction) -> None:
     """`read_offset` is honoured: a broken read can be resumed."""
-    for function in endpoint.functions:
-        digest, data = fresh(2 * _MIB + 5, function)
-        endpoint.write(digest, data)
-        for offset in (1, _MIB, 2 * _MIB + 4):
-            require(endpoint.read(digest, offset=offset) == data[offset:], f"read at {offset} is wrong")
+    digest, data = fresh(2 * _MIB + 5, function)
+    endpoint.write(digest, data)
+    for offset in (1, _MIB, 2 * _MIB + 4):
+        require(endpoint.read(digest, offset=offset) == data[offset:], f"read at {offset} is wrong")
 
 
-@check
-def absent_blobs_are_not_found(endpoint: Endpoint) -> None:
+@check_each
+def absent_blobs_are_not_found(endpoint: Endpoint, function: DigestFunction) -> None:
     """Read of what was never stored ends with NOT_FOUND."""
-    for function in endpoint.functions:
-        digest, _ = fresh(100, function)
-        error = _refusal("the call succeeded instead of ending with NOT_FOUND", endpoint.read, digest)
-        status = error.code()
-        require(status == grpc.StatusCode.NOT_FOUND, f"the server answered {status.name}, not NOT_FOUND")
+    digest, _ = fresh(100, function)
+    error = _refusal("the call succeeded instead of ending with NOT_FOUND", endpoint.read, digest)
+    status = error.code()
+    require(status == grpc.StatusCode.NOT_FOUND, f"the server answered {status.name}, not NOT_FOUND")
 
 
-@check
-def existing_blobs_may_be_written_again(endpoint: Endpoint) -> None:
+@check_each
+def existing_blobs_may_be_written_again(endpoint: Endpoint, function: DigestFunction) -> None:
     """A second write of a blob succeeds, early or not, and says it has the whole size."""
-    for function in endpoint.functions:
-        digest, data = fresh(3 * _MIB, function)
-        for _ in range(2):
-            committed = endpoint.write(digest, data)
-            require(
-                committed == len(data), f"committed_size is {committed} after a write of {len(data)} bytes"
-            )
+    digest, data = fresh(3 * _MIB, function)
+    for _ in range(2):
+        committed = endpoint.write(digest, data)
+        require(committed == len(data), f"committed_size is {committed} after a write of {len(data)} bytes")
 
 
-@check
-def wrong_bytes_are_refused_in_a_stream(endpoint: Endpoint) -> None:
+@check_each
+def wrong_bytes_are_refused_in_a_stream(endpoint: Endpoint, function: DigestFunction) -> None:
     """Write stores no bytes under a digest they do not have."""
-    for function in endpoint.functions:
-        digest, data = fresh(2 * _MIB, function)
-        _refusal(
-            "a write of wrong bytes succeeded: the server does not verify (NativeLink: add a verify store)",
-            endpoint.write,
-            digest,
-            data[:-1] + bytes([data[-1] ^ 1]),
-        )
-        require(endpoint.missing([digest]) == {digest.hash}, "wrong bytes were stored")
+    digest, data = fresh(2 * _MIB, function)
+    _refusal(
+        "a write of wrong bytes succeeded: the server does not verify (NativeLink: add a verify store)",
+        endpoint.write,
+        digest,
+        data[:-1] + bytes([data[-1] ^ 1]),
+    )
+    require(endpoint.missing([digest]) == {digest.hash}, "wrong bytes were stored")
 
 
 @check
@@ -310,36 +307,32 @@ def a_write_of_what_exists_may_end_early(endpoint: Endpoint) -> None:
     require(committed == len(data), f"committed_size is {committed} of {len(data)} bytes that exist")
 
 
-@check
-def abandoned_writes_are_invisible(endpoint: Endpoint) -> None:
+@check_each
+def abandoned_writes_are_invisible(endpoint: Endpoint, function: DigestFunction) -> None:
     """A blob whose write was broken off is missing, and can be written afterwards."""
-    for function in endpoint.functions:
-        digest, data = fresh(2 * _MIB, function)
-        name = endpoint.upload_name(digest)
-        with _open_write(endpoint, write_requests(name, data, end=_MIB)) as (_, sent):
-            sent.wait(endpoint.timeout_s)
-        require(endpoint.missing([digest]) == {digest.hash}, "half a blob is not missing")
-        endpoint.write(digest, data)
-        require(endpoint.read(digest) == data, "a blob written after an abandoned write has other bytes")
+    digest, data = fresh(2 * _MIB, function)
+    name = endpoint.upload_name(digest)
+    with _open_write(endpoint, write_requests(name, data, end=_MIB)) as (_, sent):
+        sent.wait(endpoint.timeout_s)
+    require(endpoint.missing([digest]) == {digest.hash}, "half a blob is not missing")
+    endpoint.write(digest, data)
+    require(endpoint.read(digest) == data, "a blob written after an abandoned write has other bytes")
 
 
-@check
-def broken_writes_can_be_resumed(endpoint: Endpoint) -> None:
+@check_each
+def broken_writes_can_be_resumed(endpoint: Endpoint, function: DigestFunction) -> None:
     """Where QueryWriteStatus knows a broken write, it goes on at the committed offset."""
-    for function in endpoint.functions:
-        digest, data = fresh(3 * _MIB, function)
-        name = endpoint.upload_name(digest)
-        # The stream ends without finishing the write, which servers may call an error.
-        with contextlib.suppress(grpc.RpcError):
-            endpoint.call(services.BYTE_STREAM, "Write", write_requests(name, data, end=2 * _MIB))
-        committed = _committed(endpoint, name)
-        require(0 <= committed <= 2 * _MIB, f"{committed} bytes are committed, but {2 * _MIB} were sent")
-        messages = write_requests(name, data, offset=committed)
-        response = endpoint.call(services.BYTE_STREAM, "Write", messages)
-        require(
-            response.committed_size == len(data), f"committed_size is {response.committed_size} at the end"
-        )
-        require(endpoint.read(digest) == data, "the resumed blob has other bytes")
+    digest, data = fresh(3 * _MIB, function)
+    name = endpoint.upload_name(digest)
+    # The stream ends without finishing the write, which servers may call an error.
+    with contextlib.suppress(grpc.RpcError):
+        endpoint.call(services.BYTE_STREAM, "Write", write_requests(name, data, end=2 * _MIB))
+    committed = _committed(endpoint, name)
+    require(0 <= committed <= 2 * _MIB, f"{committed} bytes are committed, but {2 * _MIB} were sent")
+    messages = write_requests(name, data, offset=committed)
+    response = endpoint.call(services.BYTE_STREAM, "Write", messages)
+    require(response.committed_size == len(data), f"committed_size is {response.committed_size} at the end")
+    require(endpoint.read(digest) == data, "the resumed blob has other bytes")
 
 
 @check
@@ -353,20 +346,19 @@ def several_writers_of_one_blob_succeed(endpoint: Endpoint) -> None:
     require(endpoint.read(digest) == data, "the blob has other bytes")
 
 
-@check
-def streams_may_be_compressed(endpoint: Endpoint) -> None:
+@check_each
+def streams_may_be_compressed(endpoint: Endpoint, function: DigestFunction) -> None:
     """Write takes zstd and Read gives it; plain reads of the same blob give the same bytes."""
     _require_zstd(endpoint)
-    for function in endpoint.functions:
-        digest, data = _compressible(3 * _MIB, function)
-        packed = zstandard.compress(data)
-        committed = endpoint.write(digest, packed, zstd=True)
-        require(
-            committed in (-1, len(packed), len(data)),
-            f"committed_size is {committed}, not -1, {len(packed)} or {len(data)}",
-        )
-        require(endpoint.read(digest) == data, "a compressed write stored other bytes")
-        require(unpack(endpoint.read(digest, zstd=True), len(data)) == data, "a compressed read is wrong")
+    digest, data = _compressible(3 * _MIB, function)
+    packed = zstandard.compress(data)
+    committed = endpoint.write(digest, packed, zstd=True)
+    require(
+        committed in (-1, len(packed), len(data)),
+        f"committed_size is {committed}, not -1, {len(packed)} or {len(data)}",
+    )
+    require(endpoint.read(digest) == data, "a compressed write stored other bytes")
+    require(unpack(endpoint.read(digest, zstd=True), len(data)) == data, "a compressed read is wrong")
 
 
 @check
@@ -405,19 +397,17 @@ def compressed_writes_may_have_several_frames(endpoint: Endpoint) -> None:
     require(endpoint.read(digest) == data, "a sequence of zstd frames stored other bytes")
 
 
-@check
-def unknown_actions_are_not_found(endpoint: Endpoint) -> None:
+@check_each
+def unknown_actions_are_not_found(endpoint: Endpoint, function: DigestFunction) -> None:
     """GetActionResult of what was never stored ends with NOT_FOUND."""
-    for function in endpoint.functions:
-        require(not _is_found(endpoint, fresh(100, function)[0]), "a result was found that was never stored")
+    require(not _is_found(endpoint, fresh(100, function)[0]), "a result was found that was never stored")
 
 
-@check
-def results_come_back(endpoint: Endpoint) -> None:
+@check_each
+def results_come_back(endpoint: Endpoint, function: DigestFunction) -> None:
     """A result returns with its files, trees, exit code and auxiliary metadata, byte for byte."""
     _require_updates(endpoint)
-    for function in endpoint.functions:
-        _require_update(endpoint, fresh(100, function)[0], files=3)
+    _require_update(endpoint, fresh(100, function)[0], files=3)
 
 
 @check
