@@ -16,7 +16,7 @@
 
 The names are gRPC's, as the Remote Execution API uses them. Each error knows whether trying again
 may help (`transient`) and which exit code the command line ends with (`exit_code`; documented in
-docs/errors.md, never to be renumbered). Errors of gRPC are translated in `snaploader.remote.status`,
+docs/errors.md, never to be renumbered). Errors of gRPC are translated in `snaploader.remote.calls`,
 errors of the operating system by `translate_os_errors` below; the original is the `__cause__`.
 
 Not in this tree: `cow.COWError` and its children, because `cow` stands alone; and TypeError for

@@ -5,8 +5,8 @@ From the top down, each module about one thing:
     cache                 RemoteCache, the public face, and its connection, where the stack is put together
     cas, streams          blobs: found, in batches, and single big ones
     bulk                  many transfers at once, within bounds
-    calls                 calls on a `channel`, watched and counted; errors by way of `status`
-    retry                 what is tried again, and when; calling work off
+    calls                 an operation's attempts, errors and counters; calling work off
+    channel               opening a channel, and calls on it, which are watched
     codec, capabilities   pure parts: how blobs look on the wire, what a server offers
     config, auth          what the user sets
 """

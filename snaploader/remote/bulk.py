@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeAlias
 
-from snaploader.remote.retry import Cancellation
+from snaploader.remote.calls import Cancellation
 from snaploader.workers import WorkerPool
 
 Task: TypeAlias = "tuple[int, Callable[[Cancellation], None]]"

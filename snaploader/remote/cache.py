@@ -30,7 +30,7 @@ from snaploader.formats.digests import DigestArray
 from snaploader.remote import streams
 from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
 from snaploader.remote.bulk import ByteBudget, Task, run_all
-from snaploader.remote.calls import Caller, Recorder, RemoteStatistics, Settings, Transport
+from snaploader.remote.calls import Caller, Cancellation, Recorder, RemoteStatistics, Retrier, SinkFailed
 from snaploader.remote.capabilities import (
     MESSAGE_LIMIT_BYTES,
     RemoteCapabilities,
@@ -38,6 +38,7 @@ from snaploader.remote.capabilities import (
     without_capabilities,
 )
 from snaploader.remote.cas import CASClient, batches, function_field, to_message
+from snaploader.remote.channel import Settings, Transport
 from snaploader.remote.codec import instance_name_error
 from snaploader.remote.config import (
     Limits,
@@ -48,7 +49,6 @@ from snaploader.remote.config import (
     TLSConfig,
     parse_endpoint,
 )
-from snaploader.remote.retry import Cancellation, Retrier, SinkFailed
 from snaploader.workers import WorkerPool
 
 _DIGEST_BYTES = 80  # a digest in a message, about

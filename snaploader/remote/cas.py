@@ -24,10 +24,17 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.formats.digests import DigestArray
-from snaploader.remote import status, streams
-from snaploader.remote.calls import Caller
+from snaploader.remote import streams
+from snaploader.remote.calls import (
+    Attempts,
+    Caller,
+    Cancellation,
+    deliver,
+    from_message,
+    is_of_whole_call,
+    is_too_large,
+)
 from snaploader.remote.codec import ITEM_OVERHEAD_BYTES, Item, batch_update_request, decompress
-from snaploader.remote.retry import Attempts, Cancellation, deliver
 
 _TRIES_AT_WRONG_BYTES = 2
 _LEAST_LIMIT_BYTES = 64 * 1024  # refusals of smaller batches have other reasons than size
@@ -157,7 +164,7 @@ class CASClient:
         try:
             return self.caller.retrier.run(f"asking for {len(digests)} blobs", attempt, cancellation)
         except (InvalidArgument, ResourceExhausted) as error:
-            if len(digests) == 1 or not status.is_too_large(error):
+            if len(digests) == 1 or not is_too_large(error):
                 raise
         first, second = halves(digests)
         return self.find_missing(first, cancellation) | self.find_missing(second, cancellation)
@@ -210,15 +217,15 @@ class CASClient:
             self.caller.retrier.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
             return [], None
         except (InvalidArgument, ResourceExhausted) as error:
-            if not status.is_too_large(error):
+            if not is_too_large(error):
                 raise
-            if status.is_of_whole_call(error):
+            if is_of_whole_call(error):
                 self.batch_limit.refused(batch.size_bytes)
             return list(batch.remaining.values()), error
 
     def _warn_of_refusal(self, digest: Digest, refusal: SnaploaderError | None) -> None:
         """Warn, once, of a server that refuses in batches what it takes as a stream, which is slower."""
-        is_of_blob = isinstance(refusal, InvalidArgument) and not status.is_of_whole_call(refusal)
+        is_of_blob = isinstance(refusal, InvalidArgument) and not is_of_whole_call(refusal)
         if refusal is None or not is_of_blob or not self._may_warn.acquire(blocking=False):
             return
         log.warning(
@@ -303,7 +310,7 @@ class _ReadBatch(_Batch[Digest]):
 
     def take(self, item: Digest, answer: reapi.BatchReadBlobsResponse.Response) -> None:
         if answer.status.code:
-            raise status.from_message(answer.status, f"reading {item}")
+            raise from_message(answer.status, f"reading {item}")
         try:
             data = _decoded(item, answer)
         except DataLoss as error:
@@ -344,7 +351,7 @@ class _UpdateBatch(_Batch[Item]):
 
     def take(self, item: Item, answer: reapi.BatchUpdateBlobsResponse.Response) -> None:
         if answer.status.code and answer.status.code != grpc.StatusCode.ALREADY_EXISTS.value[0]:
-            raise status.from_message(answer.status, f"writing {item.digest}")
+            raise from_message(answer.status, f"writing {item.digest}")
         self.blobs += 1
         self.content_bytes += item.digest.size_bytes
         self.wire_bytes += len(item.data)

@@ -9,7 +9,7 @@ from snaploader._proto import bytestream_pb2
 from snaploader.blobstore import TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import Cancelled, DataLoss, Internal, InvalidArgument, SnaploaderError
-from snaploader.remote.calls import Caller
+from snaploader.remote.calls import Attempts, Caller, Cancellation, Code, code_of, deliver
 from snaploader.remote.codec import (
     MIN_BYTES,
     Content,
@@ -19,8 +19,6 @@ from snaploader.remote.codec import (
     upload_name,
     write_request,
 )
-from snaploader.remote.retry import Attempts, Cancellation, deliver
-from snaploader.remote.status import Code, code_of
 
 
 def read(caller: Caller, digest: Digest, cancellation: Cancellation) -> bytes:

@@ -14,33 +14,33 @@ from snaploader import errors, workers
 from snaploader._proto import remote_execution_pb2 as reapi, status_pb2
 from snaploader.blobstore import Upload
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
-from snaploader.remote import bulk, status
+from snaploader.remote import bulk, calls
 from snaploader.remote.bulk import ByteBudget, Share, run_all
 from snaploader.remote.cache import Once
-from snaploader.remote.calls import Watchdog
+from snaploader.remote.calls import Cancellation
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES, negotiate, without_capabilities
+from snaploader.remote.channel import Watchdog
 from snaploader.remote.codec import Content
-from snaploader.remote.retry import Cancellation
 from snaploader.workers import WorkerPool
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_every_status_has_a_typed_error(code: grpc.StatusCode) -> None:
-    error = status.from_message(status_pb2.Status(code=code.value[0], message="why"), "doing it")
+    error = calls.from_message(status_pb2.Status(code=code.value[0], message="why"), "doing it")
     assert type(error) is not errors.SnaploaderError
     assert str(error) == f"doing it failed: why ({code.name})"
-    assert status.code_of(error) is code
-    assert not status.is_of_whole_call(error)
+    assert calls.code_of(error) is code
+    assert not calls.is_of_whole_call(error)
 
 
 def test_unknown_status_numbers_are_internal() -> None:
-    error = status.from_message(status_pb2.Status(code=4711), "doing it")
+    error = calls.from_message(status_pb2.Status(code=4711), "doing it")
     assert isinstance(error, errors.Internal)
     assert "no reason given" in str(error)
 
 
 def test_long_details_are_shortened() -> None:
-    assert len(str(status.from_message(status_pb2.Status(code=5, message="x" * 10**6), "doing it"))) < 1100
+    assert len(str(calls.from_message(status_pb2.Status(code=5, message="x" * 10**6), "doing it"))) < 1100
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_long_details_are_shortened() -> None:
     ],
 )
 def test_size_errors_are_told_apart(code: int, message: str, too_large: bool) -> None:
-    error = status.from_message(status_pb2.Status(code=code, message=message), "doing it")
-    assert status.is_too_large(error) is too_large
+    error = calls.from_message(status_pb2.Status(code=code, message=message), "doing it")
+    assert calls.is_too_large(error) is too_large
     assert error.transient is (message == "quota")
 
 
@@ -65,7 +65,7 @@ def test_undecodable_retry_info_is_ignored() -> None:
     detail.type_url = "type.googleapis.com/google.rpc.RetryInfo"
     for value in (b"", b"\x0a", b"\x0a\xff\xff", b"\x12\x01\x01", b"\x0a\x02\x08\x80"):
         detail.value = value
-        assert status.retry_after_s(status.from_message(message, "doing it")) in (None, 0.0)
+        assert calls.retry_after_s(calls.from_message(message, "doing it")) in (None, 0.0)
 
 
 def server(*functions: int, **fields: object) -> reapi.ServerCapabilities:

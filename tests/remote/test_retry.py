@@ -19,9 +19,8 @@ from snaploader.errors import (
     Unauthenticated,
     Unavailable,
 )
+from snaploader.remote.calls import Attempts, Cancellation, Retrier, from_message
 from snaploader.remote.config import RetryEvent, RetryPolicy
-from snaploader.remote.retry import Attempts, Cancellation, Retrier
-from snaploader.remote.status import from_message
 
 FAST = RetryPolicy(initial_delay_s=0.0, max_delay_s=0.0)
 
