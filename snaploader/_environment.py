@@ -27,7 +27,7 @@ class HostEnvironment:
     after_step: Callable[[str], object] = str
     """Called with the name of each step on disk after it was done; crash suites go by the names.
 
-    By default `str`, to which a name is nothing new.
+    The default, `str`, does nothing.
     """
 
 

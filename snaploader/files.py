@@ -173,12 +173,6 @@ def open_inner(name: str, dir_fd: int, access: Access, path: str) -> int:
     return _open_folder(name, access, dir_fd, path, "the folder", is_root=False)
 
 
-def check_inner(name: str, dir_fd: int, access: Access, path: str) -> None:
-    """Check a folder in an open folder, as `open_inner` does. FileNotFoundError when it is not there."""
-    if not stat.S_ISREG(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
-        os.close(open_inner(name, dir_fd, access, path))
-
-
 def make_inside(root: str, path: str, access: Access) -> None:
     """Make a folder, and those above it up to `root`, each by its mode whatever the umask says.
 
@@ -234,7 +228,10 @@ def open_regular(path: str, *, dir_fd: int | None = None) -> tuple[int, os.stat_
 
 
 def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Read a regular file, at most one byte more than this; return that and its status. As `open_regular`."""
+    """Read a regular file; return its bytes, at most one more than `max_bytes`, and its status.
+
+    Errors as `open_regular`.
+    """
     fd, status = open_regular(path)
     try:
         return read_file(fd, max_bytes), status

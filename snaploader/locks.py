@@ -46,11 +46,9 @@ class FileLock:
 
     Args:
         fd: Of the lock file, which is never removed. It is closed with the lock.
-        owner: What is closed when the lock is, for messages.
     """
 
-    def __init__(self, fd: int, owner: str = "the file cache") -> None:
-        self._owner = owner
+    def __init__(self, fd: int) -> None:
         self._threads = threading.Lock()
         self._pid = os.getpid()
         self.fd = fd
@@ -58,16 +56,17 @@ class FileLock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock, waiting for it first. Cancelled after `close`."""
-        if self.closed:
-            raise Cancelled(f"{self._owner} was closed while it was used")
-        with self._threads:
-            if self.closed:
-                raise Cancelled(f"{self._owner} was closed while it was used")
-            fcntl.flock(self.fd, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                self._unlock()
+        # A child's thread lock may be held for ever, so that it is not even waited for.
+        if not self.closed:
+            with self._threads:
+                if not self.closed:
+                    fcntl.flock(self.fd, fcntl.LOCK_EX)
+                    try:
+                        yield
+                    finally:
+                        self._unlock()
+                    return
+        raise Cancelled("the file cache was closed while it was used")
 
     @contextmanager
     def held_now(self) -> Iterator[bool]:
@@ -153,8 +152,7 @@ def is_dead(path: str, *, dir_fd: int | None = None) -> bool:
     """Tell whether nobody holds a lock file: its owner ended, or it is gone. An unreadable one is held."""
     fd = try_lock(path, dir_fd=dir_fd)
     if fd is None:
-        status = _lstat(path, dir_fd)
-        return status is None or not stat.S_ISREG(status.st_mode)
+        return not exists(path, dir_fd=dir_fd) or is_odd(path, dir_fd=dir_fd)
     os.close(fd)
     return True
 

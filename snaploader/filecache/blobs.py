@@ -82,7 +82,7 @@ def _fingerprint(digest: Digest, status: os.stat_result) -> tuple[int, int]:
 
 
 class BlobSpace:
-    """The blobs of one group; `FileCache` says what methods of its own do. Thread-safe, process-safe."""
+    """The blobs of one group. Thread-safe, process-safe. What `FileCache` has too is described there."""
 
     def __init__(self, context: CacheContext, durability: Durability, uses: UseLog) -> None:
         self._context = context

@@ -28,7 +28,6 @@ from snaploader.files import (
     Access,
     NamelessFile,
     OddEntry,
-    check_inner,
     kind_of,
     make_inside,
     open_inner,
@@ -181,7 +180,8 @@ class Layout:
             group = inner(inner(base, self.groups), self.group_path())
             for name in ("blobs", "refs", "trees", "pins"):
                 with suppress(FileNotFoundError):
-                    check_inner(name, group, access, f"{self.group_path()}/{name}")
+                    if not stat.S_ISREG(os.stat(name, dir_fd=group, follow_symlinks=False).st_mode):
+                        inner(group, f"{self.group_path()}/{name}")
             return os.dup(base)
 
 

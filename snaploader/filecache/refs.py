@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 
 class RefSpace:
-    """The refs of one group; `FileCache` says what the methods do. Thread-safe, process-safe."""
+    """The refs of one group. Thread-safe, process-safe. `FileCache` says what the methods do."""
 
     def __init__(self, context: CacheContext) -> None:
         self._context = context

@@ -170,7 +170,7 @@ def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
 
 
 class PinSpace:
-    """The pins of one group; `FileCache` says what the methods do. Thread-safe, process-safe."""
+    """The pins of one group. Thread-safe, process-safe. `FileCache` says what the methods do."""
 
     def __init__(self, context: CacheContext) -> None:
         self._context = context

@@ -128,7 +128,7 @@ class Ledger:
     def evict_with(
         self, make_room: Callable[[int], None], fill: Callable[[int], None], fills_from_bytes: int
     ) -> None:
-        """Set what is called when there is no room for so many bytes, and when a total exceeds this."""
+        """Have `make_room` called with bytes that do not fit, and `fill` with a total over this bound."""
         self._make_room, self._fill, self._fills_from_bytes = make_room, fill, fills_from_bytes
 
     def add(self, size_bytes: int, put: Callable[[Section], bool]) -> bool:
