@@ -7,7 +7,7 @@
 - `directory`, `scan`, `captureindex`: a directory becomes a tree; what is in it; what the last save found
 - `derive`, `delete`, `versions`: a snapshot out of another one; its end; what invalidates all of a kind
 - `manifests`: the one owner of what stands under keys: manifests, tombstones, ids that are taken, pins
-- `fetch`, `prefetch`: one fetch per blob, from the nearest tier; what will likely be wanted soon
+- `fetch`: one fetch per blob, from the nearest tier; what will likely be wanted soon
 - `results`: what calls return, and what they tell while they run
 """
 

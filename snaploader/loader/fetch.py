@@ -1,7 +1,13 @@
-"""Blobs from the nearest tier that has them: the file cache, then what is behind it.
+"""Blobs from the nearest tier that has them: the file cache, then what is behind it; demand before prefetch.
 
 Behind the file cache is any `BlobStore`: a remote cache, or a `TieredStore` of several. The file cache is a
 tier of its own kind, because chunks are mapped and files linked from where it keeps them.
+
+Hints of what will likely be wanted soon are queued and fetched in the background, in bulk. A demand fetch
+runs on the thread that needs the bytes, so it never queues behind a prefetch; and while one runs no new
+prefetch is started. When the last demand ends, its thread hands the next batch over before it returns to its
+reader: a sequential reader that comes back for the next chunk then finds it in flight and waits for that,
+instead of overtaking its own readahead for ever.
 """
 
 from __future__ import annotations
@@ -10,24 +16,49 @@ import logging
 import os
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
-from cow import OpenedChunk, SingleFlight, write_all
+from cow import Flight, OpenedChunk, SingleFlight, write_all
 from snaploader import files
 from snaploader.blobstore import BlobStore
 from snaploader.digest import Buffer, Digest
-from snaploader.errors import DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
+from snaploader.errors import Cancelled, DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable
-from snaploader.loader.prefetch import BlobFlight, BlobFlights, Prefetcher
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
 FILE_CACHE = "file_cache"
 REMOTE = "remote"
+
+MAX_QUEUED_HINTS = 1024
+"""Hints beyond this push out the oldest ones."""
+
+MAX_BATCH_BYTES = 8 << 20
+"""What one background fetch asks for at most; more than one remote batch, so that batches overlap."""
+
+MAX_REMEMBERED = 65_536
+"""Prefetched blobs whose first use is still to be counted."""
+
+BlobFlight: TypeAlias = "Flight[Digest, bytes]"
+"""A blob on its way. Its result is its bytes where no cache took them; otherwise the file cache has them."""
+
+BlobFlights: TypeAlias = "SingleFlight[Digest, bytes]"
+
+_flights_by_cache: weakref.WeakKeyDictionary[FileCache, BlobFlights] = weakref.WeakKeyDictionary()
+_flights_lock = threading.Lock()
+
+
+def flights_into(file_cache: FileCache) -> BlobFlights:
+    """The fetches under way of all loaders that share this file cache: one for each blob."""
+    with _flights_lock:
+        return _flights_by_cache.setdefault(file_cache, SingleFlight())
 
 
 class BlobFetcher:
@@ -37,11 +68,12 @@ class BlobFetcher:
     full of leased blobs, or the disk is full or failing), the bytes are served all the same.
     """
 
-    def __init__(self, file_cache: FileCache, remote: BlobStore | None, pool: WorkerPool) -> None:
+    def __init__(self, file_cache: FileCache, behind: BlobStore | None, pool: WorkerPool) -> None:
         self.file_cache = file_cache
-        self.remote = remote
+        self.behind = behind
+        """The remote cache, perhaps with peers before it; None: nothing."""
         self._flights = flights_into(file_cache)
-        self._prefetcher = Prefetcher(file_cache, remote, pool, self._flights) if remote is not None else None
+        self._prefetcher = Prefetcher(file_cache, behind, pool, self._flights)
 
     def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
         """A read-only descriptor of the verified blob, owned by the caller, and the tier it came from.
@@ -52,45 +84,33 @@ class BlobFetcher:
             opened, local_error = self._open_local(digest)
             if opened is not None:
                 return opened
-            if self.remote is None or not allow_remote:
+            if self.behind is None or not allow_remote:
                 raise local_error or NotFound(f"blob {digest} is not in the file cache")
             flight, leads = self._flights.join(digest)
             if leads:
-                return self._open_as_leader(self.remote, flight, local_error)
+                return self._open_as_leader(self.behind, flight, local_error)
             flight.wait()
             if flight.result is not None:
                 return OpenedChunk(_in_memory_file(flight.result), REMOTE)
             _raise_again(flight)
 
-    def read(self, digest: Digest, *, allow_remote: bool = True) -> bytes:
+    def read(self, digest: Digest) -> bytes:
         """The verified bytes of a blob, from the nearest tier; errors as `open`."""
-        if digest.size_bytes == 0:
-            return b""
-        opened = self.open(digest, allow_remote=allow_remote)
+        opened = self.open(digest)
         with translate_os_errors(f"cannot read blob {digest}"), os.fdopen(opened.fd, "rb") as file:
             data = file.read(digest.size_bytes)
         if len(data) != digest.size_bytes:
             raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
         return data
 
-    def place(
-        self,
-        digest: Digest,
-        target: Path,
-        *,
-        writable: bool,
-        mode: int,
-        allow_remote: bool,
-        fetched: Callable[[int], None] | None = None,
-    ) -> None:
-        """Make a blob, of any size, appear as the file `target`, which must not exist.
+    def place(self, digest: Digest, target: Path, *, writable: bool, mode: int, allow_remote: bool) -> bool:
+        """Make a blob, of any size, appear as a new file `target`; whether it was fetched.
 
         It shares its bytes with the file cache where it can: a link when nobody may write to it and its
         mode is that of cached blobs, else a clone or copy.
 
         Args:
             mode: Permission bits; those for writing count only if `writable`.
-            fetched: Called with the size when the blob came from the remote store.
         """
         mode = mode | 0o200 if writable else mode & 0o555
         while True:
@@ -101,16 +121,11 @@ class BlobFetcher:
                     "the file cache cannot take blob %s, so it is not kept there: %s", digest, error.__cause__
                 )
                 self._place_uncached(digest, target, mode)
-                came = True
-            else:
-                try:
-                    self.file_cache.materialize(digest, target, writable=writable, mode=mode)
-                except NotFound:
-                    # Evicted since. The next round fetches it, or says that it is gone.
-                    continue
-            break
-        if came and fetched is not None:
-            fetched(digest.size_bytes)
+                return True
+            # When it was evicted since, the next round fetches it, or says that it is gone.
+            with suppress(NotFound):
+                self.file_cache.materialize(digest, target, writable=writable, mode=mode)
+                return came
 
     def keep(self, digest: Digest, data: bytes) -> bool:
         """Put a verified blob into the file cache; False when that cannot take it."""
@@ -122,83 +137,72 @@ class BlobFetcher:
         return True
 
     def prefetch(self, digests: Sequence[Digest]) -> None:
-        """A hint: these will likely be opened soon. Returns at once, never raises."""
-        if self._prefetcher is not None:
-            self._prefetcher.hint(digests)
+        """A hint: these will likely be opened soon, the first one first. Returns at once, never raises."""
+        self._prefetcher.hint(digests)
 
     def close(self) -> None:
         """Drop all hints."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
+        self._prefetcher.close()
 
     def _open_local(self, digest: Digest) -> tuple[OpenedChunk | None, SnaploaderError | None]:
         try:
             fd = self.file_cache.open(digest)
         except (NotFound, DataLoss) as error:
             return None, error
-        if self._prefetcher is not None and self._prefetcher.is_first_use(digest):
+        if self._prefetcher.is_first_use(digest):
             return OpenedChunk(fd, REMOTE, prefetched=True), None
         return OpenedChunk(fd, FILE_CACHE), None
 
     def _open_as_leader(
-        self, remote: BlobStore, flight: BlobFlight, local_error: SnaploaderError | None
+        self, behind: BlobStore, flight: BlobFlight, local_error: SnaploaderError | None
     ) -> OpenedChunk:
         digest = flight.key
-        error: BaseException | None = None
-        uncached: bytes | None = None
-        try:
+        with self._leading(flight):
             # Another flight may have ended since this thread looked.
             opened, _ = self._open_local(digest)
             if opened is not None:
                 return opened
-            data = self._fetch(remote, digest, local_error)
-            if self.keep(digest, data):
-                with suppress(SnaploaderError):
-                    return OpenedChunk(self.file_cache.open(digest), REMOTE)
-            uncached = data
-            return OpenedChunk(_in_memory_file(data), REMOTE)
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
-            self._flights.finish(flight, uncached, error)
-
-    def _fetch(self, remote: BlobStore, digest: Digest, local_error: SnaploaderError | None) -> bytes:
-        demand = self._prefetcher.demand(digest) if self._prefetcher is not None else nullcontext()
-        with demand:
             try:
-                with lost_blobs():
-                    return remote.read(digest)
+                with self._prefetcher.demand(digest), lost_blobs():
+                    data = behind.read(digest)
             except (NotFound, DataLoss) as error:
                 if isinstance(local_error, DataLoss):
                     error.add_note(f"in the file cache: {local_error.message}")
                 raise
+            if self.keep(digest, data):
+                with suppress(SnaploaderError):
+                    return OpenedChunk(self.file_cache.open(digest), REMOTE)
+            self._flights.finish(flight, data)
+            return OpenedChunk(_in_memory_file(data), REMOTE)
+
+    @contextmanager
+    def _leading(self, flight: BlobFlight) -> Iterator[None]:
+        """Ends the flight with the block, and with what that raises."""
+        try:
+            yield
+        except BaseException as error:
+            self._flights.finish(flight, error=error)
+            raise
+        self._flights.finish(flight)
 
     def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
-        """Bring a blob of any size into the file cache, as a stream; returns whether it was fetched."""
+        """Bring a blob of any size into the file cache, as a stream; whether it was fetched."""
         while True:
             try:
                 os.close(self.file_cache.open(digest))
                 return False
             except (NotFound, DataLoss):
-                if self.remote is None or not allow_remote:
+                if self.behind is None or not allow_remote:
                     raise
             flight, leads = self._flights.join(digest)
-            if not leads:
-                flight.wait()
-                _raise_again(flight)
-                continue
-            error: BaseException | None = None
-            try:
-                self._stream_to_cache(self.remote, digest)
+            if leads:
+                with self._leading(flight):
+                    self._stream_to_cache(self.behind, digest)
                 return True
-            except BaseException as caught:
-                error = caught
-                raise
-            finally:
-                self._flights.finish(flight, error=error)
+            flight.wait()
+            _raise_again(flight)
 
-    def _stream_to_cache(self, remote: BlobStore, digest: Digest) -> None:
+    def _stream_to_cache(self, behind: BlobStore, digest: Digest) -> None:
         def attempt() -> None:
             with _refusals():
                 writer = self.file_cache.writer(digest, verify=False)  # `read_to` does
@@ -209,15 +213,15 @@ class BlobFetcher:
                         writer.write(data)
 
                 with lost_blobs():
-                    remote.read_to(digest, write)
+                    behind.read_to(digest, write)
                 with _refusals():
                     writer.commit()
 
         _twice(attempt)
 
     def _place_uncached(self, digest: Digest, target: Path, mode: int) -> None:
-        remote = self.remote
-        assert remote is not None
+        behind = self.behind
+        assert behind is not None
 
         def attempt() -> None:
             with (
@@ -225,19 +229,9 @@ class BlobFetcher:
                 files.replacing(target, mode=mode) as fd,
                 lost_blobs(),
             ):
-                remote.read_to(digest, lambda data: files.write_all(fd, data))
+                behind.read_to(digest, lambda data: files.write_all(fd, data))
 
         _twice(attempt)
-
-
-_flights_by_cache: weakref.WeakKeyDictionary[FileCache, BlobFlights] = weakref.WeakKeyDictionary()
-_flights_lock = threading.Lock()
-
-
-def flights_into(file_cache: FileCache) -> BlobFlights:
-    """The fetches under way of all loaders that share this file cache: one for each blob."""
-    with _flights_lock:
-        return _flights_by_cache.setdefault(file_cache, SingleFlight())
 
 
 class _CacheRefused(Exception):
@@ -299,33 +293,157 @@ def _in_memory_file(data: bytes) -> int:
     return fd
 
 
-class SnapshotChunkSource:
-    """Implements `cow.ChunkSource` with the chunks of a table. Thread-safe, immutable.
+class PrefetchFailedError(Exception):
+    """Ends the flight of a prefetch that failed: a reader that waits for the blob fetches it for itself."""
 
-    Args:
-        mode: Permission bits of the file, which the next save of its store keeps.
-    """
+
+class Prefetcher:
+    """Fetches hinted blobs into the file cache. Thread-safe. With nothing behind that, hints are void."""
 
     def __init__(
-        self,
-        name: str,
-        table: ChunkTable,
-        fetcher: BlobFetcher,
-        *,
-        allow_remote: bool,
-        mode: int = DEFAULT_MODE,
+        self, file_cache: FileCache, behind: BlobStore | None, pool: WorkerPool, flights: BlobFlights
     ) -> None:
-        self.name = name
-        self.table = table
-        self.mode = mode
-        self._fetcher = fetcher
-        self.allow_remote = allow_remote
+        self._file_cache = file_cache
+        self._behind = behind
+        self._pool = pool
+        self._flights = flights
+        self._lock = threading.Lock()
+        self._queue: OrderedDict[Digest, None] = OrderedDict()
+        self._unused: OrderedDict[Digest, None] = OrderedDict()
+        self._demands = 0
+        self._busy = False
+        self._closed = False
+
+    def hint(self, digests: Sequence[Digest]) -> None:
+        with self._lock:
+            if self._closed or self._behind is None:
+                return
+            for digest in reversed(digests):
+                self._queue[digest] = None
+                self._queue.move_to_end(digest, last=False)
+            while len(self._queue) > MAX_QUEUED_HINTS:
+                self._queue.popitem()
+        self._start()
+
+    @contextmanager
+    def demand(self, digest: Digest) -> Iterator[None]:
+        """Holds prefetching back for as long as the block, a demand fetch of `digest`, runs."""
+        with self._lock:
+            self._demands += 1
+            self._queue.pop(digest, None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._demands -= 1
+            self._start()
+
+    def is_first_use(self, digest: Digest) -> bool:
+        """Whether `digest` was brought by a prefetch and is used for the first time."""
+        with self._lock:
+            if digest not in self._unused:
+                return False
+            del self._unused[digest]
+            return True
+
+    def close(self) -> None:
+        """Forget all hints. What is being fetched ends with the pool."""
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._busy or self._demands or self._closed or not self._queue:
+                return
+            batch = self._take_batch()
+            self._busy = bool(batch)
+        if not batch:
+            return
+        try:
+            future = self._pool.submit(lambda: self._fetch(batch))
+        except SnaploaderError as error:
+            self._give_up(batch, error)
+            return
+        # A pool that closes drops what has not begun; those who wait for these blobs must hear of it.
+        closed = Cancelled("the loader was closed")
+        future.add_done_callback(lambda done: self._give_up(batch, closed) if done.cancelled() else None)
+
+    def _take_batch(self) -> dict[Digest, BlobFlight]:
+        batch: dict[Digest, BlobFlight] = {}
+        size = 0
+        while self._queue:
+            digest = next(iter(self._queue))
+            if batch and size + digest.size_bytes > MAX_BATCH_BYTES:
+                break
+            del self._queue[digest]
+            flight, leads = self._flights.join(digest)
+            if leads:
+                batch[digest] = flight
+                size += digest.size_bytes
+        return batch
+
+    def _fetch(self, batch: dict[Digest, BlobFlight]) -> None:
+        error: SnaploaderError | None = None
+
+        def keep(digest: Digest, data: bytes) -> None:
+            if self._closed:
+                raise Cancelled("the loader was closed")
+            self._keep(digest, data)
+            self._flights.finish(batch[digest])
+
+        try:
+            missing = self._file_cache.find_missing(batch)
+            for digest, flight in batch.items():
+                if digest not in missing:
+                    self._flights.finish(flight)
+            if missing and self._behind is not None:
+                self._behind.read_many([d for d in batch if d in missing], keep)
+        except SnaploaderError as caught:
+            # No reader asked for these bytes yet. One that does fetches them again and sees the error.
+            log.debug("prefetch of %d blobs failed: %s", len(batch), caught)
+            error = caught
+        finally:
+            self._give_up(batch, error or NotFound("the prefetch ended without this blob"))
+        self._start()
+
+    def _keep(self, digest: Digest, data: bytes) -> None:
+        # Before it can be seen: a reader may open it at once.
+        with self._lock:
+            self._unused[digest] = None
+            if len(self._unused) > MAX_REMEMBERED:
+                self._unused.popitem(last=False)
+        try:
+            added = self._file_cache.put_verified(digest, data)
+        except BaseException:
+            self.is_first_use(digest)
+            raise
+        if not added:
+            self.is_first_use(digest)
+
+    def _give_up(self, batch: dict[Digest, BlobFlight], error: SnaploaderError) -> None:
+        for flight in batch.values():
+            self._flights.finish(flight, error=PrefetchFailedError(str(error)))
+        with self._lock:
+            self._busy = False
+
+
+@dataclass(frozen=True, eq=False)
+class SnapshotChunkSource:
+    """The chunks of a table, as a `cow.ChunkSource`. Thread-safe, immutable."""
+
+    name: str
+    table: ChunkTable
+    fetcher: BlobFetcher
+    allow_remote: bool
+    mode: int = DEFAULT_MODE
+    """Permission bits of the file, which the next save of its store keeps."""
 
     def open_chunk(self, index: int) -> OpenedChunk:
         """Open the chunk, from the nearest tier. Errors say which chunk of which file it was."""
         digest = self._digest(index)
         try:
-            return self._fetcher.open(digest, allow_remote=self.allow_remote)
+            return self.fetcher.open(digest, allow_remote=self.allow_remote)
         except SnaploaderError as error:
             error.add_note(f"needed for chunk {index} of {self.name!r}")
             raise
@@ -333,7 +451,7 @@ class SnapshotChunkSource:
     def prefetch(self, indices: Sequence[int]) -> None:
         """Pass the hint on to the fetcher."""
         if self.allow_remote:
-            self._fetcher.prefetch([self._digest(index) for index in indices])
+            self.fetcher.prefetch([self._digest(index) for index in indices])
 
     def _digest(self, index: int) -> Digest:
         digest = self.table.get(index)

@@ -213,8 +213,8 @@ class SnapshotFinder:
             absent = self._file_cache.find_missing(batch)
             missing = absent
             if absent and self._can_fetch(manifest):
-                assert self._fetcher.remote is not None
-                missing = self._fetcher.remote.find_missing(absent)
+                assert self._fetcher.behind is not None
+                missing = self._fetcher.behind.find_missing(absent)
             if missing:
                 gone += len(missing)
                 example = min(missing)
@@ -267,7 +267,7 @@ class SnapshotFinder:
 
     def _read_tree(self, manifest: Manifest, digest: Digest) -> bytes:
         try:
-            return self._fetcher.read(digest, allow_remote=False)
+            return self._file_cache.read(digest)
         except (NotFound, DataLoss):
             if not self._can_fetch(manifest):
                 raise

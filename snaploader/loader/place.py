@@ -89,14 +89,9 @@ class SnapshotWriter:
 
     def place(self, digest: Digest, target: Path, *, writable: bool, mode: int) -> None:
         """Make one blob appear as a file; see `BlobFetcher.place`."""
-        self.fetcher.place(
-            digest,
-            target,
-            writable=writable,
-            mode=mode,
-            allow_remote=self.snapshot.allow_remote,
-            fetched=self._count,
-        )
+        allow_remote = self.snapshot.allow_remote
+        if self.fetcher.place(digest, target, writable=writable, mode=mode, allow_remote=allow_remote):
+            self._count(digest.size_bytes)
 
     def open(self, digest: Digest) -> int:
         """A descriptor of one blob, from the nearest tier that has it; see `BlobFetcher.open`."""
@@ -113,8 +108,8 @@ class SnapshotWriter:
         Args:
             where: What the blobs belong to, for messages.
         """
-        remote = self.fetcher.remote
-        if remote is None or not self.snapshot.allow_remote:
+        behind = self.fetcher.behind
+        if behind is None or not self.snapshot.allow_remote:
             raise NotFound(
                 f"{len(digests)} blobs of {where} are not in the file cache, such as {min(digests)}"
             )
@@ -125,7 +120,7 @@ class SnapshotWriter:
             write(digest, data)
 
         with lost_blobs():
-            remote.read_many(digests, keep)
+            behind.read_many(digests, keep)
 
     def _count(self, size: int) -> None:
         with self._lock:
