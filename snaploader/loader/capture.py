@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
 from snaploader.digest import Digest, DigestFunction
@@ -27,11 +27,35 @@ from snaploader.files import remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
+from snaploader.keys import SnapshotKeySet
 from snaploader.loader.directory import DirectoryCapture, DirectorySource
-from snaploader.loader.fetch import SnapshotChunkSource
+from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
 from snaploader.locks import ProcessExitStack
+from snaploader.policy import SavePolicy
+from snaploader.task import SnapshotTask
 from snaploader.workers import ThreadBuffers, WorkerPool
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """The arguments of `SnapshotLoader.cache_snapshot`, which documents them."""
+
+    files: Mapping[str, str | os.PathLike[str]]
+    chunked_files: Mapping[str, COWStore | str | os.PathLike[str]]
+    directories: Mapping[str, DirectorySource]
+    vm_configuration: Any
+    vm_metadata: Any = None
+    task: SnapshotTask | None = None
+    snapshot_id: str | None = None
+    save_policy: SavePolicy = SavePolicy.ALWAYS
+    key_set: SnapshotKeySet | None = None
+    default_ref: str = ""
+    min_refresh_interval_s: float = 0.0
+    remote: bool | None = None
+    chunk_size: int | None = None
+    pin: str | None = None
+    progress: ProgressCallback | None = None
 
 
 @dataclass
@@ -78,18 +102,13 @@ class StateCapture:
         file_cache: FileCache,
         function: DigestFunction,
         pool: WorkerPool,
-        *,
-        files: Mapping[str, str | os.PathLike[str]],
-        chunked_files: Mapping[str, COWStore | str | os.PathLike[str]],
-        directories: Mapping[str, DirectorySource],
-        chunk_size: int | None,
-        progress: ProgressCallback | None,
+        options: SaveOptions,
     ) -> None:
         self._file_cache = file_cache
         self._function = function
         self._pool = pool
-        self._files = {name: os.fspath(path) for name, path in files.items()}
-        self._progress = progress
+        self._files = {name: os.fspath(path) for name, path in options.files.items()}
+        self._progress = options.progress
         self._lock = threading.Lock()
         self._buffers = ThreadBuffers()
         self._saved: dict[str, SavedFile] = {}
@@ -103,11 +122,11 @@ class StateCapture:
         """Every directory; their trees are made by `store_all`."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._open.close)
-            for name, source in chunked_files.items():
+            for name, source in options.chunked_files.items():
                 with _translate_cow_errors(name):
-                    self._chunked.append(self._begin(name, source, chunk_size))
-            for name, directory in directories.items():
-                size = chunk_size or DEFAULT_CHUNK_SIZE
+                    self._chunked.append(self._begin(name, source, options.chunk_size))
+            for name, directory in options.directories.items():
+                size = options.chunk_size or DEFAULT_CHUNK_SIZE
                 capture = DirectoryCapture(name, directory, file_cache, function, size)
                 self._open.callback(capture.close)
                 self.directories[name] = capture
@@ -133,16 +152,12 @@ class StateCapture:
         """What is in every directory; there after `store_all`."""
         return {name: capture.tree for name, capture in self.directories.items()}
 
-    def commit(self, make_source: Callable[..., SnapshotChunkSource]) -> None:
-        """Tell the stores that their chunks are saved: they are clean from now on.
-
-        Args:
-            make_source: Called with a name, its table, and `allow_remote` and `mode`, which a store keeps.
-        """
+    def commit(self, fetcher: BlobFetcher) -> None:
+        """Tell the stores that their chunks are saved: they are clean from now on."""
         for chunked in self._chunked:
-            source = make_source(
-                chunked.name, self.tables[chunked.name], allow_remote=chunked.allow_remote, mode=chunked.mode
-            )
+            allow_remote = chunked.allow_remote and fetcher.behind is not None
+            table = self.tables[chunked.name]
+            source = SnapshotChunkSource(chunked.name, table, fetcher, allow_remote, chunked.mode)
             with _translate_cow_errors(chunked.name):
                 chunked.checkpoint.commit(source)
 

@@ -8,128 +8,78 @@ to be seen anywhere, and what was uploaded by then need not be uploaded by the n
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from snaploader import keys
-from snaploader.blobstore import RemoteStore, TransferStatistics
-from snaploader.digest import Buffer, Digest
+from snaploader.blobstore import TransferStatistics
+from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
-from snaploader.filecache import FileCache
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken
-from snaploader.loader.results import ManifestSource, ProgressCallback, Snapshot
-from snaploader.loader.upload import upload_blobs, upload_source
-
-
-@dataclass(frozen=True, slots=True)
-class DeriveResult:
-    """What `derive_snapshot` made, or `upload_snapshot` completed."""
-
-    snapshot: Snapshot
-    """The new snapshot, as if it had been found."""
-    saved_locally: bool
-    saved_remotely: bool
-    uploaded_blobs: int = 0
-    uploaded_bytes: int = 0
-    """Content that went to the remote store, before compression."""
-    uploaded_wire_bytes: int = 0
-    """The same as it was sent."""
-    warnings: tuple[str, ...] = ()
-    """What went wrong without harm to the snapshot."""
-
-    @property
-    def key(self) -> SnapshotKey:
-        """The key that the snapshot was written under: that of its id."""
-        return self.snapshot.key
-
-    @property
-    def snapshot_id(self) -> str:
-        """The id under which exactly this snapshot is found again."""
-        return self.snapshot.key.snapshot_id
-
-
-@dataclass(frozen=True)
-class DeriveOptions:
-    """The arguments of `SnapshotLoader.derive_snapshot`, which documents them."""
-
-    snapshot_id: str | None = None
-    names: Collection[str] | None = None
-    vm_metadata: Any = None
-    pin: str | None = None
-    remote: bool | None = None
-    progress: ProgressCallback | None = None
+from snaploader.loader.manifests import ManifestStore, Stores, cannot_tell, taken
+from snaploader.loader.results import DeriveResult, ManifestSource, ProgressCallback, Snapshot
+from snaploader.loader.save import upload_blobs
 
 
 class SnapshotDeriver:
-    """Does the deriving for a loader. Thread-safe, stateless between calls.
+    """Does the deriving for a loader. Thread-safe, stateless between calls."""
 
-    Args:
-        readonly: Refuse to derive.
-        remote_readonly: Derive locally only.
-        clock: Seconds since the epoch.
-    """
-
-    def __init__(
-        self,
-        file_cache: FileCache,
-        manifests: ManifestStore,
-        remote: RemoteStore | None,
-        *,
-        readonly: bool,
-        remote_readonly: bool,
-        clock: Callable[[], float],
-    ) -> None:
-        self._file_cache = file_cache
+    def __init__(self, stores: Stores, manifests: ManifestStore) -> None:
+        self._stores = stores
+        self._file_cache = stores.file_cache
         self._manifests = manifests
-        self._remote = remote
-        self._readonly = readonly
-        self._remote_readonly = remote_readonly
-        self._clock = clock
 
-    def derive(self, origin: Snapshot, options: DeriveOptions) -> DeriveResult:
+    def derive(
+        self,
+        origin: Snapshot,
+        *,
+        snapshot_id: str | None,
+        names: Collection[str] | None,
+        vm_metadata: Any,
+        pin: str | None,
+        remote: bool | None,
+        progress: ProgressCallback | None,
+    ) -> DeriveResult:
         """See `SnapshotLoader.derive_snapshot`."""
-        if self._readonly:
-            raise FailedPrecondition("this loader is read-only: it cannot derive snapshots")
-        if options.remote and self._remote is None:
-            raise InvalidArgument("a remote snapshot was asked for and the loader has no remote cache")
-        if options.remote and self._remote_readonly:
-            raise FailedPrecondition(REMOTE_READONLY)
-        is_private = self._remote_readonly or bool(origin.key.runner_id)
-        remote = self._remote if not is_private or options.remote else None
-        remote = None if options.remote is False else remote
-        id_ = options.snapshot_id or str(uuid.uuid4())
+        self._stores.check_may_write("derive", remote=remote)
+        if remote is None:
+            is_private = self._stores.remote_readonly or bool(origin.key.runner_id)
+            remote = self._stores.remote is not None and not is_private
+        id_ = snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
-        derived = _part_of(origin, key, options)
-        before = self._manifests.pinned_before(options.pin)
-        self._check_unused(key, derived, remote)
+        derived = _part_of(origin, key, names, vm_metadata)
+        before = self._manifests.pinned_before(pin)
+        self._manifests.check_unused(key)
+        if remote:
+            self._check_digests(derived)
+            if self._manifests.is_taken_remotely(key):
+                raise taken(key)
         blobs = derived.digest_array()
         uploaded, warnings = TransferStatistics(), []
         with self._file_cache.lease((), hashes=[blobs.hashes]):
             absent = self._file_cache.find_missing(blobs)
-            if remote is None:
-                warnings += self._check_whole(derived, absent)
+            if remote:
+                uploaded = self._save_remotely(derived, blobs, progress)
             else:
-                uploaded = self._save_remotely(remote, derived, blobs, options.progress)
+                warnings += self._check_whole(derived, absent)
             saved_locally = True
             try:
-                refs = [self._manifests.local_ref(derived.key)]
-                with self._manifests.pinned(options.pin, before, blobs, refs):
-                    if not self._manifests.keep_local(derived.key, derived.manifest):
-                        raise taken(derived.key)
+                with self._manifests.pinned(pin, before, blobs, [self._manifests.local_ref(key)]):
+                    if not self._manifests.keep_local(key, derived.manifest):
+                        raise taken(key)
             except SnaploaderError as error:
-                if remote is None:
+                if not remote:
                     raise
                 warnings.append(f"the snapshot is saved remotely only: {error.message}")
                 saved_locally = False
-        source = ManifestSource.LOCAL if remote is None else ManifestSource.REMOTE
+        source = ManifestSource.REMOTE if remote else ManifestSource.LOCAL
         return DeriveResult(
             replace(derived, source=source, absent=HashSet.of(absent)),
             saved_locally,
-            remote is not None,
+            remote,
             uploaded.blobs,
             uploaded.content_bytes,
             uploaded.wire_bytes,
@@ -138,34 +88,20 @@ class SnapshotDeriver:
 
     def upload(self, snapshot: Snapshot, progress: ProgressCallback | None) -> DeriveResult:
         """See `SnapshotLoader.upload_snapshot`."""
-        if self._readonly:
-            raise FailedPrecondition("this loader is read-only: it cannot upload snapshots")
-        if self._remote is None:
-            raise InvalidArgument("a snapshot is to be uploaded and the loader has no remote cache")
-        if self._remote_readonly:
-            raise FailedPrecondition(REMOTE_READONLY)
+        self._stores.check_may_write("upload", remote=True)
         if not snapshot.key.snapshot_id:
             raise InvalidArgument(
                 f"the snapshot of {snapshot.key} was not found by its id: look for it by that"
             )
-        self._check_digests(snapshot, self._remote)
+        self._check_digests(snapshot)
         blobs = snapshot.digest_array()
         with self._file_cache.lease((), hashes=[blobs.hashes]):
-            uploaded = self._save_remotely(self._remote, snapshot, blobs, progress)
+            uploaded = self._save_remotely(snapshot, blobs, progress)
         return DeriveResult(snapshot, True, True, uploaded.blobs, uploaded.content_bytes, uploaded.wire_bytes)
 
-    def _check_unused(self, key: SnapshotKey, derived: Snapshot, remote: RemoteStore | None) -> None:
-        self._manifests.check_unused(key)
-        if remote is None:
-            return
-        self._check_digests(derived, remote)
-        if self._manifests.is_taken_remotely(key):
-            raise taken(key)
-
-    @staticmethod
-    def _check_digests(snapshot: Snapshot, remote: RemoteStore) -> None:
-        function = snapshot.manifest.digest_function
-        if remote.digest_function is not function:
+    def _check_digests(self, snapshot: Snapshot) -> None:
+        function, remote = snapshot.manifest.digest_function, self._stores.remote
+        if remote is not None and remote.digest_function is not function:
             raise FailedPrecondition(
                 f"the snapshot has {function.name} digests and the remote cache wants "
                 f"{remote.digest_function.name}: restore it and save it again"
@@ -173,75 +109,60 @@ class SnapshotDeriver:
 
     def _check_whole(self, derived: Snapshot, absent: set[Digest]) -> list[str]:
         """NotFound unless each blob is in some cache. What cannot be told is a warning."""
-        gone = absent
-        if absent and self._remote is not None and derived.allow_remote:
+        if absent and derived.allow_remote:
             try:
-                if self._remote.digest_function is derived.manifest.digest_function:
-                    gone = self._remote.find_missing(absent)
+                absent = self._stores.missing_remotely(absent, derived.manifest.digest_function)
             except SnaploaderError as error:
-                # Readers check that a snapshot is whole, so at worst this one is a miss until it is.
-                warning = (
-                    f"{len(absent)} blobs are not in the local cache, and whether they still are in the "
-                    f"remote cache cannot be told: {error.message}"
-                )
-                return [warning]
-        if gone:
+                return [cannot_tell(absent, error)]
+        if absent:
             raise NotFound(
-                f"{len(gone)} blobs of the snapshot are in no cache any more, such as {min(gone)}: "
+                f"{len(absent)} blobs of the snapshot are in no cache any more, such as {min(absent)}: "
                 "look for a snapshot again"
             )
         return []
 
     def _save_remotely(
-        self, remote: RemoteStore, derived: Snapshot, blobs: DigestArray, progress: ProgressCallback | None
+        self, derived: Snapshot, blobs: DigestArray, progress: ProgressCallback | None
     ) -> TransferStatistics:
-        trees = derived.manifest.trees
+        key, manifest = derived.key, derived.manifest
         sent: list[Digest] = []
-
-        def source(digest: Digest) -> Buffer | str:
-            return upload_source(self._file_cache, digest)
-
         try:
             uploaded = upload_blobs(
-                remote, blobs, trees, derived.directories.values(), source, progress, sent, sampled=False
+                self._stores, manifest, blobs, derived.directories.values(), progress, sent=sent
             )
             # Looked at once more: the upload may have taken minutes.
-            if self._manifests.is_taken_remotely(derived.key):
-                raise taken(derived.key)
-            self._publish_remotely(remote, derived)
+            if self._manifests.is_taken_remotely(key):
+                raise taken(key)
+            try:
+                self._manifests.publish(key, manifest)
+                stands = self._manifests.read_back(key, manifest)
+            except SnaploaderError as error:
+                try:
+                    self._manifests.retract(key, manifest)
+                except SnaploaderError:
+                    error.add_note(
+                        "whether the snapshot is visible remotely cannot be told: delete it by its id later"
+                    )
+                raise
+            if not stands.is_ours:
+                raise taken(key)
         except SnaploaderError as error:
             error.uploaded = tuple(sent)
             error.add_note(
-                f"snapshot {derived.key.snapshot_id!r} was not made. {len(sent)} blobs of "
+                f"snapshot {key.snapshot_id!r} was not made. {len(sent)} blobs of "
                 f"{sum(digest.size_bytes for digest in sent)} bytes were on their way to the remote cache; "
                 "those that arrived are not sent again by the next attempt"
             )
             raise
         return uploaded
 
-    def _publish_remotely(self, remote: RemoteStore, derived: Snapshot) -> None:
-        key, manifest = derived.key, derived.manifest
-        try:
-            self._manifests.publish(remote, key, manifest, Before())
-            stands = self._manifests.read_back(remote, key, manifest, Before())
-        except SnaploaderError as error:
-            try:
-                self._manifests.retract(remote, key, manifest, self._clock())
-            except SnaploaderError:
-                error.add_note(
-                    "whether the snapshot is visible remotely cannot be told: delete it by its id later"
-                )
-            raise
-        if not stands.is_ours:
-            raise taken(key)
 
-
-def _part_of(origin: Snapshot, key: SnapshotKey, options: DeriveOptions) -> Snapshot:
+def _part_of(origin: Snapshot, key: SnapshotKey, names: Collection[str] | None, vm_metadata: Any) -> Snapshot:
     """The new snapshot, before it is stored anywhere."""
-    part = origin.only(_names(origin, options.names))
+    part = origin.only(_names(origin, names))
     manifest = part.manifest
-    if options.vm_metadata is not None:
-        manifest = replace(manifest, vm_metadata=pack_any(options.vm_metadata))
+    if vm_metadata is not None:
+        manifest = replace(manifest, vm_metadata=pack_any(vm_metadata))
     return replace(part, key=key, manifest=manifest, failures=())
 
 

@@ -9,10 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from snaploader import keys
-from snaploader.blobstore import RemoteStore
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
-from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import ChunkTable, decode_chunked_file
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import (
@@ -25,7 +23,7 @@ from snaploader.formats.dirtree import (
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
-from snaploader.loader.manifests import Deleted, ManifestStore
+from snaploader.loader.manifests import Deleted, ManifestStore, Stores
 from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, distinct_artefacts, vm_metadata_of
 from snaploader.policy import ReadPolicy, is_stale
 
@@ -41,28 +39,23 @@ class SnapshotFinder:
     """Looks keys up in the file cache and the remote store. Thread-safe.
 
     Args:
-        readonly: Do not keep remote manifests in the file cache.
         max_stale_fallback_age_s: Local snapshots of fallback keys older than this are passed over.
-        clock: Seconds since the epoch.
     """
 
     def __init__(
         self,
+        stores: Stores,
         fetcher: BlobFetcher,
         manifests: ManifestStore,
-        remote: RemoteStore | None,
         *,
-        readonly: bool,
         max_stale_fallback_age_s: float,
-        clock: Callable[[], float],
     ) -> None:
+        self._stores = stores
+        self._file_cache = stores.file_cache
+        self._remote = stores.remote
         self._fetcher = fetcher
-        self._file_cache: FileCache = fetcher.file_cache
         self._manifests = manifests
-        self._remote = remote
-        self._readonly = readonly
         self._max_age_s = max_stale_fallback_age_s
-        self._clock = clock
 
     def find(
         self,
@@ -174,7 +167,7 @@ class SnapshotFinder:
         if max_age_s is not None:
             self._check_age(manifest, "remote", max_age_s)
         snapshot = self._whole(key, manifest, ManifestSource.REMOTE)
-        if keep and not self._readonly:
+        if keep and not self._stores.readonly:
             try:
                 # What an id names never changes, but for being deleted meanwhile, which must stay.
                 self._manifests.keep_local(key, manifest)
@@ -183,7 +176,7 @@ class SnapshotFinder:
         return snapshot
 
     def _check_age(self, manifest: Manifest, tier: str, max_age_s: float) -> None:
-        if is_stale(vm_metadata_of(manifest), now_s=self._clock(), max_age_s=max_age_s):
+        if is_stale(vm_metadata_of(manifest), now_s=self._stores.clock(), max_age_s=max_age_s):
             raise NotFound(f"the {tier} manifest is older than {max_age_s:g} s or does not say how old it is")
 
     def _whole(self, key: SnapshotKey, manifest: Manifest, source: ManifestSource) -> Snapshot:
@@ -212,7 +205,7 @@ class SnapshotFinder:
         for batch in _batches(digests):
             absent = self._file_cache.find_missing(batch)
             missing = absent
-            if absent and self._can_fetch(manifest):
+            if absent and self._stores.can_fetch(manifest.digest_function):
                 assert self._fetcher.behind is not None
                 missing = self._fetcher.behind.find_missing(absent)
             if missing:
@@ -269,13 +262,9 @@ class SnapshotFinder:
         try:
             return self._file_cache.read(digest)
         except (NotFound, DataLoss):
-            if not self._can_fetch(manifest):
+            if not self._stores.can_fetch(manifest.digest_function):
                 raise
         return self._fetcher.read(digest)
-
-    def _can_fetch(self, manifest: Manifest) -> bool:
-        """Whether the remote store may be asked. One of another digest function has none of the blobs."""
-        return self._remote is not None and self._remote.digest_function is manifest.digest_function
 
 
 def _batches(digests: DigestArray) -> Iterator[DigestArray]:

@@ -15,15 +15,22 @@ from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.delete import DeleteResult, SnapshotDeleter
-from snaploader.loader.derive import DeriveOptions, DeriveResult, SnapshotDeriver
+from snaploader.loader.capture import SaveOptions
+from snaploader.loader.derive import SnapshotDeriver
 from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
-from snaploader.loader.manifests import ManifestStore
-from snaploader.loader.restore import RestoreResult, restore, restore_directory
-from snaploader.loader.results import ProgressCallback, SaveResult, Snapshot
-from snaploader.loader.save import SaveOptions, SnapshotSaver
+from snaploader.loader.manifests import ManifestStore, Stores
+from snaploader.loader.restore import restore, restore_directory
+from snaploader.loader.results import (
+    DeleteResult,
+    DeriveResult,
+    ProgressCallback,
+    RestoreResult,
+    SaveResult,
+    Snapshot,
+)
+from snaploader.loader.save import SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, unpack
 from snaploader.loader.versions import VersionStore
 from snaploader.locks import ProcessExitStack
@@ -80,8 +87,7 @@ class SnapshotLoader:
         mapping_budget: MappingBudget | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._file_cache = file_cache
-        self._remote = remote_cache
+        self._stores = stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock)
         self._share = share_snapshots
         self._universal = universal_ref
         self._budget = mapping_budget
@@ -94,47 +100,27 @@ class SnapshotLoader:
             behind = TieredStore(peer, behind)
         self._fetcher = BlobFetcher(file_cache, behind, self._pool)
         self._open.callback(self._fetcher.close)
-        self._manifests = manifests = ManifestStore(file_cache, remote_cache, readonly=readonly)
-        self._versions = VersionStore(
-            file_cache, remote_cache, readonly=readonly, remote_readonly=remote_readonly
-        )
+        self._manifests = ManifestStore(stores)
+        self._versions = VersionStore(stores)
         self._finder = SnapshotFinder(
-            self._fetcher,
-            manifests,
-            remote_cache,
-            readonly=readonly,
-            max_stale_fallback_age_s=max_stale_fallback_age_s,
-            clock=clock,
+            stores, self._fetcher, self._manifests, max_stale_fallback_age_s=max_stale_fallback_age_s
         )
         self._saver = SnapshotSaver(
+            stores,
             self._fetcher,
             self._finder,
-            manifests,
+            self._manifests,
             self._versions,
             self._pool,
-            remote_cache,
             local_digest_function=digest_function,
             universal_ref=universal_ref,
-            readonly=readonly,
-            remote_readonly=remote_readonly,
-            clock=clock,
         )
-        self._deriver = SnapshotDeriver(
-            file_cache,
-            manifests,
-            remote_cache,
-            readonly=readonly,
-            remote_readonly=remote_readonly,
-            clock=clock,
-        )
-        self._deleter = SnapshotDeleter(
-            manifests, remote_cache, readonly=readonly, remote_readonly=remote_readonly, clock=clock
-        )
+        self._deriver = SnapshotDeriver(stores, self._manifests)
 
     @property
     def remote_cache(self) -> RemoteStore | None:
         """Where snapshots are shared between hosts; None: on this host alone."""
-        return self._remote
+        return self._stores.remote
 
     @property
     def manifests(self) -> ManifestStore:
@@ -408,7 +394,8 @@ class SnapshotLoader:
                 takes no updates or wants other digests.
             SnaploaderError: the remote cache failed. `uploaded` of the error tells what was on its way there.
         """
-        options = DeriveOptions(
+        return self._deriver.derive(
+            snapshot,
             snapshot_id=snapshot_id,
             names=names,
             vm_metadata=vm_metadata,
@@ -416,7 +403,6 @@ class SnapshotLoader:
             remote=remote,
             progress=progress,
         )
-        return self._deriver.derive(snapshot, options)
 
     def upload_snapshot(
         self, snapshot: Snapshot, *, progress: ProgressCallback | None = None
@@ -460,7 +446,7 @@ class SnapshotLoader:
                 updates; nothing was deleted, here or there.
             SnaploaderError: the remote cache failed. Nothing was deleted locally; try again.
         """
-        return self._deleter.delete(snapshot_id, instance_name, remote)
+        return self._manifests.delete(snapshot_id, instance_name, remote)
 
     def invalidate_snapshot(self, key: SnapshotKey) -> str:
         """Drop all snapshots of the key's instance, platform and configuration, on all branches.
@@ -487,12 +473,16 @@ class SnapshotLoader:
 
 
 def _read_policy(policy: ReadPolicy | str) -> ReadPolicy:
+    if isinstance(policy, ReadPolicy):
+        return policy
     if not isinstance(policy, str):
         raise InvalidArgument("no read policy was given: use newest, local-first or local-only")
     return ReadPolicy.parse(policy)
 
 
 def _save_policy(policy: SavePolicy | str) -> SavePolicy:
+    if isinstance(policy, SavePolicy):
+        return policy
     if not isinstance(policy, str):
         raise InvalidArgument("no save policy was given: use always, first-non-default-ref or none-available")
     return SavePolicy.parse(policy)

@@ -9,6 +9,10 @@ file cache it stands in a `LocalManifest` without a digest function.
 A manifest is written when all that it names is stored, and read back when all that a save writes is
 written. Action caches accept an update from a caller who may not make one, and drop it; or drop one result
 for another; or hide one of which they lack a blob. Reading back what was published tells.
+
+Deleting goes the other way: the remote reference, then the local one. Blobs age out by themselves. Whatever
+fails or is killed in between, the next attempt does the rest. As long as the remote part fails nothing is
+deleted locally either, so a snapshot is not lost here that others still see.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -27,7 +31,7 @@ from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader._proto.snaploader_pb2 import LocalManifest, Tombstone
 from snaploader.blobstore import RemoteStore
-from snaploader.digest import Digest, hash_strings
+from snaploader.digest import Digest, DigestFunction, hash_strings
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -43,7 +47,7 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache, Pin
 from snaploader.formats.manifest import Manifest, pack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.results import RemoteManifest
+from snaploader.loader.results import DeleteResult, RemoteManifest
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +55,50 @@ MAY_ONLY_READ = (FailedPrecondition, PermissionDenied, Unauthenticated, Unimplem
 """What servers answer to a caller who may read action results and not write them. UNAUTHENTICATED is
 bazel-remote's with `--allow_unauthenticated_reads`."""
 
-REMOTE_READONLY = "this loader may only read the remote cache (remote_readonly): nothing was published there"
-
 _MAX_REMEMBERED = 1024
 """Keys of which is remembered what stood there remotely when this loader last looked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Where a loader keeps snapshots, and what it may write there."""
+
+    file_cache: FileCache
+    remote: RemoteStore | None
+    readonly: bool
+    """Nothing may be published, here or remotely."""
+    remote_readonly: bool
+    """Nothing may be published remotely."""
+    clock: Callable[[], float]
+    """Seconds since the epoch."""
+
+    def check_may_write(self, verb: str, *, remote: bool | None, hint: str = "") -> None:
+        """FailedPrecondition where this loader is read-only, InvalidArgument where there is nothing to write.
+
+        Args:
+            verb: What is to be done with snapshots.
+            remote: Whether it was asked for remotely.
+            hint: What to do where the remote store is only read.
+        """
+        if self.readonly:
+            raise FailedPrecondition(f"this loader is read-only: it cannot {verb} snapshots")
+        if remote and self.remote is None:
+            raise InvalidArgument(f"cannot {verb} a snapshot remotely: the loader has no remote cache")
+        if remote and self.remote_readonly:
+            raise FailedPrecondition(
+                "this loader may only read the remote cache (remote_readonly): nothing was published there"
+                + hint
+            )
+
+    def can_fetch(self, function: DigestFunction) -> bool:
+        """Whether the remote store may have blobs of this digest function. May ask it, and raise."""
+        return self.remote is not None and self.remote.digest_function is function
+
+    def missing_remotely(self, digests: set[Digest], function: DigestFunction) -> set[Digest]:
+        """Those of `digests` that the remote store lacks too; all where there is none for them."""
+        if self.remote is not None and self.can_fetch(function):
+            return self.remote.find_missing(digests)
+        return digests
 
 
 class Deleted(NotFound):
@@ -70,25 +114,12 @@ class Entry(Enum):
     """Or anything else, such as a damaged manifest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Before:
-    """What stood remotely under a key before a manifest is published there."""
-
-    content: str = ""
-    """Which files and trees it names, hashed; empty where nothing stood."""
-
-
 class ManifestStore:
-    """Reads and writes manifests, here and remotely. Thread-safe.
+    """Reads, writes and deletes manifests, here and remotely. Thread-safe."""
 
-    Args:
-        readonly: Leave a damaged manifest where it is.
-    """
-
-    def __init__(self, file_cache: FileCache, remote: RemoteStore | None, *, readonly: bool) -> None:
-        self._file_cache = file_cache
-        self._remote = remote
-        self._readonly = readonly
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self._file_cache = stores.file_cache
         self._lock = threading.Lock()
         self._remembered: OrderedDict[Digest, str] = OrderedDict()
 
@@ -111,7 +142,7 @@ class ManifestStore:
             return Manifest.parse_local(data)
         except InvalidArgument as error:
             log.warning("a local manifest is damaged: %s", error)
-            if not self._readonly:
+            if not self._stores.readonly:
                 self._file_cache.delete_ref(name)
             raise NotFound(f"the local manifest was damaged ({error})") from error
 
@@ -119,11 +150,6 @@ class ManifestStore:
         """Keep a manifest on this host; whether it was kept. Nothing is replaced where `key` is an id."""
         overwrite = not key.snapshot_id
         return self._file_cache.put_ref(self.local_ref(key), manifest.serialize_local(), overwrite=overwrite)
-
-    def check_unused(self, id_key: SnapshotKey) -> None:
-        """FailedPrecondition when the id of this key names a snapshot on this host, or ever did."""
-        if self.local_entry(id_key) is not Entry.NOTHING:
-            raise taken(id_key)
 
     def local_entry(self, key: SnapshotKey) -> Entry:
         """What stands under a key on this host."""
@@ -133,17 +159,10 @@ class ManifestStore:
             return Entry.NOTHING
         return Entry.TOMBSTONE if is_local_tombstone(data) else Entry.SNAPSHOT
 
-    def forget_local(self, id_key: SnapshotKey) -> None:
-        """Remove what stands under an id on this host, so that the remote manifest is found again."""
-        self._file_cache.delete_ref(self.local_ref(id_key))
-
-    def bury_local(self, id_key: SnapshotKey, tombstone: ActionResult) -> None:
-        """Replace the local manifest. Also where there is none: a reader may be about to put it there."""
-        try:
-            self._file_cache.put_ref(self.local_ref(id_key), local_tombstone(tombstone))
-        except ResourceExhausted as error:
-            log.warning("no room to remember that snapshot %r was deleted: %s", id_key.snapshot_id, error)
-            self.forget_local(id_key)
+    def check_unused(self, id_key: SnapshotKey) -> None:
+        """FailedPrecondition when the id of this key names a snapshot on this host, or ever did."""
+        if self.local_entry(id_key) is not Entry.NOTHING:
+            raise taken(id_key)
 
     # Remotely
 
@@ -154,9 +173,7 @@ class ManifestStore:
             Deleted: It was deleted.
             DataLoss: It is no manifest.
         """
-        if self._remote is None:
-            return None
-        result = self._look(self._remote, key)
+        result = self._look(key)
         if result is None:
             return None
         if is_tombstone(result):
@@ -166,6 +183,13 @@ class ManifestStore:
         except InvalidArgument as error:
             raise DataLoss(f"the remote manifest is damaged: {error.message}") from error
 
+    def remote_entry(self, key: SnapshotKey) -> Entry:
+        """What stands under a key in the remote cache, if there is one. Raises as that does."""
+        result = self._look(key)
+        if result is None:
+            return Entry.NOTHING
+        return Entry.TOMBSTONE if is_tombstone(result) else Entry.SNAPSHOT
+
     def is_taken_remotely(self, id_key: SnapshotKey) -> bool:
         """Whether the id of this key names a snapshot in the remote cache, or ever did."""
         try:
@@ -173,45 +197,35 @@ class ManifestStore:
         except Deleted:
             return True
 
-    def remote_entry(self, key: SnapshotKey) -> Entry:
-        """What stands under a key in the remote cache, if there is one. Raises as that does."""
-        result = None if self._remote is None else self._look(self._remote, key)
-        if result is None:
-            return Entry.NOTHING
-        return Entry.TOMBSTONE if is_tombstone(result) else Entry.SNAPSHOT
-
-    def before(self, remote: RemoteStore, key: SnapshotKey) -> Before:
-        """What stands under `key` before it is published to.
+    def before(self, key: SnapshotKey) -> str:
+        """A hash of what stands remotely under `key` before it is published to; empty where nothing does.
 
         That is what this loader last saw there, if it did: another host's manifest that came since then is
         told from ours all the same, when ours is read back.
         """
-        name = keys.remote_manifest_digest(key, remote.digest_function)
         with self._lock:
-            content = self._remembered.get(name)
-        if content is None:
-            result = self._look(remote, key)
-            content = "" if result is None else _content(result)
-        return Before(content)
+            content = self._remembered.get(self._name(key))
+        if content is not None:
+            return content
+        result = self._look(key)
+        return "" if result is None else _content(result)
 
-    def publish(self, remote: RemoteStore, key: SnapshotKey, manifest: Manifest, before: Before) -> None:
+    def publish(self, key: SnapshotKey, manifest: Manifest, before: str = "") -> None:
         """Write the manifest under `key` in the remote cache; `read_back` tells whether it is there.
 
         Raises:
             FailedPrecondition: The server refuses to replace what stands.
         """
         result = manifest.to_action_result()
-        name = keys.remote_manifest_digest(key, remote.digest_function)
+        what = f"the manifest of {key}"
         try:
-            update_result(remote, name, result, f"the manifest of {key}", replaces=bool(before.content))
+            update_result(self._remote, self._name(key), result, what, replaces=bool(before))
         except FailedPrecondition:
             # Of a server that refuses to replace anything by the same.
-            if before.content != _content(result):
+            if before != _content(result):
                 raise
 
-    def read_back(
-        self, remote: RemoteStore, key: SnapshotKey, manifest: Manifest, before: Before
-    ) -> RemoteManifest:
+    def read_back(self, key: SnapshotKey, manifest: Manifest, before: str = "") -> RemoteManifest:
         """What stands under `key` after `publish`: the manifest, or the one that another host wrote since.
 
         Raises:
@@ -219,15 +233,15 @@ class ManifestStore:
         """
         words = "it has none"
         try:
-            stands = self._get(remote, key)
+            stands = self._get(key)
         except NotFound as error:
             stands, words = None, error.message
         if stands is not None:
             content = _content(stands)
             is_ours = content == _content(manifest.to_action_result())
-            if is_ours or content != before.content:
-                digest = Digest.of(stands.SerializeToString(deterministic=True), remote.digest_function)
-                return RemoteManifest(digest, is_ours=is_ours)
+            if is_ours or content != before:
+                data = stands.SerializeToString(deterministic=True)
+                return RemoteManifest(Digest.of(data, self._remote.digest_function), is_ours=is_ours)
             words = "what stood there before stands"
         raise FailedPrecondition(
             f"the remote cache accepted the manifest of {key} and does not return it ({words}): it may be "
@@ -235,7 +249,7 @@ class ManifestStore:
             "large, or its action cache keeps too few results. Check the server's limits and permissions"
         )
 
-    def retract(self, remote: RemoteStore, id_key: SnapshotKey, manifest: Manifest, now_s: float) -> None:
+    def retract(self, id_key: SnapshotKey, manifest: Manifest) -> None:
         """Hide a manifest whose publication failed, in case it arrived and only the answer was lost.
 
         What another host has written under this id stays, if that can be told.
@@ -243,28 +257,32 @@ class ManifestStore:
         # Where nothing stands, an update that timed out may still be on its way.
         stands = None
         with contextlib.suppress(SnaploaderError):
-            stands = self._look(remote, id_key)
+            stands = self._look(id_key)
         if stands is None or _content(stands) == _content(manifest.to_action_result()):
-            name = keys.remote_manifest_digest(id_key, remote.digest_function)
-            remote.update_action_result(name, tombstone_result(id_key.snapshot_id, now_s))
+            tombstone = tombstone_result(id_key.snapshot_id, self._stores.clock())
+            self._remote.update_action_result(self._name(id_key), tombstone)
 
-    def bury_remote(
-        self, remote: RemoteStore, id_key: SnapshotKey, tombstone: ActionResult, *, replaces: bool
-    ) -> None:
-        """Replace the remote manifest. Errors as `update_result`."""
-        name = keys.remote_manifest_digest(id_key, remote.digest_function)
-        update_result(remote, name, tombstone, f"snapshot {id_key.snapshot_id!r}", replaces=replaces)
+    @property
+    def _remote(self) -> RemoteStore:
+        remote = self._stores.remote
+        assert remote is not None
+        return remote
 
-    def _look(self, remote: RemoteStore, key: SnapshotKey) -> ActionResult | None:
+    def _name(self, key: SnapshotKey) -> Digest:
+        return keys.remote_manifest_digest(key, self._remote.digest_function)
+
+    def _look(self, key: SnapshotKey) -> ActionResult | None:
+        if self._stores.remote is None:
+            return None
         try:
-            return self._get(remote, key)
+            return self._get(key)
         except NotFound:
             return None
 
-    def _get(self, remote: RemoteStore, key: SnapshotKey) -> ActionResult:
-        name = keys.remote_manifest_digest(key, remote.digest_function)
+    def _get(self, key: SnapshotKey) -> ActionResult:
+        name = self._name(key)
         try:
-            result = remote.get_action_result(name)
+            result = self._remote.get_action_result(name)
         except BaseException:
             with self._lock:
                 self._remembered.pop(name, None)
@@ -275,6 +293,74 @@ class ManifestStore:
             if len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
         return result
+
+    # Deleting
+
+    def delete(self, snapshot_id: str, instance_name: str, remote: bool | None) -> DeleteResult:
+        """See `SnapshotLoader.delete_snapshot`."""
+        if remote is None:
+            remote = self._stores.remote is not None
+        hint = "; delete with remote=False only from this host"
+        self._stores.check_may_write("delete", remote=remote, hint=hint)
+        key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
+        tombstone = tombstone_result(snapshot_id, self._stores.clock())
+        here = self.local_entry(key)
+        there = Entry.NOTHING
+        if remote:
+            there = self._delete_remotely(key, tombstone, is_known=here is not Entry.NOTHING)
+        if self._stores.remote is not None and not remote:
+            # Others go on using it, and so may this host, which fetches it again then.
+            if here is Entry.SNAPSHOT:
+                self._file_cache.delete_ref(self.local_ref(key))
+        elif Entry.SNAPSHOT in (here, there):
+            self._bury_local(key, tombstone)
+        return DeleteResult(
+            snapshot_id,
+            deleted_locally=here is Entry.SNAPSHOT,
+            deleted_remotely=there is Entry.SNAPSHOT,
+            was_deleted=Entry.TOMBSTONE in (here, there),
+        )
+
+    def _bury_local(self, id_key: SnapshotKey, tombstone: ActionResult) -> None:
+        """Replace the local manifest. Also where there is none: a reader may be about to put it there."""
+        try:
+            self._file_cache.put_ref(self.local_ref(id_key), local_tombstone(tombstone))
+        except ResourceExhausted as error:
+            log.warning("no room to remember that snapshot %r was deleted: %s", id_key.snapshot_id, error)
+            self._file_cache.delete_ref(self.local_ref(id_key))
+
+    def _delete_remotely(self, key: SnapshotKey, tombstone: ActionResult, *, is_known: bool) -> Entry:
+        """Replace the remote manifest by a tombstone; what stood there.
+
+        Args:
+            is_known: The snapshot is, or was, in the local cache. Then it is also deleted where the server
+                shows nothing: it may hide a manifest because a blob of it is gone, until that is uploaded
+                again.
+        """
+        before = self.remote_entry(key)
+        if before is Entry.TOMBSTONE or (before is Entry.NOTHING and not is_known):
+            return before
+        replaces = before is Entry.SNAPSHOT
+        what = f"snapshot {key.snapshot_id!r}"
+        try:
+            update_result(self._remote, self._name(key), tombstone, what, replaces=replaces)
+        except MAY_ONLY_READ as error:
+            if not replaces:
+                # Nobody sees it, and nobody with these credentials can have saved it there.
+                log.info("%s is not marked as deleted remotely: %s", what, error)
+                return before
+            error.add_note(
+                f"{what} stands, remotely and locally: delete it with credentials that may write to the "
+                "action cache, or with remote=False only from this host"
+            )
+            raise
+        # Some servers accept an update from a caller who may not make one, and drop it.
+        if replaces and self.remote_entry(key) is Entry.SNAPSHOT:
+            raise FailedPrecondition(
+                f"the remote cache accepted the deletion of {what} and still returns it: it may be read-only "
+                "for these credentials. Nothing was deleted locally"
+            )
+        return before
 
     # Pins
 
@@ -292,11 +378,7 @@ class ManifestStore:
         """Pin a snapshot before it is there to be evicted, around the block that makes it visible.
 
         If that or the block fails, what was pinned before is again. Where that cannot be done, a note of the
-        error says so.
-
-        Args:
-            name: None pins nothing.
-            before: What stood under the name.
+        error says so. No name pins nothing.
         """
         if name is None:
             yield
@@ -318,7 +400,6 @@ class ManifestStore:
             raise
 
     def _pin_again(self, pin: Pin) -> None:
-        """Put a pin back as it was."""
         known = pin.sizes_bytes >= 0
         digests = [
             # A pin does not keep the function, nor does it matter to one.
@@ -326,6 +407,17 @@ class ManifestStore:
             for row, size in zip(pin.hashes[known], pin.sizes_bytes[known].tolist(), strict=True)
         ]
         self._file_cache.pin(pin.name, digests, hashes=[pin.hashes[~known]], refs=pin.refs)
+
+
+def cannot_tell(absent: Collection[Digest], error: SnaploaderError) -> str:
+    """The warning where the remote store should have `absent` and cannot be asked.
+
+    Readers check that a snapshot is whole, so at worst it is a miss until the store can be asked again.
+    """
+    return (
+        f"{len(absent)} blobs are not in the local cache, and whether they still are in the remote cache "
+        f"cannot be told: {error.message}"
+    )
 
 
 def taken(id_key: SnapshotKey) -> FailedPrecondition:
@@ -361,11 +453,7 @@ def update_result(
 
 
 def tombstone_result(snapshot_id: str, now_s: float) -> ActionResult:
-    """What replaces the manifest of a snapshot that is deleted now.
-
-    Args:
-        now_s: Seconds since the epoch.
-    """
+    """What replaces the manifest of a snapshot that is deleted now, in seconds since the epoch."""
     tombstone = Tombstone(snapshot_id=snapshot_id)
     tombstone.deleted_timestamp.FromNanoseconds(int(now_s * 10**9))
     result = ActionResult()

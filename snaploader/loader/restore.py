@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from snaploader.errors import InvalidArgument, NotFound
@@ -14,28 +12,12 @@ from snaploader.formats.chunktable import DEFAULT_MODE
 from snaploader.loader.captureindex import write_restored_index
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder, stored_bytes
-from snaploader.loader.results import ProgressCallback, ProgressMeter, Snapshot
+from snaploader.loader.results import ProgressCallback, ProgressMeter, RestoreResult, Snapshot
 from snaploader.loader.unpack import hold
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class RestoreResult:
-    """What `restore_snapshot` or `restore_directory` wrote, and where it came from."""
-
-    files: Mapping[str, Path]
-    """Path of every file, by name."""
-    written_bytes: int
-    """Content of all files, without the holes."""
-    hole_bytes: int
-    fetched_blobs: int
-    fetched_bytes: int
-    """What came from the remote store; the rest was in the file cache."""
-    directories: Mapping[str, Path] = field(default_factory=dict)
-    """Path of every directory, by name."""
 
 
 def restore(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeAlias
 
 from snaploader._proto.snaploader_pb2 import VMMetadata
@@ -65,14 +66,11 @@ class Snapshot:
         return any(not isinstance(failure.error, LookupError) for failure in self.failures)
 
     def digests(self) -> Iterator[Digest]:
-        """Every blob it needs: plain files, trees, chunks, what is in directories; not the empty blob.
-
-        One that stands in several places comes several times.
-        """
-        return artefacts(self.manifest, self.tables, self.directories)
+        """Every blob it needs, once: plain files, trees, chunks, what is in directories; no empty blob."""
+        return iter(self.digest_array())
 
     def digest_array(self) -> DigestArray:
-        """Every blob it needs, each once, without an object for each."""
+        """The same without an object for each."""
         return distinct_artefacts(self.manifest, self.tables, self.directories)
 
     def only(self, names: Collection[str]) -> Snapshot:
@@ -249,15 +247,65 @@ class SaveResult:
         return (*self.files, *self.directories)
 
 
-def artefacts(
-    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
-) -> Iterator[Digest]:
-    """Every blob a snapshot needs: plain files, trees, chunks, what is in directories; not the empty blob."""
-    yield from manifest.digests()
-    trees: list[ChunkTable | DirectoryTree] = [*tables.values(), *directories.values()]
-    # Equal ones, which are one object, count once.
-    for tree in {id(tree): tree for tree in trees}.values():
-        yield from tree.digests()
+@dataclass(frozen=True, slots=True)
+class DeriveResult:
+    """What `derive_snapshot` made, or `upload_snapshot` completed."""
+
+    snapshot: Snapshot
+    """The new snapshot, as if it had been found."""
+    saved_locally: bool
+    saved_remotely: bool
+    uploaded_blobs: int = 0
+    uploaded_bytes: int = 0
+    """Content that went to the remote store, before compression."""
+    uploaded_wire_bytes: int = 0
+    """The same as it was sent."""
+    warnings: tuple[str, ...] = ()
+    """What went wrong without harm to the snapshot."""
+
+    @property
+    def key(self) -> SnapshotKey:
+        """The key that the snapshot was written under: that of its id."""
+        return self.snapshot.key
+
+    @property
+    def snapshot_id(self) -> str:
+        """The id under which exactly this snapshot is found again."""
+        return self.snapshot.key.snapshot_id
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """What `delete_snapshot` found and did."""
+
+    snapshot_id: str
+    deleted_locally: bool
+    """A manifest stood in the file cache, and no longer does."""
+    deleted_remotely: bool
+    """A manifest stood in the remote cache, and no longer does, for any host."""
+    was_deleted: bool
+    """An earlier call had deleted it, at least in part."""
+
+    @property
+    def found(self) -> bool:
+        """Whether there was anything: the snapshot, or what is left of one that was deleted."""
+        return self.deleted_locally or self.deleted_remotely or self.was_deleted
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What `restore_snapshot` or `restore_directory` wrote, and where it came from."""
+
+    files: Mapping[str, Path]
+    """Path of every file, by name."""
+    written_bytes: int
+    """Content of all files, without the holes."""
+    hole_bytes: int
+    fetched_blobs: int
+    fetched_bytes: int
+    """What came from the remote store; the rest was in the file cache."""
+    directories: Mapping[str, Path] = field(default_factory=dict)
+    """Path of every directory, by name."""
 
 
 def distinct_artefacts(

@@ -2,23 +2,28 @@
 
 The local part ends with the local manifest before the remote part begins, so an outage costs the
 remote snapshot and not the local one. Within each part a manifest is written last, when everything
-it names is stored.
+it names is stored: chunks and plain files, then directories, then trees.
+
+Every blob of a snapshot is asked for remotely, also those that did not change: a chunk that is served from
+local caches only grows old there, and would one day be missing from a snapshot that was saved since.
 """
 
 from __future__ import annotations
 
-import os
+import logging
+import random
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
-from cow import COWStore
 from snaploader import keys
 from snaploader._proto import any_pb2
 from snaploader._proto.snaploader_pb2 import VMMetadata
-from snaploader.blobstore import RemoteStore, TransferStatistics
+from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
@@ -28,53 +33,41 @@ from snaploader.errors import (
     ResourceExhausted,
     SnaploaderError,
 )
-from snaploader.formats.chunktable import ChunkTable, check_geometry
+from snaploader.filecache import FileCache
+from snaploader.formats.chunktable import MAX_CHUNK_SIZE, check_geometry
 from snaploader.formats.digests import DigestArray
+from snaploader.formats.dirtree import DirectoryTree, child_directories
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.capture import StateCapture
-from snaploader.loader.directory import DirectorySource
-from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
+from snaploader.loader.capture import SaveOptions, StateCapture
+from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
-from snaploader.loader.manifests import REMOTE_READONLY, Before, ManifestStore, taken
+from snaploader.loader.manifests import ManifestStore, Stores, cannot_tell, taken
 from snaploader.loader.results import (
     ProgressCallback,
+    ProgressMeter,
     RemoteManifest,
     SaveResult,
     distinct_artefacts,
     vm_metadata_of,
 )
-from snaploader.loader.upload import upload_blobs, upload_source
 from snaploader.loader.versions import VersionStore
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
 from snaploader.task import SnapshotTask
 from snaploader.workers import WorkerPool
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class SaveOptions:
-    """The arguments of `SnapshotLoader.cache_snapshot`, which documents them."""
+_IN_MEMORY_BYTES = 4 << 20
+"""Blobs up to this size are uploaded from memory, bigger ones from their file."""
 
-    files: Mapping[str, str | os.PathLike[str]]
-    chunked_files: Mapping[str, COWStore | str | os.PathLike[str]]
-    directories: Mapping[str, DirectorySource]
-    vm_configuration: Any
-    vm_metadata: Any = None
-    task: SnapshotTask | None = None
-    snapshot_id: str | None = None
-    save_policy: SavePolicy = SavePolicy.ALWAYS
-    key_set: SnapshotKeySet | None = None
-    default_ref: str = ""
-    min_refresh_interval_s: float = 0.0
-    remote: bool | None = None
-    chunk_size: int | None = None
-    pin: str | None = None
-    progress: ProgressCallback | None = None
+SAMPLED_BLOBS = 4
+SAMPLED_BYTES = 2 << 20
+"""How much is read at most of what a server says it has, at each save."""
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all files and directories, as they were given: one that was given twice is there twice."""
-        return [*self.files, *self.chunked_files, *self.directories]
+ONE_BATCH_BYTES = 1 << 20
+ONE_BATCH_BLOBS = 256
+"""Up to this much is uploaded as one batch; more in steps, so that a tree comes after its chunks."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +75,14 @@ class _Plan:
     """What a save does remotely."""
 
     function: DigestFunction
-    remote: RemoteStore | None = None
-    """Where to save to, if anywhere."""
+    saves: bool = False
+    """Whether it saves there at all."""
     skipped: str = ""
-    """Why nothing is saved remotely; empty otherwise."""
+    """Why not, where nobody asked for that; empty otherwise."""
     standing: RemoteManifest | None = None
     """What the policy has found under the key."""
-    before: Mapping[SnapshotKey, Before] = field(default_factory=dict)
-    """What stood under each key to write to."""
+    before: Mapping[SnapshotKey, str] = field(default_factory=dict)
+    """What stood under each key to write to; see `ManifestStore.before`."""
     id_is_new: bool = False
     """Whether this save has made up the snapshot's id, which nobody else can know."""
     versioned: SnapshotKey | None = None
@@ -104,59 +97,42 @@ class SnapshotSaver:
     Args:
         local_digest_function: Where there is no remote store to say.
         universal_ref: Whether every save also updates the universal ref.
-        readonly: Refuse to save.
-        remote_readonly: Save locally only.
-        clock: Seconds since the epoch.
     """
 
     def __init__(
         self,
+        stores: Stores,
         fetcher: BlobFetcher,
         finder: SnapshotFinder,
         manifests: ManifestStore,
         versions: VersionStore,
         pool: WorkerPool,
-        remote: RemoteStore | None,
         *,
         local_digest_function: DigestFunction,
         universal_ref: bool,
-        readonly: bool,
-        remote_readonly: bool,
-        clock: Callable[[], float],
     ) -> None:
+        self._stores = stores
+        self._file_cache = stores.file_cache
+        self._remote = stores.remote
         self._fetcher = fetcher
-        self._file_cache = fetcher.file_cache
         self._finder = finder
         self._manifests = manifests
         self._versions = versions
         self._pool = pool
-        self._remote = remote
         self._local_function = local_digest_function
         self._universal = universal_ref
-        self._readonly = readonly
-        self._remote_readonly = remote_readonly
-        self._clock = clock
 
     def save(self, key: SnapshotKey, options: SaveOptions) -> SaveResult:
         """See `SnapshotLoader.cache_snapshot`."""
         self._check(key, options)
         configuration = pack_any(options.vm_configuration)
-        metadata = _metadata(options.vm_metadata, options.task, self._clock())
+        metadata = _metadata(options.vm_metadata, options.task, self._stores.clock())
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
         write_keys = self._write_keys(key, options.key_set)
         plan = self._plan(key, id_key, write_keys, options)
         self._manifests.check_unused(id_key)
         pinned_before = self._manifests.pinned_before(options.pin)
-        with StateCapture(
-            self._file_cache,
-            plan.function,
-            self._pool,
-            files=options.files,
-            chunked_files=options.chunked_files,
-            directories=options.directories,
-            chunk_size=options.chunk_size,
-            progress=options.progress,
-        ) as capture:
+        with StateCapture(self._file_cache, plan.function, self._pool, options) as capture:
             saved = capture.store_all()
             manifest = Manifest(
                 configuration,
@@ -166,26 +142,33 @@ class SnapshotSaver:
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
                 directories={name: directory.digest for name, directory in capture.directories.items()},
             )
-            blobs = distinct_artefacts(manifest, capture.tables, capture.trees)
+            trees = capture.trees
+            blobs = distinct_artefacts(manifest, capture.tables, trees)
             uploaded, standing = TransferStatistics(), plan.standing
             with self._file_cache.lease((), hashes=[blobs.hashes]):
-                warnings = self._complete_locally(
-                    capture, blobs, plan.function, is_pinned=options.pin is not None
-                )
+                warnings = self._complete_locally(capture, blobs, is_pinned=options.pin is not None)
                 refs = [self._manifests.local_ref(written) for written in (*write_keys, id_key)]
                 if key.version_id:
                     # Only this host may know it, and without it the snapshot is not found.
                     refs.append(keys.version_key(key))
                 with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
                     warnings += self._publish_locally(manifest, write_keys, id_key)
-                capture.commit(self._make_source)
+                capture.commit(self._fetcher)
                 warnings += filter(None, (directory.remember() for directory in capture.directories.values()))
                 try:
                     if plan.failure is not None:
                         raise plan.failure
-                    if plan.remote is not None:
-                        uploaded = self._upload(plan.remote, manifest, blobs, capture, options.progress)
-                        standing = self._publish_remotely(plan.remote, plan, manifest, id_key, warnings)
+                    if plan.saves:
+                        uploaded = upload_blobs(
+                            self._stores,
+                            manifest,
+                            blobs,
+                            trees.values(),
+                            options.progress,
+                            rescue=capture.rescue,
+                            sampled=True,
+                        )
+                        standing = self._publish_remotely(plan, manifest, id_key, warnings)
                 except SnaploaderError as error:
                     error.add_note("the snapshot is saved in the local cache")
                     raise
@@ -194,7 +177,7 @@ class SnapshotSaver:
             snapshot_id=id_key.snapshot_id,
             files=tuple(saved[name] for name in (*options.files, *options.chunked_files)),
             saved_locally=True,
-            saved_remotely=plan.remote is not None and standing is not None and standing.is_ours,
+            saved_remotely=plan.saves and standing is not None and standing.is_ours,
             remote_skipped=plan.skipped,
             uploaded_blobs=uploaded.blobs,
             uploaded_bytes=uploaded.content_bytes,
@@ -205,13 +188,13 @@ class SnapshotSaver:
         )
 
     def _check(self, key: SnapshotKey, options: SaveOptions) -> None:
-        if self._readonly:
-            raise FailedPrecondition("this loader is read-only: it cannot save snapshots")
+        self._stores.check_may_write("save", remote=options.remote)
         if key.snapshot_id:
             raise InvalidArgument("the key to save under names a snapshot id: pass snapshot_id= instead")
-        if not options.names:
+        names = [*options.files, *options.chunked_files, *options.directories]
+        if not names:
             raise InvalidArgument("there is nothing to save: name at least one file or directory")
-        for name, count in Counter(options.names).items():
+        for name, count in Counter(names).items():
             check_name(name)
             if count > 1:
                 raise InvalidArgument(
@@ -219,10 +202,6 @@ class SnapshotSaver:
                 )
         if options.chunk_size is not None:
             check_geometry(0, options.chunk_size)
-        if options.remote and self._remote is None:
-            raise InvalidArgument("a remote save was asked for and the loader has no remote cache")
-        if options.remote and self._remote_readonly:
-            raise FailedPrecondition(REMOTE_READONLY)
         if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:
             raise InvalidArgument("save policy none-available needs key_set, the keys to look at")
 
@@ -248,17 +227,17 @@ class SnapshotSaver:
                 )
             id_is_new = options.snapshot_id is None
             is_taken = not id_is_new and self._manifests.is_taken_remotely(id_key)
-            before = {written: self._manifests.before(self._remote, written) for written in write_keys}
-            versioned = key if key.version_id and self._versions.stood(self._remote, key) else None
+            before = {written: self._manifests.before(written) for written in write_keys}
+            versioned = key if key.version_id and self._versions.stood(key) else None
         except SnaploaderError as error:
             return _Plan(function, failure=error if wanted else None)
         if is_taken:
             raise taken(id_key)
-        return _Plan(function, self._remote, before=before, id_is_new=id_is_new, versioned=versioned)
+        return _Plan(function, saves=True, before=before, id_is_new=id_is_new, versioned=versioned)
 
     def _reason_to_skip(self, key: SnapshotKey, options: SaveOptions) -> tuple[str, RemoteManifest | None]:
         """Why this snapshot is kept from the remote store, and what stands there; empty when it is not."""
-        if self._remote_readonly:
+        if self._stores.remote_readonly:
             return "the remote cache is only read (remote_readonly)", None
         if key.runner_id and not options.remote:
             return f"snapshots of runner {key.runner_id!r} are not shared", None
@@ -278,7 +257,7 @@ class SnapshotSaver:
             any_exists=any_exists,
             last_save_s=None if standing is None else completed_s(vm_metadata_of(standing)),
             refresh_interval_s=options.min_refresh_interval_s,
-            now_s=self._clock(),
+            now_s=self._stores.clock(),
         )
         if wanted:
             return "", None
@@ -287,9 +266,7 @@ class SnapshotSaver:
             there = RemoteManifest(Digest.of(standing.serialize(), standing.digest_function), is_ours=False)
         return f"policy {policy} with a refresh interval of {options.min_refresh_interval_s:g} s", there
 
-    def _complete_locally(
-        self, capture: StateCapture, blobs: DigestArray, function: DigestFunction, *, is_pinned: bool
-    ) -> list[str]:
+    def _complete_locally(self, capture: StateCapture, blobs: DigestArray, *, is_pinned: bool) -> list[str]:
         """Make sure that every blob is in a cache; what the stores alone have is put into the file cache.
 
         Args:
@@ -301,20 +278,11 @@ class SnapshotSaver:
             capture.rescue_from_directories(missing)
         if not missing:
             return []
-        if self._remote is not None:
-            try:
-                if self._remote.digest_function is function:
-                    missing = self._remote.find_missing(missing)
-            except SnaploaderError as error:
-                capture.rescue_from_directories(missing)
-                if not missing:
-                    return []
-                # Readers check that a snapshot is whole, so at worst this one is a miss until it is.
-                warning = (
-                    f"{len(missing)} blobs that did not change since they were loaded are not in the local "
-                    f"cache, and whether they still are in the remote cache cannot be told: {error.message}"
-                )
-                return [warning]
+        try:
+            missing = self._stores.missing_remotely(missing, blobs.function)
+        except SnaploaderError as error:
+            capture.rescue_from_directories(missing)
+            return [cannot_tell(missing, error)] if missing else []
         capture.rescue(missing)
         missing = self._file_cache.find_missing(missing)
         if missing:
@@ -340,31 +308,8 @@ class SnapshotSaver:
                 raise
             return [f"the snapshot is not found by its id locally: {error.message}"]
 
-    def _upload(
-        self,
-        remote: RemoteStore,
-        manifest: Manifest,
-        blobs: DigestArray,
-        capture: StateCapture,
-        progress: ProgressCallback | None,
-    ) -> TransferStatistics:
-        def source(digest: Digest) -> Buffer | str:
-            try:
-                return upload_source(self._file_cache, digest)
-            except (NotFound, DataLoss):
-                capture.rescue({digest})
-                return upload_source(self._file_cache, digest)
-
-        trees = manifest.trees
-        return upload_blobs(remote, blobs, trees, capture.trees.values(), source, progress, sampled=True)
-
     def _publish_remotely(
-        self,
-        remote: RemoteStore,
-        plan: _Plan,
-        manifest: Manifest,
-        id_key: SnapshotKey,
-        warnings: list[str],
+        self, plan: _Plan, manifest: Manifest, id_key: SnapshotKey, warnings: list[str]
     ) -> RemoteManifest:
         """Make the snapshot visible; what stands under the key, or the id where the key names no branch.
 
@@ -373,15 +318,15 @@ class SnapshotSaver:
         credentials as what is read back, needs no look of its own.
         """
         for key, before in plan.before.items():
-            self._manifests.publish(remote, key, manifest, before)
+            self._manifests.publish(key, manifest, before)
         standing: dict[SnapshotKey, RemoteManifest] = {}
         try:
             # Looked at once more: the upload may have taken minutes.
             is_taken = not plan.id_is_new and self._manifests.is_taken_remotely(id_key)
             if not is_taken:
-                self._manifests.publish(remote, id_key, manifest, Before())
+                self._manifests.publish(id_key, manifest)
                 if not (plan.id_is_new and plan.before):
-                    standing[id_key] = self._manifests.read_back(remote, id_key, manifest, Before())
+                    standing[id_key] = self._manifests.read_back(id_key, manifest)
                     is_taken = not standing[id_key].is_ours
             if is_taken:
                 raise FailedPrecondition(f"{taken(id_key).message} (it was taken remotely during this save)")
@@ -390,10 +335,10 @@ class SnapshotSaver:
                 raise
             warnings.append(f"the snapshot is not found by its id remotely: {error.message}")
         for key, before in plan.before.items():
-            standing[key] = self._manifests.read_back(remote, key, manifest, before)
+            standing[key] = self._manifests.read_back(key, manifest, before)
             if not standing[key].is_ours:
                 warnings.append(f"another host saved under {key} meanwhile, and its snapshot stands")
-        if plan.versioned is not None and not self._versions.stands(remote, plan.versioned):
+        if plan.versioned is not None and not self._versions.stands(plan.versioned):
             raise FailedPrecondition(
                 f"the remote cache has dropped the version of {plan.versioned} during this save: its action "
                 "cache keeps too few results, and nobody can load the snapshot from it. Raise its size"
@@ -407,17 +352,6 @@ class SnapshotSaver:
         if not universal or keys.is_universal(key) or not key.ref:
             return [key]
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
-
-    def _make_source(
-        self, name: str, table: ChunkTable, *, allow_remote: bool, mode: int
-    ) -> SnapshotChunkSource:
-        return SnapshotChunkSource(
-            name,
-            table,
-            self._fetcher,
-            allow_remote=allow_remote and self._remote is not None,
-            mode=mode,
-        )
 
 
 def _metadata(given: Any, task: SnapshotTask | None, now_s: float) -> any_pb2.Any | None:
@@ -435,3 +369,129 @@ def _metadata(given: Any, task: SnapshotTask | None, now_s: float) -> any_pb2.An
     if not last.HasField("completed_timestamp"):
         last.completed_timestamp.FromNanoseconds(int(now_s * 10**9))
     return pack_any(message)
+
+
+def upload_blobs(
+    stores: Stores,
+    manifest: Manifest,
+    blobs: DigestArray,
+    directories: Iterable[DirectoryTree],
+    progress: ProgressCallback | None,
+    *,
+    sent: list[Digest] | None = None,
+    rescue: Callable[[set[Digest]], None] | None = None,
+    sampled: bool = False,
+) -> TransferStatistics:
+    """Upload the blobs of a snapshot that the remote store lacks, from the file cache.
+
+    The Directories in the Trees of directories are uploaded too, as blobs of their own. Nothing reads them,
+    but some servers, such as buildbox-casd, call a result incomplete without them.
+
+    Args:
+        blobs: All that the snapshot needs, distinct.
+        sent: Takes in what is handed to the store, for when that fails half-way.
+        rescue: Puts blobs into the file cache again that it has lost.
+        sampled: Whether to read a few of the others. Some servers answer from an index that outlives the
+            blobs. Where a sample is wrong, no answer is trusted: all are uploaded.
+
+    Raises:
+        DataLoss: The server says that it has a blob, and cannot give it even after it was uploaded.
+    """
+    remote = stores.remote
+    assert remote is not None
+    children: dict[Digest, bytes] = {}
+    for directory in directories:
+        children |= child_directories(directory)
+    wanted = blobs
+    if children:
+        wanted = DigestArray.joined([blobs, DigestArray.of(children, blobs.function)], blobs.function)
+    missing = remote.find_missing(wanted)
+    read = partial(_read, stores.file_cache, rescue)
+
+    def uploads(digests: Iterable[Digest], meter: ProgressMeter) -> Iterator[Upload]:
+        for digest in digests:
+            try:
+                content = children[digest] if digest in children else read(digest)
+            except (NotFound, DataLoss) as error:
+                raise type(error)(
+                    f"cannot complete the snapshot remotely: blob {digest} is missing there and here "
+                    f"({error.message}). Save the whole state again from its files"
+                ) from error
+            if sent is not None:
+                sent.append(digest)
+            yield Upload(digest, content, verified=True)
+            meter.add(digest.size_bytes)
+
+    def upload(digests: Collection[Digest]) -> TransferStatistics:
+        meter = ProgressMeter(progress, "upload", sum(digest.size_bytes for digest in digests))
+        done = TransferStatistics()
+        for step in _steps(digests, children, manifest.trees):
+            done += remote.write_many(uploads(step, meter))
+        return done
+
+    uploaded = upload(missing)
+    claimed = blobs.without(missing)
+    sample = _sample(claimed) if sampled else []
+    error = _read_error(remote, sample)
+    if error is None:
+        return uploaded
+    log.warning("the remote cache says that it has a blob and cannot give it, so all are uploaded: %s", error)
+    uploaded += upload(claimed)
+    error = _read_error(remote, sample)
+    if error is None:
+        return uploaded
+    raise DataLoss(
+        "the remote cache says that it has blobs of the snapshot and cannot give them, even after they were "
+        f"uploaded again: its index is wrong, and must be rebuilt on the server ({error.message})"
+    ) from error
+
+
+def _read(cache: FileCache, rescue: Callable[[set[Digest]], None] | None, digest: Digest) -> Buffer | str:
+    """The bytes of a blob, or the path of its file if it is big. NotFound or DataLoss when it is lost."""
+    try:
+        return cache.path(digest) if digest.size_bytes > _IN_MEMORY_BYTES else cache.read(digest)
+    except (NotFound, DataLoss):
+        if rescue is None:
+            raise
+    rescue({digest})
+    return _read(cache, None, digest)
+
+
+def _steps(
+    digests: Collection[Digest], directories: Collection[Digest], trees: Collection[Digest]
+) -> list[list[Digest]]:
+    """What to upload one after the other; what fits into one small batch goes as one."""
+    last = {digest for digest in digests if digest in trees}
+    below = {digest for digest in digests if digest in directories} - last
+    steps = [sorted({*digests} - below - last), sorted(below), sorted(last)]
+    is_small = sum(digest.size_bytes for digest in digests) <= ONE_BATCH_BYTES
+    if is_small and len(digests) <= ONE_BATCH_BLOBS:
+        steps = [list(chain(*steps))]
+    return [step for step in steps if step]
+
+
+def _sample(claimed: DigestArray) -> list[Digest]:
+    """A few blobs at random, so that one save after the other looks at different ones.
+
+    At most `SAMPLED_BLOBS` of `SAMPLED_BYTES` together; where all are larger than that, one.
+    """
+    rows = random.SystemRandom().sample(range(len(claimed)), min(len(claimed), 16 * SAMPLED_BLOBS))
+    candidates = [claimed[row] for row in rows]
+    sample: list[Digest] = []
+    size_bytes = 0
+    for digest in candidates:
+        if size_bytes + digest.size_bytes <= SAMPLED_BYTES and len(sample) < SAMPLED_BLOBS:
+            sample.append(digest)
+            size_bytes += digest.size_bytes
+    one = [digest for digest in candidates if digest.size_bytes <= MAX_CHUNK_SIZE]
+    return sample or one[:1]
+
+
+def _read_error(remote: RemoteStore, sample: Collection[Digest]) -> SnaploaderError | None:
+    """Why one of these blobs cannot be read, although the server says that it has it."""
+    try:
+        if sample:
+            remote.read_many(sample, lambda *_: None)
+    except (NotFound, DataLoss) as error:
+        return error
+    return None

@@ -17,7 +17,6 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
@@ -31,10 +30,9 @@ from snaploader.errors import (
     NotFound,
     SnaploaderError,
 )
-from snaploader.filecache import FileCache
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.manifests import MAY_ONLY_READ, REMOTE_READONLY, update_result
+from snaploader.loader.manifests import MAY_ONLY_READ, Stores, update_result
 
 log = logging.getLogger(__name__)
 
@@ -46,36 +44,20 @@ MAX_SETTLE_S = 1.0
 RECENTLY_S = 60.0
 """For how long a version that the remote store had is taken to stand there still."""
 
-
 _MAX_SEEN = 1024
 
 
 class VersionStore:
     """Reads, mints and replaces versions. Thread-safe.
 
-    Args:
-        readonly: Never write a version anywhere; a version that is missing is made up for one call.
-        remote_readonly: The same for the remote store; what it says is still remembered locally.
-        mint: Makes a new, unique version id.
-        sleep: Waits that many seconds.
+    Where nothing may be written, a version that is missing is made up for one call. What a remote store says
+    is remembered locally all the same, unless nothing may be written there either.
     """
 
-    def __init__(
-        self,
-        file_cache: FileCache,
-        remote: RemoteStore | None,
-        *,
-        readonly: bool = False,
-        remote_readonly: bool = False,
-        mint: Callable[[], str] = lambda: str(uuid.uuid4()),
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._file_cache = file_cache
-        self._remote = remote
-        self._readonly = readonly
-        self._remote_readonly = remote_readonly
-        self._mint = mint
-        self._sleep = sleep
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self._file_cache = stores.file_cache
+        self._remote = stores.remote
         self._minting = threading.Lock()
         self._seen_s: dict[str, float] = {}
 
@@ -99,33 +81,32 @@ class VersionStore:
                 raise
             log.warning("using the last known snapshot version %s: %s", last_known, error)
             return last_known
-        if not self._readonly:
+        if not self._stores.readonly:
             self._remember(name, version)
         return version
 
-    def stands(self, remote: RemoteStore, key: SnapshotKey) -> bool:
+    def stands(self, key: SnapshotKey) -> bool:
         """Whether the version that `key` carries has an entry in the remote store, whatever it says."""
+        remote = self._remote
+        assert remote is not None
         try:
             remote.get_action_result(keys.remote_version_digest(key, remote.digest_function))
         except NotFound:
             return False
         return True
 
-    def stood(self, remote: RemoteStore, key: SnapshotKey) -> bool:
+    def stood(self, key: SnapshotKey) -> bool:
         """Whether the version that `key` carries stands, or stood less than `RECENTLY_S` ago."""
         seen_s = self._seen_s.get(keys.version_key(key))
         is_recent = seen_s is not None and time.monotonic() - seen_s < RECENTLY_S
-        return is_recent or self.stands(remote, key)
+        return is_recent or self.stands(key)
 
     def renew(self, key: SnapshotKey) -> str:
         """Write a new version, and with it invalidate all snapshots of the key's kind of machine."""
-        if self._readonly:
-            raise FailedPrecondition("this loader is read-only: it cannot invalidate snapshots")
+        self._stores.check_may_write("invalidate", remote=self._remote is not None)
         name = keys.version_key(key)
-        version = self._mint()
+        version = _mint()
         if self._remote is not None:
-            if self._remote_readonly:
-                raise FailedPrecondition(REMOTE_READONLY)
             before = self._read_remote(self._remote, key, repair=True)
             try:
                 self._write_remote(self._remote, key, version, replaces=before is not None)
@@ -155,8 +136,8 @@ class VersionStore:
         version = self._read_local(name)
         if version is not None:
             return version
-        version = self._mint()
-        if self._readonly:
+        version = _mint()
+        if self._stores.readonly:
             return version
         self._file_cache.put_ref(name, _encode(version).SerializeToString(), overwrite=False)
         return self._read_local(name) or version
@@ -165,14 +146,14 @@ class VersionStore:
         version = self._read_remote(remote, key)
         if version is not None:
             return version
-        if self._readonly or self._remote_readonly:
-            return self._mint()
+        if self._stores.readonly or self._stores.remote_readonly:
+            return _mint()
         with self._minting:
             # Another thread of this loader may have minted while this one waited.
             return self._read_remote(remote, key) or self._mint_remotely(remote, key)
 
     def _mint_remotely(self, remote: RemoteStore, key: SnapshotKey) -> str:
-        version = self._mint()
+        version = _mint()
         start = time.monotonic()
         try:
             self._write_remote(remote, key, version, replaces=False)
@@ -187,7 +168,7 @@ class VersionStore:
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version
         # A rival that saw no version either has written its own within about a round trip of ours.
-        self._sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
+        time.sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
         return self._read_remote(remote, key) or version
 
     def _read_remote(self, remote: RemoteStore, key: SnapshotKey, *, repair: bool = False) -> str | None:
@@ -219,9 +200,14 @@ class VersionStore:
             return _decode(remote_execution_pb2.ActionResult.FromString(data), name)
         except (DecodeError, SnaploaderError) as error:
             log.warning("the local snapshot version is unreadable: %s", error)
-            if not self._readonly:
+            if not self._stores.readonly:
                 self._file_cache.delete_ref(name)
             return None
+
+
+def _mint() -> str:
+    """A new, unique version id."""
+    return str(uuid.uuid4())
 
 
 def _encode(version: str) -> remote_execution_pb2.ActionResult:

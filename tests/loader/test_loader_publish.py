@@ -23,7 +23,7 @@ from snaploader.errors import (
 from snaploader.formats.digests import DigestArray
 from snaploader.keys import SnapshotKeySet, remote_manifest_digest
 from snaploader.loader.results import ManifestSource, RemoteManifest
-from snaploader.loader.upload import SAMPLED_BLOBS, SAMPLED_BYTES
+from snaploader.loader.save import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.testing import EmbeddedServer, FakeCAS, Fault, FaultScript, ServerOptions, like_casd
 
 
