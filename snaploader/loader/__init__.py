@@ -4,7 +4,7 @@
 - `find`: the best snapshot of a key set that is whole
 - `unpack`, `restore`, `place`: a snapshot as lazy stores, or written out in full; how files are written
 - `save`, `capture`: the order of a save, blobs go to the server; files and stores become blobs
-- `directory`, `scan`, `captureindex`: a directory becomes a tree; what is in it; what the last save found
+- `directory`, `scan`: a directory becomes a tree; what is in it, and what the last save found
 - `derive`, `versions`: a snapshot out of another one; what invalidates all of a kind
 - `manifests`: the one owner of what stands under keys: manifests, tombstones, taken ids, pins; deleting
 - `fetch`: one fetch per blob, from the nearest tier; what will likely be wanted soon

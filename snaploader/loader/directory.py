@@ -8,15 +8,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
-
 from cow import chunk_extents, is_zero
-from snaploader.digest import HASH_BYTES, Digest, DigestFunction
+from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
+from snaploader.files import read_file
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.dirtree import (
     ChunkedEntry,
@@ -26,16 +25,20 @@ from snaploader.formats.dirtree import (
     FileEntry,
     encode_directory_tree,
 )
-from snaploader.loader.captureindex import CaptureIndex, Content, is_settled, read_index, try_write_index
 from snaploader.loader.results import ProgressMeter, SavedDirectory
 from snaploader.loader.scan import (
+    CaptureIndex,
+    Content,
     FileIdentity,
     FoundFile,
     changed,
     check_directories,
+    is_settled,
     open_directory,
+    read_index,
     scan,
     shown_path,
+    write_index,
 )
 from snaploader.workers import ThreadBuffers
 
@@ -84,6 +87,19 @@ class DirectorySource:
             raise InvalidArgument(f"chunk_threshold_bytes is {self.chunk_threshold_bytes}, not positive")
 
 
+@dataclass(eq=False)
+class _BigFile:
+    """A file while its chunks are read."""
+
+    file: FoundFile
+    fd: int
+    pending: int = 1
+    """Chunks that are to be read, and the listing of chunks itself."""
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    """Of all chunks but zeros."""
+    read_bytes: int = 0
+
+
 class DirectoryCapture:
     """A directory on its way into the file cache. It is looked through when this is made.
 
@@ -112,10 +128,12 @@ class DirectoryCapture:
         self._lock = threading.Lock()
         self._buffers = ThreadBuffers()
         self._contents: dict[str, Content] = {}
-        self._readers: set[BigFileReader] = set()
+        self._big_files: set[_BigFile] = set()
         self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
-        self._tree: DirectoryTree | None = None
-        self._digest: Digest | None = None
+        self.tree: DirectoryTree
+        """What is in the directory; there after `finish`."""
+        self.digest: Digest
+        """The digest of the tree; there after `finish`."""
         self._check_places(source.exclude)
         self._started_ns = time.time_ns()
         self._root = open_directory(self._where)
@@ -135,18 +153,6 @@ class DirectoryCapture:
     def pending_bytes(self) -> int:
         """Size of the files that have to be read."""
         return sum(file.identity.size_bytes for file in self._pending)
-
-    @property
-    def tree(self) -> DirectoryTree:
-        """What is in the directory; there after `finish`."""
-        assert self._tree is not None
-        return self._tree
-
-    @property
-    def digest(self) -> Digest:
-        """The digest of the tree; there after `finish`."""
-        assert self._digest is not None
-        return self._digest
 
     def tasks(self, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
         """What has to be read: a call for each small file and for each chunk of a big one.
@@ -172,10 +178,10 @@ class DirectoryCapture:
                 entries[file.path] = ChunkedEntry(content, file.mode, file.mtime_ns)
             else:
                 entries[file.path] = FileEntry(content, file.mode, file.mtime_ns)
-        self._tree = DirectoryTree(entries, self._function)
-        data = encode_directory_tree(self._tree)
-        self._digest = Digest.of(data, self._function)
-        self._file_cache.put_verified(self._digest, data)
+        self.tree = DirectoryTree(entries, self._function)
+        data = encode_directory_tree(self.tree)
+        self.digest = Digest.of(data, self._function)
+        self._file_cache.put_verified(self.digest, data)
 
     def rescue(self, wanted: set[Digest]) -> None:
         """Put blobs into the file cache again that are in no cache, from the files that hold them.
@@ -203,12 +209,12 @@ class DirectoryCapture:
         """Write the capture index, where one was asked for. Returns what went wrong, or an empty string."""
         if self._index_path is None:
             return ""
-        settled = (
-            (file.path, file.identity, self._contents[file.path])
+        settled = {
+            (file.path, file.identity): self._contents[file.path]
             for file in self._found.files
             if is_settled(file.identity, self._started_ns)
-        )
-        return try_write_index(self._index_path, settled, self._function)
+        }
+        return write_index(self._index_path, settled, self._function)
 
     def result(self) -> SavedDirectory:
         """What the save of this directory did."""
@@ -230,9 +236,9 @@ class DirectoryCapture:
 
     def close(self) -> None:
         """Close all files. No task may be running."""
-        for reader in self._readers:
-            reader.close()
-        self._readers.clear()
+        for big in self._big_files:
+            os.close(big.fd)
+        self._big_files.clear()
         os.close(self._root)
 
     def _check_places(self, exclude: Collection[str]) -> None:
@@ -255,12 +261,12 @@ class DirectoryCapture:
 
     def _changed_files(self) -> list[FoundFile]:
         """The files to read; the contents of the others are taken from the index."""
-        index = CaptureIndex()
+        index: CaptureIndex = {}
         if self._index_path is not None:
             index = read_index(self._index_path, self._function)
         pending = []
         for file in self._found.files:
-            content = index.get(file.path, file.identity)
+            content = index.get((file.path, file.identity))
             if content is None or not self._is_kept_so(file, content):
                 pending.append(file)
             else:
@@ -284,7 +290,7 @@ class DirectoryCapture:
                 digest, added = self._file_cache.add_file(f"/proc/self/fd/{fd}", self._function)
                 self._check_unchanged(file, fd)
             else:
-                data = _read(fd, size)
+                data = read_file(fd, size)
                 self._check_unchanged(file, fd)
                 digest = Digest.of(data, self._function)
                 added = bool(data) and self._file_cache.put_verified(digest, data)
@@ -296,34 +302,49 @@ class DirectoryCapture:
 
     def _chunk_tasks(self, file: FoundFile, meter: ProgressMeter) -> Iterator[Callable[[], None]]:
         size = file.identity.size_bytes
-
-        def put(digest: Digest, data: memoryview) -> None:
-            added = self._file_cache.put_verified(digest, data)
-            with self._lock:
-                self._count(len(data), added=added)
-
-        def finished(reader: BigFileReader) -> None:
-            self._check_unchanged(file, reader.fd)
-            reader.close()
-            with self._lock:
-                self._readers.discard(reader)
-                self._contents[file.path] = reader.table()
-                self._read_bytes += reader.read_bytes
-            meter.add(size - reader.read_bytes)
-
         check_geometry(size, self._chunk_size)
-        reader = BigFileReader(
-            self._open(file), size, self._chunk_size, self._function, self._buffers, put, finished
-        )
+        big = _BigFile(file, self._open(file))
         with self._lock:
-            self._readers.add(reader)
+            self._big_files.add(big)
         with translate_os_errors(f"cannot find the holes of {shown_path(self._where, file.path)}"):
-            for read_chunk in reader.chunks():
-                yield partial(self._store_chunk, file, read_chunk, meter)
+            for index, ranges in chunk_extents(big.fd, size, self._chunk_size):
+                with self._lock:
+                    big.pending += 1
+                yield partial(self._store_chunk, big, index, ranges, meter)
+            self._chunk_done(big, meter)
 
-    def _store_chunk(self, file: FoundFile, read_chunk: Callable[[], int], meter: ProgressMeter) -> None:
-        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-            meter.add(read_chunk())
+    def _store_chunk(
+        self, big: _BigFile, index: int, ranges: list[tuple[int, int]], meter: ProgressMeter
+    ) -> None:
+        offset = index * self._chunk_size
+        data = self._buffers.get(min(self._chunk_size, big.file.identity.size_bytes - offset))
+        with translate_os_errors(f"cannot read {shown_path(self._where, big.file.path)}"):
+            count = read_ranges(big.fd, data, offset, ranges)
+            # Looking for zeros is several times faster than hashing them.
+            digest = None if is_zero(data) else Digest.of(data, self._function)
+            added = digest is not None and self._file_cache.put_verified(digest, data)
+            with self._lock:
+                big.read_bytes += count
+                if digest is not None:
+                    big.hashes[index] = bytes.fromhex(digest.hash)
+                    self._count(len(data), added=added)
+            meter.add(count)
+            self._chunk_done(big, meter)
+
+    def _chunk_done(self, big: _BigFile, meter: ProgressMeter) -> None:
+        with self._lock:
+            big.pending -= 1
+            if big.pending:
+                return
+        self._check_unchanged(big.file, big.fd)
+        size = big.file.identity.size_bytes
+        table = ChunkTable.empty(size, self._chunk_size, self._function).replace(big.hashes, size=size)
+        with self._lock:
+            self._big_files.discard(big)
+            self._contents[big.file.path] = table
+            self._read_bytes += big.read_bytes
+        os.close(big.fd)
+        meter.add(size - big.read_bytes)
 
     def _count(self, size: int, *, added: bool) -> None:
         self._hashed_bytes += size
@@ -374,104 +395,6 @@ class DirectoryCapture:
     def _check_unchanged(self, file: FoundFile, fd: int) -> None:
         if FileIdentity.of(os.fstat(fd)) != file.identity:
             raise changed(self._where, file.path)
-
-
-def _read(fd: int, size: int) -> bytes:
-    """The whole content of a file that should have `size` bytes."""
-    data = os.pread(fd, size + 1, 0)
-    while 0 < len(data) < size:
-        more = os.pread(fd, size - len(data), len(data))
-        if not more:
-            break
-        data += more
-    return data
-
-
-PutChunk = Callable[[Digest, memoryview], object]
-"""Takes a chunk that was hashed."""
-
-
-class BigFileReader:
-    """Hashes the chunks of an open file that hold data; holes are not read. Thread-safe.
-
-    Args:
-        fd: Of the file; closed by the reader.
-        chunk_size: In bytes, as a ChunkTable has it.
-        buffers: What chunks are read into.
-        put: Called with every chunk that is not zeros.
-        finished: Called with the reader when all chunks that `chunks` gave were read, on the thread
-            that read the last one.
-    """
-
-    def __init__(
-        self,
-        fd: int,
-        size: int,
-        chunk_size: int,
-        function: DigestFunction,
-        buffers: ThreadBuffers,
-        put: PutChunk,
-        finished: Callable[[BigFileReader], None],
-    ) -> None:
-        self.fd = fd
-        self._size = size
-        self._chunk_size = chunk_size
-        self._function = function
-        self._buffers = buffers
-        self._put = put
-        self._finished = finished
-        self._lock = threading.Lock()
-        self._pending = 1  # the listing of chunks itself
-        self._hashes: dict[int, bytes] = {}
-        self.read_bytes = 0
-        """What was read so far."""
-
-    def chunks(self) -> Iterator[Callable[[], int]]:
-        """A call for each chunk that may hold data, which reads it and returns how many bytes were read."""
-        for index, ranges in chunk_extents(self.fd, self._size, self._chunk_size):
-            with self._lock:
-                self._pending += 1
-            yield partial(self._read, index, ranges)
-        self._done()
-
-    def table(self) -> ChunkTable:
-        """The chunks of the file; complete when it is finished."""
-        indices = sorted(self._hashes)
-        rows = b"".join(self._hashes[index] for index in indices)
-        hashes = np.frombuffer(rows, np.uint8).reshape(-1, HASH_BYTES)
-        return ChunkTable(
-            self._size, self._chunk_size, self._function, np.array(indices, dtype=np.int64), hashes
-        )
-
-    def close(self) -> None:
-        """Close the file. Idempotent; not while chunks are being read."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _read(self, index: int, ranges: list[tuple[int, int]]) -> int:
-        offset = index * self._chunk_size
-        data = self._buffers.get(min(self._chunk_size, self._size - offset))
-        count = read_ranges(self.fd, data, offset, ranges)
-        # Looking for zeros is several times faster than hashing them.
-        hash_ = b""
-        if not is_zero(data):
-            digest = Digest.of(data, self._function)
-            self._put(digest, data)
-            hash_ = bytes.fromhex(digest.hash)
-        with self._lock:
-            self.read_bytes += count
-            if hash_:
-                self._hashes[index] = hash_
-        self._done()
-        return count
-
-    def _done(self) -> None:
-        with self._lock:
-            self._pending -= 1
-            is_last = not self._pending
-        if is_last:
-            self._finished(self)
 
 
 def read_ranges(fd: int, data: memoryview, offset: int, ranges: list[tuple[int, int]]) -> int:

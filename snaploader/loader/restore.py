@@ -9,10 +9,10 @@ from pathlib import Path
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.files import remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE
-from snaploader.loader.captureindex import write_restored_index
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder, stored_bytes
 from snaploader.loader.results import ProgressCallback, ProgressMeter, RestoreResult, Snapshot
+from snaploader.loader.scan import write_restored_index
 from snaploader.loader.unpack import hold
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool

@@ -505,7 +505,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
     make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = make_host("a")
-    read = directory._read
+    read = directory.read_file
 
     def read_and_change(fd: int, size: int) -> bytes:
         data = read(fd, size)
@@ -513,7 +513,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
             file.write(b"more")
         return data
 
-    monkeypatch.setattr(directory, "_read", read_and_change)
+    monkeypatch.setattr(directory, "read_file", read_and_change)
     with pytest.raises(FailedPrecondition, match="was changed while it was saved"):
         save_directory(host, home)
     assert host.cache.refs() == []
@@ -568,13 +568,13 @@ def test_a_directory_that_changes_meanwhile_is_an_error(
     make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = make_host("a")
-    read = directory._read
+    read = directory.read_file
 
     def read_and_change(fd: int, size: int) -> bytes:
         (home / "etc/new").touch()
         return read(fd, size)
 
-    monkeypatch.setattr(directory, "_read", read_and_change)
+    monkeypatch.setattr(directory, "read_file", read_and_change)
     with pytest.raises(FailedPrecondition, match=r"etc.*was changed while it was saved"):
         save_directory(host, home)
 

@@ -29,7 +29,7 @@ from snaploader.files import remove_tree
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, decode_directory_tree
 from snaploader.formats.manifest import Manifest, pack_any
 from snaploader.keys import local_manifest_key, snapshot_id_key
-from snaploader.loader import captureindex, place
+from snaploader.loader import place, scan
 from snaploader.testing import EmbeddedServer
 
 
@@ -263,7 +263,7 @@ def test_a_full_disk_under_the_index_is_a_warning(
     save_directory(host, home, index=index)
     before = index.read_bytes()
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(captureindex.os, "replace", failing(os.replace, 1, full))
+    monkeypatch.setattr(scan.os, "replace", failing(os.replace, 1, full))
     result = save_directory(host, home, index=index)
     assert "No space left" in result.warnings[0]
     assert index.read_bytes() == before

@@ -31,9 +31,8 @@ from snaploader import DigestFunction
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unavailable
 from snaploader.filecache import FileCache
-from snaploader.loader import SnapshotLoader, captureindex, directory
-from snaploader.loader.captureindex import GRANULARITY_NS, is_settled, read_index, write_index
-from snaploader.loader.scan import FileIdentity
+from snaploader.loader import SnapshotLoader, directory, scan
+from snaploader.loader.scan import GRANULARITY_NS, FileIdentity, is_settled, read_index, write_index
 from snaploader.testing import EmbeddedServer
 
 BLAKE3 = DigestFunction.BLAKE3
@@ -47,7 +46,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are remembered however young they are. Tests then see to it that times differ."""
-    monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
+    monkeypatch.setattr(scan, "GRANULARITY_NS", -(10**18))
 
 
 @pytest.fixture
@@ -206,15 +205,15 @@ def test_indexes_survive_the_disk(tmp_path: Path) -> None:
     path = str(tmp_path / "index")
     identity = FileIdentity(5, -1, (1 << 64) - 1, 1 << 62)
     digest = Digest.of(b"hello", BLAKE3)
-    write_index(path, [("a", identity, digest), ("ü/\n", identity, digest)], BLAKE3)
+    write_index(path, {("a", identity): digest, ("ü/\n", identity): digest}, BLAKE3)
     index = read_index(path, BLAKE3)
     assert len(index) == 2
-    assert index.get("a", identity) == index.get("ü/\n", identity) == digest
+    assert index["a", identity] == index["ü/\n", identity] == digest
     for changed in (identity._replace(size_bytes=6), identity._replace(inode=1)):
-        assert index.get("a", changed) is None
-    assert index.get("b", identity) is None
+        assert ("a", changed) not in index
+    assert ("b", identity) not in index
     # What does not fit into 64 bits is not remembered.
-    write_index(path, [("a", identity._replace(mtime_ns=1 << 63), digest)], BLAKE3)
+    write_index(path, {("a", identity._replace(mtime_ns=1 << 63)): digest}, BLAKE3)
     assert len(read_index(path, BLAKE3)) == 0
     assert os.listdir(tmp_path) == ["index"]
 
@@ -369,8 +368,8 @@ def test_a_file_that_lies_about_being_unchanged_is_an_error(
     set_time(path, status.st_mtime_ns)
     identity = FileIdentity.of
     monkeypatch.setattr(FileIdentity, "of", lambda status: identity(status)._replace(ctime_ns=0, inode=0))
-    known = read_index(str(index), BLAKE3)._files
-    rows = [(file, one._replace(ctime_ns=0, inode=0), content) for file, (one, content) in known.items()]
+    known = read_index(str(index), BLAKE3).items()
+    rows = {(file, one._replace(ctime_ns=0, inode=0)): content for (file, one), content in known}
     write_index(str(index), rows, BLAKE3)
     for digest in set(find(host, first).directories["home"].digests()):
         host.cache.remove(digest)
@@ -413,8 +412,8 @@ def test_a_file_that_went_after_the_restore_is_not_in_its_index(
     host = make_host("a")
     snapshot = find(host, save_directory(host, home))
     out = tmp_path / "out"
-    monkeypatch.setattr(captureindex.time, "sleep", lambda _: (out / "plain").unlink())
-    monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
+    monkeypatch.setattr(scan.time, "sleep", lambda _: (out / "plain").unlink())
+    monkeypatch.setattr(scan, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     assert len(read_index(str(index), host.loader._saver._local_function)) == 6
 
@@ -436,8 +435,8 @@ def test_a_file_written_to_before_the_restore_returned_is_not_in_its_index(
         with (out / name).open("r+b") as file:
             file.write(b"changed")
 
-    monkeypatch.setattr(captureindex.time, "sleep", write_meanwhile)
-    monkeypatch.setattr(captureindex, "GRANULARITY_NS", -(10**18))
+    monkeypatch.setattr(scan.time, "sleep", write_meanwhile)
+    monkeypatch.setattr(scan, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     host.loader.restore_directory(find(host, save_directory(host, out, index=index)), "home", tmp_path / "2")
     assert state_of(tmp_path / "2") == state_of(out)
@@ -448,8 +447,8 @@ def test_a_file_written_to_before_the_restore_returned_is_not_in_its_index(
 CHILD = """
 import os, signal, sys
 from snaploader import FileCache, SnapshotKey, SnapshotLoader, DirectorySource, VMConfiguration
-from snaploader.loader import captureindex
-captureindex.GRANULARITY_NS = -10**18
+from snaploader.loader import scan
+scan.GRANULARITY_NS = -10**18
 cache, home, index, step = sys.argv[1:]
 real = os.replace
 def replace(source, target):
@@ -457,7 +456,7 @@ def replace(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     real(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
-captureindex.os.replace = replace
+scan.os.replace = replace
 with FileCache(cache) as file_cache, SnapshotLoader(file_cache) as loader:
     loader.cache_snapshot(SnapshotKey(), directories={"home": DirectorySource(home, index=index)},
                           vm_configuration=VMConfiguration(), snapshot_id="killed")

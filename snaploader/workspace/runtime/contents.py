@@ -38,7 +38,7 @@ from snaploader.files import copy_range, open_private
 from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
-from snaploader.loader.captureindex import write_restored_index
+from snaploader.loader.scan import write_restored_index
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec, check_volumes
 
 

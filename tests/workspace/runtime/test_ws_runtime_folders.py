@@ -55,7 +55,7 @@ def times_of(root: Path) -> dict[str, int]:
 
 def settle(folder: Path) -> None:
     """Let no file seem just written, which would have it read again to be sure."""
-    from snaploader.loader.captureindex import GRANULARITY_NS
+    from snaploader.loader.scan import GRANULARITY_NS
 
     newest = max(path.lstat().st_ctime_ns for path in [folder, *folder.rglob("*")])
     probe = folder.parent / "clock"
