@@ -96,12 +96,7 @@ class BlobFetcher:
 
     def read(self, digest: Digest) -> bytes:
         """The verified bytes of a blob, from the nearest tier; errors as `open`."""
-        opened = self.open(digest)
-        with translate_os_errors(f"cannot read blob {digest}"), os.fdopen(opened.fd, "rb") as file:
-            data = file.read(digest.size_bytes)
-        if len(data) != digest.size_bytes:
-            raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
-        return data
+        return read_blob(self.open(digest).fd, digest)
 
     def place(self, digest: Digest, target: Path, *, writable: bool, mode: int, allow_remote: bool) -> bool:
         """Make a blob, of any size, appear as a new file `target`; whether it was fetched.
@@ -232,6 +227,15 @@ class BlobFetcher:
                 behind.read_to(digest, lambda data: files.write_all(fd, data))
 
         _twice(attempt)
+
+
+def read_blob(fd: int, digest: Digest) -> bytes:
+    """The bytes of a blob that is open; closes it. DataLoss when it was cut short meanwhile."""
+    with translate_os_errors(f"cannot read blob {digest}"), os.fdopen(fd, "rb") as file:
+        data = file.read(digest.size_bytes)
+    if len(data) != digest.size_bytes:
+        raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
+    return data
 
 
 class _CacheRefused(Exception):

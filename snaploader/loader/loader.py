@@ -21,7 +21,6 @@ from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.manifests import ManifestStore, Stores
-from snaploader.loader.restore import restore, restore_directory
 from snaploader.loader.results import (
     DeleteResult,
     DeriveResult,
@@ -31,7 +30,7 @@ from snaploader.loader.results import (
     Snapshot,
 )
 from snaploader.loader.save import SnapshotSaver
-from snaploader.loader.unpack import UnpackedSnapshot, unpack
+from snaploader.loader.unpack import UnpackedSnapshot, restore, restore_directory, unpack
 from snaploader.loader.versions import VersionStore
 from snaploader.locks import ProcessExitStack
 from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy

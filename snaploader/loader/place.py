@@ -25,7 +25,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_
 from snaploader.files import remove_tree, replacing
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
-from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs
+from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs, read_blob
 from snaploader.loader.results import ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import ThreadBuffers, WorkerPool
@@ -36,7 +36,7 @@ _BULK_BLOB_BYTES = 4 << 20
 _HOLES_FROM_BYTES = 64 << 10
 """Smaller files are not searched for holes, which would take longer than writing them."""
 
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _PRIVATE = 0o700
 
 
@@ -63,13 +63,21 @@ class SnapshotWriter:
         """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
         placed = {}
         for name, file in self.snapshot.manifest.files.items():
-            target = root / name
-            default = 0o755 if file.is_executable else 0o644
-            self.place(
-                file.digest, target, writable=writable, mode=default if file.mode is None else file.mode
-            )
-            undo.callback(target.unlink, missing_ok=True)
-            placed[name] = target
+            placed[name] = root / name
+            mode = file.mode
+            if mode is None:
+                mode = 0o755 if file.is_executable else 0o644
+            self.place(file.digest, placed[name], writable=writable, mode=mode)
+            undo.callback(placed[name].unlink, missing_ok=True)
+        return placed
+
+    def place_directories(self, root: Path, undo: contextlib.ExitStack) -> dict[str, Path]:
+        """Put the directories into `root`."""
+        placed = {}
+        for name, tree in self.snapshot.directories.items():
+            placed[name] = root / name
+            self.write_directory(tree, placed[name])
+            undo.callback(remove_tree, placed[name])
         return placed
 
     def write_chunked_file(self, name: str, table: ChunkTable, mode: int, target: Path) -> None:
@@ -272,17 +280,12 @@ class _DirectoryWriter:
         if digest.size_bytes > _BULK_BLOB_BYTES:
             self._copy_big(digest, root)
             return
-        data = b""
-        if digest.size_bytes:
-            with os.fdopen(self._writer.open(digest), "rb", buffering=0) as file:
-                data = file.read(digest.size_bytes)
-            if len(data) != digest.size_bytes:
-                raise DataLoss(f"blob {digest} was cut to {len(data)} bytes while it was read; try again")
+        data = read_blob(self._writer.open(digest), digest) if digest.size_bytes else b""
         self._write_files(root, digest, data)
 
     def _write_files(self, root: Path, digest: Digest, data: bytes) -> None:
         for path, entry in self._files[digest]:
-            with translate_os_errors(f"cannot write {path!r}"), _new_file(root / path) as fd:
+            with translate_os_errors(f"cannot write {path!r}"), _opened(root / path, _NEW_FILE) as fd:
                 _write(fd, data)
                 _finish_file(fd, entry)
             self._writer.meter.add(len(data))
@@ -292,7 +295,7 @@ class _DirectoryWriter:
         self._writer.place(digest, root / first, writable=True, mode=_PRIVATE)
         with _opened(root / first) as source:
             for path, entry in others:
-                with _new_file(root / path) as fd:
+                with _opened(root / path, _NEW_FILE) as fd:
                     self._clone(source, fd, digest.size_bytes)
                     _finish_file(fd, entry)
             _finish_file(source, first_entry)
@@ -361,17 +364,8 @@ def _finish_file(fd: int, entry: FileEntry | ChunkedEntry) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[int]:
-    fd = os.open(path, _NEW_FILE, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
 def _opened(path: Path, how: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         yield fd
     finally:

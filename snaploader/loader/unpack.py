@@ -1,28 +1,33 @@
-"""A snapshot made usable at once: plain files in a folder, chunked files as lazy stores."""
+"""A snapshot made usable: at once, as lazy stores, or written out in full, holes as holes."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cow import COWStore, MappingBudget, StoreStatistics
-from snaploader.errors import NotFound, translate_os_errors
+from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import Lease
-from snaploader.files import remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
-from snaploader.loader.place import SnapshotWriter, output_folder
-from snaploader.loader.results import ManifestSource, ProgressMeter, Snapshot
+from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder, stored_bytes
+from snaploader.loader.results import ManifestSource, ProgressCallback, ProgressMeter, RestoreResult, Snapshot
+from snaploader.loader.scan import write_restored_index
 from snaploader.locks import ProcessExitStack
 from snaploader.workers import WorkerPool
 
+log = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True, eq=False)
 class UnpackedSnapshot:
     """The files of a snapshot, ready for reading and writing. A context manager.
 
@@ -30,25 +35,17 @@ class UnpackedSnapshot:
     were not saved with `cache_snapshot` are gone. Plain files and directories stay where they are.
     """
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        files: Mapping[str, Path],
-        chunked_files: Mapping[str, COWStore],
-        directories: Mapping[str, Path],
-        cleanup: contextlib.ExitStack,
-    ) -> None:
-        self.snapshot = snapshot
-        self.files = files
-        """Path of each plain file, by name."""
-        self.chunked_files = chunked_files
-        """Store of each chunked file, by name."""
-        self.directories = directories
-        """Path of each directory, by name."""
-        self._cleanup = cleanup
+    snapshot: Snapshot
+    files: Mapping[str, Path]
+    """Path of each plain file, by name."""
+    chunked_files: Mapping[str, COWStore]
+    """Store of each chunked file, by name."""
+    directories: Mapping[str, Path]
+    """Path of each directory, by name."""
+    _cleanup: contextlib.ExitStack = field(repr=False)
 
     def statistics(self) -> dict[str, StoreStatistics]:
-        """Tell for each chunked file how much of it came from where, and what the prefetch was good for."""
+        """How much of each chunked file came from where, and what the prefetch was good for."""
         return {name: store.statistics() for name, store in self.chunked_files.items()}
 
     def close(self) -> None:
@@ -82,14 +79,79 @@ def unpack(
         cleanup.enter_context(hold(snapshot, fetcher))
         writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(None, "write", 0))
         files = writer.place_files(root, undo, writable=writable_files)
-        directories = {}
-        for name, tree in snapshot.directories.items():
-            directories[name] = root / name
-            writer.write_directory(tree, directories[name])
-            undo.callback(remove_tree, directories[name])
+        directories = writer.place_directories(root, undo)
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
         undo.pop_all()
     return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
+
+
+def restore(
+    snapshot: Snapshot,
+    output_directory: str | os.PathLike[str],
+    fetcher: BlobFetcher,
+    pool: WorkerPool,
+    progress: ProgressCallback | None,
+) -> RestoreResult:
+    """See `SnapshotLoader.restore_snapshot`."""
+    manifest, tables, trees = snapshot.manifest, snapshot.tables, snapshot.directories
+    plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
+    written_bytes = plain_bytes + sum(table.stored_bytes for table in tables.values())
+    written_bytes += sum(map(stored_bytes, trees.values()))
+    hole_bytes = sum(table.hole_bytes for table in tables.values())
+    hole_bytes += sum(tree.hole_bytes for tree in trees.values())
+    writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(progress, "write", written_bytes))
+    with ProcessExitStack() as undo:
+        root = output_folder(output_directory, manifest.names, undo)
+        held = hold(snapshot, fetcher)
+        undo.callback(held.release)
+        files = writer.place_files(root, undo, writable=True)
+        writer.meter.add(plain_bytes)
+        for name, table in tables.items():
+            files[name] = root / name
+            mode = snapshot.modes.get(name, DEFAULT_MODE) | 0o200
+            writer.write_chunked_file(name, table, mode, files[name])
+            undo.callback(files[name].unlink, missing_ok=True)
+        directories = writer.place_directories(root, undo)
+        undo.pop_all()
+    held.release()
+    return RestoreResult(
+        files, written_bytes, hole_bytes, writer.fetched_blobs, writer.fetched_bytes, directories
+    )
+
+
+def restore_directory(
+    snapshot: Snapshot,
+    name: str,
+    path: str | os.PathLike[str],
+    fetcher: BlobFetcher,
+    pool: WorkerPool,
+    *,
+    index: str | os.PathLike[str] | None,
+    progress: ProgressCallback | None,
+) -> RestoreResult:
+    """See `SnapshotLoader.restore_directory`."""
+    tree = snapshot.directories.get(name)
+    if tree is None:
+        known = ", ".join(map(repr, snapshot.directories)) or "none"
+        raise NotFound(f"the snapshot has no directory {name!r}; it has {known}")
+    target = Path(path).absolute()
+    if index is not None and Path(index).absolute().parent.resolve().is_relative_to(target.resolve()):
+        raise InvalidArgument(f"the capture index {str(index)!r} is in the directory: keep it elsewhere")
+    check_vacant(target)
+    written = stored_bytes(tree)
+    writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(progress, "write", written))
+    with ProcessExitStack() as undo:
+        output_folder(target.parent, [], undo)
+        with hold(snapshot.only([name]), fetcher):
+            writer.write_directory(tree, target)
+        undo.pop_all()
+    if index is not None:
+        warning = write_restored_index(tree, target, os.path.abspath(os.fspath(index)))
+        if warning:
+            log.warning("%s", warning)
+    return RestoreResult(
+        {}, written, tree.hole_bytes, writer.fetched_blobs, writer.fetched_bytes, {name: target}
+    )
 
 
 def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
