@@ -39,6 +39,7 @@ from snaploader.formats.manifest import (
 from snaploader.keys import (
     SnapshotKey as SnapshotKey,
     SnapshotKeySet as SnapshotKeySet,
+    SnapshotTask as SnapshotTask,
 )
 from snaploader.loader import (
     DeleteResult as DeleteResult,
@@ -66,4 +67,3 @@ from snaploader.remote import (
     Timeouts as Timeouts,
     TLSConfig as TLSConfig,
 )
-from snaploader.task import SnapshotTask as SnapshotTask

@@ -26,9 +26,8 @@ from snaploader.cli.resources import Caches
 from snaploader.cli.values import Size, format_size, format_time
 from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.keys import SnapshotKeySet
+from snaploader.keys import SnapshotKeySet, SnapshotTask
 from snaploader.loader import SaveResult, SnapshotLoader
-from snaploader.task import SnapshotTask
 
 if TYPE_CHECKING:
     from snaploader.remote import RemoteCache

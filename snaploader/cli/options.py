@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -23,7 +23,9 @@ from snaploader.cli.resources import Caches, Settings, Workspaces, WorkspaceSett
 from snaploader.cli.values import DURATION, KEY_VALUE, MODE, Size
 from snaploader.errors import InvalidArgument
 from snaploader.policy import PolicyOverrides, ReadPolicy, SavePolicy
-from snaploader.task import SnapshotTask
+
+if TYPE_CHECKING:
+    from snaploader.keys import SnapshotTask
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -392,6 +394,8 @@ class TaskOptions:
 
     def task(self, settings: Settings, *, need_ref: bool = True) -> SnapshotTask:
         """The task whose keys are meant. InvalidArgument when the options do not name one."""
+        from snaploader.keys import SnapshotTask
+
         share = self.share and self.wishes.share is not False
         if need_ref and share and not self.ref:
             raise InvalidArgument("--ref is missing: name the branch (or use --no-share with --runner-id)")

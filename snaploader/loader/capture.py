@@ -27,13 +27,12 @@ from snaploader.files import remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
-from snaploader.keys import SnapshotKeySet
+from snaploader.keys import SnapshotKeySet, SnapshotTask
 from snaploader.loader.directory import DirectoryCapture, DirectorySource
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
 from snaploader.locks import ProcessExitStack
 from snaploader.policy import SavePolicy
-from snaploader.task import SnapshotTask
 from snaploader.workers import ThreadBuffers, WorkerPool
 
 

@@ -14,7 +14,7 @@ from snaploader.blobstore import BlobStore, RemoteStore, TieredStore
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
-from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions
 from snaploader.loader.derive import SnapshotDeriver
 from snaploader.loader.directory import DirectorySource
@@ -34,7 +34,6 @@ from snaploader.loader.unpack import UnpackedSnapshot, restore, restore_director
 from snaploader.loader.versions import VersionStore
 from snaploader.locks import ProcessExitStack
 from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy
-from snaploader.task import SnapshotTask
 from snaploader.workers import DEFAULT_WORKERS, WorkerPool
 
 DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3

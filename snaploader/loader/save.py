@@ -38,7 +38,7 @@ from snaploader.formats.chunktable import MAX_CHUNK_SIZE, check_geometry
 from snaploader.formats.digests import DigestArray
 from snaploader.formats.dirtree import DirectoryTree, child_directories
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
-from snaploader.keys import SnapshotKey, SnapshotKeySet
+from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions, StateCapture
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
@@ -53,7 +53,6 @@ from snaploader.loader.results import (
 )
 from snaploader.loader.versions import VersionStore
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
-from snaploader.task import SnapshotTask
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)

@@ -22,6 +22,7 @@ from snaploader.formats.dirtree import (
 from snaploader.formats.manifest import Manifest, PlainFile, pack_any
 from snaploader.keys import (
     SnapshotKey,
+    SnapshotTask,
     local_manifest_key,
     platform_hash,
     remote_manifest_digest,
@@ -30,7 +31,6 @@ from snaploader.keys import (
 )
 from snaploader.loader.manifests import local_tombstone, tombstone_result
 from snaploader.policy import POLICY_PROPERTIES
-from snaploader.task import SnapshotTask
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats"
 SHA256 = DigestFunction.SHA256

@@ -11,9 +11,11 @@ from snaploader.digest import DigestFunction, hash_strings
 from snaploader.errors import InvalidArgument
 from snaploader.keys import (
     MAX_FALLBACK_KEYS,
+    MAX_TEXT_BYTES,
     UNIVERSAL_REF,
     SnapshotKey,
     SnapshotKeySet,
+    SnapshotTask,
     base_key,
     is_universal,
     local_manifest_key,
@@ -26,7 +28,6 @@ from snaploader.keys import (
     write_ref,
 )
 from snaploader.policy import POLICY_PROPERTIES
-from snaploader.task import MAX_TEXT_BYTES, SnapshotTask
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
 snapshot_keys = st.builds(SnapshotKey, *[texts] * 7)

@@ -8,7 +8,7 @@ import pytest
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.errors import InvalidArgument
-from snaploader.task import MAX_PROPERTIES, MAX_TEXT_BYTES, SnapshotTask
+from snaploader.keys import MAX_PROPERTIES, MAX_TEXT_BYTES, SnapshotTask
 
 
 def action(**properties: str) -> reapi.Action:
