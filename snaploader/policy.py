@@ -61,10 +61,12 @@ class _Policy(StrEnum):
     @classmethod
     def parse(cls, name: str) -> Self:
         """The policy called `name`, in any case, with hyphens or underscores. InvalidArgument for others."""
+        known = ", ".join(cls)
+        if not isinstance(name, str):
+            raise InvalidArgument(f"no {cls.__name__} was given: use one of {known}")
         try:
             return cls(name.strip().lower().replace("_", "-"))
         except ValueError:
-            known = ", ".join(cls)
             raise InvalidArgument(f"unknown {cls.__name__} {name[:80]!r}: use one of {known}") from None
 
 

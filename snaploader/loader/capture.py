@@ -65,8 +65,8 @@ class ChunkedCapture:
     checkpoint: Checkpoint
     known: ChunkTable | None
     """What the store held when it was last saved or loaded, if that is known with this digest function."""
-    unchanged: Callable[[], None]
-    """Raises FailedPrecondition when the file behind a checkpoint of a path was changed meanwhile."""
+    unchanged: Callable[[], None] | None
+    """Raises FailedPrecondition when the file behind a checkpoint was changed meanwhile; None for a store."""
     allow_remote: bool
     """Whether the store may fetch chunks from the remote store."""
     mode: int
@@ -137,7 +137,8 @@ class StateCapture:
         meter = ProgressMeter(self._progress, "store", self._total_bytes())
         self._pool.for_each(lambda task: task(), self._tasks(meter))
         for chunked in self._chunked:
-            chunked.unchanged()
+            if chunked.unchanged is not None:
+                chunked.unchanged()
             self._finish(chunked)
         for capture in self.directories.values():
             capture.finish()
@@ -167,14 +168,12 @@ class StateCapture:
         """
         wanted = set(digests)
         self.rescue_from_directories(wanted)
-        for digest, name, index in self._places(wanted):
-            try:
-                self._file_cache.write(digest, self._read_chunk(name, index))
-            except (NotFound, DataLoss) as error:
-                raise type(error)(
-                    f"chunk {index} of {name!r} ({digest}), which did not change since it was loaded, is "
-                    f"in no cache any more: {error.message}"
-                ) from error
+        for chunked in self._chunked:
+            table = self.tables[chunked.name]
+            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+                if digest in wanted:
+                    wanted.remove(digest)
+                    self._rescue_chunk(chunked, index, digest)
 
     def rescue_from_directories(self, wanted: set[Digest]) -> None:
         """Do as `rescue` does for what is in directories, and take it out of `wanted`."""
@@ -189,26 +188,21 @@ class StateCapture:
     ) -> None:
         self._open.close()
 
-    def _places(self, digests: Collection[Digest]) -> Iterator[tuple[Digest, str, int]]:
-        """For each of `digests` that is a chunk: a file and an index where it stands."""
-        wanted = set(digests)
-        for name, table in self.tables.items():
-            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
-                if digest in wanted:
-                    wanted.remove(digest)
-                    yield digest, name, index
-
-    def _read_chunk(self, name: str, index: int) -> bytes:
-        """The frozen content of a chunk, from its store."""
-        checkpoint = next(chunked.checkpoint for chunked in self._chunked if chunked.name == name)
-        buffer = bytearray(checkpoint.chunk_length(index))
-        checkpoint.readinto(index, buffer)
-        return bytes(buffer)
+    def _rescue_chunk(self, chunked: ChunkedCapture, index: int, digest: Digest) -> None:
+        data = bytearray(chunked.checkpoint.chunk_length(index))
+        try:
+            chunked.checkpoint.readinto(index, data)
+            self._file_cache.write(digest, data)
+        except (NotFound, DataLoss) as error:
+            raise type(error)(
+                f"chunk {index} of {chunked.name!r} ({digest}), which did not change since it was loaded, is "
+                f"in no cache any more: {error.message}"
+            ) from error
 
     def _begin(
         self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
     ) -> ChunkedCapture:
-        unchanged: Callable[[], None] = lambda: None  # noqa: E731
+        unchanged: Callable[[], None] | None = None
         mode = DEFAULT_MODE
         if isinstance(source, COWStore):
             store = source
@@ -223,13 +217,11 @@ class StateCapture:
             store = COWStore.from_file(path, scratch, size, copy=False)
             self._open.enter_context(store)
         checkpoint = self._open.enter_context(store.checkpoint())
-        loaded = store.source if isinstance(store.source, SnapshotChunkSource) else None
-        known = None
-        if loaded is not None and loaded.table.function is self._function:
-            known = loaded.table
-        allow_remote = loaded is None or loaded.allow_remote
-        mode = mode if loaded is None else loaded.mode
-        return ChunkedCapture(name, checkpoint, known, unchanged, allow_remote, mode)
+        loaded = store.source
+        if not isinstance(loaded, SnapshotChunkSource):
+            return ChunkedCapture(name, checkpoint, None, unchanged, True, mode)
+        known = loaded.table if loaded.table.function is self._function else None
+        return ChunkedCapture(name, checkpoint, known, unchanged, loaded.allow_remote, loaded.mode)
 
     def _total_bytes(self) -> int:
         with translate_os_errors("cannot read a file to save"):

@@ -86,10 +86,6 @@ class SnapshotFinder:
                 return replace(snapshot, failures=tuple(failures))
         raise _summary(failures) from failures[-1].error
 
-    def find_one(self, key: SnapshotKey, policy: ReadPolicy) -> Snapshot:
-        """The snapshot of exactly this key."""
-        return self.find(SnapshotKeySet(key, (), key), policy, allow_degraded=False)
-
     def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
         assert self._remote is not None

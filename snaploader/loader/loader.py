@@ -85,7 +85,11 @@ class SnapshotLoader:
         mapping_budget: MappingBudget | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._stores = stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock)
+        stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock)
+        self.remote_cache = remote_cache
+        """Where snapshots are shared between hosts; None: on this host alone."""
+        self.manifests = ManifestStore(stores)
+        """What stands under the keys of snapshots, on this host and remotely."""
         self._share = share_snapshots
         self._universal = universal_ref
         self._budget = mapping_budget
@@ -98,32 +102,21 @@ class SnapshotLoader:
             behind = TieredStore(peer, behind)
         self._fetcher = BlobFetcher(file_cache, behind, self._pool)
         self._open.callback(self._fetcher.close)
-        self._manifests = ManifestStore(stores)
         self._versions = VersionStore(stores)
         self._finder = SnapshotFinder(
-            stores, self._fetcher, self._manifests, max_stale_fallback_age_s=max_stale_fallback_age_s
+            stores, self._fetcher, self.manifests, max_stale_fallback_age_s=max_stale_fallback_age_s
         )
         self._saver = SnapshotSaver(
             stores,
             self._fetcher,
             self._finder,
-            self._manifests,
+            self.manifests,
             self._versions,
             self._pool,
             local_digest_function=digest_function,
             universal_ref=universal_ref,
         )
-        self._deriver = SnapshotDeriver(stores, self._manifests)
-
-    @property
-    def remote_cache(self) -> RemoteStore | None:
-        """Where snapshots are shared between hosts; None: on this host alone."""
-        return self._stores.remote
-
-    @property
-    def manifests(self) -> ManifestStore:
-        """What stands under the keys of snapshots, on this host and remotely."""
-        return self._manifests
+        self._deriver = SnapshotDeriver(stores, self.manifests)
 
     def snapshot_key_set(
         self,
@@ -201,7 +194,8 @@ class SnapshotLoader:
     ) -> Snapshot:
         """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
-        return self._finder.find_one(key, _read_policy(read_policy))
+        key_set = SnapshotKeySet(key, (), key)
+        return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=False)
 
     def unpack_snapshot(
         self,
@@ -347,7 +341,7 @@ class SnapshotLoader:
             vm_metadata=vm_metadata,
             task=task,
             snapshot_id=snapshot_id,
-            save_policy=_save_policy(save_policy),
+            save_policy=save_policy if isinstance(save_policy, SavePolicy) else SavePolicy.parse(save_policy),
             key_set=key_set,
             default_ref=default_ref,
             min_refresh_interval_s=min_refresh_interval_s,
@@ -444,7 +438,7 @@ class SnapshotLoader:
                 updates; nothing was deleted, here or there.
             SnaploaderError: the remote cache failed. Nothing was deleted locally; try again.
         """
-        return self._manifests.delete(snapshot_id, instance_name, remote)
+        return self.manifests.delete(snapshot_id, instance_name, remote)
 
     def invalidate_snapshot(self, key: SnapshotKey) -> str:
         """Drop all snapshots of the key's instance, platform and configuration, on all branches.
@@ -471,19 +465,7 @@ class SnapshotLoader:
 
 
 def _read_policy(policy: ReadPolicy | str) -> ReadPolicy:
-    if isinstance(policy, ReadPolicy):
-        return policy
-    if not isinstance(policy, str):
-        raise InvalidArgument("no read policy was given: use newest, local-first or local-only")
-    return ReadPolicy.parse(policy)
-
-
-def _save_policy(policy: SavePolicy | str) -> SavePolicy:
-    if isinstance(policy, SavePolicy):
-        return policy
-    if not isinstance(policy, str):
-        raise InvalidArgument("no save policy was given: use always, first-non-default-ref or none-available")
-    return SavePolicy.parse(policy)
+    return policy if isinstance(policy, ReadPolicy) else ReadPolicy.parse(policy)
 
 
 def _directory_source(source: DirectorySource | str | os.PathLike[str]) -> DirectorySource:

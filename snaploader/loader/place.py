@@ -58,6 +58,8 @@ class SnapshotWriter:
         self.fetched_bytes = 0
         """What came from behind the file cache."""
         self._lock = threading.Lock()
+        self._can_clone = True
+        self._buffers = ThreadBuffers()
 
     def place_files(self, root: Path, undo: contextlib.ExitStack, *, writable: bool) -> dict[str, Path]:
         """Put the plain files into `root`: linked or cloned read-only, or copied when they may be written."""
@@ -81,18 +83,34 @@ class SnapshotWriter:
         return placed
 
     def write_chunked_file(self, name: str, table: ChunkTable, mode: int, target: Path) -> None:
-        """Make `target` appear, whole, or raise and leave nothing."""
-        _ChunkedFileWriter(self, name, table).write(target, mode)
+        """Make `target` appear, whole, or raise and leave nothing.
+
+        Pages of zeros become holes, also inside a chunk. Chunks at hand are cloned or copied from the file
+        cache; the others are fetched in bulk and written as they arrive.
+        """
+        places: dict[Digest, list[int]] = defaultdict(list)
+        present = []
+        missing = self.fetcher.file_cache.find_missing(table.digest_array())
+        for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+            offset = index * table.chunk_size
+            if digest in missing:
+                places[digest].append(offset)
+            else:
+                present.append((digest, offset))
+        with translate_os_errors(f"cannot write {str(target)!r}"), replacing(target, mode=mode) as fd:
+            os.ftruncate(fd, table.size)
+            self.pool.for_each(lambda chunk: self._copy_chunk(*chunk, fd), present)
+
+            def write(digest: Digest, data: bytes) -> None:
+                for offset in places[digest]:
+                    write_nonzero(fd, data, offset)
+                    self.meter.add(digest.size_bytes)
+
+            if places:
+                self.fetch_many(places, repr(name), write)
 
     def write_directory(self, tree: DirectoryTree, target: Path) -> None:
-        """Make `target` the directory of `tree`: absent before, or an empty directory.
-
-        All of it appears, or nothing; only when the process is killed, a folder .snaploader-… may stay.
-
-        Raises:
-            FailedPrecondition: It is something else, or not empty.
-            NotFound, DataLoss: A blob is gone from every cache.
-        """
+        """Make `target`, an empty directory or nothing yet, that of `tree`; see `restore_directory`."""
         _DirectoryWriter(self, tree).write(target)
 
     def place(self, digest: Digest, target: Path, *, writable: bool, mode: int) -> None:
@@ -135,66 +153,20 @@ class SnapshotWriter:
             self.fetched_blobs += 1
             self.fetched_bytes += size
 
-
-class _ChunkedFileWriter:
-    """Writes one chunked file out in full. Pages of zeros become holes, also inside a chunk.
-
-    Chunks at hand are cloned or copied from the file cache; the others are fetched in bulk and written as
-    they arrive.
-    """
-
-    def __init__(self, writer: SnapshotWriter, name: str, table: ChunkTable) -> None:
-        self._writer = writer
-        self._name = name
-        self._table = table
-        self._can_clone = True
-        self._buffers = ThreadBuffers()
-
-    def write(self, target: Path, mode: int) -> None:
-        """See `SnapshotWriter.write_chunked_file`."""
-        with translate_os_errors(f"cannot write {str(target)!r}"), replacing(target, mode=mode) as fd:
-            os.ftruncate(fd, self._table.size)
-            self._fill(fd)
-
-    def _fill(self, fd: int) -> None:
-        table = self._table
-        missing = self._writer.fetcher.file_cache.find_missing(table.digest_array())
-        places: dict[Digest, list[int]] = defaultdict(list)
-        present = []
-        for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
-            offset = index * table.chunk_size
-            if digest in missing:
-                places[digest].append(offset)
-            else:
-                present.append((digest, offset))
-        self._writer.pool.for_each(lambda chunk: self._copy(*chunk, fd), present)
-
-        def write(digest: Digest, data: bytes) -> None:
-            for offset in places[digest]:
-                write_nonzero(fd, data, offset)
-                self._writer.meter.add(digest.size_bytes)
-
-        if places:
-            self._writer.fetch_many(places, repr(self._name), write)
-
-    def _copy(self, digest: Digest, offset: int, fd: int) -> None:
-        source = self._writer.open(digest)
+    def _copy_chunk(self, digest: Digest, offset: int, fd: int) -> None:
+        source = self.open(digest)
         try:
-            self._copy_chunk(source, digest, fd, offset)
+            # Shared blocks take less than holes spare. A file system that cannot share says so at once.
+            if not self._can_clone or not clone_range(source, 0, digest.size_bytes, fd, offset):
+                self._can_clone = False
+                content = self._buffers.get(digest.size_bytes)
+                read_all(source, content, 0, f"the cached blob {digest}")
+                write_nonzero(fd, content, offset)
         except TruncatedFile as error:
             raise DataLoss(f"{error}: it was cut while it was copied; try again") from error
         finally:
             os.close(source)
-        self._writer.meter.add(digest.size_bytes)
-
-    def _copy_chunk(self, source: int, digest: Digest, fd: int, offset: int) -> None:
-        # Shared blocks take less than holes spare. A file system that cannot share says so at once.
-        if self._can_clone and clone_range(source, 0, digest.size_bytes, fd, offset):
-            return
-        self._can_clone = False
-        content = self._buffers.get(self._table.chunk_size)[: digest.size_bytes]
-        read_all(source, content, 0, f"the cached blob {digest}")
-        write_nonzero(fd, content, offset)
+        self.meter.add(digest.size_bytes)
 
 
 def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextlib.ExitStack) -> Path:

@@ -23,13 +23,7 @@ from google.protobuf.message import DecodeError
 from snaploader import keys
 from snaploader._proto import remote_execution_pb2, snaploader_pb2
 from snaploader.blobstore import RemoteStore
-from snaploader.errors import (
-    DataLoss,
-    FailedPrecondition,
-    Internal,
-    NotFound,
-    SnaploaderError,
-)
+from snaploader.errors import DataLoss, FailedPrecondition, Internal, NotFound, SnaploaderError
 from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.manifests import MAY_ONLY_READ, Stores, update_result
