@@ -35,7 +35,6 @@ class SnapshotDeriver:
     def derive(
         self,
         origin: Snapshot,
-        *,
         snapshot_id: str | None,
         names: Collection[str] | None,
         vm_metadata: Any,

@@ -11,7 +11,7 @@ from typing import TypeVar
 from snaploader import keys
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
-from snaploader.formats.chunktable import ChunkTable, decode_chunked_file
+from snaploader.formats.chunktable import decode_chunked_file
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import (
     MAX_DECODED_BYTES,
@@ -24,7 +24,7 @@ from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.manifests import Deleted, ManifestStore, Stores
-from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, distinct_artefacts, vm_metadata_of
+from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, vm_metadata_of
 from snaploader.policy import ReadPolicy, is_stale
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,7 @@ class SnapshotFinder:
     """
 
     def __init__(
-        self,
-        stores: Stores,
-        fetcher: BlobFetcher,
-        manifests: ManifestStore,
-        *,
-        max_stale_fallback_age_s: float,
+        self, stores: Stores, fetcher: BlobFetcher, manifests: ManifestStore, max_stale_fallback_age_s: float
     ) -> None:
         self._stores = stores
         self._file_cache = stores.file_cache
@@ -91,14 +86,10 @@ class SnapshotFinder:
         assert self._remote is not None
         try:
             manifest = self._manifests.read_remote(key)
-            if manifest is None:
-                return None
-            tables, _ = self._read_trees(manifest)
-            directories = self._read_directories(manifest)
+            blobs = self._unchecked(key, manifest, ManifestSource.REMOTE).digest_array()
         except (NotFound, DataLoss):
             return None
-        wanted = distinct_artefacts(manifest, tables, directories)
-        return None if any(map(self._remote.find_missing, _batches(wanted))) else manifest
+        return None if any(map(self._remote.find_missing, _batches(blobs))) else manifest
 
     def _first_to_succeed(
         self,
@@ -135,12 +126,7 @@ class SnapshotFinder:
         return None
 
     def _attempts(
-        self,
-        key: SnapshotKey,
-        policy: ReadPolicy,
-        *,
-        local_age_s: float | None,
-        remote_age_s: float | None,
+        self, key: SnapshotKey, policy: ReadPolicy, *, local_age_s: float | None, remote_age_s: float | None
     ) -> list[Callable[[], Snapshot]]:
         """Ways to get the snapshot of a key, in order. An age of None is no limit."""
         local = partial(self._from_local, key, local_age_s)
@@ -151,18 +137,11 @@ class SnapshotFinder:
         return [remote, local] if is_newest else [local, remote]
 
     def _from_local(self, key: SnapshotKey, max_age_s: float | None) -> Snapshot:
-        manifest = self._manifests.read_local(key)
-        if max_age_s is not None:
-            self._check_age(manifest, "local", max_age_s)
-        return self._whole(key, manifest, ManifestSource.LOCAL)
+        return self._whole(key, self._manifests.read_local(key), ManifestSource.LOCAL, max_age_s)
 
     def _from_remote(self, key: SnapshotKey, max_age_s: float | None, *, keep: bool) -> Snapshot:
         manifest = self._manifests.read_remote(key)
-        if manifest is None:
-            raise NotFound("no remote manifest")
-        if max_age_s is not None:
-            self._check_age(manifest, "remote", max_age_s)
-        snapshot = self._whole(key, manifest, ManifestSource.REMOTE)
+        snapshot = self._whole(key, manifest, ManifestSource.REMOTE, max_age_s)
         if keep and not self._stores.readonly:
             try:
                 # What an id names never changes, but for being deleted meanwhile, which must stay.
@@ -171,37 +150,43 @@ class SnapshotFinder:
                 log.warning("a remote manifest is not kept locally: %s", error)
         return snapshot
 
-    def _check_age(self, manifest: Manifest, tier: str, max_age_s: float) -> None:
-        if is_stale(vm_metadata_of(manifest), now_s=self._stores.clock(), max_age_s=max_age_s):
-            raise NotFound(f"the {tier} manifest is older than {max_age_s:g} s or does not say how old it is")
-
-    def _whole(self, key: SnapshotKey, manifest: Manifest, source: ManifestSource) -> Snapshot:
-        """A snapshot of which every artefact is at hand; NotFound when one is not."""
+    def _whole(
+        self, key: SnapshotKey, manifest: Manifest, source: ManifestSource, max_age_s: float | None
+    ) -> Snapshot:
+        """A snapshot of which every artefact is at hand; NotFound when one is not, or when it is too old."""
+        if max_age_s is not None:
+            metadata = vm_metadata_of(manifest)
+            if is_stale(metadata, now_s=self._stores.clock(), max_age_s=max_age_s):
+                raise NotFound(
+                    f"the {source} manifest is older than {max_age_s:g} s or does not say how old it is"
+                )
         try:
-            tables, modes = self._read_trees(manifest)
-            directories = self._read_directories(manifest)
+            snapshot = self._unchecked(key, manifest, source)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
-        absent = HashSet.of(self._absent(manifest, distinct_artefacts(manifest, tables, directories), source))
+        return replace(snapshot, absent=HashSet.of(self._absent(snapshot)))
+
+    def _unchecked(self, key: SnapshotKey, manifest: Manifest, source: ManifestSource) -> Snapshot:
+        """The snapshot of a manifest, as far as its trees tell. NotFound when one of them is gone."""
+        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file)
         return Snapshot(
             key,
             manifest,
             source,
-            tables,
+            {name: table for name, (table, _) in files.items()},
             self._remote is not None,
-            absent,
-            directories=directories,
-            modes=modes,
+            directories=self._read_directories(manifest),
+            modes={name: mode for name, (_, mode) in files.items()},
         )
 
-    def _absent(self, manifest: Manifest, digests: DigestArray, source: ManifestSource) -> Iterator[Digest]:
+    def _absent(self, snapshot: Snapshot) -> Iterator[Digest]:
         """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
         gone = 0
         example: Digest | None = None
-        for batch in _batches(digests):
+        for batch in _batches(snapshot.digest_array()):
             absent = self._file_cache.find_missing(batch)
             missing = absent
-            if absent and self._stores.can_fetch(manifest.digest_function):
+            if absent and self._stores.can_fetch(snapshot.manifest.digest_function):
                 assert self._fetcher.behind is not None
                 missing = self._fetcher.behind.find_missing(absent)
             if missing:
@@ -210,14 +195,9 @@ class SnapshotFinder:
             yield from absent
         if gone:
             raise NotFound(
-                f"the {source} manifest is incomplete: {gone} of its blobs are in no cache, such as {example}"
+                f"the {snapshot.source} manifest is incomplete: {gone} of its blobs are in no cache, such as "
+                f"{example}"
             )
-
-    def _read_trees(self, manifest: Manifest) -> tuple[dict[str, ChunkTable], dict[str, int]]:
-        """The chunks and the modes of chunked files, by name."""
-        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file)
-        tables = {name: table for name, (table, _) in files.items()}
-        return tables, {name: mode for name, (_, mode) in files.items()}
 
     def _read_directories(self, manifest: Manifest) -> dict[str, DirectoryTree]:
         entries, decoded_bytes = MAX_ENTRIES, MAX_DECODED_BYTES
@@ -237,10 +217,7 @@ class SnapshotFinder:
         return directories
 
     def _decode_all(
-        self,
-        manifest: Manifest,
-        trees: Mapping[str, Digest],
-        decode: Callable[[bytes, DigestFunction], T],
+        self, manifest: Manifest, trees: Mapping[str, Digest], decode: Callable[[bytes, DigestFunction], T]
     ) -> dict[str, T]:
         """The trees by name. Equal ones are one object: a small manifest can name a big tree many times."""
         decoded: dict[Digest, T] = {}

@@ -103,9 +103,7 @@ class SnapshotLoader:
         self._fetcher = BlobFetcher(file_cache, behind, self._pool)
         self._open.callback(self._fetcher.close)
         self._versions = VersionStore(stores)
-        self._finder = SnapshotFinder(
-            stores, self._fetcher, self.manifests, max_stale_fallback_age_s=max_stale_fallback_age_s
-        )
+        self._finder = SnapshotFinder(stores, self._fetcher, self.manifests, max_stale_fallback_age_s)
         self._saver = SnapshotSaver(
             stores,
             self._fetcher,
@@ -113,8 +111,8 @@ class SnapshotLoader:
             self.manifests,
             self._versions,
             self._pool,
-            local_digest_function=digest_function,
-            universal_ref=universal_ref,
+            digest_function,
+            universal_ref,
         )
         self._deriver = SnapshotDeriver(stores, self.manifests)
 
@@ -222,12 +220,7 @@ class SnapshotLoader:
                 behind.
         """
         return unpack(
-            snapshot,
-            output_directory,
-            self._fetcher,
-            self._pool,
-            writable_files=writable_files,
-            budget=self._budget,
+            snapshot, output_directory, self._fetcher, self._pool, self._budget, writable_files=writable_files
         )
 
     def restore_snapshot(
@@ -386,15 +379,7 @@ class SnapshotLoader:
                 takes no updates or wants other digests.
             SnaploaderError: the remote cache failed. `uploaded` of the error tells what was on its way there.
         """
-        return self._deriver.derive(
-            snapshot,
-            snapshot_id=snapshot_id,
-            names=names,
-            vm_metadata=vm_metadata,
-            pin=pin,
-            remote=remote,
-            progress=progress,
-        )
+        return self._deriver.derive(snapshot, snapshot_id, names, vm_metadata, pin, remote, progress)
 
     def upload_snapshot(
         self, snapshot: Snapshot, *, progress: ProgressCallback | None = None

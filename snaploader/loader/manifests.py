@@ -166,16 +166,16 @@ class ManifestStore:
 
     # Remotely
 
-    def read_remote(self, key: SnapshotKey) -> Manifest | None:
-        """The manifest under `key` in the remote cache, or None.
+    def read_remote(self, key: SnapshotKey) -> Manifest:
+        """The manifest under `key` in the remote cache.
 
         Raises:
-            Deleted: It was deleted.
+            NotFound: There is none; `Deleted` when it was deleted.
             DataLoss: It is no manifest.
         """
         result = self._look(key)
         if result is None:
-            return None
+            raise NotFound("no remote manifest")
         if is_tombstone(result):
             raise Deleted("it was deleted")
         try:
@@ -192,10 +192,7 @@ class ManifestStore:
 
     def is_taken_remotely(self, id_key: SnapshotKey) -> bool:
         """Whether the id of this key names a snapshot in the remote cache, or ever did."""
-        try:
-            return self.read_remote(id_key) is not None
-        except Deleted:
-            return True
+        return self.remote_entry(id_key) is not Entry.NOTHING
 
     def before(self, key: SnapshotKey) -> str:
         """A hash of what stands remotely under `key` before it is published to; empty where nothing does.

@@ -106,7 +106,6 @@ class SnapshotSaver:
         manifests: ManifestStore,
         versions: VersionStore,
         pool: WorkerPool,
-        *,
         local_digest_function: DigestFunction,
         universal_ref: bool,
     ) -> None:

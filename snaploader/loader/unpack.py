@@ -66,9 +66,9 @@ def unpack(
     output_directory: str | os.PathLike[str],
     fetcher: BlobFetcher,
     pool: WorkerPool,
+    budget: MappingBudget | None,
     *,
     writable_files: bool,
-    budget: MappingBudget | None,
 ) -> UnpackedSnapshot:
     """See `SnapshotLoader.unpack_snapshot`."""
     manifest = snapshot.manifest
