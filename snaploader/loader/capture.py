@@ -75,7 +75,6 @@ class ChunkedCapture:
     """Of every chunk that was read; None is a hole."""
     hashed_bytes: int = 0
     stored_bytes: int = 0
-    deduplicated_bytes: int = 0
 
     def pending(self) -> list[int]:
         """The chunks whose content has no known digest, in order."""
@@ -97,11 +96,7 @@ class StateCapture:
     """
 
     def __init__(
-        self,
-        file_cache: FileCache,
-        function: DigestFunction,
-        pool: WorkerPool,
-        options: SaveOptions,
+        self, file_cache: FileCache, function: DigestFunction, pool: WorkerPool, options: SaveOptions
     ) -> None:
         self._file_cache = file_cache
         self._function = function
@@ -256,9 +251,8 @@ class StateCapture:
             stored_bytes=size if added else 0,
             deduplicated_bytes=0 if added else size,
         )
-        with self._lock:
-            self._saved[name] = saved
-            self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
+        self._saved[name] = saved
+        self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
 
     def _store_chunk(self, chunked: ChunkedCapture, index: int, meter: ProgressMeter) -> None:
@@ -266,25 +260,22 @@ class StateCapture:
         with _translate_cow_errors(chunked.name):
             count = chunked.checkpoint.readinto(index, buffer)
         data = buffer[:count]
-        hash_ = None
-        added = False
         # Looking for zeros is several times faster than hashing them.
-        if not is_zero(data):
-            digest = Digest.of(data, self._function)
-            hash_ = bytes.fromhex(digest.hash)
-            path = chunked.checkpoint.path(index)
-            if path is not None:
-                added = self._file_cache.put_file(digest, path, link=True, verify=False)
-            else:
-                added = self._file_cache.put_verified(digest, data)
+        if is_zero(data):
+            chunked.hashes[index] = None
+            meter.add(count)
+            return
+        digest = Digest.of(data, self._function)
+        path = chunked.checkpoint.path(index)
+        if path is not None:
+            added = self._file_cache.put_file(digest, path, link=True, verify=False)
+        else:
+            added = self._file_cache.put_verified(digest, data)
         with self._lock:
-            chunked.hashes[index] = hash_
-            if hash_ is not None:
-                chunked.hashed_bytes += count
-                if added:
-                    chunked.stored_bytes += count
-                else:
-                    chunked.deduplicated_bytes += count
+            chunked.hashes[index] = bytes.fromhex(digest.hash)
+            chunked.hashed_bytes += count
+            if added:
+                chunked.stored_bytes += count
         meter.add(count)
 
     def _finish(self, chunked: ChunkedCapture) -> None:
@@ -304,7 +295,7 @@ class StateCapture:
             hashed_bytes=chunked.hashed_bytes,
             hole_bytes=table.hole_bytes,
             stored_bytes=chunked.stored_bytes,
-            deduplicated_bytes=chunked.deduplicated_bytes,
+            deduplicated_bytes=chunked.hashed_bytes - chunked.stored_bytes,
         )
 
 

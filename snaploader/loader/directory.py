@@ -129,7 +129,7 @@ class DirectoryCapture:
         self._buffers = ThreadBuffers()
         self._contents: dict[str, Content] = {}
         self._big_files: set[_BigFile] = set()
-        self._read_bytes = self._hashed_bytes = self._stored_bytes = self._deduplicated_bytes = 0
+        self._read_bytes = self._hashed_bytes = self._stored_bytes = 0
         self.tree: DirectoryTree
         """What is in the directory; there after `finish`."""
         self.digest: Digest
@@ -184,12 +184,9 @@ class DirectoryCapture:
         self._file_cache.put_verified(self.digest, data)
 
     def rescue(self, wanted: set[Digest]) -> None:
-        """Put blobs into the file cache again that are in no cache, from the files that hold them.
+        """Put blobs into the file cache again, from the files that hold them, and take them out of `wanted`.
 
-        Those that were found are taken out of `wanted`.
-
-        Raises:
-            FailedPrecondition: A file does not hold any more what it did.
+        FailedPrecondition when a file does not hold any more what it did.
         """
         for file in self._found.files:
             if not wanted:
@@ -229,7 +226,7 @@ class DirectoryCapture:
             read_bytes=self._read_bytes,
             hashed_bytes=self._hashed_bytes,
             stored_bytes=self._stored_bytes,
-            deduplicated_bytes=self._deduplicated_bytes,
+            deduplicated_bytes=self._hashed_bytes - self._stored_bytes,
             hole_bytes=self.tree.hole_bytes,
             skipped=tuple(self._found.skipped),
         )
@@ -348,10 +345,7 @@ class DirectoryCapture:
 
     def _count(self, size: int, *, added: bool) -> None:
         self._hashed_bytes += size
-        if added:
-            self._stored_bytes += size
-        else:
-            self._deduplicated_bytes += size
+        self._stored_bytes += size if added else 0
 
     def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
         data = bytearray(size)

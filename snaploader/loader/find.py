@@ -83,13 +83,12 @@ class SnapshotFinder:
 
     def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
-        assert self._remote is not None
         try:
             manifest = self._manifests.read_remote(key)
             blobs = self._unchecked(key, manifest, ManifestSource.REMOTE).digest_array()
         except (NotFound, DataLoss):
             return None
-        return None if any(map(self._remote.find_missing, _batches(blobs))) else manifest
+        return None if any(map(self._stores.server.find_missing, _batches(blobs))) else manifest
 
     def _first_to_succeed(
         self,

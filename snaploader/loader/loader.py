@@ -366,9 +366,7 @@ class SnapshotLoader:
             snapshot_id: Default: a new UUID.
             names: Of the files and directories to take. Default: all.
             vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
-            pin: Name of a pin of the file cache that keeps the snapshot from eviction, even when this process
-                ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
-                the save fails locally.
+            pin: Name of a pin, as for `cache_snapshot`.
             remote: Whether to save it remotely. Default: if there is a remote cache that this loader may
                 write to, and the key of the other snapshot is of no single runner.
 

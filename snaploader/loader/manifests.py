@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
@@ -72,6 +72,12 @@ class Stores:
     clock: Callable[[], float]
     """Seconds since the epoch."""
 
+    @property
+    def server(self) -> RemoteStore:
+        """`remote`, for those who know that there is one."""
+        assert self.remote is not None
+        return self.remote
+
     def check_may_write(self, verb: str, *, remote: bool | None, hint: str = "") -> None:
         """FailedPrecondition where this loader is read-only, InvalidArgument where there is nothing to write.
 
@@ -96,9 +102,7 @@ class Stores:
 
     def missing_remotely(self, digests: set[Digest], function: DigestFunction) -> set[Digest]:
         """Those of `digests` that the remote store lacks too; all where there is none for them."""
-        if self.remote is not None and self.can_fetch(function):
-            return self.remote.find_missing(digests)
-        return digests
+        return self.server.find_missing(digests) if self.can_fetch(function) else digests
 
 
 class Deleted(NotFound):
@@ -179,7 +183,7 @@ class ManifestStore:
         if is_tombstone(result):
             raise Deleted("it was deleted")
         try:
-            return Manifest.from_action_result(result, self._remote.digest_function)
+            return Manifest.from_action_result(result, self._stores.server.digest_function)
         except InvalidArgument as error:
             raise DataLoss(f"the remote manifest is damaged: {error.message}") from error
 
@@ -216,7 +220,7 @@ class ManifestStore:
         result = manifest.to_action_result()
         what = f"the manifest of {key}"
         try:
-            update_result(self._remote, self._name(key), result, what, replaces=bool(before))
+            update_result(self._stores.server, self._name(key), result, what, replaces=bool(before))
         except FailedPrecondition:
             # Of a server that refuses to replace anything by the same.
             if before != _content(result):
@@ -238,7 +242,7 @@ class ManifestStore:
             is_ours = content == _content(manifest.to_action_result())
             if is_ours or content != before:
                 data = stands.SerializeToString(deterministic=True)
-                return RemoteManifest(Digest.of(data, self._remote.digest_function), is_ours=is_ours)
+                return RemoteManifest(Digest.of(data, self._stores.server.digest_function), is_ours=is_ours)
             words = "what stood there before stands"
         raise FailedPrecondition(
             f"the remote cache accepted the manifest of {key} and does not return it ({words}): it may be "
@@ -257,16 +261,10 @@ class ManifestStore:
             stands = self._look(id_key)
         if stands is None or _content(stands) == _content(manifest.to_action_result()):
             tombstone = tombstone_result(id_key.snapshot_id, self._stores.clock())
-            self._remote.update_action_result(self._name(id_key), tombstone)
-
-    @property
-    def _remote(self) -> RemoteStore:
-        remote = self._stores.remote
-        assert remote is not None
-        return remote
+            self._stores.server.update_action_result(self._name(id_key), tombstone)
 
     def _name(self, key: SnapshotKey) -> Digest:
-        return keys.remote_manifest_digest(key, self._remote.digest_function)
+        return keys.remote_manifest_digest(key, self._stores.server.digest_function)
 
     def _look(self, key: SnapshotKey) -> ActionResult | None:
         if self._stores.remote is None:
@@ -279,7 +277,7 @@ class ManifestStore:
     def _get(self, key: SnapshotKey) -> ActionResult:
         name = self._name(key)
         try:
-            result = self._remote.get_action_result(name)
+            result = self._stores.server.get_action_result(name)
         except BaseException:
             with self._lock:
                 self._remembered.pop(name, None)
@@ -340,7 +338,7 @@ class ManifestStore:
         replaces = before is Entry.SNAPSHOT
         what = f"snapshot {key.snapshot_id!r}"
         try:
-            update_result(self._remote, self._name(key), tombstone, what, replaces=replaces)
+            update_result(self._stores.server, self._name(key), tombstone, what, replaces=replaces)
         except MAY_ONLY_READ as error:
             if not replaces:
                 # Nobody sees it, and nobody with these credentials can have saved it there.
@@ -429,13 +427,8 @@ def update_result(
 ) -> None:
     """Keep a result in the action cache.
 
-    Args:
-        what: What it is, for messages.
-        replaces: Something else stands there.
-
-    Raises:
-        FailedPrecondition: The server refuses to replace what stands. One whose action cache is write-once
-            may do so with any code, such as INTERNAL.
+    FailedPrecondition when the server refuses to replace what stands there, if `replaces` says that something
+    does. A server whose action cache is write-once may refuse with any code, such as INTERNAL.
     """
     try:
         remote.update_action_result(name, result)
@@ -453,8 +446,13 @@ def tombstone_result(snapshot_id: str, now_s: float) -> ActionResult:
     """What replaces the manifest of a snapshot that is deleted now, in seconds since the epoch."""
     tombstone = Tombstone(snapshot_id=snapshot_id)
     tombstone.deleted_timestamp.FromNanoseconds(int(now_s * 10**9))
+    return result_of(tombstone)
+
+
+def result_of(metadata: Message) -> ActionResult:
+    """A result that holds nothing but one message, in its auxiliary metadata."""
     result = ActionResult()
-    result.execution_metadata.auxiliary_metadata.append(pack_any(tombstone))
+    result.execution_metadata.auxiliary_metadata.append(pack_any(metadata))
     return result
 
 

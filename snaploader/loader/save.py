@@ -395,8 +395,7 @@ def upload_blobs(
     Raises:
         DataLoss: The server says that it has a blob, and cannot give it even after it was uploaded.
     """
-    remote = stores.remote
-    assert remote is not None
+    remote = stores.server
     children: dict[Digest, bytes] = {}
     for directory in directories:
         children |= child_directories(directory)

@@ -121,11 +121,9 @@ def open_directory(path: str) -> int:
 
 
 def scan(root: int, where: str, exclude: Collection[str] = ()) -> Scan:
-    """Look through a directory.
+    """Look through the directory behind `root`, called `where` in messages.
 
     Args:
-        root: A descriptor of it; stays open.
-        where: Its path, for messages.
         exclude: Relative paths: of a directory only the directory is found, of anything else nothing.
 
     Raises:

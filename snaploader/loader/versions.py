@@ -21,12 +21,20 @@ import uuid
 from google.protobuf.message import DecodeError
 
 from snaploader import keys
-from snaploader._proto import remote_execution_pb2, snaploader_pb2
-from snaploader.blobstore import RemoteStore
-from snaploader.errors import DataLoss, FailedPrecondition, Internal, NotFound, SnaploaderError
-from snaploader.formats.manifest import pack_any
+from snaploader._proto.remote_execution_pb2 import ActionResult
+from snaploader._proto.snaploader_pb2 import SnapshotVersionMetadata
+from snaploader.digest import Digest
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+)
+from snaploader.formats.manifest import unpack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.manifests import MAY_ONLY_READ, Stores, update_result
+from snaploader.loader.manifests import MAY_ONLY_READ, Stores, result_of, update_result
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +59,6 @@ class VersionStore:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
         self._file_cache = stores.file_cache
-        self._remote = stores.remote
         self._minting = threading.Lock()
         self._seen_s: dict[str, float] = {}
 
@@ -63,10 +70,10 @@ class VersionStore:
                 host last asked. An invalidation since then goes unnoticed, so this is off by default.
         """
         name = keys.version_key(key)
-        if self._remote is None:
+        if self._stores.remote is None:
             return self._current_local(name)
         try:
-            version = self._current_remote(self._remote, key)
+            version = self._current_remote(key)
         except SnaploaderError as error:
             if not (allow_stale and error.transient):
                 raise
@@ -81,10 +88,8 @@ class VersionStore:
 
     def stands(self, key: SnapshotKey) -> bool:
         """Whether the version that `key` carries has an entry in the remote store, whatever it says."""
-        remote = self._remote
-        assert remote is not None
         try:
-            remote.get_action_result(keys.remote_version_digest(key, remote.digest_function))
+            self._stores.server.get_action_result(self._remote_name(key))
         except NotFound:
             return False
         return True
@@ -97,63 +102,67 @@ class VersionStore:
 
     def renew(self, key: SnapshotKey) -> str:
         """Write a new version, and with it invalidate all snapshots of the key's kind of machine."""
-        self._stores.check_may_write("invalidate", remote=self._remote is not None)
+        has_remote = self._stores.remote is not None
+        self._stores.check_may_write("invalidate", remote=has_remote)
         name = keys.version_key(key)
-        version = _mint()
-        if self._remote is not None:
-            before = self._read_remote(self._remote, key, repair=True)
-            try:
-                self._write_remote(self._remote, key, version, replaces=before is not None)
-            except SnaploaderError as error:
-                error.add_note("snapshots are not invalidated: the version that stood there stands")
-                raise
-            stands = self._read_remote(self._remote, key)
-            if stands is None or stands == before:
-                raise FailedPrecondition(
-                    f"the remote cache accepted version {version} under {name} and does not have it: "
-                    "snapshots are not invalidated; check that these credentials may write to its action "
-                    "cache, and that it keeps what it is given"
-                )
-            self._remember(name, stands)
-            return stands
-        self._file_cache.put_ref(name, _encode(version).SerializeToString())
-        return version
+        version = str(uuid.uuid4())
+        if not has_remote:
+            self._keep(name, version)
+            return version
+        before = self._read_remote(key, repair=True)
+        try:
+            self._write_remote(key, version, replaces=before is not None)
+        except SnaploaderError as error:
+            error.add_note("snapshots are not invalidated: the version that stood there stands")
+            raise
+        stands = self._read_remote(key)
+        if stands is None or stands == before:
+            raise FailedPrecondition(
+                f"the remote cache accepted version {version} under {name} and does not have it: snapshots "
+                "are not invalidated; check that these credentials may write to its action cache, and that "
+                "it keeps what it is given"
+            )
+        self._remember(name, stands)
+        return stands
 
     def _remember(self, name: str, version: str) -> None:
         """Keep a copy of what the authority said, where the file cache takes it."""
         try:
-            self._file_cache.put_ref(name, _encode(version).SerializeToString())
+            self._keep(name, version)
         except SnaploaderError as error:
             log.warning("the snapshot version is not kept locally: %s", error)
+
+    def _keep(self, name: str, version: str, *, overwrite: bool = True) -> None:
+        self._file_cache.put_ref(name, _result(version).SerializeToString(), overwrite=overwrite)
 
     def _current_local(self, name: str) -> str:
         version = self._read_local(name)
         if version is not None:
             return version
-        version = _mint()
+        version = str(uuid.uuid4())
         if self._stores.readonly:
             return version
-        self._file_cache.put_ref(name, _encode(version).SerializeToString(), overwrite=False)
+        self._keep(name, version, overwrite=False)
         return self._read_local(name) or version
 
-    def _current_remote(self, remote: RemoteStore, key: SnapshotKey) -> str:
-        version = self._read_remote(remote, key)
+    def _current_remote(self, key: SnapshotKey) -> str:
+        version = self._read_remote(key)
         if version is not None:
             return version
         if self._stores.readonly or self._stores.remote_readonly:
-            return _mint()
+            return str(uuid.uuid4())
         with self._minting:
             # Another thread of this loader may have minted while this one waited.
-            return self._read_remote(remote, key) or self._mint_remotely(remote, key)
+            return self._read_remote(key) or self._mint_remotely(key)
 
-    def _mint_remotely(self, remote: RemoteStore, key: SnapshotKey) -> str:
-        version = _mint()
+    def _mint_remotely(self, key: SnapshotKey) -> str:
+        version = str(uuid.uuid4())
         start = time.monotonic()
         try:
-            self._write_remote(remote, key, version, replaces=False)
+            self._write_remote(key, version, replaces=False)
         except (*MAY_ONLY_READ, Internal) as error:
             # A write-once action cache refuses the second to write.
-            stands = self._read_remote(remote, key)
+            stands = self._read_remote(key)
             if stands is not None:
                 return stands
             if not isinstance(error, MAY_ONLY_READ):
@@ -163,13 +172,13 @@ class VersionStore:
             return version
         # A rival that saw no version either has written its own within about a round trip of ours.
         time.sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
-        return self._read_remote(remote, key) or version
+        return self._read_remote(key) or version
 
-    def _read_remote(self, remote: RemoteStore, key: SnapshotKey, *, repair: bool = False) -> str | None:
+    def _read_remote(self, key: SnapshotKey, *, repair: bool = False) -> str | None:
         """The version that stands remotely; None when there is none, or with `repair` when it is none."""
         try:
-            digest = keys.remote_version_digest(key, remote.digest_function)
-            version = _decode(remote.get_action_result(digest), digest.hash)
+            digest = self._remote_name(key)
+            version = _decode(self._stores.server.get_action_result(digest), digest.hash)
         except NotFound:
             return None
         except DataLoss:
@@ -181,9 +190,12 @@ class VersionStore:
         self._seen_s[digest.hash] = time.monotonic()
         return version
 
-    def _write_remote(self, remote: RemoteStore, key: SnapshotKey, version: str, *, replaces: bool) -> None:
-        digest = keys.remote_version_digest(key, remote.digest_function)
-        update_result(remote, digest, _encode(version), f"the snapshot version of {key}", replaces=replaces)
+    def _write_remote(self, key: SnapshotKey, version: str, *, replaces: bool) -> None:
+        what = f"the snapshot version of {key}"
+        update_result(self._stores.server, self._remote_name(key), _result(version), what, replaces=replaces)
+
+    def _remote_name(self, key: SnapshotKey) -> Digest:
+        return keys.remote_version_digest(key, self._stores.server.digest_function)
 
     def _read_local(self, name: str) -> str | None:
         try:
@@ -191,7 +203,7 @@ class VersionStore:
         except NotFound:
             return None
         try:
-            return _decode(remote_execution_pb2.ActionResult.FromString(data), name)
+            return _decode(ActionResult.FromString(data), name)
         except (DecodeError, SnaploaderError) as error:
             log.warning("the local snapshot version is unreadable: %s", error)
             if not self._stores.readonly:
@@ -199,29 +211,18 @@ class VersionStore:
             return None
 
 
-def _mint() -> str:
-    """A new, unique version id."""
-    return str(uuid.uuid4())
+def _result(version: str) -> ActionResult:
+    return result_of(SnapshotVersionMetadata(version_id=version))
 
 
-def _encode(version: str) -> remote_execution_pb2.ActionResult:
-    result = remote_execution_pb2.ActionResult()
-    metadata = snaploader_pb2.SnapshotVersionMetadata(version_id=version)
-    result.execution_metadata.auxiliary_metadata.append(pack_any(metadata))
-    return result
-
-
-def _decode(result: remote_execution_pb2.ActionResult, name: str) -> str:
+def _decode(result: ActionResult, name: str) -> str:
     for packed in result.execution_metadata.auxiliary_metadata:
-        metadata = snaploader_pb2.SnapshotVersionMetadata()
-        if packed.type_url.rpartition("/")[2] != metadata.DESCRIPTOR.full_name:
-            continue
         try:
-            metadata.ParseFromString(packed.value)
-        except DecodeError as error:
+            metadata = unpack_any(packed, SnapshotVersionMetadata)
+        except InvalidArgument as error:
             raise DataLoss(f"the snapshot version under {name} cannot be parsed") from error
-        if 0 < len(metadata.version_id) <= MAX_VERSION_BYTES:
-            return str(metadata.version_id)
+        if metadata is not None and 0 < len(metadata.version_id) <= MAX_VERSION_BYTES:
+            return metadata.version_id
     raise DataLoss(
         f"what the cache holds under the version key {name} is no snapshot version: "
         "run `snaploader invalidate` to write a new one"
