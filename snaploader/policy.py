@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from snaploader.errors import InvalidArgument
 
@@ -32,25 +32,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_STALE_FALLBACK_AGE_S = 24 * 3600.0
 """How old a local snapshot of another ref may be, in seconds, when nothing else is said."""
-
-READ_POLICY_PROPERTY = "snapshot-read-policy"
-SAVE_POLICY_PROPERTY = "snapshot-save-policy"
-MAX_STALE_FALLBACK_AGE_PROPERTY = "snapshot-max-stale-fallback-age"
-REFRESH_INTERVAL_PROPERTY = "snapshot-refresh-interval"
-SHARING_PROPERTY = "snapshot-sharing"
-UNIVERSAL_FALLBACK_PROPERTY = "snapshot-universal-fallback"
-
-POLICY_PROPERTIES = frozenset(
-    {
-        READ_POLICY_PROPERTY,
-        SAVE_POLICY_PROPERTY,
-        MAX_STALE_FALLBACK_AGE_PROPERTY,
-        REFRESH_INTERVAL_PROPERTY,
-        SHARING_PROPERTY,
-        UNIVERSAL_FALLBACK_PROPERTY,
-    }
-)
-"""Platform properties, in lower case, that steer policy and are left out of the platform hash."""
 
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([smhd]?)")
 _UNIT_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -114,16 +95,14 @@ class PolicyOverrides:
             lowered = name.lower()
             if lowered in POLICY_PROPERTIES and found.setdefault(lowered, value) != value:
                 raise InvalidArgument(f"platform property {lowered!r} is set twice, to different values")
-        read = found.get(READ_POLICY_PROPERTY)
-        save = found.get(SAVE_POLICY_PROPERTY)
-        return cls(
-            read_policy=None if read is None else ReadPolicy.parse(read),
-            save_policy=None if save is None else SavePolicy.parse(save),
-            max_stale_fallback_age_s=_duration_s(found, MAX_STALE_FALLBACK_AGE_PROPERTY),
-            refresh_interval_s=_duration_s(found, REFRESH_INTERVAL_PROPERTY),
-            share=_boolean(found, SHARING_PROPERTY),
-            universal=_boolean(found, UNIVERSAL_FALLBACK_PROPERTY),
-        )
+        wishes: dict[str, Any] = {}
+        for name, value in found.items():
+            field, parse = _PROPERTIES[name]
+            try:
+                wishes[field] = parse(value)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"platform property {name!r}: {error.message}") from error
+        return cls(**wishes)
 
 
 def parse_duration_s(text: str) -> float:
@@ -134,12 +113,25 @@ def parse_duration_s(text: str) -> float:
     return float(match[1]) * _UNIT_S[match[2]]
 
 
-def is_default_branch(key: SnapshotKey, default_ref: str) -> bool:
-    """Whether `key` is of the default branch.
+def _parse_boolean(text: str) -> bool:
+    try:
+        return _BOOLEANS[text.strip().lower()]
+    except KeyError:
+        raise InvalidArgument(f"{text[:80]!r} is no truth value: write true or false") from None
 
-    A key without a ref has only one line of history, its own, which counts as the default branch.
-    """
-    return not key.ref or key.ref == default_ref
+
+_PROPERTIES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "snapshot-read-policy": ("read_policy", ReadPolicy.parse),
+    "snapshot-save-policy": ("save_policy", SavePolicy.parse),
+    "snapshot-max-stale-fallback-age": ("max_stale_fallback_age_s", parse_duration_s),
+    "snapshot-refresh-interval": ("refresh_interval_s", parse_duration_s),
+    "snapshot-sharing": ("share", _parse_boolean),
+    "snapshot-universal-fallback": ("universal", _parse_boolean),
+}
+"""Which of `PolicyOverrides` a platform property sets, and how its value is read."""
+
+POLICY_PROPERTIES = frozenset(_PROPERTIES)
+"""Platform properties, in lower case, that steer policy and are left out of the platform hash."""
 
 
 def should_save_remotely(
@@ -163,7 +155,8 @@ def should_save_remotely(
         refresh_interval_s: The default branch is saved at most once in so many seconds.
         now_s: The present, in seconds since the epoch.
     """
-    if is_default_branch(key, default_ref):
+    # A key without a ref has only one line of history, its own, which counts as the default branch.
+    if not key.ref or key.ref == default_ref:
         if last_save_s is None:
             return True
         # A save from the future tells of a wrong clock, and must not hold off saves until then.
@@ -195,18 +188,3 @@ def completed_s(vm_metadata: VMMetadata | None) -> float | None:
         return None
     completed = vm_metadata.last_executed_task.completed_timestamp
     return float(completed.seconds) + completed.nanos / 1e9
-
-
-def _duration_s(found: dict[str, str], name: str) -> float | None:
-    return parse_duration_s(found[name]) if name in found else None
-
-
-def _boolean(found: dict[str, str], name: str) -> bool | None:
-    if name not in found:
-        return None
-    try:
-        return _BOOLEANS[found[name].strip().lower()]
-    except KeyError:
-        raise InvalidArgument(
-            f"platform property {name!r} is {found[name][:80]!r}: write true or false"
-        ) from None
