@@ -126,9 +126,7 @@ class SnapshotDeriver:
         key, manifest = derived.key, derived.manifest
         sent: list[Digest] = []
         try:
-            uploaded = upload_blobs(
-                self._stores, manifest, blobs, derived.directories.values(), progress, sent=sent
-            )
+            uploaded = upload_blobs(self._stores, derived, blobs, progress, sent=sent)
             # Looked at once more: the upload may have taken minutes.
             if self._manifests.is_taken_remotely(key):
                 raise taken(key)

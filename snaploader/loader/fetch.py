@@ -72,6 +72,8 @@ class BlobFetcher:
         self.file_cache = file_cache
         self.behind = behind
         """The remote cache, perhaps with peers before it; None: nothing."""
+        self.pool = pool
+        """Threads for whoever reads or writes what is fetched."""
         self._flights = flights_into(file_cache)
         self._prefetcher = Prefetcher(file_cache, behind, pool, self._flights)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from cow import COWStore, MappingBudget
@@ -94,13 +93,13 @@ class SnapshotLoader:
         self._universal = universal_ref
         self._budget = mapping_budget
         self._open = ProcessExitStack()
-        self._pool = self._open.enter_context(WorkerPool(workers))
+        pool = self._open.enter_context(WorkerPool(workers))
         behind: BlobStore | None = remote_cache
         for peer in reversed(peers):
             if behind is None:
                 raise InvalidArgument("peers stand between the file cache and a remote cache: give one too")
             behind = TieredStore(peer, behind)
-        self._fetcher = BlobFetcher(file_cache, behind, self._pool)
+        self._fetcher = BlobFetcher(file_cache, behind, pool)
         self._open.callback(self._fetcher.close)
         self._versions = VersionStore(stores)
         self._finder = SnapshotFinder(stores, self._fetcher, self.manifests, max_stale_fallback_age_s)
@@ -110,7 +109,6 @@ class SnapshotLoader:
             self._finder,
             self.manifests,
             self._versions,
-            self._pool,
             digest_function,
             universal_ref,
         )
@@ -219,9 +217,7 @@ class SnapshotLoader:
             NotFound, DataLoss: a plain file, or one in a directory, is gone from every cache; nothing is left
                 behind.
         """
-        return unpack(
-            snapshot, output_directory, self._fetcher, self._pool, self._budget, writable_files=writable_files
-        )
+        return unpack(snapshot, output_directory, self._fetcher, self._budget, writable_files=writable_files)
 
     def restore_snapshot(
         self,
@@ -231,7 +227,7 @@ class SnapshotLoader:
         progress: ProgressCallback | None = None,
     ) -> RestoreResult:
         """Write all files and directories of a snapshot out in full, holes as holes; all of them or none."""
-        return restore(snapshot, output_directory, self._fetcher, self._pool, progress)
+        return restore(snapshot, output_directory, self._fetcher, progress)
 
     def restore_directory(
         self,
@@ -260,9 +256,7 @@ class SnapshotLoader:
             FailedPrecondition: Something is at `path`; nothing was changed.
             DataLoss, ResourceExhausted, …: As for every read and write.
         """
-        return restore_directory(
-            snapshot, name, path, self._fetcher, self._pool, index=index, progress=progress
-        )
+        return restore_directory(snapshot, name, path, self._fetcher, index, progress)
 
     def cache_snapshot(
         self,
@@ -441,9 +435,7 @@ class SnapshotLoader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

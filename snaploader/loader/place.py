@@ -28,7 +28,7 @@ from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTr
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs, read_blob
 from snaploader.loader.results import ProgressMeter, Snapshot
 from snaploader.locks import ProcessExitStack
-from snaploader.workers import ThreadBuffers, WorkerPool
+from snaploader.workers import ThreadBuffers
 
 _BULK_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""
@@ -47,12 +47,9 @@ class SnapshotWriter:
         meter: Told of all content that was written.
     """
 
-    def __init__(
-        self, snapshot: Snapshot, fetcher: BlobFetcher, pool: WorkerPool, meter: ProgressMeter
-    ) -> None:
+    def __init__(self, snapshot: Snapshot, fetcher: BlobFetcher, meter: ProgressMeter) -> None:
         self.snapshot = snapshot
         self.fetcher = fetcher
-        self.pool = pool
         self.meter = meter
         self.fetched_blobs = 0
         self.fetched_bytes = 0
@@ -99,7 +96,7 @@ class SnapshotWriter:
                 present.append((digest, offset))
         with translate_os_errors(f"cannot write {str(target)!r}"), replacing(target, mode=mode) as fd:
             os.ftruncate(fd, table.size)
-            self.pool.for_each(lambda chunk: self._copy_chunk(*chunk, fd), present)
+            self.fetcher.pool.for_each(lambda chunk: self._copy_chunk(*chunk, fd), present)
 
             def write(digest: Digest, data: bytes) -> None:
                 for offset in places[digest]:
@@ -236,7 +233,7 @@ class _DirectoryWriter:
         if small:
             self._writer.fetch_many(small, "a directory", partial(self._write_files, root))
         at_hand = [digest for digest in self._files if digest not in small]
-        self._writer.pool.for_each(lambda digest: self._copy(digest, root), at_hand)
+        self._writer.fetcher.pool.for_each(lambda digest: self._copy(digest, root), at_hand)
         for path, entry in self._tree.items():
             if isinstance(entry, ChunkedEntry):
                 self._writer.write_chunked_file(path, entry.table, _PRIVATE, root / path)

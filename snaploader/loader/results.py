@@ -71,7 +71,15 @@ class Snapshot:
 
     def digest_array(self) -> DigestArray:
         """The same without an object for each."""
-        return distinct_artefacts(self.manifest, self.tables, self.directories)
+        function = self.manifest.digest_function
+        whole = [*self.manifest.digests()]
+        # Equal tables and trees are one object.
+        chunked = {id(table): table for table in self.tables.values()}
+        for tree in {id(tree): tree for tree in self.directories.values()}.values():
+            whole += tree.blobs()
+            chunked |= {id(table): table for table in tree.tables()}
+        arrays = (table.digest_array() for table in chunked.values())
+        return DigestArray.joined([DigestArray.of(whole, function), *arrays], function)
 
     def only(self, names: Collection[str]) -> Snapshot:
         """The snapshot with no other files and directories than `names`.
@@ -306,20 +314,6 @@ class RestoreResult:
     """What came from the remote store; the rest was in the file cache."""
     directories: Mapping[str, Path] = field(default_factory=dict)
     """Path of every directory, by name."""
-
-
-def distinct_artefacts(
-    manifest: Manifest, tables: Mapping[str, ChunkTable], directories: Mapping[str, DirectoryTree]
-) -> DigestArray:
-    """Every blob a snapshot needs, each once, without an object for each."""
-    function = manifest.digest_function
-    whole = [*manifest.digests()]
-    chunked = {id(table): table for table in tables.values()}
-    for tree in {id(tree): tree for tree in directories.values()}.values():
-        whole += tree.blobs()
-        chunked |= {id(table): table for table in tree.tables()}
-    arrays = (table.digest_array() for table in chunked.values())
-    return DigestArray.joined([DigestArray.of(whole, function), *arrays], function)
 
 
 def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:

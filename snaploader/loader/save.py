@@ -36,7 +36,7 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import MAX_CHUNK_SIZE, check_geometry
 from snaploader.formats.digests import DigestArray
-from snaploader.formats.dirtree import DirectoryTree, child_directories
+from snaploader.formats.dirtree import child_directories
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions, StateCapture
@@ -44,16 +44,16 @@ from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.manifests import ManifestStore, Stores, cannot_tell, taken
 from snaploader.loader.results import (
+    ManifestSource,
     ProgressCallback,
     ProgressMeter,
     RemoteManifest,
     SaveResult,
-    distinct_artefacts,
+    Snapshot,
     vm_metadata_of,
 )
 from snaploader.loader.versions import VersionStore
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
-from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,6 @@ class SnapshotSaver:
         finder: SnapshotFinder,
         manifests: ManifestStore,
         versions: VersionStore,
-        pool: WorkerPool,
         local_digest_function: DigestFunction,
         universal_ref: bool,
     ) -> None:
@@ -116,7 +115,6 @@ class SnapshotSaver:
         self._finder = finder
         self._manifests = manifests
         self._versions = versions
-        self._pool = pool
         self._local_function = local_digest_function
         self._universal = universal_ref
 
@@ -130,7 +128,7 @@ class SnapshotSaver:
         plan = self._plan(key, id_key, write_keys, options)
         self._manifests.check_unused(id_key)
         pinned_before = self._manifests.pinned_before(options.pin)
-        with StateCapture(self._file_cache, plan.function, self._pool, options) as capture:
+        with StateCapture(self._file_cache, plan.function, self._fetcher.pool, options) as capture:
             saved = capture.store_all()
             manifest = Manifest(
                 configuration,
@@ -140,8 +138,9 @@ class SnapshotSaver:
                 chunked_files={name: saved[name].digest for name in options.chunked_files},
                 directories={name: directory.digest for name, directory in capture.directories.items()},
             )
-            trees = capture.trees
-            blobs = distinct_artefacts(manifest, capture.tables, trees)
+            trees, tables = capture.trees, capture.tables
+            snapshot = Snapshot(id_key, manifest, ManifestSource.LOCAL, tables, True, directories=trees)
+            blobs = snapshot.digest_array()
             uploaded, standing = TransferStatistics(), plan.standing
             with self._file_cache.lease((), hashes=[blobs.hashes]):
                 warnings = self._complete_locally(capture, blobs, is_pinned=options.pin is not None)
@@ -159,9 +158,8 @@ class SnapshotSaver:
                     if plan.saves:
                         uploaded = upload_blobs(
                             self._stores,
-                            manifest,
+                            snapshot,
                             blobs,
-                            trees.values(),
                             options.progress,
                             rescue=capture.rescue,
                             sampled=True,
@@ -371,9 +369,8 @@ def _metadata(given: Any, task: SnapshotTask | None, now_s: float) -> any_pb2.An
 
 def upload_blobs(
     stores: Stores,
-    manifest: Manifest,
+    snapshot: Snapshot,
     blobs: DigestArray,
-    directories: Iterable[DirectoryTree],
     progress: ProgressCallback | None,
     *,
     sent: list[Digest] | None = None,
@@ -386,7 +383,7 @@ def upload_blobs(
     but some servers, such as buildbox-casd, call a result incomplete without them.
 
     Args:
-        blobs: All that the snapshot needs, distinct.
+        blobs: All that it needs.
         sent: Takes in what is handed to the store, for when that fails half-way.
         rescue: Puts blobs into the file cache again that it has lost.
         sampled: Whether to read a few of the others. Some servers answer from an index that outlives the
@@ -397,7 +394,7 @@ def upload_blobs(
     """
     remote = stores.server
     children: dict[Digest, bytes] = {}
-    for directory in directories:
+    for directory in snapshot.directories.values():
         children |= child_directories(directory)
     wanted = blobs
     if children:
@@ -422,7 +419,7 @@ def upload_blobs(
     def upload(digests: Collection[Digest]) -> TransferStatistics:
         meter = ProgressMeter(progress, "upload", sum(digest.size_bytes for digest in digests))
         done = TransferStatistics()
-        for step in _steps(digests, children, manifest.trees):
+        for step in _steps(digests, children, snapshot.manifest.trees):
             done += remote.write_many(uploads(step, meter))
         return done
 

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from cow import COWStore, MappingBudget, StoreStatistics
@@ -22,7 +21,6 @@ from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder,
 from snaploader.loader.results import ManifestSource, ProgressCallback, ProgressMeter, RestoreResult, Snapshot
 from snaploader.loader.scan import write_restored_index
 from snaploader.locks import ProcessExitStack
-from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +53,7 @@ class UnpackedSnapshot:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -65,7 +61,6 @@ def unpack(
     snapshot: Snapshot,
     output_directory: str | os.PathLike[str],
     fetcher: BlobFetcher,
-    pool: WorkerPool,
     budget: MappingBudget | None,
     *,
     writable_files: bool,
@@ -77,7 +72,7 @@ def unpack(
         cleanup = ProcessExitStack()
         undo.callback(cleanup.close)
         cleanup.enter_context(hold(snapshot, fetcher))
-        writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(None, "write", 0))
+        writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(None, "write", 0))
         files = writer.place_files(root, undo, writable=writable_files)
         directories = writer.place_directories(root, undo)
         stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
@@ -89,7 +84,6 @@ def restore(
     snapshot: Snapshot,
     output_directory: str | os.PathLike[str],
     fetcher: BlobFetcher,
-    pool: WorkerPool,
     progress: ProgressCallback | None,
 ) -> RestoreResult:
     """See `SnapshotLoader.restore_snapshot`."""
@@ -99,7 +93,7 @@ def restore(
     written_bytes += sum(map(stored_bytes, trees.values()))
     hole_bytes = sum(table.hole_bytes for table in tables.values())
     hole_bytes += sum(tree.hole_bytes for tree in trees.values())
-    writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(progress, "write", written_bytes))
+    writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(progress, "write", written_bytes))
     with ProcessExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
         held = hold(snapshot, fetcher)
@@ -124,8 +118,6 @@ def restore_directory(
     name: str,
     path: str | os.PathLike[str],
     fetcher: BlobFetcher,
-    pool: WorkerPool,
-    *,
     index: str | os.PathLike[str] | None,
     progress: ProgressCallback | None,
 ) -> RestoreResult:
@@ -139,7 +131,7 @@ def restore_directory(
         raise InvalidArgument(f"the capture index {str(index)!r} is in the directory: keep it elsewhere")
     check_vacant(target)
     written = stored_bytes(tree)
-    writer = SnapshotWriter(snapshot, fetcher, pool, ProgressMeter(progress, "write", written))
+    writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(progress, "write", written))
     with ProcessExitStack() as undo:
         output_folder(target.parent, [], undo)
         with hold(snapshot.only([name]), fetcher):
