@@ -49,7 +49,11 @@ class SnapshotDeriver:
             remote = self._stores.remote is not None and not is_private
         id_ = snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
-        derived = _part_of(origin, key, names, vm_metadata)
+        part = origin.only(_names(origin, names))
+        manifest = part.manifest
+        if vm_metadata is not None:
+            manifest = replace(manifest, vm_metadata=pack_any(vm_metadata))
+        derived = replace(part, key=key, manifest=manifest, failures=())
         before = self._manifests.pinned_before(pin)
         self._manifests.check_unused(key)
         if remote:
@@ -67,7 +71,7 @@ class SnapshotDeriver:
             saved_locally = True
             try:
                 with self._manifests.pinned(pin, before, blobs, [self._manifests.local_ref(key)]):
-                    if not self._manifests.keep_local(key, derived.manifest):
+                    if not self._manifests.keep_local(key, manifest):
                         raise taken(key)
             except SnaploaderError as error:
                 if not remote:
@@ -152,15 +156,6 @@ class SnapshotDeriver:
             )
             raise
         return uploaded
-
-
-def _part_of(origin: Snapshot, key: SnapshotKey, names: Collection[str] | None, vm_metadata: Any) -> Snapshot:
-    """The new snapshot, before it is stored anywhere."""
-    part = origin.only(_names(origin, names))
-    manifest = part.manifest
-    if vm_metadata is not None:
-        manifest = replace(manifest, vm_metadata=pack_any(vm_metadata))
-    return replace(part, key=key, manifest=manifest, failures=())
 
 
 def _names(origin: Snapshot, names: Collection[str] | None) -> set[str]:

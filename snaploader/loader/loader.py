@@ -388,10 +388,7 @@ class SnapshotLoader:
 
         Raises:
             InvalidArgument: it was found by another key, or the loader has no remote cache.
-            NotFound: a blob of it is gone from every cache.
-            FailedPrecondition: the loader is read-only, the id is taken remotely or was, or the remote cache
-                takes no updates or wants other digests.
-            SnaploaderError: the remote cache failed. `uploaded` of the error tells what was on its way there.
+            SnaploaderError: as `derive_snapshot`.
         """
         return self._deriver.upload(snapshot, progress)
 

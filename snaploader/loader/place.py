@@ -190,11 +190,6 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def stored_bytes(tree: DirectoryTree) -> int:
-    """What there is to write: all content without the holes."""
-    return tree.size_bytes - tree.hole_bytes
-
-
 class _DirectoryWriter:
     """Writes one directory tree out."""
 
@@ -238,7 +233,7 @@ class _DirectoryWriter:
             if isinstance(entry, ChunkedEntry):
                 self._writer.write_chunked_file(path, entry.table, _PRIVATE, root / path)
                 with _opened(root / path) as fd:
-                    _finish_file(fd, entry)
+                    _finish(fd, entry)
         for path, entry in self._tree.items():
             if isinstance(entry, SymlinkEntry):
                 os.symlink(entry.target, root / path)
@@ -256,7 +251,7 @@ class _DirectoryWriter:
         for path, entry in self._files[digest]:
             with translate_os_errors(f"cannot write {path!r}"), _opened(root / path, _NEW_FILE) as fd:
                 _write(fd, data)
-                _finish_file(fd, entry)
+                _finish(fd, entry)
             self._writer.meter.add(len(data))
 
     def _copy_big(self, digest: Digest, root: Path) -> None:
@@ -266,8 +261,8 @@ class _DirectoryWriter:
             for path, entry in others:
                 with _opened(root / path, _NEW_FILE) as fd:
                     self._clone(source, fd, digest.size_bytes)
-                    _finish_file(fd, entry)
-            _finish_file(source, first_entry)
+                    _finish(fd, entry)
+            _finish(source, first_entry)
         self._writer.meter.add(digest.size_bytes * (1 + len(others)))
 
     def _clone(self, source: int, fd: int, size: int) -> None:
@@ -323,11 +318,10 @@ def _finish_directories(tree: DirectoryTree, root: Path, paths: Iterable[str]) -
         entry = tree[path]
         if isinstance(entry, DirectoryEntry):
             with _opened(root / path, os.O_RDONLY | os.O_DIRECTORY) as fd:
-                os.fchmod(fd, entry.mode)
-                os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
+                _finish(fd, entry)
 
 
-def _finish_file(fd: int, entry: FileEntry | ChunkedEntry) -> None:
+def _finish(fd: int, entry: FileEntry | ChunkedEntry | DirectoryEntry) -> None:
     os.fchmod(fd, entry.mode)
     os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
 

@@ -11,12 +11,13 @@ local caches only grows old there, and would one day be missing from a snapshot 
 from __future__ import annotations
 
 import logging
+import operator
 import random
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from typing import Any
 
@@ -418,10 +419,9 @@ def upload_blobs(
 
     def upload(digests: Collection[Digest]) -> TransferStatistics:
         meter = ProgressMeter(progress, "upload", sum(digest.size_bytes for digest in digests))
-        done = TransferStatistics()
-        for step in _steps(digests, children, snapshot.manifest.trees):
-            done += remote.write_many(uploads(step, meter))
-        return done
+        steps = _steps(digests, children, snapshot.manifest.trees)
+        done = [remote.write_many(uploads(step, meter)) for step in steps]
+        return reduce(operator.add, done) if done else TransferStatistics()
 
     uploaded = upload(missing)
     claimed = blobs.without(missing)

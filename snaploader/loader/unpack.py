@@ -17,7 +17,7 @@ from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import Lease
 from snaploader.formats.chunktable import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
-from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder, stored_bytes
+from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder
 from snaploader.loader.results import ManifestSource, ProgressCallback, ProgressMeter, RestoreResult, Snapshot
 from snaploader.loader.scan import write_restored_index
 from snaploader.locks import ProcessExitStack
@@ -90,7 +90,7 @@ def restore(
     manifest, tables, trees = snapshot.manifest, snapshot.tables, snapshot.directories
     plain_bytes = sum(file.digest.size_bytes for file in manifest.files.values())
     written_bytes = plain_bytes + sum(table.stored_bytes for table in tables.values())
-    written_bytes += sum(map(stored_bytes, trees.values()))
+    written_bytes += sum(tree.size_bytes - tree.hole_bytes for tree in trees.values())
     hole_bytes = sum(table.hole_bytes for table in tables.values())
     hole_bytes += sum(tree.hole_bytes for tree in trees.values())
     writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(progress, "write", written_bytes))
@@ -130,7 +130,7 @@ def restore_directory(
     if index is not None and Path(index).absolute().parent.resolve().is_relative_to(target.resolve()):
         raise InvalidArgument(f"the capture index {str(index)!r} is in the directory: keep it elsewhere")
     check_vacant(target)
-    written = stored_bytes(tree)
+    written = tree.size_bytes - tree.hole_bytes
     writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(progress, "write", written))
     with ProcessExitStack() as undo:
         output_folder(target.parent, [], undo)
