@@ -103,11 +103,8 @@ class _BigFile:
 class DirectoryCapture:
     """A directory on its way into the file cache. It is looked through when this is made.
 
-    To be closed. `tasks` are for several threads, everything else is for one.
-
-    Raises:
-        SnaploaderError: As `scan`; NotFound when there is no such directory.
-        InvalidArgument: The index or the file cache is inside the directory.
+    To be closed. `tasks` are for several threads, everything else is for one. Raises what `scan` does,
+    NotFound when there is no such directory, InvalidArgument when the index or the file cache is inside.
     """
 
     def __init__(

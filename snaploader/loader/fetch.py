@@ -75,7 +75,7 @@ class BlobFetcher:
         self.pool = pool
         """Threads for whoever reads or writes what is fetched."""
         self._flights = flights_into(file_cache)
-        self._prefetcher = Prefetcher(file_cache, behind, pool, self._flights)
+        self.prefetcher = Prefetcher(file_cache, behind, pool, self._flights)
 
     def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
         """A read-only descriptor of the verified blob, owned by the caller, and the tier it came from.
@@ -133,20 +133,12 @@ class BlobFetcher:
             return False
         return True
 
-    def prefetch(self, digests: Sequence[Digest]) -> None:
-        """A hint: these will likely be opened soon, the first one first. Returns at once, never raises."""
-        self._prefetcher.hint(digests)
-
-    def close(self) -> None:
-        """Drop all hints."""
-        self._prefetcher.close()
-
     def _open_local(self, digest: Digest) -> tuple[OpenedChunk | None, SnaploaderError | None]:
         try:
             fd = self.file_cache.open(digest)
         except (NotFound, DataLoss) as error:
             return None, error
-        if self._prefetcher.is_first_use(digest):
+        if self.prefetcher.is_first_use(digest):
             return OpenedChunk(fd, REMOTE, prefetched=True), None
         return OpenedChunk(fd, FILE_CACHE), None
 
@@ -160,7 +152,7 @@ class BlobFetcher:
             if opened is not None:
                 return opened
             try:
-                with self._prefetcher.demand(digest), lost_blobs():
+                with self.prefetcher.demand(digest), lost_blobs():
                     data = behind.read(digest)
             except (NotFound, DataLoss) as error:
                 if isinstance(local_error, DataLoss):
@@ -321,6 +313,7 @@ class Prefetcher:
         self._closed = False
 
     def hint(self, digests: Sequence[Digest]) -> None:
+        """These will likely be opened soon, the first one first. Returns at once, never raises."""
         with self._lock:
             if self._closed or self._behind is None:
                 return
@@ -457,7 +450,7 @@ class SnapshotChunkSource:
     def prefetch(self, indices: Sequence[int]) -> None:
         """Pass the hint on to the fetcher."""
         if self.allow_remote:
-            self.fetcher.prefetch([self._digest(index) for index in indices])
+            self.fetcher.prefetcher.hint([self._digest(index) for index in indices])
 
     def _digest(self, index: int) -> Digest:
         digest = self.table.get(index)

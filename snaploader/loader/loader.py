@@ -100,7 +100,7 @@ class SnapshotLoader:
                 raise InvalidArgument("peers stand between the file cache and a remote cache: give one too")
             behind = TieredStore(peer, behind)
         self._fetcher = BlobFetcher(file_cache, behind, pool)
-        self._open.callback(self._fetcher.close)
+        self._open.callback(self._fetcher.prefetcher.close)
         self._versions = VersionStore(stores)
         self._finder = SnapshotFinder(stores, self._fetcher, self.manifests, max_stale_fallback_age_s)
         self._saver = SnapshotSaver(

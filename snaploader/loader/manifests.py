@@ -173,9 +173,7 @@ class ManifestStore:
     def read_remote(self, key: SnapshotKey) -> Manifest:
         """The manifest under `key` in the remote cache.
 
-        Raises:
-            NotFound: There is none; `Deleted` when it was deleted.
-            DataLoss: It is no manifest.
+        NotFound when there is none, `Deleted` when it was deleted, DataLoss when it is no manifest.
         """
         result = self._look(key)
         if result is None:
@@ -214,8 +212,7 @@ class ManifestStore:
     def publish(self, key: SnapshotKey, manifest: Manifest, before: str = "") -> None:
         """Write the manifest under `key` in the remote cache; `read_back` tells whether it is there.
 
-        Raises:
-            FailedPrecondition: The server refuses to replace what stands.
+        FailedPrecondition when the server refuses to replace what stands.
         """
         result = manifest.to_action_result()
         what = f"the manifest of {key}"
@@ -229,8 +226,7 @@ class ManifestStore:
     def read_back(self, key: SnapshotKey, manifest: Manifest, before: str = "") -> RemoteManifest:
         """What stands under `key` after `publish`: the manifest, or the one that another host wrote since.
 
-        Raises:
-            FailedPrecondition: What stood there before still stands, or nothing.
+        FailedPrecondition when what stood there before still stands, or nothing.
         """
         words = "it has none"
         try:

@@ -390,8 +390,7 @@ def upload_blobs(
         sampled: Whether to read a few of the others. Some servers answer from an index that outlives the
             blobs. Where a sample is wrong, no answer is trusted: all are uploaded.
 
-    Raises:
-        DataLoss: The server says that it has a blob, and cannot give it even after it was uploaded.
+    DataLoss when the server says that it has a blob, and cannot give it even after it was uploaded.
     """
     remote = stores.server
     children: dict[Digest, bytes] = {}

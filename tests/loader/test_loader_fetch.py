@@ -138,7 +138,7 @@ def test_a_late_landing_of_a_prefetch_leaves_the_flight_of_another_alone(
 
     cas.read_many = read_many_in_two_steps  # type: ignore[method-assign]
     fetcher = BlobFetcher(cache, cas, pool)
-    fetcher.prefetch([first, second])
+    fetcher.prefetcher.hint([first, second])
     assert first_kept.wait(TIMEOUT_S)
     cache.remove(first)
     with ThreadPoolExecutor(1) as threads:
@@ -158,7 +158,7 @@ def test_hints_to_a_closed_pool_hold_no_reader_up(cache: FileCache, cas: GatedCA
     digest = cas.add(b"hinted")
     fetcher = BlobFetcher(cache, cas, pool)
     pool.close()
-    fetcher.prefetch([digest])
+    fetcher.prefetcher.hint([digest])
     cas.may_read.set()
     assert fetcher.read(digest) == b"hinted"
 
