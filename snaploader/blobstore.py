@@ -108,7 +108,13 @@ class TieredStore:
         try:
             return self._near.read(digest)
         except (NotFound, DataLoss) as error:
-            data = self._read_far(digest, error)
+            near_error = error
+        try:
+            data = self._far.read(digest)
+        except (NotFound, DataLoss) as error:
+            if isinstance(near_error, DataLoss):
+                error.add_note(f"in the store before it: {near_error.message}")
+            raise
         self._keep(Upload(digest, data, verified=True))
         return data
 
@@ -160,14 +166,6 @@ class TieredStore:
                 yield upload
 
         return self._far.write_many(kept())
-
-    def _read_far(self, digest: Digest, near_error: SnaploaderError) -> bytes:
-        try:
-            return self._far.read(digest)
-        except (NotFound, DataLoss) as error:
-            if isinstance(near_error, DataLoss):
-                error.add_note(f"in the store before it: {near_error.message}")
-            raise
 
     def _keep(self, upload: Upload) -> None:
         try:
