@@ -316,12 +316,7 @@ def _session(statements: str) -> Callable[[Any, object], None]:
 
 @contextmanager
 def advisory_lock(
-    engine: Engine,
-    name: str,
-    where: str,
-    *,
-    wait_s: float | None,
-    cancelled: threading.Event | None = None,
+    engine: Engine, name: str, where: str, *, wait_s: float | None, cancelled: threading.Event | None = None
 ) -> Iterator[bool]:
     """See `Catalog.lock`. Waiting ones are served in the order in which they came."""
     # Two names that share 64 bits of a hash merely wait for each other.

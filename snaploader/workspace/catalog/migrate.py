@@ -24,11 +24,7 @@ _MIGRATION_LOCK = 0x536E61705F6D6967
 
 
 def upgrade(engine: Engine, *, migrations: str = MIGRATIONS, head: str = HEAD) -> None:
-    """Bring the schema to revision `head`, in one transaction that others wait for.
-
-    Raises:
-        FailedPrecondition: the schema is of a newer library, or the tables are another program's.
-    """
+    """Bring the schema to revision `head`, in one transaction that others wait for."""
     with engine.connect() as connection:
         if engines.when_free(lambda: _revision(connection)) == head:
             return

@@ -143,11 +143,8 @@ class Transaction(Reader):
     ) -> Workspace:
         """Change a workspace, and return it as it is then.
 
-        The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy sets
-        anew when a dormant one is to be deleted, as `deletion_time` says.
-
-        Args:
-            now: From when on another policy holds. Default: by the clock of this host.
+        The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy, which
+        holds from `now` on, sets anew when a dormant one is to be deleted, as `deletion_time` says.
 
         Raises:
             FailedPrecondition: the slot is another's, or a deleted one is to live again.
@@ -207,8 +204,7 @@ class Transaction(Reader):
     def end_operation(self, workspace_id: str, token: str, *, used_at: datetime | None = None) -> Workspace:
         """Record that an operation is no longer under way. FailedPrecondition: somebody else ended it.
 
-        Args:
-            used_at: When it has used the workspace, which also ends its dormancy; None: it has not.
+        If it has used the workspace, at `used_at`, that also ends its dormancy.
         """
         workspace = self.lock_workspace(workspace_id)
         if workspace.operation is None or workspace.operation.token != token:
@@ -349,10 +345,8 @@ class Transaction(Reader):
     def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
         """Add a policy, or replace the one of its name, for all workspaces that follow it.
 
-        The time at which dormant ones are deleted is set anew, as `deletion_time` says.
-
-        Args:
-            now: From when on it holds. Default: by the clock of this host.
+        The time at which dormant ones are deleted is set anew, as `deletion_time` says. It holds from `now`
+        on; by default, by the clock of this host.
         """
         settings = policy.to_mapping()
         if Policy.from_mapping(policy.name, settings) != policy:

@@ -104,11 +104,9 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def read_file(path: str) -> bytes | None:
     """Return what a file holds, or None when it is not there. Raises OSError."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read()
+    return None
 
 
 def make_beneath(root: str, path: str) -> None:

@@ -192,7 +192,13 @@ class FolderRuntime(Runtime):
                     if held is not None:
                         self._tidy(workspace_id, name)
                         swept.append(name)
-            self._sweep_locks()
+            # Locks of workspaces that are gone.
+            known = {name.partition(".")[0] for name in os.listdir(self._layout.workspaces)}
+            for workspace_id in set(os.listdir(self._layout.locks)) - known:
+                path = self._layout.lock(workspace_id)
+                with locked(path, wait=False) as held:
+                    if held is not None and not os.path.lexists(self._layout.folder(workspace_id).path):
+                        os.unlink(path)
         return sorted(swept)
 
     def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
@@ -299,25 +305,14 @@ class FolderRuntime(Runtime):
         else:
             remove_tree(leftover)
 
-    def _sweep_locks(self) -> None:
-        """Remove the locks of workspaces that are gone."""
-        known = {name.partition(".")[0] for name in os.listdir(self._layout.workspaces)}
-        for workspace_id in set(os.listdir(self._layout.locks)) - known:
-            path = self._layout.lock(workspace_id)
-            with locked(path, wait=False) as held:
-                if held is not None and not os.path.lexists(self._layout.folder(workspace_id).path):
-                    os.unlink(path)
-
 
 @contextmanager
 def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
     """Hold the lock of a workspace, flock(2) on a small file; gives its descriptor. Raises OSError.
 
-    A lock goes with the processes that hold its descriptor. The supervisor of a workspace inherits it until
-    it has written down what it started, so nobody can find the workspace half started, whoever is killed.
-
-    Args:
-        wait: Wait for the lock; without, None is given where another holds it.
+    Without `wait`, None is given where another holds it. A lock goes with the processes that hold its
+    descriptor. The supervisor of a workspace inherits it until it has written down what it started, so nobody
+    can find the workspace half started, whoever is killed.
     """
     try:
         fd = lock_new(path, wait=wait)

@@ -125,10 +125,7 @@ class ProcessRuntime(FolderRuntime):
             return end_run(workspace_id, folder, timeout_s, force=force)
 
     def wait_ready(
-        self,
-        spec: WorkspaceSpec,
-        timeout_s: float | None = None,
-        cancelled: threading.Event | None = None,
+        self, spec: WorkspaceSpec, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> None:
         """See `Runtime.wait_ready`. One try takes up to 5 s, and is not interrupted by `cancelled`."""
         readiness = spec.readiness

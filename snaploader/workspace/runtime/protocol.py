@@ -118,10 +118,7 @@ class Runtime(Protocol):
         ...
 
     def wait_ready(
-        self,
-        spec: WorkspaceSpec,
-        timeout_s: float | None = None,
-        cancelled: threading.Event | None = None,
+        self, spec: WorkspaceSpec, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> None:
         """Return when the workspace's readiness check says that it is ready.
 

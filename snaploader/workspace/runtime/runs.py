@@ -143,13 +143,15 @@ def read_run(folder: Folder) -> Run | None:
         if run is None:
             return None
         has_ended = end is not None and end["token"] == run["token"]
+        names = [name for name in ("guard", "supervisor", "command") if name in run]
+        processes = {name: ProcessIdentity(*run[name], run["boot_id"]) for name in names}
         return Run(
             token=run["token"],
             boot_id=run["boot_id"],
             started_at=datetime.fromtimestamp(run["started_at_us"] / 1_000_000, UTC),
-            guard=_identity(run, "guard"),
-            supervisor=_identity(run, "supervisor"),
-            command=_identity(run, "command"),
+            guard=processes.get("guard"),
+            supervisor=processes.get("supervisor"),
+            command=processes.get("command"),
             has_ended=has_ended,
             exit_code=end["exit_code"] if end is not None and has_ended else None,
         )
@@ -189,13 +191,6 @@ def _read(path: str) -> dict[str, Any] | None:
     except ValueError:
         return None  # cut by a power failure, which has ended the run too
     return None if value is None else dict(value)
-
-
-def _identity(run: dict[str, Any], name: str) -> ProcessIdentity | None:
-    if name not in run:
-        return None
-    pid, start_ticks = run[name]
-    return ProcessIdentity(pid, start_ticks, run["boot_id"])
 
 
 def end_run(workspace_id: str, folder: Folder, timeout_s: float, *, force: bool) -> StopOutcome:

@@ -146,17 +146,10 @@ def capture(harness: Harness, spec: WorkspaceSpec, scope: Scope) -> Snapshot:
 
 
 def place(
-    harness: Harness,
-    spec: WorkspaceSpec,
-    snapshot: Snapshot,
-    token: str,
-    base: Snapshot | None = None,
-    *,
-    loader: Any = None,
+    harness: Harness, spec: WorkspaceSpec, snapshot: Snapshot, token: str, base: Snapshot | None = None
 ) -> None:
-    """Place a snapshot, with the harness's loader unless another is given."""
-    loader = harness.loader if loader is None else loader
-    harness.runtime.place(spec, loader, snapshot, base=base, token=token)
+    """Place a snapshot with the harness's loader."""
+    harness.runtime.place(spec, harness.loader, snapshot, base=base, token=token)
 
 
 def write(harness: Harness, spec: WorkspaceSpec, files: Mapping[str, bytes]) -> None:
@@ -475,8 +468,10 @@ def a_failed_placement_changes_nothing(harness: Harness) -> None:
         snapshot = capture(harness, spec, Scope.FULL)
         place(harness, spec, snapshot, "good")
         write(harness, spec, {"/srv/data/a": b"2"})
-        empty = LoaderWithoutContent()
-        require_error(SnaploaderError, lambda: place(harness, spec, snapshot, "bad", loader=empty))
+        empty: Any = LoaderWithoutContent()
+        require_error(
+            SnaploaderError, lambda: harness.runtime.place(spec, empty, snapshot, token=spec.workspace_id)
+        )
         require_content(harness, spec, {"/srv/data/a": b"2"})
         require(harness.runtime.status(spec.workspace_id).placed == "good", "the token changed")
         left = [name for name in harness.runtime.leftovers() if name.startswith(f"{spec.workspace_id}.")]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.runtime.folder import FolderRuntime
@@ -83,20 +82,11 @@ class FakeRuntime(FolderRuntime):
     objects on the same folder see it. `root(workspace_id)` is where a test reads and writes files.
 
     Args:
-        directory: A scratch folder.
-        durable: As `ProcessRuntime`; off, for speed.
-        index_placed: As `ProcessRuntime`; off, for speed.
+        directory: A scratch folder. Nothing in it outlives a power failure, for speed.
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        durable: bool = False,
-        index_placed: bool = False,
-        _environment: HostEnvironment = HOST,
-    ) -> None:
-        super().__init__(directory, durable=durable, index_placed=index_placed, _environment=_environment)
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        super().__init__(directory, durable=False, index_placed=False)
         self.keeps_memory = False
         """Whether it is to say that it does; see `Runtime.keeps_memory`."""
         self.calls: list[RuntimeCall] = []
@@ -153,10 +143,7 @@ class FakeRuntime(FolderRuntime):
 
     @_scripted
     def wait_ready(
-        self,
-        spec: WorkspaceSpec,
-        timeout_s: float | None = None,
-        cancelled: threading.Event | None = None,
+        self, spec: WorkspaceSpec, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> None:
         name = f"workspace {spec.workspace_id!r}"
         timeout_s = spec.readiness.timeout_s if timeout_s is None else timeout_s
