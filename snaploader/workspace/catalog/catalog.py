@@ -223,11 +223,14 @@ class Catalog:
 class _OpenBlocks:
     """Counts blocks that are open, each thread's own too."""
 
-    def __init__(self, own: int = 0) -> None:
-        self._changed = threading.Condition()
+    def __init__(self) -> None:
         self._own = threading.local()
-        self._own.count = own
-        self._count = own
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have no blocks but those of this thread: at first, and in the child of a fork."""
+        self._changed = threading.Condition()
+        self._count = self.own
         self._is_forking = False
 
     @contextmanager
@@ -282,15 +285,13 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    """Begin anew, with the blocks of the one thread that is left."""
-    global _all_blocks
-    _all_blocks = _OpenBlocks(_all_blocks.own)
+    _all_blocks.begin_anew()
     for catalog in list(_catalogs):
         catalog.forget_connections()
 
 
 os.register_at_fork(
     before=_before_fork,
-    after_in_parent=lambda: _all_blocks.end_fork(),
+    after_in_parent=_all_blocks.end_fork,
     after_in_child=_after_fork_in_child,
 )

@@ -143,8 +143,8 @@ class Transaction(Reader):
     ) -> Workspace:
         """Change a workspace, and return it as it is then.
 
-        The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy, which
-        holds from `now` on, sets anew when a dormant one is to be deleted, as `deletion_time` says.
+        The state `DELETED` takes its versions away, and marks its snapshots for removal. Another policy sets
+        anew, from `now` on, when a dormant one is to be deleted, as `deletion_time` says.
 
         Raises:
             FailedPrecondition: the slot is another's, or a deleted one is to live again.

@@ -242,13 +242,10 @@ def _parse(entry: dict[str, Any]) -> _Attached:
     return _Attached(store=entry["store"], owner=owner)
 
 
-def _encode(attached: _Attached) -> dict[str, Any]:
-    if attached.owner is None:
-        return {"path": attached.path}
-    return {"store": attached.store, **asdict(attached.owner)}
-
-
 def _write(folder: Folder, attached: Mapping[str, _Attached]) -> None:
-    entries = {name: _encode(each) for name, each in attached.items()}
+    entries = {
+        name: {"path": each.path} if each.owner is None else {"store": each.store, **asdict(each.owner)}
+        for name, each in attached.items()
+    }
     with translate_os_errors(f"cannot note the attachments in {folder.path!r}"):
         replace_file(folder.attachments, json.dumps(entries).encode())

@@ -159,8 +159,9 @@ class FolderRuntime(Runtime):
             return RuntimeStatus(workspace_id)
         with translate_os_errors(f"cannot look at workspace {workspace_id!r}"):
             run = read_run(folder)
+            placed = (contents.read_file(folder.placed) or b"").decode(errors="replace")
         if run is None:
-            return RuntimeStatus(workspace_id, exists=True, placed=self._placed(folder))
+            return RuntimeStatus(workspace_id, exists=True, placed=placed)
         is_running = run.is_running
         return RuntimeStatus(
             workspace_id,
@@ -169,7 +170,7 @@ class FolderRuntime(Runtime):
             pid=run.command.pid if is_running and run.command is not None else None,
             exit_code=run.exit_code,
             started_at=run.started_at,
-            placed=self._placed(folder),
+            placed=placed,
         )
 
     def workspaces(self) -> list[str]:
@@ -246,10 +247,6 @@ class FolderRuntime(Runtime):
         if folder is None:
             raise NotFound(f"there is no workspace {workspace_id!r} in {self._layout.base!r}")
         return folder
-
-    def _placed(self, folder: Folder) -> str:
-        with translate_os_errors(f"cannot look at {folder.path!r}"):
-            return (contents.read_file(folder.placed) or b"").decode(errors="replace")
 
     def _is_running(self, workspace_id: str) -> bool:
         run = read_run(self._layout.folder(workspace_id))

@@ -175,13 +175,11 @@ class RunWatch:
             how = f"ended with exit code {now.exit_code}"
             if now.exit_code < 0:
                 how = f"was ended by signal {-now.exit_code}"
-        raise FailedPrecondition(f"the command of workspace {self._workspace_id!r} {how}{self._last_lines()}")
-
-    def _last_lines(self) -> str:
         with translate_os_errors(f"cannot read the log of workspace {self._workspace_id!r}"):
             text = read_log(self._folder, _SHOWN_LOG_BYTES).decode(errors="replace").strip()
         lines = text.splitlines()[-_SHOWN_LOG_LINES:]
-        return "; it printed nothing" if not lines else "; the last that it printed: " + "\n".join(lines)
+        printed = "the last that it printed: " + "\n".join(lines) if lines else "it printed nothing"
+        raise FailedPrecondition(f"the command of workspace {self._workspace_id!r} {how}; {printed}")
 
     def _read(self) -> Run | None:
         with translate_os_errors(f"cannot look at workspace {self._workspace_id!r}"):

@@ -143,11 +143,12 @@ def read_run(folder: Folder) -> Run | None:
         if run is None:
             return None
         has_ended = end is not None and end["token"] == run["token"]
-        names = [name for name in ("guard", "supervisor", "command") if name in run]
-        processes = {name: ProcessIdentity(*run[name], run["boot_id"]) for name in names}
+        known = {name: run[name] for name in ("guard", "supervisor", "command") if name in run}
+        boot_id = run["boot_id"]
+        processes = {name: ProcessIdentity(pid, ticks, boot_id) for name, (pid, ticks) in known.items()}
         return Run(
             token=run["token"],
-            boot_id=run["boot_id"],
+            boot_id=boot_id,
             started_at=datetime.fromtimestamp(run["started_at_us"] / 1_000_000, UTC),
             guard=processes.get("guard"),
             supervisor=processes.get("supervisor"),

@@ -469,9 +469,8 @@ def a_failed_placement_changes_nothing(harness: Harness) -> None:
         place(harness, spec, snapshot, "good")
         write(harness, spec, {"/srv/data/a": b"2"})
         empty: Any = LoaderWithoutContent()
-        require_error(
-            SnaploaderError, lambda: harness.runtime.place(spec, empty, snapshot, token=spec.workspace_id)
-        )
+        bad = partial(harness.runtime.place, spec, empty, snapshot, token=spec.workspace_id)
+        require_error(SnaploaderError, bad)
         require_content(harness, spec, {"/srv/data/a": b"2"})
         require(harness.runtime.status(spec.workspace_id).placed == "good", "the token changed")
         left = [name for name in harness.runtime.leftovers() if name.startswith(f"{spec.workspace_id}.")]
