@@ -150,10 +150,9 @@ class Reader:
 
     def version(self, workspace_id: str, number: int) -> Version:
         """Return a workspace's version of that number. NotFound when it has none."""
-        # Beyond these bounds a database may refuse to compare.
-        is_possible = 1 <= number <= MAX_VERSION
         query = _versions_of(workspace_id).where(tables.versions.c.number == number)
-        row = self._first(query) if is_possible else None
+        # Beyond these bounds a database may refuse to compare.
+        row = self._first(query) if 1 <= number <= MAX_VERSION else None
         if row is None:
             raise NotFound(f"workspace {workspace_id!r} has no version {number}")
         return tables.version_of(row, row.runtime_name, row.source)

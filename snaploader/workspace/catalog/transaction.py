@@ -52,7 +52,6 @@ from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation, Ticks
 
 _EVENT_LOCK = 0x536E61705F657674
 """Key of the advisory lock that orders events on PostgreSQL: "Snap_evt"."""
-_DORMANCY = {"dormant_at", "deleting_at"}
 _BATCH = 500
 """Workspaces settled at once: a policy may have ten thousand, and databases limit a query's parameters."""
 
@@ -158,7 +157,8 @@ class Transaction(Reader):
         if "owner" in changes:
             self._use_owner(changes["owner"])
         before = self.lock_workspace(workspace_id)
-        if changes.get("policy", before.policy) != before.policy and not _DORMANCY & changes.keys():
+        sets_dormancy = not changes.keys().isdisjoint({"dormant_at", "deleting_at"})
+        if changes.get("policy", before.policy) != before.policy and not sets_dormancy:
             policies = self.policy(before.policy), self.policy(changes["policy"])
             changes["deleting_at"] = _renewed_deletion(before, *policies, now)
         after = dataclasses.replace(before, **changes)

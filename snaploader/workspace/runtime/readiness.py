@@ -121,7 +121,6 @@ PROBES: Mapping[str, ReadinessProbe] = MappingProxyType(
 )
 """The checks that are there without being given, by the kind in `Readiness`."""
 
-
 _SHOWN_LOG_BYTES = 1000
 _SHOWN_LOG_LINES = 10
 
