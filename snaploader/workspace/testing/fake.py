@@ -120,7 +120,7 @@ class FakeRuntime(FolderRuntime):
         return gate
 
     def set_ready(self, workspace_id: str, is_ready: bool = True) -> None:
-        """Say whether a started workspace becomes ready. If not, `wait_ready` waits for its event, or fails."""
+        """Say whether a workspace becomes ready once started, as all do at first; else `wait_ready` fails."""
         (self._unready.discard if is_ready else self._unready.add)(workspace_id)
 
     def ignore_stop(self, workspace_id: str) -> None:
