@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 import functools
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,18 @@ class ConfigFile:
     """What one file says. Of the commands only those that it has tables of are imported.
 
     Args:
+        root: The command that all others are in.
         shared: The options that may stand at its top, and in every table, by long name.
 
     Raises:
-        InvalidArgument: There is no such file, or it is not TOML.
+        InvalidArgument: There is no such file, it is not TOML, or not all that it says is known and of the
+            right type.
         PermissionDenied: It may not be read.
     """
 
-    def __init__(self, path: Path, shared: Mapping[str, click.Option]) -> None:
+    def __init__(self, path: Path, root: click.Group, shared: Mapping[str, click.Option]) -> None:
         self._path = path
+        self._root = root
         self._shared = shared
         check_file("--config", path)
         what = f"the configuration file {str(path)!r}"
@@ -90,33 +93,31 @@ class ConfigFile:
             self._content: dict[str, Any] = tomllib.loads(data.decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InvalidArgument(f"{what} is not TOML: {error}") from error
-
-    def check(self, root: click.Group) -> None:
-        """InvalidArgument unless all that it says is known, and of the right type."""
         self._check(root, self._content, "")
 
     def _check(self, command: click.Command, table: Mapping[str, Any], prefix: str) -> None:
         commands = command.commands if isinstance(command, click.Group) else {}
         own = [key for key in table if key not in commands]
-        if own:
-            known = self._known(command, is_root=not prefix)
-            self._check_known(own, [*known, *commands], prefix)
-            for key in own:
-                self._value(known[_name(key)], table[key], prefix + key)
+        known = self._known(command, is_root=not prefix) if own else {}
+        for key in own:
+            if _name(key) not in known:
+                near = difflib.get_close_matches(_name(key), [*known, *commands], n=1)
+                self._fail(prefix + key, "is no option" + (f"; did you mean {near[0]!r}?" if near else ""))
+            self._value(known[_name(key)], table[key], prefix + key)
         for name in table:
             if name in commands:
                 if not isinstance(table[name], dict):
                     self._fail(prefix + name, "is the name of a command, so it must be a table")
                 self._check(commands[name], table[name], f"{prefix}{name}.")
 
-    def defaults(self, root: click.Group, path: Sequence[str]) -> Defaults:
+    def defaults(self, path: Sequence[str]) -> Defaults:
         """The defaults of the options of a command, and of those in it.
 
         Args:
-            path: The names of the groups that the command is in, and its own; without any it is `root`.
+            path: The names of the groups that the command is in, and its own; without any it is the root.
         """
-        command: click.Command = root
-        tables: list[tuple[click.Command, Mapping[str, Any]]] = [(root, self._content)]
+        command: click.Command = self._root
+        tables: list[tuple[click.Command, Mapping[str, Any]]] = [(command, self._content)]
         for name in path:
             assert isinstance(command, click.Group)
             command = command.commands[name]
@@ -131,7 +132,7 @@ class ConfigFile:
                     found[str(options[name].name)] = self._value(options[name], value, key)
         if isinstance(command, click.Group):
             for name in command.commands:
-                found.later[name] = functools.partial(self.defaults, root, [*path, name])
+                found.later[name] = functools.partial(self.defaults, [*path, name])
         return found
 
     def _known(self, command: click.Command, *, is_root: bool) -> dict[str, click.Option]:
@@ -144,12 +145,6 @@ class ConfigFile:
                 options = self._known(inner, is_root=False)
                 known.update({name: option for name, option in options.items() if _is_shared(name, option)})
         return known
-
-    def _check_known(self, table: Iterable[str], known: list[str], prefix: str) -> None:
-        for key in table:
-            if _name(key) not in known:
-                near = difflib.get_close_matches(_name(key), known, n=1)
-                self._fail(prefix + key, "is no option" + (f"; did you mean {near[0]!r}?" if near else ""))
 
     def _value(self, option: click.Option, value: object, key: str) -> Any:
         """The value as click wants it, after a trial conversion, so that the message can name the file."""

@@ -176,14 +176,13 @@ def _check(
     return decorate
 
 
-Remedies = Callable[[BaseException], str]
-"""What to do about an error, by its cause; empty when the cause does not tell."""
-
-
 def run_checks(
-    area: str, checks: Iterable[Check], subject: object, remedies: Remedies = lambda _error: ""
+    area: str,
+    checks: Iterable[Check],
+    subject: object,
+    remedy: Callable[[BaseException], str] = lambda _error: "",
 ) -> list[Result]:
-    """Run checks in order. An error is a finding, not the end."""
+    """Run checks in order. An error is a finding, not the end; `remedy` may know what to do by its cause."""
     results: list[Result] = []
     blocked = ""
     for check in checks:
@@ -194,7 +193,7 @@ def run_checks(
         try:
             finding = check.run(subject)
         except Exception as error:  # noqa: BLE001  whatever goes wrong is what a doctor is there to tell
-            finding = Finding(explain(error).message, remedies(error) or check.remedy, is_failure=True)
+            finding = Finding(explain(error).message, remedy(error) or check.remedy, is_failure=True)
         seconds = time.monotonic() - begin
         results.append(Result(area, check.name, finding.status, finding.detail, finding.remedy, seconds))
         results += finding.parts
@@ -539,19 +538,17 @@ def run_conformance(settings: Settings) -> list[Result]:
     """The result of every check. InvalidArgument when an option is set that the suite does not know."""
     from snaploader.testing import conformance
 
+    results = []
     with _endpoint(settings) as endpoint:
-        return [_result(result) for result in conformance.run(endpoint)]
+        for each in conformance.run(endpoint):
+            status = _STATUS[each.outcome.name]
+            remedy = _DEVIATES if status is Status.FAILED else ""
+            name = each.name.replace("_", " ")
+            results.append(Result("conformance", name, status, each.detail, remedy, each.elapsed_s))
+    return results
 
 
-def _result(result: conformance.CheckResult) -> Result:
-    status = _STATUS[result.outcome.name]
-    remedy = _DEVIATES if status is Status.FAILED else ""
-    name = result.name.replace("_", " ")
-    return Result("conformance", name, status, result.detail, remedy, result.elapsed_s)
-
-
-@contextlib.contextmanager
-def _endpoint(settings: Settings) -> Iterator[conformance.Endpoint]:
+def _endpoint(settings: Settings) -> conformance.Endpoint:
     if settings.tls_server_name:
         raise InvalidArgument(
             "--conformance works without --tls-server-name: name the server in --remote-cache as its "
@@ -572,7 +569,7 @@ def _endpoint(settings: Settings) -> Iterator[conformance.Endpoint]:
     headers: list[tuple[str, str | bytes]] = [(name.lower(), value) for name, value in settings.remote_header]
     if credentials is not None:
         headers += credentials.headers()  # once: the suite is over before they expire
-    with conformance.Endpoint(
+    return conformance.Endpoint(
         settings.remote_cache,
         instance_name=settings.remote_instance_name,
         headers=headers,
@@ -580,8 +577,7 @@ def _endpoint(settings: Settings) -> Iterator[conformance.Endpoint]:
         client_certificate=_pem(settings.tls_client_certificate),
         client_key=_pem(settings.tls_client_key),
         timeout_s=settings.remote_timeout,
-    ) as endpoint:
-        yield endpoint
+    )
 
 
 def _pem(path: Path | None) -> bytes | None:

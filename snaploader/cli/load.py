@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import click
 
 from snaploader.cli.lookup import check_there, file_size, find, served_line, snapshot_record
 from snaploader.cli.options import ReadOptions, command, option, read_options
-from snaploader.cli.output import record
+from snaploader.cli.output import Output, record
 from snaploader.cli.process import Nowhere, writing_to_stdout
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import SIZE, format_size, format_time
@@ -26,8 +26,6 @@ from snaploader.loader import Snapshot, UnpackedSnapshot
 
 PIECE_BYTES = 1 << 20
 """Bytes of `read` that are held in memory at a time."""
-
-ReadAt = Callable[[int, int], bytes]
 
 
 @command("restore")
@@ -124,8 +122,8 @@ def read(caches: Caches, read_options: ReadOptions, offset: int, size: int | Non
         tempfile.TemporaryDirectory(prefix="snaploader-read-") as folder,
         loader.unpack_snapshot(snapshot, folder) as unpacked,
     ):
-        _copy_out(_reader(unpacked, file), offset, size)
-        _report(caches, unpacked, name, size)
+        _copy_out(caches.output, unpacked, file, offset, size)
+        _report(caches.output, unpacked, name, size)
 
 
 def _narrowed(table: ChunkTable, offset: int, size: int) -> ChunkTable:
@@ -135,34 +133,24 @@ def _narrowed(table: ChunkTable, offset: int, size: int) -> ChunkTable:
     return dataclasses.replace(table, indices=table.indices[kept], hashes=table.hashes[kept])
 
 
-def _reader(unpacked: UnpackedSnapshot, name: str) -> ReadAt:
-    """How to read from the file."""
+def _copy_out(output: Output, unpacked: UnpackedSnapshot, name: str, offset: int, size: int) -> None:
     store = unpacked.chunked_files.get(name)
-    if store is not None:
-        return store.read_at
-    path = unpacked.files[name]
-
-    def read_at(offset: int, size: int) -> bytes:
-        with translate_os_errors(f"cannot read {name!r}"), path.open("rb") as file:
-            return os.pread(file.fileno(), size, offset)
-
-    return read_at
-
-
-def _copy_out(read_at: ReadAt, offset: int, size: int) -> None:
     end = offset + size
     while offset < end:
-        data = read_at(offset, min(PIECE_BYTES, end - offset))
+        length = min(PIECE_BYTES, end - offset)
+        if store is not None:
+            data = store.read_at(offset, length)
+        else:
+            with translate_os_errors(f"cannot read {name!r}"), unpacked.files[name].open("rb") as file:
+                data = os.pread(file.fileno(), length, offset)
         with writing_to_stdout():
             sys.stdout.buffer.write(data)
         offset += len(data)
-    with writing_to_stdout():
-        sys.stdout.buffer.flush()
+    output.flush()
 
 
-def _report(caches: Caches, unpacked: UnpackedSnapshot, name: str, size: int) -> None:
+def _report(output: Output, unpacked: UnpackedSnapshot, name: str, size: int) -> None:
     """What was loaded. On stderr in any case."""
-    output = caches.output
     statistics = next(iter(unpacked.statistics().values()), None)
     origins = {} if statistics is None else dict(sorted(statistics.origins.items()))
     output.report(

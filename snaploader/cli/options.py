@@ -184,9 +184,8 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if path is None and default_path().is_file():
         path = default_path()
     if path is not None:
-        loaded = ConfigFile(path, SHARED_OPTIONS)
-        loaded.check(root.command)
-        ctx.default_map = loaded.defaults(root.command, ctx.command_path.split()[1:])
+        loaded = ConfigFile(path, root.command, SHARED_OPTIONS)
+        ctx.default_map = loaded.defaults(ctx.command_path.split()[1:])
     return path
 
 

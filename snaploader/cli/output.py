@@ -132,6 +132,7 @@ What ends in _bytes is a size, times are told to the minute, and None is a dash.
 """
 
 
+@dataclass
 class Output:
     """Where a command says things.
 
@@ -141,10 +142,9 @@ class Output:
         verbose: 1 tells of details and of what the library logs at INFO, 2 of all it logs.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: int = 0) -> None:
-        self.as_json = as_json
-        self.quiet = quiet
-        self.verbose = verbose
+    as_json: bool = False
+    quiet: bool = False
+    verbose: int = 0
 
     def data(self, record: Mapping[str, Any], *lines: str) -> None:
         """An object for programs, with --json; or lines for people."""

@@ -92,8 +92,7 @@ def save(
     """
     if pin is not None and pin.startswith(WORKSPACE_PINS):
         raise InvalidArgument(f"--pin {pin!r}: names that begin with {WORKSPACE_PINS!r} belong to workspaces")
-    paths = named_files(files)
-    plain, in_chunks, directories = _divide(paths, chunked, chunk_threshold)
+    sources = _sources(named_files(files), chunked, chunk_threshold)
     output = caches.output
     loader = caches.loader(share_snapshots=task_options.share, universal_ref=task_options.universal_fallback)
     begin = time.monotonic()
@@ -105,9 +104,7 @@ def save(
     with output.bars() as progress:
         result = loader.cache_snapshot(
             key_set.write_key,
-            files=plain,
-            chunked_files=in_chunks,
-            directories=directories,
+            **sources,
             vm_configuration=VMConfiguration(properties=dict(properties)),
             vm_metadata=_metadata(key_set.write_key, snapshot_id),
             snapshot_id=snapshot_id,
@@ -142,13 +139,9 @@ def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
     return named
 
 
-def _divide(
-    paths: dict[str, Path], chunked: bool | None, threshold: int
-) -> tuple[dict[str, Path], dict[str, Path], dict[str, DirectorySource]]:
-    """Which files are kept whole, which in chunks, and what is a directory."""
-    plain: dict[str, Path] = {}
-    in_chunks: dict[str, Path] = {}
-    directories: dict[str, DirectorySource] = {}
+def _sources(paths: dict[str, Path], chunked: bool | None, threshold: int) -> dict[str, Any]:
+    """What is to be saved, by the argument of `cache_snapshot` that takes it."""
+    sources: dict[str, Any] = {"files": {}, "chunked_files": {}, "directories": {}}
     # In chunks means all but files without bytes, which have none; whole means none, however big.
     from_size = threshold if chunked is None else 1 if chunked else sys.maxsize
     for name, path in paths.items():
@@ -158,16 +151,16 @@ def _divide(
             except FileNotFoundError:
                 raise InvalidArgument(f"cannot save {str(path)!r}: there is no such file") from None
         if stat.S_ISDIR(status.st_mode):
-            directories[name] = DirectorySource(path, chunk_threshold_bytes=max(1, from_size))
+            sources["directories"][name] = DirectorySource(path, chunk_threshold_bytes=max(1, from_size))
         elif not stat.S_ISREG(status.st_mode):
             raise InvalidArgument(
                 f"cannot save {str(path)!r}: only regular files and directories can be saved"
             )
         elif status.st_size and status.st_size >= from_size:
-            in_chunks[name] = path
+            sources["chunked_files"][name] = path
         else:
-            plain[name] = path
-    return plain, in_chunks, directories
+            sources["files"][name] = path
+    return sources
 
 
 def _metadata(key: SnapshotKey, snapshot_id: str) -> VMMetadata:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 from snaploader import keys
@@ -51,22 +51,19 @@ def show(caches: Caches, read_options: ReadOptions) -> None:
     output.data(
         {
             "key_set": None if looking.key_set is None else key_set_record(looking.key_set),
-            "manifests": [
-                {"key": key_record(place.key), "local": place.local, "remote": place.remote}
-                for place in places
-            ],
+            "manifests": [{**place, "key": key_record(place["key"])} for place in places],
             "snapshot": shown,
         },
         "keys, best first",
     )
     output.table(
         {
-            "key": lambda place: key_name(place.key),
-            "platform": lambda place: place.key.platform_hash[:12],
-            "configuration": lambda place: place.key.configuration_hash[:12],
-            "version": lambda place: place.key.version_id,
-            "local manifest": lambda place: _WORDS[place.local],
-            "remote manifest": lambda place: _WORDS[place.remote],
+            "key": lambda place: key_name(place["key"]),
+            "platform": lambda place: place["key"].platform_hash[:12],
+            "configuration": lambda place: place["key"].configuration_hash[:12],
+            "version": lambda place: place["key"].version_id,
+            "local manifest": lambda place: _WORDS[place["local"]],
+            "remote manifest": lambda place: _WORDS[place["remote"]],
         },
         places,
     )
@@ -79,17 +76,8 @@ def show(caches: Caches, read_options: ReadOptions) -> None:
 _WORDS = {None: "-", True: "yes", False: "no"}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A key, and which caches have a manifest under it."""
-
-    key: SnapshotKey
-    local: bool
-    remote: bool | None
-    """None when there is no remote cache, or it could not be asked."""
-
-
-def _manifest_places(caches: Caches, looking: Lookup) -> list[Place]:
+def _manifest_places(caches: Caches, looking: Lookup) -> list[dict[str, Any]]:
+    """The keys, and which caches have a manifest under each; None where the remote cache was not asked."""
     manifests = looking.loader.manifests
     is_remote_asked = caches.remote_cache is not None and looking.read_policy is not ReadPolicy.LOCAL_ONLY
     by_id = SnapshotKey(instance_name=looking.instance_name, snapshot_id=looking.options.snapshot_id)
@@ -101,7 +89,7 @@ def _manifest_places(caches: Caches, looking: Lookup) -> list[Place]:
                 remote = manifests.remote_entry(key) is not Entry.NOTHING
             except SnaploaderError as error:
                 caches.output.warn(f"cannot ask the remote cache for {key_name(key)}: {error.message}")
-        places.append(Place(key, local, remote))
+        places.append({"key": key, "local": local, "remote": remote})
     return places
 
 
@@ -218,7 +206,13 @@ def invalidate(caches: Caches, task_options: TaskOptions, yes: bool, dry_run: bo
     task = task_options.task(caches.settings, need_ref=False)
     key = keys.base_key(task, task_options.configuration_hash)
     if dry_run or output.must_ask(yes=yes):
-        places = {"local": _has_version(caches, key), "remote": _has_remote_version(caches, key)}
+        # Where a version of the platform and configuration is known, there may be snapshots.
+        is_local = _is_there(lambda: caches.file_cache.get_ref(keys.version_key(key)))
+        places: dict[str, bool | None] = {"local": is_local, "remote": None}
+        remote = caches.remote_cache
+        if remote is not None:
+            digest = keys.remote_version_digest(key, remote.digest_function)
+            places["remote"] = _is_there(lambda: remote.get_action_result(digest))
         words = {True: "known", False: "unknown", None: "not asked for"}
         what = (
             f"the snapshots of all branches of platform {key.platform_hash[:12]} and configuration "
@@ -236,22 +230,9 @@ def invalidate(caches: Caches, task_options: TaskOptions, yes: bool, dry_run: bo
     )
 
 
-def _has_version(caches: Caches, key: SnapshotKey) -> bool:
-    """Whether this host knows a version of the platform and configuration, so that there may be snapshots."""
+def _is_there(ask: Callable[[], object]) -> bool:
     try:
-        caches.file_cache.get_ref(keys.version_key(key))
-    except NotFound:
-        return False
-    return True
-
-
-def _has_remote_version(caches: Caches, key: SnapshotKey) -> bool | None:
-    """Whether the server has one; None without a server."""
-    remote = caches.remote_cache
-    if remote is None:
-        return None
-    try:
-        remote.get_action_result(keys.remote_version_digest(key, remote.digest_function))
+        ask()
     except NotFound:
         return False
     return True

@@ -18,15 +18,9 @@ MAX_SIZE = (1 << 63) - 1
 """The largest file offset there is."""
 
 _SIZE = re.compile(r"([0-9]{1,80})(?:\.([0-9]{1,6}))?\s*([A-Za-z]*)")
-_UNITS: dict[str, int] = {"": 1, "b": 1} | {
-    spelling: factor
-    for power, letter in enumerate("kmgt", start=1)
-    for spelling, factor in {
-        letter: 1 << 10 * power,
-        letter + "ib": 1 << 10 * power,
-        letter + "b": 1000**power,
-    }.items()
-}
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1 << 10 * _power, _letter + "ib": 1 << 10 * _power, _letter + "b": 1000**_power}
 
 
 def parse_size(text: str) -> int:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -83,25 +84,14 @@ def lifecycle(
 def _running(executor: LifecycleExecutor, interval_s: float, ended: Callable[[], None]) -> Iterator[None]:
     """Let it look again and again on a thread of its own while the block runs, and finish what it is at."""
     stop = threading.Event()
-    errors: list[BaseException] = []
-
-    def run() -> None:
+    with ThreadPoolExecutor(1, "snaploader-lifecycle") as pool:
+        looking = pool.submit(executor.run, stop, interval_s)
+        looking.add_done_callback(lambda _: ended())
         try:
-            executor.run(stop, interval_s)
-        except BaseException as error:  # noqa: BLE001  raised below, on the main thread
-            errors.append(error)
+            yield
         finally:
-            ended()
-
-    thread = threading.Thread(target=run, name="snaploader-lifecycle")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-    for error in errors:
-        raise error
+            stop.set()
+    looking.result()
 
 
 @contextlib.contextmanager
@@ -186,15 +176,12 @@ def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) 
 
 def summary_lines(summary: RecoverySummary) -> list[str]:
     """What was found and done, for people."""
-    lines = [f"paused    {workspace_id}: {_how(summary, workspace_id)}" for workspace_id in summary.restored]
+    how = {True: "taken back, as the catalog had lost it", False: "whole"}
+    lines = [f"paused    {each}: {how[each in summary.adopted]}" for each in summary.restored]
     lines += [f"repaired  {note.name}: {note.reason}" for note in summary.repaired]
     lines += [f"removed   {note.name}: {note.reason}" for note in summary.pruned]
     lines += [f"trashed   {note.name}: {note.reason}" for note in summary.trashed]
     lines += [f"left      {note.name}: {note.reason}" for note in summary.unknown]
-    lines += [f"busy      {workspace_id}: somebody works on it" for workspace_id in summary.busy]
+    lines += [f"busy      {each}: somebody works on it" for each in summary.busy]
     lines += [f"problem   {note.name}: {note.reason}" for note in summary.problems]
     return lines or ["there was nothing to recover"]
-
-
-def _how(summary: RecoverySummary, workspace_id: str) -> str:
-    return "taken back, as the catalog had lost it" if workspace_id in summary.adopted else "whole"

@@ -6,8 +6,8 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,24 +16,18 @@ from snaploader.cli.output import Branch, Column, record
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import SIZE, format_size, time_words
-from snaploader.cli.workspace.records import (
-    EVENT,
-    RUN,
-    SIZE as SIZE_FIELDS,
-    VERSION,
-    exit_words,
-    history,
-    snapshot_record,
-    workspace_record,
-)
+from snaploader.cli.workspace.records import history, snapshot_record, workspace_record
 from snaploader.workspace import OperationKind, Run, RunStatus, Workspace, WorkspaceState
 
 if TYPE_CHECKING:
-    from snaploader.workspace.runtime import RuntimeStatus
-    from snaploader.workspace.sizes import HostSizes, WorkspaceSize
+    pass
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
 """What is still being made is no workspace yet."""
+
+_VERSION = ("id", "number", "display_name", "source", "snapshot_name", "runtime_name", "created_at")
+_RUN = ("transition", "status", "reason", "created_at", "completed_at", "deadline", "error")
+_EVENT = ("id", "workspace_id", "type", "payload", "created_at")
 
 FORK_EVENT = "workspace_fork"
 """Tells which commit a workspace was forked from."""
@@ -74,15 +68,12 @@ def list_(
             include_deleted=deleted,
         )
     found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
-    measured = _measure(workspaces) if sizes else None
     here = [each for each in found if each.host == workspaces.host]
-    costs = {} if measured is None else {each.id: _size(measured, each) for each in here}
+    costs, stored_bytes = _sizes(workspaces, here) if sizes else ({}, None)
     workspaces.output.data(
         {
-            "workspaces": [
-                {**workspace_record(each), "size": _size_record(costs.get(each.id))} for each in found
-            ],
-            "stored_bytes": None if measured is None else measured.stored_bytes,
+            "workspaces": [{**workspace_record(each), "size": costs.get(each.id)} for each in found],
+            "stored_bytes": stored_bytes,
         }
     )
     if tree:
@@ -94,14 +85,14 @@ def list_(
     columns: dict[str, Column] = {"workspace": "id"}
     if all_hosts:
         columns["host"] = "host"
-    columns["state"] = lambda each: _state(each, _status(workspaces, each))
+    columns["state"] = functools.partial(_state, workspaces)
     columns["version>"] = lambda each: str(each.last_version or "-")
     if sizes:
         columns["exclusive>"] = functools.partial(_cost, costs, "exclusive_bytes")
         columns["shared>"] = functools.partial(_cost, costs, "shared_bytes")
     workspaces.output.table({**columns, "used": "last_used_at"}, found)
-    if measured is not None:
-        together = format_size(measured.stored_bytes)
+    if stored_bytes is not None:
+        together = format_size(stored_bytes)
         workspaces.output.detail(
             f"{len(found)} workspaces; the snapshots of all on this host take {together}"
         )
@@ -117,19 +108,23 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
     snapshots = (
         [] if found.state is WorkspaceState.DELETED else workspaces.manager.list_snapshots(workspace_id)
     )
-    size = _size(_measure(workspaces), found)
+    sizes, _ = _sizes(workspaces, [found])
     status = workspaces.runtime.status(workspace_id)
     workspaces.output.data(
         {
             **workspace_record(found),
             "pid": status.pid,
             "exit_code": status.exit_code,
-            "latest_run": None if run is None else record(run, *RUN),
-            "size": _size_record(size),
+            "latest_run": None if run is None else record(run, *_RUN),
+            "size": sizes[workspace_id],
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
-    lines = _lines(found, run, size, status if found.host == workspaces.host else None)
+    lines = _lines(found, _state(workspaces, found), run)
+    lines |= {
+        "exclusive": _cost(sizes, "exclusive_bytes", found),
+        "shared": _cost(sizes, "shared_bytes", found),
+    }
     if status.pid is not None:
         lines["pid"] = str(status.pid)
     width = max(map(len, lines))
@@ -143,14 +138,12 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
 
 
-def _lines(
-    workspace: Workspace, run: Run | None, size: WorkspaceSize, status: RuntimeStatus | None
-) -> dict[str, str]:
+def _lines(workspace: Workspace, state: str, run: Run | None) -> dict[str, str]:
     """What there is to tell, by what it is called; what is not set is left out."""
     spec = workspace.spec
     lines = {
         "workspace": workspace.id,
-        "state": _state(workspace, status),
+        "state": state,
         "host": workspace.host,
         "owner": workspace.owner,
         "base": workspace.base,
@@ -166,52 +159,41 @@ def _lines(
         "operation": "" if workspace.operation is None else f"{workspace.operation.kind} is under way",
         "deadline": "" if run is None or run.deadline is None else time_words(run.deadline),
         "failed": run.error if run is not None and run.status is RunStatus.FAILED else "",
-        "exclusive": format_size(size.exclusive_bytes),
-        "shared": format_size(size.shared_bytes),
     }
     return {name: text for name, text in lines.items() if text}
 
 
-def _status(workspaces: Workspaces, workspace: Workspace) -> RuntimeStatus | None:
-    """What runs of a workspace that is to run on this host."""
-    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.host:
-        return None
-    return workspaces.runtime.status(workspace.id)
-
-
-def _state(workspace: Workspace, status: RuntimeStatus | None) -> str:
-    """What the catalog says, and what does not agree with it.
-
-    Args:
-        status: What the runtime says; None of a workspace of another host.
-    """
+def _state(workspaces: Workspaces, workspace: Workspace) -> str:
+    """What the catalog says, and what runs on this host where that does not agree with it."""
     state = f"{workspace.state}, dormant" if workspace.dormant_at is not None else str(workspace.state)
     is_at_rest = workspace.operation is None  # an operation stops what runs, and starts it again
-    if status is None or status.is_running or workspace.state is not WorkspaceState.RUNNING or not is_at_rest:
+    if workspace.state is not WorkspaceState.RUNNING or workspace.host != workspaces.host or not is_at_rest:
+        return state
+    status = workspaces.runtime.status(workspace.id)
+    if status.is_running:
         return state
     if status.exit_code is None:
         return f"{state}; no process is"
-    return f"{state}; its command has ended, {exit_words(status.exit_code)}"
+    return f"{state}; its command has ended, {_exit(status.exit_code)}"
 
 
-def _measure(workspaces: Workspaces) -> HostSizes:
-    from snaploader.workspace.sizes import measure  # with numpy, which --no-sizes does without
-
-    return measure(workspaces.caches.file_cache)
-
-
-def _size(sizes: HostSizes, workspace: Workspace) -> WorkspaceSize:
-    from snaploader.workspace.sizes import WorkspaceSize
-
-    return sizes.workspaces.get(workspace.id, WorkspaceSize())
+def _exit(exit_code: int) -> str:
+    """How a command ended: its exit status, or the negative number of the signal."""
+    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
-def _cost(costs: Mapping[str, WorkspaceSize], name: str, workspace: Workspace) -> str:
-    return format_size(getattr(costs[workspace.id], name)) if workspace.id in costs else "-"
+def _sizes(workspaces: Workspaces, shown: Iterable[Workspace]) -> tuple[dict[str, dict[str, int]], int]:
+    """What each workspace takes on this host, and what all do together."""
+    from snaploader.workspace.sizes import WorkspaceSize, measure  # with numpy, which --no-sizes does without
+
+    measured = measure(workspaces.caches.file_cache)
+    sizes = {each.id: measured.workspaces.get(each.id, WorkspaceSize()) for each in shown}
+    names = ("exclusive_bytes", "shared_bytes", "snapshots")
+    return {name: record(size, *names) for name, size in sizes.items()}, measured.stored_bytes
 
 
-def _size_record(size: WorkspaceSize | None) -> dict[str, Any] | None:
-    return None if size is None else record(size, *SIZE_FIELDS)
+def _cost(sizes: Mapping[str, Mapping[str, int]], name: str, workspace: Workspace) -> str:
+    return format_size(sizes[workspace.id][name]) if workspace.id in sizes else "-"
 
 
 def _forks(workspaces: Workspaces) -> dict[str, list[str]]:
@@ -229,7 +211,7 @@ def _forks(workspaces: Workspaces) -> dict[str, list[str]]:
 def versions(workspaces: Workspaces, workspace_id: str) -> None:
     """List the versions of a workspace, oldest first."""
     found = workspaces.manager.list_versions(workspace_id)
-    workspaces.output.data({"versions": [record(each, *VERSION) for each in found]})
+    workspaces.output.data({"versions": [record(each, *_VERSION) for each in found]})
     workspaces.output.table(
         {"version>": "number", "created": "created_at", "source": "source", "name": "display_name"}, found
     )
@@ -256,13 +238,11 @@ def events(
     """List what happened to a workspace, or to all of them, oldest first; of deleted ones too."""
     with workspaces.catalog.reading() as reader:
         # Who follows what happens must miss nothing; who looks wants to see what happened last.
-        is_following = after is not None
-        found = reader.events(
-            workspace_id, after=after or 0, types=types, limit=limit, newest=not is_following
-        )
+        newest = after is None
+        found = reader.events(workspace_id, after=after or 0, types=types, limit=limit, newest=newest)
         if workspace_id and not found:
             reader.workspace(workspace_id)  # NotFound, unless it only has no such events
-    workspaces.output.data({"events": [record(event, *EVENT) for event in found]})
+    workspaces.output.data({"events": [record(event, *_EVENT) for event in found]})
     workspaces.output.table(
         {
             "id>": "id",
@@ -298,7 +278,11 @@ def orphans(workspaces: Workspaces, workspace_id: str) -> None:
     """
     found = workspaces.manager.orphaned_uploads(workspace_id)
     rows = [
-        {**record(each, "workspace_id", "snapshot_name", "size_bytes"), "blobs": len(each.digests)}
+        {
+            **record(each, "workspace_id", "snapshot_name"),
+            "blobs": len(each.digests),
+            "size_bytes": each.size_bytes,
+        }
         for each in found
     ]
     workspaces.output.data({"orphans": rows})

@@ -11,11 +11,17 @@ from snaploader.cli.options import Command, destructive, option, workspace_comma
 from snaploader.cli.output import record
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import DURATION, KEY_VALUE, format_size
-from snaploader.cli.workspace.records import RESULT, snapshot_record, workspace_record
+from snaploader.cli.workspace.records import snapshot_record, workspace_record
 from snaploader.errors import InvalidArgument
 from snaploader.workspace import Readiness, Scope, SnapshotResult, SnapshotSource, Volume, Workspace
 
 _DEFAULT = Readiness()
+
+_RESULT = (
+    *("workspace_id", "snapshot_name", "runtime_name", "display_name", "version", "created_at"),
+    *("scope", "read_bytes", "stored_bytes", "uploaded_bytes"),
+)
+"""What is told of a `SnapshotResult`."""
 
 
 class WithCommand(Command):
@@ -138,9 +144,8 @@ def _readiness(checks: dict[str, str | None], interval_s: float, timeout_s: floa
     if len(given) > 1:
         names = " and ".join(f"--ready-{kind}" for kind in given)
         raise InvalidArgument(f"{names} exclude each other: give one")
-    for kind, target in given.items():
-        return Readiness(kind, target, interval_s, timeout_s)
-    return Readiness(interval_s=interval_s, timeout_s=timeout_s)
+    (kind, target), *_ = [*given.items(), (_DEFAULT.kind, _DEFAULT.target)]
+    return Readiness(kind, target, interval_s, timeout_s)
 
 
 def _print_new(workspaces: Workspaces, workspace: Workspace) -> None:
@@ -157,7 +162,7 @@ def pause(workspaces: Workspaces, workspace_id: str) -> None:
     """
     result = workspaces.manager.pause(workspace_id)
     workspaces.output.data(
-        record(result, *RESULT),
+        record(result, *_RESULT),
         f"paused {workspace_id}: {result.scope}, {format_size(result.stored_bytes)} stored",
     )
 
@@ -279,14 +284,14 @@ def commit(workspaces: Workspaces, workspace_id: str, name: str) -> None:
     """
     result = workspaces.manager.commit(workspace_id, name)
     workspaces.output.data(
-        record(result, *RESULT),
+        record(result, *_RESULT),
         f"committed {result.snapshot_name}: {result.scope}, {format_size(result.uploaded_bytes)} uploaded",
     )
 
 
 def _print_version(workspaces: Workspaces, result: SnapshotResult) -> None:
     workspaces.output.data(
-        record(result, *RESULT),
+        record(result, *_RESULT),
         f"version {result.version} of {result.workspace_id}: {result.scope}, "
         f"{format_size(result.read_bytes)} read, {format_size(result.stored_bytes)} stored",
     )

@@ -17,23 +17,8 @@ from snaploader.workspace import SnapshotInfo, SnapshotKind, SnapshotRecord, Wor
 if TYPE_CHECKING:
     pass
 
-SIZE = ("exclusive_bytes", "shared_bytes", "snapshots")
-"""The attributes of a `WorkspaceSize` that its record has; and so on."""
-RESULT = (
-    *("workspace_id", "snapshot_name", "runtime_name", "display_name", "version", "created_at"),
-    *("scope", "read_bytes", "stored_bytes", "uploaded_bytes"),
-)
-VERSION = ("id", "number", "display_name", "source", "snapshot_name", "runtime_name", "created_at")
-RUN = ("transition", "status", "reason", "created_at", "completed_at", "deadline", "error")
-EVENT = ("id", "workspace_id", "type", "payload", "created_at")
-
 _NOW = ""
 """Stands for the present state, which is no snapshot; all of those have names."""
-
-
-def exit_words(exit_code: int) -> str:
-    """How a command ended: its exit status, or the negative number of the signal."""
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
 def workspace_record(workspace: Workspace) -> dict[str, Any]:
@@ -86,13 +71,13 @@ class _History:
     ) -> None:
         self._workspace = workspace
         self._forks = forks
-        managed = [(info.record, info) for info in snapshots if info.record is not None]
+        managed = [(info.record, info.version) for info in snapshots if info.record is not None]
         managed.sort(key=lambda pair: (pair[0].created_at, pair[0].name))
-        self._infos = {record.name: info for record, info in managed}
+        self._managed = {record.name: (record, version) for record, version in managed}
         parents = {record.name: record.parent for record, _ in managed}
         if workspace.state is not WorkspaceState.DELETED:
             parents[_NOW] = workspace.current_snapshot
-        self._parents = {name: parent for name, parent in parents.items() if parent in self._infos}
+        self._parents = {name: parent for name, parent in parents.items() if parent in self._managed}
         self._children: dict[str, list[str]] = {}
         for name, parent in self._parents.items():
             self._children.setdefault(parent, []).append(name)
@@ -126,7 +111,7 @@ class _History:
             children = self._children.get(name, [])
             following = self._next(children) if children else None
             beside = self._aside(child for child in children if child != following)
-            line.append(Branch(self._label(name), [*self._notes(name), *beside]))
+            line.append(self._entry(name, beside))
             if following is None:
                 return line
             name = following
@@ -136,28 +121,20 @@ class _History:
         lines = [self._line(name) for name in names]
         return [line[0] if len(line) == 1 else Branch(_heading(line), line) for line in lines]
 
-    def _label(self, name: str) -> str:
+    def _entry(self, name: str, beside: list[Branch]) -> Branch:
         if name == _NOW:
-            return f"now: {self._workspace.state}"
-        info = self._infos[name]
-        assert info.record is not None
-        return snapshot_label(info.record, info.version)
-
-    def _notes(self, name: str) -> list[Branch]:
-        if name == _NOW:
-            return []
-        record = self._infos[name].record
-        assert record is not None
+            return Branch(f"now: {self._workspace.state}", beside)
+        record, version = self._managed[name]
         notes = [record.name] if record.kind is SnapshotKind.COMMIT else []
         notes += [f"fork {workspace_id}" for workspace_id in sorted(self._forks.get(name, ()))]
-        return [Branch(note) for note in notes]
+        return Branch(_label(record, version), [*map(Branch, notes), *beside])
 
 
 def _heading(line: list[Branch]) -> str:
     return "1 snapshot on its own" if len(line) == 1 else f"{len(line)} snapshots, one after the other"
 
 
-def snapshot_label(record: SnapshotRecord, version: int | None) -> str:
+def _label(record: SnapshotRecord, version: int | None) -> str:
     """A snapshot in one line."""
     what = str(record.kind) if version is None else f"{record.kind} {version}"
     words = [str(record.scope), time_words(record.created_at), format_size(record.size_bytes)]
