@@ -576,18 +576,16 @@ class _Reader:
                 continue
             name, node = named
             check_name(name, name)
-            # Each of them will have a path that is no shorter, and is counted with it then.
-            entry = DirectoryEntry() if isinstance(node, Digest) else node
-            self._listed_bytes += decoded_bytes(name, entry)
-            if isinstance(node, Digest):
-                self._listed_bytes -= CHILD_BYTES
-            self._check_room(len(files) + len(directories), self._listed_bytes)
             if name in files or name in directories:
                 raise InvalidArgument(f"{name[:80]!r} is in a directory twice")
+            # Each of them will have a path that is no shorter, and is counted with it then.
             if isinstance(node, Digest):
                 directories[name] = node
+                self._listed_bytes += decoded_bytes(name, DirectoryEntry()) - CHILD_BYTES
             else:
                 files[name] = node
+                self._listed_bytes += decoded_bytes(name, node)
+            self._check_room(len(files) + len(directories), self._listed_bytes)
         own = DirectoryEntry(_mode(properties, 0o755), _mtime_ns(properties))
         return _Listing(own, _checked_unix_name(properties), files, directories)
 

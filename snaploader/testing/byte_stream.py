@@ -289,8 +289,6 @@ class Upload:
         buffered = BUFFER_BYTES + backend.options.max_message_bytes
         self.needed_bytes = digest.size_bytes if in_memory else min(digest.size_bytes, buffered)
         """Memory that it may take."""
-        self.granted_bytes = 0
-        """Memory that it was given; the business of `Uploads`."""
         self.received = 0
         """Bytes on the wire so far."""
         self.is_active = True
@@ -347,21 +345,23 @@ class Uploads:
     def __init__(self, max_memory_bytes: int) -> None:
         self._uploads: OrderedDict[tuple[str, str], Upload] = OrderedDict()
         self._max_memory_bytes = max_memory_bytes
-        self._granted_bytes = 0
+        self._admitted: set[Upload] = set()
 
     def get(self, key: tuple[str, str]) -> Upload | None:
         return self._uploads.get(key)
 
     async def admit(self, key: tuple[str, str], upload: Upload) -> None:
         """Remember a new upload. Failure (RESOURCE_EXHAUSTED) when there is no memory for it."""
-        while self._granted_bytes and self._granted_bytes + upload.needed_bytes > self._max_memory_bytes:
+        while (taken := self._taken_bytes()) and taken + upload.needed_bytes > self._max_memory_bytes:
             broken = next((name for name, kept in self._uploads.items() if not kept.is_active), None)
             if broken is None:
                 raise overloaded("the open uploads take all the memory there is for them")
             await self._discard(self._uploads.pop(broken))
-        upload.granted_bytes = upload.needed_bytes
-        self._granted_bytes += upload.granted_bytes
+        self._admitted.add(upload)
         await self.keep(key, upload)
+
+    def _taken_bytes(self) -> int:
+        return sum(upload.needed_bytes for upload in self._admitted)
 
     async def keep(self, key: tuple[str, str], upload: Upload) -> None:
         """Remember an upload; one of the same name that is broken goes, and the oldest broken ones."""
@@ -386,6 +386,5 @@ class Uploads:
             await self._discard(self._uploads.popitem()[1])
 
     async def _discard(self, upload: Upload) -> None:
-        self._granted_bytes -= upload.granted_bytes
-        upload.granted_bytes = 0
+        self._admitted.discard(upload)
         await upload.discard()
