@@ -38,6 +38,7 @@ from snaploader.formats.digests import (
     are_among,
     distinct,
     is_first,
+    sizes_of,
     to_hex,
     to_prefixes,
     to_rows,
@@ -281,8 +282,8 @@ def _sorted_hashes(
 ) -> tuple[Words, npt.NDArray[np.int64]]:
     """Return each hash once, sorted, and their sizes."""
     words = [to_words([digest.hash for digest in digests])]
-    sizes = [np.array([digest.size_bytes for digest in digests], dtype=np.int64)]
-    if len(digests) and not 0 <= int(sizes[0].min()) <= int(sizes[0].max()) <= MAX_BLOB_BYTES:
+    sizes = [sizes_of(digests)]
+    if sizes[0].max(initial=0) > MAX_BLOB_BYTES:
         raise InvalidArgument("a digest to be pinned has a size that no blob has")
     for rows in hashes:
         if rows.ndim != 2 or rows.shape[1] != HASH_BYTES or rows.dtype != np.uint8:

@@ -38,6 +38,17 @@ _HASH_AT = 4
 _SIZE_AT = _HASH_AT + 2 * HASH_BYTES + 1
 
 
+def sizes_of(digests: Iterable[Digest]) -> npt.NDArray[np.int64]:
+    """The sizes of blobs, in bytes. InvalidArgument when one is out of range."""
+    try:
+        sizes = np.array([digest.size_bytes for digest in digests], np.int64)
+    except OverflowError:
+        sizes = np.full(1, -1)
+    if sizes.min(initial=0) < 0:
+        raise InvalidArgument("the size of a blob is out of range")
+    return sizes
+
+
 @final
 class DigestArray(Sequence[Digest]):
     """A sequence of digests of one function, in arrays. Immutable; the arrays must not be written to.
@@ -65,13 +76,7 @@ class DigestArray(Sequence[Digest]):
         """
         listed = list(digests)
         hashes = decode_hashes([digest.hash for digest in listed])
-        try:
-            sizes = np.array([digest.size_bytes for digest in listed], np.int64)
-        except OverflowError:
-            sizes = np.full(1, -1)
-        if sizes.min(initial=0) < 0:
-            raise InvalidArgument("the size of a blob is out of range")
-        return cls(hashes, sizes, function)
+        return cls(hashes, sizes_of(listed), function)
 
     @classmethod
     def joined(cls, arrays: Iterable[DigestArray], function: DigestFunction) -> DigestArray:

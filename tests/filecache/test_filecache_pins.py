@@ -219,6 +219,7 @@ def test_malformed_contents_are_refused_and_nothing_is_pinned(tmp_path):
         for arguments in (
             {"digests": [good._replace(hash="xyz")]},
             {"digests": [good._replace(size_bytes=-1)]},
+            {"digests": [good._replace(size_bytes=2**70)]},
             {"digests": [good, good._replace(size_bytes=101)]},
             {"hashes": [np.zeros((2, 31), np.uint8)]},
             {"hashes": [np.zeros((2, 32), np.int8)]},
