@@ -1,19 +1,8 @@
-"""The configuration file: TOML whose keys are the long names of options.
+"""The configuration file: TOML whose keys are the long names of options, as docs/cli.md shows.
 
 Options that commands share stand at the top level; a table named after a command holds the options of
-that command, and may repeat shared ones for it alone:
-
-    remote-cache = "grpc://cache.example:8980"
-    remote-header = { authorization = "Bearer …" }
-
-    [save]
-    chunk-size = "1MiB"
-
-    [cache.prune]
-    target-size = "5GiB"
-
-Whatever is not an option is an error, and so is a value of the wrong type: a misspelt key that is
-silently without effect costs hours.
+that command, and may repeat shared ones for it alone. Whatever is not an option is an error, and so is a
+value of the wrong type: a misspelt key that is silently without effect costs hours.
 """
 
 from __future__ import annotations

@@ -204,14 +204,10 @@ def _debugfs(image: Path, request: str) -> bytes:
 
 
 def _start(tool: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    path = _find(tool)
-    if path is None:
-        require_tools()
-    assert path is not None
     environment = {**os.environ, "LC_ALL": "C", "DEBUGFS_PAGER": "cat"}
     try:
         return subprocess.run(
-            [path, *arguments],
+            [_find(tool) or tool, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=TIMEOUT_S,

@@ -1,11 +1,6 @@
 """`snaploader workspace`: long-lived sandboxes.
 
-    operations    create, fork, start, stop, pause, resume, snapshot, version, rollback, commit, rm
-    listing       ls, show, versions, events, log, orphans
-    policies      policy, owner, set
-    lifecycle     lifecycle, recover
-    records       workspaces and their history as JSON and as text
-
+COMMANDS says which module each command is in; `records` has workspaces and their history as JSON and as text.
 What needs the extra `workspace` is imported by `snaploader.cli.resources` when a command asks for it.
 """
 
