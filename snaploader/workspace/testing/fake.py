@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import Cancelled, DeadlineExceeded, FailedPrecondition
 from snaploader.workspace.model import Scope, WorkspaceSpec
 from snaploader.workspace.runtime.folder import FolderRuntime
@@ -85,8 +86,8 @@ class FakeRuntime(FolderRuntime):
         directory: A scratch folder. Nothing in it outlives a power failure, for speed.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        super().__init__(directory, durable=False, index_placed=False)
+    def __init__(self, directory: str | os.PathLike[str], *, _environment: HostEnvironment = HOST) -> None:
+        super().__init__(directory, durable=False, index_placed=False, _environment=_environment)
         self.keeps_memory = False
         """Whether it is to say that it does; see `Runtime.keeps_memory`."""
         self.calls: list[RuntimeCall] = []

@@ -93,13 +93,10 @@ class World:
 
 def make_runtime(place: Place, step: Step = no_step) -> FakeRuntime | ProcessRuntime:
     """The runtime of a place: quick, and not safe against a power failure."""
-    kind = FakeRuntime if place.is_fake else ProcessRuntime
-    return kind(
-        f"{place.state}/runtime",
-        durable=False,
-        index_placed=False,
-        _environment=HostEnvironment(after_step=step),
-    )
+    folder, environment = f"{place.state}/runtime", HostEnvironment(after_step=step)
+    if place.is_fake:
+        return FakeRuntime(folder, _environment=environment)
+    return ProcessRuntime(folder, durable=False, index_placed=False, _environment=environment)
 
 
 @contextmanager
