@@ -6,7 +6,9 @@ wrong with a workspace is looked at again under its lock, and passed over when s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import filterfalse
@@ -95,19 +97,19 @@ class _Here:
     """Names of all that is on this host, listed at once."""
 
     def __init__(self, manager: WorkspaceManager) -> None:
-        self.pins: dict[str, set[str]] = {}
+        self.pins: defaultdict[str, set[str]] = defaultdict(set)
         for pin in manager.file_cache.pins(pin_name("")):
-            self.pins.setdefault(workspace_id_of(pin), set()).add(pin)
-        self.slots: dict[str, set[int]] = {}
+            self.pins[workspace_id_of(pin)].add(pin)
+        self.slots: defaultdict[str, set[int]] = defaultdict(set)
         for slot, owner in manager.slots.owners().items():
-            self.slots.setdefault(owner, set()).add(slot)
+            self.slots[owner].add(slot)
         self.records = set(manager.records.entries())
         self.strangers = manager.records.strangers()
-        self.leftovers: dict[str, list[str]] = {}
+        self.leftovers: defaultdict[str, list[str]] = defaultdict(list)
         # What recovery moves aside among the records is to stay until the next start.
         staged = [name for name in manager.records.leftovers() if TRASH not in name]
         for name in [*staged, *manager.runtime.leftovers()]:
-            self.leftovers.setdefault(name.partition(".")[0], []).append(name)
+            self.leftovers[name.partition(".")[0]].append(name)
 
 
 def _workspace_ids(manager: WorkspaceManager, here: _Here) -> list[str]:
@@ -139,19 +141,13 @@ def _look_again(manager: WorkspaceManager, workspace_id: str) -> list[Finding]:
         return []
     try:
         wrong = list(_wrong(manager, _Here(manager), workspace_id))
-        is_known = _is_known(manager, workspace_id)
+        is_known = False
+        with manager.catalog.reading() as reader, suppress(NotFound):
+            reader.workspace(workspace_id)
+            is_known = True
         return [Finding(kind, workspace_id, detail, is_known) for kind, detail in wrong]
     finally:
         held.release()
-
-
-def _is_known(manager: WorkspaceManager, workspace_id: str) -> bool:
-    with manager.catalog.reading() as reader:
-        try:
-            reader.workspace(workspace_id)
-        except NotFound:
-            return False
-    return True
 
 
 def _wrong(manager: WorkspaceManager, here: _Here, workspace_id: str) -> _Wrong:
@@ -241,7 +237,9 @@ def _problem(manager: WorkspaceManager, record: SnapshotRecord) -> str:
 def _runtime(workspace: Workspace, status: RuntimeStatus) -> _Wrong:
     should_run = workspace.state is WorkspaceState.RUNNING
     if should_run and not status.is_running:
-        ended = "" if status.exit_code is None else f": its command has ended, {_how(status.exit_code)}"
+        code, ended = status.exit_code, ""
+        if code is not None:
+            ended = f": its command has ended, {f'signal {-code}' if code < 0 else f'exit code {code}'}"
         yield FindingKind.PROCESS, f"it is running, but no process is{ended}"
     if status.is_running and not should_run:
         yield FindingKind.PROCESS, f"it is {workspace.state}, but process {status.pid} runs"
@@ -250,10 +248,6 @@ def _runtime(workspace: Workspace, status: RuntimeStatus) -> _Wrong:
         yield FindingKind.FOLDER, f"it is {workspace.state}, but the runtime holds no state of it"
     if status.exists and not should_exist:
         yield FindingKind.FOLDER, "it is paused, but the runtime holds state of it"
-
-
-def _how(exit_code: int) -> str:
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
 
 
 def _record(manager: WorkspaceManager, here: _Here, workspace: Workspace) -> _Wrong:

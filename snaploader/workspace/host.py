@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, Final
 
 from snaploader._environment import read_boot_id
 from snaploader.errors import (
@@ -318,12 +318,7 @@ class SlotPool:
         if count <= 0:
             raise InvalidArgument(f"a pool of {count} slots can serve no workspace")
         self._folder = state_folder(folder)
-        self._count = count
-
-    @property
-    def count(self) -> int:
-        """How many slots there are."""
-        return self._count
+        self.count: Final = count
 
     def acquire(self, owner: str) -> int:
         """A free slot, the lowest, for `owner`, a workspace's id.
@@ -332,11 +327,11 @@ class SlotPool:
             ResourceExhausted: All slots are taken.
         """
         taken = self._taken()
-        for slot in range(self._count):
+        for slot in range(self.count):
             if slot not in taken and self.reserve(slot, owner):
                 return slot
         raise ResourceExhausted(
-            f"all {self._count} slots of this host are taken: delete a workspace, or raise their number"
+            f"all {self.count} slots of this host are taken: delete a workspace, or raise their number"
         )
 
     def reserve(self, slot: int, owner: str) -> bool:
@@ -387,7 +382,7 @@ class SlotPool:
 
     def is_slot(self, slot: object) -> bool:
         """Whether this is the number of a slot of the pool."""
-        return isinstance(slot, int) and not isinstance(slot, bool) and 0 <= slot < self._count
+        return isinstance(slot, int) and not isinstance(slot, bool) and 0 <= slot < self.count
 
     def _taken(self) -> set[int]:
         with translate_os_errors("cannot list the slots"):

@@ -12,7 +12,6 @@ from snaploader.workspace.manager.operation import ALIVE, Services, Work
 from snaploader.workspace.manager.snapshots import Saved, completed, let_go, new_record, remove_unfinished
 from snaploader.workspace.model import (
     OperationKind,
-    Scope,
     SnapshotKind,
     SnapshotRecord,
     SnapshotResult,
@@ -47,7 +46,12 @@ def commit(services: Services, workspace_id: str, display_name: str) -> Snapshot
     def prepare(tx: Transaction, workspace: Workspace) -> SnapshotRecord:
         scope = tx.policy(workspace.policy).scopes.commit_scope
         if workspace.state is WorkspaceState.PAUSED:
-            _check_holds(tx.snapshot(workspace.current_snapshot), scope)
+            paused = tx.snapshot(workspace.current_snapshot)
+            if not paused.scope.includes(scope):
+                raise FailedPrecondition(
+                    f"workspace {workspace_id!r} is paused as {paused.scope} and onCommit is {scope}: "
+                    "resume it, then commit"
+                )
         return new_record(tx, services, workspace, SnapshotKind.COMMIT, scope, display_name=display_name)
 
     work = Work.begin(services, workspace_id, OperationKind.COMMIT, allowed=ALIVE, prepare=prepare)
@@ -113,14 +117,6 @@ def _upload_paused(work: Work) -> Saved:
     is_all = paused.scope is record.scope
     size_bytes = paused.size_bytes if is_all else content.as_saved(record).size_bytes
     return replace(uploaded, record=replace(record, size_bytes=size_bytes))
-
-
-def _check_holds(paused: SnapshotRecord, scope: Scope) -> None:
-    if not paused.scope.includes(scope):
-        raise FailedPrecondition(
-            f"workspace {paused.workspace_id!r} is paused as {paused.scope} and onCommit is {scope}: "
-            "resume it, then commit"
-        )
 
 
 def _rewrite_record(services: Services, workspace_id: str) -> None:

@@ -152,13 +152,10 @@ def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool,
     with work.recording() as tx:
         if base is not None:
             tx.put_snapshot(completed(base))
-        tx.update_workspace(
-            work.workspace_id,
-            state=WorkspaceState.RUNNING if start else WorkspaceState.STOPPED,
-            current_snapshot=name,
-            base_snapshot=name,
-        )
         if start:
             work.record_run(tx, RunTransition.START)
-        work.record_event(tx, event, **{**payload, **({"snapshot": name} if name else {})})
-        return tx.workspace(work.workspace_id)
+        if name:
+            payload["snapshot"] = name
+        work.record_event(tx, event, **payload)
+        state = WorkspaceState.RUNNING if start else WorkspaceState.STOPPED
+        return tx.update_workspace(work.workspace_id, state=state, current_snapshot=name, base_snapshot=name)

@@ -83,14 +83,8 @@ class HeldWorkspace:
 
     def delete(self, *, reason: str = USER, forget_remote: bool = False) -> Workspace:
         """Delete the workspace."""
-
-        def delete_with_lock(services: Services, workspace_id: str) -> Workspace:
-            workspace = lifetime.delete(services, workspace_id, reason, without_remote=forget_remote)
-            # Ids are never used again, so nobody needs the lock any more.
-            self._lock.remove_file()
-            return workspace
-
-        return self._complete(delete_with_lock)
+        delete = partial(lifetime.delete, lock=self._lock, reason=reason, without_remote=forget_remote)
+        return self._complete(delete)
 
     def _complete(self, operation: Callable[[Services, str], T]) -> T:
         def settled() -> T:

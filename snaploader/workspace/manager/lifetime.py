@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from snaploader.errors import NotFound, SnaploaderError
+from snaploader.workspace.host import HeldLock
 from snaploader.workspace.manager.operation import ALIVE, USER, Services, Work, with_slot
 from snaploader.workspace.manager.snapshots import forget_remote, load_state, remove_unfinished
 from snaploader.workspace.model import (
@@ -39,10 +40,9 @@ def start(services: Services, workspace_id: str, reason: str = USER) -> Workspac
         work.start()
         work.wait_ready()
         with work.recording() as tx:
-            tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
             work.record_run(tx, RunTransition.START)
             work.record_event(tx, START)
-            return tx.workspace(workspace_id)
+            return tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
 
 
 def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
@@ -53,16 +53,15 @@ def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace
     with work:
         work.stop()
         with work.recording() as tx:
-            tx.update_workspace(workspace_id, state=WorkspaceState.STOPPED)
             work.record_run(tx, RunTransition.STOP)
             work.record_event(tx, STOP)
-            return tx.workspace(workspace_id)
+            return tx.update_workspace(workspace_id, state=WorkspaceState.STOPPED)
 
 
 def delete(
-    services: Services, workspace_id: str, reason: str = USER, *, without_remote: bool = False
+    services: Services, workspace_id: str, lock: HeldLock, reason: str, *, without_remote: bool
 ) -> Workspace:
-    """Stop, record, remove everything. See `WorkspaceManager.delete`."""
+    """Stop, record, remove everything and the lock's file. See `WorkspaceManager.delete`."""
     work = Work.begin(services, workspace_id, OperationKind.DELETE, allowed=ALIVE, reason=reason)
     with work:
         with services.catalog.reading() as reader:
@@ -86,6 +85,7 @@ def delete(
             )
     for problem in finish_deletion(services, workspace_id):
         log.warning("workspace %r is deleted; recovery removes what is left: %s", workspace_id, problem)
+    lock.remove_file()  # ids are never used again, so nobody needs the lock any more
     return workspace
 
 

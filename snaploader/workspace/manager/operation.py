@@ -58,15 +58,6 @@ _HINTS = {
 }
 
 
-def check_ours(workspace: Workspace, host: str) -> None:
-    """FailedPrecondition when the workspace lives on another host."""
-    if workspace.host != host:
-        raise FailedPrecondition(
-            f"workspace {workspace.id!r} lives on host {workspace.host!r}, and this is host {host!r}: "
-            "work on it there"
-        )
-
-
 def check_state(workspace: Workspace, kind: str, allowed: Collection[WorkspaceState]) -> None:
     """FailedPrecondition when an operation cannot be done in the workspace's state."""
     if workspace.state not in allowed:
@@ -150,6 +141,7 @@ class Work:
         self.workspace = workspace
         """The workspace as it was when the operation began."""
         self.workspace_id = workspace.id
+        self.was_running = workspace.state is WorkspaceState.RUNNING
         self.operation = operation
         self.pending = pending
         """The snapshot that is being taken, if any."""
@@ -194,7 +186,11 @@ class Work:
             workspace = tx.lock_workspace(workspace_id)
             if services.guard is not None:
                 services.guard(tx)
-            check_ours(workspace, services.host)
+            if workspace.host != services.host:
+                raise FailedPrecondition(
+                    f"workspace {workspace_id!r} lives on host {workspace.host!r}, and this is host "
+                    f"{services.host!r}: work on it there"
+                )
             check_state(workspace, kind, allowed)
             pending = None if prepare is None else prepare(tx, workspace)
             operation = new_operation(
@@ -206,11 +202,6 @@ class Work:
         work = cls(services, workspace, operation, pending=pending, reason=reason)
         work.reach("begun")
         return work
-
-    @property
-    def was_running(self) -> bool:
-        """Whether the workspace ran when the operation began."""
-        return self.workspace.state is WorkspaceState.RUNNING
 
     def reach(self, step: str) -> None:
         """Tell that a step was done."""

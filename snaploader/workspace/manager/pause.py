@@ -79,10 +79,9 @@ def resume(
         if current.scope is Scope.DATA or not services.runtime.keeps_memory:
             work.wait_ready(ready_timeout_s)
         with work.recording() as tx:
-            tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING, paused_at=None)
             work.record_run(tx, RunTransition.START)
             work.record_event(tx, RESUME, snapshot=current.name, scope=current.scope.value)
-            workspace = tx.workspace(workspace_id)
+            workspace = tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING, paused_at=None)
     work.afterwards("its record as paused", lambda: services.records.remove(workspace_id))
     work.clean_up()
     return workspace

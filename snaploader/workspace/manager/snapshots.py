@@ -21,7 +21,7 @@ from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
-from snaploader.loader import SaveResult, Snapshot, SnapshotLoader
+from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.catalog import Reader, Transaction
 from snaploader.workspace.model import (
@@ -114,7 +114,8 @@ class SnapshotContent:
                 manifest_ref=self.manifest_ref(record.runtime_name),
                 size_bytes=result.size_bytes - result.hole_bytes,
             ),
-            read_bytes=_read_bytes(result),
+            read_bytes=sum(file.hashed_bytes for file in result.files)
+            + sum(directory.read_bytes for directory in result.directories),
             stored_bytes=result.stored_bytes,
         )
 
@@ -241,12 +242,6 @@ def _metadata(record: SnapshotRecord) -> VMMetadata:
     )
     message.created_timestamp.FromDatetime(record.created_at)
     return message
-
-
-def _read_bytes(result: SaveResult) -> int:
-    return sum(file.hashed_bytes for file in result.files) + sum(
-        directory.read_bytes for directory in result.directories
-    )
 
 
 def new_record(
