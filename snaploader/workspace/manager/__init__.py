@@ -2,7 +2,7 @@
 
 `manager` says what there is to do, and takes locks; `held_workspace` does it to a workspace whose lock is
 held, on threads of its own. Each operation reads from top to bottom in one file: `create` (and fork),
-`lifetime` (start, stop, delete), `versions` (and rollback), `pause` (and resume), `commit`. What they share
+`lifetime` (start, stop, pause, resume, delete), `versions` (and rollback), `commit`. What they share
 is in `operation` (how one begins, is recorded and fails) and `snapshots` (records in the catalog, content in
 the caches). `undo` takes back what failed or was left in the middle; `recovery` puts a whole host right.
 """

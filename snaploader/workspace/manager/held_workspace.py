@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
 from snaploader.workspace.catalog import Reader
 from snaploader.workspace.host import HeldLock
-from snaploader.workspace.manager import commit, lifetime, pause, undo, versions
+from snaploader.workspace.manager import commit, lifetime, undo, versions
 from snaploader.workspace.manager.operation import USER, Services
 from snaploader.workspace.model import SnapshotResult, Workspace
 
@@ -63,11 +63,11 @@ class HeldWorkspace:
 
     def pause(self, *, reason: str = USER) -> SnapshotResult:
         """Pause the workspace."""
-        return self._complete(partial(pause.pause, reason=reason))
+        return self._complete(partial(lifetime.pause, reason=reason))
 
     def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:
         """Bring a paused workspace back."""
-        return self._complete(partial(pause.resume, reason=reason, ready_timeout_s=ready_timeout_s))
+        return self._complete(partial(lifetime.resume, reason=reason, ready_timeout_s=ready_timeout_s))
 
     def commit(self, name: str = "") -> SnapshotResult:
         """Put the workspace's state into the remote cache."""

@@ -23,7 +23,6 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.policy import ReadPolicy
-from snaploader.workspace.catalog import Reader
 from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back, finish_deletion
 from snaploader.workspace.manager.operation import RECOVERY, Services, runs_nevertheless
@@ -379,31 +378,29 @@ class _Recovery:
             services.stop(workspace.id)
             services.runtime.remove(workspace.id)
             self.pruned.append(Note(workspace.id, "files of a paused workspace"))
-        if workspace.slot is None:
-            return self._give_up_pause(workspace, NotFound("it has lost its slot"))
         with services.catalog.reading() as reader:
             expected = PausedRecord.of(reader, workspace)
             current = reader.snapshot(workspace.current_snapshot)
-        try:
-            if services.records.read(workspace.id) != expected:
-                # Policies change, and touching a workspace does not write its record.
+        problem: SnaploaderError = NotFound("it has lost its slot")
+        if workspace.slot is not None:
+            with suppress(NotFound, DataLoss):
+                if services.records.read(workspace.id) != expected:
+                    # Policies change, and touching a workspace does not write its record.
+                    services.records.write(expected)
+                return workspace
+            try:
+                services.content.find(current, ReadPolicy.LOCAL_ONLY)
                 services.records.write(expected)
-            return workspace
-        except (NotFound, DataLoss):
-            log.info("workspace %r is paused without a record", workspace.id)
-        try:
-            services.content.find(current, ReadPolicy.LOCAL_ONLY)
-            services.records.write(expected)
-        except NotFound as error:
-            return self._give_up_pause(workspace, error)
-        self.repaired.append(Note(workspace.id, "its record as paused was written again"))
-        if workspace.id not in self.restored:
-            self.restored.append(workspace.id)
-        return workspace
-
-    def _give_up_pause(self, workspace: Workspace, error: SnaploaderError) -> Workspace:
-        self.repaired.append(Note(workspace.id, f"paused without a record, now stopped: {error.message}"))
-        return self._mark_stopped(workspace, error)
+            except NotFound as error:
+                problem = error
+            else:
+                self.repaired.append(Note(workspace.id, "its record as paused was written again"))
+                if workspace.id not in self.restored:
+                    self.restored.append(workspace.id)
+                return workspace
+        reason = f"paused without a record, now stopped: {problem.message}"
+        self.repaired.append(Note(workspace.id, reason))
+        return self._mark_stopped(workspace, problem)
 
     def _settle_running(self, workspace: Workspace) -> None:
         services = self.services
@@ -477,16 +474,11 @@ class _Recovery:
         with services.catalog.reading() as reader:
             # Not by listing the deleted ones: they only ever become more.
             left -= {each.id for each in reader.workspaces(host=services.host)}
-            deleted = [each for each in sorted(filter(is_workspace_id, left)) if self._is_gone(reader, each)]
-        for workspace_id in deleted:
-            self._attempt(workspace_id, workspace_id, self._finish_deletion, workspace_id)
-
-    def _is_gone(self, reader: Reader, workspace_id: str) -> bool:
-        try:
-            workspace = reader.workspace(workspace_id)
-        except NotFound:
-            return False
-        return (workspace.host, workspace.state) == (self.services.host, WorkspaceState.DELETED)
+        deleted = (services.host, WorkspaceState.DELETED)
+        for workspace_id in sorted(filter(is_workspace_id, left)):
+            workspace = services.find_workspace(workspace_id)
+            if workspace is not None and (workspace.host, workspace.state) == deleted:
+                self._attempt(workspace_id, workspace_id, self._finish_deletion, workspace_id)
 
     def _finish_deletion(self, workspace_id: str) -> None:
         problems = finish_deletion(self.services, workspace_id)
