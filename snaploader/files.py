@@ -33,10 +33,10 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _NO_COPY_RANGE = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 )
-_local = threading.local()
 PRIVATE = 0o700
 """Mode of folders that only their owner may use."""
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ANY_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FOLDER = _ANY_FOLDER | os.O_NOFOLLOW
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _ODD_ERRNOS = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV})
@@ -80,11 +80,6 @@ class Access:
             )
 
     @property
-    def is_shared(self) -> bool:
-        """Whether others than the owner may use it."""
-        return self.mode & 0o077 != 0
-
-    @property
     def file_mode(self) -> int:
         """Permission bits of files."""
         return self.mode & 0o666
@@ -113,16 +108,11 @@ class Access:
     def apply(self, fd: int, status: os.stat_result, wanted: int) -> None:
         """Give a folder or file of this user's these permissions. Only a shared one gets more than it had."""
         mode = stat.S_IMODE(status.st_mode)
-        wanted = wanted | mode & stat.S_ISVTX if self.is_shared else mode & wanted
+        wanted = wanted | mode & stat.S_ISVTX if self._is_shared else mode & wanted
         if status.st_uid == os.geteuid() and mode != wanted:
             os.fchmod(fd, wanted)
 
-    def _remedy(self) -> str:
-        return (
-            f"; if its users trust each other, give all of them the same {self.option}" if self.option else ""
-        )
-
-    def judge_folder(self, fd: int, path: str, *, is_root: bool) -> None:
+    def apply_to_folder(self, fd: int, path: str, *, is_root: bool) -> None:
         """Check an open folder, and put its permissions right if it is this user's.
 
         Args:
@@ -141,36 +131,82 @@ class Access:
                 )
         elif not is_root:
             self.apply(fd, status, self.mode)
-        elif self.is_shared and not mode & stat.S_ISVTX:
+        elif self._is_shared and not mode & stat.S_ISVTX:
             self.apply(fd, status, mode & ~(_OTHERS_WRITE & ~self.mode) | self.mode)
         elif too_open:
             os.fchmod(fd, mode & ~_OTHERS_WRITE)
 
+    @property
+    def _is_shared(self) -> bool:
+        return self.mode & 0o077 != 0
 
-def open_root(path: str, access: Access, what: str) -> int:
-    """Open a folder that the user named, made if absent, after checking what it is; return its descriptor.
+    def _remedy(self) -> str:
+        return (
+            f"; if its users trust each other, give all of them the same {self.option}" if self.option else ""
+        )
+
+
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Close a descriptor at the end of the block."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def closing_fd_on_error(fd: int) -> Iterator[int]:
+    """Close a descriptor when the block raises, and leave it open when it ends well."""
+    try:
+        yield fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_folder(path: str, access: Access, what: str = "the folder", *, parent: int | None = None) -> int:
+    """Open a folder, made if absent, after checking what it is; return its descriptor.
 
     Args:
         what: How messages call it.
+        parent: The open folder that it is in. By default it is one that the user named: those above it are
+            made too, and things of others may be in it.
 
     Raises:
         FailedPrecondition: It is a symbolic link.
         PermissionDenied: It belongs to somebody unexpected, or is writable for others.
         OSError: It cannot be made or opened.
     """
-    path = os.path.abspath(path)
-    parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
-    return _open_folder(path, access, None, path, what, is_root=True)
-
-
-def open_inner(name: str, dir_fd: int, access: Access, path: str) -> int:
-    """Open a folder in an open folder, made if absent; return its descriptor. Errors as `open_root`.
-
-    Args:
-        path: Where it is, for messages.
-    """
-    return _open_folder(name, access, dir_fd, path, "the folder", is_root=False)
+    if parent is None:
+        path = name = os.path.abspath(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    else:
+        name = os.path.basename(path)
+    made = False
+    try:
+        fd = os.open(name, _FOLDER, dir_fd=parent)
+    except FileNotFoundError:
+        with suppress(FileExistsError):
+            os.mkdir(name, PRIVATE, dir_fd=parent)
+            made = True
+        fd = os.open(name, _FOLDER, dir_fd=parent)
+    except NotADirectoryError:
+        if not stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            raise
+        raise FailedPrecondition(
+            f"{what} {path!r} is a symbolic link: "
+            + (
+                f"if its target is meant, give that instead: {os.path.realpath(path)!r}"
+                if parent is None
+                else f"remove it (it leads to {os.readlink(name, dir_fd=parent)!r})"
+            )
+        ) from None
+    with closing_fd_on_error(fd):
+        if made:
+            os.fchmod(fd, access.mode)
+        access.apply_to_folder(fd, path, is_root=parent is None and not made)
+    return fd
 
 
 def make_inside(root: str, path: str, access: Access) -> None:
@@ -188,43 +224,50 @@ def make_inside(root: str, path: str, access: Access) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
         return
-    fd = os.open(path, _FOLDER)
-    try:
+    with closing_fd(os.open(path, _FOLDER)) as fd:
         os.fchmod(fd, access.mode)
-    finally:
-        os.close(fd)
 
 
 def open_private(root: str, what: str, *names: str) -> None:
-    """Make a folder for this user alone, with folders of these names in it. Errors as `open_root`."""
+    """Make a folder for this user alone, with folders of these names in it. Errors as `open_folder`."""
     access = Access()
-    fd = open_root(root, access, what)
-    try:
+    with closing_fd(open_folder(root, access, what)) as fd:
         for name in names:
-            os.close(open_inner(name, fd, access, os.path.join(root, name)))
-    finally:
-        os.close(fd)
+            os.close(open_folder(os.path.join(root, name), access, parent=fd))
 
 
 def open_new(path: str, mode: int, flags: int = os.O_RDWR) -> int:
     """Make a file with these permissions, whatever the umask says; return its descriptor. FileExistsError."""
     fd = os.open(path, flags | _FILE | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
+    with closing_fd_on_error(fd):
         os.fchmod(fd, mode)
-    except BaseException:
-        os.close(fd)
-        raise
     return fd
 
 
-def open_regular(path: str, *, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
-    """Open a regular file for reading; return its descriptor and status.
+def open_regular(
+    path: str, flags: int = os.O_RDONLY, *, dir_fd: int | None = None
+) -> tuple[int, os.stat_result]:
+    """Open a regular file; return its descriptor and status.
 
     Raises:
         OddEntry: It is something else.
         OSError: FileNotFoundError when nothing is there.
     """
-    return _open_file(path, os.O_RDONLY, dir_fd)
+    try:
+        fd = os.open(path, flags | _FILE, 0o600, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno not in _ODD_ERRNOS:
+            raise
+        with suppress(FileNotFoundError):
+            _check_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=False), path)
+        raise
+    try:
+        status = os.fstat(fd)
+        _check_regular(status, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, status
 
 
 def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
@@ -233,10 +276,8 @@ def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
     Errors as `open_regular`.
     """
     fd, status = open_regular(path)
-    try:
+    with closing_fd(fd):
         return read_file(fd, max_bytes), status
-    finally:
-        os.close(fd)
 
 
 def open_written(path: str, flags: int, access: Access) -> int:
@@ -247,14 +288,15 @@ def open_written(path: str, flags: int, access: Access) -> int:
         PermissionDenied: It belongs to somebody unexpected, or has another name elsewhere.
         OSError: It cannot be made or opened.
     """
-    fd, status = _open_file(path, flags | os.O_CREAT)
-    try:
+    fd, status = open_regular(path, flags | os.O_CREAT)
+    with closing_fd_on_error(fd):
         access.check(status, path)
-        _check_one_name(status, path)
+        if status.st_nlink > 1:
+            raise PermissionDenied(
+                f"{path!r} has {status.st_nlink} names, so that writing to it would change another file: "
+                "remove that name while nobody uses the folder"
+            )
         access.apply(fd, status, access.file_mode)
-    except BaseException:
-        os.close(fd)
-        raise
     return fd
 
 
@@ -263,94 +305,37 @@ def kind_of(status: os.stat_result) -> str:
     return _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
 
 
-def _open_file(path: str, flags: int, dir_fd: int | None = None) -> tuple[int, os.stat_result]:
-    try:
-        fd = os.open(path, flags | _FILE, 0o600, dir_fd=dir_fd)
-    except OSError as error:
-        if error.errno not in _ODD_ERRNOS:
-            raise
-        with suppress(FileNotFoundError):
-            raise _odd(path, os.stat(path, dir_fd=dir_fd, follow_symlinks=False)) from error
-        raise
-    try:
-        status = os.fstat(fd)
-    except BaseException:
-        os.close(fd)
-        raise
+def _check_regular(status: os.stat_result, path: str) -> None:
     if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise _odd(path, status)
-    return fd, status
+        raise OddEntry(f"{path!r} is {kind_of(status)} and no regular file: move it away")
 
 
-def _check_one_name(status: os.stat_result, path: str) -> None:
-    if status.st_nlink > 1:
-        raise PermissionDenied(
-            f"{path!r} has {status.st_nlink} names, so that writing to it would change another file: "
-            "remove that name while nobody uses the folder"
-        )
+class ThreadBuffers(threading.local):
+    """A buffer for each thread that asks for one: a fresh one each time would cost its page faults.
+
+    They live as long as this object does.
+    """
+
+    _view = memoryview(b"")
+
+    def get(self, size: int) -> memoryview:
+        """This thread's buffer, cut to `size` bytes. What it was given before is overwritten."""
+        if len(self._view) < size:
+            self._view = memoryview(bytearray(size))
+        return self._view[:size]
 
 
-def _odd(path: str, status: os.stat_result) -> OddEntry:
-    return OddEntry(f"{path!r} is {kind_of(status)} and no regular file: move it away")
-
-
-def _open_folder(
-    name: str, access: Access, dir_fd: int | None, path: str, what: str, *, is_root: bool
-) -> int:
-    made = False
-    try:
-        fd = os.open(name, _FOLDER, dir_fd=dir_fd)
-    except FileNotFoundError:
-        with suppress(FileExistsError):
-            os.mkdir(name, PRIVATE, dir_fd=dir_fd)
-            made = True
-        fd = os.open(name, _FOLDER, dir_fd=dir_fd)
-    except NotADirectoryError:
-        if not stat.S_ISLNK(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode):
-            raise
-        raise FailedPrecondition(
-            f"{what} {path!r} is a symbolic link: "
-            + (
-                f"if its target is meant, give that instead: {os.path.realpath(path)!r}"
-                if is_root
-                else f"remove it (it leads to {os.readlink(name, dir_fd=dir_fd)!r})"
-            )
-        ) from None
-    try:
-        if made:
-            os.fchmod(fd, access.mode)
-        access.judge_folder(fd, path, is_root=is_root and not made)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def buffer() -> memoryview:
-    """Return this thread's buffer of BUFFER_BYTES. A fresh one would cost its page faults each time."""
-    view: memoryview | None = getattr(_local, "view", None)
-    if view is None:
-        view = _local.view = memoryview(bytearray(BUFFER_BYTES))
-    return view
+_buffers = ThreadBuffers()
 
 
 def hash_file(fd: int, function: DigestFunction) -> tuple[str, int]:
     """Return the hash of a whole file and the number of bytes hashed. The file's position stays."""
-    view = buffer()
-    count = os.preadv(fd, [view], 0)
-    if count < len(view):
-        # Most blobs end here: one read and one hash.
-        rest = os.preadv(fd, [view[count:]], count) if count else 0
-        if not rest:
-            return function.hash(view[:count]), count
-        count += rest
+    view = _buffers.get(BUFFER_BYTES)
     hasher = function.hasher()
     size = 0
-    while count:
+    while count := os.preadv(fd, [view], size):
         hasher.update(view[:count])
         size += count
-        count = os.preadv(fd, [view], size)
     return hasher.hexdigest(), size
 
 
@@ -358,10 +343,7 @@ def read_file(fd: int, size: int) -> bytes:
     """Return the bytes of a file, at most one more than `size`."""
     parts = []
     done = 0
-    while done <= size:
-        part = os.pread(fd, size + 1 - done, done)
-        if not part:
-            break
+    while done <= size and (part := os.pread(fd, size + 1 - done, done)):
         parts.append(part)
         done += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -379,12 +361,9 @@ def copy_hashing(source: int, target: int, hasher: Hasher, limit: int | None = N
 
     What is hashed is what was written, even when `source` changes meanwhile. Stops after `limit` + 1 bytes.
     """
-    view = buffer()
+    view = _buffers.get(BUFFER_BYTES)
     size = 0
-    while limit is None or size <= limit:
-        count = os.preadv(source, [view], size)
-        if not count:
-            break
+    while (limit is None or size <= limit) and (count := os.preadv(source, [view], size)):
         hasher.update(view[:count])
         write_all(target, view[:count])
         size += count
@@ -403,12 +382,9 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
     """Copy the bytes from `start` up to `end` to the same place. OSError when `source` ends before."""
     done = start
     with suppress_errnos(_NO_COPY_RANGE):
-        while done < end:
-            count = os.copy_file_range(source, target, end - done, done, done)
-            if not count:
-                break
+        while done < end and (count := os.copy_file_range(source, target, end - done, done, done)):
             done += count
-    view = buffer()
+    view = _buffers.get(BUFFER_BYTES)
     while done < end:
         count = os.preadv(source, [view[: end - done]], done)
         if not count:
@@ -418,7 +394,7 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
         done += count
 
 
-NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 """What open(2) says where the file system knows no O_TMPFILE."""
 
 
@@ -437,12 +413,14 @@ class NamelessFile:
         self._path: str | None = None
         self._pid = os.getpid()
         self.fd = -1
-        with suppress_errnos(NO_TMPFILE):
+        try:
             self.fd = os.open(folder, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
-            return
-        path = temporary_path()
-        self.fd = open_new(path, 0o600)
-        self._path = path
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+            path = temporary_path()
+            self.fd = open_new(path, 0o600)
+            self._path = path
 
     def link(self, target: str) -> None:
         """Give the file a name, in one step. FileExistsError when that is taken."""
@@ -505,25 +483,16 @@ def replace_file(path: str | os.PathLike[str], data: Buffer) -> None:
 
 def flush_folder(path: str) -> None:
     """Flush the names in a folder to disk; see fsync(2)."""
-    with _opened(path) as fd:
+    with closing_fd(os.open(path, _ANY_FOLDER)) as fd:
         os.fsync(fd)
 
 
 def flush_file_system(path: str) -> None:
     """Flush all that was written to the file system of a folder to disk; see syncfs(2)."""
-    with _opened(path) as fd:
+    with closing_fd(os.open(path, _ANY_FOLDER)) as fd:
         if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), path)
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> None:
@@ -556,11 +525,8 @@ def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> N
 
 def _permit(path: str | os.PathLike[str], dir_fd: int | None) -> None:
     """Give a folder's owner all permissions. OSError when it is no folder, or another user's."""
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
+    with closing_fd(os.open(path, os.O_PATH | _FOLDER, dir_fd=dir_fd)) as fd:
         os.chmod(f"/proc/self/fd/{fd}", stat.S_IRWXU)
-    finally:
-        os.close(fd)
 
 
 class suppress_errnos:  # noqa: N801  (reads like contextlib.suppress)

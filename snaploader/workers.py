@@ -68,11 +68,13 @@ class WorkerPool:
             waits_when_interrupted: Whether an interrupt (KeyboardInterrupt, SystemExit) is raised when all
                 that was under way has ended, as other errors are, or at once.
         """
-        self._check_open()
+        if self._closed:
+            raise Cancelled(self._closed_message)
         pid = os.getpid()
-        work = _SharedWork(function, items, on_failure, self.workers - 1, self._start)
+        work = _SharedWork(self, function, items, on_failure)
         try:
-            work.drain()
+            while work.do_one():
+                pass
         except BaseException as error:  # noqa: BLE001 - an interrupt; raised below, after the others ended
             work.fail(error)
         try:
@@ -91,23 +93,18 @@ class WorkerPool:
 
         `Cancelled` when the pool is closed.
         """
-        self._check_open()
+        return self.start(function, self._background)
+
+    def start(self, function: Callable[[], T], executor: ThreadPoolExecutor | None = None) -> Future[T]:
+        """Run `function` on a thread of `for_each`, as soon as one is free. Errors as `submit`."""
         with translate_thread_errors(self._closed_message):
-            return self._background.submit(function)
+            return (executor or self._executor).submit(function)
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has. Idempotent."""
         self._closed = True
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._background.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, function: Callable[[], object]) -> None:
-        with translate_thread_errors(self._closed_message):
-            self._executor.submit(function)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Cancelled(self._closed_message)
 
     def __enter__(self) -> Self:
         return self
@@ -124,29 +121,22 @@ class _SharedWork(Generic[T]):
 
     def __init__(
         self,
+        pool: WorkerPool,
         function: Callable[[T], object],
         items: Iterable[T],
         on_failure: Callable[[], object],
-        max_helpers: int,
-        start: Callable[[Callable[[], object]], None],
     ) -> None:
         self.error: BaseException | None = None
+        self._pool = pool
         self._function = function
         self._items: Iterator[T] = iter(items)
         self._on_failure = on_failure
-        self._max_helpers = max_helpers
-        self._start = start
         self._taking = threading.Lock()
         self._lock = threading.Lock()
         self._queued: set[object] = set()
         self._working: set[object] = set()
         self._is_over = False
         self._wake: SimpleQueue[None] = SimpleQueue()
-
-    def drain(self) -> None:
-        """Work until no item is left or somebody failed."""
-        while self._do_one():
-            pass
 
     def fail(self, error: BaseException) -> None:
         """Keep the first error; no item is taken any more."""
@@ -166,7 +156,7 @@ class _SharedWork(Generic[T]):
                     return
             self._wake.get()
 
-    def _do_one(self) -> bool:
+    def do_one(self) -> bool:
         """Take an item and work on it; False when there is none, or somebody failed."""
         try:
             with self._taking:
@@ -188,10 +178,11 @@ class _SharedWork(Generic[T]):
         """One more thread, where there may be: each that finds work wakes the next."""
         helper = object()  # a thread's share of the call
         with self._lock:
-            if self._is_over or len(self._queued) + len(self._working) >= self._max_helpers:
+            # The caller is one of the pool's workers.
+            if self._is_over or 1 + len(self._queued) + len(self._working) >= self._pool.workers:
                 return
             self._queued.add(helper)
-        self._start(lambda: self._help(helper))
+        self._pool.start(lambda: self._help(helper))
 
     def _help(self, helper: object) -> None:
         with self._lock:
@@ -201,31 +192,11 @@ class _SharedWork(Generic[T]):
             self._queued.remove(helper)
         may_go_on = False
         try:
-            may_go_on = self._do_one()
+            may_go_on = self.do_one()
         finally:
             with self._lock:
-                may_go_on = may_go_on and not self._is_over
-                if may_go_on:
-                    self._queued.add(helper)
                 self._working.remove(helper)
             self._wake.put(None)
         if may_go_on:
             with contextlib.suppress(Cancelled):  # the pool is being closed: the caller does the rest
-                self._start(lambda: self._help(helper))
-
-
-class ThreadBuffers:
-    """A buffer for each thread that asks for one: a fresh one per chunk would cost its page faults each time.
-
-    They live as long as this object does.
-    """
-
-    def __init__(self) -> None:
-        self._local = threading.local()
-
-    def get(self, size: int) -> memoryview:
-        """This thread's buffer, cut to `size` bytes. What it was given before is overwritten."""
-        buffer: memoryview | None = getattr(self._local, "view", None)
-        if buffer is None or len(buffer) < size:
-            buffer = self._local.view = memoryview(bytearray(size))
-        return buffer[:size]
+                self._add_helper()

@@ -18,7 +18,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Self
 
 from snaploader import files, locks
@@ -28,11 +28,11 @@ from snaploader.files import (
     Access,
     NamelessFile,
     OddEntry,
+    closing_fd,
     kind_of,
     make_inside,
-    open_inner,
+    open_folder,
     open_new,
-    open_root,
     open_written,
     remove_tree,
 )
@@ -160,7 +160,7 @@ class Layout:
     def create(self, access: Access) -> int:
         """Make the folders that always exist, check those that are there, and return a descriptor of `base`.
 
-        Those of the group's entries are made when something is stored. Errors as `open_root`.
+        Those of the group's entries are made when something is stored. Errors as `open_folder`.
         """
         with (
             translate_os_errors(f"cannot make the cache folder {self.root!r}", absent=FailedPrecondition),
@@ -168,11 +168,11 @@ class Layout:
         ):
 
             def inner(parent: int, path: str) -> int:
-                fd = open_inner(os.path.basename(path), parent, access, path)
+                fd = open_folder(path, access, parent=parent)
                 opened.callback(os.close, fd)
                 return fd
 
-            root = open_root(self.root, access, "the cache folder")
+            root = open_folder(self.root, access, "the cache folder")
             opened.callback(os.close, root)
             base = inner(root, self.base)
             for path in (self.owners, self.trash, self.quarantine, self.leases, self.usage):
@@ -200,7 +200,7 @@ class OpenFolder:
         try:
             self._fd = locks.lock_new(self._staging + _LOCK, mode=access.file_mode)
             with self.folder(layout.owners) as owners:
-                os.close(open_inner(self.token, owners, access, self._staging))
+                os.close(open_folder(self._staging, access, parent=owners))
         except BaseException:
             self.close()
             raise
@@ -251,14 +251,9 @@ class OpenFolder:
             with suppress(FileNotFoundError):
                 os.unlink(path)
 
-    @contextmanager
-    def folder(self, path: str) -> Iterator[int]:
+    def folder(self, path: str) -> AbstractContextManager[int]:
         """Open a folder in the layout's base, and check it again: others may have replaced it."""
-        fd = open_inner(os.path.basename(path), self._base, self.access, path)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return closing_fd(open_folder(path, self.access, parent=self._base))
 
     def open_written(self, path: str, flags: int = os.O_RDWR) -> int:
         """Open a file that is written in place, made if absent. What is no file is set aside."""

@@ -15,7 +15,7 @@ from cow import chunk_extents, is_zero
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.files import read_file
+from snaploader.files import ThreadBuffers, read_file
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.dirtree import (
     ChunkedEntry,
@@ -40,7 +40,6 @@ from snaploader.loader.scan import (
     shown_path,
     write_index,
 )
-from snaploader.workers import ThreadBuffers
 
 DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
 """Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""

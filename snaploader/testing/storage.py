@@ -32,12 +32,12 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, tra
 from snaploader.files import (
     Access,
     OddEntry,
+    closing_fd,
     make_inside,
-    open_inner,
+    open_folder,
     open_new,
     open_private,
     open_regular,
-    open_root,
     remove_tree,
     write_all,
 )
@@ -406,13 +406,9 @@ class DiskStorage:
             except BlockingIOError:
                 raise FailedPrecondition(f"another server uses {self._base}: stop it first") from None
             try:
-                base = open_root(self._base, Access(), "the server's folder")
-                try:
+                with closing_fd(open_folder(self._base, Access(), "the server's folder")) as base:
                     remove_tree("tmp", dir_fd=base)
-                    for name in ("tmp", "instances"):
-                        os.close(open_inner(name, base, Access(), os.path.join(self._base, name)))
-                finally:
-                    os.close(base)
+                open_private(self._base, "the server's folder", "tmp", "instances")
             except BaseException:
                 self.close()
                 raise
