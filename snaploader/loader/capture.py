@@ -200,8 +200,9 @@ class StateCapture:
             store = source
         else:
             path = os.fspath(source)
-            unchanged = _change_detector(path, name)
-            mode = os.stat(path).st_mode & 0o777
+            before = os.stat(path)
+            unchanged = partial(_check_unchanged, path, name, before)
+            mode = before.st_mode & 0o777
             # Nothing is written to the store, so its folder stays empty.
             scratch = tempfile.mkdtemp(prefix="snaploader-")
             self._open.callback(remove_tree, scratch)
@@ -234,10 +235,9 @@ class StateCapture:
 
     def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {name!r}"):
-            mode = os.stat(path).st_mode & 0o777
-        unchanged = _change_detector(path, name)
+            before = os.stat(path)
         digest, added = self._file_cache.add_file(path, self._function)
-        unchanged()
+        _check_unchanged(path, name, before)
         size = digest.size_bytes
         saved = SavedFile(
             name,
@@ -249,6 +249,7 @@ class StateCapture:
             deduplicated_bytes=0 if added else size,
         )
         self._saved[name] = saved
+        mode = before.st_mode & 0o777
         self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
 
@@ -314,22 +315,15 @@ def _translate_cow_errors(name: str) -> Iterator[None]:
         raise InvalidArgument(f"cannot save {name!r} in chunks: {error}") from error
 
 
-def _change_detector(path: str, name: str) -> Callable[[], None]:
-    """A check that the file is what it was when this was called."""
+def _check_unchanged(path: str, name: str, before: os.stat_result) -> None:
+    """FailedPrecondition when a file is not any more what it was."""
+    with translate_os_errors(f"cannot look at {name!r} again after reading it"):
+        if _identity(os.stat(path)) != _identity(before):
+            raise FailedPrecondition(
+                f"{path!r} was changed while it was saved, so no consistent snapshot of it was taken: stop "
+                "what writes to it and save again"
+            )
 
-    def identity() -> tuple[int, int, int, int]:
-        status = os.stat(path)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    with translate_os_errors(f"cannot read {name!r}"):
-        before = identity()
-
-    def check() -> None:
-        with translate_os_errors(f"cannot look at {name!r} again after reading it"):
-            if identity() != before:
-                raise FailedPrecondition(
-                    f"{path!r} was changed while it was saved, so no consistent snapshot of it was taken: "
-                    "stop what writes to it and save again"
-                )
-
-    return check
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -199,7 +199,7 @@ class DirectoryCapture:
                     wanted.remove(digest)
 
     def remember(self) -> str:
-        """Write the capture index, where one was asked for. Returns what went wrong, or an empty string."""
+        """Write the capture index, where one was asked for; what went wrong, or an empty string."""
         if self._index_path is None:
             return ""
         settled = {

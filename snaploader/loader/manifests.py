@@ -304,21 +304,18 @@ class ManifestStore:
             if here is Entry.SNAPSHOT:
                 self._file_cache.delete_ref(self.local_ref(key))
         elif Entry.SNAPSHOT in (here, there):
-            self._bury_local(key, tombstone)
+            # Also where there is no local manifest: a reader may be about to put it there.
+            try:
+                self._file_cache.put_ref(self.local_ref(key), local_tombstone(tombstone))
+            except ResourceExhausted as error:
+                log.warning("no room to remember that snapshot %r was deleted: %s", snapshot_id, error)
+                self._file_cache.delete_ref(self.local_ref(key))
         return DeleteResult(
             snapshot_id,
             deleted_locally=here is Entry.SNAPSHOT,
             deleted_remotely=there is Entry.SNAPSHOT,
             was_deleted=Entry.TOMBSTONE in (here, there),
         )
-
-    def _bury_local(self, id_key: SnapshotKey, tombstone: ActionResult) -> None:
-        """Replace the local manifest. Also where there is none: a reader may be about to put it there."""
-        try:
-            self._file_cache.put_ref(self.local_ref(id_key), local_tombstone(tombstone))
-        except ResourceExhausted as error:
-            log.warning("no room to remember that snapshot %r was deleted: %s", id_key.snapshot_id, error)
-            self._file_cache.delete_ref(self.local_ref(id_key))
 
     def _delete_remotely(self, key: SnapshotKey, tombstone: ActionResult, *, is_known: bool) -> Entry:
         """Replace the remote manifest by a tombstone; what stood there.
