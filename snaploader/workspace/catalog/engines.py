@@ -66,8 +66,6 @@ _NEARLY_A_URL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 """What a URL becomes by a slip, and libpq's `password=…`: as a path it would be repeated in every message."""
-_YES = frozenset({"true", "yes", "on", "y", "t", "1"})
-"""What SQLAlchemy takes for `uri=true`."""
 _USER = re.compile(r"[^/]*:[^/]*@")
 
 BUSY_TIMEOUT_S = 30.0
@@ -165,7 +163,8 @@ def file_of(url: URL) -> str:
 
 
 def _is_uri(url: URL) -> bool:
-    return (url.database or "").startswith("file:") and str(url.query.get("uri")).lower() in _YES
+    says_so = str(url.query.get("uri")).lower() in {"true", "yes", "on", "y", "t", "1"}  # as in SQLAlchemy
+    return says_so and (url.database or "").startswith("file:")
 
 
 def _of_file(path: str | bytes) -> URL:

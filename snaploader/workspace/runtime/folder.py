@@ -36,10 +36,7 @@ _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class FolderRuntime(Runtime):
-    """The part of `Runtime` that is about folders. Thread-safe; any number of processes may share one folder.
-
-    Arguments are those of `ProcessRuntime`.
-    """
+    """The part of `Runtime` that is about folders. Arguments and promises are those of `ProcessRuntime`."""
 
     def __init__(
         self,

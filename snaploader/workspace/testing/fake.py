@@ -121,7 +121,10 @@ class FakeRuntime(FolderRuntime):
         return gate
 
     def set_ready(self, workspace_id: str, is_ready: bool = True) -> None:
-        """Say whether a workspace becomes ready once started, as all do at first; else `wait_ready` fails."""
+        """Say whether a workspace becomes ready once started, as all do at first.
+
+        If not, `wait_ready` fails: at once, or in its time when it has an event to be cancelled by.
+        """
         (self._unready.discard if is_ready else self._unready.add)(workspace_id)
 
     def ignore_stop(self, workspace_id: str) -> None:
