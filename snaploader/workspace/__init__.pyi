@@ -3,15 +3,13 @@ from snaploader.workspace.check import (
     Finding as Finding,
     FindingKind as FindingKind,
 )
-from snaploader.workspace.hooks import (
-    AuditRecord as AuditRecord,
-    Hooks as Hooks,
-    Notification as Notification,
-)
 from snaploader.workspace.host import SlotPool as SlotPool
 from snaploader.workspace.lifecycle import (
+    AuditRecord as AuditRecord,
+    Hooks as Hooks,
     LifecycleExecutor as LifecycleExecutor,
     Metrics as Metrics,
+    Notification as Notification,
     Stats as Stats,
 )
 from snaploader.workspace.manager import (

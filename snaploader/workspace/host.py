@@ -251,7 +251,6 @@ class WorkspaceLocks:
             return None
 
     def ids(self) -> list[str]:
-        """The ids of all workspaces that have a lock file, sorted."""
         with translate_os_errors(f"cannot list {self._folder!r}"):
             names = os.listdir(self._folder)
         return sorted(name.removesuffix(_LOCK) for name in names if name.endswith(_LOCK))
@@ -259,7 +258,6 @@ class WorkspaceLocks:
     def _wait(
         self, workspace_id: str, path: str, give_up_at: float | None, cancelled: threading.Event | None
     ) -> int:
-        """The descriptor that holds the lock."""
         pause_s = FIRST_PAUSE_S
         while True:
             _raise_if(cancelled, workspace_id)
@@ -381,7 +379,6 @@ class SlotPool:
         return {slot: owner for slot, owner in owners.items() if owner is not None}
 
     def is_slot(self, slot: object) -> bool:
-        """Whether this is the number of a slot of the pool."""
         return isinstance(slot, int) and not isinstance(slot, bool) and 0 <= slot < self.count
 
     def _taken(self) -> set[int]:

@@ -255,7 +255,6 @@ class Workspace:
 
     @property
     def id(self) -> str:
-        """The workspace's id."""
         return self.spec.workspace_id
 
 
@@ -374,11 +373,7 @@ class HTTPTarget:
 
 
 def parse_address(target: str) -> tuple[str, int]:
-    """Host and port of "host:port". No host means this machine; that of IPv6 may be in square brackets.
-
-    Raises:
-        InvalidArgument: it is something else, or the port is not within 1 to 65535.
-    """
+    """Host and port of "host:port". No host means this machine; that of IPv6 may be in square brackets."""
     host, colon, port = target.rpartition(":")
     is_number = port.isascii() and port.isdecimal() and len(port) <= len(str(_MAX_PORT))
     if not colon or not is_number or not 0 < int(port) <= _MAX_PORT:
@@ -389,11 +384,7 @@ def parse_address(target: str) -> tuple[str, int]:
 
 
 def parse_url(target: str) -> HTTPTarget:
-    """The parts of an HTTP URL.
-
-    Raises:
-        InvalidArgument: it is something else, or has no host.
-    """
+    """The parts of an HTTP URL. InvalidArgument when it is something else, or has no host."""
     try:
         parts = urlsplit(target)
         host, port = parts.hostname, parts.port
@@ -421,7 +412,6 @@ def is_workspace_id(text: object) -> bool:
 
 
 def new_workspace_id() -> str:
-    """A workspace id that no one else has."""
     return f"ws-{uuid.uuid4().hex[:20]}"
 
 
@@ -451,12 +441,7 @@ def pin_name(snapshot_name: str) -> str:
 
 
 def check_volumes(volumes: Iterable[Volume]) -> tuple[Volume, ...]:
-    """Return the volumes with their paths in normal form, if a workspace can have them together.
-
-    Raises:
-        InvalidArgument: a name or a path is repeated, a path is not absolute, has a component `..`, is
-            the root, or lies within another.
-    """
+    """Return the volumes with their paths in normal form, if a workspace can have them together."""
     checked: list[Volume] = []
     for volume in volumes:
         _check_name(volume.name)

@@ -69,7 +69,6 @@ class ScopePolicy:
 
     @property
     def commit_scope(self) -> Scope:
-        """What a commit holds."""
         return self.on_pause if self.on_commit is None else self.on_commit
 
 
@@ -106,8 +105,7 @@ class Policy:
     def from_mapping(cls, name: str, values: Mapping[str, Any]) -> Policy:
         """A policy from plain values as the user spells them, such as `{"onPause": "Full"}`.
 
-        Raises:
-            InvalidArgument: a field is unknown or its value is not one; the text names the field as given.
+        InvalidArgument names a field that is unknown, or whose value is not one, as it was given.
         """
         unknown = values.keys() - _FIELDS.keys()
         if unknown:
@@ -436,11 +434,8 @@ class Schedule:
         return any(part.startswith("*") for part in self._fields.split()[:2])
 
     def _first(self, wall: datetime, fold: int, moment: datetime) -> datetime:
-        """The first time after `wall` on the zone's clock that is later than `moment` too.
-
-        The cron library is given the clock's time alone, without zone: its own steps across changes of half
-        an hour miss times.
-        """
+        """The first time after `wall` on the zone's clock that is later than `moment` too."""
+        # The library is given no zone: its own steps across changes of half an hour miss times.
         times = CronSim(self._fields, wall)
         while (found := self._in_utc(next(times), fold)) <= moment:
             continue

@@ -104,7 +104,6 @@ class PausedRecords:
         self.folder = state_folder(folder)
 
     def path(self, name: str) -> str:
-        """Where an entry is, or would be."""
         return f"{self.folder}/{name}"
 
     def write(self, record: PausedRecord) -> None:
@@ -247,7 +246,6 @@ def encode(record: PausedRecord) -> dict[str, Any]:
 
 
 def decode(values: Any) -> PausedRecord:
-    """The record in parsed JSON."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"this is no record of format {FORMAT}")
     spec = WorkspaceSpec(**_read(_SPEC, values["workspace"]))

@@ -55,8 +55,7 @@ def lifecycle(
     """
     if tick is not None and not once:
         raise InvalidArgument("--tick goes with --once only")
-    from snaploader.workspace.hooks import Hooks
-    from snaploader.workspace.lifecycle import LifecycleExecutor
+    from snaploader.workspace.lifecycle import Hooks, LifecycleExecutor
 
     make_executor = functools.partial(LifecycleExecutor, workspaces.manager, max_concurrency=max_concurrency)
     if once:

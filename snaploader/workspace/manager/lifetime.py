@@ -6,7 +6,7 @@ Pausing and resuming is local: the remote cache is not asked for anything.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -25,7 +25,6 @@ from snaploader.workspace.model import (
     RunTransition,
     Scope,
     SnapshotKind,
-    SnapshotRecord,
     SnapshotResult,
     SnapshotStatus,
     Workspace,
@@ -141,8 +140,15 @@ def delete(
         with services.catalog.reading() as reader:
             records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
         commits = [each for each in records if each.kind is SnapshotKind.COMMIT and each.is_remote]
-        if not without_remote:
-            _check_remote(services, commits)
+        try:
+            for record in () if without_remote else commits:
+                services.content.check_remote(record)
+        except SnaploaderError as error:
+            error.add_note(
+                "if that remote cache is gone for good, delete with --forget-remote (or forget_remote=True): "
+                "what it has of the commits stays there"
+            )
+            raise
         work.stop()
         with work.recording() as tx:
             for record in commits if without_remote else ():
@@ -161,18 +167,6 @@ def delete(
         log.warning("workspace %r is deleted; recovery removes what is left: %s", workspace_id, problem)
     lock.remove_file()  # ids are never used again, so nobody needs the lock any more
     return workspace
-
-
-def _check_remote(services: Services, commits: Iterable[SnapshotRecord]) -> None:
-    for record in commits:
-        try:
-            services.content.check_remote(record)
-        except SnaploaderError as error:
-            error.add_note(
-                "if that remote cache is gone for good, delete with --forget-remote (or forget_remote=True): "
-                "what it has of the commits stays there"
-            )
-            raise
 
 
 def bring_back(services: Services, workspace: Workspace, token: str) -> None:

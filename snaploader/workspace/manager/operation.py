@@ -96,7 +96,6 @@ class Services:
         return self.runtime.stop(workspace_id, timeout_s=self.stop_timeout_s, force=True)
 
     def find_workspace(self, workspace_id: str) -> Workspace | None:
-        """The workspace of that id; None when the catalog does not know it."""
         with self.catalog.reading() as reader:
             try:
                 return reader.workspace(workspace_id)
@@ -316,7 +315,6 @@ def runs_nevertheless(services: Services, workspace_id: str) -> bool:
 def new_operation(
     services: Services, kind: OperationKind, snapshot_name: str = "", version: int | None = None
 ) -> Operation:
-    """What is under way from now on."""
     return Operation(kind, uuid.uuid4().hex, services.host, services.clock(), snapshot_name, version)
 
 

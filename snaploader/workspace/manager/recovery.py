@@ -119,7 +119,6 @@ class _Recovery:
         )
 
     def summary(self) -> RecoverySummary:
-        """What it came to."""
         found = {each.name: tuple(getattr(self, each.name)) for each in fields(RecoverySummary)}
         return RecoverySummary(**found)
 

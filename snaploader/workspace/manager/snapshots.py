@@ -159,7 +159,6 @@ class SnapshotContent:
         return pin_name(record.name) in self.file_cache.pins(pin_name(record.name))
 
     def is_local(self, runtime_name: str) -> bool:
-        """Whether the snapshot's manifest is in the local cache."""
         try:
             self.file_cache.get_ref(self.manifest_ref(runtime_name))
         except NotFound:
@@ -167,7 +166,6 @@ class SnapshotContent:
         return True
 
     def pinned_names(self, workspace_id: str) -> list[str]:
-        """Names of all snapshots of a workspace that are pinned on this host."""
         return [pin.removeprefix(_PINS) for pin in self.file_cache.pins(pin_name(f"{workspace_id}."))]
 
     def as_saved(self, record: SnapshotRecord) -> SnapshotRecord:
@@ -220,7 +218,6 @@ class SnapshotContent:
             self.file_cache.unpin(pin)
 
     def manifest_ref(self, runtime_name: str) -> str:
-        """Key of the snapshot's manifest in the local cache."""
         return self.loader.manifests.local_ref(self._key(runtime_name))
 
     def _key(self, runtime_name: str) -> SnapshotKey:
@@ -254,7 +251,6 @@ def new_record(
     source: SnapshotSource = SnapshotSource.MANUAL,
     display_name: str = "",
 ) -> SnapshotRecord:
-    """The record of a snapshot that is about to be taken."""
     now = services.clock()
     parent = find_snapshot(tx, workspace.current_snapshot)
     if parent is not None and parent.kind is SnapshotKind.PAUSE:
@@ -275,7 +271,6 @@ def new_record(
 
 
 def completed(record: SnapshotRecord) -> SnapshotRecord:
-    """The same record, complete."""
     return replace(record, status=SnapshotStatus.COMPLETE)
 
 

@@ -13,8 +13,7 @@ from lifecycle_values import NOW, TICK_APART
 from prometheus_client import CollectorRegistry
 
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, Unavailable
-from snaploader.workspace.hooks import AuditRecord, Hooks, Notification
-from snaploader.workspace.lifecycle import LifecycleExecutor, Metrics, Skip
+from snaploader.workspace.lifecycle import AuditRecord, Hooks, LifecycleExecutor, Metrics, Notification, Skip
 from snaploader.workspace.model import (
     Operation,
     OperationKind,

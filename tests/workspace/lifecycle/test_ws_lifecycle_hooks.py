@@ -9,8 +9,8 @@ from typing import Self
 import pytest
 from lifecycle_values import NOW
 
-from snaploader.workspace import hooks as hooks_module
-from snaploader.workspace.hooks import AuditRecord, HookDelivery, Hooks, Notification
+from snaploader.workspace import lifecycle
+from snaploader.workspace.lifecycle import AuditRecord, HookDelivery, Hooks, Notification
 from snaploader.workspace.model import WorkspaceState
 from snaploader.workspace.policy import Transition
 
@@ -95,7 +95,7 @@ def test_a_hook_that_hangs_holds_up_neither_sending_nor_closing(caplog):
 
 
 def test_records_beyond_the_most_that_wait_are_dropped_and_counted(monkeypatch, caplog):
-    monkeypatch.setattr(hooks_module, "MAX_WAITING", 2)
+    monkeypatch.setattr(lifecycle, "MAX_WAITING", 2)
     entered, release, seen = threading.Event(), threading.Event(), []
 
     def slow(record: Notification) -> None:
