@@ -375,8 +375,7 @@ class SlotPool:
 
     def owners(self) -> dict[int, str]:
         """All slots that are taken, in order, and by whom."""
-        owners = {slot: self.owner(slot) for slot in sorted(self._taken())}
-        return {slot: owner for slot, owner in owners.items() if owner is not None}
+        return {slot: owner for slot in sorted(self._taken()) if (owner := self.owner(slot)) is not None}
 
     def is_slot(self, slot: object) -> bool:
         return isinstance(slot, int) and not isinstance(slot, bool) and 0 <= slot < self.count

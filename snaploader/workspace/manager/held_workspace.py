@@ -54,27 +54,35 @@ class HeldWorkspace:
         self._sections.run_to_end(self._lock, partial(undo.settle, self._services, self.workspace_id))
 
     def take_version(self, request: versions.VersionRequest) -> SnapshotResult:
+        """Capture the workspace as its next version."""
         return self._complete(partial(versions.take, request=request))
 
     def rollback(self, version: int, *, keep_current: bool = False) -> Workspace:
+        """Go back to a version."""
         return self._complete(partial(versions.rollback, number=version, keep_current=keep_current))
 
     def pause(self, *, reason: str = USER) -> SnapshotResult:
+        """Pause the workspace."""
         return self._complete(partial(lifetime.pause, reason=reason))
 
     def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:
+        """Bring a paused workspace back."""
         return self._complete(partial(lifetime.resume, reason=reason, ready_timeout_s=ready_timeout_s))
 
     def commit(self, name: str = "") -> SnapshotResult:
+        """Put the workspace's state into the remote cache."""
         return self._complete(partial(commit.commit, display_name=name))
 
     def start(self, *, reason: str = USER) -> Workspace:
+        """Start a stopped workspace."""
         return self._complete(partial(lifetime.start, reason=reason))
 
     def stop(self, *, reason: str = USER) -> Workspace:
+        """Stop a running workspace."""
         return self._complete(partial(lifetime.stop, reason=reason))
 
     def delete(self, *, reason: str = USER, forget_remote: bool = False) -> Workspace:
+        """Delete the workspace."""
         delete = partial(lifetime.delete, lock=self._lock, reason=reason, without_remote=forget_remote)
         return self._complete(delete)
 

@@ -82,7 +82,8 @@ def recover(services: Services, locks: WorkspaceLocks, *, without_remote: bool =
     for step in recovery.steps():
         with recovery.guarding(step.__name__.strip("_")):
             step()
-    summary = recovery.summary()
+    found = {each.name: tuple(getattr(recovery, each.name)) for each in fields(RecoverySummary)}
+    summary = RecoverySummary(**found)
     log.info("recovered host %r: %s", services.host, summary)
     return summary
 
@@ -117,10 +118,6 @@ class _Recovery:
             self._free_slots,
             self._remove_locks,
         )
-
-    def summary(self) -> RecoverySummary:
-        found = {each.name: tuple(getattr(self, each.name)) for each in fields(RecoverySummary)}
-        return RecoverySummary(**found)
 
     @contextmanager
     def guarding(self, name: str) -> Iterator[None]:

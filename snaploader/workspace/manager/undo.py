@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from dataclasses import replace
 
 from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
-from snaploader.workspace.catalog import Transaction
 from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless
 from snaploader.workspace.manager.snapshots import remove_unfinished
 from snaploader.workspace.manager.versions import carry_on, is_placed
@@ -152,9 +150,12 @@ def _record(
             is_commit = record.kind is SnapshotKind.COMMIT and services.content.is_pinned(record)
             status = SnapshotStatus.ORPHANED if is_commit else SnapshotStatus.DELETING
             unfinished.append(replace(record, status=status, is_remote=is_commit))
-            tx.put_snapshot(unfinished[-1])
         if any(record.status is SnapshotStatus.ORPHANED for record in unfinished):
-            unfinished += _superseded_orphans(tx, work.workspace_id, {record.name for record in unfinished})
+            # Earlier failed commits go: what keeps failing must not fill the disk with pins.
+            orphans = tx.snapshots(work.workspace_id, statuses=[SnapshotStatus.ORPHANED])
+            unfinished += [replace(record, status=SnapshotStatus.DELETING) for record in orphans]
+        for record in unfinished:
+            tx.put_snapshot(record)
         if restart_error is not None:
             tx.update_workspace(work.workspace_id, state=WorkspaceState.STOPPED)
             work.record_run(tx, RunTransition.START, error=_text(restart_error))
@@ -165,17 +166,6 @@ def _record(
         else:
             work.record_event(tx, FAILED, operation=kind.value, error=_text(error))
     return unfinished
-
-
-def _superseded_orphans(tx: Transaction, workspace_id: str, new: Collection[str]) -> list[SnapshotRecord]:
-    """Let earlier failed commits go: what keeps failing must not fill the disk with pins."""
-    orphans = tx.snapshots(workspace_id, statuses=[SnapshotStatus.ORPHANED])
-    superseded = [
-        replace(record, status=SnapshotStatus.DELETING) for record in orphans if record.name not in new
-    ]
-    for record in superseded:
-        tx.put_snapshot(record)
-    return superseded
 
 
 def _is_failed_run(work: Work, error: BaseException) -> bool:
