@@ -1,13 +1,16 @@
-"""Files and folders as this library opens, reads, copies, replaces, flushes and removes them.
+"""Files, folders and locks: how this library opens, reads, copies, replaces, flushes, locks and removes them.
 
-One copy of each of these steps is here for all packages but `cow`, which stands alone; locks between
-processes are in `snaploader.locks`. What handles content raises OSError.
+One copy of each of these steps is here for all packages but `cow`, which stands alone. What handles content
+raises OSError.
 
 Another user may have made a folder of content before, or may write to it, and may have put a symbolic link, a
 pipe or a file of somebody else's where this library expects a file of its own. So a folder or file is opened
 first, never through a link in its last component and without waiting for anyone, and it is judged by its
 descriptor: what it is, who owns it, who may write to it. See open(2), path_resolution(7) and symlink(7).
 Folders above the root are taken as they are: whoever may rename the root can put another in its place.
+
+A forked child shares descriptors, and so locks, with its parent. So whatever unlocks or removes something in
+a block that a child may leave too asks first whose it is.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Self
 
 from snaploader.digest import Buffer, DigestFunction, Hasher
-from snaploader.errors import FailedPrecondition, InvalidArgument, PermissionDenied
+from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, PermissionDenied
 
 BUFFER_BYTES = 1 << 20
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
@@ -168,15 +172,9 @@ def closing_fd_on_error(fd: int) -> Iterator[int]:
 def open_folder(path: str, access: Access, what: str = "the folder", *, parent: int | None = None) -> int:
     """Open a folder, made if absent, after checking what it is; return its descriptor.
 
-    Args:
-        what: How messages call it.
-        parent: The open folder that it is in. By default it is one that the user named: those above it are
-            made too, and things of others may be in it.
-
-    Raises:
-        FailedPrecondition: It is a symbolic link.
-        PermissionDenied: It belongs to somebody unexpected, or is writable for others.
-        OSError: It cannot be made or opened.
+    A folder without a `parent`, which is open, is one that the user named: those above it are made too, and
+    things of others may be in it. FailedPrecondition when it is a symbolic link, and PermissionDenied when it
+    belongs to somebody unexpected or is writable for others.
     """
     if parent is None:
         path = name = os.path.abspath(path)
@@ -212,8 +210,7 @@ def open_folder(path: str, access: Access, what: str = "the folder", *, parent: 
 def make_inside(root: str, path: str, access: Access) -> None:
     """Make a folder, and those above it up to `root`, each by its mode whatever the umask says.
 
-    Raises:
-        OSError: FileExistsError or NotADirectoryError when something else is in the way.
+    NotADirectoryError, with its path, when something else is in the way.
     """
     if path == root:
         return
@@ -247,12 +244,7 @@ def open_new(path: str, mode: int, flags: int = os.O_RDWR) -> int:
 def open_regular(
     path: str, flags: int = os.O_RDONLY, *, dir_fd: int | None = None
 ) -> tuple[int, os.stat_result]:
-    """Open a regular file; return its descriptor and status.
-
-    Raises:
-        OddEntry: It is something else.
-        OSError: FileNotFoundError when nothing is there.
-    """
+    """Open a regular file; return its descriptor and status. OddEntry when it is something else."""
     try:
         fd = os.open(path, flags | _FILE, 0o600, dir_fd=dir_fd)
     except OSError as error:
@@ -271,10 +263,7 @@ def open_regular(
 
 
 def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Read a regular file; return its bytes, at most one more than `max_bytes`, and its status.
-
-    Errors as `open_regular`.
-    """
+    """Read a regular file; return its bytes, at most one more than `max_bytes`, and its status."""
     fd, status = open_regular(path)
     with closing_fd(fd):
         return read_file(fd, max_bytes), status
@@ -283,10 +272,8 @@ def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
 def open_written(path: str, flags: int, access: Access) -> int:
     """Open a regular file that is written in place, made if absent; return its descriptor.
 
-    Raises:
-        OddEntry: It is something else.
-        PermissionDenied: It belongs to somebody unexpected, or has another name elsewhere.
-        OSError: It cannot be made or opened.
+    OddEntry when it is something else, PermissionDenied when it belongs to somebody unexpected or has another
+    name elsewhere.
     """
     fd, status = open_regular(path, flags | os.O_CREAT)
     with closing_fd_on_error(fd):
@@ -399,14 +386,10 @@ _NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
 
 
 class NamelessFile:
-    """A new empty file without a name, open for reading and writing, mode 0600. For one thread.
+    """A new empty file without a name, open for reading and writing, mode 0600; dropped unless it was linked.
 
     Nothing is left of it when the process is killed (O_TMPFILE, see open(2)), except where the file system
-    knows no such files: there it has a temporary name. A context manager that drops what was not linked.
-
-    Args:
-        folder: Where the file will be.
-        temporary_path: Gives a new path on the same file system, for file systems without O_TMPFILE.
+    knows no such files: there it has the name that `temporary_path` gives.
     """
 
     def __init__(self, folder: str, temporary_path: Callable[[], str]) -> None:
@@ -451,21 +434,15 @@ class NamelessFile:
 def replacing(path: str | os.PathLike[str], *, mode: int = 0o600) -> Iterator[int]:
     """Open a new file that takes the place of `path`, in one step, when the block ends well.
 
-    Gives its descriptor. Until then it has a temporary name beside `path`. If the block raises, that is
-    removed, and what stood at `path` still stands. A forked child that leaves the block does neither. Nothing
-    is flushed to disk.
-
-    Args:
-        mode: Permission bits of the file, whatever the umask says.
+    Until then it has a temporary name beside `path`. If the block raises, what stood at `path` still stands.
+    Nothing is flushed to disk.
     """
     pid = os.getpid()
     fd, temporary = tempfile.mkstemp(prefix=".snaploader-", dir=os.path.dirname(path) or ".")
     try:
-        try:
+        with closing_fd(fd):
             yield fd
             os.fchmod(fd, mode)
-        finally:
-            os.close(fd)
         if os.getpid() == pid:
             os.replace(temporary, path)
     except BaseException:
@@ -499,9 +476,6 @@ def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> N
     """Remove a file or folder as far as possible, even when others do so too or its modes forbid it.
 
     No symbolic link is followed, even if somebody puts one in the place of a folder meanwhile.
-
-    Args:
-        dir_fd: Of the folder that a relative path is in.
     """
     try:
         os.unlink(path, dir_fd=dir_fd)
@@ -540,3 +514,142 @@ class suppress_errnos:  # noqa: N801  (reads like contextlib.suppress)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         return isinstance(error, OSError) and error.errno in self._codes
+
+
+class ProcessExitStack(ExitStack):
+    """An ExitStack that cleans up in the process that made it. A forked child forgets the callbacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pid = os.getpid()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool:
+        if os.getpid() != self._pid:
+            self.pop_all()
+            return False
+        return bool(super().__exit__(kind, error, trace))
+
+
+class FileLock:
+    """A lock among threads and processes, by flock(2) on a file that is never removed. Not reentrant.
+
+    It goes when the process does, however it does. Two caches in one process exclude each other like two
+    processes. In a forked child it counts as closed.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._threads = threading.Lock()
+        self._pid = os.getpid()
+        self.fd = fd
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock, waiting for it first. Cancelled after `close`."""
+        # A child's thread lock may be held for ever, so that it is not even waited for.
+        if not self.closed:
+            with self._threads:
+                if not self.closed:
+                    fcntl.flock(self.fd, fcntl.LOCK_EX)
+                    try:
+                        yield
+                    finally:
+                        self._unlock()
+                    return
+        raise Cancelled("the file cache was closed while it was used")
+
+    @contextmanager
+    def held_now(self) -> Iterator[bool]:
+        """Hold the lock if that needs no waiting; tell whether it is held."""
+        held = self._threads.acquire(blocking=False)
+        try:
+            if held:
+                try:
+                    fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._threads.release()
+                    held = False
+            yield held
+        finally:
+            if held:
+                self._unlock()
+                self._threads.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is a child of the process that made it."""
+        return self.fd < 0 or os.getpid() != self._pid
+
+    def close(self) -> None:
+        """Give up the descriptor. Waits for the thread that holds the lock, which a forked child lacks."""
+        if os.getpid() != self._pid:
+            self._threads = threading.Lock()
+        with self._threads:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+
+    def _unlock(self) -> None:
+        # A child that was forked within the block leaves it too; the lock is its parent's.
+        if os.getpid() == self._pid:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+
+def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:
+    """Lock a file that is made if absent and that others may remove; return its descriptor.
+
+    BlockingIOError when another holds it and there is to be no waiting. If it is this user's, it gets the
+    mode whatever the umask says.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | _FILE, mode)
+        with closing_fd_on_error(fd):
+            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
+            if status.st_nlink:
+                if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
+                    os.fchmod(fd, mode)
+                return fd
+        # Whoever held it, or took it for a dead one, removed it between the two calls.
+        os.close(fd)
+
+
+def try_lock(path: str, *, dir_fd: int | None = None) -> int | None:
+    """Lock an existing lock file; return its descriptor, or None when another holds it or it is gone.
+
+    Also None when it may not be read (another user made it, who may hold it) or is no regular file.
+    """
+    try:
+        fd = open_regular(path, dir_fd=dir_fd)[0]
+    except (FileNotFoundError, PermissionError, NotADirectoryError, OddEntry):
+        return None
+    with closing_fd_on_error(fd), suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return fd
+    os.close(fd)
+    return None
+
+
+def is_dead(path: str, *, dir_fd: int | None = None) -> bool:
+    """Tell whether nobody holds a lock file: its owner ended, or it is gone. An unreadable one is held."""
+    fd = try_lock(path, dir_fd=dir_fd)
+    if fd is None:
+        return lstat(path, dir_fd=dir_fd) is None or is_odd(path, dir_fd=dir_fd)
+    os.close(fd)
+    return True
+
+
+def is_odd(path: str, *, dir_fd: int | None = None) -> bool:
+    """Tell whether something is there that is no regular file, so that it is nobody's lock."""
+    status = lstat(path, dir_fd=dir_fd)
+    return status is not None and not stat.S_ISREG(status.st_mode)
+
+
+def lstat(path: str, *, dir_fd: int | None = None) -> os.stat_result | None:
+    """Return the status of what is there, be it a link that leads nowhere; None when nothing is."""
+    try:
+        return os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return None

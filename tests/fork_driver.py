@@ -23,7 +23,7 @@ from cow import COWStore
 from snaploader import FileCache, SnapshotLoader, SnapshotTask, VMConfiguration
 from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest, DigestFunction
-from snaploader.locks import FileLock
+from snaploader.files import FileLock
 from snaploader.workers import WorkerPool
 
 CHUNK = 4096

@@ -41,9 +41,8 @@ from snaploader.filecache.layout import (
     entry_name,
 )
 from snaploader.filecache.usage import CacheContext
-from snaploader.files import OddEntry, open_regular, read_regular, remove_tree
+from snaploader.files import FileLock, OddEntry, is_dead, open_regular, read_regular, remove_tree, try_lock
 from snaploader.formats.digests import HashSet, Prefixes, Words, is_first, to_hex, to_words
-from snaploader.locks import FileLock, is_dead, try_lock
 
 RACY_NS = 20_000_000
 COMPACT_BYTES = 32 << 20

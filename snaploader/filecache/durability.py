@@ -17,8 +17,7 @@ from contextlib import suppress
 
 from snaploader.filecache.layout import OpenFolder
 from snaploader.filecache.usage import Ledger
-from snaploader.files import OddEntry, flush_file_system, read_regular
-from snaploader.locks import FileLock, is_odd
+from snaploader.files import FileLock, OddEntry, flush_file_system, is_odd, read_regular
 
 CLOCK_SLACK_NS = 1_000_000_000
 """File times come from a clock that lags by up to one tick; a second is plenty."""

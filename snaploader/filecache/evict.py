@@ -30,7 +30,7 @@ from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import disk_bytes, entry_name
 from snaploader.filecache.retention import PinTable, Protection
 from snaploader.filecache.usage import CacheContext, Section
-from snaploader.locks import FileLock
+from snaploader.files import FileLock
 
 MAX_FRUITLESS_SCANS = 3
 """Scans in a row that others changed the cache during, after which it is believed that nothing can go."""

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Self
 
-from snaploader import files, locks
+from snaploader import files
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.files import (
@@ -198,7 +198,7 @@ class OpenFolder:
         self._fd = -1
         self._base = layout.create(access)
         try:
-            self._fd = locks.lock_new(self._staging + _LOCK, mode=access.file_mode)
+            self._fd = files.lock_new(self._staging + _LOCK, mode=access.file_mode)
             with self.folder(layout.owners) as owners:
                 os.close(open_folder(self._staging, access, parent=owners))
         except BaseException:
@@ -314,16 +314,16 @@ class OpenFolder:
             names = set(os.listdir(owners))
             for name in names:
                 if name.endswith(_LOCK):
-                    fd = locks.try_lock(name, dir_fd=owners)
+                    fd = files.try_lock(name, dir_fd=owners)
                     try:
-                        if fd is not None or locks.is_odd(name, dir_fd=owners):
+                        if fd is not None or files.is_odd(name, dir_fd=owners):
                             _remove_owned(owners, leases, name.removesuffix(_LOCK))
                     finally:
                         if fd is not None:
                             os.close(fd)
             for name in os.listdir(leases):
                 lock = name.partition(".")[0] + _LOCK
-                if lock not in names and locks.is_dead(lock, dir_fd=owners):
+                if lock not in names and files.is_dead(lock, dir_fd=owners):
                     remove_tree(name, dir_fd=leases)
         with self.folder(self.layout.trash) as trash:
             for name in os.listdir(trash):
@@ -338,7 +338,7 @@ class OpenFolder:
 
 def is_alive(layout: Layout, token: str) -> bool:
     """Tell whether the owner of this token still has its cache open."""
-    return not locks.is_dead(f"{layout.owners}/{token}{_LOCK}")
+    return not files.is_dead(f"{layout.owners}/{token}{_LOCK}")
 
 
 def _remove_owned(owners: int, leases: int, token: str) -> None:
@@ -350,7 +350,7 @@ def _remove_owned(owners: int, leases: int, token: str) -> None:
     for name in os.listdir(leases):
         if name.partition(".")[0] == token:
             remove_tree(name, dir_fd=leases)
-    if not locks.exists(token, dir_fd=owners):
+    if files.lstat(token, dir_fd=owners) is None:
         remove_tree(token + _LOCK, dir_fd=owners)
 
 

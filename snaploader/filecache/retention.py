@@ -31,7 +31,7 @@ from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderErr
 from snaploader.filecache.bulk import Scan, use_keys
 from snaploader.filecache.layout import Layout, Space, check_hash, is_alive
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
-from snaploader.files import OddEntry, flush_folder, open_regular, read_file, read_regular
+from snaploader.files import OddEntry, flush_folder, is_odd, open_regular, read_file, read_regular
 from snaploader.formats.digests import (
     Prefixes,
     Words,
@@ -44,7 +44,6 @@ from snaploader.formats.digests import (
     to_rows,
     to_words,
 )
-from snaploader.locks import is_odd
 
 UNKNOWN_SIZE = -1
 MAX_PIN_ENTRIES = 1 << 24

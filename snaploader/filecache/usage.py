@@ -25,8 +25,7 @@ from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest
 from snaploader.errors import NotFound
 from snaploader.filecache.layout import ENTRY_NAME_LENGTH, Layout, OpenFolder, Space, disk_bytes, entry_name
-from snaploader.files import OddEntry, open_regular, read_regular, remove_tree
-from snaploader.locks import FileLock
+from snaploader.files import FileLock, OddEntry, open_regular, read_regular, remove_tree
 
 _FORMAT = struct.Struct("<8sqqqqq")
 _MAGIC = b"snapled1"

@@ -22,7 +22,7 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.files import ThreadBuffers, remove_tree
+from snaploader.files import ProcessExitStack, ThreadBuffers, remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
@@ -30,7 +30,6 @@ from snaploader.keys import SnapshotKeySet, SnapshotTask
 from snaploader.loader.directory import DirectoryCapture, DirectorySource
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
-from snaploader.locks import ProcessExitStack
 from snaploader.policy import SavePolicy
 from snaploader.workers import WorkerPool
 

@@ -13,6 +13,7 @@ from snaploader.blobstore import BlobStore, RemoteStore, TieredStore
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
+from snaploader.files import ProcessExitStack
 from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions
 from snaploader.loader.derive import SnapshotDeriver
@@ -31,7 +32,6 @@ from snaploader.loader.results import (
 from snaploader.loader.save import SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, restore, restore_directory, unpack
 from snaploader.loader.versions import VersionStore
-from snaploader.locks import ProcessExitStack
 from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy
 from snaploader.workers import DEFAULT_WORKERS, WorkerPool
 

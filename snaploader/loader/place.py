@@ -22,12 +22,11 @@ from pathlib import Path
 from cow import TruncatedFile, clone_range, copy_sparse, read_all, write_all, write_nonzero
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.files import ThreadBuffers, remove_tree, replacing
+from snaploader.files import ProcessExitStack, ThreadBuffers, remove_tree, replacing
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs, read_blob
 from snaploader.loader.results import ProgressMeter, Snapshot
-from snaploader.locks import ProcessExitStack
 
 _BULK_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""

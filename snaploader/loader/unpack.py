@@ -15,12 +15,12 @@ from typing import Self
 from cow import COWStore, MappingBudget, StoreStatistics
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import Lease
+from snaploader.files import ProcessExitStack
 from snaploader.formats.chunktable import DEFAULT_MODE
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.place import SnapshotWriter, check_vacant, output_folder
 from snaploader.loader.results import ManifestSource, ProgressCallback, ProgressMeter, RestoreResult, Snapshot
 from snaploader.loader.scan import write_restored_index
-from snaploader.locks import ProcessExitStack
 
 log = logging.getLogger(__name__)
 

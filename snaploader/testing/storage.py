@@ -33,6 +33,7 @@ from snaploader.files import (
     Access,
     OddEntry,
     closing_fd,
+    lock_new,
     make_inside,
     open_folder,
     open_new,
@@ -41,7 +42,6 @@ from snaploader.files import (
     remove_tree,
     write_all,
 )
-from snaploader.locks import lock_new
 
 _BLOB_MODE = 0o400
 _CHECKSUM_BYTES = 32

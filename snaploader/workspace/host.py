@@ -30,8 +30,7 @@ from snaploader.errors import (
     ResourceExhausted,
     translate_os_errors,
 )
-from snaploader.files import flush_folder, open_new, open_private
-from snaploader.locks import lock_new
+from snaploader.files import flush_folder, lock_new, open_new, open_private
 from snaploader.workspace.catalog import Catalog, HostState
 from snaploader.workspace.model import check_workspace_id
 

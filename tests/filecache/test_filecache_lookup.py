@@ -17,9 +17,8 @@ from snaploader.filecache import FileCache, blobs, bulk
 from snaploader.filecache.blobs import VerifiedMemo
 from snaploader.filecache.bulk import Position, UseLog
 from snaploader.filecache.layout import Layout, OpenFolder
-from snaploader.files import Access
+from snaploader.files import Access, FileLock
 from snaploader.formats.digests import DigestArray
-from snaploader.locks import FileLock
 
 HASHES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(5000)]
 

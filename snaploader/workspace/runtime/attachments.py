@@ -20,10 +20,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.files import replace_file
+from snaploader.files import ProcessExitStack, replace_file
 from snaploader.formats.manifest import check_name
 from snaploader.loader import Snapshot, SnapshotLoader
-from snaploader.locks import ProcessExitStack
 from snaploader.workspace.runtime.contents import NO_VOLUMES, ROOT, VOLUME_PREFIX, Folder, Layout, read_file
 from snaploader.workspace.runtime.protocol import Attachment
 from snaploader.workspace.runtime.runs import ProcessIdentity

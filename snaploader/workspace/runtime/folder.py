@@ -19,9 +19,15 @@ from typing import Self
 from cow import COWStore
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.files import flush_file_system, flush_folder, remove_tree, replace_file
+from snaploader.files import (
+    ProcessExitStack,
+    flush_file_system,
+    flush_folder,
+    lock_new,
+    remove_tree,
+    replace_file,
+)
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
-from snaploader.locks import ProcessExitStack, lock_new
 from snaploader.workspace.model import Scope, WorkspaceSpec, check_workspace_id
 from snaploader.workspace.runtime import contents
 from snaploader.workspace.runtime.attachments import Attachments, drop
