@@ -410,13 +410,11 @@ def _branch(task: SnapshotTask, variable: str) -> str:
 def _submessage(message: object, name: str) -> Any:
     """A field that is a message, or None when it is not set or the stubs do not know it."""
     has_field = getattr(message, "HasField", None)
-    if has_field is not None:
-        try:
-            if not has_field(name):
-                return None
-        except ValueError:
-            return None
-    return getattr(message, name, None)
+    try:
+        is_set = has_field is None or has_field(name)
+    except ValueError:
+        return None
+    return getattr(message, name, None) if is_set else None
 
 
 def _environment(variables: Iterable[Any]) -> dict[str, str]:

@@ -34,7 +34,6 @@ from snaploader.loader.scan import (
     changed,
     check_directories,
     is_settled,
-    open_directory,
     read_index,
     scan,
     shown_path,
@@ -132,7 +131,8 @@ class DirectoryCapture:
         """The digest of the tree; there after `finish`."""
         self._check_places(source.exclude)
         self._started_ns = time.time_ns()
-        self._root = open_directory(self._where)
+        with translate_os_errors(f"cannot read the directory {self._where!r}"):
+            self._root = os.open(self._where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._found = scan(self._root, self._where, source.exclude)
         except BaseException:

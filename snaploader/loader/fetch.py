@@ -104,10 +104,7 @@ class BlobFetcher:
         """Make a blob, of any size, appear as a new file `target`; whether it was fetched.
 
         It shares its bytes with the file cache where it can: a link when nobody may write to it and its
-        mode is that of cached blobs, else a clone or copy.
-
-        Args:
-            mode: Permission bits; those for writing count only if `writable`.
+        mode is that of cached blobs, else a clone or copy. Only if `writable`, bits for writing count.
         """
         mode = mode | 0o200 if writable else mode & 0o555
         while True:

@@ -36,11 +36,7 @@ _BATCH = 1 << 16
 
 
 class SnapshotFinder:
-    """Looks keys up in the file cache and the remote store. Thread-safe.
-
-    Args:
-        max_stale_fallback_age_s: Local snapshots of fallback keys older than this are passed over.
-    """
+    """Looks keys up in the file cache and the remote store. Thread-safe."""
 
     def __init__(
         self, stores: Stores, fetcher: BlobFetcher, manifests: ManifestStore, max_stale_fallback_age_s: float
@@ -223,20 +219,17 @@ class SnapshotFinder:
         for name, digest in trees.items():
             if digest in decoded:
                 continue
-            tree = self._read_tree(manifest, digest)
             try:
-                decoded[digest] = decode(tree, manifest.digest_function)
+                data = self._file_cache.read(digest)
+            except (NotFound, DataLoss):
+                if not self._stores.can_fetch(manifest.digest_function):
+                    raise
+                data = self._fetcher.read(digest)
+            try:
+                decoded[digest] = decode(data, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
         return {name: decoded[digest] for name, digest in trees.items()}
-
-    def _read_tree(self, manifest: Manifest, digest: Digest) -> bytes:
-        try:
-            return self._file_cache.read(digest)
-        except (NotFound, DataLoss):
-            if not self._stores.can_fetch(manifest.digest_function):
-                raise
-        return self._fetcher.read(digest)
 
 
 def _batches(digests: DigestArray) -> Iterator[DigestArray]:

@@ -79,11 +79,10 @@ class Stores:
         return self.remote
 
     def check_may_write(self, verb: str, *, remote: bool | None, hint: str = "") -> None:
-        """FailedPrecondition where this loader is read-only, InvalidArgument where there is nothing to write.
+        """FailedPrecondition where this loader is read-only, InvalidArgument where there is no remote store.
 
         Args:
-            verb: What is to be done with snapshots.
-            remote: Whether it was asked for remotely.
+            verb: What is to be done with snapshots, remotely if `remote`.
             hint: What to do where the remote store is only read.
         """
         if self.readonly:

@@ -124,11 +124,7 @@ class SnapshotWriter:
     def fetch_many(
         self, digests: Collection[Digest], where: str, write: Callable[[Digest, bytes], object]
     ) -> None:
-        """Fetch in bulk what the file cache lacks, and write each blob as it comes.
-
-        Args:
-            where: What the blobs belong to, for messages.
-        """
+        """Fetch in bulk what the file cache lacks of `where`, and write each blob as it comes."""
         behind = self.fetcher.behind
         if behind is None or not self.snapshot.allow_remote:
             raise NotFound(

@@ -92,12 +92,7 @@ class _Plan:
 
 
 class SnapshotSaver:
-    """Does the saving for a loader. Thread-safe, stateless between calls.
-
-    Args:
-        local_digest_function: Where there is no remote store to say.
-        universal_ref: Whether every save also updates the universal ref.
-    """
+    """Does the saving for a loader, whose arguments it has. Thread-safe, stateless between calls."""
 
     def __init__(
         self,

@@ -114,12 +114,6 @@ class Scan:
         return len(self.directories) + len(self.symlinks) + len(self.files)
 
 
-def open_directory(path: str) -> int:
-    """A descriptor of the directory at `path`, which may be a symbolic link to one."""
-    with translate_os_errors(f"cannot read the directory {path!r}"):
-        return os.open(path, _DIRECTORY)
-
-
 def scan(root: int, where: str, exclude: Collection[str] = ()) -> Scan:
     """Look through the directory behind `root`, called `where` in messages.
 

@@ -75,7 +75,23 @@ def unpack(
         writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(None, "write", 0))
         files = writer.place_files(root, undo, writable=writable_files)
         directories = writer.place_directories(root, undo)
-        stores = _open_stores(snapshot, root, fetcher, cleanup, budget) if manifest.chunked_files else {}
+        stores = {}
+        if manifest.chunked_files:
+            with translate_os_errors(f"cannot make a folder for written chunks in {str(root)!r}"):
+                scratch = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=root))
+            cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
+            for number, (name, table) in enumerate(snapshot.tables.items()):
+                mode = snapshot.modes.get(name, DEFAULT_MODE)
+                source = SnapshotChunkSource(name, table, fetcher, snapshot.allow_remote, mode)
+                store = COWStore(
+                    scratch / str(number),
+                    size=table.size,
+                    chunk_size=table.chunk_size,
+                    chunks=table.indices,
+                    source=source,
+                    budget=budget,
+                )
+                stores[name] = cleanup.enter_context(store)
         undo.pop_all()
     return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
 
@@ -94,10 +110,8 @@ def restore(
     hole_bytes = sum(table.hole_bytes for table in tables.values())
     hole_bytes += sum(tree.hole_bytes for tree in trees.values())
     writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(progress, "write", written_bytes))
-    with ProcessExitStack() as undo:
+    with hold(snapshot, fetcher), ProcessExitStack() as undo:
         root = output_folder(output_directory, manifest.names, undo)
-        held = hold(snapshot, fetcher)
-        undo.callback(held.release)
         files = writer.place_files(root, undo, writable=True)
         writer.meter.add(plain_bytes)
         for name, table in tables.items():
@@ -107,7 +121,6 @@ def restore(
             undo.callback(files[name].unlink, missing_ok=True)
         directories = writer.place_directories(root, undo)
         undo.pop_all()
-    held.release()
     return RestoreResult(
         files, written_bytes, hole_bytes, writer.fetched_blobs, writer.fetched_bytes, directories
     )
@@ -169,34 +182,3 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
             "look for a snapshot again, or raise the size of the file cache"
         )
     return lease
-
-
-def _open_stores(
-    snapshot: Snapshot,
-    root: Path,
-    fetcher: BlobFetcher,
-    cleanup: contextlib.ExitStack,
-    budget: MappingBudget | None,
-) -> dict[str, COWStore]:
-    with translate_os_errors(f"cannot make a folder for written chunks in {str(root)!r}"):
-        scratch = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=root))
-    cleanup.callback(shutil.rmtree, scratch, ignore_errors=True)
-    stores = {}
-    for number, (name, table) in enumerate(snapshot.tables.items()):
-        source = SnapshotChunkSource(
-            name,
-            table,
-            fetcher,
-            allow_remote=snapshot.allow_remote,
-            mode=snapshot.modes.get(name, DEFAULT_MODE),
-        )
-        store = COWStore(
-            scratch / str(number),
-            size=table.size,
-            chunk_size=table.chunk_size,
-            chunks=table.indices,
-            source=source,
-            budget=budget,
-        )
-        stores[name] = cleanup.enter_context(store)
-    return stores
