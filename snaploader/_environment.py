@@ -9,12 +9,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-BOOT_ID_PATH = "/proc/sys/kernel/random/boot_id"
-
 
 def read_boot_id() -> str:
     """An id that changes with every boot of the machine; see random(4)."""
-    with open(BOOT_ID_PATH, encoding="ascii") as file:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return file.read().strip()
 
 

@@ -1,18 +1,4 @@
-"""Everything this library raises on purpose.
-
-    SnaploaderError
-    ├── InvalidArgument      an argument, file or message is malformed (also a ValueError)
-    ├── NotFound             no such snapshot, blob, ref or file (also a LookupError)
-    ├── FailedPrecondition   the system is not in the state the call needs
-    ├── ResourceExhausted    a disk, quota, size or count limit was met
-    ├── PermissionDenied     the credentials are known and do not suffice
-    ├── Unauthenticated      no credentials, or not accepted
-    ├── Unavailable          a server cannot be reached or asks to come back later
-    ├── DeadlineExceeded     the time given for the call ran out (also a TimeoutError)
-    ├── Cancelled            the work was called off: the pool, cache or store was closed
-    ├── DataLoss             bytes do not match their digest in any place that holds them
-    ├── Unimplemented        the server does not offer what the call needs
-    └── Internal             a broken invariant, here or in a server
+"""Everything this library raises on purpose: `SnaploaderError`, and its children, one level deep.
 
 The names are gRPC's, as the Remote Execution API uses them. Each error knows whether trying again
 may help (`transient`) and which exit code the command line ends with (`exit_code`; documented in
@@ -142,12 +128,7 @@ _BY_ERRNO = {number: kind for kind, numbers in _ERRNOS.items() for number in num
 
 
 def from_os_error(error: OSError, what: str, *, absent: type[SnaploaderError] = NotFound) -> SnaploaderError:
-    """The typed error for an OSError.
-
-    Args:
-        what: What was being done, as in "cannot read the blob".
-        absent: The kind of error where a file is not there, and that is not what was looked for.
-    """
+    """The typed error for an OSError while doing `what`, of the kind `absent` where a file is not there."""
     kind = absent if error.errno == errno.ENOENT else _BY_ERRNO.get(error.errno or 0, Internal)
     reason = os.strerror(error.errno) if error.errno else str(error)
     where = f" ({error.filename!r})" if error.filename else ""
@@ -158,8 +139,7 @@ def from_os_error(error: OSError, what: str, *, absent: type[SnaploaderError] = 
 def translate_thread_errors(closed: str) -> Iterator[None]:
     """Raise what keeps work from getting a thread as a typed error, chained.
 
-    ResourceExhausted where the system has no more threads, and Cancelled, with `closed` as its message,
-    where the pool of threads was shut down. Python has a RuntimeError for either.
+    Cancelled, with `closed` as its message, where the pool was shut down. Python says RuntimeError for both.
     """
     try:
         yield

@@ -42,6 +42,7 @@ PRIVATE = 0o700
 _ANY_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FOLDER = _ANY_FOLDER | os.O_NOFOLLOW
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _ODD_ERRNOS = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV})
 """What open(2) says of a link, a socket or pipe, a folder to be written, and a device without driver."""
@@ -112,16 +113,15 @@ class Access:
     def apply(self, fd: int, status: os.stat_result, wanted: int) -> None:
         """Give a folder or file of this user's these permissions. Only a shared one gets more than it had."""
         mode = stat.S_IMODE(status.st_mode)
-        wanted = wanted | mode & stat.S_ISVTX if self._is_shared else mode & wanted
+        wanted = wanted | mode & stat.S_ISVTX if self.mode & _OTHERS else mode & wanted
         if status.st_uid == os.geteuid() and mode != wanted:
             os.fchmod(fd, wanted)
 
     def apply_to_folder(self, fd: int, path: str, *, is_root: bool) -> None:
         """Check an open folder, and put its permissions right if it is this user's.
 
-        Args:
-            is_root: It may hold other things too, so nobody's right to read it is taken away, and a place
-                for all, like /tmp, with its sticky bit, is left as it is.
+        A root may hold other things too, so nobody's right to read it is taken away, and a place for all,
+        like /tmp, with its sticky bit, is left as it is.
         """
         status = os.fstat(fd)
         self.check(status, path)
@@ -135,14 +135,10 @@ class Access:
                 )
         elif not is_root:
             self.apply(fd, status, self.mode)
-        elif self._is_shared and not mode & stat.S_ISVTX:
+        elif self.mode & _OTHERS and not mode & stat.S_ISVTX:
             self.apply(fd, status, mode & ~(_OTHERS_WRITE & ~self.mode) | self.mode)
         elif too_open:
             os.fchmod(fd, mode & ~_OTHERS_WRITE)
-
-    @property
-    def _is_shared(self) -> bool:
-        return self.mode & 0o077 != 0
 
     def _remedy(self) -> str:
         return (

@@ -315,17 +315,8 @@ def snapshot_key_set(
     The branch is the variable GIT_BRANCH of the task. It falls back on GIT_BASE_BRANCH, then on
     GIT_REPO_DEFAULT_BRANCH, then on the universal ref where that is wanted. Without a branch there is
     no ref and no fallback at all. A task of a merge queue writes to the queue's base branch, so that
-    the next pull request finds it.
-
-    Args:
-        configuration_hash: Of everything but the platform that makes machines differ.
-        runner_id: The runner; needed when `share` is false, ignored otherwise.
-        version_id: The current version, which the loader knows.
-        share: Whether runners share snapshots. If not, the only key is the runner's own.
-        universal: Whether any branch's latest snapshot may serve as the last fallback.
-
-    Raises:
-        InvalidArgument: A string is not fit for a key, or `runner_id` is missing.
+    the next pull request finds it. If runners do not share snapshots, the only key is the runner's own.
+    InvalidArgument when a string is not fit for a key, or `runner_id` is missing then.
     """
     base = replace(base_key(task, configuration_hash), version_id=version_id)
     if not share:

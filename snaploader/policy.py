@@ -145,15 +145,10 @@ def should_save_remotely(
     refresh_interval_s: float = 0.0,
     now_s: float = 0.0,
 ) -> bool:
-    """Whether a snapshot of `key` is to be saved remotely.
+    """Whether a snapshot of `key` is to be saved remotely. Times are in seconds since the epoch.
 
-    Args:
-        default_ref: The repository's default branch; empty when unknown.
-        branch_exists: Whether the remote store has a snapshot of this very key.
-        any_exists: Whether it has one of any key of the set.
-        last_save_s: When the branch was last saved remotely, in seconds since the epoch, where known.
-        refresh_interval_s: The default branch is saved at most once in so many seconds.
-        now_s: The present, in seconds since the epoch.
+    What exists is in the remote store: a snapshot of this very key, or of any key of the set. The default
+    branch, where it is known, is saved at most once in a refresh interval.
     """
     # A key without a ref has only one line of history, its own, which counts as the default branch.
     if not key.ref or key.ref == default_ref:
@@ -169,14 +164,10 @@ def should_save_remotely(
 
 
 def is_stale(vm_metadata: VMMetadata | None, *, now_s: float, max_age_s: float) -> bool:
-    """Whether a local fallback snapshot is too old to be used.
+    """Whether a local fallback snapshot is too old to be used. Without limit, `max_age_s` is math.inf.
 
     Its age is that of the last task it ran. Without a timestamp it is stale; so it is when the
     timestamp lies further than `max_age_s` in the future, where only a wrong clock can have put it.
-
-    Args:
-        now_s: The present, in seconds since the epoch.
-        max_age_s: In seconds; math.inf for no limit (a timestamp is needed all the same).
     """
     completed = completed_s(vm_metadata)
     return completed is None or math.fabs(now_s - completed) > max_age_s

@@ -25,10 +25,7 @@ DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 class WorkerPool:
     """A bounded pool of threads. Thread-safe. Threads start with the first work and end with `close`.
 
-    Args:
-        workers: Most threads at work for one `for_each`, the calling one included; at least 1.
-        owner: Whose pool it is, for messages.
-        thread_name: What the threads are called, before their numbers.
+    `workers` is the most at work for one `for_each`, the calling thread included.
     """
 
     def __init__(
@@ -59,14 +56,9 @@ class WorkerPool:
         cannot lock each other out. The other threads work in turns for all calls under way. `items` is
         advanced by one thread at a time, whichever is free.
 
-        The first error stops the taking of items and is raised once everything that was under way has ended,
-        unless the wait for that is interrupted. `Cancelled` when the pool is closed.
-
-        Args:
-            on_failure: Called at an error, on the thread that met it, to end early what is under way. May be
-                called several times.
-            waits_when_interrupted: Whether an interrupt (KeyboardInterrupt, SystemExit) is raised when all
-                that was under way has ended, as other errors are, or at once.
+        The first error stops the taking of items and is raised once everything that was under way has ended.
+        To end that early, `on_failure` is called on the thread that met an error, maybe several times. An
+        interrupt (KeyboardInterrupt, SystemExit) need not wait. `Cancelled` when the pool is closed.
         """
         if self._closed:
             raise Cancelled(self._closed_message)

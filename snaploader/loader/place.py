@@ -15,14 +15,14 @@ import stat
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 
 from cow import TruncatedFile, clone_range, copy_sparse, read_all, write_all, write_nonzero
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
-from snaploader.files import ProcessExitStack, ThreadBuffers, remove_tree, replacing
+from snaploader.files import ProcessExitStack, ThreadBuffers, closing_fd, remove_tree, replacing
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.loader.fetch import REMOTE, BlobFetcher, lost_blobs, read_blob
@@ -320,10 +320,5 @@ def _finish(fd: int, entry: FileEntry | ChunkedEntry | DirectoryEntry) -> None:
     os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
 
 
-@contextlib.contextmanager
-def _opened(path: Path, how: int = os.O_RDWR) -> Iterator[int]:
-    fd = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _opened(path: Path, how: int = os.O_RDWR) -> contextlib.AbstractContextManager[int]:
+    return closing_fd(os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))

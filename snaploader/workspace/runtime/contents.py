@@ -34,7 +34,7 @@ from pathlib import Path
 
 from cow import clone_range, data_extents
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.files import copy_range, open_private
+from snaploader.files import closing_fd, copy_range, open_private
 from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
@@ -160,19 +160,15 @@ def _copy_file(source: str, target: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         # Not through an OSError, of which copytree keeps nothing but the text.
         raise InvalidArgument(f"{source!r} is no file, folder or symbolic link, and cannot be copied")
-    reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            size = os.fstat(reader).st_size
-            if not clone_range(reader, 0, 0, writer, 0):  # of length 0: up to the end
-                for start, end in data_extents(reader, size):
-                    copy_range(reader, writer, start, end)
-            os.ftruncate(writer, size)
-        finally:
-            os.close(writer)
-    finally:
-        os.close(reader)
+    with (
+        closing_fd(os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as reader,
+        closing_fd(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as writer,
+    ):
+        size = os.fstat(reader).st_size
+        if not clone_range(reader, 0, 0, writer, 0):  # of length 0: up to the end
+            for start, end in data_extents(reader, size):
+                copy_range(reader, writer, start, end)
+        os.ftruncate(writer, size)
     shutil.copystat(source, target, follow_symlinks=False)
 
 
