@@ -258,11 +258,10 @@ def open_regular(
     return fd, status
 
 
-def read_regular(path: str, max_bytes: int) -> tuple[bytes, os.stat_result]:
-    """Read a regular file; return its bytes, at most one more than `max_bytes`, and its status."""
-    fd, status = open_regular(path)
-    with closing_fd(fd):
-        return read_file(fd, max_bytes), status
+def read_regular(path: str, max_bytes: int) -> bytes:
+    """Return the bytes of a regular file, at most one more than `max_bytes`."""
+    with closing_fd(open_regular(path)[0]) as fd:
+        return read_file(fd, max_bytes)
 
 
 def open_written(path: str, flags: int, access: Access) -> int:

@@ -31,7 +31,7 @@ from snaploader.filecache.bulk import ShardListings, UseLog
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import SPACE_OF, check_hash, disk_bytes, set_used, touch
 from snaploader.filecache.usage import CacheContext, Section
-from snaploader.files import NamelessFile, suppress_errnos
+from snaploader.files import NamelessFile, closing_fd, suppress_errnos
 from snaploader.formats.digests import DigestArray, to_rows
 
 SLOTS = 1 << 19
@@ -173,12 +173,8 @@ class BlobSpace:
         return fd
 
     def read(self, digest: Digest) -> bytes:
-        fd = self.open(digest)
-        try:
-            with translate_os_errors(f"cannot read blob {digest}"):
-                data = files.read_file(fd, digest.size_bytes)
-        finally:
-            os.close(fd)
+        with closing_fd(self.open(digest)) as fd, translate_os_errors(f"cannot read blob {digest}"):
+            data = files.read_file(fd, digest.size_bytes)
         if len(data) != digest.size_bytes:
             raise DataLoss(f"blob {digest} was changed to {len(data)} bytes while it was read: ask again")
         return data
@@ -270,7 +266,7 @@ class BlobSpace:
         self.check_fits(digest.size_bytes)
         with translate_os_errors(f"cannot add {path!r} as blob {digest}"):
             fd, size = _open_source(path)
-            try:
+            with closing_fd(fd):
                 if size != digest.size_bytes:
                     raise DataLoss(f"{path!r} has {size} bytes, so it is not blob {digest}")
                 if self._is_present(digest):
@@ -281,8 +277,6 @@ class BlobSpace:
                     if verify and files.hash_file(fd, digest.function)[0] != digest.hash:
                         raise DataLoss(f"{path!r} does not have the digest {digest}")
                     added = self._put_link(digest, fd, path)
-            finally:
-                os.close(fd)
             if move:
                 os.unlink(path)
             return added
@@ -308,15 +302,13 @@ class BlobSpace:
     def add_file(self, path: str, function: DigestFunction) -> tuple[Digest, bool]:
         with translate_os_errors(f"cannot add {path!r} to the file cache"):
             source, size = _open_source(path)
-            try:
+            with closing_fd(source):
                 self.check_fits(size)
                 with self.stage() as staged:
                     hasher = function.hasher()
                     size = files.copy_hashing(source, staged.fd, hasher)
                     digest = Digest(hasher.hexdigest(), size, function)
                     return digest, self.publish_written(digest, staged, look=True)
-            finally:
-                os.close(source)
 
     def check_fits(self, size: int) -> None:
         """Raise ResourceExhausted for a blob that can never fit."""
@@ -421,21 +413,18 @@ class BlobSpace:
             return self._context.remove_entry(SPACE_OF[digest.function], check_hash(digest.hash))
 
     def materialize(self, digest: Digest, destination: str, *, writable: bool, mode: int | None) -> None:
-        fd = self.open(digest)
-        try:
-            with translate_os_errors(f"cannot put blob {digest} at {destination!r}"):
-                try:
-                    if mode is None:
-                        mode = WRITABLE_MODE if writable else self.mode
-                    # A link shows the mode of the blob, which the cache and other links share.
-                    if writable or mode != self.mode or not self._link_out(digest, fd, destination):
-                        _copy_out(fd, digest.size_bytes, destination, mode)
-                except FileExistsError:
-                    raise FailedPrecondition(
-                        f"{destination!r} exists and is not overwritten: remove it or choose another place"
-                    ) from None
-        finally:
-            os.close(fd)
+        what = f"cannot put blob {digest} at {destination!r}"
+        with closing_fd(self.open(digest)) as fd, translate_os_errors(what):
+            try:
+                if mode is None:
+                    mode = WRITABLE_MODE if writable else self.mode
+                # A link shows the mode of the blob, which the cache and other links share.
+                if writable or mode != self.mode or not self._link_out(digest, fd, destination):
+                    _copy_out(fd, digest.size_bytes, destination, mode)
+            except FileExistsError:
+                raise FailedPrecondition(
+                    f"{destination!r} exists and is not overwritten: remove it or choose another place"
+                ) from None
 
     def _link_out(self, digest: Digest, fd: int, destination: str) -> bool:
         """Link the verified file to its destination; return False when only a copy will do."""

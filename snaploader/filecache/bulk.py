@@ -151,7 +151,7 @@ def _folders(path: str) -> list[str]:
 
 def _recorded_bytes(path: str) -> int:
     with suppress(FileNotFoundError, OddEntry):
-        text = read_regular(path, 32)[0]
+        text = read_regular(path, 32)
         return int(text) if text.isdigit() else 0
     return 0
 

@@ -90,7 +90,7 @@ class Durability:
 
     def _load(self) -> tuple[str, int, list[Window]]:
         with suppress(FileNotFoundError, OddEntry, ValueError, KeyError, TypeError):
-            data = read_regular(self._path, _MAX_STATE_BYTES)[0]
+            data = read_regular(self._path, _MAX_STATE_BYTES)
             checksum, _, text = data.partition(b"\n")
             if len(data) <= _MAX_STATE_BYTES and hashlib.sha256(text).hexdigest().encode() == checksum:
                 state = json.loads(text)

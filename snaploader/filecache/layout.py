@@ -239,13 +239,10 @@ class OpenFolder:
         """
         path = self.temp_path()
         try:
-            fd = open_new(path, self.access.file_mode, os.O_WRONLY)
-            try:
+            with closing_fd(open_new(path, self.access.file_mode, os.O_WRONLY)) as fd:
                 files.write_all(fd, data)
                 if flush:
                     os.fsync(fd)
-            finally:
-                os.close(fd)
             yield path
         finally:
             with suppress(FileNotFoundError):

@@ -39,7 +39,7 @@ class RefSpace:
         path = self._path(key)
         with translate_os_errors(f"cannot read ref {key}"):
             fd, status = self._context.open_entry(path, f"ref {key}")
-            try:
+            with files.closing_fd(fd):
                 data = files.read_file(fd, MAX_REF_BYTES + _HEADER_BYTES)
                 value = data[_HEADER_BYTES:]
                 is_right = data[:_HEADER_BYTES] == _header(value)
@@ -47,8 +47,6 @@ class RefSpace:
                     touch(fd, status, self._context.host.now_ns())
                 elif is_right:
                     set_used(fd, status, status.st_atime_ns)
-            finally:
-                os.close(fd)
             if not is_right:
                 self._context.remove_entry(Space.REFS, key, status.st_ino)
                 _logger.warning("ref %s was damaged and was removed", key)

@@ -31,7 +31,7 @@ from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderErr
 from snaploader.filecache.bulk import Scan, use_keys
 from snaploader.filecache.layout import Layout, Space, check_hash, is_alive
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
-from snaploader.files import OddEntry, flush_folder, is_odd, open_regular, read_file, read_regular
+from snaploader.files import OddEntry, closing_fd, flush_folder, is_odd, open_regular, read_file, read_regular
 from snaploader.formats.digests import (
     Prefixes,
     Words,
@@ -145,7 +145,7 @@ def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
         fd, status = open_regular(path)
     except OddEntry:
         return os.lstat(path), None
-    try:
+    with closing_fd(fd):
         header = os.pread(fd, _HEADER_BYTES, 0)
         if len(header) < _HEADER_BYTES or status.st_size > _MAX_FILE_BYTES:
             return status, None
@@ -155,8 +155,6 @@ def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
         size = refs_at + refs * HASH_BYTES
         # Nothing more is read into memory unless the beginning fits the file's size.
         data = read_file(fd, size) if size == status.st_size else b""
-    finally:
-        os.close(fd)
     checksum = hashlib.sha256(memoryview(data)[_CHECKED_FROM:]).digest()
     if len(data) != size or data[:_CHECKED_FROM] != _MAGIC + checksum:
         return status, None
@@ -520,6 +518,6 @@ class Protection:
 
 def _read_lease(path: str) -> Prefixes:
     """Read what a lease keeps; nothing if no cache wrote such a file."""
-    data = read_regular(path, _MAX_LEASE_BYTES)[0]
+    data = read_regular(path, _MAX_LEASE_BYTES)
     count = len(data) // 8 if len(data) <= _MAX_LEASE_BYTES else 0
     return np.frombuffer(data, dtype="<u8", count=count).astype(np.uint64)

@@ -25,7 +25,7 @@ from snaploader._environment import HostEnvironment
 from snaploader.digest import Digest
 from snaploader.errors import NotFound
 from snaploader.filecache.layout import ENTRY_NAME_LENGTH, Layout, OpenFolder, Space, disk_bytes, entry_name
-from snaploader.files import FileLock, OddEntry, open_regular, read_regular, remove_tree
+from snaploader.files import FileLock, OddEntry, closing_fd, open_regular, read_regular, remove_tree
 
 _FORMAT = struct.Struct("<8sqqqqq")
 _MAGIC = b"snapled1"
@@ -171,16 +171,13 @@ class Ledger:
     # For sections only
 
     def note(self, entry: str, new_bytes: int) -> None:
-        fd = self._folder.open_written(self._journal, os.O_WRONLY | os.O_APPEND)
-        try:
+        with closing_fd(self._folder.open_written(self._journal, os.O_WRONLY | os.O_APPEND)) as fd:
             os.write(fd, f"{new_bytes} {entry}\n".encode())
-        finally:
-            os.close(fd)
 
     def read_journal(self) -> dict[str, int]:
         changed = {}
         with suppress(FileNotFoundError, OddEntry):
-            data = read_regular(self._journal, _MAX_JOURNAL_BYTES)[0]
+            data = read_regular(self._journal, _MAX_JOURNAL_BYTES)
             for line in data.decode(errors="replace").splitlines():
                 # A writer that met a full disk may have left a part of a line, and then changed nothing.
                 size, _, entry = line.partition(" ")

@@ -15,7 +15,7 @@ from cow import chunk_extents, is_zero
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.files import ThreadBuffers, read_file
+from snaploader.files import ThreadBuffers, closing_fd, read_file
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.dirtree import (
     ChunkedEntry,
@@ -375,12 +375,9 @@ class DirectoryCapture:
 
     @contextlib.contextmanager
     def _opened(self, file: FoundFile) -> Iterator[int]:
-        fd = self._open(file)
-        try:
-            with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-                yield fd
-        finally:
-            os.close(fd)
+        what = f"cannot read {shown_path(self._where, file.path)}"
+        with closing_fd(self._open(file)) as fd, translate_os_errors(what):
+            yield fd
 
     def _check_unchanged(self, file: FoundFile, fd: int) -> None:
         if FileIdentity.of(os.fstat(fd)) != file.identity:

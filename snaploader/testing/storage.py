@@ -364,10 +364,8 @@ class DiskPartition:
         staged = self._staged_path()
         descriptor = open_new(staged, mode, os.O_WRONLY)
         try:
-            try:
+            with closing_fd(descriptor):
                 write_all(descriptor, data)
-            finally:
-                os.close(descriptor)
             self.publish(staged, path)
         except BaseException:
             _unlink(staged)
