@@ -3,10 +3,9 @@
 From the top down, each module about one thing:
 
     cache                 RemoteCache, the public face, and its connection, where the stack is put together
-    cas, streams          blobs: found, in batches, and single big ones
-    bulk                  many transfers at once, within bounds
-    calls                 an operation's attempts, errors and counters; calling work off
-    channel               opening a channel, and calls on it, which are watched
+    cas, streams          blobs: found, in batches, many at once within bounds, and single big ones
+    calls                 an operation's calls and attempts, its errors and counters; calling work off
+    channel               opening a channel; watching what comes over it
     codec, capabilities   pure parts: how blobs look on the wire, what a server offers
     config, auth          what the user sets
 """

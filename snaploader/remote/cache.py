@@ -29,16 +29,23 @@ from snaploader.errors import (
 from snaploader.formats.digests import DigestArray
 from snaploader.remote import streams
 from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
-from snaploader.remote.bulk import ByteBudget, Task, run_all
-from snaploader.remote.calls import Caller, Cancellation, Recorder, RemoteStatistics, Retrier, SinkFailed
+from snaploader.remote.calls import (
+    Caller,
+    Cancellation,
+    Recorder,
+    RemoteStatistics,
+    Retrier,
+    Settings,
+    SinkFailed,
+    Transport,
+)
 from snaploader.remote.capabilities import (
     MESSAGE_LIMIT_BYTES,
     RemoteCapabilities,
     negotiate,
     without_capabilities,
 )
-from snaploader.remote.cas import CASClient, batches, function_field, to_message
-from snaploader.remote.channel import Settings, Transport
+from snaploader.remote.cas import ByteBudget, CASClient, Task, batches, function_field, run_all, to_message
 from snaploader.remote.codec import instance_name_error
 from snaploader.remote.config import (
     Limits,

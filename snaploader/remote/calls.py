@@ -1,4 +1,4 @@
-"""An operation on a server: its attempts, what is tried again and when, its errors, counters.
+"""An operation on a server: its calls and attempts, what is tried again and when, its errors, counters.
 
 Transient failures are tried again, with growing random waits, within a budget, until called off. This is the
 one retry layer: gRPC's own retries are off, since they end at the first byte of a response. Here an operation
@@ -8,6 +8,7 @@ continues where it was. tenacity runs the attempts, with strategies of its kind.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import re
@@ -15,22 +16,33 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import grpc
 import tenacity
 from google.protobuf.message import DecodeError
 
 from snaploader import errors
-from snaploader._proto import duration_pb2, status_pb2
-from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unauthenticated
+from snaploader._proto import duration_pb2, services, status_pb2
+from snaploader.digest import DigestFunction
+from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unauthenticated, Unavailable
+from snaploader.remote.auth import SECRET_NAME, Credentials, Headers
 from snaploader.remote.capabilities import RemoteCapabilities
-from snaploader.remote.config import Limits, RetryCallback, RetryEvent, RetryPolicy
+from snaploader.remote.channel import StreamGuard, Watchdog, open_channel, tls_failure
+from snaploader.remote.config import (
+    Endpoint,
+    Limits,
+    RetryCallback,
+    RetryEvent,
+    RetryPolicy,
+    Timeouts,
+    TLSConfig,
+)
 
-if TYPE_CHECKING:
-    from snaploader.remote.channel import Transport
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -408,3 +420,227 @@ class Caller:
         return self.retrier.run(
             operation, lambda attempts: self.transport.unary(method, request, attempts), cancellation
         )
+
+
+_TLS_PROBE_S = 5.0  # bounds finding out why a connection with TLS fails
+
+_RAW = ("BatchUpdateBlobs", "Write")  # methods whose requests come serialised (snaploader.remote.codec)
+_NOT_CONNECTED = "failed to connect"
+_DISCONNECTED = "Socket closed"
+"""What gRPC says of a call for which there was no connection, and of one whose connection ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the user chose."""
+
+    endpoint: Endpoint
+    instance_name: str
+    headers: Headers
+    credentials: Credentials | None
+    tls: TLSConfig
+    timeouts: Timeouts
+    retry: RetryPolicy
+    limits: Limits
+    digest_function: DigestFunction | None
+    compression: bool
+    on_retry: RetryCallback | None
+    open_channel: Callable[[], grpc.Channel] | None
+
+
+class Transport:
+    """The methods of the four services on one channel. Thread-safe.
+
+    A channel that could not connect is replaced, so that the next call tries again at once: when to try again
+    is for `snaploader.remote.calls` to say, and gRPC's own backoff may outlast it.
+    """
+
+    def __init__(self, settings: Settings, recorder: Recorder) -> None:
+        self._settings = settings
+        self._recorder = recorder
+        self._may_warn = threading.Lock()  # taken by the one who does, and kept
+        self._open_channel = settings.open_channel or partial(
+            open_channel, settings.endpoint, settings.tls, settings.timeouts, settings.limits
+        )
+        self._watchdog = Watchdog(settings.timeouts.idle_s)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channel = _Channel(self._open_channel())
+
+    def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
+        """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
+        channel, options = self._begin(method, attempts, self._settings.timeouts.call_s)
+        try:
+            return channel.stubs[method](request, **options)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._error(method, error, attempts, channel) from error
+
+    def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
+        """Send one request; gives the messages of the server's stream. Close it to end the call early."""
+        channel, options = self._begin(method, attempts)
+        try:
+            call = channel.stubs[method](request, **options)
+        except ValueError as error:
+            raise self._error(method, error, attempts, channel) from error
+        with self._watchdog.watch(call) as guard:
+            try:
+                for message in call:
+                    guard.pause()  # what the receiver does with it is not the server's silence
+                    yield message
+                    guard.touch()
+                    attempts.cancellation.check()
+            except grpc.RpcError as error:
+                raise self._error(method, error, attempts, channel, idle=guard.expired) from error
+            finally:
+                call.cancel()
+
+    def send(self, method: str, requests: Iterator[bytes], attempts: Attempts) -> Any:
+        """Send a stream; returns the response. What `requests` raises ends the call and is raised.
+
+        A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
+        """
+        channel, options = self._begin(method, attempts)
+        source = _Requests(requests)
+        try:
+            call = channel.stubs[method].future(source, **options)
+        except ValueError as error:
+            raise self._error(method, error, attempts, channel) from error
+        with self._watchdog.watch(call) as guard:
+            source.attach(call, guard, attempts.cancellation)
+            try:
+                response = call.result()
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                if source.error is None:
+                    raise self._error(method, error, attempts, channel, idle=guard.expired) from error
+                response = None
+            finally:
+                call.cancel()
+        if source.error is not None:
+            self._recorder.failure(method)
+            raise source.error
+        return response
+
+    def close(self) -> None:
+        """Cancel every call and close the connection."""
+        with self._lock:
+            self._closed = True
+        self._channel.channel.close()
+        self._watchdog.close()
+
+    def _begin(
+        self, method: str, attempts: Attempts, most_s: float = math.inf
+    ) -> tuple[_Channel, dict[str, Any]]:
+        """Count a call, and return the channel and the options to make it with."""
+        options = {"timeout": attempts.timeout_s(most_s), "metadata": self._headers()}
+        self._recorder.call(method)
+        return self._channel, options
+
+    def _headers(self) -> Headers:
+        credentials = self._settings.credentials
+        headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
+        endpoint = self._settings.endpoint
+        if not endpoint.secure and not self._may_warn.locked():
+            secrets = sorted({name for name, _ in headers if SECRET_NAME.search(name)})
+            if secrets and self._may_warn.acquire(blocking=False) and not endpoint.is_on_this_host:
+                log.warning(
+                    "credentials (%s) go to %s without encryption: whoever sees the traffic can use them; "
+                    "use a grpcs:// URL where the server offers TLS",
+                    ", ".join(secrets),
+                    endpoint.url,
+                )
+        return headers
+
+    def _replace(self, channel: _Channel) -> None:
+        """Replace a channel that cannot connect, once, by one that has nothing to back off from."""
+        with self._lock:
+            if self._closed or self._channel is not channel:
+                return
+            self._channel = _Channel(self._open_channel())
+        channel.channel.close()
+
+    def _error(
+        self, method: str, error: Exception, attempts: Attempts, channel: _Channel, *, idle: bool = False
+    ) -> SnaploaderError:
+        self._recorder.failure(method)
+        if attempts.cancellation.event.is_set():
+            return Cancelled(f"{attempts.operation} was called off", transient=False)
+        if idle:
+            return DeadlineExceeded(
+                f"{attempts.operation} failed: the server was silent for {self._settings.timeouts.idle_s:g} s"
+            )
+        if isinstance(error, grpc.RpcError):
+            typed = from_rpc_error(error, attempts.operation)
+            if not isinstance(typed, Unavailable):
+                return typed
+            if _NOT_CONNECTED in typed.message:
+                self._replace(channel)
+            elif _DISCONNECTED not in typed.message:
+                return typed
+            if self._settings.open_channel is not None:
+                return typed  # whatever it has for TLS
+            timeout_s = min(_TLS_PROBE_S, self._settings.timeouts.connect_s)
+            reason = tls_failure(self._settings.endpoint, self._settings.tls, timeout_s)
+            if reason is None:
+                return typed
+            reason.__cause__ = error
+            return reason
+        if not self._closed:
+            return Unavailable(f"{attempts.operation} failed: the connection was lost meanwhile")
+        return Cancelled(f"{attempts.operation} failed: the connection was closed", transient=False)
+
+
+class _Channel:
+    """A channel, and what to call on it."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.stubs: dict[str, Any] = {
+            method.name: self._stub(method)
+            for service in services.SERVICES
+            for method in services.methods(service).values()
+        }
+
+    def _stub(self, method: services.Method) -> Any:
+        kind = {
+            (False, False): self.channel.unary_unary,
+            (False, True): self.channel.unary_stream,
+            (True, False): self.channel.stream_unary,
+        }[method.client_streaming, method.server_streaming]
+        serializer = None if method.name in _RAW else method.request.SerializeToString
+        return kind(
+            method.path, request_serializer=serializer, response_deserializer=method.response.FromString
+        )
+
+
+class _Requests:
+    """An iterator whose failure cancels the call and is kept; gRPC would log it, and not say what it was."""
+
+    def __init__(self, requests: Iterator[bytes]) -> None:
+        self._requests = requests
+        self._call: Any = None
+        self._guard: StreamGuard | None = None
+        self._cancellation: Cancellation | None = None
+        self.error: BaseException | None = None
+
+    def attach(self, call: Any, guard: StreamGuard, cancellation: Cancellation) -> None:
+        """Name the call these requests are for, which may have taken some of them already."""
+        self._call, self._guard, self._cancellation = call, guard, cancellation
+        if self.error is not None:
+            call.cancel()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            if self._guard is not None and self._cancellation is not None:
+                self._guard.touch()
+                self._cancellation.check()
+            return next(self._requests)
+        except StopIteration:
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised by send, on the caller's thread
+            self.error = error
+            if self._call is not None:
+                self._call.cancel()
+            raise StopIteration from None

@@ -32,8 +32,7 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.remote import Limits, RemoteCache, RetryEvent, RetryPolicy, Timeouts
-from snaploader.remote.calls import Attempts
-from snaploader.remote.channel import Transport
+from snaploader.remote.calls import Attempts, Transport
 from snaploader.testing import CallGate, Fault
 
 LIMITS = Limits(batch_bytes=256 * KIB, stream_frame_bytes=64 * KIB)

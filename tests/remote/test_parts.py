@@ -14,11 +14,11 @@ from snaploader import errors, workers
 from snaploader._proto import remote_execution_pb2 as reapi, status_pb2
 from snaploader.blobstore import Upload
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
-from snaploader.remote import bulk, calls
-from snaploader.remote.bulk import ByteBudget, Share, run_all
+from snaploader.remote import calls, cas
 from snaploader.remote.cache import Once
 from snaploader.remote.calls import Cancellation
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES, negotiate, without_capabilities
+from snaploader.remote.cas import ByteBudget, Share, run_all
 from snaploader.remote.channel import Watchdog
 from snaploader.remote.codec import Content
 from snaploader.workers import WorkerPool
@@ -267,5 +267,5 @@ def test_an_interrupt_at_any_step_of_a_bulk_transfer_leaves_nothing_to_wait_for(
         assert sorted(ran) == [0, 1, 2]
 
     with WorkerPool(2) as pool:
-        assert interrupt_everywhere(work, bulk.__file__, workers.__file__) > 20
+        assert interrupt_everywhere(work, cas.__file__, workers.__file__) > 20
     assert budget.used_bytes == 0
