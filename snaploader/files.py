@@ -64,17 +64,13 @@ class OddEntry(FailedPrecondition):
 class Access:
     """Who may use a folder and what is in it.
 
-    Args:
-        mode: Permission bits of folders, read as for chmod(1). 0o700: their owner alone. 0o770 or 0o2770:
-            the folder's group too. 0o755, 0o775, 0o777: everyone.
-        option: What the user calls the mode, for messages; empty where it cannot be chosen.
-
-    Raises:
-        InvalidArgument: The owner could not use such a folder, or another could only half use it.
+    InvalidArgument where the owner could not use such a folder, or another could only half use it.
     """
 
     mode: int = PRIVATE
+    """Permission bits of folders: 0o770 and 0o2770 are for a group too, 0o755, 0o775, 0o777 for everyone."""
     option: str = ""
+    """What the user calls the mode, for messages; empty where it cannot be chosen."""
 
     def __post_init__(self) -> None:
         classes = {self.mode >> 3 & 7, self.mode & 7}
@@ -249,12 +245,9 @@ def open_regular(
         with suppress(FileNotFoundError):
             _check_regular(os.stat(path, dir_fd=dir_fd, follow_symlinks=False), path)
         raise
-    try:
+    with closing_fd_on_error(fd):
         status = os.fstat(fd)
         _check_regular(status, path)
-    except BaseException:
-        os.close(fd)
-        raise
     return fd, status
 
 
@@ -363,9 +356,12 @@ def copy_content(source: int, target: int, size: int) -> None:
 def copy_range(source: int, target: int, start: int, end: int) -> None:
     """Copy the bytes from `start` up to `end` to the same place. OSError when `source` ends before."""
     done = start
-    with suppress_errnos(_NO_COPY_RANGE):
+    try:
         while done < end and (count := os.copy_file_range(source, target, end - done, done, done)):
             done += count
+    except OSError as error:
+        if error.errno not in _NO_COPY_RANGE:
+            raise
     view = _buffers.get(BUFFER_BYTES)
     while done < end:
         count = os.preadv(source, [view[: end - done]], done)
@@ -496,19 +492,6 @@ def _permit(path: str | os.PathLike[str], dir_fd: int | None) -> None:
     """Give a folder's owner all permissions. OSError when it is no folder, or another user's."""
     with closing_fd(os.open(path, os.O_PATH | _FOLDER, dir_fd=dir_fd)) as fd:
         os.chmod(f"/proc/self/fd/{fd}", stat.S_IRWXU)
-
-
-class suppress_errnos:  # noqa: N801  (reads like contextlib.suppress)
-    """Ignore an OSError with one of these codes, and end the block there."""
-
-    def __init__(self, codes: frozenset[int]) -> None:
-        self._codes = codes
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        return isinstance(error, OSError) and error.errno in self._codes
 
 
 class ProcessExitStack(ExitStack):

@@ -31,7 +31,7 @@ from snaploader.filecache.bulk import ShardListings, UseLog
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import SPACE_OF, check_hash, disk_bytes, set_used, touch
 from snaploader.filecache.usage import CacheContext, Section
-from snaploader.files import NamelessFile, closing_fd, suppress_errnos
+from snaploader.files import NamelessFile, closing_fd
 from snaploader.formats.digests import DigestArray, to_rows
 
 SLOTS = 1 << 19
@@ -282,10 +282,13 @@ class BlobSpace:
             return added
 
     def _put_link(self, digest: Digest, fd: int, path: str) -> bool:
-        with suppress_errnos(_NO_LINK):
+        try:
             # The time of last write is the time of adding: it tells what a power failure may have damaged.
             os.utime(fd)
             return self._publish(digest, fd, lambda target: os.link(path, target))
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
         return self._put_copy(digest, fd, path, verify=False)
 
     def _put_copy(self, digest: Digest, source: int, name: str, *, verify: bool) -> bool:
@@ -428,13 +431,16 @@ class BlobSpace:
 
     def _link_out(self, digest: Digest, fd: int, destination: str) -> bool:
         """Link the verified file to its destination; return False when only a copy will do."""
-        # Evicted between opening and linking, or on another file system, or linked too often already.
-        with suppress_errnos(_NO_LINK | {errno.ENOENT}):
+        try:
             os.link(self._layout.blob(digest), destination)
             if os.stat(destination, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
                 return True
             # Evicted and added again: this file is another one, which was not verified.
             os.unlink(destination)
+        except OSError as error:
+            # Evicted between opening and linking, or on another file system, or linked too often already.
+            if error.errno not in {*_NO_LINK, errno.ENOENT}:
+                raise
         return False
 
 
