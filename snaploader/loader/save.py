@@ -330,7 +330,7 @@ class SnapshotSaver:
             standing[key] = self._manifests.read_back(key, manifest, before)
             if not standing[key].is_ours:
                 warnings.append(f"another host saved under {key} meanwhile, and its snapshot stands")
-        if plan.versioned is not None and not self._versions.stands(plan.versioned):
+        if plan.versioned is not None and not self._versions.outlived_save(plan.versioned):
             raise FailedPrecondition(
                 f"the remote cache has dropped the version of {plan.versioned} during this save: its action "
                 "cache keeps too few results, and nobody can load the snapshot from it. Raise its size"

@@ -14,9 +14,11 @@ create-if-absent, and the race does not exist.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 
 from google.protobuf.message import DecodeError
 
@@ -61,6 +63,7 @@ class VersionStore:
         self._file_cache = stores.file_cache
         self._minting = threading.Lock()
         self._seen_s: dict[str, float] = {}
+        self._outlived_s: dict[str, float] = {}
 
     def current(self, key: SnapshotKey, *, allow_stale: bool = False) -> str:
         """The version that `key` is to carry (its own version_id does not matter).
@@ -96,9 +99,16 @@ class VersionStore:
 
     def stood(self, key: SnapshotKey) -> bool:
         """Whether the version that `key` carries stands, or stood less than `RECENTLY_S` ago."""
-        seen_s = self._seen_s.get(keys.version_key(key))
-        is_recent = seen_s is not None and time.monotonic() - seen_s < RECENTLY_S
-        return is_recent or self.stands(key)
+        return _is_recent(self._seen_s, key) or self.stands(key)
+
+    def outlived_save(self, key: SnapshotKey) -> bool:
+        """Whether that version stands after a save, or did after one less than `RECENTLY_S` ago."""
+        if _is_recent(self._outlived_s, key):
+            return True
+        stands = self.stands(key)
+        if stands:
+            _note(self._outlived_s, key)
+        return stands
 
     def renew(self, key: SnapshotKey) -> str:
         """Write a new version, and with it invalidate all snapshots of the key's kind of machine."""
@@ -185,9 +195,7 @@ class VersionStore:
             if not repair:
                 raise
             return None
-        if len(self._seen_s) >= _MAX_SEEN:
-            self._seen_s.clear()
-        self._seen_s[digest.hash] = time.monotonic()
+        _note(self._seen_s, key)
         return version
 
     def _write_remote(self, key: SnapshotKey, version: str, *, replaces: bool) -> None:
@@ -209,6 +217,16 @@ class VersionStore:
             if not self._stores.readonly:
                 self._file_cache.delete_ref(name)
             return None
+
+
+def _is_recent(looks_s: Mapping[str, float], key: SnapshotKey) -> bool:
+    return time.monotonic() - looks_s.get(keys.version_key(key), -math.inf) < RECENTLY_S
+
+
+def _note(looks_s: dict[str, float], key: SnapshotKey) -> None:
+    if len(looks_s) >= _MAX_SEEN:
+        looks_s.clear()
+    looks_s[keys.version_key(key)] = time.monotonic()
 
 
 def _result(version: str) -> ActionResult:

@@ -22,6 +22,7 @@ from snaploader.errors import (
 )
 from snaploader.formats.digests import DigestArray
 from snaploader.keys import SnapshotKeySet, remote_manifest_digest
+from snaploader.loader import versions
 from snaploader.loader.results import ManifestSource, RemoteManifest
 from snaploader.loader.save import SAMPLED_BLOBS, SAMPLED_BYTES
 from snaploader.testing import EmbeddedServer, FakeCAS, Fault, FaultScript, ServerOptions, like_casd
@@ -159,6 +160,23 @@ def test_an_action_cache_with_room_for_a_snapshot_will_do(make_host: HostFactory
     remote = ForgetfulCAS(3)
     make_host("a", remote=remote).save(image(1))
     assert make_host("b", remote=remote).load() == image(1)
+
+
+def test_a_version_that_outlived_a_save_is_looked_for_again_after_a_minute_only(
+    make_host: HostFactory, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make_host("a", server)
+    key = host.keys().write_key
+    host.save(image(1), key=key)
+
+    def looks_of_a_save(seed: int) -> int:
+        before = len(server.requests)
+        host.save(image(seed), key=key)
+        return sum(each.method == "GetActionResult" for each in server.requests[before:])
+
+    often = looks_of_a_save(2)
+    monkeypatch.setattr(versions, "RECENTLY_S", 0.0)
+    assert looks_of_a_save(3) == often + 2  # before and after
 
 
 class StaleIndexCAS(FakeCAS):
@@ -434,7 +452,7 @@ def test_a_broken_remote_snapshot_does_not_count_as_standing(make_host: HostFact
         assert make_host("b", server).load("topic") == image(1)
 
 
-def test_a_small_change_asks_the_server_seven_times(make_host: HostFactory, server: EmbeddedServer) -> None:
+def test_a_small_change_asks_the_server_six_times(make_host: HostFactory, server: EmbeddedServer) -> None:
     host = make_host("a", server)
     host.save(image(1))
     key_set = host.keys()
@@ -449,8 +467,7 @@ def test_a_small_change_asks_the_server_seven_times(make_host: HostFactory, serv
         "BatchReadBlobs",  # a sample of what the server says it has
         "UpdateActionResult",  # the key, then the id
         "UpdateActionResult",
-        "GetActionResult",  # the key, then the version
-        "GetActionResult",
+        "GetActionResult",  # the key; the version was looked for after the save before
     ]
 
 
