@@ -63,27 +63,21 @@ class BlobStore(Protocol):
         The loader gives a `snaploader.formats.digests.DigestArray`. A store may look at its arrays instead of
         its digests.
         """
-        ...
 
     def read(self, digest: Digest) -> bytes:
         """One blob. NotFound when absent, DataLoss when its bytes are wrong."""
-        ...
 
     def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
         """Hand each blob to `sink`, in any order. The first error ends it and is raised."""
-        ...
 
     def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
         """Stream one blob, of any size, in order, into `write`. Its bytes were right only if this returns."""
-        ...
 
     def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
         """Store one blob. DataLoss when the bytes do not have this digest."""
-        ...
 
     def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
         """Store many blobs, in any order. The first error ends it and is raised."""
-        ...
 
 
 class TieredStore:
@@ -180,19 +174,15 @@ class RemoteStore(BlobStore, Protocol):
     @property
     def digest_function(self) -> DigestFunction:
         """The function the store wants digests in. May ask the server, and raise what that raises."""
-        ...
 
     @property
     def update_enabled(self) -> bool:
         """Whether action results may be written, as far as the store says. Raises as `digest_function`."""
-        ...
 
     def get_action_result(self, action_digest: Digest) -> remote_execution_pb2.ActionResult:
         """The result kept under a key. NotFound when there is none, or when a blob it names is gone."""
-        ...
 
     def update_action_result(
         self, action_digest: Digest, action_result: remote_execution_pb2.ActionResult
     ) -> None:
         """Keep a result under a key, replacing what stood there. FailedPrecondition when not allowed."""
-        ...

@@ -98,11 +98,9 @@ class Credentials(Protocol):
 
     def headers(self) -> Headers:
         """Return what to send now. Unauthenticated when it cannot be had."""
-        ...
 
     def refresh(self) -> bool:
         """Forget what the server did not accept; False when nothing else could be sent."""
-        ...
 
 
 class BearerToken:

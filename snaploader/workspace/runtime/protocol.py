@@ -94,7 +94,6 @@ class Runtime(Protocol):
 
         Where it does not, its process starts afresh, and is waited for until it is ready.
         """
-        ...
 
     def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
         """Make the state of a new workspace: its durable directories, and the content of `source`.
@@ -107,7 +106,6 @@ class Runtime(Protocol):
             FailedPrecondition: the runtime holds state of this workspace already.
             NotFound: `source` is not there.
         """
-        ...
 
     def start(self, spec: WorkspaceSpec) -> None:
         """Start the workspace; returns when it runs, ready or not. Nothing happens when it runs already.
@@ -115,7 +113,6 @@ class Runtime(Protocol):
         Raises:
             FailedPrecondition: its command cannot be started.
         """
-        ...
 
     def wait_ready(
         self, spec: WorkspaceSpec, timeout_s: float | None = None, cancelled: threading.Event | None = None
@@ -132,7 +129,6 @@ class Runtime(Protocol):
             InvalidArgument: the runtime has no check of that kind.
             Cancelled: `cancelled` was set.
         """
-        ...
 
     def stop(
         self, workspace_id: str, *, timeout_s: float = DEFAULT_STOP_TIMEOUT_S, force: bool = True
@@ -149,11 +145,9 @@ class Runtime(Protocol):
             DeadlineExceeded: it still runs after `timeout_s`, and `force` was not given; or it cannot
                 be killed.
         """
-        ...
 
     def status(self, workspace_id: str) -> RuntimeStatus:
         """Return what is known of the workspace now; an unknown one does not exist."""
-        ...
 
     def capture(self, spec: WorkspaceSpec, scope: Scope) -> AbstractContextManager[Capture]:
         """Give the content of a stopped workspace, which is saved within the block.
@@ -165,7 +159,6 @@ class Runtime(Protocol):
             FailedPrecondition: it runs; or something that was put in place of a durable directory, or an
                 attachment of another process, cannot be captured.
         """
-        ...
 
     def continue_on(self, spec: WorkspaceSpec, runtime_name: str) -> None:
         """Go on, on top of what was captured and saved under `runtime_name`.
@@ -173,7 +166,6 @@ class Runtime(Protocol):
         Called between a capture and the next start. A folder goes on by itself; a machine gets a new layer
         above that snapshot.
         """
-        ...
 
     def place(
         self,
@@ -200,7 +192,6 @@ class Runtime(Protocol):
             NotFound, DataLoss, Unavailable: content cannot be fetched.
             ResourceExhausted: the disk is full.
         """
-        ...
 
     def remove(self, workspace_id: str) -> None:
         """Remove all state of a stopped workspace. Nothing happens when there is none.
@@ -208,25 +199,21 @@ class Runtime(Protocol):
         Raises:
             FailedPrecondition: it runs.
         """
-        ...
 
     def workspaces(self) -> list[str]:
         """List the ids of all workspaces that there is state of, sorted."""
-        ...
 
     def leftovers(self) -> list[str]:
         """List names of what was half made or half removed, sorted; each begins with an id and a dot.
 
         Those that others are working on are among them; they hold their workspace's lock meanwhile.
         """
-        ...
 
     def sweep(self) -> list[str]:
         """Clean up what killed processes left half done; returns the names of what was, sorted.
 
         What others are working on is left alone. Called at start-up.
         """
-        ...
 
     def attach(self, workspace_id: str, name: str, content: COWStore | str | os.PathLike[str]) -> None:
         """Add a disk or a memory file to the workspace, for Full snapshots to hold.
@@ -238,11 +225,9 @@ class Runtime(Protocol):
             InvalidArgument: the name is not one, or the path is no regular file.
             FailedPrecondition: something of that name is attached.
         """
-        ...
 
     def detach(self, workspace_id: str, name: str) -> None:
         """Take an attachment away; a store that `place` opened is closed. NotFound when there is none."""
-        ...
 
     def attachments(self, workspace_id: str) -> Mapping[str, Attachment]:
         """Return what is attached and usable in this process, by name.
@@ -250,8 +235,6 @@ class Runtime(Protocol):
         After `place` of a snapshot with chunked files, those are here as stores that fetch what is touched.
         Stores of other processes are left out.
         """
-        ...
 
     def close(self) -> None:
         """Let go of everything in this process; workspaces go on running. Idempotent."""
-        ...

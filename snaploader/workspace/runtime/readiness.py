@@ -54,7 +54,6 @@ class ReadinessProbe(Protocol):
         Args:
             timeout_s: How long the try may take, at most `MAX_TRY_S`.
         """
-        ...
 
 
 def probe_none(workspace: ProbedWorkspace, timeout_s: float) -> str:  # noqa: ARG001

@@ -50,13 +50,11 @@ class Harness(Protocol):
 
     def another(self) -> Runtime:
         """Return a runtime on the same state, as another process would have; the check closes it."""
-        ...
 
     def write(self, workspace_id: str, path: str, data: bytes) -> None: ...
 
     def read(self, workspace_id: str, path: str) -> bytes | None:
         """Return what a file of a workspace holds, or None when there is none."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
