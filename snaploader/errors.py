@@ -1,4 +1,18 @@
-"""Everything this library raises on purpose: `SnaploaderError`, and its children, one level deep.
+"""Everything this library raises on purpose.
+
+    SnaploaderError
+    ├── InvalidArgument      an argument, file or message is malformed (also a ValueError)
+    ├── NotFound             no such snapshot, blob, ref or file (also a LookupError)
+    ├── FailedPrecondition   the system is not in the state the call needs
+    ├── ResourceExhausted    a disk, quota, size or count limit was met
+    ├── PermissionDenied     the credentials are known and do not suffice
+    ├── Unauthenticated      no credentials, or not accepted
+    ├── Unavailable          a server cannot be reached or asks to come back later
+    ├── DeadlineExceeded     the time given for the call ran out (also a TimeoutError)
+    ├── Cancelled            the work was called off: the pool, cache or store was closed
+    ├── DataLoss             bytes do not match their digest in any place that holds them
+    ├── Unimplemented        the server does not offer what the call needs
+    └── Internal             a broken invariant, here or in a server
 
 The names are gRPC's, as the Remote Execution API uses them. Each error knows whether trying again
 may help (`transient`) and which exit code the command line ends with (`exit_code`; documented in
