@@ -19,7 +19,7 @@ from snaploader._proto import bytestream_pb2 as bytestream
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.remote.codec import compress_frames
-from snaploader.testing.services import SKIPPABLE_FRAME, Backend, Failure, is_present, logger, overloaded
+from snaploader.testing.services import SKIPPABLE_FRAME, Backend, Failure, logger, overloaded
 from snaploader.testing.storage import BlobReader, MemoryPartition, Partition, StagedBlob
 
 BUFFER_BYTES = 1024 * 1024
@@ -89,11 +89,7 @@ class ByteStream:
         if name.is_upload:
             raise InvalidArgument(f"{request.resource_name!r} names an upload, which cannot be read")
         offset, limit = self._range(request, name)
-        if name.digest.size_bytes == 0 and not name.is_compressed:
-            return
         reader = await self._backend.run(partition.open, name.digest)
-        if reader is None and name.digest.size_bytes == 0:  # which exists without being stored
-            reader = BlobReader.of(b"")
         if reader is None:
             raise NotFound(f"no blob {name.digest}")
         try:
@@ -151,7 +147,7 @@ class ByteStream:
         self._backend.check_writable()
         self._backend.check_size(name.digest)
         options = self._backend.options
-        if options.early_return and await self._backend.run(is_present, partition, name.digest):
+        if options.early_return and await self._backend.run(partition.contains, name.digest):
             size = -1 if name.is_compressed else name.digest.size_bytes
             return bytestream.WriteResponse(committed_size=size)
         key = (name.instance_name, first.resource_name)
@@ -235,7 +231,7 @@ class ByteStream:
         if not self._backend.options.query_write_status:
             raise Failure(grpc.StatusCode.UNIMPLEMENTED, "QueryWriteStatus is not implemented here")
         name, partition = self._resolve(request.resource_name)
-        if await self._backend.run(is_present, partition, name.digest):
+        if await self._backend.run(partition.contains, name.digest):
             return bytestream.QueryWriteStatusResponse(committed_size=name.digest.size_bytes, complete=True)
         upload = self._uploads.get((name.instance_name, request.resource_name))
         if upload is None:

@@ -163,29 +163,32 @@ class Dispatcher:
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         """For `grpc.aio.Server.add_generic_rpc_handlers`."""
         run = self._backend.run
-        unary: dict[str, dict[str, Callable[[Any], Awaitable[Any]]]] = {
-            services.CAS: {
-                "FindMissingBlobs": partial(run, self._cas.find_missing_blobs),
-                "BatchUpdateBlobs": partial(run, self._cas.batch_update_blobs),
-                "BatchReadBlobs": partial(run, self._cas.batch_read_blobs),
-            },
-            services.ACTION_CACHE: {
-                "GetActionResult": partial(run, self._results.get_action_result),
-                "UpdateActionResult": partial(run, self._results.update_action_result),
-            },
-            services.BYTE_STREAM: {"QueryWriteStatus": self._bytes.query_write_status},
+        handles: dict[str, Callable[..., Any]] = {
+            "FindMissingBlobs": partial(run, self._cas.find_missing_blobs),
+            "BatchUpdateBlobs": partial(run, self._cas.batch_update_blobs),
+            "BatchReadBlobs": partial(run, self._cas.batch_read_blobs),
+            "GetTree": self._tree,
+            "GetActionResult": partial(run, self._results.get_action_result),
+            "UpdateActionResult": partial(run, self._results.update_action_result),
+            "Read": self._bytes.read,
+            "Write": self._bytes.write,
+            "QueryWriteStatus": self._bytes.query_write_status,
         }
         if self._backend.options.capabilities:
-            unary[services.CAPABILITIES] = {"GetCapabilities": partial(run, self._backend.get_capabilities)}
+            handles["GetCapabilities"] = partial(run, self._backend.get_capabilities)
+        kinds: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
+            (False, False): self._unary,
+            (False, True): self._reads,
+            (True, False): self._writes,
+        }
         tables = {
             service: {
-                name: self._unary(services.methods(service)[name], handle) for name, handle in table.items()
+                name: kinds[method.client_streaming, method.server_streaming](method, handles[name])
+                for name, method in services.methods(service).items()
+                if name in handles
             }
-            for service, table in unary.items()
+            for service in services.SERVICES
         }
-        tables[services.CAS]["GetTree"] = self._server_stream(reapi.GetTreeRequest, "GetTree", self._tree)
-        tables[services.BYTE_STREAM]["Read"] = self._server_stream(bytestream.ReadRequest, "Read", self._read)
-        tables[services.BYTE_STREAM]["Write"] = self._write()
         return [grpc.method_handlers_generic_handler(service, table) for service, table in tables.items()]
 
     def _unary(
@@ -214,22 +217,26 @@ class Dispatcher:
         response = await handle(request)
         for digest in withheld:
             response.responses.add(digest=digest)
-        faults.damage(fault, response)
         await self._after(fault, call)
-        reply = faults.damage_reply(fault, call.method, response.SerializeToString())
-        await faults.Flow(Fault(bandwidth_bytes_per_s=fault.bandwidth_bytes_per_s)).shape(reply)
+        reply = faults.damaged_reply(fault, response)
+        if fault.bandwidth_bytes_per_s is not None:
+            await asyncio.sleep(len(reply) / fault.bandwidth_bytes_per_s)
         return reply
 
-    def _server_stream(
-        self, kind: Any, name: str, handle: Callable[[Any, Fault | None], AsyncIterator[Any]]
+    def _reads(
+        self, method: services.Method, handle: Callable[[Any], AsyncIterator[Any]]
     ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Read and GetTree."""
+
         async def call_once(raw: bytes, context: Context) -> None:
-            call = Call(name, received_bytes=len(raw))
+            call = Call(method.name, received_bytes=len(raw))
             async with self._tracked(call, context):
-                request = _decode(kind, raw)
+                request = _decode(method.request, raw)
                 fault = await self._begin(call, request, context, len(raw))
-                async with contextlib.aclosing(handle(request, fault)) as responses:  # type: ignore[type-var]
-                    async for response in responses:
+                async with contextlib.aclosing(handle(request)) as whole:  # type: ignore[type-var]
+                    # A fault shapes data only, not the pages of a tree.
+                    shapes = fault if call.method in _STREAMS else None
+                    async for response in whole if shapes is None else faults.shaped(shapes, whole):
                         reply = response.SerializeToString()
                         call.sent_bytes += len(reply)
                         del response  # a client that reads nothing is not to hold another copy
@@ -261,19 +268,16 @@ class Dispatcher:
                 grpc.StatusCode.DEADLINE_EXCEEDED, f"{what} nothing for {limit_s:g} s, which ends the stream"
             ) from None
 
-    async def _read(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:
-        async with contextlib.aclosing(self._bytes.read(request)) as whole:  # type: ignore[type-var]
-            async for response in whole if fault is None else faults.shaped(fault, whole):
-                yield response
-
-    async def _tree(self, request: Any, fault: Fault | None) -> AsyncIterator[Any]:  # noqa: ARG002
-        pages: Iterator[Any] = self._cas.get_tree(request)
+    async def _tree(self, request: reapi.GetTreeRequest) -> AsyncIterator[reapi.GetTreeResponse]:
+        pages = self._cas.get_tree(request)
         while (page := await self._backend.run(next, pages, None)) is not None:
             yield page
 
-    def _write(self) -> grpc.RpcMethodHandler[Any, Any]:
+    def _writes(
+        self, method: services.Method, handle: Callable[[Any, AsyncIterator[Any]], Awaitable[Any]]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         async def call_once(raws: AsyncIterator[bytes], context: Context) -> bytes:
-            call = Call("Write")
+            call = Call(method.name)
             async with self._tracked(call, context):
                 messages = self._messages(raws, call)
                 try:
@@ -288,10 +292,10 @@ class Dispatcher:
                 if fault is not None:
                     messages = faults.shaped(fault, _chain(first, messages))
                     first = await anext(messages)
-                response = await self._bytes.write(first, messages)
+                response = await handle(first, messages)
                 if fault is not None:
                     await self._after(fault, call)
-                reply = response.SerializeToString()
+                reply: bytes = response.SerializeToString()
                 call.sent_bytes = len(reply)
                 await self._carry("down", len(reply))
                 return reply
@@ -360,8 +364,8 @@ class Dispatcher:
 
     @contextlib.asynccontextmanager
     async def _tracked(self, call: Call, context: Context) -> AsyncIterator[None]:
-        """End the call with the status of what is raised inside, and record it."""
-        status = "CANCELLED"
+        """Record the end of the call, and end it with the status of what is raised inside."""
+        status, failure = "CANCELLED", None
         is_stream = call.method in _STREAMS
         self._active += 1
         self._streams += is_stream
@@ -372,15 +376,14 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - every error becomes a status
             failure = as_failure(error)
             status = failure.code.name
-            self._log.end(call, status)
-            await context.abort(failure.code, failure.message, trailers(failure))
         finally:
+            self._log.end(call, status)
             self._active -= 1
             self._streams -= is_stream
             if self._active == 0:
                 self._is_idle.set()
-            if call.status is None:
-                self._log.end(call, status)
+        if failure is not None:
+            await context.abort(failure.code, failure.message, trailers(failure))
 
 
 def _decode(kind: Any, raw: bytes) -> Any:

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bytestream.ReadResponse, bytestream.WriteRequest)
 
-ANY_METHOD = "*"
 WRITES = frozenset({"BatchUpdateBlobs", "Write"})
-_STREAMS = frozenset({"Read", "Write"})
 
 
 class CallGate:
@@ -90,7 +88,7 @@ class Fault:
     The fields up to `matches` choose the calls; all that are given must fit.
     """
 
-    method: str = ANY_METHOD
+    method: str = "*"
     """Name of the method, as in "BatchReadBlobs"; "*" for any."""
     times: int | None = 1
     """How many calls are hit; None for all."""
@@ -159,13 +157,14 @@ class Fault:
 
     def failure(self) -> Failure:
         """The status that it ends a call with."""
-        code = grpc.StatusCode.UNAVAILABLE if self.status is None else status_code(self.status)
-        return Failure(code, self.message, retry_after_s=self.retry_after_s)
+        return Failure(
+            status_code(self.status or "UNAVAILABLE"), self.message, retry_after_s=self.retry_after_s
+        )
 
     def is_about(self, call: Call) -> bool:
         """Whether the rule is about this call."""
         return (
-            self.method in (ANY_METHOD, call.method)
+            self.method in ("*", call.method)
             and (self.digest is None or self.hash in call.hashes)
             and (self.resource is None or self.resource in call.resource_name)
             and (self.matches is None or self.matches(call))
@@ -299,8 +298,11 @@ def drop_blobs(fault: Fault, hashes: Iterable[str], partition: Partition) -> Non
             partition.delete(digest)
 
 
-def damage(fault: Fault, response: Any) -> None:
-    """Change a response message as the fault says."""
+def damaged_reply(fault: Fault, response: Any) -> bytes:
+    """A response message as the fault leaves it, serialised."""
+    if isinstance(response, reapi.BatchReadBlobsResponse | reapi.BatchUpdateBlobsResponse):
+        _damage_batch(fault, response)
+        return response.SerializeToString()
     if isinstance(response, reapi.FindMissingBlobsResponse):
         if fault.stale_index:
             missing = [item for item in response.missing_blob_digests if fault.hash not in (None, item.hash)]
@@ -308,26 +310,24 @@ def damage(fault: Fault, response: Any) -> None:
             response.missing_blob_digests.extend(missing)
         if fault.wrong_digest and response.missing_blob_digests:
             response.missing_blob_digests[0].hash = _other(response.missing_blob_digests[0].hash)
-        return
-    if not isinstance(response, reapi.BatchReadBlobsResponse | reapi.BatchUpdateBlobsResponse):
-        return
+    return flip(response.SerializeToString(), fault.flip_bit)
+
+
+def _damage_batch(
+    fault: Fault, response: reapi.BatchReadBlobsResponse | reapi.BatchUpdateBlobsResponse
+) -> None:
     items: list[Any] = [item for item in response.responses if fault.hash in (None, item.digest.hash)]
-    for item in items:
-        if fault.item_status is not None:
+    is_read = isinstance(response, reapi.BatchReadBlobsResponse)
+    if fault.item_status is not None:
+        for item in items:
             item.status.code = status_code(fault.item_status).value[0]
             item.status.message = fault.message
-            if isinstance(response, reapi.BatchReadBlobsResponse):
+            if is_read:
                 item.data = b""
-    if items and isinstance(response, reapi.BatchReadBlobsResponse):
+    if items and is_read:
         items[0].data = flip(items[0].data, fault.flip_bit)
     if items and fault.wrong_digest:
         items[0].digest.hash = _other(items[0].digest.hash)
-
-
-def damage_reply(fault: Fault, method: str, reply: bytes) -> bytes:
-    """The serialised response as the fault leaves it."""
-    is_about_blobs = method in {*_STREAMS, "BatchReadBlobs", "BatchUpdateBlobs"}
-    return reply if is_about_blobs else flip(reply, fault.flip_bit)
 
 
 def flip(data: bytes, bit: int | None) -> bytes:
@@ -357,41 +357,25 @@ def _other(hash_: str) -> str:
     return hashlib.sha256(hash_.encode()).hexdigest()
 
 
-class Flow:
-    """A stream of data that a fault slows, damages or ends. For one stream."""
-
-    def __init__(self, fault: Fault) -> None:
-        self._fault = fault
-        self._position = 0
-        self._started = asyncio.get_running_loop().time()
-
-    async def shape(self, data: bytes) -> tuple[bytes, bool]:
-        """What passes of the next piece, and whether the stream ends after it."""
-        fault = self._fault
-        ends = False
-        stops = [stop for stop in (fault.cut_after_bytes, fault.truncate_after_bytes) if stop is not None]
-        if stops and self._position + len(data) >= min(stops):
-            data = data[: min(stops) - self._position]
-            ends = True
-        if fault.flip_bit is not None:
-            bit = fault.flip_bit - 8 * self._position
-            if 0 <= bit < 8 * len(data):
-                data = flip(data, bit)
-        self._position += len(data)
-        if fault.bandwidth_bytes_per_s is not None:
-            due = self._started + self._position / fault.bandwidth_bytes_per_s
-            await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
-        return data, ends
-
-
 async def shaped(fault: Fault, messages: AsyncIterator[M]) -> AsyncIterator[M]:
-    """The messages of Read or Write, with the fault in them."""
-    flow = Flow(fault)
+    """The messages of Read or Write, whose data the fault slows, damages or ends."""
+    now = asyncio.get_running_loop().time
+    started, position = now(), 0
+    stops = [stop for stop in (fault.cut_after_bytes, fault.truncate_after_bytes) if stop is not None]
     async for message in messages:
-        message.data, ends = await flow.shape(message.data)
+        data = message.data
+        ends = bool(stops) and position + len(data) >= min(stops)
+        if ends:
+            data = data[: min(stops) - position]
+        if fault.flip_bit is not None and 0 <= fault.flip_bit - 8 * position < 8 * len(data):
+            data = flip(data, fault.flip_bit - 8 * position)
+        position += len(data)
+        if fault.bandwidth_bytes_per_s is not None:
+            await asyncio.sleep(max(0.0, started + position / fault.bandwidth_bytes_per_s - now()))
+        message.data = data
         if ends and isinstance(message, bytestream.WriteRequest):
             message.finish_write = False
-        if message.data or isinstance(message, bytestream.WriteRequest):
+        if data or isinstance(message, bytestream.WriteRequest):
             yield message
         if ends and fault.cut_after_bytes is not None:
             raise fault.failure()

@@ -19,7 +19,7 @@ from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Una
 from snaploader.testing.dispatch import Call, CallLog, Dispatcher
 from snaploader.testing.faults import FaultScript, flip
 from snaploader.testing.options import ServerOptions, ServerTLS
-from snaploader.testing.services import Backend, blob_bytes
+from snaploader.testing.services import Backend
 from snaploader.testing.storage import (
     DiskStorage,
     MemoryStorage,
@@ -195,7 +195,7 @@ class EmbeddedServer:
 
     def get_blob(self, digest: Digest, *, instance_name: str = "") -> bytes:
         """A stored blob, past the network. NotFound when absent."""
-        data = blob_bytes(self._partition(instance_name), digest)
+        data = self._partition(instance_name).load(digest)
         if data is None:
             raise NotFound(f"no blob {digest} on the server")
         return data

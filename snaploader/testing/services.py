@@ -186,22 +186,6 @@ def digest_of(message: reapi.Digest, function: DigestFunction) -> Digest:
     return Digest.checked(message.hash, message.size_bytes, function)
 
 
-def is_present(partition: Partition, digest: Digest) -> bool:
-    """Whether a blob is there; the empty one always is."""
-    return digest.size_bytes == 0 or partition.contains(digest)
-
-
-def blob_bytes(partition: Partition, digest: Digest) -> bytes | None:
-    """A whole blob, for those known to be small."""
-    if digest.size_bytes == 0:
-        return b""
-    reader = partition.open(digest)
-    if reader is None:
-        return None
-    with contextlib.closing(reader):
-        return reader.read(0, reader.size)
-
-
 def status_of(code: grpc.StatusCode, message: str = "") -> status_pb2.Status:
     return status_pb2.Status(code=code.value[0], message=message)
 
@@ -215,7 +199,7 @@ class ContentAddressableStorage:
     def find_missing_blobs(self, request: reapi.FindMissingBlobsRequest) -> reapi.FindMissingBlobsResponse:
         function, partition = self._backend.resolve(request)
         digests = request.blob_digests
-        missing = [found for found in digests if not is_present(partition, digest_of(found, function))]
+        missing = [found for found in digests if not partition.contains(digest_of(found, function))]
         return reapi.FindMissingBlobsResponse(missing_blob_digests=missing)
 
     def batch_update_blobs(self, request: reapi.BatchUpdateBlobsRequest) -> reapi.BatchUpdateBlobsResponse:
@@ -277,7 +261,7 @@ class ContentAddressableStorage:
         return response
 
     def _load(self, partition: Partition, digest: Digest) -> bytes | None:
-        data = blob_bytes(partition, digest)
+        data = partition.load(digest)
         if data and self._backend.options.verify_reads and digest.function.hash(data) != digest.hash:
             logger.warning("the stored blob %s was damaged and is dropped", digest)
             partition.delete(digest)
@@ -317,7 +301,7 @@ class ContentAddressableStorage:
         queue = [root]
         seen = {root}
         for digest in queue:
-            data = blob_bytes(partition, digest)
+            data = partition.load(digest)
             if data is None:
                 if digest == root:
                     raise NotFound(f"no directory {digest}")
@@ -359,7 +343,7 @@ class ActionCache:
         result = reapi.ActionResult.FromString(data)
         if options.check_completeness:
             for named in _named_digests(result, partition, function):
-                if not is_present(partition, digest_of(named, function)):
+                if not partition.contains(digest_of(named, function)):
                     raise NotFound(f"the action result for {digest} names {named.hash}, which is gone")
         return result
 
@@ -424,7 +408,7 @@ def _tree_digests(
 ) -> Iterator[reapi.Digest]:
     if digest.size_bytes > _MAX_TREE_BYTES:
         raise NotFound(f"the tree {digest.hash} is too big to be checked")
-    data = blob_bytes(partition, digest_of(digest, function))
+    data = partition.load(digest_of(digest, function))
     if data is None:
         raise NotFound(f"the tree {digest.hash} is gone")
     try:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from snaploader.digest import Buffer, Digest, DigestFunction, Hasher
+from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.files import (
     Access,
@@ -64,31 +64,90 @@ class BlobReader:
         return cls(len(data), lambda offset, size: data[offset : offset + size])
 
 
-class StagedBlob(Protocol):
-    """Bytes on their way in, invisible until `commit`. Used by one thread at a time."""
+class StagedBlob:
+    """Bytes on their way in, invisible until `commit`. Used by one thread at a time.
 
-    def write(self, data: Buffer) -> None: ...
+    Args:
+        verify: Whether the bytes must have the digest's hash; they always must have its size.
+        write: Takes the bytes.
+        publish: Makes them a blob.
+        close: Lets go of them, published or not.
+    """
+
+    def __init__(
+        self,
+        digest: Digest,
+        verify: bool,
+        *,
+        write: Callable[[Buffer], object],
+        publish: Callable[[], object],
+        close: Callable[[], object],
+    ) -> None:
+        self._digest = digest
+        self._hasher = digest.function.hasher() if verify else None
+        self._size = 0
+        self._is_over = False
+        self._write, self._publish, self._close = write, publish, close
+
+    def write(self, data: Buffer) -> None:
+        """Add bytes. DataLoss as soon as there are too many."""
+        self._check_open()
+        self._size += len(data)
+        if self._size > self._digest.size_bytes:
+            raise DataLoss(f"more bytes came than the digest {self._digest} says")
+        if self._hasher is not None:
+            self._hasher.update(data)
+        self._write(data)
 
     def commit(self) -> None:
         """Make the blob visible. DataLoss, and nothing visible, when the bytes do not match the digest."""
+        self._check_open()
+        if self._size != self._digest.size_bytes:
+            raise DataLoss(f"{self._size} bytes came for the digest {self._digest}")
+        if self._hasher is not None and self._hasher.hexdigest() != self._digest.hash:
+            raise DataLoss(f"the bytes that came do not have the digest {self._digest}")
+        self._publish()
+        self.discard()
 
     def discard(self) -> None:
         """Forget the bytes. No effect after commit or a second time."""
+        if not self._is_over:
+            self._is_over = True
+            self._close()
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise FailedPrecondition(f"the upload of {self._digest} is over")
 
 
 class Partition(Protocol):
     """The content of one instance. Thread-safe."""
 
-    def contains(self, digest: Digest) -> bool: ...
+    def contains(self, digest: Digest) -> bool:
+        """Whether a blob is there; the empty one always is."""
 
     def open(self, digest: Digest) -> BlobReader | None:
         """The blob, or None when absent."""
+
+    def load(self, digest: Digest) -> bytes | None:
+        """A whole blob, for those known to be small, or None when absent."""
+        reader = self.open(digest)
+        if reader is None:
+            return None
+        with contextlib.closing(reader):
+            return reader.read(0, reader.size)
 
     def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
         """Begin to store a blob; without `verify`, its size is compared and its hash is not."""
 
     def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        """Store a small blob at once. DataLoss when the size differs, or with `verify` the hash."""
+        """Store a small blob at once, as by `stage`."""
+        staged = self.stage(digest, verify=verify)
+        try:
+            staged.write(data)
+            staged.commit()
+        finally:
+            staged.discard()
 
     def delete(self, digest: Digest) -> bool:
         """Drop a blob; whether it was there."""
@@ -115,37 +174,6 @@ class Storage(Protocol):
     def close(self) -> None: ...
 
 
-class CheckedBytes:
-    """The running size, and with `verify` the hash, of bytes that must turn out to have a digest."""
-
-    def __init__(self, digest: Digest, *, verify: bool) -> None:
-        self._digest = digest
-        self._hasher: Hasher | None = digest.function.hasher() if verify else None
-        self._size = 0
-
-    def update(self, data: Buffer) -> None:
-        """Add bytes. DataLoss as soon as there are too many."""
-        self._size += len(data)
-        if self._size > self._digest.size_bytes:
-            raise DataLoss(f"more bytes came than the digest {self._digest} says")
-        if self._hasher is not None:
-            self._hasher.update(data)
-
-    def check(self) -> None:
-        """DataLoss unless exactly the bytes of the digest came."""
-        if self._size != self._digest.size_bytes:
-            raise DataLoss(f"{self._size} bytes came for the digest {self._digest}")
-        if self._hasher is not None and self._hasher.hexdigest() != self._digest.hash:
-            raise DataLoss(f"the bytes that came do not have the digest {self._digest}")
-
-
-def check_bytes(digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-    """DataLoss unless `data` has this digest; without `verify`, unless it has its size."""
-    check = CheckedBytes(digest, verify=verify)
-    check.update(data)
-    check.check()
-
-
 def result_key(digest: Digest, *, has_size: bool) -> str:
     """The key of an action result in a partition, safe as a file name."""
     size = f"-{digest.size_bytes}" if has_size else ""
@@ -158,27 +186,7 @@ def parse_result_key(key: str) -> Digest:
     return Digest(hash_, int(size[0]) if size else 0, DigestFunction.parse(function))
 
 
-class _MemoryStaged:
-    def __init__(self, partition: MemoryPartition, digest: Digest, *, verify: bool) -> None:
-        self._partition = partition
-        self._digest = digest
-        self._check = CheckedBytes(digest, verify=verify)
-        self._pieces: list[bytes] = []
-
-    def write(self, data: Buffer) -> None:
-        self._check.update(data)
-        self._pieces.append(bytes(data))
-
-    def commit(self) -> None:
-        self._check.check()
-        self._partition.put(self._digest, b"".join(self._pieces), verify=False)
-        self.discard()
-
-    def discard(self) -> None:
-        self._pieces = []
-
-
-class MemoryPartition:
+class MemoryPartition(Partition):
     """One instance's content in memory."""
 
     def __init__(self) -> None:
@@ -187,19 +195,22 @@ class MemoryPartition:
         self._results: dict[str, bytes] = {}
 
     def contains(self, digest: Digest) -> bool:
-        return digest in self._blobs
+        return digest.size_bytes == 0 or digest in self._blobs
 
     def open(self, digest: Digest) -> BlobReader | None:
-        data = self._blobs.get(digest)
+        data = b"" if digest.size_bytes == 0 else self._blobs.get(digest)
         return None if data is None else BlobReader.of(data)
 
     def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
-        return _MemoryStaged(self, digest, verify=verify)
+        pieces: list[bytes] = []
 
-    def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        check_bytes(digest, data, verify=verify)
-        with self._lock:
-            self._blobs[digest] = bytes(data)
+        def publish() -> None:
+            with self._lock:
+                self._blobs[digest] = b"".join(pieces)
+
+        return StagedBlob(
+            digest, verify, write=lambda data: pieces.append(bytes(data)), publish=publish, close=pieces.clear
+        )
 
     def delete(self, digest: Digest) -> bool:
         with self._lock:
@@ -240,39 +251,7 @@ class MemoryStorage:
         """Nothing to do: content stays until the object goes."""
 
 
-class _StagedFile:
-    def __init__(self, partition: DiskPartition, digest: Digest, path: str, *, verify: bool) -> None:
-        self._partition = partition
-        self._digest = digest
-        self._path = path
-        self._check = CheckedBytes(digest, verify=verify)
-        self._file: int | None = open_new(path, 0o600, os.O_WRONLY)
-
-    def write(self, data: Buffer) -> None:
-        if self._file is None:
-            raise FailedPrecondition(f"the upload of {self._digest} is over")
-        self._check.update(data)
-        write_all(self._file, data)
-
-    def commit(self) -> None:
-        if self._file is None:
-            raise FailedPrecondition(f"the upload of {self._digest} is over")
-        self._check.check()
-        os.fchmod(self._file, _BLOB_MODE)
-        self._close()
-        self._partition.publish(self._path, self._partition.blob_path(self._digest))
-
-    def discard(self) -> None:
-        self._close()
-        _unlink(self._path)
-
-    def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-
-class DiskPartition:
+class DiskPartition(Partition):
     """One instance's content in a folder."""
 
     def __init__(self, folder: str, staging: str, numbers: itertools.count[int]) -> None:
@@ -280,7 +259,7 @@ class DiskPartition:
         self._staging = staging
         self._numbers = numbers
 
-    def publish(self, staged: str, path: str) -> None:
+    def _publish(self, staged: str, path: str) -> None:
         """Move a staged file to its place, making the folder when it is the first there."""
         try:
             os.rename(staged, path)
@@ -300,6 +279,8 @@ class DiskPartition:
         return f"{self._staging}/{next(self._numbers)}"
 
     def contains(self, digest: Digest) -> bool:
+        if digest.size_bytes == 0:
+            return True
         try:
             status = os.stat(self.blob_path(digest), follow_symlinks=False)
             return stat.S_ISREG(status.st_mode) and status.st_size == digest.size_bytes
@@ -307,6 +288,8 @@ class DiskPartition:
             return False
 
     def open(self, digest: Digest) -> BlobReader | None:
+        if digest.size_bytes == 0:
+            return BlobReader.of(b"")
         try:
             descriptor, status = open_regular(self.blob_path(digest))
         except (FileNotFoundError, OddEntry):
@@ -321,11 +304,20 @@ class DiskPartition:
         )
 
     def stage(self, digest: Digest, *, verify: bool = True) -> StagedBlob:
-        return _StagedFile(self, digest, self._staged_path(), verify=verify)
+        path = self._staged_path()
+        descriptor = open_new(path, _BLOB_MODE, os.O_WRONLY)
 
-    def put(self, digest: Digest, data: Buffer, *, verify: bool = True) -> None:
-        check_bytes(digest, data, verify=verify)
-        self._write_file(self.blob_path(digest), data, _BLOB_MODE)
+        def close() -> None:
+            os.close(descriptor)
+            _unlink(path)
+
+        return StagedBlob(
+            digest,
+            verify,
+            write=functools.partial(write_all, descriptor),
+            publish=lambda: self._publish(path, self.blob_path(digest)),
+            close=close,
+        )
 
     def delete(self, digest: Digest) -> bool:
         return _unlink(self.blob_path(digest))
@@ -350,7 +342,14 @@ class DiskPartition:
         return data if hashlib.sha256(data).digest() == content[:_CHECKSUM_BYTES] else None
 
     def put_result(self, key: str, data: bytes) -> None:
-        self._write_file(self._result_path(key), hashlib.sha256(data).digest() + data, 0o600)
+        staged = self._staged_path()
+        try:
+            with closing_fd(open_new(staged, 0o600, os.O_WRONLY)) as descriptor:
+                write_all(descriptor, hashlib.sha256(data).digest() + data)
+            self._publish(staged, self._result_path(key))
+        except BaseException:
+            _unlink(staged)
+            raise
 
     def delete_result(self, key: str) -> bool:
         return _unlink(self._result_path(key))
@@ -359,17 +358,6 @@ class DiskPartition:
         return sorted(
             entry.name for shard in _entries(f"{self._folder}/results") for entry in _entries(shard.path)
         )
-
-    def _write_file(self, path: str, data: Buffer, mode: int) -> None:
-        staged = self._staged_path()
-        descriptor = open_new(staged, mode, os.O_WRONLY)
-        try:
-            with closing_fd(descriptor):
-                write_all(descriptor, data)
-            self.publish(staged, path)
-        except BaseException:
-            _unlink(staged)
-            raise
 
 
 def _unlink(path: str) -> bool:
