@@ -151,16 +151,13 @@ class ByteStream:
             size = -1 if name.is_compressed else name.digest.size_bytes
             return bytestream.WriteResponse(committed_size=size)
         key = (name.instance_name, first.resource_name)
-        upload = self._resumed(key, first.write_offset)
-        is_new = upload is None
-        if upload is None:
-            upload = Upload(self._backend, partition, name.digest, is_compressed=name.is_compressed)
+        offset = first.write_offset
+        upload = self._resumed(key, offset) if offset else Upload(self._backend, partition, name)
         is_kept = False
         try:
-            if is_new:
+            if not offset:
                 await self._uploads.admit(key, upload)
-            is_finished = await self._receive(upload, first, rest, name)
-            if is_finished:
+            if await self._receive(upload, first, rest, name):
                 await upload.commit()
                 return bytestream.WriteResponse(committed_size=self._committed_size(upload, name))
             is_kept = options.resumable_writes
@@ -176,10 +173,8 @@ class ByteStream:
             else:
                 await self._uploads.drop(key, upload)
 
-    def _resumed(self, key: tuple[str, str], offset: int) -> Upload | None:
-        """The broken upload that goes on at this offset; None for a write from the start."""
-        if offset == 0:
-            return None
+    def _resumed(self, key: tuple[str, str], offset: int) -> Upload:
+        """The broken upload that goes on at this offset."""
         known = self._uploads.get(key)
         if known is None:
             raise InvalidArgument(
@@ -269,21 +264,18 @@ def _verify(reader: BlobReader, name: ResourceName, partition: Partition) -> Non
 class Upload:
     """One write. Used on the server's loop by one call at a time; bytes are staged on worker threads."""
 
-    def __init__(
-        self, backend: Backend, partition: Partition, digest: Digest, *, is_compressed: bool
-    ) -> None:
+    def __init__(self, backend: Backend, partition: Partition, name: ResourceName) -> None:
         self._backend = backend
         self._partition = partition
-        self._digest = digest
-        self._is_compressed = is_compressed
+        self._name = name
         self._staged: StagedBlob | None = None
         self._target: StagedBlob | zstandard.ZstdDecompressionWriter | None = None
         """Where bytes go: the staged blob, or what inflates them into it in bounded memory."""
         self._buffer: list[bytes] = []
         self._buffered = 0
-        in_memory = isinstance(partition, MemoryPartition)
         buffered = BUFFER_BYTES + backend.options.max_message_bytes
-        self.needed_bytes = digest.size_bytes if in_memory else min(digest.size_bytes, buffered)
+        size = name.digest.size_bytes
+        self.needed_bytes = size if isinstance(partition, MemoryPartition) else min(size, buffered)
         """Memory that it may take."""
         self.received = 0
         """Bytes on the wire so far."""
@@ -298,27 +290,20 @@ class Upload:
             await self._backend.run_to_end(self._stage)
 
     async def commit(self) -> None:
-        """Verify the whole and make it visible. DataLoss when it does not match, then only discard it."""
-        await self._backend.run_to_end(self._commit)
+        """Verify the whole and make it visible. DataLoss when it does not match."""
+        await self._backend.run_to_end(lambda: self._stage().commit())
 
     async def discard(self) -> None:
         self._buffer = []
         if self._staged is not None:
             await self._backend.run_to_end(self._staged.discard)
 
-    def _commit(self) -> None:
-        if self._staged is None and not self._is_compressed:
-            data = self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
-            self._partition.put(self._digest, data, verify=self._backend.options.verify_writes)
-            return
-        self._stage().commit()
-
     def _stage(self) -> StagedBlob:
         pieces, self._buffer, self._buffered = self._buffer, [], 0
         if self._staged is None:
             verify = self._backend.options.verify_writes
-            self._target = self._staged = self._partition.stage(self._digest, verify=verify)
-            if self._is_compressed:
+            self._target = self._staged = self._partition.stage(self._name.digest, verify=verify)
+            if self._name.is_compressed:
                 self._target = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_writer(
                     cast("IO[bytes]", self._staged), write_size=BUFFER_BYTES, closefd=False
                 )

@@ -88,12 +88,10 @@ class EmbeddedServer:
         self.call_log = CallLog(log_capacity)
         self._folder: str | None = None
         self._storage: Storage | None = None
-        if storage is None:
-            self._storage = MemoryStorage()
-        elif isinstance(storage, str | os.PathLike):
+        if isinstance(storage, str | os.PathLike):
             self._folder = os.fspath(storage)
         else:
-            self._storage = storage
+            self._storage = storage or MemoryStorage()
         self._running: _Running | None = None
 
     def start(self) -> Self:
@@ -111,13 +109,12 @@ class EmbeddedServer:
         storage = DiskStorage(self._folder) if self._folder is not None else self._storage
         assert storage is not None
         try:
-            running = _Running(self, storage)
-            self._port = running.port
+            self._running = _Running(self, storage)
         except BaseException:
             if self._folder is not None:
                 storage.close()
             raise
-        self._storage, self._running = storage, running
+        self._storage, self._port = storage, self._running.port
         return self
 
     def stop(self, grace_s: float = 0.0) -> None:
@@ -240,13 +237,14 @@ class LoopThread:
     grpc.aio wakes every loop that uses it for the events of all, so the servers of a process share one.
     """
 
+    _loop: asyncio.AbstractEventLoop
+    _stop: asyncio.Event
+    _thread: threading.Thread
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
         self._pid = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop = asyncio.Event()
-        self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
         """Add a user; the first one starts the thread."""
@@ -256,10 +254,7 @@ class LoopThread:
             if self._users == 0:
                 self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
                 self._thread = threading.Thread(
-                    target=self._serve,
-                    args=(self._loop, self._stop),
-                    name="snaploader-server-loop",
-                    daemon=True,
+                    target=self._serve, name="snaploader-server-loop", daemon=True
                 )
                 self._thread.start()
             self._users += 1
@@ -268,23 +263,17 @@ class LoopThread:
         """Remove a user; the last one ends the thread and waits for it."""
         with self._lock:
             self._users -= 1
-            if self._users:
-                return
-            assert self._loop is not None
-            assert self._thread is not None
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
-            self._loop = self._thread = None
+            if self._users == 0:
+                self._loop.call_soon_threadsafe(self._stop.set)
+                self._thread.join()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for it. Not from the loop's own thread."""
-        assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    @staticmethod
-    def _serve(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(stop.wait())
+    def _serve(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._stop.wait())
 
 
 LOOP = LoopThread()

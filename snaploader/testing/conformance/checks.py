@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import zstandard
+from grpc import StatusCode as Code
 
 from snaploader._proto import any_pb2, bytestream_pb2 as bytestream, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction
@@ -24,6 +25,7 @@ from snaploader.testing.conformance.endpoint import (
     fresh,
     message,
     require,
+    skip_unless,
     unpack,
     write_requests,
 )
@@ -35,25 +37,14 @@ _MIB = 1024 * 1024
 _WRITERS = 4
 _EARLY_S = 10.0
 _TREE_FILES = 2000
-_OK = grpc.StatusCode.OK
-_MISLEADING = frozenset(
-    {
-        # What a client takes for a broken connection, or for success.
-        grpc.StatusCode.OK,
-        grpc.StatusCode.CANCELLED,
-        grpc.StatusCode.UNKNOWN,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.UNAVAILABLE,
-    }
-)
-_REFUSALS = frozenset(
-    {
-        grpc.StatusCode.PERMISSION_DENIED,
-        grpc.StatusCode.UNIMPLEMENTED,
-        grpc.StatusCode.FAILED_PRECONDITION,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.INVALID_ARGUMENT,
-    }
+_MISLEADING = (Code.OK, Code.CANCELLED, Code.UNKNOWN, Code.INTERNAL, Code.UNAVAILABLE)
+"""What a client takes for a broken connection, or for success."""
+_REFUSALS = (
+    Code.PERMISSION_DENIED,
+    Code.UNIMPLEMENTED,
+    Code.FAILED_PRECONDITION,
+    Code.UNAUTHENTICATED,
+    Code.INVALID_ARGUMENT,
 )
 
 
@@ -93,7 +84,7 @@ def health_is_told_in_the_standard_way(endpoint: Endpoint) -> None:
         # A HealthCheckRequest for the server as a whole is empty; the answer is {status: 1}, SERVING.
         answer = endpoint.call_raw("/grpc.health.v1.Health/Check", b"")
     except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+        if error.code() == Code.UNIMPLEMENTED:
             raise CheckSkipped("the server has no health service, which is fine") from None
         raise
     require(answer == b"\x08\x01", "the server serves, but its health service does not say so")
@@ -147,8 +138,7 @@ def batches_give_back_the_bytes(endpoint: Endpoint, function: DigestFunction) ->
     """BatchReadBlobs returns what BatchUpdateBlobs stored."""
     blobs = [fresh(size, function) for size in (1, 4096, 60 * _KIB - 1)]
     for blob in blobs:
-        _store(endpoint, [blob])
-        _expect(endpoint, [blob])
+        _store_and_expect(endpoint, [blob])
 
 
 @check
@@ -157,8 +147,7 @@ def full_batches_are_taken(endpoint: Endpoint) -> None:
     function = endpoint.functions[0]
     size = min(512 * _KIB, endpoint.batch_bytes // 2)
     blobs = [fresh(size, function) for _ in range(endpoint.batch_bytes // size)]
-    _store(endpoint, blobs)
-    _expect(endpoint, blobs)
+    _store_and_expect(endpoint, blobs)
 
 
 @check_each
@@ -167,7 +156,7 @@ def an_absent_blob_does_not_spoil_a_batch(endpoint: Endpoint, function: DigestFu
     stored, absent = fresh(500, function), fresh(500, function)
     _store(endpoint, [stored])
     items = endpoint.batch_read([absent[0], stored[0]])
-    _require_status(items, absent[0], grpc.StatusCode.NOT_FOUND)
+    _require_status("BatchReadBlobs", _statuses(items), absent[0], Code.NOT_FOUND)
     require(items[stored[0].hash].data == stored[1], "the blob that is there came with other bytes")
 
 
@@ -177,10 +166,10 @@ def wrong_bytes_are_refused_in_a_batch(endpoint: Endpoint, function: DigestFunct
     good, bad = fresh(500, function), fresh(500, function)
     statuses = endpoint.batch_update([(bad[0], bytes(500)), good])
     require(
-        statuses.get(bad[0].hash) != _OK,
+        statuses.get(bad[0].hash) != Code.OK,
         "wrong bytes were taken for a blob: the server does not verify (NativeLink: add a verify store)",
     )
-    _require_stored(statuses, good[0])
+    _require_status("BatchUpdateBlobs", statuses, good[0])
     missing = endpoint.missing([bad[0], good[0]])
     require(missing == {bad[0].hash}, f"only the refused blob should be missing, the server says {missing}")
 
@@ -193,19 +182,18 @@ def a_wrong_size_is_refused_in_a_batch(endpoint: Endpoint) -> None:
         statuses = endpoint.batch_update([(digest._replace(size_bytes=501), data)])
     except grpc.RpcError:
         return
-    require(statuses.get(digest.hash) != _OK, "a blob was stored under a wrong size")
+    require(statuses.get(digest.hash) != Code.OK, "a blob was stored under a wrong size")
 
 
 @check
 def batches_may_be_compressed(endpoint: Endpoint) -> None:
     """BatchUpdateBlobs takes zstd, and BatchReadBlobs returns the same bytes, whatever it packs them in."""
-    if not endpoint.zstd_batches:
-        raise CheckSkipped("the server does not state zstd for batches")
+    skip_unless(endpoint.zstd_batches, "the server does not state zstd for batches")
     for function in endpoint.functions:
         data = fresh(100)[1] * 300
         digest = Digest.of(data, function)
         statuses = endpoint.batch_update([(digest, zstandard.compress(data))], zstd=True)
-        _require_stored(statuses, digest)
+        _require_status("BatchUpdateBlobs", statuses, digest)
         item = endpoint.batch_read([digest], accept_zstd=True)[digest.hash]
         content = unpack(item.data, len(data)) if item.compressor == reapi.Compressor.ZSTD else item.data
         require(content == data, "a compressed batch changed the bytes")
@@ -251,7 +239,7 @@ def absent_blobs_are_not_found(endpoint: Endpoint, function: DigestFunction) -> 
     digest, _ = fresh(100, function)
     error = _refusal("the call succeeded instead of ending with NOT_FOUND", endpoint.read, digest)
     status = error.code()
-    require(status == grpc.StatusCode.NOT_FOUND, f"the server answered {status.name}, not NOT_FOUND")
+    require(status == Code.NOT_FOUND, f"the server answered {status.name}, not NOT_FOUND")
 
 
 @check_each
@@ -300,7 +288,7 @@ def a_write_of_what_exists_may_end_early(endpoint: Endpoint) -> None:
     except grpc.RpcError as error:
         # BuildGrid: ALREADY_EXISTS, where the specification wants OK and the size.
         require(
-            error.code() == grpc.StatusCode.ALREADY_EXISTS,
+            error.code() == Code.ALREADY_EXISTS,
             f"a write of a blob that exists was answered with {error.code().name}",
         )
         raise CheckSkipped("the server ends such writes with ALREADY_EXISTS") from None
@@ -441,17 +429,16 @@ def results_with_incomplete_trees_are_not_found(endpoint: Endpoint) -> None:
     """A result whose tree names a file that is absent is refused or not found."""
     _require_updates(endpoint)
     function = endpoint.functions[0]
-    tree = _tree([*(fresh(10, function)[0] for _ in range(2))])
+    tree = _stored_tree(endpoint, [fresh(10, function)[0] for _ in range(2)])
     result = reapi.ActionResult(exit_code=0)
-    result.output_directories.add(path="disk", tree_digest=message(_stored(endpoint, tree, function)))
+    result.output_directories.add(path="disk", tree_digest=tree)
     _require_incomplete(endpoint, function, result)
 
 
 @check
 def updates_are_refused_where_they_are_not_enabled(endpoint: Endpoint) -> None:
     """A server that states that updates are not enabled does not take them."""
-    if endpoint.update_enabled:
-        raise CheckSkipped("the server states that updates are enabled")
+    skip_unless(not endpoint.update_enabled, "the server states that updates are enabled")
     key, _ = fresh(100, endpoint.functions[0])
     try:
         endpoint.update_action_result(key, reapi.ActionResult(stdout_raw=b"x"))
@@ -469,24 +456,16 @@ def _refusal(message: str, call: Callable[..., object], *args: Any, **options: A
     raise CheckFailed(message)
 
 
-def _expect(endpoint: Endpoint, blobs: list[tuple[Digest, bytes]]) -> None:
+def _store_and_expect(endpoint: Endpoint, blobs: list[tuple[Digest, bytes]]) -> None:
+    _store(endpoint, blobs)
     items = endpoint.batch_read([digest for digest, _ in blobs])
     for digest, data in blobs:
-        _require_status(items, digest, _OK)
+        _require_status("BatchReadBlobs", _statuses(items), digest)
         require(items[digest.hash].data == data, f"{digest} came with other bytes")
 
 
-def _require_status(
-    items: dict[str, reapi.BatchReadBlobsResponse.Response], digest: Digest, expected: grpc.StatusCode
-) -> None:
-    require(digest.hash in items, f"the response says nothing about {digest}")
-    status = code(items[digest.hash].status.code)
-    require(status == expected, f"BatchReadBlobs answered {status.name} for {digest}, not {expected.name}")
-
-
 def _require_zstd(endpoint: Endpoint) -> None:
-    if not endpoint.zstd_streams:
-        raise CheckSkipped("the server does not state zstd for streams")
+    skip_unless(endpoint.zstd_streams, "the server does not state zstd for streams")
 
 
 def _compressible(size: int, function: Any) -> tuple[Digest, bytes]:
@@ -534,46 +513,38 @@ def _committed(endpoint: Endpoint, name: str) -> int:
     try:
         status = endpoint.call(services.BYTE_STREAM, "QueryWriteStatus", request)
     except grpc.RpcError as error:
-        if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
+        if error.code() in (Code.UNIMPLEMENTED, Code.NOT_FOUND):
             raise CheckSkipped("the server does not know of broken writes") from None
         raise
     require(not status.complete, "half a write is said to be complete")
-    if status.committed_size == 0:
-        raise CheckSkipped("the server kept nothing of the broken write")
+    skip_unless(status.committed_size > 0, "the server kept nothing of the broken write")
     size: int = status.committed_size
     return size
 
 
 def _require_updates(endpoint: Endpoint) -> None:
-    if not endpoint.update_enabled:
-        raise CheckSkipped("the server states that updates are not enabled")
+    skip_unless(endpoint.update_enabled, "the server states that updates are not enabled")
 
 
 def _is_found(endpoint: Endpoint, key: Digest) -> bool:
     try:
         endpoint.get_action_result(key)
     except grpc.RpcError as error:
-        if error.code() == grpc.StatusCode.NOT_FOUND:
+        if error.code() == Code.NOT_FOUND:
             return False
         raise
     return True
 
 
-def _stored(endpoint: Endpoint, data: bytes, function: DigestFunction) -> Digest:
-    digest = Digest.of(data, function)
-    if len(data) <= endpoint.batch_bytes // 2:
-        _store(endpoint, [(digest, data)])
-    else:
-        endpoint.write(digest, data)
-    return digest
-
-
-def _tree(digests: list[Digest]) -> bytes:
-    """A tree as a chunked file has it: a file per chunk, named by its offset."""
+def _stored_tree(endpoint: Endpoint, digests: list[Digest]) -> reapi.Digest:
+    """Store a tree as a chunked file has it: a file per chunk, named by its offset."""
     tree = reapi.Tree()
     for index, digest in enumerate(digests):
         tree.root.files.add(name=str(index * 4096), digest=message(digest))
-    return tree.SerializeToString(deterministic=True)
+    data = tree.SerializeToString(deterministic=True)
+    stored = Digest.of(data, digests[0].function)
+    endpoint.write(stored, data)
+    return message(stored)
 
 
 def _result(endpoint: Endpoint, function: DigestFunction, files: int) -> reapi.ActionResult:
@@ -582,10 +553,11 @@ def _result(endpoint: Endpoint, function: DigestFunction, files: int) -> reapi.A
     for start in range(0, files, 500):
         _store(endpoint, blobs[start : start + 500])
     result = reapi.ActionResult(exit_code=0)
-    plain = _stored(endpoint, fresh(100)[1], function)
+    plain, data = fresh(100, function)
+    endpoint.write(plain, data)
     result.output_files.add(path="vmstate", digest=message(plain), is_executable=True)
-    tree = _stored(endpoint, _tree([digest for digest, _ in blobs]), function)
-    result.output_directories.add(path="disk", tree_digest=message(tree))
+    tree = _stored_tree(endpoint, [digest for digest, _ in blobs])
+    result.output_directories.add(path="disk", tree_digest=tree)
     for name in ("VMConfiguration", "VMMetadata"):
         packed = any_pb2.Any(type_url=f"type.googleapis.com/snaploader.v1.{name}", value=b"\x08\x02")
         result.execution_metadata.auxiliary_metadata.append(packed)
@@ -612,26 +584,32 @@ def _require_incomplete(endpoint: Endpoint, function: DigestFunction, result: re
     try:
         endpoint.update_action_result(key, result)
     except grpc.RpcError as error:
-        if error.code() in (*_REFUSALS, grpc.StatusCode.NOT_FOUND):
+        if error.code() in (*_REFUSALS, Code.NOT_FOUND):
             return
         raise CheckFailed(f"an incomplete result was answered with {error.code().name}") from error
-    if _is_found(endpoint, key):
-        raise CheckSkipped("the server does not check that results are complete; clients must")
+    found = _is_found(endpoint, key)
+    skip_unless(not found, "the server does not check that results are complete; clients must")
 
 
 def _store(endpoint: Endpoint, blobs: list[tuple[Digest, bytes]]) -> None:
     """Store blobs in one batch. CheckFailed when the server does not take each."""
     statuses = endpoint.batch_update(blobs)
     for digest, _ in blobs:
-        _require_stored(statuses, digest)
+        _require_status("BatchUpdateBlobs", statuses, digest)
 
 
-def _require_stored(statuses: Mapping[str, grpc.StatusCode], digest: Digest) -> None:
-    """CheckFailed unless these statuses of a BatchUpdateBlobs say that the blob was taken."""
+def _statuses(items: Mapping[str, reapi.BatchReadBlobsResponse.Response]) -> dict[str, Code]:
+    return {hash_: code(item.status.code) for hash_, item in items.items()}
+
+
+def _require_status(
+    method: str, statuses: Mapping[str, Code], digest: Digest, expected: Code = Code.OK
+) -> None:
+    """CheckFailed unless these statuses of a batch have the expected one for the blob."""
     status = statuses.get(digest.hash)
     name = "nothing" if status is None else status.name
     hint = ""
-    if status == grpc.StatusCode.INVALID_ARGUMENT and digest.function is DigestFunction.BLAKE3:
+    if status == Code.INVALID_ARGUMENT and digest.function is DigestFunction.BLAKE3:
         # NativeLink with `verify_hash` does so, and takes the same blob in a stream.
         hint = ": it may hash batches with SHA-256 although the request names BLAKE3"
-    require(status == grpc.StatusCode.OK, f"BatchUpdateBlobs answered {name} for {digest}{hint}")
+    require(status == expected, f"{method} answered {name} for {digest}, not {expected.name}{hint}")

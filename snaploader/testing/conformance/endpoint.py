@@ -18,8 +18,8 @@ import zstandard
 
 from snaploader._proto import bytestream_pb2 as bytestream, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import InvalidArgument, SnaploaderError
 from snaploader.remote import codec
+from snaploader.remote.config import parse_endpoint
 
 MESSAGE_BYTES = 4 * 1024 * 1024 - 64 * 1024
 """Content that fits in a message of gRPC's default bound, with room for the fields around it."""
@@ -35,11 +35,9 @@ class Endpoint:
 
     Args:
         url: grpc://host:port, grpcs://host:port or unix:/path.
-        instance_name: The instance to use.
         headers: Sent with every call; lower-case names.
         root_certificates: PEM, for grpcs; None for the system's.
-        client_certificate: PEM, for mTLS, with `client_key`.
-        client_key: PEM.
+        client_certificate: PEM, for mTLS, with `client_key`, PEM too.
         timeout_s: Deadline of each call.
     """
 
@@ -58,13 +56,13 @@ class Endpoint:
         self.instance_name = instance_name
         self.headers = tuple(headers)
         self.timeout_s = timeout_s
-        scheme, target = _split(url)
+        server = parse_endpoint(url)
         options = [("grpc.max_receive_message_length", 16 * 1024 * 1024)]
-        if scheme == "grpcs":
+        if server.secure:
             credentials = grpc.ssl_channel_credentials(root_certificates, client_key, client_certificate)
-            self._channel = grpc.secure_channel(target, credentials, options)
+            self._channel = grpc.secure_channel(server.target, credentials, options)
         else:
-            self._channel = grpc.insecure_channel(target, options)
+            self._channel = grpc.insecure_channel(server.target, options)
 
     def close(self) -> None:
         """Close the channel. Idempotent."""
@@ -208,15 +206,6 @@ class Endpoint:
         self._ask(services.ACTION_CACHE, "UpdateActionResult", [digest], **fields)
 
 
-def _split(url: str) -> tuple[str, str]:
-    if url.startswith("unix:"):
-        return "unix", url
-    scheme, separator, target = url.partition("://")
-    if not separator or scheme not in ("grpc", "grpcs"):
-        raise InvalidArgument(f"the URL {url!r} is not grpc://host:port, grpcs://host:port or unix:/path")
-    return scheme, target
-
-
 def message(digest: Digest) -> reapi.Digest:
     """The digest as a message."""
     return reapi.Digest(hash=digest.hash, size_bytes=digest.size_bytes)
@@ -308,7 +297,7 @@ class Check:
             outcome, detail = Outcome.SKIPPED, str(skipped)
         except grpc.RpcError as error:
             outcome, detail = Outcome.FAILED, f"the server answered {error.code().name}: {error.details()}"
-        except (CheckFailed, SnaploaderError) as error:
+        except CheckFailed as error:
             outcome, detail = Outcome.FAILED, str(error)
         except Exception as error:  # noqa: BLE001 - a check that breaks is a finding, not a crash
             outcome, detail = Outcome.FAILED, f"{type(error).__name__}: {error}"
@@ -322,3 +311,9 @@ def require(is_met: bool, message: str) -> None:
     """CheckFailed with this message, unless the condition is met."""
     if not is_met:
         raise CheckFailed(message)
+
+
+def skip_unless(is_met: bool, message: str) -> None:
+    """CheckSkipped with this message, unless the condition is met."""
+    if not is_met:
+        raise CheckSkipped(message)
