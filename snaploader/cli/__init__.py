@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from snaploader.cli.process import complete_standard_streams, spare_threads
+from snaploader.cli.process import complete_standard_streams, start_lightly
 
 MISSING_EXTRA_EXIT_CODE = 4
 """That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
@@ -32,7 +32,7 @@ INTERRUPTED_EXIT_CODE = 130
 def main() -> None:
     """Entry point of the console script. Ends the process."""
     complete_standard_streams()
-    spare_threads()
+    start_lightly()
     for package in ("click", "platformdirs", "rich"):
         if importlib.util.find_spec(package) is None:
             sys.stderr.write(

@@ -8,15 +8,14 @@ value of the wrong type: a misspelt key that is silently without effect costs ho
 from __future__ import annotations
 
 import difflib
-import functools
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from snaploader.cli.values import Duration, KeyValue, Size, check_file
+from snaploader.cli.values import KEY_VALUE, Parsed, check_file
 from snaploader.errors import InvalidArgument, translate_os_errors
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -40,19 +39,6 @@ def default_path() -> Path:
     import platformdirs
 
     return platformdirs.user_config_path("snaploader", appauthor=False) / "config.toml"
-
-
-class Defaults(dict[str, Any]):
-    """Defaults in the form that click wants: by the names of parameters, and of the commands in a group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.later: dict[str, Callable[[], Defaults]] = {}
-        """Makes those of each command, which is imported for it, when they are asked for."""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The default, or the defaults of a command."""
-        return self.later[name]() if name in self.later else super().get(name, default)
 
 
 class ConfigFile:
@@ -99,8 +85,8 @@ class ConfigFile:
                     self._fail(prefix + name, "is the name of a command, so it must be a table")
                 self._check(commands[name], table[name], f"{prefix}{name}.")
 
-    def defaults(self, path: Sequence[str]) -> Defaults:
-        """The defaults of the options of a command, and of those in it.
+    def defaults(self, path: Sequence[str]) -> dict[str, Any]:
+        """The defaults of the options of a command, by the names of its parameters.
 
         Args:
             path: The names of the groups that the command is in, and its own; without any it is the root.
@@ -111,22 +97,19 @@ class ConfigFile:
             assert isinstance(command, click.Group)
             command = command.commands[name]
             tables.append((command, tables[-1][1].get(name, {})))
-        options = _options(command)
-        found = Defaults()
+        options = options_of(command)
+        found: dict[str, Any] = {}
         for holder, table in tables:
             for key, value in table.items():
                 name = _name(key)
                 # By the parameter's own name, which differs from the option's in "--json" and the like.
                 if name in options and (holder is command or _is_shared(name, options[name])):
                     found[str(options[name].name)] = self._value(options[name], value, key)
-        if isinstance(command, click.Group):
-            for name in command.commands:
-                found.later[name] = functools.partial(self.defaults, [*path, name])
         return found
 
     def _known(self, command: click.Command, *, is_root: bool) -> dict[str, click.Option]:
         """What may stand in the table of a command; in that of a group, what its commands share."""
-        known = _options(command)
+        known = options_of(command)
         if is_root:
             known.update(self._shared)
         elif isinstance(command, click.Group):
@@ -137,7 +120,7 @@ class ConfigFile:
 
     def _value(self, option: click.Option, value: object, key: str) -> Any:
         """The value as click wants it, after a trial conversion, so that the message can name the file."""
-        if isinstance(value, dict) and option.multiple and isinstance(option.type, KeyValue):
+        if isinstance(value, dict) and option.multiple and option.type is KEY_VALUE:
             for name, content in value.items():
                 if not isinstance(content, str):
                     self._fail(f"{key}.{name}", _wrong_type(content, "a string"))
@@ -169,12 +152,7 @@ def _expected(option: click.Option) -> tuple[tuple[type, ...], str]:
         return (bool,), "true or false"
     if isinstance(option.type, click.types.IntParamType):
         return (int,), "an integer"
-    if isinstance(option.type, Size):
-        return (int, str), "a size: bytes, or a string such as '512KiB'"
-    if isinstance(option.type, Duration):
-        return (int, float, str), "a duration: seconds, or a string such as '24h'"
-    # Modes too: 0700 is no TOML, and the integer 700 is another mode than the string.
-    return (str,), "a string"
+    return option.type.toml if isinstance(option.type, Parsed) else ((str,), "a string")
 
 
 def _wrong_type(value: object, expected: str) -> str:
@@ -193,7 +171,7 @@ def long_name(option: click.Option) -> str:
     return next(name for name in option.opts if name.startswith("--")).removeprefix("--")
 
 
-def _options(command: click.Command) -> dict[str, click.Option]:
+def options_of(command: click.Command) -> dict[str, click.Option]:
     """The options of a command by their long names."""
     found = [param for param in command.params if isinstance(param, click.Option)]
     return {long_name(each): each for each in found if each.name not in {"config", "help", "version"}}

@@ -23,7 +23,7 @@ from snaploader.cli.options import command, option
 from snaploader.cli.output import CheckFailed, Output
 from snaploader.cli.process import load_grpc
 from snaploader.cli.resources import Caches
-from snaploader.cli.values import Size, format_size, format_time
+from snaploader.cli.values import format_size, format_time, size_type
 from snaploader.errors import NotFound, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKeySet, SnapshotTask
@@ -41,11 +41,11 @@ EDIT = b"# Edited on host B, in place, through the copy-on-write store.\n"
 
 
 @command("demo")
-@option("--size", type=Size(64 << 20), default="256MiB", help="Size of the image.")
+@option("--size", type=size_type(64 << 20), default="256MiB", help="Size of the image.")
 @option(
     "--data",
     "data_bytes",
-    type=Size(16 << 20),
+    type=size_type(16 << 20),
     default="64MiB",
     help="About how many bytes of files go into it.",
 )

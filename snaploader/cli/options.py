@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import click
 from click.core import ParameterSource
 
-from snaploader.cli.config import ConfigFile, default_path, environment_variable, long_name
+from snaploader.cli.config import ConfigFile, default_path, environment_variable, long_name, options_of
 from snaploader.cli.output import Output
 from snaploader.cli.resources import Caches, Settings, Workspaces, WorkspaceSettings
-from snaploader.cli.values import DURATION, KEY_VALUE, MODE, Size
+from snaploader.cli.values import DURATION, KEY_VALUE, MODE, size_type
 from snaploader.errors import InvalidArgument
 from snaploader.policy import PolicyOverrides, ReadPolicy, SavePolicy
 
@@ -41,7 +41,7 @@ FILE = click.Path(path_type=Path)
 
 
 class Option(click.Option):
-    """An option that knows under which heading it is listed."""
+    """An option that knows under which heading of the help it is listed."""
 
     def __init__(self, *args: Any, section: str = OWN, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
@@ -79,6 +79,11 @@ class Command(click.Command):
         for param in self.params:
             if isinstance(param, Option) and param.envvar is None:
                 param.envvar = environment_variable(long_name(param), scope)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        _set_defaults(ctx)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all options to the help page."""
@@ -142,6 +147,7 @@ class Group(click.Group):
         """Read the arguments up to the command's name."""
         if not args and not ctx.resilient_parsing:
             raise NoCommand(f"{ctx.command_path} needs the name of a command: see --help", ctx)
+        _set_defaults(ctx)
         return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -184,9 +190,19 @@ def _load_config(ctx: click.Context, _param: click.Parameter, path: Path | None)
     if path is None and default_path().is_file():
         path = default_path()
     if path is not None:
-        loaded = ConfigFile(path, root.command, SHARED_OPTIONS)
-        ctx.default_map = loaded.defaults(ctx.command_path.split()[1:])
+        ctx.meta[_CONFIG] = ConfigFile(path, root.command, SHARED_OPTIONS)
+        _set_defaults(ctx)
     return path
+
+
+def _set_defaults(ctx: click.Context) -> None:
+    """Give the options of a command the defaults that the file has, if one was loaded."""
+    if _CONFIG in ctx.meta:
+        ctx.default_map = ctx.meta[_CONFIG].defaults(ctx.command_path.split()[1:])
+
+
+_CONFIG = f"{__name__}.config"
+"""The `ConfigFile`, in what the contexts of a command and of its groups share."""
 
 
 _shared = functools.partial(option, section=SHARED, shared=True)
@@ -206,7 +222,7 @@ _COMMON = (
     _shared(
         "--cache-dir", type=FILE, help="Folder of the local cache.  [default: $XDG_CACHE_HOME/snaploader]"
     ),
-    _shared("--max-cache-size", type=Size(1), default="10GiB", help="Bound on the local cache's size."),
+    _shared("--max-cache-size", type=size_type(1), default="10GiB", help="Bound on the local cache's size."),
     _shared(
         "--cache-mode",
         type=MODE,
@@ -269,8 +285,7 @@ def _gathering(kind: type[Any], name: str, function: Callable[..., R]) -> Callab
 
     @functools.wraps(function)
     def with_value(*args: Any, **kwargs: Any) -> R:
-        values = {each: kwargs.pop(each) for each in _names(kind)}
-        return function(*args, **{name: kind(**values)}, **kwargs)
+        return function(*args, **{name: _taken(kind, kwargs)}, **kwargs)
 
     return with_value
 
@@ -299,13 +314,9 @@ def command(
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
             ctx = click.get_current_context()
-            for name in (*_names(Settings), "as_json", "quiet", "verbose"):
-                kwargs.pop(name, None)
-            output = ctx.ensure_object(Output)
-            output.as_json = bool(_effective(ctx, "as_json"))
-            output.quiet = bool(_effective(ctx, "quiet"))
-            output.verbose = int(_effective(ctx, "verbose") or 0)
-            settings = _effective_value(ctx, Settings)
+            output, wanted = ctx.ensure_object(Output), _taken(Output, kwargs)
+            output.as_json, output.quiet, output.verbose = wanted.as_json, wanted.quiet, wanted.verbose
+            settings = _taken(Settings, kwargs)
             settings.check_files([name for name in _names(Settings) if _said(ctx, name) is not None])
             with Caches(settings, output) as caches, output.logging():
                 function(caches, *args, **kwargs)
@@ -327,9 +338,7 @@ def workspace_command(
     def decorate(function: Callable[Concatenate[Workspaces, P], None]) -> Command:
         @functools.wraps(function)
         def run(caches: Caches, /, *args: P.args, **kwargs: P.kwargs) -> None:
-            for name in _names(WorkspaceSettings):
-                kwargs.pop(name, None)
-            settings = _effective_value(click.get_current_context(), WorkspaceSettings)
+            settings = _taken(WorkspaceSettings, kwargs)
             try:
                 function(Workspaces(caches, settings), *args, **kwargs)
             except KeyboardInterrupt as interrupt:
@@ -350,14 +359,17 @@ def _names(kind: type[Any]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _effective_value(ctx: click.Context, kind: type[V]) -> V:
-    """The values of the options that a dataclass has fields for."""
-    return kind(**{name: _effective(ctx, name) for name in _names(kind)})
+def _taken(kind: type[V], kwargs: dict[str, Any]) -> V:
+    """The options that a dataclass has fields for, as a value of it; they are taken out of `kwargs`.
 
-
-def _effective(ctx: click.Context, name: str) -> Any:
-    """The command's value, unless only the command line before the command's name says something."""
-    return (_said(ctx, name) or ctx).params.get(name)
+    The value of an option is the command's, unless only the command line before its name says something.
+    """
+    ctx = click.get_current_context()
+    values = {}
+    for name in _names(kind):
+        values[name] = (_said(ctx, name) or ctx).params[name]
+        kwargs.pop(name, None)
+    return kind(**values)
 
 
 def _said(ctx: click.Context, name: str) -> click.Context | None:
@@ -508,14 +520,6 @@ _WORKSPACES = (
 )
 
 
-@functools.partial(_decorated, decorators=(*_COMMON, *_TASK, *_READ, *_SAVE, *_WORKSPACES))
-def _all_shared() -> None:
-    """Has the options that several commands may have."""
-
-
-SHARED_OPTIONS = {
-    long_name(option): option
-    for option in reversed(_all_shared.__click_params__)  # type: ignore[attr-defined]
-    if option.name != "config"
-}
+_ALL = click.command(_decorated(lambda: None, (*_COMMON, *_TASK, *_READ, *_SAVE, *_WORKSPACES)))
+SHARED_OPTIONS = options_of(_ALL)
 """Options that several commands may have, by long name: what may stand at the top of a configuration file."""

@@ -26,8 +26,9 @@ from snaploader.cli.options import (
 )
 from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
-from snaploader.cli.values import KEY_VALUE, ChunkSize, Size, format_size, format_time
+from snaploader.cli.values import KEY_VALUE, SIZE, Parsed, format_size, format_time, parse_size
 from snaploader.errors import InvalidArgument, translate_os_errors
+from snaploader.formats.chunktable import check_geometry
 from snaploader.formats.manifest import check_name
 from snaploader.keys import SnapshotKey
 from snaploader.loader import (
@@ -42,6 +43,15 @@ from snaploader.workspace.model import pin_name
 
 WORKSPACE_PINS = pin_name("")
 """How the pins of workspaces begin. A save that took such a name would let go what the workspace needs."""
+
+
+def _parse_chunk_size(text: str) -> int:
+    size = parse_size(text)
+    check_geometry(0, size)
+    return size
+
+
+CHUNK_SIZE = Parsed("size", _parse_chunk_size, SIZE.toml)
 
 
 class SaveCommand(Command):
@@ -60,11 +70,11 @@ class SaveCommand(Command):
 @option("--chunked/--plain", "chunked", default=None, help="Keep all files in chunks, or all whole.")
 @option(
     "--chunk-threshold",
-    type=Size(),
+    type=SIZE,
     default=f"{DEFAULT_CHUNK_THRESHOLD_BYTES >> 20}MiB",
     help="Files of this size or more are kept in chunks.",
 )
-@option("--chunk-size", type=ChunkSize(), help="Size of a chunk: a power of two, 4KiB to 64MiB.")
+@option("--chunk-size", type=CHUNK_SIZE, help="Size of a chunk: a power of two, 4KiB to 64MiB.")
 @option("--snapshot-id", "new_snapshot_id", metavar="ID", help="Id of the snapshot.  [default: new UUID]")
 @save_options
 @option("--property", "properties", multiple=True, type=KEY_VALUE, help="Property kept with the snapshot.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,92 +79,68 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
-class _Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in recent versions only
-    """A type of options whose values a function reads; what it refuses is a usage error."""
+class Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic in recent versions only
+    """A type of options whose values a function reads; what it refuses is a usage error.
+
+    Args:
+        toml: The types that a value may have in a configuration file, and what messages call them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parse: Callable[[str], object],
+        toml: tuple[tuple[type, ...], str] = ((str,), "a string"),
+    ) -> None:
+        self.name = name
+        self.toml = toml
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The value, which has been converted already where it is no string."""
         try:
-            return self.parse(value) if isinstance(value, str) else value
+            return self._parse(value) if isinstance(value, str) else value
         except InvalidArgument as error:
             self.fail(error.message, param, ctx)
 
-    def parse(self, text: str) -> Any:
-        """The value that a text stands for."""
-        raise NotImplementedError
-
-
-class Size(_Parsed):
-    """A number of bytes."""
-
-    name = "size"
-
-    def __init__(self, minimum: int = 0) -> None:
-        self._minimum = minimum
-
-    def parse(self, text: str) -> int:
-        """The bytes; see `parse_size`."""
-        size = parse_size(text)
-        if size < self._minimum:
-            raise InvalidArgument(f"{size} is too small: at least {self._minimum} is needed")
-        return size
-
-
-class ChunkSize(Size):
-    """The size of a chunk."""
-
-    def parse(self, text: str) -> int:
-        """The bytes, where chunks can be of this size."""
-        from snaploader.formats.chunktable import check_geometry
-
-        size = super().parse(text)
-        check_geometry(0, size)
-        return size
-
-
-class Duration(_Parsed):
-    """A number of seconds."""
-
-    name = "duration"
-
-    def parse(self, text: str) -> float:
-        """The seconds, from a number with an optional unit: s, m, h or d."""
-        return parse_duration_s(text)
-
-
-class Mode(_Parsed):
-    """Permission bits, octal as for chmod(1)."""
-
-    name = "mode"
-
-    def parse(self, text: str) -> int:
-        """The number."""
-        if not re.fullmatch(r"[0-7]{3,4}", text):
-            raise InvalidArgument(f"{text[:20]!r} is not an octal mode such as 0700 or 2770")
-        return int(text, 8)
-
-
-class KeyValue(_Parsed):
-    """A pair written as k=v. In an environment variable there is one pair on each line."""
-
-    name = "k=v"
-
-    def parse(self, text: str) -> tuple[str, str]:
-        """The pair, split at the first equals sign. Messages never quote it: it may be a secret."""
-        key, equals, content = text.partition("=")
-        if not equals or not key.strip():
-            raise InvalidArgument("an option of this kind is written as k=v, with a key that is not empty")
-        return key.strip(), content
-
     def split_envvar_value(self, rv: str) -> list[str]:
-        """One pair per line, because values may hold spaces and commas."""
+        """One value on each line of an environment variable, because they may hold spaces and commas."""
         return [line for line in rv.splitlines() if line.strip()]
 
 
-SIZE = Size()
-DURATION = Duration()
-MODE = Mode()
-KEY_VALUE = KeyValue()
+def size_type(minimum: int = 0) -> Parsed:
+    """The type of a number of bytes."""
+
+    def parse(text: str) -> int:
+        size = parse_size(text)
+        if size < minimum:
+            raise InvalidArgument(f"{size} is too small: at least {minimum} is needed")
+        return size
+
+    return Parsed("size", parse, ((int, str), "a size: bytes, or a string such as '512KiB'"))
+
+
+def _parse_mode(text: str) -> int:
+    if not re.fullmatch(r"[0-7]{3,4}", text):
+        raise InvalidArgument(f"{text[:20]!r} is not an octal mode such as 0700 or 2770")
+    return int(text, 8)
+
+
+def _parse_pair(text: str) -> tuple[str, str]:
+    """A key and its value. Messages never quote them: they may be a secret."""
+    key, equals, content = text.partition("=")
+    if not equals or not key.strip():
+        raise InvalidArgument("an option of this kind is written as k=v, with a key that is not empty")
+    return key.strip(), content
+
+
+SIZE = size_type()
+DURATION = Parsed(
+    "duration", parse_duration_s, ((int, float, str), "a duration: seconds, or a string such as '24h'")
+)
+# In a file a string: 0700 is no TOML, and the integer 700 is another mode than the string.
+MODE = Parsed("mode", _parse_mode)
+KEY_VALUE = Parsed("k=v", _parse_pair)
 
 
 def format_size(count: float) -> str:

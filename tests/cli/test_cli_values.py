@@ -5,7 +5,15 @@ from __future__ import annotations
 import click
 import pytest
 
-from snaploader.cli.values import DURATION, KEY_VALUE, Size, format_size, format_time, parse_size, printable
+from snaploader.cli.values import (
+    DURATION,
+    KEY_VALUE,
+    format_size,
+    format_time,
+    parse_size,
+    printable,
+    size_type,
+)
 from snaploader.errors import InvalidArgument
 
 
@@ -37,7 +45,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_a_size_below_the_minimum_is_refused() -> None:
     with pytest.raises(click.BadParameter, match="at least 5"):
-        Size(5).convert("4", None, None)
+        size_type(5).convert("4", None, None)
 
 
 def test_durations() -> None:

@@ -93,7 +93,7 @@ sys.exit(code)
         ("--help", {"numpy", "rich", "snaploader.filecache"}),
         ("workspace --help", {"numpy", "rich", "snaploader.workspace.model"}),
         ("cache ls", {"rich", "google.protobuf", "snaploader.loader"}),
-        ("workspace ls", {"google.protobuf", "snaploader.loader", "snaploader.workspace.manager"}),
+        ("workspace ls", {"numpy", "google.protobuf", "snaploader.loader", "snaploader.workspace.manager"}),
     ],
 )
 def test_a_command_starts_without_what_it_does_not_need(

@@ -7,7 +7,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,9 +17,6 @@ from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import SIZE, format_size, time_words
 from snaploader.cli.workspace.records import history, snapshot_record, workspace_record
 from snaploader.workspace import OperationKind, Run, RunStatus, Workspace, WorkspaceState
-
-if TYPE_CHECKING:
-    pass
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
 """What is still being made is no workspace yet."""
@@ -184,11 +180,15 @@ def _exit(exit_code: int) -> str:
 
 def _sizes(workspaces: Workspaces, shown: Iterable[Workspace]) -> tuple[dict[str, dict[str, int]], int]:
     """What each workspace takes on this host, and what all do together."""
-    from snaploader.workspace.sizes import WorkspaceSize, measure  # with numpy, which --no-sizes does without
+    names = ("exclusive_bytes", "shared_bytes", "snapshots")
+    with workspaces.catalog.reading() as reader:
+        of_host = reader.workspaces(host=workspaces.host)
+    if not any(each.last_version or each.current_snapshot or each.base_snapshot for each in of_host):
+        return {each.id: dict.fromkeys(names, 0) for each in shown}, 0
+    from snaploader.workspace.sizes import WorkspaceSize, measure  # and numpy, which takes long
 
     measured = measure(workspaces.caches.file_cache)
     sizes = {each.id: measured.workspaces.get(each.id, WorkspaceSize()) for each in shown}
-    names = ("exclusive_bytes", "shared_bytes", "snapshots")
     return {name: record(size, *names) for name, size in sizes.items()}, measured.stored_bytes
 
 

@@ -8,14 +8,11 @@ left hangs from the snapshot it went on from. So a long history is not a deep on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from snaploader.cli.output import Branch, record
 from snaploader.cli.values import format_size, time_words
 from snaploader.workspace import SnapshotInfo, SnapshotKind, SnapshotRecord, Workspace, WorkspaceState
-
-if TYPE_CHECKING:
-    pass
 
 _NOW = ""
 """Stands for the present state, which is no snapshot; all of those have names."""
