@@ -62,6 +62,8 @@ class Call:
     """Size of the response messages."""
     status: str | None = None
     """Name of the status code it ended with; None while it runs, "CANCELLED" when the client went away."""
+    is_logged: bool = field(default=False, repr=False)
+    """Whether it is counted: at its first message, or when it ends without one."""
 
 
 def describe(call: Call, request: Any) -> None:
@@ -111,6 +113,7 @@ class CallLog:
 
     def begin(self, call: Call) -> None:
         with self._lock:
+            call.is_logged = True
             self._counts[call.method] += 1
             self._calls.append(call)
             self._hashes += len(call.hashes)
@@ -118,6 +121,8 @@ class CallLog:
                 self._hashes -= len(self._calls.popleft().hashes)
 
     def end(self, call: Call, status: str) -> None:
+        if not call.is_logged:
+            self.begin(call)
         with self._lock:
             call.status = status
             self._received[call.method] += call.received_bytes
@@ -280,14 +285,9 @@ class Dispatcher:
             call = Call(method.name)
             async with self._tracked(call, context):
                 messages = self._messages(raws, call)
-                try:
-                    first = await anext(messages)
-                except BaseException as error:
-                    # It ends before it says what it is about, and is recorded as that.
-                    self._log.begin(call)
-                    if isinstance(error, StopAsyncIteration):
-                        raise InvalidArgument("the write has no message") from None
-                    raise
+                first = await anext(messages, None)
+                if first is None:
+                    raise InvalidArgument("the write has no message")
                 fault = await self._begin(call, first, context)
                 if fault is not None:
                     messages = faults.shaped(fault, _chain(first, messages))

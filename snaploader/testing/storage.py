@@ -34,11 +34,13 @@ from snaploader.files import (
     OddEntry,
     closing_fd,
     lock_new,
+    lstat,
     make_inside,
     open_folder,
     open_new,
     open_private,
     open_regular,
+    read_regular,
     remove_tree,
     write_all,
 )
@@ -248,7 +250,7 @@ class MemoryStorage:
             return self._partitions.setdefault(instance_name, MemoryPartition())
 
     def close(self) -> None:
-        """Nothing to do: content stays until the object goes."""
+        """Keep all: content stays until the object goes."""
 
 
 class DiskPartition(Partition):
@@ -281,11 +283,8 @@ class DiskPartition(Partition):
     def contains(self, digest: Digest) -> bool:
         if digest.size_bytes == 0:
             return True
-        try:
-            status = os.stat(self.blob_path(digest), follow_symlinks=False)
-            return stat.S_ISREG(status.st_mode) and status.st_size == digest.size_bytes
-        except FileNotFoundError:
-            return False
+        status = lstat(self.blob_path(digest))
+        return status is not None and stat.S_ISREG(status.st_mode) and status.st_size == digest.size_bytes
 
     def open(self, digest: Digest) -> BlobReader | None:
         if digest.size_bytes == 0:
@@ -333,11 +332,9 @@ class DiskPartition(Partition):
 
     def get_result(self, key: str) -> bytes | None:
         try:
-            descriptor, _ = open_regular(self._result_path(key))
+            content = read_regular(self._result_path(key), _MAX_RESULT_BYTES)
         except (FileNotFoundError, OddEntry):
             return None
-        with os.fdopen(descriptor, "rb") as file:
-            content = file.read(_MAX_RESULT_BYTES)
         data = content[_CHECKSUM_BYTES:]
         return data if hashlib.sha256(data).digest() == content[:_CHECKSUM_BYTES] else None
 

@@ -154,6 +154,7 @@ def test_a_message_that_is_no_protobuf_is_refused(serve: Serve) -> None:
         ):
             call: Any = channel.unary_unary(f"/{service}/{method}")
             assert code_of(call, b"\xff\xff\xff", timeout=300) is INVALID
+            assert served.server.calls(method) == 1
 
 
 def test_an_unknown_method_is_unimplemented(serve: Serve) -> None:
