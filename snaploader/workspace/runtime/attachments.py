@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 from cow import COWStore
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
@@ -39,16 +39,28 @@ class _Attached:
     """Who has the store open."""
 
 
-class _OpenStore(NamedTuple):
-    """A store that is open in this process."""
+class OpenStores:
+    """Stores of one workspace that are open in this process, by their tokens."""
 
-    store: COWStore
-    closing: ExitStack
-    """What closes it; empty when that is the caller's business."""
+    def __init__(
+        self, placed: Mapping[str, COWStore] | None = None, closing: ExitStack | None = None
+    ) -> None:
+        self.stores = dict(placed or {})
+        self._placed = set(self.stores)
+        """Those that came from a snapshot; the others are the caller's to close."""
+        self._closing = closing or ExitStack()
 
+    def let_go(self, token: str, store: COWStore) -> None:
+        """Close a store that is no longer among them if it came from a snapshot, and that with the last."""
+        if token in self._placed:
+            store.close()
+            self._placed.remove(token)
+            if not self._placed:
+                self.close()
 
-OpenStores: TypeAlias = dict[str, _OpenStore]
-"""Open stores by their tokens."""
+    def close(self) -> None:
+        """Close those that came from a snapshot, and let go of it."""
+        self._closing.close()
 
 
 class Attachments:
@@ -78,7 +90,7 @@ class Attachments:
         _write(folder, {**known, name: attached})
         if isinstance(content, COWStore):
             with self._lock:
-                self._opened.setdefault(workspace_id, {})[attached.store] = _OpenStore(content, ExitStack())
+                self._opened.setdefault(workspace_id, OpenStores()).stores[attached.store] = content
 
     def detach(self, workspace_id: str, name: str) -> None:
         folder = self._layout.folder(workspace_id)
@@ -88,21 +100,22 @@ class Attachments:
             raise NotFound(f"workspace {workspace_id!r} has no attachment {name!r}")
         _write(folder, known)
         with self._lock:
-            opened = self._opened.get(workspace_id, {}).pop(attached.store, None)
-        if opened is not None:
-            opened.closing.close()
+            opened = self._opened.get(workspace_id, OpenStores())
+            store = opened.stores.pop(attached.store, None)
+        if store is not None:
+            opened.let_go(attached.store, store)
 
     def usable(self, workspace_id: str) -> dict[str, Attachment]:
         known = _read(self._layout.folder(workspace_id))
         with self._lock:
-            opened = dict(self._opened.get(workspace_id, {}))
+            opened = self._opened.get(workspace_id, OpenStores())
+            stores = dict(opened.stores)
         usable: dict[str, Attachment] = {}
         for name, attached in known.items():
-            mine = opened.get(attached.store)
             if attached.path:
                 usable[name] = Path(attached.path)
-            elif mine is not None and not mine.store.closed:
-                usable[name] = mine.store
+            elif attached.store in stores and not stores[attached.store].closed:
+                usable[name] = stores[attached.store]
         return usable
 
     def captured(self, workspace_id: str) -> dict[str, Attachment]:
@@ -121,32 +134,27 @@ class Attachments:
         """Open the chunked files of a snapshot, and name them in a folder that is being built."""
         names = snapshot.manifest.chunked_files
         if not names:
-            return {}
+            return OpenStores()
         for name in names:
             check_attachment_name(name)
         owner = ProcessIdentity.current()
         with ProcessExitStack() as undo:
-            scratch = self._layout.store_folder(workspace_id, owner.pid, owner.start_ticks)
+            mine = f"{workspace_id}.{owner.pid}-{owner.start_ticks}-{secrets.token_hex(8)}"
+            scratch = f"{self._layout.stores}/{mine}"
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             unpacked = undo.enter_context(loader.unpack_snapshot(snapshot.only(names), scratch))
             tokens = {name: secrets.token_hex(8) for name in names}
             _write(folder, {name: _Attached(store=token, owner=owner) for name, token in tokens.items()})
-            shared = _Shared(len(names), undo.pop_all())
-        opened = {}
-        for name, store in unpacked.chunked_files.items():
-            closing = ProcessExitStack()
-            closing.callback(shared.release)
-            closing.enter_context(store)
-            opened[tokens[name]] = _OpenStore(store, closing)
-        return opened
+            closing = undo.pop_all()
+        return OpenStores({tokens[name]: store for name, store in unpacked.chunked_files.items()}, closing)
 
     def replace(self, workspace_id: str, opened: OpenStores) -> None:
         """Use these stores from now on, and close those before that this runtime opened."""
         with self._lock:
-            before = self._opened.pop(workspace_id, {})
-            if opened:
+            before = self._opened.pop(workspace_id, OpenStores())
+            if opened.stores:
                 self._opened[workspace_id] = opened
-        drop(before)
+        before.close()
 
     def sweep(self) -> list[str]:
         """Remove the written chunks of processes that ended, and return their names."""
@@ -161,28 +169,7 @@ class Attachments:
         with self._lock:
             all_opened, self._opened = self._opened, {}
         for opened in all_opened.values():
-            drop(opened)
-
-
-def drop(opened: OpenStores) -> None:
-    for each in opened.values():
-        each.closing.close()
-
-
-class _Shared:
-    """What the stores of one snapshot share; closed when each of them has released it. Thread-safe."""
-
-    def __init__(self, count: int, shared: ExitStack) -> None:
-        self._lock = threading.Lock()
-        self._count = count
-        self._shared = shared
-
-    def release(self) -> None:
-        with self._lock:
-            self._count -= 1
-            is_last = not self._count
-        if is_last:
-            self._shared.close()
+            opened.close()
 
 
 def check_attachment_name(name: str) -> None:
@@ -214,6 +201,7 @@ def _not_here(workspace_id: str, name: str, attached: _Attached) -> str:
 
 
 def _is_in_use(name: str) -> bool:
+    """Whether the process that made a folder of stores, as its name says, is there still."""
     _, _, rest = name.partition(".")
     pid, _, rest = rest.partition("-")
     identity = ProcessIdentity.of(int(pid)) if pid.isdecimal() else None

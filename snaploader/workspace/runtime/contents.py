@@ -27,7 +27,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +39,18 @@ from snaploader.formats.dirtree import DirectoryTree
 from snaploader.formats.manifest import check_name
 from snaploader.loader import DirectorySource, ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.loader.scan import write_restored_index
-from snaploader.workspace.model import Scope, Volume, WorkspaceSpec, check_volumes
+from snaploader.workspace.model import Scope, WorkspaceSpec, check_volumes
+
+ROOT = "root"
+"""Name of the directory in a snapshot that holds all but the volumes."""
+VOLUME_PREFIX = "volume."
+"""Of the names of volumes in a snapshot."""
+NO_VOLUMES = "volumes"
+"""Name of the empty directory in a snapshot of a workspace without volumes: no snapshot holds nothing."""
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_log = logging.getLogger(__name__)
 
 
 class Folder:
@@ -89,17 +100,9 @@ class Layout:
         """A new path beside the workspace, for its folder while it is built or removed."""
         return f"{self.workspaces}/{workspace_id}.{purpose}-{secrets.token_hex(8)}"
 
-    def store_folder(self, workspace_id: str, pid: int, start_ticks: int) -> str:
-        """A new path for stores that a process has open."""
-        return f"{self.stores}/{workspace_id}.{pid}-{start_ticks}-{secrets.token_hex(8)}"
-
     def make(self) -> None:
         """Make the folders. Raises OSError."""
-        for path in (self.base, self.workspaces, self.locks, self.stores):
-            open_private(path, "a folder of the runtime")
-
-
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        open_private(self.base, "a folder of the runtime", "workspaces", "locks", "stores")
 
 
 def read_file(path: str) -> bytes | None:
@@ -172,44 +175,36 @@ def _copy_file(source: str, target: str) -> None:
     shutil.copystat(source, target, follow_symlinks=False)
 
 
-ROOT = "root"
-"""Name of the directory in a snapshot that holds all but the volumes."""
-VOLUME_PREFIX = "volume."
-"""Of the names of volumes in a snapshot."""
-NO_VOLUMES = "volumes"
-"""Name of the empty directory in a snapshot of a workspace without volumes: no snapshot holds nothing."""
+def volumes_of(spec: WorkspaceSpec) -> dict[str, str]:
+    """Return the durable directories' paths below the root, by the names that snapshots give the volumes.
 
-log = logging.getLogger(__name__)
-
-
-def volumes_of(spec: WorkspaceSpec) -> tuple[Volume, ...]:
-    """Return the volumes in normal form. InvalidArgument when a workspace or a snapshot cannot have them."""
+    InvalidArgument when a workspace or a snapshot cannot have them.
+    """
     volumes = check_volumes(spec.volumes)
-    for volume in volumes:
-        check_name(_entry(volume))
-    return volumes
+    return {
+        check_name(VOLUME_PREFIX + volume.name): volume.durable_dir.removeprefix("/") for volume in volumes
+    }
 
 
 def make_durable(
-    folder: Folder, volumes: Sequence[Volume], kind: type[InvalidArgument | FailedPrecondition] | None
+    folder: Folder, volumes: Mapping[str, str], kind: type[InvalidArgument | FailedPrecondition] | None
 ) -> None:
     """Make the durable directories that are not there; raise `kind`, if any, where something else is."""
-    for volume in volumes:
+    for entry, path in volumes.items():
         try:
-            make_beneath(folder.root, _beneath_root(volume))
+            make_beneath(folder.root, path)
         except NotADirectoryError as error:
             if kind is None:
                 continue
             raise kind(
-                f"durable directory {volume.durable_dir!r} of volume {volume.name!r} cannot be reached: "
-                "it is, or lies behind, a symbolic link or a file. Put a folder in its place"
+                f"durable directory {'/' + path!r} of volume {entry.removeprefix(VOLUME_PREFIX)!r} cannot be "
+                "reached: it is, or lies behind, a symbolic link or a file. Put a folder in its place"
             ) from error
 
 
-def check_fits(snapshot: Snapshot, volumes: Sequence[Volume], workspace_id: str) -> None:
+def check_fits(snapshot: Snapshot, volumes: Mapping[str, str], workspace_id: str) -> None:
     """Raise FailedPrecondition when the snapshot holds volumes that the workspace does not have."""
-    known = {_entry(volume) for volume in volumes}
-    unknown = [name for name in snapshot.directories if name.startswith(VOLUME_PREFIX) and name not in known]
+    unknown = {name for name in snapshot.directories if name.startswith(VOLUME_PREFIX)} - volumes.keys()
     if unknown:
         raise FailedPrecondition(
             f"the snapshot holds volume {min(unknown).removeprefix(VOLUME_PREFIX)!r}, which workspace "
@@ -217,26 +212,25 @@ def check_fits(snapshot: Snapshot, volumes: Sequence[Volume], workspace_id: str)
         )
 
 
-def sources(folder: Folder, volumes: Sequence[Volume], scope: Scope) -> dict[str, DirectorySource]:
+def sources(folder: Folder, volumes: Mapping[str, str], scope: Scope) -> dict[str, DirectorySource]:
     """Return what to save of a workspace's folder. FailedPrecondition when it cannot be saved."""
     if not stat.S_ISDIR(os.stat(folder.root, follow_symlinks=False).st_mode):
         raise FailedPrecondition(f"{folder.root!r} is no folder any more: put one in its place")
     make_durable(folder, volumes, FailedPrecondition)
-    paths = {_entry(volume): _beneath_root(volume) for volume in volumes}
     found = {
         entry: DirectorySource(f"{folder.root}/{path}", index=folder.index(entry))
-        for entry, path in paths.items()
+        for entry, path in volumes.items()
     }
     if not volumes:
         found[NO_VOLUMES] = DirectorySource(folder.nothing)
     if scope is Scope.FULL:
-        found[ROOT] = DirectorySource(folder.root, exclude=[*paths.values()], index=folder.index(ROOT))
+        found[ROOT] = DirectorySource(folder.root, exclude=[*volumes.values()], index=folder.index(ROOT))
     return found
 
 
 def restore(
     folder: Folder,
-    volumes: Sequence[Volume],
+    volumes: Mapping[str, str],
     loader: SnapshotLoader,
     snapshot: Snapshot,
     rest: Snapshot | None,
@@ -256,21 +250,13 @@ def restore(
     else:
         os.mkdir(folder.root, 0o755)
     make_durable(folder, volumes, FailedPrecondition)
-    for volume in volumes:
-        if _entry(volume) in snapshot.directories:
-            write(snapshot, _entry(volume), f"{folder.root}/{_beneath_root(volume)}")
+    for entry, path in volumes.items():
+        if entry in snapshot.directories:
+            write(snapshot, entry, f"{folder.root}/{path}")
     if not with_indexes or not written:
         return
     # Each waits a moment for the clock; together they wait once.
     with ThreadPoolExecutor(len(written), thread_name_prefix="snaploader-index") as threads:
         for warning in threads.map(lambda directory: write_restored_index(*directory), written):
             if warning:
-                log.warning("%s", warning)
-
-
-def _entry(volume: Volume) -> str:
-    return VOLUME_PREFIX + volume.name
-
-
-def _beneath_root(volume: Volume) -> str:
-    return volume.durable_dir.removeprefix("/")
+                _log.warning("%s", warning)

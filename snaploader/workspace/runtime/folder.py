@@ -21,6 +21,7 @@ from snaploader._environment import HOST, HostEnvironment
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.files import (
     ProcessExitStack,
+    closing_fd,
     flush_file_system,
     flush_folder,
     lock_new,
@@ -30,7 +31,7 @@ from snaploader.files import (
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec, check_workspace_id
 from snaploader.workspace.runtime import contents
-from snaploader.workspace.runtime.attachments import Attachments, drop
+from snaploader.workspace.runtime.attachments import Attachments, OpenStores
 from snaploader.workspace.runtime.contents import Folder, Layout
 from snaploader.workspace.runtime.protocol import Attachment, Capture, Runtime, RuntimeStatus
 from snaploader.workspace.runtime.runs import read_run
@@ -130,7 +131,7 @@ class FolderRuntime(Runtime):
                 )
                 self._host.after_step("place.restored")
                 opened = self._attachments.open_from(workspace_id, loader, rest or snapshot, staging)
-                undo.callback(drop, opened)
+                undo.callback(opened.close)
                 replace_file(staging.placed, token.encode())
                 for path, kept in ((folder.log, staging.log), (f"{folder.log}.1", f"{staging.log}.1")):
                     with suppress(FileNotFoundError):
@@ -153,7 +154,7 @@ class FolderRuntime(Runtime):
                     flush_folder(self._layout.workspaces)
                 remove_tree(trash)
                 self._host.after_step("remove.removed")
-            self._attachments.replace(workspace_id, {})
+            self._attachments.replace(workspace_id, OpenStores())
             os.unlink(self._layout.lock(workspace_id))
 
     def status(self, workspace_id: str) -> RuntimeStatus:
@@ -320,14 +321,12 @@ def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
         yield None
         return
     pid = os.getpid()
-    try:
+    with closing_fd(fd):
         yield fd
         # At once, even if a process that was forked meanwhile has the descriptor too, which leaves the
         # lock to its parent. Not after an error: a supervisor that is still starting goes on to hold it.
         if os.getpid() == pid:
             fcntl.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
 
 
 def exchange(first: str, second: str) -> bool:
