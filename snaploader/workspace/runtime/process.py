@@ -18,18 +18,13 @@ from snaploader.errors import (
     InvalidArgument,
     translate_os_errors,
 )
+from snaploader.files import closing_fd
 from snaploader.workspace.model import WorkspaceSpec
 from snaploader.workspace.runtime import supervisor
 from snaploader.workspace.runtime.contents import Folder, make_durable, volumes_of
 from snaploader.workspace.runtime.folder import FolderRuntime, locked
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, StopOutcome
-from snaploader.workspace.runtime.readiness import (
-    PROBES,
-    ProbedWorkspace,
-    ReadinessProbe,
-    RunWatch,
-    wait_ready,
-)
+from snaploader.workspace.runtime.readiness import PROBES, ProbedWorkspace, ReadinessProbe, RunWatch
 from snaploader.workspace.runtime.runs import (
     RUN_VARIABLE,
     end_run,
@@ -41,7 +36,6 @@ from snaploader.workspace.runtime.runs import (
     write_run_without_command,
 )
 
-DEFAULT_GRACE_S = 5.0
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where commands are looked for, unless the environment given says otherwise."""
 
@@ -81,7 +75,7 @@ class ProcessRuntime(FolderRuntime):
         environment: Mapping[str, str] = MappingProxyType({}),
         durable: bool = True,
         index_placed: bool = True,
-        grace_s: float = DEFAULT_GRACE_S,
+        grace_s: float = 5.0,
         interpreter: str = "",
         _environment: HostEnvironment = HOST,
     ) -> None:
@@ -137,10 +131,10 @@ class ProcessRuntime(FolderRuntime):
             )
         timeout_s = readiness.timeout_s if timeout_s is None else timeout_s
         folder = self._existing(spec.workspace_id)
-        with RunWatch(spec.workspace_id, folder, self._grace_s) as watch:
-            environment = self._environment_of(spec, folder, watch.run.token)
-            workspace = ProbedWorkspace(spec.workspace_id, readiness.target, Path(folder.root), environment)
-            wait_ready(watch, workspace, readiness, probe, timeout_s, cancelled)
+        watch = RunWatch(spec.workspace_id, folder, self._grace_s)
+        environment = self._environment_of(spec, folder, watch.run.token)
+        workspace = ProbedWorkspace(spec.workspace_id, readiness.target, Path(folder.root), environment)
+        watch.wait_ready(workspace, readiness, probe, timeout_s, cancelled)
 
     def log_tail(self, workspace_id: str, max_bytes: int = 1 << 16) -> bytes:
         """Return the last bytes that a workspace printed in its latest runs. NotFound as `root`."""
@@ -181,11 +175,9 @@ class ProcessRuntime(FolderRuntime):
         environment = self._environment_of(spec, folder, token)
         orders = _encode_orders(spec, folder, token, environment, self._grace_s)
         handshake, answer = os.pipe2(os.O_CLOEXEC)
-        try:
-            try:
+        with closing_fd(handshake):
+            with closing_fd(answer):
                 self._spawn(orders, folder, answer, lock)
-            finally:
-                os.close(answer)
             if not is_readable(handshake, _HANDSHAKE_TIMEOUT_S):
                 raise DeadlineExceeded(
                     f"the supervisor of workspace {spec.workspace_id!r} gave no answer within "
@@ -193,8 +185,6 @@ class ProcessRuntime(FolderRuntime):
                 )
             reply = os.read(handshake, _MAX_ANSWER_BYTES).decode()
             self._host.after_step("start.answered")
-        finally:
-            os.close(handshake)
         if reply == "ok":
             return
         code, _, what = reply.partition(" ")
@@ -209,23 +199,24 @@ class ProcessRuntime(FolderRuntime):
         )
 
     def _spawn(self, orders: bytes, folder: Folder, answer: int, lock: int) -> None:
-        log = os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
+        with (
+            closing_fd(
+                os.open(folder.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            ) as log,
+            translate_os_errors("cannot start a supervisor", absent=FailedPrecondition),
+        ):
             # The process started here ends as soon as it has left the guard and the supervisor behind, who
             # are thereby not this process's children.
-            with translate_os_errors("cannot start a supervisor", absent=FailedPrecondition):
-                first = subprocess.Popen(
-                    [self._interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    cwd=folder.root,
-                    env={},
-                    pass_fds=(answer, lock),
-                    start_new_session=True,
-                )
-        finally:
-            os.close(log)
+            first = subprocess.Popen(
+                [self._interpreter, "-I", "-S", supervisor.__file__, str(answer), str(lock)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                cwd=folder.root,
+                env={},
+                pass_fds=(answer, lock),
+                start_new_session=True,
+            )
         try:
             self._host.after_step("start.spawned")
             first.communicate(orders)

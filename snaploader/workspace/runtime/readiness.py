@@ -10,11 +10,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, Self
+from typing import Protocol
 
 from snaploader.errors import (
     Cancelled,
@@ -125,7 +125,7 @@ _SHOWN_LOG_LINES = 10
 
 
 class RunWatch:
-    """Notices the end of a workspace's run. A context manager.
+    """The latest run of a workspace, watched until it is ready or has ended.
 
     FailedPrecondition: the workspace does not run. What the command leaves behind has `grace_s` to end.
     """
@@ -138,31 +138,52 @@ class RunWatch:
         if run is None:
             raise FailedPrecondition(f"workspace {workspace_id!r} does not run: start it first")
         self.run: Run = run
-        self._fd = None if run.command is None else run.command.open_pidfd()
 
-    def pause(self, time_s: float, cancelled: threading.Event | None) -> None:
-        """Wait that long, or until the run ends or the waiting is cancelled."""
-        if cancelled is not None:
-            cancelled.wait(time_s)
-        elif self._fd is not None:
-            is_readable(self._fd, time_s)
-        else:
-            time.sleep(time_s)
+    def wait_ready(
+        self,
+        workspace: ProbedWorkspace,
+        readiness: Readiness,
+        probe: ReadinessProbe,
+        timeout_s: float,
+        cancelled: threading.Event | None,
+    ) -> None:
+        """Try until the probe finds the workspace ready; see `Runtime.wait_ready`."""
+        name = f"workspace {self._workspace_id!r}"
+        give_up_at = time.monotonic() + timeout_s
+        tries, reason = 0, "there was no time to try"
+        with nullcontext() if self.run.command is None else self.run.command.pidfd() as command:
+            while True:
+                self._check_running(command)
+                if cancelled is not None and cancelled.is_set():
+                    raise Cancelled(f"waiting for {name} to be ready was called off")
+                left_s = give_up_at - time.monotonic()
+                if left_s <= 0:
+                    raise DeadlineExceeded(
+                        f"{name} was not ready within {timeout_s:g} s. Its readiness check, {readiness.kind} "
+                        f"{readiness.target!r}, failed {tries} times, the last time with: {reason}"
+                    )
+                found = probe(workspace, min(left_s, MAX_TRY_S))
+                if not found:
+                    self._check_running(command)  # what answered may have been someone else
+                    return
+                tries += 1
+                if tries == 1 or time.monotonic() < give_up_at:
+                    reason = found  # one that was cut short by the deadline says less than the one before
+                pause_s = max(0.0, min(readiness.interval_s, give_up_at - time.monotonic()))
+                if cancelled is not None:
+                    cancelled.wait(pause_s)
+                elif command is not None:
+                    is_readable(command, pause_s)
+                else:
+                    time.sleep(pause_s)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-
-    def check(self) -> None:
-        """Raise FailedPrecondition when the run has ended; it says how."""
+    def _check_running(self, command: int | None) -> None:
+        """Raise FailedPrecondition when the run has ended; it says how. `command` is the pidfd of its own."""
         if self.run.command is None:
             now = self._read()
             has_ended = now is None or now.token != self.run.token or not now.is_running
         else:
-            has_ended = self._fd is None or is_readable(self._fd, 0)
+            has_ended = command is None or is_readable(command, 0)
         if not has_ended:
             return
         # What the command left may still be on its way out; only then is the end written down.
@@ -182,35 +203,3 @@ class RunWatch:
     def _read(self) -> Run | None:
         with translate_os_errors(f"cannot look at workspace {self._workspace_id!r}"):
             return read_run(self._folder)
-
-
-def wait_ready(
-    watch: RunWatch,
-    workspace: ProbedWorkspace,
-    readiness: Readiness,
-    probe: ReadinessProbe,
-    timeout_s: float,
-    cancelled: threading.Event | None,
-) -> None:
-    """Try until the probe finds the workspace ready; see `Runtime.wait_ready`."""
-    name = f"workspace {workspace.workspace_id!r}"
-    give_up_at = time.monotonic() + timeout_s
-    tries, reason = 0, "there was no time to try"
-    while True:
-        watch.check()
-        if cancelled is not None and cancelled.is_set():
-            raise Cancelled(f"waiting for {name} to be ready was called off")
-        left_s = give_up_at - time.monotonic()
-        if left_s <= 0:
-            raise DeadlineExceeded(
-                f"{name} was not ready within {timeout_s:g} s. Its readiness check, {readiness.kind} "
-                f"{readiness.target!r}, failed {tries} times, the last time with: {reason}"
-            )
-        found = probe(workspace, min(left_s, MAX_TRY_S))
-        if not found:
-            watch.check()  # what answered may have been someone else
-            return
-        tries += 1
-        if tries == 1 or time.monotonic() < give_up_at:
-            reason = found  # one that was cut short by the deadline says less than the one before
-        watch.pause(max(0.0, min(readiness.interval_s, give_up_at - time.monotonic())), cancelled)

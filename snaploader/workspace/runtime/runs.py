@@ -17,15 +17,15 @@ import secrets
 import select
 import signal
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Self
 
 from snaploader._environment import read_boot_id
 from snaploader.errors import DataLoss, DeadlineExceeded
-from snaploader.files import replace_file
+from snaploader.files import closing_fd, replace_file
 from snaploader.workspace.runtime.contents import Folder, read_file
 from snaploader.workspace.runtime.protocol import StopOutcome
 from snaploader.workspace.runtime.supervisor import descendants, read_stat, write_end
@@ -64,39 +64,30 @@ class ProcessIdentity:
     def is_alive(self) -> bool:
         return self == ProcessIdentity.of(self.pid)
 
-    def open_pidfd(self) -> int | None:
-        """Open a descriptor that becomes readable when the process ends, pidfd_open(2); None when it has."""
+    @contextmanager
+    def pidfd(self) -> Iterator[int | None]:
+        """Give a descriptor that becomes readable when the process ends, pidfd_open(2); None when it has."""
         try:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
-            return None
-        # Checked after it was opened: from then on the descriptor means this process and no later one.
-        if self.is_alive:
-            return fd
-        os.close(fd)
-        return None
+            yield None
+            return
+        with closing_fd(fd):
+            # Checked after it was opened: from then on the descriptor means this process and no later one.
+            yield fd if self.is_alive else None
 
     def send(self, number: int) -> None:
-        fd = self.open_pidfd()
-        if fd is None:
-            return
-        try:
-            with suppress(ProcessLookupError):
+        with self.pidfd() as fd, suppress(ProcessLookupError):
+            if fd is not None:
                 signal.pidfd_send_signal(fd, number)
-        finally:
-            os.close(fd)
 
 
 def wait_ended(processes: Iterable[ProcessIdentity], timeout_s: float) -> bool:
     """Wait until all processes have ended; returns whether they have in this time."""
     give_up_at = time.monotonic() + timeout_s
     with ExitStack() as opened:
-        fds = []
-        for process in processes:
-            if (fd := process.open_pidfd()) is not None:
-                opened.callback(os.close, fd)
-                fds.append(fd)
-        return all(is_readable(fd, give_up_at - time.monotonic()) for fd in fds)
+        fds = [opened.enter_context(process.pidfd()) for process in processes]
+        return all(fd is None or is_readable(fd, give_up_at - time.monotonic()) for fd in fds)
 
 
 def is_readable(fd: int, timeout_s: float) -> bool:
@@ -114,10 +105,10 @@ class Run:
     """Unique to the run."""
     boot_id: str
     started_at: datetime
-    guard: ProcessIdentity | None
+    guard: ProcessIdentity | None = None
     """None, as the other two, when the workspace has no command."""
-    supervisor: ProcessIdentity | None
-    command: ProcessIdentity | None
+    supervisor: ProcessIdentity | None = None
+    command: ProcessIdentity | None = None
     has_ended: bool = False
     """Whether its end was written down."""
     exit_code: int | None = None
@@ -143,16 +134,13 @@ def read_run(folder: Folder) -> Run | None:
         if run is None:
             return None
         has_ended = end is not None and end["token"] == run["token"]
-        known = {name: run[name] for name in ("guard", "supervisor", "command") if name in run}
         boot_id = run["boot_id"]
-        processes = {name: ProcessIdentity(pid, ticks, boot_id) for name, (pid, ticks) in known.items()}
+        known = {name: run[name] for name in ("guard", "supervisor", "command") if name in run}
         return Run(
             token=run["token"],
             boot_id=boot_id,
             started_at=datetime.fromtimestamp(run["started_at_us"] / 1_000_000, UTC),
-            guard=processes.get("guard"),
-            supervisor=processes.get("supervisor"),
-            command=processes.get("command"),
+            **{name: ProcessIdentity(pid, ticks, boot_id) for name, (pid, ticks) in known.items()},
             has_ended=has_ended,
             exit_code=end["exit_code"] if end is not None and has_ended else None,
         )

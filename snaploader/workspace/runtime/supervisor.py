@@ -128,26 +128,24 @@ class Log:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._fd = -1
         self._open()
 
     def _open(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        fd = os.open(self._path, flags, 0o600)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = fd
-        self._size = os.fstat(fd).st_size
+        self._fd = os.open(self._path, flags, 0o600)
+        self._size = os.fstat(self._fd).st_size
 
     def write(self, data: bytes) -> None:
         """Append. What a full disk does not take is lost: the command is not held up by its log."""
         try:
             if self._size + len(data) > MAX_LOG_BYTES:
+                full = self._fd
                 try:
                     os.replace(self._path, f"{self._path}.1")
                 except FileNotFoundError:
                     pass  # moved by an earlier try, which could not open a new one
                 self._open()
+                os.close(full)
             self._size += os.write(self._fd, data)
         except OSError:
             pass

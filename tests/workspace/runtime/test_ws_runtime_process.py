@@ -328,7 +328,8 @@ def test_a_process_is_known_by_more_than_its_pid() -> None:
         ProcessIdentity(me.pid, me.start_ticks, "another-boot"),
     ):
         assert not other.is_alive
-        assert other.open_pidfd() is None
+        with other.pidfd() as fd:
+            assert fd is None
         other.send(signal.SIGKILL)
     assert runs.wait_ended([ProcessIdentity(me.pid, 0, me.boot_id)], 0)
     open_before = os.listdir("/proc/self/fd")
