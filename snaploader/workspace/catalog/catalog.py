@@ -261,10 +261,11 @@ class _OpenBlocks:
             self._changed.wait_for(lambda: self._count <= self.own, timeout_s)
 
     def begin_fork(self) -> None:
-        """Let no other thread open a block, until `end_fork`."""
+        """Let no other thread open a block until `end_fork`, and wait for theirs."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_forking)
             self._is_forking = True
+        self.wait_for_none(_FORK_TIMEOUT_S)
 
     def end_fork(self) -> None:
         with self._changed:
@@ -279,7 +280,6 @@ _all_blocks = _OpenBlocks()
 
 def _before_fork() -> None:
     _all_blocks.begin_fork()
-    _all_blocks.wait_for_none(_FORK_TIMEOUT_S)
     for catalog in list(_catalogs):
         catalog.close_idle_connections()
 

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import hashlib
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -187,23 +188,20 @@ def make_engine(url: URL) -> Engine:
     """Make an engine for the catalog's transactions; no connection is opened."""
     if url.get_backend_name() == SQLITE:
         return _sqlite_engine(url)
-    engine = _postgresql_engine(
+    return _postgresql_engine(
         url,
+        _POSTGRESQL_SESSION,
         isolation_level="READ COMMITTED",
         pool_size=5,
         max_overflow=15,
         pool_timeout=_POOL_TIMEOUT_S,
         pool_pre_ping=True,
     )
-    event.listen(engine, "connect", _session(_POSTGRESQL_SESSION))
-    return engine
 
 
 def make_lock_engine(url: URL) -> Engine:
     """Make an engine for session locks on PostgreSQL: each of its connections is opened for one lock."""
-    engine = _postgresql_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    event.listen(engine, "connect", _session(_POSTGRESQL_LOCK_SESSION))
-    return engine
+    return _postgresql_engine(url, _POSTGRESQL_LOCK_SESSION, poolclass=NullPool, isolation_level="AUTOCOMMIT")
 
 
 def writing(engine: Engine) -> Connection:
@@ -292,25 +290,23 @@ def when_free(work: Callable[[], T]) -> T:
         time.sleep(0.001)
 
 
-def _postgresql_engine(url: URL, **options: Any) -> Engine:
-    query = dict(url.query)
-    query.setdefault("connect_timeout", str(_CONNECT_TIMEOUT_S))
+def _postgresql_engine(url: URL, session: str, **options: Any) -> Engine:
+    query = {"connect_timeout": str(_CONNECT_TIMEOUT_S), **url.query}
     try:
-        return create_engine(url.set(query=query), hide_parameters=True, **options)
+        engine = create_engine(url.set(query=query), hide_parameters=True, **options)
     except ImportError as error:
         raise FailedPrecondition(
             "PostgreSQL needs psycopg, which cannot be imported: install snaploader[postgresql]"
         ) from error
 
-
-def _session(statements: str) -> Callable[[Any, object], None]:
+    @event.listens_for(engine, "connect")
     def set_up(connection: Any, _record: object) -> None:
         was_autocommit = connection.autocommit
         connection.autocommit = True
-        connection.execute(statements)
+        connection.execute(session)
         connection.autocommit = was_autocommit
 
-    return set_up
+    return engine
 
 
 @contextmanager
@@ -347,26 +343,19 @@ def _acquire(
 ) -> bool:
     if connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar_one():
         return True
-    give_up_at = None if wait_s is None else time.monotonic() + wait_s
+    give_up_at = math.inf if wait_s is None else time.monotonic() + wait_s
     while not (cancelled is not None and cancelled.is_set()):
-        left_s = _LOOK_EVERY_S if give_up_at is None else give_up_at - time.monotonic()
+        left_s = min(give_up_at - time.monotonic(), _LOOK_EVERY_S)
         if left_s <= 0:
             return False
-        if _wait(connection, key, min(left_s, _LOOK_EVERY_S)):
+        connection.exec_driver_sql(f"SET lock_timeout = {max(1, round(left_s * 1000))}")
+        try:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
             return True
+        except exc.DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
+                raise
     return False
-
-
-def _wait(connection: Connection, key: int, timeout_s: float) -> bool:
-    """Wait in PostgreSQL's own queue, for a bounded time."""
-    connection.exec_driver_sql(f"SET lock_timeout = {max(1, round(timeout_s * 1000))}")
-    try:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": key})
-    except exc.DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) != "55P03":  # lock_not_available
-            raise
-        return False
-    return True
 
 
 _SQLITE: dict[int, type[SnaploaderError]] = {

@@ -170,12 +170,6 @@ class Document(TypeDecorator[Mapping[str, Any]]):
         return None if value is None else json.loads(value)
 
 
-def check_value(column: Column[Any], value: Any, dialect: Dialect) -> None:
-    """Raise what writing the value to that column would: InvalidArgument, or TypeError."""
-    if isinstance(column.type, TypeDecorator):
-        column.type.process_bind_param(value, dialect)
-
-
 metadata = MetaData(
     naming_convention={
         "ix": "%(table_name)s_by_%(column_0_N_name)s",
@@ -253,7 +247,7 @@ workspaces = Table(
     Column("operation_token", Word),
     Column("operation_host", Word),
     Column("operation_started_at", Moment),
-    Column("operation_snapshot", Word),
+    Column("operation_snapshot", OptionalWord),
     Column("operation_version", Integer),
     CheckConstraint("last_version >= 0", name="last_version_is_a_number"),
     CheckConstraint(
@@ -335,7 +329,6 @@ runs = Table(
 )
 
 
-_SNAPSHOT = tuple(SnapshotRecord.__dataclass_fields__)
 _RUN = tuple(Run.__dataclass_fields__)
 _WORKSPACE = tuple(Workspace.__dataclass_fields__.keys() - {"spec", "operation"})
 _OPERATION = {
@@ -360,13 +353,12 @@ def workspace_values(workspace: Workspace) -> dict[str, Any]:
 
 
 def workspace_of(row: Row[Any]) -> Workspace:
-    fields = row._asdict()
+    fields = row._mapping
     operation = None
     if row.operation_kind is not None:
-        under_way = {name: fields[column] for column, name in _OPERATION.items()}
-        operation = Operation(**{**under_way, "snapshot_name": row.operation_snapshot or ""})
+        operation = Operation(**{name: fields[column] for column, name in _OPERATION.items()})
     values = {name: fields[name] for name in _WORKSPACE}
-    return Workspace(spec=spec_of(fields["id"], fields["spec"]), operation=operation, **values)
+    return Workspace(spec=spec_of(row.id, row.spec), operation=operation, **values)
 
 
 def operation_values(operation: Operation | None) -> dict[str, Any]:
@@ -395,12 +387,8 @@ def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
     )
 
 
-def snapshot_values(record: SnapshotRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in _SNAPSHOT}
-
-
 def snapshot_of(row: Row[Any]) -> SnapshotRecord:
-    return SnapshotRecord(**{name: row._mapping[name] for name in _SNAPSHOT})
+    return SnapshotRecord(**row._mapping)
 
 
 def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Version:

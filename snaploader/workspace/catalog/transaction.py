@@ -14,6 +14,7 @@ from sqlalchemy import (
     Row,
     Select,
     Table,
+    TypeDecorator,
     bindparam,
     delete,
     func,
@@ -133,7 +134,7 @@ class Transaction(Reader):
         self._use_policy(workspace.policy)
         self._use_owner(workspace.owner)
         self._check_slot(workspace)
-        self._run(insert(tables.workspaces), tables.workspace_values(workspace))
+        self._execute(insert(tables.workspaces), tables.workspace_values(workspace))
         self._locked[workspace.id] = workspace
         self._touched.add(workspace.id)
 
@@ -170,9 +171,9 @@ class Transaction(Reader):
             self._check_slot(after)
         if after.state is not before.state and after.state is WorkspaceState.DELETED:
             versions, snapshots = tables.versions, tables.snapshots
-            self._run(delete(versions).where(versions.c.workspace_id == workspace_id))
+            self._execute(delete(versions).where(versions.c.workspace_id == workspace_id))
             its_own = update(snapshots).where(snapshots.c.workspace_id == workspace_id)
-            self._run(its_own, {"status": SnapshotStatus.DELETING})
+            self._execute(its_own, {"status": SnapshotStatus.DELETING})
         self._touched.add(workspace_id)
         return self._change(after, changes)
 
@@ -183,8 +184,8 @@ class Transaction(Reader):
         """
         self.lock_workspace(workspace_id)
         for table in (tables.versions, tables.snapshots, tables.runs, tables.events):
-            self._run(delete(table).where(table.c.workspace_id == workspace_id))
-        self._run(delete(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
+            self._execute(delete(table).where(table.c.workspace_id == workspace_id))
+        self._execute(delete(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
         self._locked.pop(workspace_id, None)
         self._unwritten.pop(workspace_id, None)
         self._touched.discard(workspace_id)
@@ -226,7 +227,7 @@ class Transaction(Reader):
         FailedPrecondition: its name is another workspace's, or its runtime name another snapshot's.
         """
         self.lock_workspace(record.workspace_id)
-        values = tables.snapshot_values(record)
+        values = dataclasses.asdict(record)
         if not self._upsert(tables.snapshots, values, key="name", same="workspace_id"):
             owner = self.snapshot(record.name).workspace_id
             raise FailedPrecondition(f"snapshot {record.name!r} belongs to workspace {owner!r}")
@@ -235,7 +236,7 @@ class Transaction(Reader):
         """Change how far a snapshot has come."""
         self.lock_workspace(self.snapshot(name).workspace_id)
         table = tables.snapshots
-        self._run(update(table).where(table.c.name == name), {"status": status})
+        self._execute(update(table).where(table.c.name == name), {"status": status})
 
     def remove_snapshot(self, name: str) -> None:
         """Forget a snapshot, and its version if it is one, whose number is not used again. Idempotent."""
@@ -243,7 +244,7 @@ class Transaction(Reader):
             self.lock_workspace(self.snapshot(name).workspace_id)
         except NotFound:
             return
-        self._run(delete(tables.snapshots).where(tables.snapshots.c.name == name))
+        self._execute(delete(tables.snapshots).where(tables.snapshots.c.name == name))
 
     def add_version(
         self, workspace_id: str, snapshot_name: str, created_at: datetime, display_name: str = ""
@@ -272,7 +273,7 @@ class Transaction(Reader):
             "created_at": created_at,
         }
         statement = self._insert(tables.versions).on_conflict_do_nothing(index_elements=["snapshot_name"])
-        added = self._run(statement.returning(tables.versions), values)
+        added = self._execute(statement.returning(tables.versions), values)
         if not added:
             raise FailedPrecondition(f"snapshot {snapshot_name!r} is a version already")
         self._change(dataclasses.replace(workspace, last_version=number), {"last_version": number})
@@ -294,14 +295,14 @@ class Transaction(Reader):
         """
         self.lock_workspace(workspace_id)
         if self._is_postgresql:
-            self._run(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _EVENT_LOCK})
+            self._execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _EVENT_LOCK})
         values = {
             "workspace_id": workspace_id,
             "type": event_type,
             "payload": payload,
             "created_at": created_at,
         }
-        return tables.event_of(self._run(insert(tables.events).returning(tables.events), values)[0])
+        return tables.event_of(self._execute(insert(tables.events).returning(tables.events), values)[0])
 
     def add_run(
         self,
@@ -323,7 +324,7 @@ class Transaction(Reader):
             "error": "",
         }
         self._touched.add(workspace_id)
-        return tables.run_of(self._run(insert(tables.runs).returning(tables.runs), values)[0])
+        return tables.run_of(self._execute(insert(tables.runs).returning(tables.runs), values)[0])
 
     def finish_run(self, run_id: int, status: RunStatus, completed_at: datetime, error: str = "") -> Run:
         """Record how a run ended. InvalidArgument: `status` is no end. FailedPrecondition: it has ended."""
@@ -334,7 +335,7 @@ class Transaction(Reader):
         self.lock_workspace(row.workspace_id)
         changes = {"status": status, "completed_at": completed_at, "error": error}
         running = update(table).where(table.c.id == run_id, table.c.status == RunStatus.RUNNING)
-        ended = self._run(running.values(changes).returning(table))
+        ended = self._execute(running.values(changes).returning(table))
         if not ended:
             raise FailedPrecondition(f"run {run_id} of workspace {row.workspace_id!r} has ended before")
         self._touched.add(row.workspace_id)
@@ -374,7 +375,7 @@ class Transaction(Reader):
         ]
         if changes:
             statement = update(table).where(table.c.id == bindparam("changed"))
-            self._run(statement.values(deleting_at=bindparam("deleting")), changes)
+            self._execute(statement.values(deleting_at=bindparam("deleting")), changes)
             self._locked.clear()
 
     def remove_policy(self, name: str) -> None:
@@ -392,9 +393,9 @@ class Transaction(Reader):
             raise FailedPrecondition(
                 f"policy {name!r} is followed by workspace {follower.id!r}: give its workspaces another first"
             )
-        self._run(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
+        self._execute(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
         self._locked.clear()
-        self._run(delete(tables.policies).where(tables.policies.c.name == name))
+        self._execute(delete(tables.policies).where(tables.policies.c.name == name))
 
     def claim_host(self, claim: HostState, *, replace: bool = False) -> None:
         """Say which state directory a host works with.
@@ -443,13 +444,8 @@ class Transaction(Reader):
     def settle(self) -> None:
         """Bring `due_at` of all that was touched up to date. Called by the catalog before it commits.
 
-        It is the earliest tick at which `Situation.decide` says something, so a workspace whose
-        `due_at` is later, or NULL, need not be read. The rows of touched workspaces are locked. Those that
-        follow a touched policy or owner are locked here, in the order of their ids, before anything is read
-        of them, so that nobody works from what this replaces.
-
-        Raises:
-            FailedPrecondition: the database refused a change before, and the error was caught in the block.
+        It is the earliest tick at which `Situation.decide` says something. FailedPrecondition: the database
+        refused a change before, and the error was caught in the block.
         """
         if self._refusal is not None:
             raise FailedPrecondition(
@@ -461,8 +457,9 @@ class Transaction(Reader):
         touched = ((table.c.policy, self._touched_policies), (table.c.owner, self._touched_owners))
         followers = [column.in_(values) for column, values in touched if values]
         if followers:
+            # Locked in the order of their ids, before anything is read of them.
             locked = select(table.c.id).where(or_(*followers)).order_by(table.c.id).with_for_update()
-            ids.update(row.id for row in self._run(locked))
+            ids.update(row.id for row in self._execute(locked))
         ordered = sorted(ids)
         for start in range(0, len(ordered), _BATCH):
             self._settle(ordered[start : start + _BATCH])
@@ -470,7 +467,7 @@ class Transaction(Reader):
     def _settle(self, workspace_ids: Sequence[str]) -> None:
         table = tables.workspaces
         changes = []
-        for row in self._run(_DECIDED_BY.where(table.c.id.in_(workspace_ids))):
+        for row in self._execute(_DECIDED_BY.where(table.c.id.in_(workspace_ids))):
             due = None
             if row.state is not WorkspaceState.DELETED:
                 run = None if row.run_id is None else tables.run_of(row, "run_")
@@ -481,16 +478,17 @@ class Transaction(Reader):
                 changes.append({"changed": row.id, "due": due})
         if changes:
             statement = update(table).where(table.c.id == bindparam("changed"))
-            self._run(statement.values(due_at=bindparam("due")), changes)
+            self._execute(statement.values(due_at=bindparam("due")), changes)
 
     # What the methods above have in common
 
     def _change(self, after: Workspace, columns: Mapping[str, Any]) -> Workspace:
         """Change columns of a locked workspace, which is `after` then."""
-        types = tables.workspaces.c
-        with self._guarded():
+        with self._guarded():  # what writing a value that is none would raise is raised at once
             for name, value in columns.items():
-                tables.check_value(types[name], value, self._connection.dialect)
+                kind = tables.workspaces.c[name].type
+                if isinstance(kind, TypeDecorator):
+                    kind.process_bind_param(value, self._connection.dialect)
         self._unwritten.setdefault(after.id, {}).update(columns)
         self._locked[after.id] = after
         return after
@@ -499,7 +497,7 @@ class Transaction(Reader):
         table = tables.workspaces
         while self._unwritten:
             workspace_id, columns = self._unwritten.popitem()
-            self._run(update(table).where(table.c.id == workspace_id), columns)
+            self._execute(update(table).where(table.c.id == workspace_id), columns)
 
     def _all(self, query: Executable) -> Sequence[Row[Any]]:
         self._write_changes()
@@ -526,7 +524,7 @@ class Transaction(Reader):
         if not name:
             return
         known = {"name": name, "status": OwnerStatus.ACTIVE}
-        self._run(self._insert(tables.owners).on_conflict_do_nothing(), known)
+        self._execute(self._insert(tables.owners).on_conflict_do_nothing(), known)
         owner = select(tables.owners.c.name).where(tables.owners.c.name == name)
         self._first(owner.with_for_update(read=True))
 
@@ -566,9 +564,9 @@ class Transaction(Reader):
         changes = {name: statement.excluded[name] for name in values if name != key}
         condition = table.c[same] == statement.excluded[same] if same else None
         upsert = statement.on_conflict_do_update(index_elements=[key], set_=changes, where=condition)
-        return bool(self._run(upsert.returning(table.c[key]), values))
+        return bool(self._execute(upsert.returning(table.c[key]), values))
 
-    def _run(
+    def _execute(
         self, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
     ) -> Sequence[Row[Any]]:
         """Execute a statement, with changes still unwritten; returns the rows that it gives."""

@@ -38,7 +38,7 @@ from snaploader.workspace.model import OwnerStatus
 
 def test_a_constraint_that_a_change_breaks_is_a_failed_precondition(catalog: Catalog) -> None:
     with pytest.raises(FailedPrecondition), catalog.transaction() as transaction:
-        transaction._run(text("INSERT INTO owners VALUES ('eve', 'on holiday')"))
+        transaction._execute(text("INSERT INTO owners VALUES ('eve', 'on holiday')"))
 
 
 class TestSQLite:
@@ -395,6 +395,6 @@ def test_statements_and_their_parameters_are_not_in_tracebacks(catalog: Catalog)
     with pytest.raises(FailedPrecondition) as refusal, catalog.transaction() as transaction:
         transaction.set_owner_status("eve", OwnerStatus.ACTIVE)
         values = {"name": "hunter2", "status": "hunter2"}
-        transaction._run(text("INSERT INTO owners VALUES (:name, :status)"), values)
+        transaction._execute(text("INSERT INTO owners VALUES (:name, :status)"), values)
     assert "hunter2" not in str(refusal.value)
     assert "hidden" in str(refusal.value.__cause__)

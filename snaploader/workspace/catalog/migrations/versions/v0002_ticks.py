@@ -10,8 +10,6 @@ from alembic import op
 
 revision = "0002"
 down_revision = "0001"
-branch_labels = None
-depends_on = None
 
 _WORD = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
