@@ -93,24 +93,18 @@ class LoaderWithoutContent:
         return fail
 
 
-def new_id() -> str:
-    return f"check-{uuid.uuid4().hex[:12]}"
-
-
 def new_spec(
     harness: Harness, *, command: tuple[str, ...] | None = None, volumes: tuple[Volume, ...] = VOLUMES
 ) -> WorkspaceSpec:
     """Return the spec of a workspace that does not exist yet."""
     command = harness.command if command is None else command
-    return WorkspaceSpec(new_id(), command=command, volumes=volumes)
+    return WorkspaceSpec(f"check-{uuid.uuid4().hex[:12]}", command=command, volumes=volumes)
 
 
 @contextmanager
-def workspace(
-    harness: Harness, *, command: tuple[str, ...] | None = None, volumes: tuple[Volume, ...] = VOLUMES
-) -> Iterator[WorkspaceSpec]:
+def workspace(harness: Harness, spec: WorkspaceSpec | None = None) -> Iterator[WorkspaceSpec]:
     """Give a new workspace, which is removed at the end."""
-    spec = new_spec(harness, command=command, volumes=volumes)
+    spec = spec or new_spec(harness)
     harness.runtime.create(spec)
     try:
         yield spec
@@ -167,6 +161,11 @@ def require(is_met: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def stop(harness: Harness, spec: WorkspaceSpec, expected: StopOutcome = StopOutcome.STOPPED) -> None:
+    outcome = harness.runtime.stop(spec.workspace_id)
+    require(outcome is expected, f"stopping it said {outcome}")
+
+
 def require_error(kind: type[BaseException], call: Callable[[], object]) -> None:
     try:
         call()
@@ -184,8 +183,7 @@ def an_unknown_workspace_does_not_exist(harness: Harness) -> None:
     runtime, spec = harness.runtime, new_spec(harness)
     status = runtime.status(spec.workspace_id)
     require(not status.exists and not status.is_running, f"it is said to exist: {status}")
-    outcome = runtime.stop(spec.workspace_id)
-    require(outcome is StopOutcome.NOT_RUNNING, f"stopping it said {outcome}")
+    stop(harness, spec, StopOutcome.NOT_RUNNING)
     runtime.remove(spec.workspace_id)
     for call in (
         lambda: runtime.start(spec),
@@ -229,7 +227,7 @@ def a_workspace_is_made_once(harness: Harness) -> None:
 @check
 def overlapping_volumes_are_refused(harness: Harness) -> None:
     """Volumes that cannot be together are InvalidArgument, and nothing is made."""
-    spec = WorkspaceSpec(new_id(), volumes=(Volume("a", "/data"), Volume("b", "/data/inner")))
+    spec = new_spec(harness, volumes=(Volume("a", "/data"), Volume("b", "/data/inner")))
     require_error(InvalidArgument, lambda: harness.runtime.create(spec))
     require(not harness.runtime.status(spec.workspace_id).exists, "it exists all the same")
 
@@ -246,24 +244,21 @@ def a_started_workspace_runs_until_it_is_stopped(harness: Harness) -> None:
             second = runtime.status(spec.workspace_id)
             require(first.is_running and first.started_at is not None, f"it was started and is {first}")
             require(second == first, f"a second start changed it from {first} to {second}")
-            outcome = runtime.stop(spec.workspace_id)
-            require(outcome is StopOutcome.STOPPED, f"stopping it said {outcome}")
+            stop(harness, spec)
             stopped = runtime.status(spec.workspace_id)
             require(not stopped.is_running and stopped.pid is None, f"it was stopped and is {stopped}")
-            outcome = runtime.stop(spec.workspace_id)
-            require(outcome is StopOutcome.NOT_RUNNING, f"stopping it again said {outcome}")
+            stop(harness, spec, StopOutcome.NOT_RUNNING)
 
 
 @check
 def a_workspace_without_a_command_runs_too(harness: Harness) -> None:
     """One that has no command counts as running from start to stop."""
     runtime = harness.runtime
-    with workspace(harness, command=()) as spec:
+    with workspace(harness, new_spec(harness, command=())) as spec:
         runtime.start(spec)
         runtime.wait_ready(spec)
         require(runtime.status(spec.workspace_id).is_running, "it was started and does not run")
-        outcome = runtime.stop(spec.workspace_id)
-        require(outcome is StopOutcome.STOPPED, f"stopping it said {outcome}")
+        stop(harness, spec)
         require(not runtime.status(spec.workspace_id).is_running, "it was stopped and runs")
 
 
@@ -275,8 +270,7 @@ def other_processes_see_and_stop_a_running_workspace(harness: Harness) -> None:
             starter.start(spec)
         status = harness.runtime.status(spec.workspace_id)
         require(status.is_running, f"it went with the runtime that started it: {status}")
-        outcome = harness.runtime.stop(spec.workspace_id)
-        require(outcome is StopOutcome.STOPPED, f"stopping it said {outcome}")
+        stop(harness, spec)
 
 
 @check
@@ -413,7 +407,7 @@ def a_data_snapshot_is_placed_on_a_base(harness: Harness) -> None:
 @check
 def a_workspace_without_volumes_has_data_snapshots(harness: Harness) -> None:
     """A Data snapshot of one without volumes holds nothing, and can be taken and placed."""
-    with workspace(harness, volumes=()) as spec:
+    with workspace(harness, new_spec(harness, volumes=())) as spec:
         write(harness, spec, {"/etc/c": b"3"})
         snapshot = capture(harness, spec, Scope.DATA)
         place(harness, spec, snapshot, "empty")
@@ -486,7 +480,7 @@ def a_placement_needs_a_token(harness: Harness) -> None:
 @check
 def volumes_that_a_workspace_lacks_are_not_dropped(harness: Harness) -> None:
     """Placing a snapshot with a volume that the workspace does not have is FailedPrecondition."""
-    with workspace(harness) as spec, workspace(harness, volumes=VOLUMES[:1]) as smaller:
+    with workspace(harness) as spec, workspace(harness, new_spec(harness, volumes=VOLUMES[:1])) as smaller:
         snapshot = capture(harness, spec, Scope.DATA)
         require_error(FailedPrecondition, lambda: place(harness, smaller, snapshot, "t"))
 
