@@ -50,7 +50,6 @@ class FakeCAS:
             return {digest for digest in digests if digest.size_bytes and digest not in self.blobs}
 
     def read(self, digest: Digest) -> bytes:
-        """One blob, verified."""
         self._count("read")
         with self._lock:
             return self._read(digest)
@@ -85,7 +84,6 @@ class FakeCAS:
         return data
 
     def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
-        """Store one blob, verified."""
         self._count("write")
         self._write(digest, source)
 
@@ -129,7 +127,6 @@ class FakeCAS:
         return reapi.ActionResult.FromString(data)
 
     def update_action_result(self, action_digest: Digest, action_result: reapi.ActionResult) -> None:
-        """Keep a result under a key."""
         self._count("update_action_result")
         if not self.update_enabled:
             raise FailedPrecondition("updates of action results are not enabled in the fake store")

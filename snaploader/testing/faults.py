@@ -14,10 +14,10 @@ fails twice, is slow once, then works. Nothing is random: the same calls meet th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -47,7 +47,7 @@ class CallGate:
         self._condition = threading.Condition()
         self._is_open = False
         self._arrived = 0
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._waiters: list[Future[None]] = []
 
     def wait_reached(self, timeout_s: float, calls: int = 1) -> bool:
         """Wait until that many calls have arrived; False when they have not in this time."""
@@ -59,26 +59,20 @@ class CallGate:
         with self._condition:
             self._is_open = True
             waiters, self._waiters = self._waiters, []
-        for loop, event in waiters:
-            with contextlib.suppress(RuntimeError):  # its server stopped meanwhile
-                loop.call_soon_threadsafe(event.set)
+        for waiter in waiters:
+            if waiter.set_running_or_notify_cancel():  # else its call ended meanwhile
+                waiter.set_result(None)
 
     async def pass_through(self) -> None:
         """Wait until the gate is open; called by the server."""
-        event = asyncio.Event()
-        waiter = (asyncio.get_running_loop(), event)
+        waiter: Future[None] = Future()
         with self._condition:
             self._arrived += 1
             self._condition.notify_all()
             if self._is_open:
                 return
             self._waiters.append(waiter)
-        try:
-            await event.wait()
-        finally:
-            with self._condition:
-                if waiter in self._waiters:
-                    self._waiters.remove(waiter)
+        await asyncio.wrap_future(waiter)
 
 
 @dataclass(frozen=True, slots=True)

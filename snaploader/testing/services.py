@@ -71,11 +71,10 @@ def as_failure(error: Exception) -> Failure:
     if isinstance(error, Failure):
         return error
     if isinstance(error, OSError) and not isinstance(error, errors.SnaploaderError):
-        typed = errors.from_os_error(error, "the server's storage failed")
-        logger.warning("%s", typed.message)
-        is_full = isinstance(typed, errors.ResourceExhausted)
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if is_full else grpc.StatusCode.INTERNAL
-        return Failure(code, typed.message)
+        error = errors.from_os_error(error, "the server's storage failed")
+        logger.warning("%s", error.message)
+        if not isinstance(error, errors.ResourceExhausted):
+            return Failure(grpc.StatusCode.INTERNAL, error.message)
     if isinstance(error, errors.SnaploaderError) and type(error) in _CODES:
         return Failure(_CODES[type(error)], error.message)
     # As text: a kept traceback would keep the call, and with it gRPC's threads.

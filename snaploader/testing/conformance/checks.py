@@ -468,9 +468,8 @@ def _require_zstd(endpoint: Endpoint) -> None:
     skip_unless(endpoint.zstd_streams, "the server does not state zstd for streams")
 
 
-def _compressible(size: int, function: Any) -> tuple[Digest, bytes]:
-    pattern = fresh(64)[1]
-    data = (pattern * (size // len(pattern) + 1))[:size]
+def _compressible(size: int, function: DigestFunction) -> tuple[Digest, bytes]:
+    data = fresh(64)[1] * (size // 64)
     return Digest.of(data, function), data
 
 
