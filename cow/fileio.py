@@ -299,10 +299,6 @@ class PrivateFiles(_Descriptor):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.fd)
 
-    def sync_folder(self) -> None:
-        """Make the names durable."""
-        os.fsync(self.fd)
-
     def close(self) -> None:
         """Give the folder up; it is removed if this object made it and it is empty."""
         try:

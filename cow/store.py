@@ -241,7 +241,7 @@ class COWStore:
                     failed = failed or error
             if failed is not None:
                 raise failed
-            state.files.sync_folder()
+            os.fsync(state.files.fd)
 
     def checkpoint(self) -> Checkpoint:
         """Freeze the whole store at one moment. CheckpointConflict while another checkpoint is open.

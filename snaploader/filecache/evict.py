@@ -17,7 +17,6 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, TypeAlias
 
@@ -75,7 +74,9 @@ class Evictor:
         self._goal_bytes = self._max_bytes - ahead_bytes
         self._evict_from_bytes = self._max_bytes - ahead_bytes // 2
         self._scan_from_bytes = self._max_bytes - 4 * ahead_bytes
-        self._background = _BackgroundEviction(self._evict_ahead, self._is_closing) if ahead_bytes else None
+        self._thread: threading.Thread | None = None
+        self._thread_lock = threading.Lock()
+        self._rests_until_s = 0.0
         self._durability = durability
         self._uses = uses
         self._pins = pins
@@ -91,11 +92,31 @@ class Evictor:
                     section.abandon_scan()
 
     def _fill(self, total_bytes: int) -> None:
-        """Begin to evict ahead if it is time."""
-        if self._background is not None and (
-            total_bytes > self._evict_from_bytes or self._should_scan(total_bytes)
-        ):
-            self._background.begin()
+        """Start the thread that evicts ahead if it is time, unless it runs already or rests."""
+        if self._thread is not None or time.monotonic() < self._rests_until_s:
+            return
+        if total_bytes <= self._evict_from_bytes and not self._should_scan(total_bytes):
+            return
+        with self._thread_lock:
+            if self._thread is None and not self._is_closing.is_set():
+                thread = threading.Thread(target=self._work, name="snaploader-evict", daemon=True)
+                # When no thread can be had, each addition makes its own room.
+                with suppress(RuntimeError):
+                    thread.start()
+                    self._thread = thread
+
+    def _work(self) -> None:
+        """Evict ahead, on the thread, which ends afterwards."""
+        begun_s = time.monotonic()
+        is_of_use = False
+        # Whoever adds something and needs the room meets the same error, and can be told.
+        with suppress(SnaploaderError):
+            is_of_use = self._evict_ahead()
+        ended_s = time.monotonic()
+        rest = AHEAD_REST if is_of_use else AHEAD_LONG_REST
+        with self._thread_lock:
+            self._rests_until_s = ended_s + rest * (ended_s - begun_s)
+            self._thread = None
 
     def _should_scan(self, total_bytes: int) -> bool:
         """Tell whether this process may need candidates soon: it adds much, and there is little room left."""
@@ -149,9 +170,11 @@ class Evictor:
     def close(self) -> None:
         """End the thread and give up the descriptor. A forked child leaves the thread to its parent."""
         if self._context.folder.is_own:
-            self._is_closing.set()
-            if self._background is not None:
-                self._background.close()
+            with self._thread_lock:
+                self._is_closing.set()
+                thread = self._thread
+            if thread is not None:
+                thread.join()
         self._lock.close()
 
     def _evict_ahead(self) -> bool:
@@ -305,49 +328,6 @@ class Evictor:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)
         self._exhausted = None
-
-
-class _BackgroundEviction:
-    """A thread that evicts in the background, and ends when nothing is left to do. Thread-safe.
-
-    Args:
-        evict: Does it, and ends early when the event is set; whether it was of use.
-    """
-
-    def __init__(self, evict: Callable[[], bool], is_closing: threading.Event) -> None:
-        self._evict = evict
-        self._lock = threading.Lock()
-        self._is_closing = is_closing
-        self._thread: threading.Thread | None = None
-        self._rests_until_s = 0.0
-
-    def begin(self) -> None:
-        """Start the thread, unless it runs already or rests."""
-        if self._thread is not None or time.monotonic() < self._rests_until_s:
-            return
-        with self._lock:
-            if self._thread is None and not self._is_closing.is_set():
-                self._thread = threading.Thread(target=self._work, name="snaploader-evict", daemon=True)
-                self._thread.start()
-
-    def close(self) -> None:
-        """Wait for the thread, which the event tells to end."""
-        with self._lock:
-            thread = self._thread
-        if thread is not None:
-            thread.join()
-
-    def _work(self) -> None:
-        begun_s = time.monotonic()
-        is_of_use = False
-        # Whoever adds something and needs the room meets the same error, and can be told.
-        with suppress(SnaploaderError):
-            is_of_use = self._evict()
-        ended_s = time.monotonic()
-        rest = AHEAD_REST if is_of_use else AHEAD_LONG_REST
-        with self._lock:
-            self._rests_until_s = ended_s + rest * (ended_s - begun_s)
-            self._thread = None
 
 
 class Candidates:

@@ -209,19 +209,18 @@ class HashSet:
     def contains(self, words: Words) -> npt.NDArray[np.bool_]:
         """Tell of each row whether it is in the set. Whole hashes are compared."""
         found = np.zeros(len(words), dtype=np.bool_)
-        rows = np.arange(len(words))
         places = np.searchsorted(self._first, words[:, 0], side="left")
-        # One round finds all, unless two hashes of the set begin with the same eight bytes.
-        while True:
-            near = places < len(self._first)
-            rows, places = rows[near], places[near]
-            near = self._first[places] == words[rows, 0]
-            rows, places = rows[near], places[near]
-            if not len(rows):
-                return found
-            equal = (self._words[places] == words[rows]).all(axis=1)
-            found[rows[equal]] = True
-            rows, places = rows[~equal], places[~equal] + 1
+        rows = np.flatnonzero(places < len(self._first))
+        rows = rows[self._first[places[rows]] == words[rows, 0]]
+        found[rows] = (self._words[places[rows]] == words[rows]).all(axis=1)
+        # Of hashes that begin with the same eight bytes only the first was compared. Chance makes no such
+        # hashes, but a server can: however many there are, the time grows with their number and no faster.
+        rows = rows[~found[rows]]
+        if len(rows):
+            alike = self._words[are_among(self._first, distinct(words[rows, 0]))]
+            known = {row.tobytes() for row in alike}
+            found[rows] = [row.tobytes() in known for row in words[rows]]
+        return found
 
 
 def decode_hashes(hashes: Sequence[str]) -> npt.NDArray[np.uint8]:

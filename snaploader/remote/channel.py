@@ -27,13 +27,7 @@ from snaploader.errors import (
     translate_os_errors,
     translate_thread_errors,
 )
-from snaploader.remote.config import (
-    PEM,
-    Endpoint,
-    Limits,
-    Timeouts,
-    TLSConfig,
-)
+from snaploader.remote.config import PEM, Endpoint, Limits, Timeouts, TLSConfig
 
 
 @dataclass(eq=False, slots=True)

@@ -100,9 +100,7 @@ def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[byt
 
 
 def decompress_frames(
-    compressed: Iterable[Buffer],
-    size_bytes: int,
-    decompressor: zstandard.ZstdDecompressor | None = None,
+    compressed: Iterable[Buffer], size_bytes: int, decompressor: zstandard.ZstdDecompressor | None = None
 ) -> Iterator[bytes]:
     """Decompress a stream, piece by piece, as it comes.
 

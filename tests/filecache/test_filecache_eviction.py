@@ -601,6 +601,18 @@ def test_closing_ends_the_eviction_in_the_background(tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_where_no_thread_can_be_had_each_addition_makes_its_own_room(tmp_path, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with FileCache(tmp_path, **AHEAD) as cache:
+        for seed in range(25):
+            small(cache, seed)
+        assert 24 in present(cache, 24)
+        assert cache.statistics().total_bytes <= 20 * BLOCK
+
+
 def test_eviction_in_the_background_rests_when_all_is_leased(tmp_path, monkeypatch):
     monkeypatch.setattr(evict, "AHEAD_LONG_REST", 1e9)
     with FileCache(tmp_path, **AHEAD) as cache:

@@ -63,6 +63,17 @@ def test_a_stranger_is_found(digests: list[Digest], others: list[Digest]) -> Non
         assert stranger in set(others) - set(digests)
 
 
+@pytest.mark.timeout(60)  # a second; minutes, were each compared with all that begin alike
+def test_very_many_hashes_that_begin_alike_are_told_apart_in_time() -> None:
+    hashes = np.zeros((200_000, 32), np.uint8)
+    hashes[:, 28:] = np.arange(200_000, dtype=">u4")[:, np.newaxis].view(np.uint8)
+    everything = DigestArray(hashes, np.ones(200_000, np.int64), SHA256)
+    half = everything.take(slice(0, None, 2))
+    assert everything.stranger(half) is None
+    assert half.stranger(everything) == everything[1]
+    assert list(everything.without(half)[:2]) == [everything[1], everything[3]]
+
+
 @pytest.mark.parametrize("hash_", ["AB" * 32, "ab" * 31, "zz" * 32, " " * 64, ""])
 def test_a_hash_that_is_none_is_a_stranger(hash_: str) -> None:
     array = DigestArray.of([Digest("ab" * 32, 1)], SHA256)
