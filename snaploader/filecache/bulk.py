@@ -29,6 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from snaploader import files
 from snaploader.errors import InvalidArgument
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import (
@@ -79,11 +80,7 @@ def group_names(layout: Layout) -> list[str]:
 
 
 def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[FoundEntry]:
-    """Yield all entries of a group, by folder name, in no order. What goes meanwhile is left out.
-
-    Args:
-        odd: Called with the path of what is called like an entry, or a folder of entries, and is none.
-    """
+    """Yield a group's entries, in no order; call `odd` with the path of what only is called like one."""
     for space in Space:
         folder = layout.group_path(group)
         for name in space.folder.split("/"):
@@ -159,9 +156,7 @@ def _recorded_bytes(path: str) -> int:
 class Scan:
     """Every entry of every group, as columns: 58 bytes each.
 
-    Args:
-        is_suspect: Tells whether a power failure may have damaged a blob; None where it damaged none.
-        check: Called now and then; it raises to call the scan off.
+    `is_suspect` is None where no power failure can have damaged a blob. `check` raises to call the scan off.
     """
 
     def __init__(
@@ -331,11 +326,8 @@ class UseLog:
                     os.close(fd)
                     fd = new_fd
                 # What a writer that was killed or met a full disk left of a record is overwritten.
-                position = size - size % _RECORD.itemsize
-                view = memoryview(records.tobytes())
-                while view:
-                    count = os.pwrite(fd, view, position)
-                    view, position = view[count:], position + count
+                os.lseek(fd, size - size % _RECORD.itemsize, os.SEEK_SET)
+                files.write_all(fd, records.tobytes())
             finally:
                 os.close(fd)
 

@@ -233,11 +233,7 @@ class FileCache:
         return self._blobs.add_file(os.fspath(path), function)
 
     def writer(self, digest: Digest, *, verify: bool = True) -> BlobWriter:
-        """Return a writer that adds a blob which arrives in pieces.
-
-        Args:
-            verify: Hash what is written. False when the caller hashes it, and commits only what is right.
-        """
+        """Return a writer of a blob in pieces. Without `verify`, commit only what you hashed yourself."""
         self._check()
         return BlobWriter(self._blobs, digest, verify=verify)
 
@@ -289,8 +285,7 @@ class FileCache:
     def get_ref(self, key: str) -> bytes:
         """Return the value of a ref, which counts as a use. NotFound when there is none, or it was damaged.
 
-        Args:
-            key: 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
+        A key is 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
         """
         self._check()
         return self._refs.get(key)
@@ -393,10 +388,7 @@ class FileCache:
         return [self._entry(found, False, group) for group, found in self._evictor.plan(target_bytes)]
 
     def verify(self) -> VerifyReport:
-        """Hash every blob and read every ref and pin of this group.
-
-        Bad blobs and refs are taken out of use and reported. Bad pins are reported and stay.
-        """
+        """Hash all blobs and read all refs and pins of this group. Bad blobs and refs go, bad pins stay."""
         self._check()
         blobs = size = refs = 0
         bad: list[Digest] = []
@@ -423,19 +415,13 @@ class FileCache:
         return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs), pins, tuple(bad_pins))
 
     def sync(self) -> None:
-        """Flush everything added so far to disk, so that a power failure leaves no suspects.
-
-        May take seconds.
-        """
+        """Flush all added so far to disk, so that a power failure leaves no suspects. May take seconds."""
         self._check()
         with translate_os_errors("cannot flush the file cache to disk"):
             self._durability.sync()
 
     def close(self) -> None:
-        """Give up all descriptors, leases and background work.
-
-        Again is fine; other use afterwards is an error.
-        """
+        """Give up descriptors, leases and background work. Again is fine; any other use is an error then."""
         if not self._closed:
             self._closed = True
             self._close()

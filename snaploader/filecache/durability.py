@@ -29,16 +29,12 @@ Window = tuple[int, int]
 class Durability:
     """Knows which blobs are suspects, and flushes. Thread-safe, process-safe.
 
-    Args:
-        ledger: Forgets its total when this is the first use after another boot.
-        boot_id: Of this boot.
-        used_before: Whether the folder existed: then a missing state is a lost one.
-
-    Attributes:
-        windows: In which suspects were written, in nanoseconds since the epoch. Without any there are none.
+    At the first use after another boot the ledger forgets its total. `used_before` tells that the folder
+    existed: then a missing state is a lost one.
     """
 
     windows: list[Window]
+    """In which suspects were written, in nanoseconds since the epoch. Without any there are none."""
 
     def __init__(self, folder: OpenFolder, ledger: Ledger, boot_id: str, *, used_before: bool) -> None:
         self._base = folder.layout.base

@@ -331,14 +331,7 @@ class Evictor:
 
 
 class Candidates:
-    """The entries that a scan found, in order of last use, and how far they are used up.
-
-    For one thread at a time.
-
-    Args:
-        begun_ns: When the scan began, in nanoseconds since the epoch.
-        changes: The ledger's count of changes when the scan began.
-    """
+    """The entries that a scan found, in order of last use, and how far they are used up. For one thread."""
 
     def __init__(self, scan: Scan, protection: Protection, begun_ns: int, changes: int) -> None:
         self.scan = scan

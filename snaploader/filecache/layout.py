@@ -123,12 +123,7 @@ def set_used(path: str | int, status: os.stat_result, now_ns: int) -> None:
 
 
 class Layout:
-    """The paths of one cache folder, seen from one group. Immutable.
-
-    Args:
-        root: The folder given by the user, absolute.
-        group: Folder name of the group.
-    """
+    """The paths of a cache folder, `root` (absolute), seen from one group (its folder name). Immutable."""
 
     def __init__(self, root: str, group: str) -> None:
         self.root = root
@@ -232,11 +227,7 @@ class OpenFolder:
 
     @contextmanager
     def staged(self, data: Buffer, *, flush: bool = False) -> Iterator[str]:
-        """Make a file in the staging folder; give its path. It is removed at the end unless it was renamed.
-
-        Args:
-            flush: Have the bytes on disk first.
-        """
+        """Make a file in the staging folder; give its path. It goes at the end unless it was renamed."""
         path = self.temp_path()
         try:
             with closing_fd(open_new(path, self.access.file_mode, os.O_WRONLY)) as fd:
@@ -269,11 +260,7 @@ class OpenFolder:
                 self.set_aside(os.fsdecode(error.filename))
 
     def set_aside(self, path: str, *, known: os.stat_result | None = None) -> os.stat_result | None:
-        """Move what should not be where it is to the quarantine; return its status, None when it is gone.
-
-        Args:
-            known: Only if it is still that very file.
-        """
+        """Move what is out of place to quarantine; return its status. None when it (or `known`) is gone."""
         try:
             status = os.lstat(path)
             if known is not None and (known.st_dev, known.st_ino) != (status.st_dev, status.st_ino):

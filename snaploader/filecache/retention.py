@@ -319,11 +319,7 @@ class CountedKeys:
     def change(
         self, removed: list[Prefixes], added: list[Prefixes], sizes_bytes: list[npt.NDArray[np.int64]]
     ) -> None:
-        """Take in that pins with these keys went and came. What none names any more is forgotten.
-
-        Args:
-            sizes_bytes: Of the blobs added; unknown when there are none.
-        """
+        """Take in that pins with these keys went and came. What none names any more is forgotten."""
         keys = np.concatenate([self.keys, *removed, *added])
         by = np.ones(len(keys), dtype=np.int64)
         by[: len(self.keys)] = self._counts
@@ -368,12 +364,7 @@ class PinTable:
         """Rises whenever the table changes."""
 
     def refresh(self, generation: int, *, again: bool = False) -> None:
-        """Read what changed. In a section of the ledger nothing changes meanwhile.
-
-        Args:
-            generation: The ledger's count of changes of pins, read before or in this very section.
-            again: Look in any case, as some hand may have moved files.
-        """
+        """Read what changed, unless this generation is the last one read. `again`: some hand may move files."""
         with self._lock:
             if generation != self._generation or again:
                 self._update()
@@ -473,11 +464,7 @@ class Protection:
         self._pins_version = -1
 
     def refresh(self, section: Section, *, again: bool = False) -> bool:
-        """Read what changed, in a section of the ledger; return whether anything did.
-
-        Args:
-            again: Read the leases in any case: an owner may have died, which changes no generation.
-        """
+        """Read what changed, in a section; return whether anything did. `again`: an owner may have died."""
         changed = again or section.lease_generation != self._lease_generation
         if changed:
             self._leased = self._read_leases()

@@ -58,16 +58,14 @@ class Section:
         return None if self._total < 0 else self._total
 
     def change(self, entry: str, old_bytes: int, new_bytes: int) -> None:
-        """Count that an entry grew from `old_bytes` to `new_bytes` of disk blocks; 0 is absent.
-
-        Args:
-            entry: Its path relative to the folder of all groups.
-        """
+        """Count that an entry (of this `entry_name`) has so many bytes of disk blocks now; 0 is absent."""
         if self._total >= 0:
             self._total = max(0, self._total - old_bytes + new_bytes)
         self.changes += 1
         if self._scanning:
-            self._ledger.note(entry, new_bytes)
+            flags = os.O_WRONLY | os.O_APPEND
+            with closing_fd(self._ledger.folder.open_written(self._ledger.journal, flags)) as fd:
+                os.write(fd, f"{new_bytes} {entry}\n".encode())
         self._store()
 
     def leases_changed(self) -> None:
@@ -82,7 +80,7 @@ class Section:
 
     def begin_scan(self) -> None:
         """Note changes from now on. Only the holder of the eviction lock scans."""
-        self._ledger.clear_journal()
+        remove_tree(self._ledger.journal)
         self._scanning = 1
         self._store()
 
@@ -90,14 +88,21 @@ class Section:
         """Note nothing any more, as the scan failed or its process died."""
         if self._scanning:
             self._scanning = 0
-            self._ledger.clear_journal()
+            remove_tree(self._ledger.journal)
             self._store()
 
     def end_scan(self) -> dict[str, int]:
         """Return what changed since `begin_scan`: entry to its size now. `set_total` must follow."""
         self._scanning = 0
-        changed = self._ledger.read_journal()
-        self._ledger.clear_journal()
+        changed = {}
+        with suppress(FileNotFoundError, OddEntry):
+            data = read_regular(self._ledger.journal, _MAX_JOURNAL_BYTES)
+            for line in data.decode(errors="replace").splitlines():
+                # A writer that met a full disk may have left a part of a line, and then changed nothing.
+                size, _, entry = line.partition(" ")
+                if size.isdigit() and entry:
+                    changed[entry] = int(size)
+        remove_tree(self._ledger.journal)
         return changed
 
     def set_total(self, total_bytes: int | None) -> None:
@@ -107,15 +112,11 @@ class Section:
 
 
 class Ledger:
-    """The count of bytes that all processes share. Thread-safe, process-safe.
-
-    Args:
-        max_bytes: Bound of the total, in bytes of disk blocks.
-    """
+    """The count of bytes that all processes share, within `max_bytes`. Thread-safe, process-safe."""
 
     def __init__(self, folder: OpenFolder, max_bytes: int) -> None:
-        self._folder = folder
-        self._journal = f"{folder.layout.usage}/journal"
+        self.folder = folder
+        self.journal = f"{folder.layout.usage}/journal"
         self.max_bytes = max_bytes
         self.added_bytes = 0
         """What this object added, in bytes of disk blocks."""
@@ -167,26 +168,6 @@ class Ledger:
         """Return how often pins came or went."""
         with self.section() as section:
             return section.pin_generation
-
-    # For sections only
-
-    def note(self, entry: str, new_bytes: int) -> None:
-        with closing_fd(self._folder.open_written(self._journal, os.O_WRONLY | os.O_APPEND)) as fd:
-            os.write(fd, f"{new_bytes} {entry}\n".encode())
-
-    def read_journal(self) -> dict[str, int]:
-        changed = {}
-        with suppress(FileNotFoundError, OddEntry):
-            data = read_regular(self._journal, _MAX_JOURNAL_BYTES)
-            for line in data.decode(errors="replace").splitlines():
-                # A writer that met a full disk may have left a part of a line, and then changed nothing.
-                size, _, entry = line.partition(" ")
-                if size.isdigit() and entry:
-                    changed[entry] = int(size)
-        return changed
-
-    def clear_journal(self) -> None:
-        remove_tree(self._journal)
 
 
 @dataclass(frozen=True, slots=True)

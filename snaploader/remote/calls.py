@@ -285,12 +285,7 @@ class Retrier:
         cancellation: Cancellation,
         size_bytes: int = 0,
     ) -> T:
-        """Call `attempt` until it returns, or raises what is not worth another try.
-
-        Args:
-            operation: For messages and events, such as "reading 1f…/4096".
-            size_bytes: What is transferred.
-        """
+        """Call `attempt` until it returns, or raises what is not worth another try. Big blobs have longer."""
         attempts = Attempts(operation, self.policy, size_bytes / self.min_bytes_per_s, cancellation)
 
         def once() -> T:
@@ -452,7 +447,7 @@ class Transport:
     """The methods of the four services on one channel. Thread-safe.
 
     A channel that could not connect is replaced, so that the next call tries again at once: when to try again
-    is for `snaploader.remote.calls` to say, and gRPC's own backoff may outlast it.
+    is for `Retrier` to say, and gRPC's own backoff may outlast it.
     """
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:

@@ -44,15 +44,10 @@ class RemoteCapabilities:
 def negotiate(
     server: reapi.ServerCapabilities, *, wanted: DigestFunction | None, compression: bool
 ) -> RemoteCapabilities:
-    """Choose what to use of what a server offers.
+    """Choose what to use of what a server offers; of digest functions only the one `wanted`, if any is.
 
-    Args:
-        server: Its own words.
-        wanted: The only digest function acceptable; None takes BLAKE3 where offered, else SHA-256.
-        compression: Whether zstd may be used.
-
-    FailedPrecondition when the server is no cache or speaks another major version; Unimplemented
-    when it lacks the digest function.
+    FailedPrecondition when the server is no cache or speaks another major version; Unimplemented when it
+    lacks the digest function.
     """
     if not server.HasField("cache_capabilities"):
         raise FailedPrecondition(
@@ -65,10 +60,8 @@ def negotiate(
             f" version {_API_MAJOR} is needed"
         )
     cache = server.cache_capabilities
-    named = set(cache.digest_functions)
+    named = set(cache.digest_functions) or {DigestFunction.SHA256.value}
     offered = frozenset(function for function in DigestFunction if function.value in named)
-    if not named:
-        offered = frozenset((DigestFunction.SHA256,))
     zstd = compression and reapi.Compressor.ZSTD in cache.supported_compressors
     return RemoteCapabilities(
         digest_functions=offered,

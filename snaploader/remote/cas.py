@@ -69,10 +69,8 @@ def batches(
 ) -> Iterator[list[T]]:
     """Group items, in order, into messages of at most so many bytes and items, of one digest function.
 
-    An item above the limit comes alone. Lazy: takes from `items` only what the next group needs.
-
-    Args:
-        limit_bytes: Asked again for every group, since servers teach us lower limits.
+    An item above the limit comes alone. Lazy: takes from `items` only what the next group needs, and asks for
+    the limit again for each, since servers teach us lower ones.
     """
     group: list[T] = []
     group_bytes = 0

@@ -49,10 +49,8 @@ class StreamGuard:
 class Watchdog:
     """Ends streams that fall silent: gRPC's deadlines cover a whole call, not the time between two messages.
 
-    One thread, started with the first stream, watches all streams of a cache. Thread-safe.
-
-    Args:
-        idle_s: The silence after which a stream is cancelled.
+    One thread, started with the first stream, watches all streams of a cache and cancels those that are
+    silent for `idle_s`. Thread-safe.
     """
 
     def __init__(self, idle_s: float) -> None:

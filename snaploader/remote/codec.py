@@ -102,11 +102,7 @@ def compress_frames(content: Iterable[Buffer], frame_bytes: int) -> Iterator[byt
 def decompress_frames(
     compressed: Iterable[Buffer], size_bytes: int, decompressor: zstandard.ZstdDecompressor | None = None
 ) -> Iterator[bytes]:
-    """Decompress a stream, piece by piece, as it comes.
-
-    Args:
-        compressed: The stream in pieces of any size; may hold several zstd frames, also skippable ones.
-        size_bytes: The size the whole content must have.
+    """Decompress a stream, in pieces of any size, of zstd frames whose content must have this size.
 
     DataLoss as soon as there is more than that, at the end when there is less, or when it is no zstd; also
     when the stream is far longer than any compressor makes it, as a row of empty frames could go on for ever.

@@ -46,11 +46,7 @@ def read_to(
 def write(
     caller: Caller, upload: Upload, cancellation: Cancellation, is_present: Callable[[], bool]
 ) -> TransferStatistics:
-    """Store one blob. Ends early when the server has it already.
-
-    Args:
-        is_present: Whether the server holds the blob; asked when the outcome is in doubt.
-    """
+    """Store one blob. Ends early when the server has it: if in doubt, `is_present` asks."""
     size = upload.digest.size_bytes
     with closing(Content(upload)) as content:
         transfer = _Upload(caller, upload, content)
