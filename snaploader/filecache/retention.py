@@ -364,7 +364,7 @@ class PinTable:
         """Rises whenever the table changes."""
 
     def refresh(self, generation: int, *, again: bool = False) -> None:
-        """Read what changed, unless this generation is the last one read. `again`: some hand may move files."""
+        """Read what changed since this generation, or `again` in any case, as some hand may move files."""
         with self._lock:
             if generation != self._generation or again:
                 self._update()

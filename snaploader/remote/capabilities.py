@@ -60,7 +60,7 @@ def negotiate(
             f" version {_API_MAJOR} is needed"
         )
     cache = server.cache_capabilities
-    named = set(cache.digest_functions) or {DigestFunction.SHA256.value}
+    named: set[int] = {*cache.digest_functions} or {DigestFunction.SHA256.value}
     offered = frozenset(function for function in DigestFunction if function.value in named)
     zstd = compression and reapi.Compressor.ZSTD in cache.supported_compressors
     return RemoteCapabilities(
