@@ -152,16 +152,6 @@ class Catalog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close_idle_connections(self) -> None:
-        """Close connections that nobody uses; called before the process forks."""
-        if self.dialect == engines.SQLITE:
-            self._engine.dispose()
-
-    def forget_connections(self) -> None:
-        """Leave the parent's connections alone and begin anew; called in the child of a fork."""
-        _abandoned.extend(engine for engine in (self._engine, self._locks) if engine is not None)
-        self._connect_anew()
-
     def _connect_anew(self) -> None:
         """Begin with no connection, no lock held and no block open: at first, and in the child of a fork."""
         self._engine = engines.make_engine(self._address)
@@ -281,13 +271,15 @@ _all_blocks = _OpenBlocks()
 def _before_fork() -> None:
     _all_blocks.begin_fork()
     for catalog in list(_catalogs):
-        catalog.close_idle_connections()
+        if catalog.dialect == engines.SQLITE:
+            catalog._engine.dispose()  # closes idle connections
 
 
 def _after_fork_in_child() -> None:
     _all_blocks.begin_anew()
     for catalog in list(_catalogs):
-        catalog.forget_connections()
+        _abandoned.extend(engine for engine in (catalog._engine, catalog._locks) if engine is not None)
+        catalog._connect_anew()
 
 
 os.register_at_fork(

@@ -174,7 +174,7 @@ except Exception as error:
                 assert reader.workspaces() == []
             read.set()
 
-        catalog.close_idle_connections()
+        catalog._engine.dispose()
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("PRAGMA locking_mode = EXCLUSIVE")
             other.execute("BEGIN IMMEDIATE")
