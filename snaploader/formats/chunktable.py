@@ -8,10 +8,8 @@ checks what a Tree names checks every chunk. docs/formats/manifest.md describes 
 those of protobuf's deterministic serialisation, but made and read as numpy arrays: with a protobuf message
 per chunk, 200,000 chunks took 30 times as long to write, 6 times as long to read, and 100 MiB more.
 
-Reading takes the bytes for what is written of some table, picks that table out of them
-without a further look, and encodes it again: it is right if that gives the very same bytes. Bytes in
-any other encoding, and all that break a rule, are read one FileNode at a time: slowly, and in as
-little memory.
+Reading picks a table out of the bytes unchecked and encodes it again: it is right if that gives the very
+same bytes. All others are read one FileNode at a time, by all rules: slowly, and in as little memory.
 """
 
 from __future__ import annotations
@@ -30,7 +28,17 @@ from google.protobuf.message import DecodeError, Message
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Buffer, Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.formats.digests import BYTES, VARINT, DigestArray, Field, read_fields, tag, varint
+from snaploader.formats.digests import (
+    BYTES,
+    VARINT,
+    DigestArray,
+    Field,
+    header,
+    hex_rows,
+    read_fields,
+    tag,
+    varint,
+)
 
 _Integers: TypeAlias = "npt.NDArray[np.int64]"
 _Bytes: TypeAlias = "npt.NDArray[np.uint8]"
@@ -171,13 +179,6 @@ class ChunkTable:
             raise IndexError(f"chunk {index} lies outside a file of {self.chunk_count} chunks")
         return min(self.chunk_size, self.size - index * self.chunk_size)
 
-    def row_of(self, index: int) -> int | None:
-        """The row of chunk `index`, or None when it is a hole. IndexError outside the file."""
-        if not 0 <= index < self.chunk_count:
-            raise IndexError(f"chunk {index} lies outside a file of {self.chunk_count} chunks")
-        row = int(self.indices.searchsorted(index))
-        return row if row < len(self.indices) and self.indices[row] == index else None
-
     def digest(self, row: int) -> Digest:
         """The digest in `row`, one of range(table.stored_count)."""
         hash_ = self.hashes[row].tobytes().hex()
@@ -185,15 +186,12 @@ class ChunkTable:
 
     def get(self, index: int) -> Digest | None:
         """The digest of chunk `index`, or None when it is a hole. IndexError outside the file."""
-        row = self.row_of(index)
-        return None if row is None else self.digest(row)
+        self.chunk_length(index)
+        row = int(self.indices.searchsorted(index))
+        return self.digest(row) if row < len(self.indices) and self.indices[row] == index else None
 
-    def digests(self) -> Iterator[Digest]:
+    def digests(self) -> DigestArray:
         """The digest of every row, in order, made as they are asked for; equal chunks repeat."""
-        return iter(self.digest_array())
-
-    def digest_array(self) -> DigestArray:
-        """The digest of every row, in order, without an object for each."""
         sizes = np.full(len(self.indices), self.chunk_size, np.int64)
         if len(sizes):
             sizes[-1] = self.chunk_length(int(self.indices[-1]))
@@ -221,7 +219,7 @@ class ChunkTable:
         if size < self.size:
             raise InvalidArgument(f"a chunked file cannot shrink from {self.size} to {size} bytes")
         last = self.chunk_count - 1
-        grows_last = size > self.size and self.size % self.chunk_size and self.row_of(last) is not None
+        grows_last = size > self.size and self.size % self.chunk_size and self.get(last) is not None
         if grows_last and last not in changes:
             raise InvalidArgument(f"chunk {last} grew with its file, so its digest must be given anew")
         kept = ~np.isin(self.indices, np.array([*changes], np.int64))
@@ -235,9 +233,8 @@ class ChunkTable:
         """Whether both describe the same content with the same chunks."""
         if not isinstance(other, ChunkTable):
             return NotImplemented
-        mine = (self.size, self.chunk_size, self.function)
         return (
-            mine == (other.size, other.chunk_size, other.function)
+            (self.size, self.chunk_size, self.function) == (other.size, other.chunk_size, other.function)
             and np.array_equal(self.indices, other.indices)
             and np.array_equal(self.hashes, other.hashes)
         )
@@ -249,6 +246,9 @@ class ChunkTable:
             f"ChunkTable(size={self.size}, chunk_size={self.chunk_size}, function={self.function.name}, "
             f"{self.stored_count} of {self.chunk_count} chunks stored)"
         )
+
+
+DecodedTable: TypeAlias = tuple[ChunkTable, reapi.NodeProperties]
 
 
 def check_geometry(size: int, chunk_size: int) -> None:
@@ -273,11 +273,9 @@ def encode_tree(table: ChunkTable, mode: int = DEFAULT_MODE) -> bytes:
     """
     properties = reapi.NodeProperties()
     if mode != DEFAULT_MODE:
-        # Zero is a mode, so the wrapper must be there even when its value is the default.
-        properties.unix_mode.SetInParent()
-        properties.unix_mode.value = mode
+        set_mode(properties, mode)
     directory = encode_chunk_directory(table, properties)
-    return _tree_header(len(directory)) + directory
+    return header(TREE_ROOT, len(directory)) + directory
 
 
 def encode_chunk_directory(table: ChunkTable, properties: reapi.NodeProperties) -> bytes:
@@ -317,9 +315,7 @@ def decode_chunked_file(data: Buffer, function: DigestFunction) -> tuple[ChunkTa
     return table, properties.unix_mode.value & 0o777 if has_mode else DEFAULT_MODE
 
 
-def decode_chunk_directory(
-    directory: memoryview, function: DigestFunction
-) -> tuple[ChunkTable, reapi.NodeProperties] | None:
+def decode_chunk_directory(directory: memoryview, function: DigestFunction) -> DecodedTable | None:
     """The chunk table and all properties of the file in a serialised Directory; None in any other one."""
     # A string stands as it is in any encoding, so its absence needs no parsing to see.
     if _CHUNK_SIZE_BYTES.search(directory) is None:
@@ -344,10 +340,6 @@ def tree_view(data: Buffer) -> memoryview:
     return view
 
 
-def _tree_header(root_bytes: int) -> bytes:
-    return bytes((_FIRST_BYTES,)) + varint(root_bytes)
-
-
 def _encoded_parts(table: ChunkTable, properties: reapi.NodeProperties) -> Iterator[_Bytes]:
     """The parts of the serialised Directory, in order."""
     for start, stop, digits, size in _runs(table):
@@ -356,7 +348,7 @@ def _encoded_parts(table: ChunkTable, properties: reapi.NodeProperties) -> Itera
             rows = slice(first, min(first + _BLOCK_ROWS, stop))
             nodes = np.tile(template, (rows.stop - first, 1))
             _write_decimals(table.indices[rows] * table.chunk_size, nodes[:, _NAME_AT : _NAME_AT + digits])
-            nodes[:, _hash_columns(digits)] = _hex(table.hashes[rows])
+            nodes[:, _hash_columns(digits)] = hex_rows(table.hashes[rows])
             yield nodes.reshape(-1)
     rest = reapi.Directory(node_properties=properties)
     yield np.frombuffer(rest.SerializeToString(deterministic=True), np.uint8)
@@ -407,32 +399,24 @@ def _read_decimals(columns: _Bytes) -> _Integers:
     return numbers
 
 
-def _hex(hashes: _Bytes) -> _Bytes:
-    return np.frombuffer(hashes.tobytes().hex().encode(), np.uint8).reshape(-1, 2 * HASH_BYTES)
-
-
 def _unhex(columns: _Bytes) -> _Bytes:
     # ValueError where there is no hexadecimal number; spaces are skipped and leave too few bytes to reshape.
     raw = bytes.fromhex(columns.tobytes().decode("ascii"))
     return np.frombuffer(raw, np.uint8).reshape(len(columns), HASH_BYTES)
 
 
-def _decode_canonical(
-    view: memoryview, function: DigestFunction
-) -> tuple[ChunkTable, reapi.NodeProperties] | None:
+def _decode_canonical(view: memoryview, function: DigestFunction) -> DecodedTable | None:
     """Read bytes as `encode_tree` makes them; None for any others, right or wrong."""
     try:
         root = next(read_fields(view), None)
     except InvalidArgument:
         return None
-    if root is None or _tree_header(len(root.payload)) != view[: len(view) - len(root.payload)]:
+    if root is None or header(TREE_ROOT, len(root.payload)) != view[: len(view) - len(root.payload)]:
         return None
     return _read_canonical(root.payload, function)
 
 
-def _read_canonical(
-    view: memoryview, function: DigestFunction
-) -> tuple[ChunkTable, reapi.NodeProperties] | None:
+def _read_canonical(view: memoryview, function: DigestFunction) -> DecodedTable | None:
     """The table and properties in bytes as `encode_chunk_directory` makes them; None for any others."""
     data = np.frombuffer(view, np.uint8)
     try:
@@ -480,7 +464,7 @@ def _pick_nodes(root: _Bytes) -> tuple[_Integers, _Bytes, _Bytes]:
     return np.concatenate(offsets), np.concatenate(hashes), root
 
 
-def _read_any(fields: Iterator[Field], function: DigestFunction) -> tuple[ChunkTable, reapi.NodeProperties]:
+def _read_any(fields: Iterator[Field], function: DigestFunction) -> DecodedTable:
     """Read the fields of any encoding, or raise the error that says what is wrong."""
     offsets, sizes = array("q"), array("q")
     hashes = bytearray()
@@ -528,6 +512,12 @@ def _root_fields(tree: memoryview) -> Iterator[Field]:
             raise InvalidArgument("the tree of a chunked file must not have child directories")
         if field.number == TREE_ROOT:
             yield from read_fields(bytes_of(field))
+
+
+def set_mode(properties: reapi.NodeProperties, mode: int) -> None:
+    """Write permission bits; also those of zero, which is a mode, where "none" is not to have the field."""
+    properties.unix_mode.SetInParent()
+    properties.unix_mode.value = mode
 
 
 def merge_properties(properties: reapi.NodeProperties, field: Field) -> None:

@@ -12,7 +12,7 @@ after the other. See "Encoding" in protobuf's documentation.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Self, TypeAlias, final, overload
+from typing import NamedTuple, Self, TypeAlias, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -87,11 +87,17 @@ class DigestArray(Sequence[Digest]):
         words = np.ascontiguousarray(hashes).view(">u8")
         first = words[:, 0].astype(np.uint64)
         order = np.argsort(first, kind="stable")
+
+        def are_equal(some: npt.NDArray[np.intp], others: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+            equal: npt.NDArray[np.bool_] = sizes[some] == sizes[others]
+            equal &= (words[some] == words[others]).all(axis=1)
+            return equal
+
         # Hashes with one first word are equal but by rare chance, when all columns are sorted by.
         alike = np.flatnonzero(first[order[1:]] == first[order[:-1]])
-        if not _are_equal(words, sizes, order[alike], order[alike + 1]).all():
+        if not are_equal(order[alike], order[alike + 1]).all():
             order = np.lexsort((sizes, *words.astype(np.uint64).T[::-1]))
-            alike = np.flatnonzero(_are_equal(words, sizes, order[:-1], order[1:]))
+            alike = np.flatnonzero(are_equal(order[:-1], order[1:]))
         kept = np.ones(len(order), np.bool_)
         kept[alike + 1] = False
         return cls(hashes[order[kept]], sizes[order[kept]], function)
@@ -105,12 +111,9 @@ class DigestArray(Sequence[Digest]):
         """The digests in some rows."""
         return DigestArray(self.hashes[rows], self.sizes[rows], self.function)
 
-    def without(self, digests: Collection[Digest]) -> DigestArray:
-        """The digests but for those whose hash is one of `digests`."""
-        if not digests:
-            return self
-        others = DigestArray.of(digests, self.function)
-        return self.take(~HashSet(to_rows(others.hashes)).contains(to_rows(self.hashes)))
+    def without(self, others: HashSet) -> DigestArray:
+        """The digests but for those whose hash is one of `others`."""
+        return self.take(~others.contains(to_rows(self.hashes))) if len(others) else self
 
     def stranger(self, digests: Collection[Digest]) -> Digest | None:
         """Find one of `digests`, which come from outside, that is not here; None when all are."""
@@ -133,8 +136,7 @@ class DigestArray(Sequence[Digest]):
             rows[:, 0] = tag(field_number, BYTES)
             rows[:, 1] = _SIZE_AT - 2 + lengths
             rows[:, 2], rows[:, 3] = tag(1, BYTES), 2 * HASH_BYTES
-            text = np.frombuffer(hashes.tobytes().hex().encode(), np.uint8)
-            rows[:, _HASH_AT : _SIZE_AT - 1] = text.reshape(-1, 2 * HASH_BYTES)
+            rows[:, _HASH_AT : _SIZE_AT - 1] = hex_rows(hashes)
             rows[:, _SIZE_AT - 1] = tag(2, VARINT)
             rows[:, _SIZE_AT:] = numbers
             used = np.arange(rows.shape[1]) < _SIZE_AT + lengths[:, np.newaxis]
@@ -202,10 +204,6 @@ class HashSet:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def others(self, hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Return those of `hashes`, rows of 32 bytes, that are not in the set."""
-        return hashes[~self.contains(to_rows(hashes))]
-
     def contains(self, words: Words) -> npt.NDArray[np.bool_]:
         """Tell of each row whether it is in the set. Whole hashes are compared."""
         found = np.zeros(len(words), dtype=np.bool_)
@@ -221,6 +219,11 @@ class HashSet:
             known = {row.tobytes() for row in alike}
             found[rows] = [row.tobytes() in known for row in words[rows]]
         return found
+
+
+def hex_rows(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Convert rows of 32 bytes to rows of 64 hexadecimal digits."""
+    return np.frombuffer(hashes.tobytes().hex().encode(), np.uint8).reshape(-1, 2 * HASH_BYTES)
 
 
 def decode_hashes(hashes: Sequence[str]) -> npt.NDArray[np.uint8]:
@@ -281,18 +284,6 @@ def to_hex(words: Words) -> str:
     return words.astype(">u8").tobytes().hex()
 
 
-def _are_equal(
-    words: npt.NDArray[Any],
-    sizes: npt.NDArray[np.int64],
-    some: npt.NDArray[np.intp],
-    others: npt.NDArray[np.intp],
-) -> npt.NDArray[np.bool_]:
-    """Whether the digest in each of some rows is that in another row."""
-    is_equal: npt.NDArray[np.bool_] = (words[some] == words[others]).all(axis=1)
-    is_equal &= sizes[some] == sizes[others]
-    return is_equal
-
-
 def _with_sizes(digests: DigestArray) -> Words:
     """Hashes as `to_rows` gives them, and the sizes as a fifth word."""
     return np.column_stack((to_rows(digests.hashes), digests.sizes.astype(np.uint64)))
@@ -319,6 +310,11 @@ class Field(NamedTuple):
 def tag(number: int, wire_type: int) -> int:
     """What stands before a field; one byte, for the first 15 numbers."""
     return number << 3 | wire_type
+
+
+def header(number: int, length: int) -> bytes:
+    """What stands before a field of `length` bytes."""
+    return bytes((tag(number, BYTES),)) + varint(length)
 
 
 def varint(value: int) -> bytes:

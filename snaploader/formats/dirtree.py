@@ -35,9 +35,10 @@ from snaploader.formats.chunktable import (
     encode_chunk_directory,
     merge_properties,
     parse_field,
+    set_mode,
     tree_view,
 )
-from snaploader.formats.digests import BYTES, Field, read_fields, tag, varint
+from snaploader.formats.digests import Field, header, read_fields
 
 MODE_BITS = 0o1777
 """Permission and sticky bits. Set-id bits are never kept: what is restored may not lend anyone's rights."""
@@ -75,8 +76,6 @@ MIN_MTIME_NS = -62_135_596_800 * 10**9
 MAX_MTIME_NS = 253_402_300_800 * 10**9 - 1
 """The years 1 to 9999, which are those of a protobuf Timestamp."""
 
-_ROOT = bytes((tag(TREE_ROOT, BYTES),))
-_CHILD = bytes((tag(TREE_CHILDREN, BYTES),))
 _MAX_ROOT_PARTS = 1000
 _HEXADECIMAL = re.compile(r"(?:[0-9a-f]{2}){1,4096}")
 
@@ -349,9 +348,9 @@ def encode_directory_tree(tree: DirectoryTree) -> bytes:
     is before its children.
     """
     root, children = _encoded(tree)
-    parts = [_ROOT, varint(len(root)), root]
+    parts = [header(TREE_ROOT, len(root)), root]
     for child in children.values():
-        parts += [_CHILD, varint(len(child)), child]
+        parts += [header(TREE_CHILDREN, len(child)), child]
     encoded = b"".join(parts)
     if len(encoded) > MAX_TREE_BYTES:
         raise InvalidArgument(
@@ -399,14 +398,13 @@ def _encoded(tree: DirectoryTree) -> tuple[bytes, dict[Digest, bytes]]:
             if isinstance(entry, ChunkedEntry):
                 child = encode_chunk_directory(entry.table, properties)
             else:
-                child = _finished(unfinished.pop(path, None), properties)
+                child = _finished(unfinished.pop(path, reapi.Directory()), properties)
             digest = Digest.of(child, tree.function)
             link = directory.directories.add(name=name)
             link.digest.hash, link.digest.size_bytes = digest.hash, digest.size_bytes
             children.setdefault(digest, child)
-    root = tree[""]
-    assert isinstance(root, DirectoryEntry)
-    return _finished(unfinished.pop("", None), _properties(root)), dict(reversed(children.items()))
+    root = _finished(unfinished.pop("", reapi.Directory()), _properties(tree[""]))
+    return root, dict(reversed(children.items()))
 
 
 def _is_utf8(text: str) -> bool:
@@ -427,9 +425,8 @@ def _escaped(data: bytes, limit: int) -> str:
     return data.decode("utf-8", "backslashreplace").encode()[:limit].decode("utf-8", "ignore")
 
 
-def _finished(directory: reapi.Directory | None, properties: reapi.NodeProperties) -> bytes:
+def _finished(directory: reapi.Directory, properties: reapi.NodeProperties) -> bytes:
     """The bytes of a directory to which everything was added, from the last name to the first."""
-    directory = directory or reapi.Directory()
     for nodes in (directory.files, directory.directories, directory.symlinks):
         nodes.sort(key=attrgetter("name"))
     directory.node_properties.CopyFrom(properties)
@@ -440,11 +437,9 @@ def _properties(entry: Entry) -> reapi.NodeProperties:
     properties = reapi.NodeProperties()
     seconds, nanoseconds = divmod(entry.mtime_ns, 10**9)
     properties.mtime.seconds, properties.mtime.nanos = seconds, nanoseconds
-    # Zero is a time and a mode, so both must be there even when their values are the default.
-    properties.mtime.SetInParent()
+    properties.mtime.SetInParent()  # zero is a time
     if not isinstance(entry, SymlinkEntry):
-        properties.unix_mode.SetInParent()
-        properties.unix_mode.value = entry.mode
+        set_mode(properties, entry.mode)
     return properties
 
 
@@ -523,6 +518,7 @@ class _Reader:
         for name, digest in listing.directories.items():
             child = self._child(digest, prefix + name)
             called = child.unix_name or name
+            check_name(called, prefix + called)
             if called in listing.entries or called in children:
                 raise InvalidArgument(f"{(prefix + called)[:200]!r} is in a tree twice")
             children[called] = child
@@ -561,7 +557,7 @@ class _Reader:
         if chunked is not None:
             table, properties = chunked
             chunked_entry = ChunkedEntry(table, _mode(properties, 0o644), _mtime_ns(properties))
-            return _Listing(chunked_entry, _checked_unix_name(properties))
+            return _Listing(chunked_entry, _on_disk(properties, UNIX_NAME_PROPERTY))
         properties = reapi.NodeProperties()
         files: dict[str, Entry] = {}
         directories: dict[str, Digest] = {}
@@ -587,7 +583,7 @@ class _Reader:
                 self._listed_bytes += decoded_bytes(name, node)
             self._check_room(len(files) + len(directories), self._listed_bytes)
         own = DirectoryEntry(_mode(properties, 0o755), _mtime_ns(properties))
-        return _Listing(own, _checked_unix_name(properties), files, directories)
+        return _Listing(own, _on_disk(properties, UNIX_NAME_PROPERTY), files, directories)
 
 
 def _split(tree: memoryview, function: DigestFunction) -> tuple[memoryview, dict[str, memoryview]]:
@@ -629,13 +625,6 @@ def _node(part: Field, function: DigestFunction) -> tuple[str, Entry | Digest] |
     return None
 
 
-def _checked_unix_name(properties: reapi.NodeProperties) -> str | None:
-    name = _on_disk(properties, UNIX_NAME_PROPERTY)
-    if name is not None:
-        check_name(name, name)
-    return name
-
-
 def _on_disk(properties: reapi.NodeProperties, what: str) -> str | None:
     """The text of a property with bytes that are not UTF-8; None when there is no such property."""
     values = [item.value for item in properties.properties if item.name == what]
@@ -644,12 +633,10 @@ def _on_disk(properties: reapi.NodeProperties, what: str) -> str | None:
     if len(values) > 1 or not _HEXADECIMAL.fullmatch(values[0]):
         raise InvalidArgument(f"property {what!r} of a tree is not one hexadecimal number")
     text = bytes.fromhex(values[0]).decode("utf-8", "surrogateescape")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text
-    # Else one file could stand under two names, which other readers tell apart.
-    raise InvalidArgument(f"property {what!r} of a tree is UTF-8: {text[:80]!r} is to stand for itself")
+    if _is_utf8(text):
+        # One file could stand under two names, which other readers tell apart.
+        raise InvalidArgument(f"property {what!r} of a tree is UTF-8: {text[:80]!r} is to stand for itself")
+    return text
 
 
 def _mode(properties: reapi.NodeProperties, default: int) -> int:

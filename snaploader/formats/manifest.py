@@ -17,7 +17,7 @@ from google.protobuf.message import EncodeError, Message
 from snaploader._proto import any_pb2, remote_execution_pb2 as reapi, snaploader_pb2
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.formats.chunktable import MAX_TREE_BYTES, M, parse_message
+from snaploader.formats.chunktable import MAX_TREE_BYTES, M, parse_message, set_mode
 
 MAX_MANIFEST_BYTES = 4 << 20
 """Largest serialised ActionResult; gRPC servers take no larger message."""
@@ -77,7 +77,11 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.vm_configuration.type_url:
             raise InvalidArgument("a manifest needs a VM configuration: a message packed with its type")
-        self._check_metadata()
+        if len(self.other_metadata) + 2 + bool(self.directories) > MAX_METADATA:
+            raise InvalidArgument(f"a manifest may hold no more than {MAX_METADATA} metadata entries")
+        given = (entry for entry in (self.vm_metadata, *self.other_metadata) if entry is not None)
+        if any(is_packed(entry, snaploader_pb2.DirectoryNames) for entry in given):
+            raise InvalidArgument("the names of directories are given as directories, not as metadata")
         names = self.names
         if len(names) > MAX_FILES:
             raise InvalidArgument(f"a snapshot of {len(names)} files is refused: {MAX_FILES} are allowed")
@@ -136,9 +140,7 @@ class Manifest:
             output = result.output_files.add(path=name, is_executable=file.is_executable)
             _set_digest(output.digest, file.digest)
             if file.mode is not None:
-                # Zero is a mode, so the wrapper must be there even when its value is the default.
-                output.node_properties.unix_mode.SetInParent()
-                output.node_properties.unix_mode.value = file.mode
+                set_mode(output.node_properties, file.mode)
         for name, digest in sorted((*self.chunked_files.items(), *self.directories.items())):
             directory = result.output_directories.add(path=name)
             _set_digest(directory.tree_digest, digest)
@@ -203,9 +205,8 @@ class Manifest:
     def parse_local(cls, data: bytes) -> Manifest:
         """The manifest in a record of the local file cache."""
         _check_size(len(data), _RECORD_BYTES)
-        record = parse_message(
-            snaploader_pb2.LocalManifest, data, "a local manifest is not a serialised record"
-        )
+        what = "a local manifest is not a serialised record"
+        record = parse_message(snaploader_pb2.LocalManifest, data, what)
         try:
             function = DigestFunction(record.digest_function)
         except ValueError:
@@ -213,13 +214,6 @@ class Manifest:
                 f"a local manifest has unknown digest function {record.digest_function}"
             ) from None
         return cls.parse(record.action_result, function)
-
-    def _check_metadata(self) -> None:
-        if len(self.other_metadata) + 2 + bool(self.directories) > MAX_METADATA:
-            raise InvalidArgument(f"a manifest may hold no more than {MAX_METADATA} metadata entries")
-        given = (*self.other_metadata, *([self.vm_metadata] if self.vm_metadata is not None else []))
-        if any(_is_packed(entry, snaploader_pb2.DirectoryNames) for entry in given):
-            raise InvalidArgument("the names of directories are given as directories, not as metadata")
 
     def _check_digest(self, digest: Digest, name: str) -> None:
         if digest.function is not self.digest_function:
@@ -270,12 +264,13 @@ def pack_any(message: Message) -> any_pb2.Any:
 
 def unpack_any(packed: any_pb2.Any | None, kind: type[M]) -> M | None:
     """The message in `packed`, if that says it holds a `kind`; InvalidArgument when it then does not."""
-    if packed is None or not _is_packed(packed, kind):
+    if packed is None or not is_packed(packed, kind):
         return None
     return parse_message(kind, packed.value, f"the packed {kind.DESCRIPTOR.full_name} cannot be parsed")
 
 
-def _is_packed(entry: any_pb2.Any, kind: type[Message]) -> bool:
+def is_packed(entry: any_pb2.Any, kind: type[Message]) -> bool:
+    """Whether `entry` says that it holds a `kind`."""
     return entry.type_url.rpartition("/")[2] == kind.DESCRIPTOR.full_name
 
 
@@ -300,7 +295,7 @@ def _split_metadata(rest: list[any_pb2.Any]) -> tuple[any_pb2.Any | None, tuple[
     The metadata is the second entry, unless a server added its own before it; an empty entry stands
     for none.
     """
-    ours = (place for place, entry in enumerate(rest) if _is_packed(entry, snaploader_pb2.VMMetadata))
+    ours = (place for place, entry in enumerate(rest) if is_packed(entry, snaploader_pb2.VMMetadata))
     place = next(ours, 0)
     vm_metadata = rest[place] if rest and rest[place].type_url else None
     return vm_metadata, tuple(rest[:place] + rest[place + 1 :])
@@ -312,9 +307,7 @@ def _set_digest(message: reapi.Digest, digest: Digest) -> None:
 
 
 def _get_digest(
-    output: reapi.OutputFile | reapi.OutputDirectory,
-    name: str,
-    function: DigestFunction,
+    output: reapi.OutputFile | reapi.OutputDirectory, name: str, function: DigestFunction
 ) -> Digest:
     if not output.HasField(name):
         raise InvalidArgument(f"file {output.path[:80]!r} has no {name} in its manifest")

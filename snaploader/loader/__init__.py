@@ -2,7 +2,7 @@
 
 - `loader`: `SnapshotLoader`, which puts the parts together
 - `find`: the best snapshot of a key set that is whole
-- `unpack`, `place`: a snapshot as lazy stores, or written out in full; how files are written
+- `unpack`: a snapshot as lazy stores, or written out in full; how files are written
 - `save`, `capture`: the order of a save, blobs go to the server; files and stores become blobs
 - `directory`, `scan`: a directory becomes a tree; what is in it, and what the last save found
 - `derive`, `versions`: a snapshot out of another one; what invalidates all of a kind

@@ -30,6 +30,7 @@ from snaploader.keys import SnapshotKeySet, SnapshotTask
 from snaploader.loader.directory import DirectoryCapture, DirectorySource
 from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
+from snaploader.loader.scan import changed
 from snaploader.policy import SavePolicy
 from snaploader.workers import WorkerPool
 
@@ -238,7 +239,7 @@ class StateCapture:
         digest, added = self._file_cache.add_file(path, self._function)
         _check_unchanged(path, name, before)
         size = digest.size_bytes
-        saved = SavedFile(
+        self._saved[name] = SavedFile(
             name,
             size,
             chunked=False,
@@ -247,7 +248,6 @@ class StateCapture:
             stored_bytes=size if added else 0,
             deduplicated_bytes=0 if added else size,
         )
-        self._saved[name] = saved
         mode = before.st_mode & 0o777
         self.plain_files[name] = PlainFile(digest, is_executable=bool(mode & 0o100), mode=mode)
         meter.add(size)
@@ -281,14 +281,13 @@ class StateCapture:
         digest = Digest.of(tree, self._function)
         self._file_cache.put_verified(digest, tree)
         self.tables[chunked.name] = table
-        hashed = sum(1 for hash_ in chunked.hashes.values() if hash_ is not None)
         self._saved[chunked.name] = SavedFile(
             chunked.name,
             table.size,
             chunked=True,
             digest=digest,
             chunks=len(table.indices),
-            hashed_chunks=hashed,
+            hashed_chunks=sum(hash_ is not None for hash_ in chunked.hashes.values()),
             hashed_bytes=chunked.hashed_bytes,
             hole_bytes=table.hole_bytes,
             stored_bytes=chunked.stored_bytes,
@@ -318,10 +317,7 @@ def _check_unchanged(path: str, name: str, before: os.stat_result) -> None:
     """FailedPrecondition when a file is not any more what it was."""
     with translate_os_errors(f"cannot look at {name!r} again after reading it"):
         if _identity(os.stat(path)) != _identity(before):
-            raise FailedPrecondition(
-                f"{path!r} was changed while it was saved, so no consistent snapshot of it was taken: stop "
-                "what writes to it and save again"
-            )
+            raise changed(path)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -56,11 +56,9 @@ class SnapshotDeriver:
         derived = replace(part, key=key, manifest=manifest, failures=())
         before = self._manifests.pinned_before(pin)
         self._manifests.check_unused(key)
-        if remote:
-            self._check_digests(derived)
-            if self._manifests.is_taken_remotely(key):
-                raise taken(key)
-        blobs = derived.digest_array()
+        if remote and self._manifests.is_taken_remotely(key):
+            raise taken(key)
+        blobs = derived.digests()
         uploaded, warnings = TransferStatistics(), []
         with self._file_cache.lease((), hashes=[blobs.hashes]):
             absent = self._file_cache.find_missing(blobs)
@@ -96,19 +94,10 @@ class SnapshotDeriver:
             raise InvalidArgument(
                 f"the snapshot of {snapshot.key} was not found by its id: look for it by that"
             )
-        self._check_digests(snapshot)
-        blobs = snapshot.digest_array()
+        blobs = snapshot.digests()
         with self._file_cache.lease((), hashes=[blobs.hashes]):
             uploaded = self._save_remotely(snapshot, blobs, progress)
         return DeriveResult(snapshot, True, True, uploaded.blobs, uploaded.content_bytes, uploaded.wire_bytes)
-
-    def _check_digests(self, snapshot: Snapshot) -> None:
-        function, remote = snapshot.manifest.digest_function, self._stores.remote
-        if remote is not None and remote.digest_function is not function:
-            raise FailedPrecondition(
-                f"the snapshot has {function.name} digests and the remote cache wants "
-                f"{remote.digest_function.name}: restore it and save it again"
-            )
 
     def _check_whole(self, derived: Snapshot, absent: set[Digest]) -> list[str]:
         """NotFound unless each blob is in some cache. What cannot be told is a warning."""
@@ -128,6 +117,12 @@ class SnapshotDeriver:
         self, derived: Snapshot, blobs: DigestArray, progress: ProgressCallback | None
     ) -> TransferStatistics:
         key, manifest = derived.key, derived.manifest
+        function, wanted = manifest.digest_function, self._stores.server.digest_function
+        if wanted is not function:
+            raise FailedPrecondition(
+                f"the snapshot has {function.name} digests and the remote cache wants {wanted.name}: "
+                "restore it and save it again"
+            )
         sent: list[Digest] = []
         try:
             uploaded = upload_blobs(self._stores, derived, blobs, progress, sent=sent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from cow import chunk_extents, is_zero
+from cow import TruncatedFile, chunk_extents, is_zero, read_all
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
@@ -27,16 +26,15 @@ from snaploader.formats.dirtree import (
 )
 from snaploader.loader.results import ProgressMeter, SavedDirectory
 from snaploader.loader.scan import (
-    CaptureIndex,
     Content,
     FileIdentity,
     FoundFile,
+    Scan,
     changed,
-    check_directories,
     is_settled,
     read_index,
-    scan,
     shown_path,
+    still_there,
     write_index,
 )
 
@@ -47,8 +45,6 @@ _IN_MEMORY_BYTES = 4 << 20
 """Files that are kept whole are read in one piece up to this size; bigger ones are streamed."""
 
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
-"""What opening a file says that was removed or has become a symbolic link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +97,7 @@ class _BigFile:
 class DirectoryCapture:
     """A directory on its way into the file cache. It is looked through when this is made.
 
-    To be closed. `tasks` are for several threads, everything else is for one. Raises what `scan` does,
+    To be closed. `tasks` are for several threads, everything else is for one. Raises what `Scan` does,
     NotFound when there is no such directory, InvalidArgument when the index or the file cache is inside.
     """
 
@@ -134,7 +130,7 @@ class DirectoryCapture:
         with translate_os_errors(f"cannot read the directory {self._where!r}"):
             self._root = os.open(self._where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._found = scan(self._root, self._where, source.exclude)
+            self._found = Scan(self._root, self._where, source.exclude)
         except BaseException:
             os.close(self._root)
             raise
@@ -166,7 +162,7 @@ class DirectoryCapture:
 
         FailedPrecondition when a directory changed meanwhile, InvalidArgument when there is too much in it.
         """
-        check_directories(self._root, self._where, self._found)
+        self._found.check_directories()
         entries: dict[str, Entry] = {**self._found.directories, **self._found.symlinks}
         for file in self._found.files:
             content = self._contents[file.path]
@@ -254,13 +250,13 @@ class DirectoryCapture:
 
     def _changed_files(self) -> list[FoundFile]:
         """The files to read; the contents of the others are taken from the index."""
-        index: CaptureIndex = {}
-        if self._index_path is not None:
-            index = read_index(self._index_path, self._function)
+        index = {} if self._index_path is None else read_index(self._index_path, self._function)
         pending = []
         for file in self._found.files:
             content = index.get((file.path, file.identity))
-            if content is None or not self._is_kept_so(file, content):
+            kept_in = content.chunk_size if isinstance(content, ChunkTable) else None
+            # It must be cut into the same pieces as today.
+            if content is None or kept_in != (self._chunk_size if self._is_chunked(file) else None):
                 pending.append(file)
             else:
                 self._contents[file.path] = content
@@ -268,12 +264,6 @@ class DirectoryCapture:
 
     def _is_chunked(self, file: FoundFile) -> bool:
         return file.identity.size_bytes >= self._threshold
-
-    def _is_kept_so(self, file: FoundFile, content: Content) -> bool:
-        """Whether a file would be cut into the same pieces today."""
-        if isinstance(content, ChunkTable):
-            return self._is_chunked(file) and content.chunk_size == self._chunk_size
-        return not self._is_chunked(file)
 
     def _store_file(self, file: FoundFile, meter: ProgressMeter) -> None:
         size = file.identity.size_bytes
@@ -312,7 +302,7 @@ class DirectoryCapture:
         offset = index * self._chunk_size
         data = self._buffers.get(min(self._chunk_size, big.file.identity.size_bytes - offset))
         with translate_os_errors(f"cannot read {shown_path(self._where, big.file.path)}"):
-            count = read_ranges(big.fd, data, offset, ranges)
+            count = self._read(big.file, big.fd, data, offset, ranges)
             # Looking for zeros is several times faster than hashing them.
             digest = None if is_zero(data) else Digest.of(data, self._function)
             added = digest is not None and self._file_cache.put_verified(digest, data)
@@ -346,7 +336,7 @@ class DirectoryCapture:
     def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
         data = bytearray(size)
         with self._opened(file) as fd:
-            count = read_ranges(fd, memoryview(data), offset, [(offset, offset + size)])
+            count = self._read(file, fd, memoryview(data), offset, [(offset, offset + size)])
         with self._lock:
             self._read_bytes += count
         try:
@@ -358,13 +348,8 @@ class DirectoryCapture:
             ) from error
 
     def _open(self, file: FoundFile) -> int:
-        with translate_os_errors(f"cannot read {shown_path(self._where, file.path)}"):
-            try:
-                fd = os.open(file.path, _FILE, dir_fd=self._root)
-            except OSError as error:
-                if error.errno in _GONE:
-                    raise changed(self._where, file.path) from None
-                raise
+        with still_there(self._where, file.path):
+            fd = os.open(file.path, _FILE, dir_fd=self._root)
         # Also tells when a directory on the way has become a link to elsewhere.
         try:
             self._check_unchanged(file, fd)
@@ -383,21 +368,16 @@ class DirectoryCapture:
         if FileIdentity.of(os.fstat(fd)) != file.identity:
             raise changed(self._where, file.path)
 
-
-def read_ranges(fd: int, data: memoryview, offset: int, ranges: list[tuple[int, int]]) -> int:
-    """Fill `data` with the file's content from `offset` on, zeros but for `ranges`; the bytes read.
-
-    What is past the end of a file that was cut short reads as zeros; its identity tells of it.
-    """
-    position = count = 0
-    for start, end in ranges:
-        data[position : start - offset] = bytes(start - offset - position)
-        position = start - offset
-        while position < end - offset:
-            done = os.preadv(fd, [data[position : end - offset]], offset + position)
-            if not done:
-                break
-            position += done
-            count += done
-    data[position:] = bytes(len(data) - position)
-    return count
+    def _read(
+        self, file: FoundFile, fd: int, data: memoryview, offset: int, ranges: list[tuple[int, int]]
+    ) -> int:
+        """Fill `data` with what is in the file from `offset` on, zeros but for `ranges`; the bytes read."""
+        position, end_of_data, count = offset, offset + len(data), 0
+        for start, end in (*ranges, (end_of_data, end_of_data)):
+            data[position - offset : start - offset] = bytes(start - position)
+            try:
+                read_all(fd, data[start - offset : end - offset], start, file.path)
+            except TruncatedFile as error:
+                raise changed(self._where, file.path) from error
+            position, count = end, count + end - start
+        return count

@@ -83,11 +83,12 @@ class BlobFetcher:
         NotFound or DataLoss when no tier has it right; the remote store's own errors otherwise.
         """
         while True:
-            opened, local_error = self._open_local(digest)
-            if opened is not None:
-                return opened
-            if self.behind is None or not allow_remote:
-                raise local_error or NotFound(f"blob {digest} is not in the file cache")
+            try:
+                return self._open_local(digest)
+            except (NotFound, DataLoss) as error:
+                if self.behind is None or not allow_remote:
+                    raise
+                local_error = error
             flight, leads = self._flights.join(digest)
             if leads:
                 return self._open_as_leader(self.behind, flight, local_error)
@@ -130,24 +131,20 @@ class BlobFetcher:
             return False
         return True
 
-    def _open_local(self, digest: Digest) -> tuple[OpenedChunk | None, SnaploaderError | None]:
-        try:
-            fd = self.file_cache.open(digest)
-        except (NotFound, DataLoss) as error:
-            return None, error
+    def _open_local(self, digest: Digest) -> OpenedChunk:
+        fd = self.file_cache.open(digest)
         if self.prefetcher.is_first_use(digest):
-            return OpenedChunk(fd, REMOTE, prefetched=True), None
-        return OpenedChunk(fd, FILE_CACHE), None
+            return OpenedChunk(fd, REMOTE, prefetched=True)
+        return OpenedChunk(fd, FILE_CACHE)
 
     def _open_as_leader(
-        self, behind: BlobStore, flight: BlobFlight, local_error: SnaploaderError | None
+        self, behind: BlobStore, flight: BlobFlight, local_error: SnaploaderError
     ) -> OpenedChunk:
         digest = flight.key
         with self._leading(flight):
             # Another flight may have ended since this thread looked.
-            opened, _ = self._open_local(digest)
-            if opened is not None:
-                return opened
+            with suppress(NotFound, DataLoss):
+                return self._open_local(digest)
             try:
                 with self.prefetcher.demand(digest), lost_blobs():
                     data = behind.read(digest)
@@ -409,13 +406,12 @@ class Prefetcher:
             self._unused[digest] = None
             if len(self._unused) > MAX_REMEMBERED:
                 self._unused.popitem(last=False)
+        added = False
         try:
             added = self._file_cache.put_verified(digest, data)
-        except BaseException:
-            self.is_first_use(digest)
-            raise
-        if not added:
-            self.is_first_use(digest)
+        finally:
+            if not added:
+                self.is_first_use(digest)
 
     def _give_up(self, batch: dict[Digest, BlobFlight], error: SnaploaderError) -> None:
         for flight in batch.values():

@@ -64,15 +64,8 @@ class SnapshotFinder:
         max_age_s = self._max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
         failures: list[KeyFailure] = []
         for position, key in enumerate(key_set):
-            # The universal ref takes the state of every branch, so its age counts wherever it comes from.
-            is_universal = keys.is_universal(key)
-            attempts = self._attempts(
-                key,
-                policy,
-                local_age_s=max_age_s if position or is_universal else None,
-                remote_age_s=max_age_s if is_universal else None,
-            )
-            snapshot = self._first_to_succeed(key, attempts, failures, allow_degraded=allow_degraded)
+            get = partial(self._get, key, policy, max_age_s, is_fallback=position > 0)
+            snapshot = self._first_to_succeed(key, policy, get, failures, allow_degraded=allow_degraded)
             if snapshot is not None:
                 return replace(snapshot, failures=tuple(failures))
         raise _summary(failures) from failures[-1].error
@@ -81,7 +74,7 @@ class SnapshotFinder:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
         try:
             manifest = self._manifests.read_remote(key)
-            blobs = self._unchecked(key, manifest, ManifestSource.REMOTE).digest_array()
+            blobs = self._unchecked(key, manifest, ManifestSource.REMOTE).digests()
         except (NotFound, DataLoss):
             return None
         return None if any(map(self._stores.server.find_missing, _batches(blobs))) else manifest
@@ -89,17 +82,21 @@ class SnapshotFinder:
     def _first_to_succeed(
         self,
         key: SnapshotKey,
-        attempts: list[Callable[[], Snapshot]],
+        policy: ReadPolicy,
+        get: Callable[[ManifestSource], Snapshot],
         failures: list[KeyFailure],
         *,
         allow_degraded: bool,
     ) -> Snapshot | None:
         """The snapshot of one key; None when it has none. What failed is added to `failures`."""
+        sources = [ManifestSource.LOCAL]
+        if policy is not ReadPolicy.LOCAL_ONLY and self._remote is not None:
+            sources.insert(0 if policy is ReadPolicy.NEWEST else 1, ManifestSource.REMOTE)
         absent: list[str] = []
         damage: list[KeyFailure] = []
-        for attempt in attempts:
+        for source in sources:
             try:
-                return attempt()
+                return get(source)
             except Deleted as error:
                 # Copies of it that are kept elsewhere do not count: a deletion is for everybody.
                 failures.append(KeyFailure(key, NotFound(error.message)))
@@ -120,24 +117,21 @@ class SnapshotFinder:
             raise _summary(failures) from damage[0].error
         return None
 
-    def _attempts(
-        self, key: SnapshotKey, policy: ReadPolicy, *, local_age_s: float | None, remote_age_s: float | None
-    ) -> list[Callable[[], Snapshot]]:
-        """Ways to get the snapshot of a key, in order. An age of None is no limit."""
-        local = partial(self._from_local, key, local_age_s)
-        if policy is ReadPolicy.LOCAL_ONLY or self._remote is None:
-            return [local]
-        is_newest = policy is ReadPolicy.NEWEST
-        remote = partial(self._from_remote, key, remote_age_s, keep=not is_newest)
-        return [remote, local] if is_newest else [local, remote]
-
-    def _from_local(self, key: SnapshotKey, max_age_s: float | None) -> Snapshot:
-        return self._whole(key, self._manifests.read_local(key), ManifestSource.LOCAL, max_age_s)
-
-    def _from_remote(self, key: SnapshotKey, max_age_s: float | None, *, keep: bool) -> Snapshot:
-        manifest = self._manifests.read_remote(key)
-        snapshot = self._whole(key, manifest, ManifestSource.REMOTE, max_age_s)
-        if keep and not self._stores.readonly:
+    def _get(
+        self,
+        key: SnapshotKey,
+        policy: ReadPolicy,
+        max_age_s: float,
+        source: ManifestSource,
+        *,
+        is_fallback: bool,
+    ) -> Snapshot:
+        is_local = source is ManifestSource.LOCAL
+        manifest = self._manifests.read_local(key) if is_local else self._manifests.read_remote(key)
+        # The universal ref takes the state of every branch, so its age counts wherever it comes from.
+        is_limited = keys.is_universal(key) or (is_local and is_fallback)
+        snapshot = self._whole(key, manifest, source, max_age_s if is_limited else None)
+        if not (is_local or policy is ReadPolicy.NEWEST or self._stores.readonly):
             try:
                 # What an id names never changes, but for being deleted meanwhile, which must stay.
                 self._manifests.keep_local(key, manifest)
@@ -149,12 +143,11 @@ class SnapshotFinder:
         self, key: SnapshotKey, manifest: Manifest, source: ManifestSource, max_age_s: float | None
     ) -> Snapshot:
         """A snapshot of which every artefact is at hand; NotFound when one is not, or when it is too old."""
-        if max_age_s is not None:
-            metadata = vm_metadata_of(manifest)
-            if is_stale(metadata, now_s=self._stores.clock(), max_age_s=max_age_s):
-                raise NotFound(
-                    f"the {source} manifest is older than {max_age_s:g} s or does not say how old it is"
-                )
+        now_s = self._stores.clock()
+        if max_age_s is not None and is_stale(vm_metadata_of(manifest), now_s=now_s, max_age_s=max_age_s):
+            raise NotFound(
+                f"the {source} manifest is older than {max_age_s:g} s or does not say how old it is"
+            )
         try:
             snapshot = self._unchecked(key, manifest, source)
         except NotFound as error:
@@ -178,7 +171,7 @@ class SnapshotFinder:
         """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
         gone = 0
         example: Digest | None = None
-        for batch in _batches(snapshot.digest_array()):
+        for batch in _batches(snapshot.digests()):
             absent = self._file_cache.find_missing(batch)
             missing = absent
             if absent and self._stores.can_fetch(snapshot.manifest.digest_function):

@@ -176,7 +176,7 @@ class SnapshotLoader:
         """
         return self._finder.find(
             key_set,
-            _read_policy(read_policy),
+            ReadPolicy.parse(read_policy),
             allow_degraded=allow_degraded,
             max_stale_fallback_age_s=max_stale_fallback_age_s,
         )
@@ -191,7 +191,7 @@ class SnapshotLoader:
         """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
         key_set = SnapshotKeySet(key, (), key)
-        return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=False)
+        return self._finder.find(key_set, ReadPolicy.parse(read_policy), allow_degraded=False)
 
     def unpack_snapshot(
         self,
@@ -328,7 +328,7 @@ class SnapshotLoader:
             vm_metadata=vm_metadata,
             task=task,
             snapshot_id=snapshot_id,
-            save_policy=save_policy if isinstance(save_policy, SavePolicy) else SavePolicy.parse(save_policy),
+            save_policy=SavePolicy.parse(save_policy),
             key_set=key_set,
             default_ref=default_ref,
             min_refresh_interval_s=min_refresh_interval_s,
@@ -434,10 +434,6 @@ class SnapshotLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _read_policy(policy: ReadPolicy | str) -> ReadPolicy:
-    return policy if isinstance(policy, ReadPolicy) else ReadPolicy.parse(policy)
 
 
 def _directory_source(source: DirectorySource | str | os.PathLike[str]) -> DirectorySource:

@@ -8,11 +8,8 @@ file cache it stands in a `LocalManifest` without a digest function.
 
 A manifest is written when all that it names is stored, and read back when all that a save writes is
 written. Action caches accept an update from a caller who may not make one, and drop it; or drop one result
-for another; or hide one of which they lack a blob. Reading back what was published tells.
-
-Deleting goes the other way: the remote reference, then the local one. Blobs age out by themselves. Whatever
-fails or is killed in between, the next attempt does the rest. As long as the remote part fails nothing is
-deleted locally either, so a snapshot is not lost here that others still see.
+for another; or hide one of which they lack a blob. Reading back what was published tells. Deleting goes the
+other way, remotely first, so a snapshot is not lost here that others still see.
 """
 
 from __future__ import annotations
@@ -45,7 +42,7 @@ from snaploader.errors import (
     Unimplemented,
 )
 from snaploader.filecache import FileCache, Pin
-from snaploader.formats.manifest import Manifest, pack_any
+from snaploader.formats.manifest import Manifest, is_packed, pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.results import DeleteResult, RemoteManifest
 
@@ -126,8 +123,6 @@ class ManifestStore:
         self._lock = threading.Lock()
         self._remembered: OrderedDict[Digest, str] = OrderedDict()
 
-    # On this host
-
     def local_ref(self, key: SnapshotKey) -> str:
         """The ref of the file cache that the manifest of `key` is kept under."""
         return keys.local_manifest_key(self._file_cache.group_id, key)
@@ -166,8 +161,6 @@ class ManifestStore:
         """FailedPrecondition when the id of this key names a snapshot on this host, or ever did."""
         if self.local_entry(id_key) is not Entry.NOTHING:
             raise taken(id_key)
-
-    # Remotely
 
     def read_remote(self, key: SnapshotKey) -> Manifest:
         """The manifest under `key` in the remote cache.
@@ -227,12 +220,11 @@ class ManifestStore:
 
         FailedPrecondition when what stood there before still stands, or nothing.
         """
-        words = "it has none"
         try:
             stands = self._get(key)
         except NotFound as error:
-            stands, words = None, error.message
-        if stands is not None:
+            words = error.message
+        else:
             content = _content(stands)
             is_ours = content == _content(manifest.to_action_result())
             if is_ours or content != before:
@@ -283,8 +275,6 @@ class ManifestStore:
             if len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
         return result
-
-    # Deleting
 
     def delete(self, snapshot_id: str, instance_name: str, remote: bool | None) -> DeleteResult:
         """See `SnapshotLoader.delete_snapshot`."""
@@ -348,8 +338,6 @@ class ManifestStore:
                 "for these credentials. Nothing was deleted locally"
             )
         return before
-
-    # Pins
 
     def pinned_before(self, name: str | None) -> Pin | None:
         """The pin that stands under a name before another one is made. Errors as `FileCache.pinned`."""
@@ -450,9 +438,7 @@ def result_of(metadata: Message) -> ActionResult:
 
 def is_tombstone(result: ActionResult) -> bool:
     """Whether this stands for a snapshot that was deleted. Servers may have added metadata of their own."""
-    name = Tombstone.DESCRIPTOR.full_name
-    metadata = result.execution_metadata.auxiliary_metadata
-    return any(packed.type_url.rpartition("/")[2] == name for packed in metadata)
+    return any(is_packed(entry, Tombstone) for entry in result.execution_metadata.auxiliary_metadata)
 
 
 def local_tombstone(result: ActionResult) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -65,12 +65,8 @@ class Snapshot:
         """Whether a better key might have served but for an outage or damage. A retry may find it."""
         return any(not isinstance(failure.error, LookupError) for failure in self.failures)
 
-    def digests(self) -> Iterator[Digest]:
+    def digests(self) -> DigestArray:
         """Every blob it needs, once: plain files, trees, chunks, what is in directories; no empty blob."""
-        return iter(self.digest_array())
-
-    def digest_array(self) -> DigestArray:
-        """The same without an object for each."""
         function = self.manifest.digest_function
         whole = [*self.manifest.digests()]
         # Equal tables and trees are one object.
@@ -78,7 +74,7 @@ class Snapshot:
         for tree in {id(tree): tree for tree in self.directories.values()}.values():
             whole += tree.blobs()
             chunked |= {id(table): table for table in tree.tables()}
-        arrays = (table.digest_array() for table in chunked.values())
+        arrays = (table.digests() for table in chunked.values())
         return DigestArray.joined([DigestArray.of(whole, function), *arrays], function)
 
     def only(self, names: Collection[str]) -> Snapshot:

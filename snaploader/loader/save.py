@@ -36,7 +36,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import MAX_CHUNK_SIZE, check_geometry
-from snaploader.formats.digests import DigestArray
+from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import child_directories
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
 from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
@@ -136,7 +136,7 @@ class SnapshotSaver:
             )
             trees, tables = capture.trees, capture.tables
             snapshot = Snapshot(id_key, manifest, ManifestSource.LOCAL, tables, True, directories=trees)
-            blobs = snapshot.digest_array()
+            blobs = snapshot.digests()
             uploaded, standing = TransferStatistics(), plan.standing
             with self._file_cache.lease((), hashes=[blobs.hashes]):
                 warnings = self._complete_locally(capture, blobs, is_pinned=options.pin is not None)
@@ -418,7 +418,7 @@ def upload_blobs(
         return reduce(operator.add, done) if done else TransferStatistics()
 
     uploaded = upload(missing)
-    claimed = blobs.without(missing)
+    claimed = blobs.without(HashSet.of(missing))
     sample = _sample(claimed) if sampled else []
     error = _read_error(remote, sample)
     if error is None:

@@ -21,7 +21,7 @@ import struct
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -95,29 +95,12 @@ class FoundFile:
     """Within the years that a tree can hold."""
 
 
-@dataclass(slots=True)
 class Scan:
-    """What a directory holds, by relative paths."""
-
-    directories: dict[str, DirectoryEntry] = field(default_factory=dict)
-    symlinks: dict[str, SymlinkEntry] = field(default_factory=dict)
-    files: list[FoundFile] = field(default_factory=list)
-    """In the order of the walk: those of one directory together, sorted by name."""
-    skipped: list[str] = field(default_factory=list)
-    """Sockets, FIFOs and devices, which no snapshot holds."""
-    listed: dict[str, FileIdentity] = field(default_factory=dict)
-    """Directories that were listed, that is, all but the excluded ones."""
-
-    @property
-    def entry_count(self) -> int:
-        """How many entries a tree of it will hold."""
-        return len(self.directories) + len(self.symlinks) + len(self.files)
-
-
-def scan(root: int, where: str, exclude: Collection[str] = ()) -> Scan:
-    """Look through the directory behind `root`, called `where` in messages.
+    """What a directory holds, by relative paths. It is looked through when this is made.
 
     Args:
+        root: Descriptor of the directory.
+        where: What it is called in messages.
         exclude: Relative paths: of a directory only the directory is found, of anything else nothing.
 
     Raises:
@@ -125,43 +108,42 @@ def scan(root: int, where: str, exclude: Collection[str] = ()) -> Scan:
         PermissionDenied: A directory may not be read.
         FailedPrecondition: A directory changed while it was read.
     """
-    walk = _Walk(where, frozenset(exclude))
-    walk.visit(root, "", 0)
-    return walk.found
 
-
-def check_directories(root: int, where: str, found: Scan) -> None:
-    """FailedPrecondition when anything was added, removed or renamed in a directory since the scan."""
-    for path, identity in found.listed.items():
-        with translate_os_errors(
-            f"cannot look at {shown_path(where, path)} again", absent=FailedPrecondition
-        ):
-            status = os.stat(path, dir_fd=root, follow_symlinks=False) if path else os.fstat(root)
-        if FileIdentity.of(status) != identity:
-            raise changed(where, path)
-
-
-def changed(where: str, path: str) -> FailedPrecondition:
-    """The error for what did not hold still."""
-    return FailedPrecondition(
-        f"{shown_path(where, path)} was changed while it was saved, so no consistent snapshot of it was "
-        "taken: stop what writes to it and save again"
-    )
-
-
-class _Walk:
-    def __init__(self, where: str, exclude: frozenset[str]) -> None:
+    def __init__(self, root: int, where: str, exclude: Collection[str] = ()) -> None:
+        self._root = root
         self._where = where
-        self._exclude = exclude
-        self.found = Scan()
+        self._exclude = frozenset(exclude)
+        self._listed: dict[str, FileIdentity] = {}
+        self.directories: dict[str, DirectoryEntry] = {}
+        self.symlinks: dict[str, SymlinkEntry] = {}
+        self.files: list[FoundFile] = []
+        """In the order of the walk: those of one directory together, sorted by name."""
+        self.skipped: list[str] = []
+        """Sockets, FIFOs and devices, which no snapshot holds."""
+        self._visit(root, "", 0)
 
-    def visit(self, fd: int, path: str, depth: int) -> None:
+    @property
+    def entry_count(self) -> int:
+        """How many entries a tree of it will hold."""
+        return len(self.directories) + len(self.symlinks) + len(self.files)
+
+    def check_directories(self) -> None:
+        """FailedPrecondition when anything was added, removed or renamed in a directory since then."""
+        fd = self._root
+        for path, identity in self._listed.items():
+            what = f"cannot look at {shown_path(self._where, path)} again"
+            with translate_os_errors(what, absent=FailedPrecondition):
+                status = os.stat(path, dir_fd=fd, follow_symlinks=False) if path else os.fstat(fd)
+            if FileIdentity.of(status) != identity:
+                raise changed(self._where, path)
+
+    def _visit(self, fd: int, path: str, depth: int) -> None:
         """Take in the directory behind `fd`, and all below."""
         if depth > MAX_DEPTH:
             raise InvalidArgument(f"{shown_path(self._where, path)} is deeper than {MAX_DEPTH} directories")
         with translate_os_errors(f"cannot read the directory {shown_path(self._where, path)}"):
             before = os.fstat(fd)
-            self.found.directories[path] = DirectoryEntry(before.st_mode & MODE_BITS, _mtime_ns(before))
+            self.directories[path] = DirectoryEntry(before.st_mode & MODE_BITS, _mtime_ns(before))
             if path in self._exclude:
                 return
             with os.scandir(fd) as listing:
@@ -172,44 +154,53 @@ class _Walk:
         identity = FileIdentity.of(before)
         if FileIdentity.of(os.fstat(fd)) != identity:
             raise changed(self._where, path)
-        self.found.listed[path] = identity
+        self._listed[path] = identity
 
     def _take(self, fd: int, entry: os.DirEntry[str], path: str, depth: int) -> None:
-        with self._appeared(path):
+        with still_there(self._where, path):
             status = entry.stat(follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
-            with self._appeared(path):
+            with still_there(self._where, path):
                 child = os.open(entry.name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
             try:
-                self.visit(child, path, depth + 1)
+                self._visit(child, path, depth + 1)
             finally:
                 os.close(child)
         elif path in self._exclude:
             return
         elif stat.S_ISREG(status.st_mode):
             mode = status.st_mode & MODE_BITS
-            self.found.files.append(FoundFile(path, FileIdentity.of(status), mode, _mtime_ns(status)))
+            self.files.append(FoundFile(path, FileIdentity.of(status), mode, _mtime_ns(status)))
         elif stat.S_ISLNK(status.st_mode):
-            with self._appeared(path):
+            with still_there(self._where, path):
                 target = os.readlink(entry.name, dir_fd=fd)
-            self.found.symlinks[path] = SymlinkEntry(target, _mtime_ns(status))
+            self.symlinks[path] = SymlinkEntry(target, _mtime_ns(status))
         else:
-            self.found.skipped.append(path)
-        if self.found.entry_count > MAX_ENTRIES:
+            self.skipped.append(path)
+        if self.entry_count > MAX_ENTRIES:
             raise InvalidArgument(
                 f"{self._where!r} holds more than {MAX_ENTRIES} entries: save its subdirectories one by one, "
                 "or exclude some"
             )
 
-    @contextmanager
-    def _appeared(self, path: str) -> Iterator[None]:
-        """Errors about something that a listing has just named."""
-        try:
-            with translate_os_errors(f"cannot read {shown_path(self._where, path)}"):
-                yield
-        except (LookupError, InvalidArgument) as error:
-            # Gone, or of another kind than a moment ago.
-            raise changed(self._where, path) from error
+
+@contextmanager
+def still_there(where: str, path: str) -> Iterator[None]:
+    """Translates errors about something that a listing has named."""
+    try:
+        with translate_os_errors(f"cannot read {shown_path(where, path)}"):
+            yield
+    except (LookupError, InvalidArgument) as error:
+        # Gone, or of another kind than a moment ago.
+        raise changed(where, path) from error
+
+
+def changed(where: str, path: str = "") -> FailedPrecondition:
+    """The error for what did not hold still."""
+    return FailedPrecondition(
+        f"{shown_path(where, path)} was changed while it was saved, so no consistent snapshot of it was "
+        "taken: stop what writes to it and save again"
+    )
 
 
 def _mtime_ns(status: os.stat_result) -> int:

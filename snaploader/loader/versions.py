@@ -18,7 +18,6 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Mapping
 
 from google.protobuf.message import DecodeError
 
@@ -89,26 +88,24 @@ class VersionStore:
             self._remember(name, version)
         return version
 
-    def stands(self, key: SnapshotKey) -> bool:
-        """Whether the version that `key` carries has an entry in the remote store, whatever it says."""
+    def stood(self, key: SnapshotKey) -> bool:
+        """Whether the version that `key` carries stands remotely, or stood less than `RECENTLY_S` ago."""
+        return self._stands(key, self._seen_s)
+
+    def outlived_save(self, key: SnapshotKey) -> bool:
+        """Whether that version stands after a save, or did after one less than `RECENTLY_S` ago."""
+        return self._stands(key, self._outlived_s)
+
+    def _stands(self, key: SnapshotKey, looks_s: dict[str, float]) -> bool:
+        """Whether there is a result, whatever it says. A look that found one is noted in `looks_s`."""
+        if time.monotonic() - looks_s.get(keys.version_key(key), -math.inf) < RECENTLY_S:
+            return True
         try:
             self._stores.server.get_action_result(self._remote_name(key))
         except NotFound:
             return False
+        _note(looks_s, key)
         return True
-
-    def stood(self, key: SnapshotKey) -> bool:
-        """Whether the version that `key` carries stands, or stood less than `RECENTLY_S` ago."""
-        return _is_recent(self._seen_s, key) or self.stands(key)
-
-    def outlived_save(self, key: SnapshotKey) -> bool:
-        """Whether that version stands after a save, or did after one less than `RECENTLY_S` ago."""
-        if _is_recent(self._outlived_s, key):
-            return True
-        stands = self.stands(key)
-        if stands:
-            _note(self._outlived_s, key)
-        return stands
 
     def renew(self, key: SnapshotKey) -> str:
         """Write a new version, and with it invalidate all snapshots of the key's kind of machine."""
@@ -217,10 +214,6 @@ class VersionStore:
             if not self._stores.readonly:
                 self._file_cache.delete_ref(name)
             return None
-
-
-def _is_recent(looks_s: Mapping[str, float], key: SnapshotKey) -> bool:
-    return time.monotonic() - looks_s.get(keys.version_key(key), -math.inf) < RECENTLY_S
 
 
 def _note(looks_s: dict[str, float], key: SnapshotKey) -> None:

@@ -42,7 +42,6 @@ def test_a_table_knows_every_chunk() -> None:
     assert [chunks.get(index) is None for index in range(11)] == [
         index not in {1, 4, 10} for index in range(11)
     ]
-    assert [chunks.row_of(index) for index in (0, 1, 4, 9, 10)] == [None, 0, 1, None, 2]
     assert list(chunks.digests()) == [chunks.digest(row) for row in range(3)]
     assert (chunks.chunk_length(9), chunks.chunk_length(10)) == (CHUNK, 5)
 
@@ -70,7 +69,7 @@ def test_stored_and_hole_bytes_add_up_to_the_size(
 @pytest.mark.parametrize("index", [-1, 3, 1 << 62])
 def test_chunks_outside_the_file_are_an_index_error(index: int) -> None:
     chunks = table(2 * CHUNK + 1, {0: 1})
-    for ask in (chunks.get, chunks.row_of, chunks.chunk_length):
+    for ask in (chunks.get, chunks.chunk_length):
         with pytest.raises(IndexError, match="outside"):
             ask(index)
 

@@ -42,7 +42,7 @@ def test_joined_arrays_have_each_digest_once_in_order(first: list[Digest], secon
 @given(DIGESTS, DIGESTS)
 def test_some_are_left_out_by_their_hashes(digests: list[Digest], others: list[Digest]) -> None:
     hashes = {digest.hash for digest in others}
-    left = DigestArray.of(digests, SHA256).without(others)
+    left = DigestArray.of(digests, SHA256).without(HashSet.of(others))
     assert list(left) == [digest for digest in digests if digest.hash not in hashes]
 
 

@@ -524,7 +524,7 @@ def test_a_file_that_changes_before_it_is_read_is_an_error(
     make_host: HostFactory, home: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     host = make_host("a")
-    scan = directory.scan
+    scan = directory.Scan
 
     def scan_and_change(*arguments: object) -> object:
         found = scan(*arguments)  # type: ignore[arg-type]
@@ -539,7 +539,7 @@ def test_a_file_that_changes_before_it_is_read_is_an_error(
             (home / "disk").symlink_to(home / "plain")
         return found
 
-    monkeypatch.setattr(directory, "scan", scan_and_change)
+    monkeypatch.setattr(directory, "Scan", scan_and_change)
     with pytest.raises(FailedPrecondition, match="disk' was changed"):
         save_directory(host, home)
     assert host.cache.refs() == []
@@ -550,7 +550,7 @@ def test_a_directory_that_is_exchanged_for_a_link_leads_nowhere(
 ) -> None:
     """Another directory with the same names must not be read in its place."""
     host = make_host("a")
-    scan = directory.scan
+    scan = directory.Scan
 
     def scan_and_change(*arguments: object) -> object:
         found = scan(*arguments)  # type: ignore[arg-type]
@@ -559,7 +559,7 @@ def test_a_directory_that_is_exchanged_for_a_link_leads_nowhere(
         (home / "etc").symlink_to(tmp_path / "decoy/etc")
         return found
 
-    monkeypatch.setattr(directory, "scan", scan_and_change)
+    monkeypatch.setattr(directory, "Scan", scan_and_change)
     with pytest.raises(FailedPrecondition, match="was changed while it was saved"):
         save_directory(host, home)
 

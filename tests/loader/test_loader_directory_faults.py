@@ -29,7 +29,7 @@ from snaploader.files import remove_tree
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, decode_directory_tree
 from snaploader.formats.manifest import Manifest, pack_any
 from snaploader.keys import local_manifest_key, snapshot_id_key
-from snaploader.loader import place, scan
+from snaploader.loader import scan, unpack
 from snaploader.testing import EmbeddedServer
 
 
@@ -157,12 +157,12 @@ def test_any_step_that_fails_leaves_nothing(
     calls: list[int] = []
     real = getattr(os, step)
     with monkeypatch.context() as patch:
-        patch.setattr(place.os, step, lambda *args, **options: (calls.append(1), real(*args, **options))[1])
+        patch.setattr(unpack.os, step, lambda *args, **options: (calls.append(1), real(*args, **options))[1])
         host.loader.restore_directory(snapshot, "home", tmp_path / "trial")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     patched = failing(real, max(1, len(calls) - 1), full)
     with monkeypatch.context() as patch:
-        patch.setattr(place.os, step, patched)
+        patch.setattr(unpack.os, step, patched)
         restore_fails(host, snapshot, target, tmp_path, ResourceExhausted)
 
 
@@ -173,14 +173,14 @@ def test_a_snapshot_that_fails_as_a_whole_leaves_no_directory(
     (tmp_path / "mine").write_bytes(b"mine")
     host.save(directories={"one": home, "two": home}, files={"mine": tmp_path / "mine"})
     snapshot = host.find()
-    write_directory = place.SnapshotWriter.write_directory
+    write_directory = unpack.SnapshotWriter.write_directory
 
-    def fail_second(writer: place.SnapshotWriter, tree: Any, target: Path) -> None:
+    def fail_second(writer: unpack.SnapshotWriter, tree: Any, target: Path) -> None:
         if target.name == "two":
             raise ResourceExhausted("full")
         write_directory(writer, tree, target)
 
-    monkeypatch.setattr(place.SnapshotWriter, "write_directory", fail_second)
+    monkeypatch.setattr(unpack.SnapshotWriter, "write_directory", fail_second)
     for attempt in (host.loader.restore_snapshot, host.loader.unpack_snapshot):
         with pytest.raises(ResourceExhausted):
             attempt(snapshot, tmp_path / "out")
@@ -200,7 +200,7 @@ def test_what_appears_meanwhile_is_neither_overwritten_nor_removed(
         (out / "plain").write_bytes(b"mine")
         symlink(*arguments, **options)
 
-    monkeypatch.setattr(place.os, "symlink", make_plain_too)
+    monkeypatch.setattr(unpack.os, "symlink", make_plain_too)
     with pytest.raises(FailedPrecondition, match="plain"):
         host.loader.restore_directory(snapshot, "home", out)
     assert state_of(out, times=False).keys() == {".", "plain"}
@@ -219,7 +219,7 @@ def test_what_others_put_into_a_folder_that_was_made_stays(
         host.loader.restore_directory(snapshot, "home", tmp_path / "new/parent/other")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(place.os, "symlink", fail_later)
+    monkeypatch.setattr(unpack.os, "symlink", fail_later)
     with pytest.raises(ResourceExhausted):
         host.loader.restore_directory(snapshot, "home", tmp_path / "new/parent/out")
     assert state_of(tmp_path / "new/parent/other") == state_of(home)
@@ -278,7 +278,7 @@ def test_a_damaged_blob_is_fetched_again_or_is_data_loss(
     first = find(make_host("a", server), result)
     entry = first.directories["home"][name]
     assert isinstance(entry, FileEntry | ChunkedEntry)
-    digest = entry.digest if isinstance(entry, FileEntry) else next(entry.table.digests())
+    digest = entry.digest if isinstance(entry, FileEntry) else entry.table.digests()[0]
     # A cache that another process damaged; each host looks at a blob at its first use.
     (path,) = (tmp_path / "a").rglob(digest.hash[2:])
     path.chmod(0o644)
