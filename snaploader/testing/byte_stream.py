@@ -157,7 +157,7 @@ class ByteStream:
         try:
             if not offset:
                 await self._uploads.admit(key, upload)
-            if await self._receive(upload, first, rest, name):
+            if await self._receive(upload, first, rest):
                 await upload.commit()
                 return bytestream.WriteResponse(committed_size=self._committed_size(upload, name))
             is_kept = options.resumable_writes
@@ -188,15 +188,11 @@ class ByteStream:
         return known
 
     async def _receive(
-        self,
-        upload: Upload,
-        first: bytestream.WriteRequest,
-        rest: AsyncIterator[bytestream.WriteRequest],
-        name: ResourceName,
+        self, upload: Upload, first: bytestream.WriteRequest, rest: AsyncIterator[bytestream.WriteRequest]
     ) -> bool:
         """Feed the messages to the upload; whether the last one said that the write is finished."""
-        message = first
-        while True:
+        message: bytestream.WriteRequest | None = first
+        while message is not None:
             if message.resource_name not in ("", first.resource_name):
                 raise InvalidArgument("the resource name changed within a write")
             if message.write_offset != upload.received:
@@ -205,14 +201,10 @@ class ByteStream:
                 )
             if message.data:
                 await upload.feed(message.data)
-            if not name.is_compressed and upload.received > name.digest.size_bytes:
-                raise InvalidArgument(f"more bytes came than the digest {name.digest} says")
             if message.finish_write:
                 return True
-            try:
-                message = await anext(rest)
-            except StopAsyncIteration:
-                return False
+            message = await anext(rest, None)
+        return False
 
     def _committed_size(self, upload: Upload, name: ResourceName) -> int:
         size = name.digest.size_bytes
@@ -286,6 +278,8 @@ class Upload:
         self._buffer.append(data)
         self._buffered += len(data)
         self.received += len(data)
+        if not self._name.is_compressed and self.received > self._name.digest.size_bytes:
+            raise InvalidArgument(f"more bytes came than the digest {self._name.digest} says")
         if self._buffered >= BUFFER_BYTES:
             await self._backend.run_to_end(self._stage)
 

@@ -14,7 +14,6 @@ from snaploader.errors import InvalidArgument
 DEFAULT_MESSAGE_BYTES = 4 * 1024 * 1024
 """gRPC's default bound of one message."""
 
-_BOTH = (DigestFunction.SHA256, DigestFunction.BLAKE3)
 _SHA256 = (DigestFunction.SHA256,)
 
 
@@ -31,7 +30,7 @@ class ServerTLS:
 class ServerOptions:
     """The abilities and limits of an `EmbeddedServer`. The defaults are those of a full server."""
 
-    digest_functions: tuple[DigestFunction, ...] = _BOTH
+    digest_functions: tuple[DigestFunction, ...] = (DigestFunction.SHA256, DigestFunction.BLAKE3)
     """Functions offered, the preferred one first."""
     ignores_digest_function: bool = False
     """Take every digest for one of the first function, whatever the request says, as BuildGrid does."""
