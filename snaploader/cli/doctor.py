@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import stat
 import statistics
@@ -141,16 +142,19 @@ class Finding:
         return Status.FAILED if self.is_failure else Status.WARNING if self.remedy else Status.OK
 
 
+Finder = Callable[[Any], Finding]
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One thing to find out about a cache or a catalog."""
 
     name: str
-    run: Callable[[Any], Finding]
+    run: Finder
     """What it raises is a failure."""
     remedy: str
     """What to do about such a failure, unless its cause says better."""
-    needed: bool
+    needed: bool = False
     """Whether the checks after it make no sense when it fails."""
 
 
@@ -160,8 +164,6 @@ REMOTE: list[Check] = []
 """The checks of a `RemoteCache`."""
 WORKSPACES: list[Check] = []
 """The checks of `Workspaces`."""
-
-Finder = Callable[[Any], Finding]
 
 
 def _check(
@@ -259,9 +261,8 @@ def _permissions(settings: Settings) -> Finding:
     "use another file system for the cache: this one does not keep what is written",
 )
 def _round_trip(settings: Settings) -> Finding:
-    with _sample_cache(settings) as cache:
+    with _sample_cache(settings) as (cache, data, digest):
         begin = time.monotonic()
-        data, digest = _sample(DigestFunction.SHA256, SAMPLE_BYTES)
         cache.write(digest, data)
         if cache.find_missing([digest]) or cache.read(digest) != data:
             raise DataLoss("what was written is not what is read")
@@ -283,8 +284,7 @@ def _round_trip(settings: Settings) -> Finding:
 
 @_check(LOCAL, "leases", "use a local file system: this one lacks working file locks")
 def _leases(settings: Settings) -> Finding:
-    with _sample_cache(settings) as cache:
-        data, digest = _sample(DigestFunction.SHA256, SAMPLE_BYTES)
+    with _sample_cache(settings) as (cache, data, digest):
         cache.write(digest, data)
         with cache.lease([digest]):
             cache.prune(0)
@@ -376,12 +376,13 @@ def _space(settings: Settings) -> Finding:
 
 
 @contextlib.contextmanager
-def _sample_cache(settings: Settings) -> Iterator[FileCache]:
+def _sample_cache(settings: Settings) -> Iterator[tuple[FileCache, bytes, Digest]]:
+    """A cache in the same file system, and a blob that is not in it."""
     with (
         tempfile.TemporaryDirectory(prefix=".doctor-", dir=settings.cache_folder) as scratch,
         FileCache(scratch, max_bytes=64 * SAMPLE_BYTES) as cache,
     ):
-        yield cache
+        yield cache, *_sample(DigestFunction.SHA256, SAMPLE_BYTES)
 
 
 _CREDENTIALS = "check the address, TLS options and credentials (--remote-cache, --tls-…, --remote-header)"
@@ -430,17 +431,7 @@ def _latency(remote: RemoteCache) -> Finding:
     return Finding(detail)
 
 
-@_check(REMOTE, "small blobs", "let this client write to the server's CAS")
-def _small_blobs(remote: RemoteCache) -> Finding:
-    return _remote_round_trip(remote, SMALL_BYTES)
-
-
-@_check(REMOTE, "big blobs", "see that ByteStream passes the server's proxies")
-def _big_blobs(remote: RemoteCache) -> Finding:
-    return _remote_round_trip(remote, BIG_BYTES)
-
-
-def _remote_round_trip(remote: RemoteCache, size: int) -> Finding:
+def _remote_round_trip(size: int, remote: RemoteCache) -> Finding:
     data, digest = _sample(remote.digest_function, size)
     if not remote.find_missing([digest]):
         raise FailedPrecondition("the server claims to have a blob that was never uploaded")
@@ -456,6 +447,15 @@ def _remote_round_trip(remote: RemoteCache, size: int) -> Finding:
         raise DataLoss("the server returned other bytes than were written")
     read = time.monotonic() - asked
     return Finding(f"{format_size(size)} up in {format_time(written - begin)}, down in {format_time(read)}")
+
+
+REMOTE += [
+    Check(name, functools.partial(_remote_round_trip, size), remedy)
+    for name, size, remedy in (
+        ("small blobs", SMALL_BYTES, "let this client write to the server's CAS"),
+        ("big blobs", BIG_BYTES, "see that ByteStream passes the server's proxies"),
+    )
+]
 
 
 @_check(REMOTE, "action cache", "let this client update the action cache, for saving")
@@ -529,8 +529,6 @@ def _wrong(finding: check.Finding) -> Result:
     return Result("workspaces", name, Status.FAILED, finding.detail, remedy)
 
 
-_STATUS = {"PASSED": Status.OK, "FAILED": Status.FAILED, "SKIPPED": Status.SKIPPED}
-"""By the outcome of a check of the conformance suite."""
 _DEVIATES = "the server deviates from the Remote Execution API; see whether a newer version does"
 
 
@@ -541,7 +539,8 @@ def run_conformance(settings: Settings) -> list[Result]:
     results = []
     with _endpoint(settings) as endpoint:
         for each in conformance.run(endpoint):
-            status = _STATUS[each.outcome.name]
+            is_passed = each.outcome is conformance.Outcome.PASSED
+            status = Status.OK if is_passed else Status(each.outcome)  # the others have names in common
             remedy = _DEVIATES if status is Status.FAILED else ""
             name = each.name.replace("_", " ")
             results.append(Result("conformance", name, status, each.detail, remedy, each.elapsed_s))
