@@ -41,7 +41,6 @@ class Root(Group):
     """Tells apart that the reader of the output left, which click ends with an exit code of its own."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:

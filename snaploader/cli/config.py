@@ -172,7 +172,6 @@ def long_name(option: click.Option) -> str:
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """The options of a command by their long names."""
     found = [param for param in command.params if isinstance(param, click.Option)]
     return {long_name(each): each for each in found if each.name not in {"config", "help", "version"}}
 

@@ -113,8 +113,6 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """One claim, and whether it held."""
-
     claim: str
     holds: bool
     evidence: str
@@ -138,7 +136,6 @@ class Host:
         return self.loader.snapshot_key_set(task, CONFIGURATION)
 
     def save(self, branch: str, disk: COWStore | Path, step: Step) -> SaveResult:
-        """Save an image as the snapshot of `branch`."""
         key_set = self.key_set(branch)
         assert key_set.write_key is not None
         result = self.loader.cache_snapshot(
@@ -217,7 +214,6 @@ class Story:
         self.steps.append(step)
 
     def prove(self, claim: str, holds: bool, evidence: str) -> None:
-        """Write a claim down, with what speaks for or against it."""
         self.proofs.append(Proof(claim, holds, evidence))
 
     def save_main(self, host: Host) -> int:
@@ -284,7 +280,6 @@ class Story:
         return window.offset(self.name)
 
     def load_main(self, host: Host) -> None:
-        """Host C."""
         with self.step("restore main", "host C, with an empty cache, restores main in full", host) as step:
             snapshot = host.loader.get_snapshot(host.key_set("main"))
             step.touched_bytes = host.loader.restore_snapshot(snapshot, self.folder / "C").written_bytes
@@ -293,7 +288,6 @@ class Story:
         self.check_image("main", self.folder / "C" / DISK, self.image, self.content)
 
     def load_feature(self, host: Host, edited_at: int) -> None:
-        """Host D."""
         exported = self.folder / "exported.img"
         what = "host D, with an empty cache, loads feature lazily and exports it"
         with self.step("export feature", what, host) as step:

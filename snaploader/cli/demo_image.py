@@ -118,18 +118,15 @@ class Window:
         return len(self._present) * self.block_size
 
     def load(self, blocks: Iterable[int]) -> None:
-        """Copy blocks that are not there yet."""
         for block in sorted(set(blocks) - self._present):
             self._copy(block * self.block_size, self.block_size)
             self._present.add(block)
 
     def read_file(self, name: str) -> bytes:
-        """The content of the file `name`, read by debugfs."""
         self._walk(name)
         return read_file(self._path, name)
 
     def offset(self, name: str) -> int:
-        """Where in the image the file `name` begins."""
         self._walk(name)
         return int(_debugfs(self._path, f"bmap {name} 0")) * self.block_size
 
@@ -174,12 +171,10 @@ def is_clean(path: Path) -> tuple[bool, str]:
 
 
 def read_file(image: Path, name: str) -> bytes:
-    """The content of a file in an image."""
     return _debugfs(image, f"cat {name}")
 
 
 def inode_block(image: Path, name: str) -> int:
-    """The block that the inode of a file or folder lies in."""
     return _number("located at block", _debugfs(image, f"imap {name}").decode(errors="replace"))
 
 

@@ -115,8 +115,6 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A check that was run, or skipped."""
-
     area: str
     name: str
     status: Status
@@ -138,7 +136,6 @@ class Finding:
 
     @property
     def status(self) -> Status:
-        """How the check ended."""
         return Status.FAILED if self.is_failure else Status.WARNING if self.remedy else Status.OK
 
 
@@ -169,7 +166,6 @@ WORKSPACES: list[Check] = []
 def _check(
     checks: list[Check], name: str, remedy: str, *, needed: bool = False
 ) -> Callable[[Finder], Finder]:
-    """Put a function among the checks."""
 
     def decorate(run: Finder) -> Finder:
         checks.append(Check(name, run, remedy, needed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from snaploader._proto import timestamp_pb2
-from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
-from snaploader.cli.options import ReadOptions, first_given
+from snaploader._proto.snaploader_pb2 import VMConfiguration
+from snaploader.cli.options import ReadOptions
+from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
 from snaploader.errors import InvalidArgument, NotFound
 from snaploader.keys import SnapshotKey, SnapshotKeySet, is_universal
@@ -52,12 +54,13 @@ def lookup(caches: Caches, options: ReadOptions, *, readonly: bool = False) -> L
     task = None if options.snapshot_id else options.task(caches.settings)
     wishes = options.wishes
     policy = ReadPolicy.parse(options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST)
+    max_age_s = options.max_stale_fallback_age
+    if max_age_s is None:
+        max_age_s = wishes.max_stale_fallback_age_s
     loader = caches.loader(
         share_snapshots=options.share,
         universal_ref=options.universal_fallback,
-        max_stale_fallback_age_s=first_given(
-            options.max_stale_fallback_age, wishes.max_stale_fallback_age_s, DEFAULT_MAX_STALE_FALLBACK_AGE_S
-        ),
+        max_stale_fallback_age_s=DEFAULT_MAX_STALE_FALLBACK_AGE_S if max_age_s is None else max_age_s,
         readonly=readonly,
     )
     key_set = None
@@ -99,29 +102,15 @@ def key_record(key: SnapshotKey) -> dict[str, str]:
     return {name: value for name, value in dataclasses.asdict(key).items() if value}
 
 
-def key_set_record(key_set: SnapshotKeySet) -> dict[str, Any]:
-    """A key set."""
-    assert key_set.write_key is not None
-    return {
-        "branch_key": key_record(key_set.branch_key),
-        "fallback_keys": [key_record(key) for key in key_set.fallback_keys],
-        "write_key": key_record(key_set.write_key),
-    }
-
-
 def vm_configuration_record(snapshot: Snapshot) -> dict[str, Any]:
     """What the machine was made of: the fields that are set, or only the type of a foreign message."""
     packed = snapshot.manifest.vm_configuration
-    record: dict[str, Any] = {"type": packed.type_url.rpartition("/")[2]}
-    if record["type"] != VMConfiguration.DESCRIPTOR.full_name:
-        return record
-    try:
-        message = VMConfiguration.FromString(packed.value)
-    except DecodeError:
-        return record
-    for field, value in message.ListFields():
-        record[field.name] = dict(value) if field.name == "properties" else value
-    return record
+    known: dict[str, Any] = {"type": packed.type_url.rpartition("/")[2]}
+    if known["type"] == VMConfiguration.DESCRIPTOR.full_name:
+        with suppress(DecodeError):
+            for field, value in VMConfiguration.FromString(packed.value).ListFields():
+                known[field.name] = dict(value) if field.name == "properties" else value
+    return known
 
 
 def served_ref(snapshot: Snapshot) -> str:
@@ -142,7 +131,12 @@ def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
         "key": key_record(snapshot.key),
         "snapshot_id": str(metadata.snapshot_id) if metadata is not None else snapshot.key.snapshot_id,
         "created": None if metadata is None else time_record(metadata.created_timestamp),
-        "last_executed_task": None if task is None else _task_record(task),
+        "last_executed_task": None
+        if task is None
+        else {
+            **record(task, "task_id", "invocation_id", "action_digest"),
+            "completed": time_record(task.completed_timestamp),
+        },
         "digest_function": snapshot.manifest.digest_function.name,
         "degraded": snapshot.degraded,
         "failures": [
@@ -156,15 +150,6 @@ def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _task_record(task: VMMetadata.Task) -> dict[str, str | None]:
-    return {
-        "task_id": task.task_id,
-        "invocation_id": task.invocation_id,
-        "action_digest": task.action_digest,
-        "completed": time_record(task.completed_timestamp),
-    }
-
-
 def time_record(timestamp: timestamp_pb2.Timestamp) -> str | None:
     """A time in ISO 8601, to the second; None when there is none, or one that no calendar has."""
     try:
@@ -174,14 +159,12 @@ def time_record(timestamp: timestamp_pb2.Timestamp) -> str | None:
 
 
 def served_line(snapshot: Snapshot) -> str:
-    """Which snapshot served, in a line."""
     ref = served_ref(snapshot)
     name = f"ref {ref!r}" if ref and snapshot.key.snapshot_id else key_name(snapshot.key)
     return f"{name} from the {snapshot.source} cache"
 
 
 def file_size(snapshot: Snapshot, name: str) -> int:
-    """The size of one of its files or directories, in bytes."""
     if name in snapshot.directories:
         return snapshot.directories[name].size_bytes
     table = snapshot.tables.get(name)

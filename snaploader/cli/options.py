@@ -81,12 +81,10 @@ class Command(click.Command):
                 param.envvar = environment_variable(long_name(param), scope)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments."""
         _set_defaults(ctx)
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write all options to the help page."""
         sections: dict[str, list[tuple[str, str]]] = {OWN: [], WHICH: [], WORKSPACES: [], SHARED: []}
         for param in self.get_params(ctx):
             # Recent versions of click have records of arguments too; the usage line shows those.
@@ -144,14 +142,12 @@ class Group(click.Group):
             self.commands = on_demand  # type: ignore[assignment]  # nothing is added to them
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments up to the command's name."""
         if not args and not ctx.resilient_parsing:
             raise NoCommand(f"{ctx.command_path} needs the name of a command: see --help", ctx)
         _set_defaults(ctx)
         return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands to the help page."""
         commands: object = self.commands
         if not isinstance(commands, CommandsOnDemand):
             super().format_commands(ctx, formatter)
@@ -274,7 +270,6 @@ _COMMON = (
 
 
 def _decorated(function: F, decorators: Sequence[Callable[[F], F]]) -> F:
-    """Apply decorators, the last one first, so that help lists options as they stand."""
     for decorate in reversed(decorators):
         function = decorate(function)
     return function
@@ -378,11 +373,6 @@ def _said(ctx: click.Context, name: str) -> click.Context | None:
     while at is not None and at.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
         at = at.parent
     return at
-
-
-def first_given(*values: float | None) -> float:
-    """The first that is not None; the last one must not be."""
-    return next(value for value in values if value is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -378,7 +378,6 @@ class _Brief(logging.Formatter):
     """Tells of an error what it is, and not where it came from."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802  the name is logging's
-        """The error in a line."""
         return f"  {ei[0].__name__}: {ei[1]}"
 
 

@@ -62,7 +62,6 @@ class Settings:
 
     @property
     def cache_folder(self) -> Path:
-        """The folder of the local cache."""
         if self.cache_dir is not None:
             return self.cache_dir
         import platformdirs
@@ -79,7 +78,6 @@ class Settings:
         return DigestFunction.parse(self.digest_function)
 
     def open_file_cache(self) -> FileCache:
-        """The local cache, opened for the caller to close."""
         from snaploader.filecache import FileCache
 
         return FileCache(
@@ -110,7 +108,6 @@ class Caches(contextlib.ExitStack):
 
     @cached_property
     def file_cache(self) -> FileCache:
-        """The local cache."""
         return self.enter_context(self.settings.open_file_cache())
 
     @cached_property
@@ -217,17 +214,11 @@ class WorkspaceSettings:
 
     @property
     def state_folder(self) -> Path:
-        """The folder of this host's workspaces."""
         if self.state_dir is not None:
             return self.state_dir
         import platformdirs
 
         return platformdirs.user_state_path("snaploader", appauthor=False)
-
-    @property
-    def catalog_url(self) -> str:
-        """The catalog: a URL or a path."""
-        return self.catalog or str(self.state_folder / CATALOG_FILE)
 
     @property
     def has_catalog(self) -> bool:
@@ -250,23 +241,19 @@ class Workspaces:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The catalog, made when there is none."""
         from snaploader.workspace import Catalog
 
-        if not self.settings.catalog:
-            self._folder()
-        return self.caches.enter_context(Catalog.open(self.settings.catalog_url))
+        url = self.settings.catalog or str(self._folder() / CATALOG_FILE)
+        return self.caches.enter_context(Catalog.open(url))
 
     @cached_property
     def runtime(self) -> ProcessRuntime:
-        """What runs the workspaces of this host."""
         from snaploader.workspace import ProcessRuntime
 
         return self.caches.enter_context(ProcessRuntime(self._folder() / "runtime"))
 
     @cached_property
     def manager(self) -> WorkspaceManager:
-        """What does things to workspaces."""
         catalog = self.catalog  # first: it tells best what is missing
         from snaploader.workspace import WorkspaceManager
 

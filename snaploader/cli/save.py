@@ -19,7 +19,6 @@ from snaploader.cli.options import (
     Command,
     TaskOptions,
     command,
-    first_given,
     option,
     save_options,
     task_options,
@@ -58,7 +57,6 @@ class SaveCommand(Command):
     """Refuses options that contradict each other. For click they are one, of which the last counts."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the command's arguments."""
         options = args[: args.index("--")] if "--" in args else args
         if {"--chunked", "--plain"} <= {*options}:
             raise click.UsageError("--chunked and --plain exclude each other", ctx)
@@ -110,6 +108,8 @@ def save(
         task_options.task(caches.settings), task_options.configuration_hash, task_options.runner_id
     )
     assert key_set.write_key is not None
+    if min_refresh_interval is None:
+        min_refresh_interval = task_options.wishes.refresh_interval_s
     snapshot_id = new_snapshot_id or str(uuid.uuid4())
     with output.bars() as progress:
         result = loader.cache_snapshot(
@@ -121,9 +121,7 @@ def save(
             save_policy=save_policy or task_options.wishes.save_policy or SavePolicy.ALWAYS,
             key_set=key_set,
             default_ref=task_options.default_ref,
-            min_refresh_interval_s=first_given(
-                min_refresh_interval, task_options.wishes.refresh_interval_s, 0.0
-            ),
+            min_refresh_interval_s=min_refresh_interval or 0.0,
             chunk_size=chunk_size,
             pin=pin,
             progress=progress,

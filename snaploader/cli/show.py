@@ -12,7 +12,6 @@ from snaploader.cli.lookup import (
     file_size,
     key_name,
     key_record,
-    key_set_record,
     lookup,
     served_line,
     snapshot_record,
@@ -24,7 +23,7 @@ from snaploader.cli.resources import Caches
 from snaploader.cli.values import format_size
 from snaploader.digest import Digest
 from snaploader.errors import NotFound, SnaploaderError
-from snaploader.keys import SnapshotKey
+from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader import Snapshot
 from snaploader.loader.manifests import Entry
 from snaploader.policy import ReadPolicy
@@ -50,7 +49,7 @@ def show(caches: Caches, read_options: ReadOptions) -> None:
     shown = None if snapshot is None else _snapshot_record(caches, snapshot)
     output.data(
         {
-            "key_set": None if looking.key_set is None else key_set_record(looking.key_set),
+            "key_set": None if looking.key_set is None else _key_set_record(looking.key_set),
             "manifests": [{**place, "key": key_record(place["key"])} for place in places],
             "snapshot": shown,
         },
@@ -71,6 +70,15 @@ def show(caches: Caches, read_options: ReadOptions) -> None:
         _print_snapshot(output, served_line(snapshot), shown)
     if error is not None:
         raise error
+
+
+def _key_set_record(key_set: SnapshotKeySet) -> dict[str, Any]:
+    assert key_set.write_key is not None
+    return {
+        "branch_key": key_record(key_set.branch_key),
+        "fallback_keys": [key_record(key) for key in key_set.fallback_keys],
+        "write_key": key_record(key_set.write_key),
+    }
 
 
 _WORDS = {None: "-", True: "yes", False: "no"}

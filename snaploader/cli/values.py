@@ -109,7 +109,6 @@ class Parsed(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generi
 
 
 def size_type(minimum: int = 0) -> Parsed:
-    """The type of a number of bytes."""
 
     def parse(text: str) -> int:
         size = parse_size(text)

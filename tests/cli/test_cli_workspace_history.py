@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from snaploader.cli.output import Branch
-from snaploader.cli.workspace.records import history
+from snaploader.cli.workspace.records import History
 from snaploader.workspace.model import (
     Scope,
     SnapshotInfo,
@@ -19,6 +19,12 @@ from snaploader.workspace.model import (
 )
 
 EPOCH = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def history(
+    of: Workspace, snapshots: Sequence[SnapshotInfo], forks: Mapping[str, Sequence[str]] | None = None
+) -> list[Branch]:
+    return History(of, snapshots, forks or {}).branches()
 
 
 def workspace(current: str, state: WorkspaceState = WorkspaceState.RUNNING) -> Workspace:

@@ -174,7 +174,6 @@ def recover(workspaces: Workspaces, *, rebind_state: bool, forget_remote: bool) 
 
 
 def summary_lines(summary: RecoverySummary) -> list[str]:
-    """What was found and done, for people."""
     how = {True: "taken back, as the catalog had lost it", False: "whole"}
     lines = [f"paused    {each}: {how[each in summary.adopted]}" for each in summary.restored]
     lines += [f"repaired  {note.name}: {note.reason}" for note in summary.repaired]

@@ -15,7 +15,7 @@ from snaploader.cli.output import Branch, Column, record
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import SIZE, format_size, time_words
-from snaploader.cli.workspace.records import history, snapshot_record, workspace_record
+from snaploader.cli.workspace.records import History, snapshot_record, workspace_record
 from snaploader.workspace import OperationKind, Run, RunStatus, Workspace, WorkspaceState
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
@@ -76,7 +76,7 @@ def list_(
         forks = _forks(workspaces)
         for each in found:
             snapshots = workspaces.manager.list_snapshots(each.id)
-            workspaces.output.tree(Branch(each.id, history(each, snapshots, forks)))
+            workspaces.output.tree(Branch(each.id, History(each, snapshots, forks).branches()))
         return
     columns: dict[str, Column] = {"workspace": "id"}
     if all_hosts:
@@ -128,7 +128,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
         workspaces.output.text(f"{name:<{width}}  {text}")
     workspaces.output.text()
     if not workspaces.output.as_json:
-        workspaces.output.tree(Branch(found.id, history(found, snapshots, _forks(workspaces))))
+        workspaces.output.tree(Branch(found.id, History(found, snapshots, _forks(workspaces)).branches()))
     for info in snapshots:
         if not info.is_managed:
             workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
@@ -168,14 +168,10 @@ def _state(workspaces: Workspaces, workspace: Workspace) -> str:
     status = workspaces.runtime.status(workspace.id)
     if status.is_running:
         return state
-    if status.exit_code is None:
+    code = status.exit_code  # or the negative number of the signal
+    if code is None:
         return f"{state}; no process is"
-    return f"{state}; its command has ended, {_exit(status.exit_code)}"
-
-
-def _exit(exit_code: int) -> str:
-    """How a command ended: its exit status, or the negative number of the signal."""
-    return f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+    return f"{state}; its command has ended, {f'signal {-code}' if code < 0 else f'exit code {code}'}"
 
 
 def _sizes(workspaces: Workspaces, shown: Iterable[Workspace]) -> tuple[dict[str, dict[str, int]], int]:

@@ -28,14 +28,12 @@ class WithCommand(Command):
     """Takes what stands after `--` for the command that is to run, whatever stands before."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments up to `--`."""
         if "--" in args:
             at = args.index("--")
             args, ctx.meta[_COMMAND] = args[:at], tuple(args[at + 1 :])
         return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """What the usage line shows."""
         return [*super().collect_usage_pieces(ctx), "[-- COMMAND…]"]
 
 
@@ -161,9 +159,9 @@ def pause(workspaces: Workspaces, workspace_id: str) -> None:
     What the snapshot holds is its policy's onPause. `resume` brings it back.
     """
     result = workspaces.manager.pause(workspace_id)
+    stored = format_size(result.stored_bytes)
     workspaces.output.data(
-        record(result, *_RESULT),
-        f"paused {workspace_id}: {result.scope}, {format_size(result.stored_bytes)} stored",
+        record(result, *_RESULT), f"paused {workspace_id}: {result.scope}, {stored} stored"
     )
 
 

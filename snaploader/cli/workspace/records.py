@@ -44,12 +44,8 @@ def snapshot_record(info: SnapshotInfo) -> dict[str, Any]:
     return values
 
 
-def history(
-    workspace: Workspace,
-    snapshots: Iterable[SnapshotInfo],
-    forks: Mapping[str, Collection[str]] | None = None,
-) -> list[Branch]:
-    """The snapshots by parent, oldest first, and where the workspace stands now.
+class History:
+    """The snapshots of a workspace by parent, oldest first, and where it stands now.
 
     A snapshot whose parent is not there any more begins a line of its own. Those that the catalog does not
     manage have no place in it.
@@ -57,11 +53,6 @@ def history(
     Args:
         forks: Ids of workspaces that were forked from a snapshot, by its name.
     """
-    return _History(workspace, snapshots, forks or {}).branches()
-
-
-class _History:
-    """The entries of one workspace, by name."""
 
     def __init__(
         self, workspace: Workspace, snapshots: Iterable[SnapshotInfo], forks: Mapping[str, Collection[str]]
@@ -102,7 +93,6 @@ class _History:
         return next((name for name in names if name in self._trunk), names[-1])
 
     def _line(self, name: str) -> list[Branch]:
-        """An entry and what follows it."""
         line = []
         while True:
             children = self._children.get(name, [])
@@ -132,7 +122,6 @@ def _heading(line: list[Branch]) -> str:
 
 
 def _label(record: SnapshotRecord, version: int | None) -> str:
-    """A snapshot in one line."""
     what = str(record.kind) if version is None else f"{record.kind} {version}"
     words = [str(record.scope), time_words(record.created_at), format_size(record.size_bytes)]
     if record.kind is SnapshotKind.VERSION:
