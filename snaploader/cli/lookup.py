@@ -124,19 +124,17 @@ def served_ref(snapshot: Snapshot) -> str:
 def snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
     """What served, and what was tried before."""
     metadata = snapshot.vm_metadata
-    task = None if metadata is None else metadata.last_executed_task
+    task: dict[str, Any] | None = None
+    if metadata is not None:
+        task = record(metadata.last_executed_task, "task_id", "invocation_id", "action_digest")
+        task["completed"] = time_record(metadata.last_executed_task.completed_timestamp)
     return {
         "ref": served_ref(snapshot),
         "source": str(snapshot.source),
         "key": key_record(snapshot.key),
         "snapshot_id": str(metadata.snapshot_id) if metadata is not None else snapshot.key.snapshot_id,
         "created": None if metadata is None else time_record(metadata.created_timestamp),
-        "last_executed_task": None
-        if task is None
-        else {
-            **record(task, "task_id", "invocation_id", "action_digest"),
-            "completed": time_record(task.completed_timestamp),
-        },
+        "last_executed_task": task,
         "digest_function": snapshot.manifest.digest_function.name,
         "degraded": snapshot.degraded,
         "failures": [
