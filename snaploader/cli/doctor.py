@@ -134,10 +134,6 @@ class Finding:
     parts: Sequence[Result] = ()
     """Each thing that is wrong, where there are several."""
 
-    @property
-    def status(self) -> Status:
-        return Status.FAILED if self.is_failure else Status.WARNING if self.remedy else Status.OK
-
 
 Finder = Callable[[Any], Finding]
 
@@ -193,7 +189,8 @@ def run_checks(
         except Exception as error:  # noqa: BLE001  whatever goes wrong is what a doctor is there to tell
             finding = Finding(explain(error).message, remedy(error) or check.remedy, is_failure=True)
         seconds = time.monotonic() - begin
-        results.append(Result(area, check.name, finding.status, finding.detail, finding.remedy, seconds))
+        status = Status.FAILED if finding.is_failure else Status.WARNING if finding.remedy else Status.OK
+        results.append(Result(area, check.name, status, finding.detail, finding.remedy, seconds))
         results += finding.parts
         if finding.is_failure and check.needed:
             blocked = check.name

@@ -158,6 +158,6 @@ def format_time(seconds: float) -> str:
     return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def time_words(time: datetime | None) -> str:
+def time_words(time: datetime) -> str:
     """A time to the minute, in UTC."""
-    return "-" if time is None else f"{time:%Y-%m-%d %H:%M}"
+    return f"{time:%Y-%m-%d %H:%M}"

@@ -94,7 +94,11 @@ def create(
     started.
     """
     checks = {"tcp": ready_tcp, "http": ready_http, "command": ready_command}
-    readiness = _readiness(checks, ready_interval, ready_timeout)
+    given = {kind: target for kind, target in checks.items() if target is not None}
+    if len(given) > 1:
+        names = " and ".join(f"--ready-{kind}" for kind in given)
+        raise InvalidArgument(f"{names} exclude each other: give one")
+    kind, target = next(iter(given.items()), (_DEFAULT.kind, _DEFAULT.target))
     if source is not None and not source.is_dir():
         raise InvalidArgument(f"--from: there is no folder {str(source)!r}")
     workspace = workspaces.manager.create(
@@ -102,7 +106,7 @@ def create(
         command=click.get_current_context().meta.get(_COMMAND, ()),
         environment=dict(env),
         volumes=tuple(Volume(name, directory) for name, directory in volume),
-        readiness=readiness,
+        readiness=Readiness(kind, target, ready_interval, ready_timeout),
         source=source,
         start=not no_start,
         **details,
@@ -135,15 +139,6 @@ def fork(
         origin, workspace_id, environment=dict(env), start=not no_start, **details
     )
     _print_new(workspaces, workspace)
-
-
-def _readiness(checks: dict[str, str | None], interval_s: float, timeout_s: float) -> Readiness:
-    given = {kind: target for kind, target in checks.items() if target is not None}
-    if len(given) > 1:
-        names = " and ".join(f"--ready-{kind}" for kind in given)
-        raise InvalidArgument(f"{names} exclude each other: give one")
-    (kind, target), *_ = [*given.items(), (_DEFAULT.kind, _DEFAULT.target)]
-    return Readiness(kind, target, interval_s, timeout_s)
 
 
 def _print_new(workspaces: Workspaces, workspace: Workspace) -> None:
