@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,16 +20,45 @@ from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, ReadPolicy
 
 
-@dataclass(frozen=True, slots=True)
 class Lookup:
-    """A loader, and what it is to look for."""
+    """A loader made as the options say, and the keys that they name.
 
-    loader: SnapshotLoader
-    key_set: SnapshotKeySet | None
+    Args:
+        readonly: Keep no manifest that is found and mint no version.
+    """
+
+    key_set: SnapshotKeySet | None = None
     """None when a snapshot is looked for by its id."""
-    options: ReadOptions
-    read_policy: ReadPolicy
-    instance_name: str
+
+    def __init__(self, caches: Caches, options: ReadOptions, *, readonly: bool = False) -> None:
+        if options.snapshot_id and options.ref:
+            raise InvalidArgument(
+                "--snapshot-id and --ref exclude each other: an id names one snapshot exactly"
+            )
+        task = None if options.snapshot_id else options.task(caches.settings)
+        wishes = options.wishes
+        max_age_s = options.max_stale_fallback_age
+        if max_age_s is None:
+            max_age_s = wishes.max_stale_fallback_age_s
+        self.options = options
+        self.read_policy = ReadPolicy.parse(
+            options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST
+        )
+        self.instance_name = caches.settings.remote_instance_name
+        self.loader = caches.loader(
+            share_snapshots=options.share,
+            universal_ref=options.universal_fallback,
+            max_stale_fallback_age_s=DEFAULT_MAX_STALE_FALLBACK_AGE_S if max_age_s is None else max_age_s,
+            readonly=readonly,
+        )
+        if task is not None:
+            self.key_set = self.loader.snapshot_key_set(
+                task,
+                options.configuration_hash,
+                options.runner_id,
+                # Who wants what this host has gets it even when the server is away.
+                allow_stale_version=options.allow_degraded or self.read_policy is ReadPolicy.LOCAL_ONLY,
+            )
 
     def find(self) -> Snapshot:
         """The snapshot. NotFound when there is none."""
@@ -43,41 +71,9 @@ class Lookup:
         )
 
 
-def lookup(caches: Caches, options: ReadOptions, *, readonly: bool = False) -> Lookup:
-    """A loader made as the options say, and the keys they name.
-
-    Args:
-        readonly: Keep no manifest that is found and mint no version.
-    """
-    if options.snapshot_id and options.ref:
-        raise InvalidArgument("--snapshot-id and --ref exclude each other: an id names one snapshot exactly")
-    task = None if options.snapshot_id else options.task(caches.settings)
-    wishes = options.wishes
-    policy = ReadPolicy.parse(options.read_policy or wishes.read_policy or ReadPolicy.LOCAL_FIRST)
-    max_age_s = options.max_stale_fallback_age
-    if max_age_s is None:
-        max_age_s = wishes.max_stale_fallback_age_s
-    loader = caches.loader(
-        share_snapshots=options.share,
-        universal_ref=options.universal_fallback,
-        max_stale_fallback_age_s=DEFAULT_MAX_STALE_FALLBACK_AGE_S if max_age_s is None else max_age_s,
-        readonly=readonly,
-    )
-    key_set = None
-    if task is not None:
-        key_set = loader.snapshot_key_set(
-            task,
-            options.configuration_hash,
-            options.runner_id,
-            # Who wants what this host has gets it even when the server is away.
-            allow_stale_version=options.allow_degraded or policy is ReadPolicy.LOCAL_ONLY,
-        )
-    return Lookup(loader, key_set, options, policy, caches.settings.remote_instance_name)
-
-
 def find(caches: Caches, options: ReadOptions) -> tuple[SnapshotLoader, Snapshot]:
     """The loader and the snapshot that the options name. Tells of keys that could not be asked."""
-    looking = lookup(caches, options)
+    looking = Lookup(caches, options)
     snapshot = looking.find()
     for failure in snapshot.failures:
         if not isinstance(failure.error, LookupError):

@@ -12,7 +12,6 @@ from snaploader.cli.lookup import (
     file_size,
     key_name,
     key_record,
-    lookup,
     served_line,
     snapshot_record,
     vm_configuration_record,
@@ -38,7 +37,7 @@ def show(caches: Caches, read_options: ReadOptions) -> None:
     snapshot, after showing the keys.
     """
     output = caches.output
-    looking = lookup(caches, read_options, readonly=True)
+    looking = Lookup(caches, read_options, readonly=True)
     places = _manifest_places(caches, looking)
     error: SnaploaderError | None = None
     snapshot: Snapshot | None = None
