@@ -328,7 +328,7 @@ class SnapshotLoader:
             vm_metadata=vm_metadata,
             task=task,
             snapshot_id=snapshot_id,
-            save_policy=SavePolicy.parse(save_policy),
+            save_policy=save_policy if isinstance(save_policy, SavePolicy) else SavePolicy.parse(save_policy),
             key_set=key_set,
             default_ref=default_ref,
             min_refresh_interval_s=min_refresh_interval_s,

@@ -1,11 +1,10 @@
 """A snapshot made usable: at once, as lazy stores, or written out in full, holes as holes.
 
-Files and directories are written in a private place first, then they are moved to theirs. What the tree of a
-directory says comes from outside. Its paths are plain names below directories that are
+What the tree of a directory says comes from outside. Its paths are plain names below directories that are
 directories (`DirectoryTree` sees to it), they are made in a new folder that nobody else may enter, and
 symbolic links come last: so nothing is ever written through one. Modes come after that, and times at the
-very end, as both would be in the way, or changed, before. That folder is found by its path, so whoever may
-rename it, by owning the folder it is made in, can lead the writing elsewhere.
+very end, as both would be in the way, or changed, before; then all is moved there. That folder is found
+by its path, so whoever may rename it, by owning the folder it is made in, can lead the writing elsewhere.
 """
 
 from __future__ import annotations
