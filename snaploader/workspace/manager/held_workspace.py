@@ -8,15 +8,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from snaploader.errors import Cancelled, FailedPrecondition, translate_thread_errors
 from snaploader.workspace.catalog import Reader
 from snaploader.workspace.host import HeldLock
-from snaploader.workspace.manager import commit, lifetime, undo, versions
+from snaploader.workspace.manager import lifetime, undo, versions
 from snaploader.workspace.manager.operation import USER, Services
-from snaploader.workspace.model import SnapshotResult, Workspace
+from snaploader.workspace.model import Scope, SnapshotResult, SnapshotSource, Workspace, check_display_name
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 DEFAULT_WORKERS = 16
@@ -53,45 +54,44 @@ class HeldWorkspace:
         """Finish or take back what a process that died left in the middle, as every operation does first."""
         self._sections.run_to_end(self._lock, partial(undo.settle, self._services, self.workspace_id))
 
-    def take_version(self, request: versions.VersionRequest) -> SnapshotResult:
-        """Capture the workspace as its next version."""
-        return self._complete(partial(versions.take, request=request))
+    def create_snapshot(
+        self, name: str = "", source: str = SnapshotSource.MANUAL, *, scope: Scope | str = Scope.FULL
+    ) -> SnapshotResult:
+        kept = SnapshotSource.parse(source), Scope.parse(scope), check_display_name(name)
+        return self._complete(versions.take, versions.SNAPSHOT_CREATE, *kept)
+
+    def create_version(self) -> SnapshotResult:
+        return self._complete(versions.take)
 
     def rollback(self, version: int, *, keep_current: bool = False) -> Workspace:
-        """Go back to a version."""
-        return self._complete(partial(versions.rollback, number=version, keep_current=keep_current))
+        return self._complete(versions.rollback, version, keep_current=keep_current)
 
     def pause(self, *, reason: str = USER) -> SnapshotResult:
-        """Pause the workspace."""
-        return self._complete(partial(lifetime.pause, reason=reason))
+        return self._complete(lifetime.pause, reason)
 
     def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:
-        """Bring a paused workspace back."""
-        return self._complete(partial(lifetime.resume, reason=reason, ready_timeout_s=ready_timeout_s))
+        return self._complete(lifetime.resume, reason, ready_timeout_s=ready_timeout_s)
 
     def commit(self, name: str = "") -> SnapshotResult:
-        """Put the workspace's state into the remote cache."""
-        return self._complete(partial(commit.commit, display_name=name))
+        return self._complete(versions.commit, check_display_name(name))
 
     def start(self, *, reason: str = USER) -> Workspace:
-        """Start a stopped workspace."""
-        return self._complete(partial(lifetime.start, reason=reason))
+        return self._complete(lifetime.start, reason)
 
     def stop(self, *, reason: str = USER) -> Workspace:
-        """Stop a running workspace."""
-        return self._complete(partial(lifetime.stop, reason=reason))
+        return self._complete(lifetime.stop, reason)
 
     def delete(self, *, reason: str = USER, forget_remote: bool = False) -> Workspace:
-        """Delete the workspace."""
-        delete = partial(lifetime.delete, lock=self._lock, reason=reason, without_remote=forget_remote)
-        return self._complete(delete)
+        return self._complete(lifetime.delete, self._lock, reason, without_remote=forget_remote)
 
-    def _complete(self, operation: Callable[[Services, str], T]) -> T:
+    def _complete(
+        self, operation: Callable[Concatenate[Services, str, P], T], *args: P.args, **how: P.kwargs
+    ) -> T:
         def settled() -> T:
             is_settled, self._is_settled = self._is_settled, False
             if not is_settled:
                 undo.settle(self._services, self.workspace_id)
-            return operation(self._services, self.workspace_id)
+            return operation(self._services, self.workspace_id, *args, **how)
 
         return self._sections.run_to_end(self._lock, settled)
 

@@ -1,4 +1,7 @@
-"""Starting, stopping, pausing, resuming and deleting a workspace.
+"""A workspace from its beginning to its end: created or forked, started, stopped, paused, resumed, deleted.
+
+From its first transaction on a new workspace has its row, with an operation on it; until that has ended it
+is not shown. A creation that fails, or whose process is killed, leaves nothing at all.
 
 Pausing and resuming is local: the remote cache is not asked for anything.
 """
@@ -6,13 +9,23 @@ Pausing and resuming is local: the remote cache is not asked for anything.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from snaploader.errors import NotFound, SnaploaderError
+from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.workspace.host import HeldLock
-from snaploader.workspace.manager.operation import ALIVE, ON_HOST, USER, Services, Work, with_slot
+from snaploader.workspace.manager.operation import (
+    ALIVE,
+    ON_HOST,
+    USER,
+    Services,
+    Work,
+    give_slot_back,
+    new_operation,
+    with_slot,
+)
 from snaploader.workspace.manager.snapshots import (
     completed,
     forget_remote,
@@ -25,20 +38,133 @@ from snaploader.workspace.model import (
     RunTransition,
     Scope,
     SnapshotKind,
+    SnapshotRecord,
     SnapshotResult,
     SnapshotStatus,
     Workspace,
+    WorkspaceSpec,
     WorkspaceState,
 )
+from snaploader.workspace.policy import parse_schedule
 from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)
 
+CREATE = "workspace_create"
+FORK = "workspace_fork"
 START = "workspace_start"
 STOP = "workspace_stop"
 PAUSE = "workspace_pause"
 RESUME = "workspace_resume"
 DELETE = "workspace_delete"
+
+
+def new_workspace(
+    services: Services, spec: WorkspaceSpec, owner: str, base: str, policy: str, autostart_schedule: str
+) -> Workspace:
+    """The workspace that is to be. TypeError or InvalidArgument when it cannot be."""
+    if autostart_schedule:
+        parse_schedule(autostart_schedule)
+    for what, texts in (
+        ("command", spec.command),
+        ("environment", [*spec.environment, *spec.environment.values()]),
+    ):
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
+    now = services.clock()
+    stopped = WorkspaceState.STOPPED
+    return Workspace(spec, services.host, stopped, now, now, owner, base, policy, autostart_schedule)
+
+
+def create(
+    services: Services, workspace: Workspace, source: str | os.PathLike[str] | None, *, start: bool
+) -> Workspace:
+    """Reserve, make the files, keep what it began as, start, record. See `WorkspaceManager.create`."""
+    _check_nothing_is_here(services, workspace.id)
+    has_content = source is not None
+    work = _begin(services, workspace, OperationKind.CREATE, Scope.FULL if has_content else None)
+    with work:
+        services.runtime.create(workspace.spec, source)
+        work.reach("made")
+        base = work.capture().record if has_content else None
+        return _finish(work, CREATE, base, start=start, template=workspace.base)
+
+
+def fork(services: Services, workspace: Workspace, origin: SnapshotRecord, *, start: bool) -> Workspace:
+    """Reserve, derive, place, start, record. See `WorkspaceManager.fork`."""
+    _check_nothing_is_here(services, workspace.id)
+    snapshot = services.content.find(origin)
+    work = _begin(services, workspace, OperationKind.FORK, origin.scope)
+    assert work.pending is not None
+    with work:
+        derived = services.content.derive(work.pending, snapshot, remote=False).record
+        work.reach("derived")
+        work.place(services.content.find(derived), None)
+        derived = replace(derived, size_bytes=origin.size_bytes)
+        source = {"origin": origin.name, "origin_workspace": origin.workspace_id}
+        return _finish(work, FORK, derived, start=start, **source)
+
+
+def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
+    """Refuse an id of which this host has something that the catalog does not know: it may be the wrong one.
+
+    Once the operation has begun, what is here of that id is what it made, and goes when it is taken back.
+    """
+    if not services.has_traces_of(workspace_id):
+        return
+    if services.find_workspace(workspace_id) is not None:
+        return  # the catalog knows it, and refuses the id itself
+    if services.records.exists(workspace_id):
+        what = f"a record of it as paused, {services.records.path(workspace_id)!r},"
+        remedy = "if that one is lost, let `recover` take the workspace back; "
+    else:
+        what = "files of it"
+        remedy = ""
+    raise FailedPrecondition(
+        f"workspace {workspace_id!r} cannot be made: this host has {what} which this catalog does not know. "
+        f"Use the catalog that does; {remedy}or stop it and remove what is here of it by hand"
+    )
+
+
+def _begin(services: Services, workspace: Workspace, kind: OperationKind, base_scope: Scope | None) -> Work:
+    """Take a slot and the id, and say what is under way. Without `base_scope` it begins as no snapshot."""
+    slot = services.slots.acquire(workspace.id)
+    workspace = replace(workspace, slot=slot)
+    try:
+        with services.catalog.transaction() as tx:
+            tx.add_workspace(workspace)
+            pending = None
+            if base_scope is not None:
+                pending = new_record(tx, services, workspace, SnapshotKind.BASE, base_scope)
+            operation = new_operation(services, kind, "" if pending is None else pending.name)
+            tx.begin_operation(workspace.id, operation)
+            if pending is not None:
+                tx.put_snapshot(pending)
+    except BaseException:
+        give_slot_back(services, slot, workspace.id)
+        raise
+    work = Work(services, workspace, operation, pending=pending)
+    work.reach("begun")
+    return work
+
+
+def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool, **payload: str) -> Workspace:
+    """Start the new workspace, if it is to be, and show it once it is ready."""
+    if start:
+        work.start()
+        work.wait_ready()
+    name = "" if base is None else base.name
+    with work.recording() as tx:
+        if base is not None:
+            tx.put_snapshot(completed(base))
+        if start:
+            work.record_run(tx, RunTransition.START)
+        if name:
+            payload["snapshot"] = name
+        work.record_event(tx, event, **payload)
+        state = WorkspaceState.RUNNING if start else WorkspaceState.STOPPED
+        return tx.update_workspace(work.workspace_id, state=state, current_snapshot=name, base_snapshot=name)
 
 
 def start(services: Services, workspace_id: str, reason: str = USER) -> Workspace:

@@ -19,14 +19,18 @@ from snaploader.loader import SnapshotLoader
 from snaploader.workspace import sizes
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.host import HeldLock, HostHome, SlotPool, WorkspaceLocks
-from snaploader.workspace.manager import commit, create
-from snaploader.workspace.manager.commit import OrphanedUpload
+from snaploader.workspace.manager import lifetime
 from snaploader.workspace.manager.held_workspace import DEFAULT_WORKERS, CriticalSections, HeldWorkspace
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state, utc_now
 from snaploader.workspace.manager.recovery import Note, RecoverySummary, recover
 from snaploader.workspace.manager.snapshots import SnapshotContent, list_snapshots
 from snaploader.workspace.manager.undo import undo_failed
-from snaploader.workspace.manager.versions import SNAPSHOT_CREATE, VersionRequest, check_number
+from snaploader.workspace.manager.versions import (
+    OrphanedUpload,
+    check_number,
+    find_commit,
+    orphaned_uploads,
+)
 from snaploader.workspace.model import (
     Event,
     OperationKind,
@@ -40,7 +44,6 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
-    check_display_name,
     check_volumes,
     check_workspace_id,
     new_workspace_id,
@@ -202,8 +205,8 @@ class WorkspaceManager:
             check_volumes(volumes),
             readiness or Readiness(),
         )
-        workspace = create.new_workspace(self._services, spec, owner, base, policy, autostart_schedule)
-        return self._make(create.create, workspace, source=source, start=start)
+        workspace = lifetime.new_workspace(self._services, spec, owner, base, policy, autostart_schedule)
+        return self._make(lifetime.create, workspace, source=source, start=start)
 
     def fork(
         self,
@@ -237,10 +240,10 @@ class WorkspaceManager:
         """
         new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
         with self.catalog.reading() as reader:
-            origin_commit = create.find_commit(reader, origin)
+            origin_commit = find_commit(reader, origin)
             parent = reader.workspace(origin_commit.workspace_id)
         merged = {**parent.spec.environment, **(environment or {})}
-        workspace = create.new_workspace(
+        workspace = lifetime.new_workspace(
             self._services,
             replace(parent.spec, workspace_id=new_id, environment=merged),
             parent.owner if owner is None else owner,
@@ -248,7 +251,7 @@ class WorkspaceManager:
             parent.policy if policy is None else policy,
             autostart_schedule,
         )
-        return self._make(create.fork, workspace, origin=origin_commit, start=start)
+        return self._make(lifetime.fork, workspace, origin=origin_commit, start=start)
 
     def _make(self, make: Callable[..., Workspace], workspace: Workspace, **how: Any) -> Workspace:
         lock = self._acquire(workspace.id)
@@ -282,11 +285,8 @@ class WorkspaceManager:
             SnaploaderError: whatever the runtime raises. If the workspace could not be started again, a note
                 says so, and it is stopped.
         """
-        request = VersionRequest(
-            SNAPSHOT_CREATE, SnapshotSource.parse(source), Scope.parse(scope), check_display_name(name)
-        )
         with self.hold(workspace_id) as held:
-            return held.take_version(request)
+            return held.create_snapshot(name, source, scope=scope)
 
     def create_version(self, workspace_id: str) -> SnapshotResult:
         """Capture the workspace as `create_snapshot` does, before something is executed in it.
@@ -294,7 +294,7 @@ class WorkspaceManager:
         Its source is `pre_exec`, it has no name, and the event is `version_create`.
         """
         with self.hold(workspace_id) as held:
-            return held.take_version(VersionRequest())
+            return held.create_version()
 
     def rollback(self, workspace_id: str, version: int, *, keep_current: bool = False) -> Workspace:
         """Put a version's state in the place of the present one: stop, replace, start, wait, record.
@@ -313,7 +313,6 @@ class WorkspaceManager:
                 when its state was replaced, or was not ready in time, a note says that it is rolled back, and
                 stopped.
         """
-        check_number(version)
         with self.hold(workspace_id) as held:
             return held.rollback(version, keep_current=keep_current)
 
@@ -360,7 +359,6 @@ class WorkspaceManager:
             FailedPrecondition: there is no remote cache, and nothing was stopped.
             Unavailable and the like: the remote cache failed. As `create_snapshot` besides.
         """
-        check_display_name(name)
         with self.hold(workspace_id) as held:
             return held.commit(name)
 
@@ -523,7 +521,7 @@ class WorkspaceManager:
         Raises:
             FailedPrecondition: there is no remote cache to ask.
         """
-        return commit.orphaned_uploads(self._services, workspace_id)
+        return orphaned_uploads(self._services, workspace_id)
 
     # Locks
 

@@ -16,7 +16,6 @@ from chaos_world import BUSY_S, DATA, Place, World, fill, opened
 from snaploader.errors import Cancelled, FailedPrecondition, Unavailable
 from snaploader.workspace.manager import WorkspaceManager
 from snaploader.workspace.manager.held_workspace import HeldWorkspace
-from snaploader.workspace.manager.versions import VersionRequest
 from snaploader.workspace.testing import FakeRuntime, RuntimeGate
 
 
@@ -151,7 +150,7 @@ def test_a_closed_generator_leaves_its_operation_the_lock(world: World) -> None:
 
     generator = holding()
     held = next(generator)
-    caller = threading.Thread(target=held.take_version, args=(VersionRequest(),))
+    caller = threading.Thread(target=held.create_version)
     caller.start()
     assert gate.wait_reached()
     generator.close()  # type: ignore[attr-defined]

@@ -489,7 +489,7 @@ def test_a_forked_child_that_leaves_an_operation_does_not_take_back_its_parent_s
     with host.manager.hold("one"):
         try:
             # On this thread, so that the child ends where it left the operation.
-            taken = versions.take(services, "one", versions.VersionRequest())
+            taken = versions.take(services, "one")
         except SystemExit:
             os._exit(0)
     assert children
