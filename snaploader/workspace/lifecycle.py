@@ -321,15 +321,12 @@ class LifecycleExecutor:
                 held.pause(reason=transition)
                 state = WorkspaceState.PAUSED
             case Transition.AUTOSTOP:
-                held.stop(reason=transition)
-                state = WorkspaceState.STOPPED
+                state = held.stop(reason=transition).state
             case Transition.AUTOSTART:
                 is_paused = workspace.state is WorkspaceState.PAUSED
-                (held.resume if is_paused else held.start)(reason=transition)
-                state = WorkspaceState.RUNNING
+                state = (held.resume if is_paused else held.start)(reason=transition).state
             case Transition.FAILED_STOP if workspace.state is WorkspaceState.RUNNING:
-                held.stop(reason=transition)
-                state = WorkspaceState.STOPPED
+                state = held.stop(reason=transition).state
             case Transition.FAILED_STOP:
                 return self._note(workspace.id, transition, tick)
             case Transition.DORMANCY:
@@ -337,8 +334,7 @@ class LifecycleExecutor:
                     held.stop(reason=transition)
                 return self._note(workspace.id, transition, tick)
             case Transition.DELETE:
-                held.delete(reason=transition)
-                state = WorkspaceState.DELETED
+                state = held.delete(reason=transition).state
         return Notification(workspace.id, workspace.owner, transition, state, self._clock())
 
     def _note(self, workspace_id: str, transition: Transition, tick: datetime) -> Notification | None:
@@ -380,17 +376,10 @@ class LifecycleExecutor:
             )
 
     def _audit(
-        self, workspace: Workspace, transition: Transition, after: WorkspaceState | None, error: str = ""
+        self, before: Workspace, transition: Transition, after: WorkspaceState | None, error: str = ""
     ) -> AuditRecord:
         return AuditRecord(
-            workspace.id,
-            workspace.owner,
-            transition,
-            workspace.host,
-            state_before=workspace.state,
-            state_after=after,
-            created_at=self._clock(),
-            error=error,
+            before.id, before.owner, transition, before.host, before.state, after, self._clock(), error
         )
 
 

@@ -283,19 +283,14 @@ class Situation(NamedTuple):
         return self.workspace.dormant_at is not None
 
     @property
-    def has_failed(self) -> bool:
-        return self.run is not None and self.run.status is RunStatus.FAILED
-
-    def has_failed_to(self, transition: RunTransition) -> bool:
-        return self.has_failed and self.run is not None and self.run.transition is transition
+    def failed_run(self) -> Run | None:
+        """The latest run, if that failed."""
+        return self.run if self.run is not None and self.run.status is RunStatus.FAILED else None
 
 
 def _autostop(situation: Situation) -> datetime | None:
-    if (
-        situation.workspace.state is not WorkspaceState.RUNNING
-        or situation.is_dormant
-        or situation.has_failed
-    ):
+    is_running = situation.workspace.state is WorkspaceState.RUNNING
+    if not is_running or situation.is_dormant or situation.failed_run is not None:
         return None
     if situation.owner is OwnerStatus.SUSPENDED:
         return ALWAYS
@@ -304,7 +299,7 @@ def _autostop(situation: Situation) -> datetime | None:
 
 def _autostart(situation: Situation) -> datetime | None:
     workspace = situation.workspace
-    if situation.owner is not OwnerStatus.ACTIVE or situation.is_dormant or situation.has_failed:
+    if situation.owner is not OwnerStatus.ACTIVE or situation.is_dormant or situation.failed_run is not None:
         return None
     if workspace.state not in {WorkspaceState.STOPPED, WorkspaceState.PAUSED}:
         return None
@@ -318,15 +313,12 @@ def _autostart(situation: Situation) -> datetime | None:
 
 
 def _failed_stop(situation: Situation) -> datetime | None:
-    if situation.workspace.state is WorkspaceState.DELETED or situation.policy.failure_ttl is None:
+    run, failure_ttl = situation.failed_run, situation.policy.failure_ttl
+    if situation.workspace.state is WorkspaceState.DELETED or run is None or failure_ttl is None:
         return None
-    if (
-        situation.run is None
-        or situation.run.completed_at is None
-        or not situation.has_failed_to(RunTransition.START)
-    ):
+    if run.transition is not RunTransition.START or run.completed_at is None:
         return None
-    return _past(situation.run.completed_at, situation.policy.failure_ttl)
+    return _past(run.completed_at, failure_ttl)
 
 
 def _dormancy(situation: Situation) -> datetime | None:
@@ -343,10 +335,10 @@ def _delete(situation: Situation) -> datetime | None:
         return None
     if situation.policy.delete_after_dormant is None:
         return None
-    due = _past(workspace.deleting_at, timedelta(0))
-    if due is None or situation.run is None or not situation.has_failed_to(RunTransition.DELETE):
+    due, run = _past(workspace.deleting_at, timedelta(0)), situation.failed_run
+    if due is None or run is None or run.transition is not RunTransition.DELETE:
         return due
-    return max(due, (situation.run.completed_at or situation.run.created_at) + RETRY_DELETE_AFTER)
+    return max(due, (run.completed_at or run.created_at) + RETRY_DELETE_AFTER)
 
 
 _RULES: dict[Transition, Callable[[Situation], datetime | None]] = {
@@ -405,7 +397,15 @@ class Schedule:
         """
         if not isinstance(text, str) or len(text) > MAX_SCHEDULE_LENGTH:
             raise InvalidArgument(f"a schedule is a text of at most {MAX_SCHEDULE_LENGTH} characters")
-        zone, fields = _split(text)
+        fields = text.split()
+        zone: tzinfo = UTC
+        if fields and fields[0].startswith(_PREFIX):
+            zone = _zone(fields.pop(0).removeprefix(_PREFIX), text)
+        if len(fields) != 5:
+            raise InvalidArgument(
+                f"{text!r} is no schedule: it has {len(fields)} fields and not 5: minute, hour, "
+                "day of month, month, day of week"
+            )
         try:
             next(CronSim(" ".join(fields), _SOME_DAY))
         except (CronSimError, ValueError) as error:
@@ -453,19 +453,6 @@ class Schedule:
 def parse_schedule(text: str) -> Schedule:
     """Like `Schedule.parse`, and remembers."""
     return Schedule.parse(text)
-
-
-def _split(text: str) -> tuple[tzinfo, list[str]]:
-    fields = text.split()
-    zone: tzinfo = UTC
-    if fields and fields[0].startswith(_PREFIX):
-        zone = _zone(fields.pop(0).removeprefix(_PREFIX), text)
-    if len(fields) != 5:
-        raise InvalidArgument(
-            f"{text!r} is no schedule: it has {len(fields)} fields and not 5: minute, hour, day of month, "
-            "month, day of week"
-        )
-    return zone, fields
 
 
 def _zone(name: str, text: str) -> tzinfo:

@@ -127,15 +127,12 @@ class PausedRecords:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
 
-    def read(self, workspace_id: str) -> PausedRecord:
-        """The record of a workspace. DataLoss when it cannot be read, or is of another workspace."""
-        return self._read(check_workspace_id(workspace_id), workspace_id)
+    def read(self, name: str) -> PausedRecord:
+        """The record of the workspace of that id, or what is left of one under the name of a leftover.
 
-    def read_leftover(self, name: str) -> PausedRecord:
-        """The record that was set aside, or was being written, under that name. Raises as `read`."""
-        return self._read(name, owner_of(name))
-
-    def _read(self, name: str, workspace_id: str) -> PausedRecord:
+        NotFound when there is none, DataLoss when it cannot be read, or is of another workspace.
+        """
+        workspace_id = check_workspace_id(owner_of(name))
         path = f"{self.path(name)}/{_FILE}"
         what = f"the record of paused workspace {workspace_id!r}"
         with translate_os_errors(f"cannot read {what}"):

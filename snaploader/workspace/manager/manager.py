@@ -72,7 +72,10 @@ class WorkspaceManager:
     Whatever is asked of one workspace raises NotFound when there is none of that id, InvalidArgument when the
     id is malformed, FailedPrecondition when the workspace was deleted, is in a state that does not allow it,
     or lives on another host, DeadlineExceeded when others held its lock for too long, and Cancelled when the
-    manager was closed meanwhile. What else a method raises is said there.
+    manager was closed meanwhile. What starts it raises DeadlineExceeded when it was not ready in time, and
+    FailedPrecondition when its command cannot be started, or ended before it was ready. What takes a snapshot
+    raises ResourceExhausted when the disk is full, or the file cache too small. Each raises whatever the
+    runtime does. What else a method raises is said there.
 
     Args:
         catalog: Where workspaces are written down.
@@ -187,12 +190,10 @@ class WorkspaceManager:
 
         Raises:
             InvalidArgument: the id, a volume or the schedule is malformed.
-            FailedPrecondition: the id was used before; this host has files or a record of it that the catalog
-                does not know, which are left alone; or the command cannot be started, or ended before it was
-                ready.
-            DeadlineExceeded: it was not ready in time.
+            FailedPrecondition: the id was used before, or this host has files or a record of it that the
+                catalog does not know, which are left alone.
             NotFound: there is no such policy, or no such source.
-            ResourceExhausted: all slots of the host are taken, or the disk is full.
+            ResourceExhausted: all slots of the host are taken.
         """
         if isinstance(command, str):
             raise TypeError(
@@ -236,7 +237,7 @@ class WorkspaceManager:
         Raises:
             NotFound: there is no such snapshot or workspace, it has no commit, or its content is gone.
             FailedPrecondition: the snapshot is no commit: a pause cannot be forked. Or as for `create`.
-            InvalidArgument, ResourceExhausted, DeadlineExceeded: as for `create`.
+            InvalidArgument, ResourceExhausted: as for `create`.
         """
         new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
         with self.catalog.reading() as reader:
@@ -280,10 +281,8 @@ class WorkspaceManager:
 
         Raises:
             InvalidArgument: the name, the source or the scope is malformed.
-            ResourceExhausted: the disk is full, or the file cache too small.
             DeadlineExceeded: it was not ready again in time: it runs then, and there is no version.
-            SnaploaderError: whatever the runtime raises. If the workspace could not be started again, a note
-                says so, and it is stopped.
+            SnaploaderError: with a note if the workspace could not be started again, and is stopped.
         """
         with self.hold(workspace_id) as held:
             return held.create_snapshot(name, source, scope=scope)
@@ -322,27 +321,23 @@ class WorkspaceManager:
         """Pause a running or stopped workspace: only its snapshot, its record and its slot stay on the host.
 
         Its policy's `onPause` says what is kept. All of it is local: the remote cache is not asked for
-        anything. The snapshot is temporary: the next capture after a resume takes its place. Raises as
-        `create_snapshot`.
+        anything. The snapshot is temporary: the next capture after a resume takes its place.
         """
         with self.hold(workspace_id) as held:
             return held.pause()
 
     def resume(self, workspace_id: str, *, ready_timeout_s: float | None = None) -> Workspace:
-        """Bring a paused workspace back, and start it.
+        """Bring a paused workspace back, start it, and wait until it is ready.
 
         From a Data snapshot it begins with the durable directories, on what it was created or forked from.
-        The call returns when its readiness check says that it is ready, unless the runtime has brought its
-        memory back from a Full snapshot. If it is not ready in time, or anything else fails, it is stopped
-        and stays paused as it was.
+        Where the runtime brings its memory back from a Full snapshot, its readiness is not waited for. If
+        anything fails, it is stopped and stays paused as it was.
 
         Args:
             ready_timeout_s: Instead of that of the readiness check.
 
         Raises:
-            DeadlineExceeded: it was not ready in time.
             NotFound: content of its snapshot is gone.
-            FailedPrecondition: it ended before it was ready.
         """
         with self.hold(workspace_id) as held:
             return held.resume(ready_timeout_s=ready_timeout_s)
@@ -357,7 +352,7 @@ class WorkspaceManager:
 
         Raises:
             FailedPrecondition: there is no remote cache, and nothing was stopped.
-            Unavailable and the like: the remote cache failed. As `create_snapshot` besides.
+            Unavailable and the like: the remote cache failed.
         """
         with self.hold(workspace_id) as held:
             return held.commit(name)
@@ -370,9 +365,7 @@ class WorkspaceManager:
         If its files are gone, its latest snapshot takes their place.
 
         Raises:
-            FailedPrecondition: its command cannot be started, or ended before it was ready.
             NotFound: there are neither files nor a snapshot of it.
-            DeadlineExceeded: it was not ready in time.
         """
         with self.hold(workspace_id) as held:
             return held.start()

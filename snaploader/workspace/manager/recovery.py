@@ -147,6 +147,10 @@ class _Recovery:
             finally:
                 lock.release()
 
+    def _attempt_each(self, workspace_ids: Iterable[str], action: Callable[[str], object]) -> None:
+        for workspace_id in workspace_ids:
+            self._attempt(workspace_id, workspace_id, action, workspace_id)
+
     # Leftovers
 
     def _sweep_records(self) -> None:
@@ -161,8 +165,10 @@ class _Recovery:
         """
         services = self.services
         if TRASH in name:
-            with suppress(NotFound, DataLoss):  # what it was of is not known, and may be needed
-                record = services.records.read_leftover(name)
+            with suppress(
+                NotFound, DataLoss, InvalidArgument
+            ):  # what it was of is not known, and may be needed
+                record = services.records.read(name)
                 workspace_id = record.workspace.id
                 # Else the catalog says what becomes of its snapshots.
                 is_known = services.find_workspace(workspace_id) is not None
@@ -179,8 +185,7 @@ class _Recovery:
         """What was under way is finished or taken back."""
         with self.services.catalog.reading() as reader:
             ids = [each.id for each in reader.workspaces_with_operation(self.services.host)]
-        for workspace_id in ids:
-            self._attempt(workspace_id, workspace_id, self._settle, workspace_id)
+        self._attempt_each(ids, self._settle)
 
     def _settle(self, workspace_id: str) -> None:
         operation = settle(self.services, workspace_id)
@@ -196,31 +201,27 @@ class _Recovery:
             log.warning("%r is no record of a paused workspace, and is left alone", records.path(name))
             self.unknown.append(Note(name, "it is no record of a paused workspace: move it away"))
         found: list[PausedRecord] = []
-        for name in records.entries():
-            self._attempt(name, name, self._find_paused, name, found)
+        self._attempt_each(records.entries(), lambda name: found.extend(self._to_restore(name)))
         winners, losers = _by_slot(found)
         for record, reason in losers:
             self._if_same(record, self._give_up, record.workspace, reason)
         for record in winners:
             self._if_same(record, self._restore, record)
 
-    def _find_paused(self, name: str, found: list[PausedRecord]) -> None:
-        found += self._read(name)
-
     def _if_same(self, record: PausedRecord, action: Callable[..., None], *args: object) -> None:
         """Do something about a record, under its workspace's lock, unless somebody changed it since."""
         name = record.workspace.id
 
         def act() -> None:
-            if self._read(name) == [record]:
+            if self._to_restore(name) == [record]:
                 action(*args)
             else:
                 self.busy[name] = None
 
         self._attempt(name, name, act)
 
-    def _read(self, name: str) -> list[PausedRecord]:
-        """The record of that name, or nothing when it is not to be restored."""
+    def _to_restore(self, name: str) -> list[PausedRecord]:
+        """The record of that name; nothing when it is not to be restored, and what that takes is done."""
         try:
             record = self.services.records.read(name)
         except (ResourceExhausted, Unavailable):
@@ -339,8 +340,7 @@ class _Recovery:
     def _reconcile_workspaces(self) -> None:
         with self.services.catalog.reading() as reader:
             ids = [each.id for each in reader.workspaces(host=self.services.host)]
-        for workspace_id in ids:
-            self._attempt(workspace_id, workspace_id, self._reconcile, workspace_id)
+        self._attempt_each(ids, self._reconcile)
 
     def _reconcile(self, workspace_id: str) -> None:
         services = self.services
@@ -377,26 +377,29 @@ class _Recovery:
         with services.catalog.reading() as reader:
             expected = PausedRecord.of(reader, workspace)
             current = reader.snapshot(workspace.current_snapshot)
-        problem: SnaploaderError = NotFound("it has lost its slot")
-        if workspace.slot is not None:
-            with suppress(NotFound, DataLoss):
-                if services.records.read(workspace.id) != expected:
-                    # Policies change, and touching a workspace does not write its record.
-                    services.records.write(expected)
-                return workspace
-            try:
-                services.content.find(current, ReadPolicy.LOCAL_ONLY)
-                services.records.write(expected)
-            except NotFound as error:
-                problem = error
-            else:
-                self.repaired.append(Note(workspace.id, "its record as paused was written again"))
-                if workspace.id not in self.restored:
-                    self.restored.append(workspace.id)
-                return workspace
-        reason = f"paused without a record, now stopped: {problem.message}"
-        self.repaired.append(Note(workspace.id, reason))
-        return self._mark_stopped(workspace, problem)
+        try:
+            self._renew_record(expected, current)
+        except NotFound as problem:
+            reason = f"paused without a record, now stopped: {problem.message}"
+            self.repaired.append(Note(workspace.id, reason))
+            return self._mark_stopped(workspace, problem)
+        return workspace
+
+    def _renew_record(self, expected: PausedRecord, current: SnapshotRecord) -> None:
+        """Let the record be what it must be. NotFound when the slot, or record and snapshot, are lost."""
+        workspace, records = expected.workspace, self.services.records
+        if workspace.slot is None:
+            raise NotFound("it has lost its slot")
+        with suppress(NotFound, DataLoss):
+            if records.read(workspace.id) != expected:
+                # Policies change, and touching a workspace does not write its record.
+                records.write(expected)
+            return
+        self.services.content.find(current, ReadPolicy.LOCAL_ONLY)
+        records.write(expected)
+        self.repaired.append(Note(workspace.id, "its record as paused was written again"))
+        if workspace.id not in self.restored:
+            self.restored.append(workspace.id)
 
     def _settle_running(self, workspace: Workspace) -> None:
         services = self.services
@@ -470,11 +473,10 @@ class _Recovery:
         with services.catalog.reading() as reader:
             # Not by listing the deleted ones: they only ever become more.
             left -= {each.id for each in reader.workspaces(host=services.host)}
+        found = map(services.find_workspace, sorted(filter(is_workspace_id, left)))
         deleted = (services.host, WorkspaceState.DELETED)
-        for workspace_id in sorted(filter(is_workspace_id, left)):
-            workspace = services.find_workspace(workspace_id)
-            if workspace is not None and (workspace.host, workspace.state) == deleted:
-                self._attempt(workspace_id, workspace_id, self._finish_deletion, workspace_id)
+        gone = [each.id for each in found if each is not None and (each.host, each.state) == deleted]
+        self._attempt_each(gone, self._finish_deletion)
 
     def _finish_deletion(self, workspace_id: str) -> None:
         problems = finish_deletion(self.services, workspace_id)

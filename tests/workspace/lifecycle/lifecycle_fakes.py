@@ -94,20 +94,20 @@ class FakeHeld:
             assert operation is not None
             changes.end_operation(self._id, operation.token)
 
-    def start(self, *, reason: str) -> None:
-        self._do("start", reason, RunTransition.START, STOPPED, RUNNING)
+    def start(self, *, reason: str) -> Workspace:
+        return self._do("start", reason, RunTransition.START, STOPPED, RUNNING)
 
-    def resume(self, *, reason: str) -> None:
-        self._do("resume", reason, RunTransition.START, PAUSED, RUNNING)
+    def resume(self, *, reason: str) -> Workspace:
+        return self._do("resume", reason, RunTransition.START, PAUSED, RUNNING)
 
-    def stop(self, *, reason: str) -> None:
-        self._do("stop", reason, RunTransition.STOP, RUNNING, STOPPED)
+    def stop(self, *, reason: str) -> Workspace:
+        return self._do("stop", reason, RunTransition.STOP, RUNNING, STOPPED)
 
     def pause(self, *, reason: str) -> None:
         self._do("pause", reason, RunTransition.STOP, RUNNING, PAUSED)
 
-    def delete(self, *, reason: str) -> None:
-        self._do("delete", reason, RunTransition.DELETE, None, DELETED)
+    def delete(self, *, reason: str) -> Workspace:
+        return self._do("delete", reason, RunTransition.DELETE, None, DELETED)
 
     def _do(
         self,
@@ -116,7 +116,7 @@ class FakeHeld:
         transition: RunTransition,
         expected: WorkspaceState | None,
         state: WorkspaceState,
-    ) -> None:
+    ) -> Workspace:
         catalog = self._manager.catalog
         with catalog.transaction() as changes:
             self._guard(changes)
@@ -130,9 +130,9 @@ class FakeHeld:
                 raise error
             with catalog.transaction() as changes:
                 assert expected is None or changes.lock_workspace(self._id).state is expected
-                changes.update_workspace(self._id, state=state)
                 run = changes.add_run(self._id, transition, self._manager.now, reason)
                 changes.finish_run(run.id, RunStatus.SUCCEEDED, self._manager.now)
+                return changes.update_workspace(self._id, state=state)
 
 
 def add(
