@@ -1,12 +1,9 @@
 """Stops, starts, parks and deletes workspaces as their policies say: one look at all that are due, each tick.
 
-A transition is made under the workspace's lock, by the same operations that users call. It is two database
-transactions and not one: the first decides again and says what is under way, the last makes the result
-visible. Stopping, pausing or deleting can take minutes, and a transaction held open for so long would keep
-everybody else from writing (SQLite has one writer). What keeps the decision true in between is the lock,
-because nobody else changes the workspace while it is held. What is only written down, such as that a
-workspace is dormant, is decided again in the transaction that writes it. A policy or an owner's status that
-changes meanwhile counts from the next tick on.
+A transition is made under the workspace's lock, by the same operations that users call. It is decided again
+in the transaction that begins the operation or, where it is only written down, such as that a workspace is
+dormant, in the one that writes it; after that the lock keeps the decision true. A policy or an owner's status
+that changes meanwhile counts from the next tick on.
 
 A transition that failed leaves a failed run: as the rules say, autostop and autostart then wait until a later
 run succeeds, and a delete for 24 hours. Dormancy is tried at each tick. A dormant workspace is no longer
@@ -222,10 +219,15 @@ class LifecycleExecutor:
                 ticks.latest,
                 "is not known" if ticks.previous is None else f"was {ticks.previous}",
             )
-        stats = _stats(tick, results, time.monotonic() - started)
+        made = {each: result for each, result in results.items() if isinstance(result, Transition)}
+        failed = {each: _text(result) for each, result in results.items() if isinstance(result, Exception)}
+        skipped = {each: result for each, result in results.items() if isinstance(result, Skip)}
+        took_s = time.monotonic() - started
         if self._metrics is not None:
-            self._metrics.observe(stats.transitions.values(), len(stats.errors), stats.elapsed_s)
-        return stats
+            self._metrics.observe(made.values(), len(failed), took_s)
+        return Stats(
+            tick, MappingProxyType(made), MappingProxyType(failed), MappingProxyType(skipped), took_s
+        )
 
     def run(self, stop: threading.Event, interval_s: float = 60.0) -> None:
         """Call `run_once` now and at each multiple of `interval_s` until `stop` is set.
@@ -402,21 +404,13 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _stats(tick: datetime, results: Mapping[str, _Result], elapsed_s: float) -> Stats:
-    made = {each: result for each, result in results.items() if isinstance(result, Transition)}
-    failed = {each: _text(result) for each, result in results.items() if isinstance(result, Exception)}
-    skipped = {each: result for each, result in results.items() if isinstance(result, Skip)}
-    return Stats(tick, MappingProxyType(made), MappingProxyType(failed), MappingProxyType(skipped), elapsed_s)
-
-
 def wall_clock_ticks(
     stop: threading.Event, interval_s: float, *, clock: Callable[[], datetime], wait: Wait
 ) -> Iterator[datetime]:
     """The time at once, then at each multiple of `interval_s` since 1970, until `stop` is set.
 
-    The next tick is looked for when the one before was dealt with: two never overlap, those that were missed
-    are left out, and delays do not add up. A clock that is set to another time gives a tick at once or within
-    one interval.
+    Those that come while one is dealt with are left out, and delays do not add up. A clock that is set to
+    another time gives a tick at once or within one interval.
     """
     if not 0 < interval_s < float("inf"):
         raise InvalidArgument(f"the interval of ticks must be above 0 s: it is {interval_s!r}")

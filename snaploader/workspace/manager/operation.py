@@ -301,6 +301,11 @@ class Work:
             self.afterwards(f"snapshot {record.name!r}", partial(let_go, self.services, record))
 
 
+def text_of(error: BaseException) -> str:
+    """What of an error is written down for others to read."""
+    return error.message if isinstance(error, SnaploaderError) else repr(error)
+
+
 def runs_nevertheless(services: Services, workspace_id: str) -> bool:
     """Whether a workspace runs although starting it failed: the failure may have come after the effect."""
     try:

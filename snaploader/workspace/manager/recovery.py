@@ -25,7 +25,7 @@ from snaploader.errors import (
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, STOP, bring_back, finish_deletion
-from snaploader.workspace.manager.operation import RECOVERY, Services, runs_nevertheless
+from snaploader.workspace.manager.operation import RECOVERY, Services, runs_nevertheless, text_of
 from snaploader.workspace.manager.snapshots import forget_remote, let_go, remove_unfinished
 from snaploader.workspace.manager.undo import settle
 from snaploader.workspace.model import (
@@ -126,8 +126,7 @@ class _Recovery:
             yield
         except Exception as error:
             log.warning("recovery of %r failed", name, exc_info=True)
-            text = error.message if isinstance(error, SnaploaderError) else repr(error)
-            self.problems.append(Note(name, text))
+            self.problems.append(Note(name, text_of(error)))
 
     def _attempt(self, name: str, workspace_id: str, action: Callable[..., object], *args: object) -> None:
         """Do something about one thing of a workspace, unless somebody else works on that workspace.

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
-from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless
+from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless, text_of
 from snaploader.workspace.manager.snapshots import remove_unfinished
 from snaploader.workspace.manager.versions import carry_on, is_placed
 from snaploader.workspace.model import (
@@ -158,13 +158,13 @@ def _record(
             tx.put_snapshot(record)
         if restart_error is not None:
             tx.update_workspace(work.workspace_id, state=WorkspaceState.STOPPED)
-            work.record_run(tx, RunTransition.START, error=_text(restart_error))
+            work.record_run(tx, RunTransition.START, error=text_of(restart_error))
         elif error is not None and _is_failed_run(work, error):
-            work.record_run(tx, _TRANSITIONS[kind], error=_text(error))
+            work.record_run(tx, _TRANSITIONS[kind], error=text_of(error))
         if error is None:
             work.record_event(tx, RECOVERED, operation=kind.value, outcome="undone")
         else:
-            work.record_event(tx, FAILED, operation=kind.value, error=_text(error))
+            work.record_event(tx, FAILED, operation=kind.value, error=text_of(error))
     return unfinished
 
 
@@ -189,7 +189,3 @@ def _forget(work: Work) -> None:
     with services.catalog.transaction() as tx:
         tx.end_operation(work.workspace_id, work.operation.token)
         tx.forget_workspace(work.workspace_id)
-
-
-def _text(error: BaseException) -> str:
-    return getattr(error, "message", "") if isinstance(error, SnaploaderError) else repr(error)

@@ -129,11 +129,10 @@ def rollback(services: Services, workspace_id: str, number: int, *, keep_current
     return finish_rollback(work, target, kept)
 
 
-def check_number(number: int) -> int:
-    """Return `number` if a version can have it. InvalidArgument otherwise."""
+def check_number(number: int) -> None:
+    """InvalidArgument when no version can have this number."""
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_VERSION:
         raise InvalidArgument(f"{number!r} is no version: versions are whole numbers from 1 to {MAX_VERSION}")
-    return number
 
 
 def finish_rollback(
