@@ -244,10 +244,9 @@ class WorkspaceLocks:
 
     def try_acquire(self, workspace_id: str) -> HeldLock | None:
         """The lock of a workspace if it can be had without waiting."""
-        try:
+        with suppress(DeadlineExceeded):
             return self.acquire(workspace_id, timeout_s=0)
-        except DeadlineExceeded:
-            return None
+        return None
 
     def ids(self) -> list[str]:
         with translate_os_errors(f"cannot list {self._folder!r}"):

@@ -13,7 +13,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -96,11 +96,9 @@ class Services:
         return self.runtime.stop(workspace_id, timeout_s=self.stop_timeout_s, force=True)
 
     def find_workspace(self, workspace_id: str) -> Workspace | None:
-        with self.catalog.reading() as reader:
-            try:
-                return reader.workspace(workspace_id)
-            except NotFound:
-                return None
+        with self.catalog.reading() as reader, suppress(NotFound):
+            return reader.workspace(workspace_id)
+        return None
 
     def place(self, spec: WorkspaceSpec, snapshot: Snapshot, base: Snapshot | None, token: str) -> None:
         """Replace a workspace's state by a snapshot's; the token says afterwards that it was done."""

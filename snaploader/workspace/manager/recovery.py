@@ -316,11 +316,10 @@ class _Recovery:
 
     def _is_whole(self, record: SnapshotRecord) -> bool:
         policy = ReadPolicy.LOCAL_FIRST if record.is_remote else ReadPolicy.LOCAL_ONLY
-        try:
+        with suppress(NotFound, DataLoss, InvalidArgument):
             self.services.content.find(record, policy)
-        except (NotFound, DataLoss, InvalidArgument):
-            return False
-        return True
+            return True
+        return False
 
     def _give_up(self, workspace: Workspace, reason: str) -> None:
         """Move a record aside that lost its slot; where the catalog knows it, it has no slot any more."""

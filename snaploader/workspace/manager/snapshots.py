@@ -159,11 +159,10 @@ class SnapshotContent:
         return pin_name(record.name) in self.file_cache.pins(pin_name(record.name))
 
     def is_local(self, runtime_name: str) -> bool:
-        try:
+        with suppress(NotFound):
             self.file_cache.get_ref(self.manifest_ref(runtime_name))
-        except NotFound:
-            return False
-        return True
+            return True
+        return False
 
     def pinned_names(self, workspace_id: str) -> list[str]:
         return [pin.removeprefix(_PINS) for pin in self.file_cache.pins(pin_name(f"{workspace_id}."))]
@@ -276,12 +275,9 @@ def completed(record: SnapshotRecord) -> SnapshotRecord:
 
 def find_snapshot(tx: Reader, name: str) -> SnapshotRecord | None:
     """The snapshot of that name; None when the name is empty or there is none."""
-    if not name:
-        return None
-    try:
-        return tx.snapshot(name)
-    except NotFound:
-        return None
+    with suppress(NotFound):
+        return tx.snapshot(name) if name else None
+    return None
 
 
 def load_state(
