@@ -148,12 +148,13 @@ def test_folders_are_swept_before_records_are_read(parked: Host, monkeypatch: py
     def watch(name: str) -> None:
         method: Callable[..., Any] = getattr(parked.manager.records, name)
         monkeypatch.setattr(
-            parked.manager.records, name, lambda *given: (steps.append(name), method(*given))[1]
+            parked.manager.records, name, lambda entry: (steps.append(f"{name} {entry}"), method(entry))[1]
         )
 
     (folder_of(parked) / "one.trash-1").mkdir()
     watch("sweep")
     watch("read")
     parked.manager.recover()
-    assert steps[:4] == ["sweep", "read", "read", "read"]
+    assert steps[:2] == ["read one.trash-1", "sweep one.trash-1"]
+    assert sorted(steps[2:5]) == ["read one", "read three", "read two"]
     assert "sweep" not in steps[4:]
