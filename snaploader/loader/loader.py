@@ -176,7 +176,7 @@ class SnapshotLoader:
         """
         return self._finder.find(
             key_set,
-            ReadPolicy.parse(read_policy),
+            _read_policy(read_policy),
             allow_degraded=allow_degraded,
             max_stale_fallback_age_s=max_stale_fallback_age_s,
         )
@@ -191,7 +191,7 @@ class SnapshotLoader:
         """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
         key_set = SnapshotKeySet(key, (), key)
-        return self._finder.find(key_set, ReadPolicy.parse(read_policy), allow_degraded=False)
+        return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=False)
 
     def unpack_snapshot(
         self,
@@ -434,6 +434,10 @@ class SnapshotLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _read_policy(policy: ReadPolicy | str) -> ReadPolicy:
+    return policy if isinstance(policy, ReadPolicy) else ReadPolicy.parse(policy)
 
 
 def _directory_source(source: DirectorySource | str | os.PathLike[str]) -> DirectorySource:
