@@ -1,7 +1,4 @@
-from snaploader._proto.snaploader_pb2 import (
-    VMConfiguration as VMConfiguration,
-    VMMetadata as VMMetadata,
-)
+from snaploader._proto.snaploader_pb2 import VMConfiguration as VMConfiguration, VMMetadata as VMMetadata
 from snaploader._version import __version__ as __version__
 from snaploader.blobstore import (
     BlobStore as BlobStore,
@@ -10,10 +7,7 @@ from snaploader.blobstore import (
     TransferStatistics as TransferStatistics,
     Upload as Upload,
 )
-from snaploader.digest import (
-    Digest as Digest,
-    DigestFunction as DigestFunction,
-)
+from snaploader.digest import Digest as Digest, DigestFunction as DigestFunction
 from snaploader.errors import (
     Cancelled as Cancelled,
     DataLoss as DataLoss,
@@ -32,10 +26,7 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache as FileCache
 from snaploader.formats.chunktable import ChunkTable as ChunkTable
 from snaploader.formats.dirtree import DirectoryTree as DirectoryTree
-from snaploader.formats.manifest import (
-    Manifest as Manifest,
-    PlainFile as PlainFile,
-)
+from snaploader.formats.manifest import Manifest as Manifest, PlainFile as PlainFile
 from snaploader.keys import (
     SnapshotKey as SnapshotKey,
     SnapshotKeySet as SnapshotKeySet,

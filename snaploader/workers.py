@@ -29,11 +29,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self,
-        workers: int = DEFAULT_WORKERS,
-        *,
-        owner: str = "the loader",
-        thread_name: str = "snaploader",
+        self, workers: int = DEFAULT_WORKERS, *, owner: str = "the loader", thread_name: str = "snaploader"
     ) -> None:
         self.workers = max(1, workers)
         self._executor = ThreadPoolExecutor(self.workers, thread_name_prefix=thread_name)

@@ -15,14 +15,7 @@ import click
 
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.cli.lookup import key_record
-from snaploader.cli.options import (
-    Command,
-    TaskOptions,
-    command,
-    option,
-    save_options,
-    task_options,
-)
+from snaploader.cli.options import Command, TaskOptions, command, option, save_options, task_options
 from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import KEY_VALUE, SIZE, Parsed, format_size, format_time, parse_size

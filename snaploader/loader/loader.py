@@ -194,11 +194,7 @@ class SnapshotLoader:
         return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=False)
 
     def unpack_snapshot(
-        self,
-        snapshot: Snapshot,
-        output_directory: str | os.PathLike[str],
-        *,
-        writable_files: bool = False,
+        self, snapshot: Snapshot, output_directory: str | os.PathLike[str], *, writable_files: bool = False
     ) -> UnpackedSnapshot:
         """Make a snapshot usable, at once: no chunk of a chunked file is read before it is touched.
 

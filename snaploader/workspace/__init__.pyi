@@ -1,8 +1,5 @@
 from snaploader.workspace.catalog import Catalog as Catalog
-from snaploader.workspace.check import (
-    Finding as Finding,
-    FindingKind as FindingKind,
-)
+from snaploader.workspace.check import Finding as Finding, FindingKind as FindingKind
 from snaploader.workspace.host import SlotPool as SlotPool
 from snaploader.workspace.lifecycle import (
     AuditRecord as AuditRecord,
@@ -59,7 +56,4 @@ from snaploader.workspace.runtime import (
     RuntimeStatus as RuntimeStatus,
     StopOutcome as StopOutcome,
 )
-from snaploader.workspace.sizes import (
-    HostSizes as HostSizes,
-    WorkspaceSize as WorkspaceSize,
-)
+from snaploader.workspace.sizes import HostSizes as HostSizes, WorkspaceSize as WorkspaceSize

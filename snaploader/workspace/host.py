@@ -124,12 +124,7 @@ class HostHome:
 def place_of(path: str) -> dict[str, Any]:
     """What tells a file from a copy of it: machine, boot, device and inode. Raises OSError."""
     status = os.stat(path)
-    return {
-        "machine": _machine(),
-        "boot": read_boot_id(),
-        "device": status.st_dev,
-        "inode": status.st_ino,
-    }
+    return {"machine": _machine(), "boot": read_boot_id(), "device": status.st_dev, "inode": status.st_ino}
 
 
 def is_same_place(known: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

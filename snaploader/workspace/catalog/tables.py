@@ -192,18 +192,10 @@ def _choice(name: str, enumeration: type[StrEnum]) -> tuple[Column[Any], CheckCo
 
 
 policies = Table(
-    "policies",
-    metadata,
-    Column("name", Word, primary_key=True),
-    Column("settings", Document, nullable=False),
+    "policies", metadata, Column("name", Word, primary_key=True), Column("settings", Document, nullable=False)
 )
 
-owners = Table(
-    "owners",
-    metadata,
-    Column("name", Word, primary_key=True),
-    *_choice("status", OwnerStatus),
-)
+owners = Table("owners", metadata, Column("name", Word, primary_key=True), *_choice("status", OwnerStatus))
 
 hosts = Table(
     "hosts",

@@ -25,12 +25,7 @@ from snaploader.workspace.manager.operation import ALIVE, Services, check_state,
 from snaploader.workspace.manager.recovery import Note, RecoverySummary, recover
 from snaploader.workspace.manager.snapshots import SnapshotContent, list_snapshots
 from snaploader.workspace.manager.undo import undo_failed
-from snaploader.workspace.manager.versions import (
-    OrphanedUpload,
-    check_number,
-    find_commit,
-    orphaned_uploads,
-)
+from snaploader.workspace.manager.versions import OrphanedUpload, check_number, find_commit, orphaned_uploads
 from snaploader.workspace.model import (
     Event,
     OperationKind,
@@ -520,11 +515,7 @@ class WorkspaceManager:
 
     @contextmanager
     def hold(
-        self,
-        workspace_id: str,
-        *,
-        timeout_s: float | None = None,
-        cancelled: threading.Event | None = None,
+        self, workspace_id: str, *, timeout_s: float | None = None, cancelled: threading.Event | None = None
     ) -> Iterator[HeldWorkspace]:
         """The workspace under its lock, for several operations in a row with nothing in between.
 

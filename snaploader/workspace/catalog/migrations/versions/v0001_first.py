@@ -123,10 +123,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="versions_key"),
         sa.ForeignKeyConstraint(["workspace_id"], ["workspaces.id"], name="versions_workspace_id_is_known"),
         sa.ForeignKeyConstraint(
-            ["snapshot_name"],
-            ["snapshots.name"],
-            name="versions_snapshot_name_is_known",
-            ondelete="CASCADE",
+            ["snapshot_name"], ["snapshots.name"], name="versions_snapshot_name_is_known", ondelete="CASCADE"
         ),
         sa.UniqueConstraint("workspace_id", "number", name="versions_have_one_workspace_id_number"),
         sa.UniqueConstraint("snapshot_name", name="versions_have_one_snapshot_name"),
