@@ -57,31 +57,40 @@ class HeldWorkspace:
     def create_snapshot(
         self, name: str = "", source: str = SnapshotSource.MANUAL, *, scope: Scope | str = Scope.FULL
     ) -> SnapshotResult:
+        """As `WorkspaceManager.create_snapshot`."""
         kept = SnapshotSource.parse(source), Scope.parse(scope), check_display_name(name)
         return self._complete(versions.take, versions.SNAPSHOT_CREATE, *kept)
 
     def create_version(self) -> SnapshotResult:
+        """As `WorkspaceManager.create_version`."""
         return self._complete(versions.take)
 
     def rollback(self, version: int, *, keep_current: bool = False) -> Workspace:
+        """As `WorkspaceManager.rollback`."""
         return self._complete(versions.rollback, version, keep_current=keep_current)
 
     def pause(self, *, reason: str = USER) -> SnapshotResult:
+        """As `WorkspaceManager.pause`."""
         return self._complete(lifetime.pause, reason)
 
     def resume(self, *, reason: str = USER, ready_timeout_s: float | None = None) -> Workspace:
+        """As `WorkspaceManager.resume`."""
         return self._complete(lifetime.resume, reason, ready_timeout_s=ready_timeout_s)
 
     def commit(self, name: str = "") -> SnapshotResult:
+        """As `WorkspaceManager.commit`."""
         return self._complete(versions.commit, check_display_name(name))
 
     def start(self, *, reason: str = USER) -> Workspace:
+        """As `WorkspaceManager.start`."""
         return self._complete(lifetime.start, reason)
 
     def stop(self, *, reason: str = USER) -> Workspace:
+        """As `WorkspaceManager.stop`."""
         return self._complete(lifetime.stop, reason)
 
     def delete(self, *, reason: str = USER, forget_remote: bool = False) -> Workspace:
+        """As `WorkspaceManager.delete`."""
         return self._complete(lifetime.delete, self._lock, reason, without_remote=forget_remote)
 
     def _complete(
