@@ -90,7 +90,7 @@ class SnapshotKind(StrEnum):
     COMMIT = "commit"
     """Durable, in the remote cache; workspaces can be forked from it."""
     BASE = "base"
-    """What a forked workspace began as."""
+    """What a workspace began as: the content it was created from, or the commit it was forked from."""
 
 
 class SnapshotStatus(StrEnum):
@@ -245,7 +245,7 @@ class Workspace:
     current_snapshot: str = ""
     """Name of the snapshot that its state goes on from; empty: none yet."""
     base_snapshot: str = ""
-    """Name of the snapshot that it was forked from; empty: none."""
+    """Name of its own snapshot, of kind `base`, that it began as; empty: it began empty."""
     last_version: int = 0
     paused_at: datetime | None = None
     dormant_at: datetime | None = None
