@@ -1,6 +1,6 @@
 """Measure the loader against the floors of this machine, and save the figures as JSON.
 
-    python -m benchmarks.run [--size-mib 2048] [--casd PATH] [--output benchmarks/results.json]
+    python -m benchmarks.run [--size-mib 2048] [--casd PATH] [--output benchmarks/results/loader.json]
 
 Each figure stands beside its baseline, which is measured in the same run: shared machines are noisy,
 so read the ratios. Scratch space (about six times the size) is taken in --scratch.

@@ -105,7 +105,7 @@ class Reader:
         return [tables.workspace_of(row) for row in self._all(query)]
 
     def due(self, tick: datetime, *, host: str, limit: int | None = None) -> list[DueWorkspace]:
-        """List workspaces of `host` for which `decide` may say something at `tick`, the longest due first.
+        """List workspaces of `host` that `Situation.decide` may want changed at `tick`, longest due first.
 
         One query on an index: those that are not due cost nothing.
         """
