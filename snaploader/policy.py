@@ -88,7 +88,7 @@ class PolicyOverrides:
         """Read the policy properties among `properties`.
 
         Raises:
-            InvalidArgument: A policy property has a value it cannot have, or is there twice.
+            InvalidArgument: A policy property has a value it cannot have, or two different ones.
         """
         found: dict[str, str] = {}
         for name, value in properties:

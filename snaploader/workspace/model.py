@@ -323,7 +323,7 @@ class Run:
     deadline: datetime | None = None
     """When a started one is to be stopped; None: never."""
     reason: str = ""
-    """Who wanted it: "user", or a kind of lifecycle transition."""
+    """Who wanted it: "user", "recovery", or a lifecycle transition."""
     error: str = ""
 
 
