@@ -1,7 +1,7 @@
 """Files, folders and locks: how this library opens, reads, copies, replaces, flushes, locks and removes them.
 
-One copy of each of these steps is here for all packages but `cow`, which stands alone. What handles content
-raises OSError.
+One copy of each of these steps is here for all packages but `cow`, which stands alone. Functions that read,
+write or copy content raise OSError.
 
 Another user may have made a folder of content before, or may write to it, and may have put a symbolic link, a
 pipe or a file of somebody else's where this library expects a file of its own. So a folder or file is opened

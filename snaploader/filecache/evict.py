@@ -39,7 +39,7 @@ RETRY_SCAN_S = 1.0
 EVICTS_AHEAD_FROM_BYTES = 1 << 30
 """Size of a cache from which a part of it is kept free, unless the user says how much."""
 AHEAD_PART = 16
-"""Which part of it that is."""
+"""The part that is kept free then: one in so many bytes."""
 AHEAD_ENTRIES = 64
 """Entries that the thread evicts before it lets others have the lock."""
 AHEAD_PAUSE_S = 0.001

@@ -53,7 +53,7 @@ MAY_ONLY_READ = (FailedPrecondition, PermissionDenied, Unauthenticated, Unimplem
 bazel-remote's with `--allow_unauthenticated_reads`."""
 
 _MAX_REMEMBERED = 1024
-"""Keys of which is remembered what stood there remotely when this loader last looked."""
+"""For so many keys this loader remembers what stood there remotely when it last looked."""
 
 
 @dataclass(frozen=True, slots=True)

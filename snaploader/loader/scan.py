@@ -221,7 +221,7 @@ def is_settled(identity: FileIdentity, looked_ns: int) -> bool:
 
 
 def read_index(path: str, function: DigestFunction) -> CaptureIndex:
-    """The index in a file; an empty one when there is none that is any good."""
+    """The index in a file; an empty one when there is none, or it cannot be used."""
     try:
         with open(path, "rb") as file:
             data = file.read()

@@ -96,7 +96,7 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 
 
 class BatchLimit:
-    """The size of batches, in bytes: lowered when a server refuses one that was below. Thread-safe."""
+    """The size of batches, in bytes: lowered when a server refuses a batch within it. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._lock = threading.Lock()

@@ -71,7 +71,7 @@ class HostHome:
         self.is_claimed = False
 
     def claim(self, *, replace: bool = False) -> None:
-        """Make sure that this is the host's state directory; the first one that asks is.
+        """Make sure that this is the host's state directory; the first directory to ask becomes it.
 
         FailedPrecondition when the host has another one, unless that is to be replaced because it is lost for
         good, or when this one is another host's, or a copy.

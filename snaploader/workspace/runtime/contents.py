@@ -137,25 +137,11 @@ def copy_tree(source: str, target: str) -> None:
     with translate_os_errors(f"cannot copy {source!r}"):
         if not stat.S_ISDIR(os.stat(source).st_mode):
             raise InvalidArgument(f"{source!r} is no folder that a workspace could begin with")
-        _check_names(source)
         try:
             shutil.copytree(source, target, symlinks=True, copy_function=_copy_file)
         except shutil.Error as error:
             _, _, reason = error.args[0][0]
             raise InvalidArgument(f"cannot copy {source!r}: {reason}") from error
-
-
-def _check_names(source: str) -> None:
-    """Find a name that no snapshot can hold before there is anything to be removed again."""
-    for folder, folders, others in os.walk(source):
-        for name in (*folders, *others):
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                path = os.path.join(folder, name)
-                raise InvalidArgument(
-                    f"cannot copy {path!r}: its name is not valid UTF-8. Rename it"
-                ) from None
 
 
 def _copy_file(source: str, target: str) -> None:
