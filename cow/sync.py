@@ -17,8 +17,8 @@ class Gate:
     Readers wait for nothing. Writers wait while an exclusive section runs or waits to run, so it cannot
     starve. Nothing slow belongs between `enter_write` and `leave_write`. Not reentrant.
 
-    Entering and leaving take no lock: a thread appends to a list or pops from it, in one atomic step, and then
-    looks at the flags. Whoever sets a flag looks at the lists after that, so at least one of the two
+    Entering and leaving take no lock: a thread appends to a list or pops from it, in one atomic step, and
+    then looks at the flags. Whoever sets a flag looks at the lists after that, so at least one of the two
     sees the other. Every entry after `close` raises what `closed_error` makes.
     """
 
