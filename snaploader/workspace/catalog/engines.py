@@ -163,6 +163,11 @@ def file_of(url: URL) -> str:
     return unquote(path)
 
 
+def is_read_only(url: URL) -> bool:
+    """Whether an SQLite file may only be read, as its URL says."""
+    return _is_uri(url) and url.query.get("mode") == "ro"
+
+
 def _is_uri(url: URL) -> bool:
     says_so = str(url.query.get("uri")).lower() in {"true", "yes", "on", "y", "t", "1"}  # as in SQLAlchemy
     return says_so and (url.database or "").startswith("file:")

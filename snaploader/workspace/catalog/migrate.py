@@ -1,6 +1,7 @@
-"""The schema's versions: found out with one query, and brought up to date by Alembic's migrations.
+"""The schema's versions: found out, and brought up to date by Alembic's migrations; and auxiliary tables.
 
-Alembic is imported only when there is something to do.
+Alembic is imported only when there is something to do. Auxiliary tables are not counted in the revision, so
+that an earlier release, which does not know them, goes on with the catalog.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import os
 from sqlalchemy import Connection, Engine, inspect, text
 
 from snaploader.errors import FailedPrecondition
-from snaploader.workspace.catalog import engines
+from snaploader.workspace.catalog import engines, tables
 from snaploader.workspace.catalog.engines import POSTGRESQL, shown
 
-HEAD = "0003"
+HEAD = "0001"
 """Revision of the schema that this library reads and writes."""
+
+_UNRELEASED = ("0002", "0003")
+"""Revisions that no release had: they counted what is in auxiliary tables now. The next one is "0004"."""
 
 MIGRATIONS = os.path.join(os.path.dirname(__file__), "migrations")
 """Alembic's folder of migrations."""
@@ -24,9 +28,11 @@ _MIGRATION_LOCK = 0x536E61705F6D6967
 
 
 def upgrade(engine: Engine, *, migrations: str = MIGRATIONS, head: str = HEAD) -> None:
-    """Bring the schema to revision `head`, in one transaction that others wait for."""
+    """Bring the schema to revision `head`, with all tables, in one transaction that others wait for."""
     with engine.connect() as connection:
-        if engines.when_free(lambda: _revision(connection)) == head:
+        if engines.when_free(lambda: _revision(connection) == head) and (
+            engines.is_read_only(engine.url) or engines.when_free(lambda: _has_auxiliary(connection))
+        ):
             return
     with engines.writing(engine) as connection, connection.begin():
         if engine.dialect.name == POSTGRESQL:
@@ -34,8 +40,12 @@ def upgrade(engine: Engine, *, migrations: str = MIGRATIONS, head: str = HEAD) -
             connection.execute(text("SET LOCAL lock_timeout = '10min'"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
         revision = _revision(connection)
+        if revision in _UNRELEASED:
+            _take_back(connection, revision)
+            revision = "0001"
         if revision != head:
             _migrate(connection, revision, migrations, head)
+        tables.metadata.create_all(connection, tables=tables.AUXILIARY)
 
 
 def _revision(connection: Connection) -> str | None:
@@ -43,6 +53,21 @@ def _revision(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
+def _has_auxiliary(connection: Connection) -> bool:
+    inspector = inspect(connection)
+    return all(inspector.has_table(table.name) for table in tables.AUXILIARY)
+
+
+def _take_back(connection: Connection, revision: str) -> None:
+    """Bring an unreleased revision to 0001, with all that it holds."""
+    tables.metadata.create_all(connection, tables=tables.AUXILIARY)
+    if revision == "0003":
+        places = "SELECT name, state_id, state_place FROM hosts WHERE state_place IS NOT NULL"
+        connection.execute(text(f"INSERT INTO host_places (host, state_id, place) {places}"))
+        connection.execute(text("ALTER TABLE hosts DROP COLUMN state_place"))
+    connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
 
 
 def _migrate(connection: Connection, revision: str | None, migrations: str, head: str) -> None:

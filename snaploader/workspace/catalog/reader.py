@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Executable, Row, Select, select
+from sqlalchemy import Connection, Executable, Row, Select, and_, select
 
 from snaploader.errors import NotFound
 from snaploader.workspace.catalog import tables
@@ -220,10 +220,12 @@ class Reader:
 
     def host_state(self, host: str) -> HostState | None:
         """Return the state directory that a host works with, or None when it has not done anything yet."""
-        row = self._first(select(tables.hosts).where(tables.hosts.c.name == host))
-        if row is None:
-            return None
-        return HostState(row.name, row.state_id, row.state_directory, row.state_place)
+        hosts, places = tables.hosts.c, tables.host_places.c
+        # A library that knows no places may have given the host another state directory since.
+        its_own = and_(places.host == hosts.name, places.state_id == hosts.state_id)
+        query = select(tables.hosts, places.place).outerjoin(tables.host_places, its_own)
+        row = self._first(query.where(hosts.name == host))
+        return None if row is None else HostState(row.name, row.state_id, row.state_directory, row.place)
 
     # Statements
 

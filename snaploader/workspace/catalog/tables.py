@@ -1,4 +1,4 @@
-"""The tables of the catalog as the newest migration leaves them, and what their columns and rows mean.
+"""The tables of the catalog as it is after it was opened, and what their columns and rows mean.
 
 Types of columns make values the same on every database, and raise InvalidArgument for those that it cannot
 keep; functions turn rows into the values of `snaploader.workspace.model` and back. docs/formats/catalog.md
@@ -203,7 +203,14 @@ hosts = Table(
     Column("name", Word, primary_key=True),
     Column("state_id", Word, nullable=False, unique=True),
     Column("state_directory", Prose, nullable=False),
-    Column("state_place", Document),
+)
+
+host_places = Table(
+    "host_places",
+    metadata,
+    Column("host", Word, primary_key=True),
+    Column("state_id", Word, nullable=False),
+    Column("place", Document, nullable=False),
 )
 
 ticks = Table(
@@ -213,6 +220,9 @@ ticks = Table(
     Column("latest_at", Moment, nullable=False),
     Column("previous_at", Moment),
 )
+
+AUXILIARY = (host_places, ticks)
+"""Tables that no revision of the schema counts: a library that does not know them works without them."""
 
 workspaces = Table(
     "workspaces",

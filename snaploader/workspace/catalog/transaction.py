@@ -418,8 +418,14 @@ class Transaction(Reader):
                 f"{state_directory!r}: use that one, or another name for this host. If it is lost for good, "
                 "recover with --rebind-state (or recover(rebind_state=True)) to go on without it"
             )
-        row = {"name": host, "state_id": state_id, "state_directory": shown, "state_place": place}
+        row = {"name": host, "state_id": state_id, "state_directory": shown}
         self._upsert(table, row, key="name")
+        if place is None:
+            places = tables.host_places
+            self._execute(delete(places).where(places.c.host == host))
+        else:
+            where = {"host": host, "state_id": state_id, "place": place}
+            self._upsert(tables.host_places, where, key="host")
 
     def note_tick(self, host: str, tick: datetime) -> Ticks:
         """Record that the lifecycle of a host has come to `tick`, and return its two latest ticks."""

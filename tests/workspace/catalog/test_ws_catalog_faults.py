@@ -33,6 +33,7 @@ from snaploader.errors import (
 )
 from snaploader.workspace.catalog import Catalog, engines
 from snaploader.workspace.catalog.engines import from_database_error
+from snaploader.workspace.catalog.tables import AUXILIARY
 from snaploader.workspace.model import OwnerStatus
 
 
@@ -87,6 +88,15 @@ class TestSQLite:
             catalog.transaction() as transaction,
         ):
             transaction.add_workspace(workspace())
+
+    def test_a_catalog_of_an_earlier_release_that_may_only_be_read_is_read(self, path: Path) -> None:
+        with Catalog.open(path) as catalog:
+            add(catalog, workspace())
+            with catalog._engine.begin() as connection:
+                for table in AUXILIARY:  # which that release did not make
+                    table.drop(connection)
+        with Catalog.open(f"sqlite:///file:{path}?mode=ro&uri=true") as catalog, catalog.reading() as reader:
+            assert reader.workspaces() == [workspace()]
 
     def test_a_full_disk_leaves_the_old_state_and_a_usable_catalog(self, catalog: Catalog) -> None:
         add(catalog, workspace())

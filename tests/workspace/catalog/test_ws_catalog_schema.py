@@ -6,6 +6,8 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from sqlalchemy import MetaData, UniqueConstraint, create_engine, inspect, text
 from snaploader.errors import FailedPrecondition
 from snaploader.workspace.catalog import Catalog, engines, migrate, tables
 from snaploader.workspace.catalog.engines import parse_address
+from snaploader.workspace.catalog.reader import HostState
 from snaploader.workspace.model import WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 
@@ -101,15 +104,27 @@ DATA_OF_REVISION = {
         "INSERT INTO versions VALUES (1, 'old', 1, 's', 'first', 1772366400000000)",
         "INSERT INTO events VALUES (1, 'old', 'version_create', '{\"version\":1}', 1772366400000000)",
         "INSERT INTO runs VALUES (1, 'old', 'start', 'succeeded', 1, 2, NULL, 'user', '')",
+        "INSERT INTO hosts (name, state_id, state_directory) VALUES ('host-a', 'id', '/state')",
     ),
 }
 """What a catalog of each revision may hold. A new revision adds an entry."""
-DATA_OF_REVISION["0002"] = (
-    *DATA_OF_REVISION["0001"],
-    "INSERT INTO ticks VALUES ('host-a', 1772366400000000, NULL)",
-    "INSERT INTO hosts (name, state_id, state_directory) VALUES ('host-a', 'id', '/state')",
+
+UNRELEASED = {
+    "0002": (
+        """CREATE TABLE ticks (host TEXT {} NOT NULL, latest_at BIGINT NOT NULL, previous_at BIGINT,
+           CONSTRAINT ticks_key PRIMARY KEY (host))""",
+        "INSERT INTO ticks VALUES ('host-a', 1772366400000000, NULL)",
+        "UPDATE alembic_version SET version_num = '0002'",
+    )
+}
+"""What revisions that no release had added to 0001, and what a catalog may hold of it."""
+UNRELEASED["0003"] = (
+    *UNRELEASED["0002"],
+    "ALTER TABLE hosts ADD COLUMN state_place TEXT",
+    "UPDATE hosts SET state_place = '{{\"inode\":1}}'",
+    "INSERT INTO hosts (name, state_id, state_directory) VALUES ('host-b', 'other', '/state')",
+    "UPDATE alembic_version SET version_num = '0003'",
 )
-DATA_OF_REVISION["0003"] = (*DATA_OF_REVISION["0002"], "UPDATE hosts SET state_place = '{\"inode\":1}'")
 
 
 def _revisions() -> list[str]:
@@ -118,17 +133,26 @@ def _revisions() -> list[str]:
     return [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
 
 
-@pytest.mark.parametrize("revision", _revisions())
+def _make_catalog(url: str, revision: str) -> None:
+    """Make a catalog of a revision, without auxiliary tables unless it counts them."""
+    with Catalog(parse_address(url)) as old:
+        engines.prepare_database(old._engine)
+        migrate.upgrade(old._engine, head="0001" if revision in UNRELEASED else revision)
+        collation = 'COLLATE "C"' if old.dialect == "postgresql" else ""
+        with old._engine.begin() as connection:
+            for table in tables.AUXILIARY:
+                table.drop(connection)
+            for statement in DATA_OF_REVISION["0001" if revision in UNRELEASED else revision]:
+                connection.exec_driver_sql(statement)
+            for statement in UNRELEASED.get(revision, ()):
+                connection.exec_driver_sql(statement.format(collation))
+
+
+@pytest.mark.parametrize("revision", [*_revisions(), *UNRELEASED])
 def test_a_catalog_of_any_revision_is_brought_up_to_date_with_its_data(
     empty_catalog_url: str, revision: str
 ) -> None:
-    old = Catalog(parse_address(empty_catalog_url))
-    engines.prepare_database(old._engine)
-    migrate.upgrade(old._engine, head=revision)
-    with old._engine.begin() as connection:
-        for statement in DATA_OF_REVISION[revision]:
-            connection.exec_driver_sql(statement)
-    old.close()
+    _make_catalog(empty_catalog_url, revision)
     with Catalog.open(empty_catalog_url) as catalog, catalog.reading() as reader:
         found = reader.workspace("old")
         assert (found.state, found.owner, found.spec.command) == (WorkspaceState.STOPPED, "eve", ("sh",))
@@ -137,11 +161,71 @@ def test_a_catalog_of_any_revision_is_brought_up_to_date_with_its_data(
         assert [item.payload for item in reader.events("old")] == [{"version": 1}]
         assert reader.latest_run("old") is not None
     with Catalog.open(empty_catalog_url) as catalog, catalog.transaction() as transaction:
-        is_known = revision >= "0002"
         host = transaction.host_state("host-a")
-        assert (host is not None) == is_known
-        assert host is None or host.place == ({"inode": 1} if revision >= "0003" else None)
-        assert transaction.note_tick("host-a", later(minutes=1)).agree is is_known
+        assert host is not None
+        assert (host.state_id, host.state_directory) == ("id", "/state")
+        assert host.place == ({"inode": 1} if revision == "0003" else None)
+        other = transaction.host_state("host-b")
+        assert (other is not None) == (revision == "0003")
+        assert other is None or other.place is None
+        assert transaction.note_tick("host-a", later(minutes=1)).agree is (revision in UNRELEASED)
+
+
+@pytest.mark.parametrize("revision", [*_revisions(), *UNRELEASED])
+def test_an_old_catalog_has_the_tables_of_a_new_one(
+    catalog: Catalog, empty_catalog_url: str, revision: str
+) -> None:
+    _make_catalog(empty_catalog_url, revision)
+    with Catalog.open(empty_catalog_url) as brought:
+        assert _described(brought) == _described(catalog)
+        assert _revision_of(brought) == migrate.HEAD
+
+
+@pytest.mark.parametrize("revision", [*_revisions(), *UNRELEASED])
+def test_many_may_open_an_old_catalog_at_once(empty_catalog_url: str, revision: str) -> None:
+    _make_catalog(empty_catalog_url, revision)
+    together = threading.Barrier(4)
+
+    def open_it(_: int) -> HostState | None:
+        together.wait(60)
+        with Catalog.open(empty_catalog_url) as catalog, catalog.reading() as reader:
+            return reader.host_state("host-a")
+
+    with ThreadPoolExecutor(4) as pool:
+        states = list(pool.map(open_it, range(4)))
+    assert states == [HostState("host-a", "id", "/state", {"inode": 1} if revision == "0003" else None)] * 4
+
+
+def test_what_came_after_the_first_release_is_not_counted(catalog: Catalog) -> None:
+    # The first release refuses any other revision; and it reads and writes no other tables than these.
+    assert _revision_of(catalog) == "0001"
+    described = _described(catalog)
+    assert described.keys() - {table.name for table in tables.AUXILIARY} == {
+        "events",
+        "hosts",
+        "owners",
+        "policies",
+        "runs",
+        "snapshots",
+        "versions",
+        "workspaces",
+    }
+    assert [column[0] for column in described["hosts"]["columns"]] == ["name", "state_id", "state_directory"]
+    for table in tables.AUXILIARY:
+        assert not table.foreign_keys
+
+
+def test_a_place_counts_only_for_the_state_directory_that_it_was_recorded_for(catalog: Catalog) -> None:
+    claimed = HostState("host-a", "id", "/state", {"inode": 1})
+    with catalog.transaction() as transaction:
+        transaction.claim_host(claimed)
+        assert transaction.host_state("host-a") == claimed
+    with catalog._engine.begin() as connection:  # as an earlier release does
+        connection.execute(text("UPDATE hosts SET state_id = 'another'"))
+    with catalog.transaction() as transaction:
+        assert transaction.host_state("host-a") == HostState("host-a", "another", "/state")
+        transaction.claim_host(claimed._replace(state_id="another", place={"inode": 2}))
+        assert transaction.host_state("host-a") == HostState("host-a", "another", "/state", {"inode": 2})
 
 
 @pytest.fixture
@@ -177,9 +261,7 @@ def test_a_migration_that_fails_leaves_the_old_schema(catalog: Catalog, migratio
         migrate.upgrade(catalog._engine, migrations=str(migrations), head="9999")
     with catalog._engine.connect() as connection:
         assert inspect(connection).has_table("runs")
-        assert (
-            connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == migrate.HEAD
-        )
+    assert _revision_of(catalog) == migrate.HEAD
 
 
 def test_a_newer_schema_is_refused_with_what_to_do(empty_catalog_url: str) -> None:
@@ -216,6 +298,11 @@ def test_the_page_on_the_format_names_every_column_and_the_newest_revision() -> 
         for column in table.columns:
             assert f"`{column.name}`" in described, f"{table.name}.{column.name}"
     assert f"revision `{migrate.HEAD}`" in page
+
+
+def _revision_of(catalog: Catalog) -> str:
+    with catalog._engine.connect() as connection:
+        return str(connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one())
 
 
 def _set_revision(catalog: Catalog, revision: str) -> None:
