@@ -36,10 +36,15 @@ class Interrupter:
         if frame.f_code.co_filename not in self._files:
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode" and not self.fired:
-            before = self._before.get(frame, "")
-            self._before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+        if event in {"call", "opcode"} and not self.fired:
+            step = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if event == "call":
+                is_looking = step == "RESUME"  # and not where an exception is thrown into a generator
+            else:
+                before = self._before.get(frame, "")
+                self._before[frame] = step
+                is_looking = before.startswith("CALL") or "JUMP_BACKWARD" in before
+            if is_looking:
                 self._left -= 1
                 if not self._left:
                     self.fired = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 
 import grpc
 import pytest
@@ -253,8 +254,21 @@ def test_a_transfer_that_gets_no_thread_says_which_limit_was_met(monkeypatch: py
     assert budget.used_bytes == 0
 
 
+class ImpatientQueue(SimpleQueue[None]):
+    def get(self, block: bool = True, timeout: float | None = 20) -> None:
+        super().get(block, timeout)
+
+
+class ImpatientBudget(ByteBudget):
+    """Raises `queue.Empty` instead of waiting for ever."""
+
+    def acquire(self, share: Share) -> None:
+        share.wake = ImpatientQueue()
+        super().acquire(share)
+
+
 def test_an_interrupt_at_any_step_of_a_bulk_transfer_leaves_nothing_to_wait_for() -> None:
-    budget, parent = ByteBudget(64 * 1024), Cancellation()
+    budget, parent = ImpatientBudget(64 * 1024), Cancellation()
 
     def work() -> None:
         ran: list[int] = []
