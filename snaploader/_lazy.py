@@ -7,14 +7,12 @@ does `attach`. Importing everything takes some 150 ms, which a program that need
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable
-from functools import cache
-from importlib import import_module
-from typing import Any
 
-_IMPORTS = re.compile(r"^from (\S+) import (?:\(([^)]*)\)|(.+))$", re.MULTILINE)
-_NAMES = re.compile(r"(\w+)(?: as \w+)?")
+# Nothing more is imported here: the command line heeds interrupts only after this.
+TYPE_CHECKING = False  # type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 def attach(
@@ -27,18 +25,28 @@ def attach(
         extra: The optional dependency that the error names when a third-party module is missing.
     """
 
-    @cache
+    found: dict[str, str] = {}
+
     def homes() -> dict[str, str]:
-        # Read by the loader, which finds it in an archive too; with `re`, as `ast` takes 10 ms to import.
-        stub = os.path.join(os.path.dirname(namespace["__file__"]), "__init__.pyi")
-        source = namespace["__loader__"].get_data(stub).decode()
-        return {
-            name: module
-            for module, several, one in _IMPORTS.findall(source)
-            for name in _NAMES.findall(several or one)
-        }
+        if not found:
+            import re  # `ast` takes 10 ms to import
+
+            # Read by the loader, which finds it in an archive too.
+            stub = os.path.join(os.path.dirname(namespace["__file__"]), "__init__.pyi")
+            source = namespace["__loader__"].get_data(stub).decode()
+            imports = re.findall(r"^from (\S+) import (?:\(([^)]*)\)|(.+))$", source, re.MULTILINE)
+            found.update(
+                {
+                    name: module
+                    for module, several, one in imports
+                    for name in re.findall(r"(\w+)(?: as \w+)?", several or one)
+                }
+            )
+        return found
 
     def get(name: str) -> Any:
+        from importlib import import_module
+
         if name == "__all__":
             return sorted(homes())
         if name.startswith("__") and name != "__version__":

@@ -18,10 +18,13 @@ SQLAlchemy, rich) by the function that needs it: `snaploader --version` needs no
 
 from __future__ import annotations
 
-import importlib.util
+import os
 import sys
 
-from snaploader.cli.process import complete_standard_streams, start_lightly
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
 MISSING_EXTRA_EXIT_CODE = 4
 """That of errors.FailedPrecondition, spelt out because nothing may be imported to say it."""
@@ -31,6 +34,33 @@ INTERRUPTED_EXIT_CODE = 130
 
 def main() -> None:
     """Entry point of the console script. Ends the process."""
+    try:
+        import signal
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored
+            signal.signal(signal.SIGINT, end_interrupted)
+        code = _run()
+    except KeyboardInterrupt:
+        end_interrupted()
+    sys.exit(code)
+
+
+def end_interrupted(_number: int = 0, _frame: FrameType | None = None) -> NoReturn:
+    """End the process at once. It handles SIGINT while nothing has begun that must be cleaned up.
+
+    An exception would not do: what is being imported may turn it into another, or Python may drop it.
+    """
+    try:
+        os.write(2, b"snaploader: error: interrupted\n")
+    finally:
+        os._exit(INTERRUPTED_EXIT_CODE)
+
+
+def _run() -> int:
+    import importlib.util
+
+    from snaploader.cli.process import complete_standard_streams, start_lightly
+
     complete_standard_streams()
     start_lightly()
     for package in ("click", "platformdirs", "rich"):
@@ -39,10 +69,7 @@ def main() -> None:
                 f"snaploader: the command line needs the Python package {package!r}, "
                 "which is not installed.\nInstall it with: pip install 'snaploader[cli]'\n"
             )
-            sys.exit(MISSING_EXTRA_EXIT_CODE)
-    try:
-        from snaploader.cli.app import run_command
-    except KeyboardInterrupt:
-        sys.stderr.write("snaploader: error: interrupted\n")
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    sys.exit(run_command(sys.argv[1:]))
+            return MISSING_EXTRA_EXIT_CODE
+    from snaploader.cli.app import run_command
+
+    return run_command(sys.argv[1:])

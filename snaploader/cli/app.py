@@ -13,6 +13,7 @@ from types import FrameType
 import click
 
 from snaploader._version import __version__
+from snaploader.cli import end_interrupted
 from snaploader.cli.options import CommandsOnDemand, Group, NoCommand, shared_options, workspace_options
 from snaploader.cli.output import TERMINATED, Output, ReaderLeft, explain
 from snaploader.cli.process import let_go, writing_to_stdout
@@ -70,9 +71,12 @@ def run_command(arguments: Sequence[str]) -> int:
     output = Output(as_json="--json" in own, verbose=2 if "-vv" in own else 0)
     with _ending_on_sigterm():
         try:
-            code = app.main(args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=output)
-            with writing_to_stdout():
-                sys.stdout.flush()
+            with _raising_interrupts():
+                code = app.main(
+                    args=list(arguments), prog_name="snaploader", standalone_mode=False, obj=output
+                )
+                with writing_to_stdout():
+                    sys.stdout.flush()
             return code if isinstance(code, int) else 0
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
@@ -113,3 +117,16 @@ def _ending_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _raising_interrupts() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt in the block where it would end the process at once."""
+    if signal.getsignal(signal.SIGINT) is not end_interrupted:
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, end_interrupted)
