@@ -168,6 +168,8 @@ def open_folder(path: str, access: Access, what: str = "the folder", *, parent: 
     things of others may be in it. FailedPrecondition when it is a symbolic link, and PermissionDenied when it
     belongs to somebody unexpected or is writable for others.
     """
+    if "\0" in path:
+        raise InvalidArgument(f"{what} {path!r} has a NUL character in its name")
     if parent is None:
         path = name = os.path.abspath(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -134,6 +134,8 @@ class ConfigFile:
         for item in value if isinstance(value, list) else [value]:
             if type(item) not in types:  # not isinstance: true and false are integers to it
                 self._fail(key, _wrong_type(item, expected))
+            if "\0" in str(item):
+                self._fail(key, "contains a NUL character")
             try:
                 option.type.convert(item if option.is_flag or option.count else str(item), option, None)
             except click.BadParameter as error:

@@ -185,7 +185,7 @@ def parse_endpoint(url: str) -> Endpoint:
         raise InvalidArgument(
             f"remote cache URL {url!r} must start with grpc://, grpcs:// (TLS) or unix: (a socket)"
         )
-    if not parts.hostname:
+    if not parts.hostname or "\0" in url:
         raise InvalidArgument(f"remote cache URL {url!r} names no host: write {parts.scheme}://host:port")
     if parts.username is not None or parts.password is not None:
         raise InvalidArgument(

@@ -139,6 +139,7 @@ def test_a_commands_own_options_come_from_its_table_and_variables(
     [
         ("cache-dri = 'x'", "did you mean 'cache-dir'"),
         ("chunk-size = '1MiB'", "is no option"),
+        ('cache-dir = "a\\u0000b"', "contains a NUL character"),
         ("max-cache-size = 'big'", "'max-cache-size'"),
         ("max-cache-size = [1, 2]", "takes one value only"),
         ("max-cache-size = true", "wrong type"),

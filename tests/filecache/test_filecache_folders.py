@@ -96,6 +96,11 @@ INNER = ["v1", *(f"v1/{name}" for name in ("groups", "tmp", "trash", "leases", "
 INNER += ["v1/groups/_default", "v1/groups/_default/blobs"]
 
 
+def test_a_folder_with_a_nul_in_its_name_is_refused(tmp_path):
+    with pytest.raises(InvalidArgument, match="NUL"):
+        FileCache(tmp_path / "ca\0che")
+
+
 @pytest.mark.parametrize("inner", ["", *INNER])
 def test_folder_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path, inner):
     victim = tmp_path / "victim"

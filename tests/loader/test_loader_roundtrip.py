@@ -11,7 +11,14 @@ import pytest
 from loader_hosts import CHUNK, CONFIGURATION, HostFactory, image
 
 from snaploader import FileCache
-from snaploader.errors import DataLoss, FailedPrecondition, NotFound, ResourceExhausted, SnaploaderError
+from snaploader.errors import (
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    SnaploaderError,
+)
 from snaploader.testing import EmbeddedServer
 
 
@@ -166,6 +173,14 @@ def test_restore_writes_all_files_with_holes(make_host: HostFactory, server: Emb
     again = host.loader.restore_snapshot(host.find(), host.folder / "again")
     assert again.fetched_bytes == 0
     assert again.files["disk"].read_bytes() == content
+
+
+def test_an_output_folder_with_a_nul_in_its_name_is_refused(make_host: HostFactory, tmp_path: Path) -> None:
+    host = make_host("a")
+    host.save(image(1))
+    for call in (host.loader.unpack_snapshot, host.loader.restore_snapshot):
+        with pytest.raises(InvalidArgument, match="NUL"):
+            call(host.find(), tmp_path / "o\0ut")
 
 
 def test_an_occupied_output_folder_is_left_alone(make_host: HostFactory) -> None:

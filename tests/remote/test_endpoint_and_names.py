@@ -42,6 +42,7 @@ def test_url_names_endpoint(url: str, target: str, secure: bool, host: str, uri:
         ("cache:8980", "must start with"),
         ("http://cache:8980", "must start with"),
         ("grpc://", "names no host"),
+        ("grpc://ca\0che:80", "names no host"),
         ("grpc://cache:port", "malformed"),
         ("grpc://cache:99999", "malformed"),
         ("grpc://cache:1/main", "instance_name"),

@@ -147,9 +147,10 @@ def copy_tree(source: str, target: str) -> None:
 def _copy_file(source: str, target: str) -> None:
     status = os.stat(source, follow_symlinks=False)
     if not stat.S_ISREG(status.st_mode):
-        # Not through an OSError, of which copytree keeps nothing but the text.
         raise InvalidArgument(f"{source!r} is no file, folder or symbolic link, and cannot be copied")
     with (
+        # Of an OSError, copytree keeps nothing but the text.
+        translate_os_errors(f"cannot copy {source!r}"),
         closing_fd(os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as reader,
         closing_fd(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as writer,
     ):

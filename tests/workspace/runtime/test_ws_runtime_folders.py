@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -11,7 +12,7 @@ import pytest
 from runtime_harness import find, save, tree_of
 
 from snaploader import Progress, SnapshotKey, SnapshotLoader, VMConfiguration
-from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from snaploader.loader import DirectorySource
 from snaploader.workspace.model import Scope, Volume, WorkspaceSpec
 from snaploader.workspace.runtime import ProcessRuntime, contents, folder as folders
@@ -286,6 +287,23 @@ def test_holes_of_a_source_stay_holes(
         assert copied.read(6) == (b"cloned" if can_clone else b"begin\0")
         copied.seek(64 << 20)
         assert copied.read(7) == (bytes(7) if can_clone else b"middle\0")
+
+
+def test_a_disk_that_is_full_while_a_source_is_copied_is_told_as_such(
+    fake: FakeRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"content")
+    monkeypatch.setattr(contents, "copy_range", full)
+    monkeypatch.setattr(contents, "clone_range", lambda *_: False)
+    with pytest.raises(ResourceExhausted, match="No space left"):
+        fake.create(WorkspaceSpec(ID), source)
+    assert not fake.status(ID).exists
+    assert fake.leftovers() == []
 
 
 def test_a_source_may_have_any_names(fake: FakeRuntime, tmp_path: Path) -> None:
