@@ -19,6 +19,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import shutil
 import stat
 import tempfile
@@ -44,6 +45,8 @@ _FOLDER = _ANY_FOLDER | os.O_NOFOLLOW
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_REMOVAL_DESCRIPTORS = 3
+"""Of the folder that is emptied, of one in it, and to list that."""
 _ODD_ERRNOS = frozenset({errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENODEV})
 """What open(2) says of a link, a socket or pipe, a folder to be written, and a device without driver."""
 _KINDS = {
@@ -480,14 +483,54 @@ def remove_tree(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> N
         return
     shutil.rmtree(path, ignore_errors=True, dir_fd=dir_fd)
     with suppress(OSError):
-        os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-        # Entries can be neither found in a folder nor unlinked from it without permission.
+        # Without permission entries can be neither found in a folder nor unlinked from it.
         _permit(path, dir_fd)
-        for _, names, _, folder in os.fwalk(path, dir_fd=dir_fd):
-            for name in names:
-                with suppress(OSError):
-                    _permit(name, folder)
-        shutil.rmtree(path, ignore_errors=True, dir_fd=dir_fd)
+        with closing_fd(os.open(path, _FOLDER, dir_fd=dir_fd)) as fd:
+            _remove_entries(fd)
+        os.rmdir(path, dir_fd=dir_fd)
+
+
+def spare_descriptors() -> ExitStack:
+    """Set aside as many descriptors as `remove_tree` needs, until this is closed; OSError without."""
+    spare = ExitStack()
+    with ExitStack() as undo:
+        undo.callback(spare.close)
+        for _ in range(_REMOVAL_DESCRIPTORS):
+            spare.callback(os.close, os.open("/", os.O_PATH | os.O_CLOEXEC))
+        undo.pop_all()
+    return spare
+
+
+def _remove_entries(folder: int) -> None:
+    """Empty a folder as far as possible, in few descriptors, where `rmtree` takes one for each level.
+
+    What is further down is moved up into the folder itself first.
+    """
+    names = os.listdir(folder)
+    while names:
+        name = names.pop()
+        with suppress(OSError):
+            if _is_unlinked(name, folder):
+                continue
+            _permit(name, folder)
+            with closing_fd(os.open(name, _FOLDER, dir_fd=folder)) as inner:
+                for entry in os.listdir(inner):
+                    with suppress(OSError):
+                        if _is_unlinked(entry, inner):
+                            continue
+                        _permit(entry, inner)  # else it cannot be moved, as it names the folder it is in
+                        moved = f".removed-{secrets.token_hex(8)}"
+                        os.rename(entry, moved, src_dir_fd=inner, dst_dir_fd=folder)
+                        names.append(moved)
+            os.rmdir(name, dir_fd=folder)
+
+
+def _is_unlinked(name: str, folder: int) -> bool:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        return False
+    return True
 
 
 def _permit(path: str | os.PathLike[str], dir_fd: int | None) -> None:

@@ -37,7 +37,14 @@ from cow import (
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import Lease
-from snaploader.files import ProcessExitStack, ThreadBuffers, closing_fd, remove_tree, replacing
+from snaploader.files import (
+    ProcessExitStack,
+    ThreadBuffers,
+    closing_fd,
+    remove_tree,
+    replacing,
+    spare_descriptors,
+)
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.loader.fetch import REMOTE, BlobFetcher, SnapshotChunkSource, lost_blobs, read_blob
@@ -106,6 +113,7 @@ def unpack(
         writer = SnapshotWriter(snapshot, fetcher, ProgressMeter(None, "write", 0))
         files = writer.place_files(root, undo, writable=writable_files)
         directories = writer.place_directories(root, undo)
+        undo.callback(cleanup.close)  # before directories are removed: that takes descriptors, as stores do
         stores = {}
         if manifest.chunked_files:
             with translate_os_errors(f"cannot make a folder for written chunks in {str(root)!r}"):
@@ -377,9 +385,10 @@ class _DirectoryWriter:
     def write(self, target: Path) -> None:
         """See `SnapshotWriter.write_directory`."""
         is_there = check_vacant(target)
-        with translate_os_errors(f"cannot write the directory {str(target)!r}"):
-            staging = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=target if is_there else target.parent))
-            with ProcessExitStack() as undo:
+        with translate_os_errors(f"cannot write the directory {str(target)!r}"), ProcessExitStack() as undo:
+            with spare_descriptors():  # free again before anything is undone
+                folder = target if is_there else target.parent
+                staging = Path(tempfile.mkdtemp(prefix=".snaploader-", dir=folder))
                 undo.callback(remove_tree, staging)
                 self._fill(staging)
                 if is_there:
@@ -387,7 +396,7 @@ class _DirectoryWriter:
                 else:
                     _finish_directories(self._tree, staging, self._tree)
                     os.rename(staging, target)
-                undo.pop_all()
+            undo.pop_all()
 
     def _fill(self, root: Path) -> None:
         """Write everything but the modes and times of directories."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -299,3 +301,48 @@ def test_errors_of_the_operating_system_have_a_kind_and_leave_nothing(
         host.loader.unpack_snapshot(host.find(), host.folder / "out")
     assert isinstance(caught.value.__cause__, OSError)
     assert not (host.folder / "out").exists()
+
+
+_FEW_DESCRIPTORS = """
+import os, resource, sys
+from pathlib import Path
+from loader_hosts import CONFIGURATION
+from snaploader import FileCache, SnapshotKey, SnapshotLoader
+from snaploader.errors import ResourceExhausted
+
+folder = Path(sys.argv[1])
+(folder / "disk").write_bytes(os.urandom(1 << 20))
+(folder / "home/a/b/c/d/e/f/g/h").mkdir(parents=True)
+(folder / "home/a/b/c/d/e/f/g/h/file").write_bytes(b"x" * 100_000)
+(folder / "home/a/file").write_bytes(b"y")
+with FileCache(folder / "cache") as cache, SnapshotLoader(cache) as loader:
+    result = loader.cache_snapshot(
+        SnapshotKey(ref="main"),
+        chunked_files={f"disk-{number}": folder / "disk" for number in range(8)},
+        directories={"home": folder / "home", "other": folder / "home"},
+        vm_configuration=CONFIGURATION,
+    )
+    snapshot = loader.get_snapshot_by_id(result.snapshot_id)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir("/proc/self/fd")))
+    outcomes = []
+    for count in range(40):
+        output = folder / f"output-{count}"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + count, hard))
+        try:
+            loader.unpack_snapshot(snapshot, output).close()
+        except ResourceExhausted:
+            outcomes.append("failed")
+        else:
+            outcomes.append("whole")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if outcomes[-1] == "failed":
+            assert not output.exists(), (count, [*output.rglob("*")])
+assert outcomes == sorted(outcomes) and len(set(outcomes)) == 2, outcomes
+"""
+
+
+def test_an_unpack_that_gets_too_few_descriptors_leaves_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    script = [sys.executable, "-c", _FEW_DESCRIPTORS, str(tmp_path)]
+    subprocess.run(script, env=environment, check=True, timeout=60)
