@@ -187,7 +187,9 @@ class HashSet:
         rows = bytearray()
         for digest in digests:
             rows += bytes.fromhex(digest.hash)
-        return cls(np.frombuffer(rows, dtype=">u8").reshape(-1, 4).astype(np.uint64))
+        words = np.frombuffer(rows, dtype=">u8").reshape(-1, 4).astype(np.uint64)
+        del rows  # of a million hashes 32 MiB, and sorting takes as much again
+        return cls(words)
 
     def __len__(self) -> int:
         return len(self._first)

@@ -88,10 +88,11 @@ class BlobFetcher:
             except (NotFound, DataLoss) as error:
                 if self.behind is None or not allow_remote:
                     raise
-                local_error = error
+                # Not the error itself: it would hold this frame, and its callers' with what they have read.
+                damage = error.message if isinstance(error, DataLoss) else ""
             flight, leads = self._flights.join(digest)
             if leads:
-                return self._open_as_leader(self.behind, flight, local_error)
+                return self._open_as_leader(self.behind, flight, damage)
             flight.wait()
             if flight.result is not None:
                 return OpenedChunk(_in_memory_file(flight.result), REMOTE)
@@ -137,9 +138,7 @@ class BlobFetcher:
             return OpenedChunk(fd, REMOTE, prefetched=True)
         return OpenedChunk(fd, FILE_CACHE)
 
-    def _open_as_leader(
-        self, behind: BlobStore, flight: BlobFlight, local_error: SnaploaderError
-    ) -> OpenedChunk:
+    def _open_as_leader(self, behind: BlobStore, flight: BlobFlight, damage: str) -> OpenedChunk:
         digest = flight.key
         with self._leading(flight):
             # Another flight may have ended since this thread looked.
@@ -149,8 +148,8 @@ class BlobFetcher:
                 with self.prefetcher.demand(digest), lost_blobs():
                     data = behind.read(digest)
             except (NotFound, DataLoss) as error:
-                if isinstance(local_error, DataLoss):
-                    error.add_note(f"in the file cache: {local_error.message}")
+                if damage:
+                    error.add_note(f"in the file cache: {damage}")
                 raise
             if self.keep(digest, data):
                 with suppress(SnaploaderError):

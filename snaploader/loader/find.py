@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_BATCH = 1 << 16
-"""Blobs that are looked for at a time."""
+_BATCH = 20_000
+"""Blobs that are looked for at a time: each takes about a kilobyte meanwhile."""
 
 
 class SnapshotFinder:
@@ -222,6 +222,7 @@ class SnapshotFinder:
                 decoded[digest] = decode(data, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
+            del data  # it may be large, and the next one too
         return {name: decoded[digest] for name, digest in trees.items()}
 
 

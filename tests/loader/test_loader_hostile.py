@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +16,15 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMConfiguration, VMMetadata, keys as key_names
+from snaploader import (
+    FileCache,
+    RemoteCache,
+    SnapshotKey,
+    SnapshotLoader,
+    VMConfiguration,
+    VMMetadata,
+    keys as key_names,
+)
 from snaploader._proto import any_pb2, remote_execution_pb2 as reapi
 from snaploader._proto.snaploader_pb2 import DirectoryNames
 from snaploader.cli.lookup import snapshot_record, vm_configuration_record
@@ -24,7 +34,7 @@ from snaploader.formats.chunktable import ChunkTable, encode_tree
 from snaploader.formats.digests import BYTES, VARINT, tag, varint
 from snaploader.formats.manifest import MAX_TREES_BYTES, pack_any
 from snaploader.keys import SnapshotKeySet
-from snaploader.testing import FakeCAS
+from snaploader.testing import EmbeddedServer, FakeCAS, ServerOptions
 
 SHA256 = DigestFunction.SHA256
 KEY = SnapshotKey(ref="main")
@@ -295,6 +305,78 @@ def test_a_million_chunks_are_found_in_bounded_memory(
         snapshot = loader.get_snapshot(KEY_SET, "newest")
     assert sum(table.stored_count for table in snapshot.tables.values()) == 2 * MANY
     assert len(snapshot.absent) == 2 * MANY
+
+
+_FIND = """
+import contextlib, re, sys
+from pathlib import Path
+from snaploader import DigestFunction, FileCache, RemoteCache, SnapshotKey, SnapshotLoader
+from snaploader.errors import SnaploaderError
+from snaploader.keys import SnapshotKeySet
+
+class LyingCache(RemoteCache):
+    def find_missing(self, digests):
+        missing = super().find_missing(digests)
+        return missing if sys.argv[3] == "honest" else set()
+
+key = SnapshotKey(ref="main")
+with (
+    FileCache(sys.argv[2]) as cache,
+    LyingCache(sys.argv[1], digest_function=DigestFunction.SHA256) as remote,
+    SnapshotLoader(cache, remote, readonly=True) as loader,
+    contextlib.suppress(SnaploaderError),
+):
+    loader.get_snapshot(SnapshotKeySet(key, (), key), "newest")
+print(int(re.search("VmHWM: *([0-9]+)", Path("/proc/self/status").read_text().replace("\\t", " "))[1]) >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "count", "server", "most_mib"),
+    [(many_chunks, 3, "honest", 340), (many_chunks, 3, "lying", 340), (many_files, 1, "honest", 380)],
+)
+def test_no_process_takes_more_than_400_mib(
+    tmp_path: Path, make: Callable[[int], bytes], count: int, server: str, most_mib: int
+) -> None:
+    """As the system counts it: with Python, gRPC and what is between allocations; that varies."""
+    host = HostileHost(tmp_path)
+    with host.cache, EmbeddedServer(options=ServerOptions(check_completeness=False)) as remote:
+        result = hostile_result(host, make, count)
+        for data in host.remote.blobs.values():
+            remote.put_blob(data, SHA256)
+        with RemoteCache(remote.url, digest_function=SHA256) as client:
+            client.update_action_result(key_names.remote_manifest_digest(KEY, SHA256), result)
+        script = [sys.executable, "-c", _FIND, remote.url, str(tmp_path / "fresh"), server]
+        peak = int(subprocess.run(script, check=True, stdout=subprocess.PIPE, timeout=240).stdout)
+    assert peak < most_mib
+
+
+def test_nothing_holds_a_tree_that_was_read(tmp_path: Path) -> None:
+    """The bytes of a tree go when it is decoded, and not only when cycles are looked for."""
+    host = HostileHost(tmp_path)
+    result = reapi.ActionResult()
+    result.execution_metadata.auxiliary_metadata.append(pack_any(VMConfiguration()))
+    padding = one_field(15, bytes(8 << 20))
+    names = ["a", "b", "c"]
+    for name in names:
+        tree = links([name.encode()]) + padding
+        result.output_directories.add(path=name).tree_digest.CopyFrom(host.put(tree))
+    result.execution_metadata.auxiliary_metadata.append(pack_any(DirectoryNames(names=names)))
+    host.publish(result)
+    with host.cache, SnapshotLoader(host.cache, host.remote, readonly=True) as loader:
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            snapshot = loader.get_snapshot(KEY_SET, "newest")
+            held, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert list(snapshot.directories) == names
+    assert held < 4 << 20
+    assert peak < 20 << 20, "one tree at a time: as it comes, and as it is read from the cache"
 
 
 @given(data=st.data())
