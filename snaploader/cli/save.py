@@ -131,6 +131,12 @@ def named_files(arguments: tuple[str, ...]) -> dict[str, Path]:
             name, path = os.path.basename(argument.rstrip("/")), argument
         if name in {"", ".", ".."}:
             raise InvalidArgument(f"{argument!r} has no name of its own: give it one, as in NAME={argument}")
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgument(
+                f"{name!r} is not UTF-8, as names in a snapshot must be: give another, as in NAME={path!r}"
+            ) from error
         check_name(name)
         if name in named:
             raise InvalidArgument(

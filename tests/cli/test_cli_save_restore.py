@@ -158,6 +158,20 @@ def test_two_files_of_one_name_are_refused(cli: CommandLine, disk: Path) -> None
     assert "NAME=PATH" in outcome.stderr
 
 
+def test_a_folder_whose_own_name_is_not_utf8_is_given_another(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = os.fsdecode(b"caf\xe9")
+    os.mkdir(folder)
+    outcome = cli("save", "--ref", "main", folder)
+    assert outcome.exit_code == 2
+    assert "not UTF-8, as names in a snapshot must be" in outcome.stderr
+    assert "NAME='caf\\udce9'" in outcome.stderr
+    saved = cli.json("save", "--ref", "main", f"cafe={folder}")
+    assert [directory["name"] for directory in saved["directories"]] == ["cafe"]
+
+
 def test_a_folder_without_a_name_of_its_own_is_given_one(
     cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
