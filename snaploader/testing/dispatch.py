@@ -383,7 +383,12 @@ class Dispatcher:
             if self._active == 0:
                 self._is_idle.set()
         if failure is not None:
-            await context.abort(failure.code, failure.message, trailers(failure))
+            # This waits for as long as the client does not read, so the call no longer counts.
+            try:
+                await context.abort(failure.code, failure.message, trailers(failure))
+            except grpc.aio.InternalError as error:
+                # gRPC could not send: the client went away.
+                raise asyncio.CancelledError from error
 
 
 def _decode(kind: Any, raw: bytes) -> Any:

@@ -82,10 +82,20 @@ class ServerOptions:
     """Content in one ReadResponse. A client that does not read costs three to four times as much memory."""
     stream_idle_s: float = 60.0
     """How long Read, GetTree and Write wait for a client that reads or sends nothing. Then the call ends with
-    DEADLINE_EXCEEDED and its upload counts as broken. gRPC itself keeps the one piece that it could not send
-    (`read_chunk_bytes`) until the client reads on or goes."""
+    DEADLINE_EXCEEDED and its upload counts as broken, and it no longer counts for `max_streams`. gRPC itself
+    keeps the one piece that it could not send, twice (`read_chunk_bytes`), until the client reads on, or its
+    connection ends."""
     max_streams: int = 256
     """Read and Write calls at once; more are refused with RESOURCE_EXHAUSTED and told when to come back."""
+    max_connection_calls: int = 512
+    """Calls at once of one connection, those included whose client does not read the end. Clients keep
+    further ones back until one is over."""
+    max_connection_age_s: float = 1800.0
+    """When a connection gets no more calls; clients open a new one without an error. gRPC varies it by a
+    tenth."""
+    max_connection_grace_s: float = 600.0
+    """What calls then get to end before the connection is closed, so that no client holds memory for ever.
+    Calls that are cut are UNAVAILABLE; reads and writes can be resumed."""
     max_upload_memory_bytes: int = 1024 * 1024 * 1024
     """Memory for the content of open uploads, broken ones included: up to 5 MiB each, or all of it where
     content is kept in memory. Broken ones give way; then further ones are refused with RESOURCE_EXHAUSTED and
@@ -122,6 +132,8 @@ class ServerOptions:
             raise InvalidArgument("read_chunk_bytes does not fit in max_message_bytes")
         if self.stream_idle_s <= 0 or self.max_streams < 1 or self.max_upload_memory_bytes < 1:
             raise InvalidArgument("stream_idle_s, max_streams and max_upload_memory_bytes must be above 0")
+        if min(self.max_connection_calls, self.max_connection_age_s, self.max_connection_grace_s) <= 0:
+            raise InvalidArgument("max_connection_calls, _age_s and _grace_s must be above 0")
         if any(name != name.lower() for name in self.required_headers):
             raise InvalidArgument("required_headers: gRPC header names are lower-case")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import threading
@@ -302,6 +303,11 @@ def _check_address(host: str, port: int) -> None:
     ) from refusals[0]
 
 
+def _milliseconds(seconds: float) -> int:
+    """For gRPC, where the biggest number means for ever."""
+    return math.ceil(min(seconds * 1000, 2**31 - 1))
+
+
 def _add_introspection(server: grpc.aio.Server) -> health_aio.HealthServicer:
     """Add health and reflection to a server. FailedPrecondition when their packages are not installed."""
     try:
@@ -340,7 +346,7 @@ class _Running:
             raise
 
     async def _start(self, server: EmbeddedServer) -> int:
-        limit = server.options.max_message_bytes
+        options, limit = server.options, server.options.max_message_bytes
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", limit),
@@ -349,6 +355,10 @@ class _Running:
                 ("grpc.so_reuseport", 0),
                 # A host that vanished is noticed after this time, not after two hours.
                 ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                # gRPC cannot reset one stream: what a client does not read ends with its connection.
+                ("grpc.max_concurrent_streams", options.max_connection_calls),
+                ("grpc.max_connection_age_ms", _milliseconds(options.max_connection_age_s)),
+                ("grpc.max_connection_age_grace_ms", _milliseconds(options.max_connection_grace_s)),
             ]
         )
         self._server.add_generic_rpc_handlers(tuple(self._dispatcher.handlers()))

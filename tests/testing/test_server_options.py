@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import errno
 import functools
 import os
@@ -15,13 +17,20 @@ from typing import Any
 import grpc
 import pytest
 import zstandard
-from served import Serve, code_of, eventually
+from served import Serve, Served, code_of, eventually
 
 from snaploader._proto import bytestream_pb2, remote_execution_pb2 as reapi, services
 from snaploader.digest import Digest, DigestFunction, empty_digest
 from snaploader.testing import CallGate, Fault, MemoryStorage, ServerOptions
 from snaploader.testing.byte_stream import MAX_PARTIAL_UPLOADS
 from snaploader.testing.conformance.endpoint import fresh, message, write_requests
+from snaploader.testing.options import (
+    like_bazel_remote,
+    like_buildbarn,
+    like_buildgrid,
+    like_casd,
+    like_nativelink,
+)
 from snaploader.testing.services import Backend
 
 SHA256 = DigestFunction.SHA256
@@ -265,6 +274,109 @@ def test_a_peculiar_server_answers_as_the_real_one(serve: Serve) -> None:
     assert code_of(lambda: list(call())) == grpc.StatusCode.INVALID_ARGUMENT
 
 
+USUAL = {
+    "skippable": False,
+    "beyond the end": grpc.StatusCode.OUT_OF_RANGE,
+    "tree": grpc.StatusCode.OK,
+    "wrong bytes": grpc.StatusCode.INVALID_ARGUMENT,
+}
+"""The answers of a server without peculiarities."""
+
+
+def answers(served: Served) -> dict[str, Any]:
+    """What the peculiar answers of a server are, over the network."""
+    endpoint = served.endpoint
+    served.server.put_blob(BLOB)
+    wrong = Digest.of(b"other", SHA256)
+
+    def read(prefix: str = "blobs", **fields: int) -> grpc.StatusCode:
+        request = bytestream_pb2.ReadRequest(resource_name=f"{prefix}/{DIGEST}", **fields)
+        return code_of(lambda: list(endpoint.call(services.BYTE_STREAM, "Read", request)))
+
+    tree = reapi.GetTreeRequest(root_digest=message(empty_digest(SHA256)))
+    stated = endpoint.capabilities.cache_capabilities
+    return {
+        "zstd": endpoint.zstd_streams,
+        "batch limit": stated.max_batch_total_size_bytes,
+        "functions": list(stated.digest_functions),
+        "skippable": endpoint.zstd_streams and endpoint.read(DIGEST, zstd=True)[:4] == b"\x50\x2a\x4d\x18",
+        "beyond the end": read(read_offset=len(BLOB) + 1),
+        "limit": read(read_limit=5),
+        "compressed limit": endpoint.zstd_streams and read("compressed-blobs/zstd", read_limit=5),
+        "tree": code_of(lambda: list(endpoint.call(services.CAS, "GetTree", tree))),
+        "wrong bytes": code_of(endpoint.write, wrong, b"wrong"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        (
+            like_bazel_remote(),
+            {
+                "zstd": True,
+                "batch limit": 0,
+                "functions": [reapi.DigestFunction.SHA256],
+                "skippable": True,
+                "limit": grpc.StatusCode.OUT_OF_RANGE,
+                "compressed limit": grpc.StatusCode.INVALID_ARGUMENT,
+            },
+        ),
+        (
+            like_buildbarn(),
+            {
+                "zstd": False,
+                "batch limit": 0,
+                "beyond the end": grpc.StatusCode.INVALID_ARGUMENT,
+                "limit": UNIMPLEMENTED,
+                "tree": UNIMPLEMENTED,
+            },
+        ),
+        (
+            like_nativelink(),
+            {
+                "zstd": False,
+                "batch limit": 64 * 1024,
+                "functions": [reapi.DigestFunction.SHA256, reapi.DigestFunction.BLAKE3],
+                "wrong bytes": grpc.StatusCode.OK,
+            },
+        ),
+        (like_nativelink(verify_hash=True), {"wrong bytes": grpc.StatusCode.INVALID_ARGUMENT}),
+        (like_casd(), {"zstd": False, "batch limit": 0, "functions": [reapi.DigestFunction.SHA256]}),
+        (like_buildgrid(), {"zstd": False, "limit": grpc.StatusCode.DATA_LOSS}),
+    ],
+    ids=[
+        "bazel-remote",
+        "buildbarn",
+        "nativelink",
+        "nativelink-verify",
+        "casd",
+        "buildgrid",
+    ],
+)
+def test_each_preset_has_the_habits_of_its_server(
+    serve: Serve, preset: ServerOptions, expected: dict[str, Any]
+) -> None:
+    options = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+    found = answers(serve(**options))
+    expected = {**USUAL, **expected}
+    assert {habit: found[habit] for habit in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("verify_hash", "expected"), [(True, grpc.StatusCode.INVALID_ARGUMENT), (False, grpc.StatusCode.OK)]
+)
+def test_a_nativelink_that_verifies_refuses_batches_of_blake3(
+    serve: Serve, verify_hash: bool, expected: grpc.StatusCode
+) -> None:
+    preset = like_nativelink(verify_hash=verify_hash)
+    options = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+    digest, data = fresh(100, DigestFunction.BLAKE3)
+    endpoint = serve(**options).endpoint
+    assert endpoint.batch_update([(digest, data)]) == {digest.hash: expected}
+    assert endpoint.write(digest, data) == len(data)
+
+
 def test_a_stream_whose_reader_reads_nothing_ends(serve: Serve) -> None:
     served = serve(stream_idle_s=0.05)
     content = bytes(32 * 1024 * 1024)
@@ -276,6 +388,67 @@ def test_a_stream_whose_reader_reads_nothing_ends(serve: Serve) -> None:
     with pytest.raises(grpc.RpcError, match="the client read nothing for"):
         size += sum(len(response.data) for response in call)
     assert size < len(content)
+
+
+STALLING = bytes(16 * 1024 * 1024)
+
+
+@contextlib.contextmanager
+def stalled_reader(served: Served) -> Iterator[Any]:
+    """A Read, on a connection of its own, whose client takes nothing."""
+    request = bytestream_pb2.ReadRequest(resource_name=f"blobs/{served.server.put_blob(STALLING)}")
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(served.server.address, own) as channel:
+        read = channel.unary_stream(
+            f"/{services.BYTE_STREAM}/Read", bytestream_pb2.ReadRequest.SerializeToString
+        )
+        call = read(request, timeout=120)  # which is cancelled when nobody holds it
+        yield call
+
+
+def test_readers_that_stall_give_their_places_back(serve: Serve) -> None:
+    served = serve(stream_idle_s=0.05, max_streams=2)
+    served.server.put_blob(BLOB)
+    with stalled_reader(served), stalled_reader(served):
+        eventually(lambda: [call.status for call in served.server.requests] == ["DEADLINE_EXCEEDED"] * 2)
+        for _ in range(3):
+            assert served.endpoint.read(DIGEST) == BLOB
+
+
+def test_the_connection_of_a_reader_that_stalls_is_closed(serve: Serve) -> None:
+    served = serve(stream_idle_s=0.05, max_connection_age_s=1, max_connection_grace_s=0.1)
+
+    def is_open() -> bool:
+        tables = [Path("/proc/net", name).read_text() for name in ("tcp", "tcp6")]
+        sockets = [line.split() for line in "".join(tables).splitlines()]
+        # Its own address, the other side's, and the state, where 01 is ESTABLISHED.
+        return any(
+            own.endswith(f":{served.server.port:04X}") and state == "01" for _, own, _, state, *_ in sockets
+        )
+
+    with stalled_reader(served) as call:
+        eventually(is_open)
+        eventually(lambda: not is_open())
+        with pytest.raises(grpc.RpcError) as raised:
+            list(call)
+        assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_connection_has_a_bounded_number_of_calls(serve: Serve) -> None:
+    gate = CallGate()
+    served = serve(Fault("Read", gate=gate), max_connection_calls=1)
+    served.server.put_blob(BLOB)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(served.endpoint.read, DIGEST)
+        assert gate.wait_reached(60)
+        find = served.endpoint.stub(services.CAS, "FindMissingBlobs")
+        with pytest.raises(grpc.RpcError) as raised:
+            find(reapi.FindMissingBlobsRequest(), timeout=0.2)
+        assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert served.server.calls("FindMissingBlobs") == 0
+        gate.open()
+        assert held.result() == BLOB
+    assert served.endpoint.missing([DIGEST]) == set()
 
 
 @pytest.mark.parametrize("begun", [True, False])
