@@ -324,6 +324,25 @@ def test_on_a_terminal_nothing_is_removed_unasked(environment: dict[str, str], t
 
 
 @pytest.mark.slow
+def test_on_a_terminal_no_workspace_is_removed_unasked(environment: dict[str, str]) -> None:
+    create = ["workspace", "create", "one", "--no-start", "--", "sleep", "infinity"]
+    assert in_process_of_its_own(*create, env=environment).returncode == 0
+
+    def listed() -> list[dict[str, object]]:
+        done = in_process_of_its_own("workspace", "ls", "--json", env=environment)
+        return json.loads(done.stdout)["workspaces"]
+
+    done = answering(b"\n", "workspace", "rm", "one", environment=environment)
+    assert (done.returncode, done.stdout) == (12, b""), done
+    assert b"nothing was removed" in done.stderr
+    assert len(listed()) == 1
+    done = answering(b"", "workspace", "rm", "one", "--yes", environment=environment)
+    assert done.returncode == 0, done
+    assert b"[y/N]" not in done.stderr
+    assert listed() == []
+
+
+@pytest.mark.slow
 def test_nobody_can_be_asked_where_the_question_is_not_seen(environment: dict[str, str]) -> None:
     terminal, end = pty.openpty()
     try:
