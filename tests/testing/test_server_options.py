@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import functools
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -419,12 +420,15 @@ def test_the_connection_of_a_reader_that_stalls_is_closed(serve: Serve) -> None:
     served = serve(stream_idle_s=0.05, max_connection_age_s=1, max_connection_grace_s=0.1)
 
     def is_open() -> bool:
-        tables = [Path("/proc/net", name).read_text() for name in ("tcp", "tcp6")]
-        sockets = [line.split() for line in "".join(tables).splitlines()]
-        # Its own address, the other side's, and the state, where 01 is ESTABLISHED.
-        return any(
-            own.endswith(f":{served.server.port:04X}") and state == "01" for _, own, _, state, *_ in sockets
-        )
+        """Whether this process, and so the server, holds a connection to the server's port."""
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if not os.readlink(link).startswith("socket:"):
+                    continue
+                with socket.socket(fileno=os.dup(int(link.name))) as copy:
+                    if copy.getpeername() and copy.getsockname()[1:2] == (served.server.port,):
+                        return True
+        return False
 
     with stalled_reader(served) as call:
         eventually(is_open)
