@@ -578,7 +578,7 @@ class FileLock:
                     try:
                         yield
                     finally:
-                        self._unlock()
+                        unlock(self.fd, self._pid)
                     return
         raise Cancelled("the file cache was closed while it was used")
 
@@ -596,7 +596,7 @@ class FileLock:
             yield held
         finally:
             if held:
-                self._unlock()
+                unlock(self.fd, self._pid)
                 self._threads.release()
 
     @property
@@ -612,11 +612,6 @@ class FileLock:
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
-
-    def _unlock(self) -> None:
-        # A child that was forked within the block leaves it too; the lock is its parent's.
-        if os.getpid() == self._pid:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
 
 
 def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:
@@ -636,6 +631,15 @@ def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:
                 return fd
         # Whoever held it, or took it for a dead one, removed it between the two calls.
         os.close(fd)
+
+
+def unlock(fd: int, pid: int) -> None:
+    """Let a lock go at once, even if a child that was forked meanwhile has the descriptor too.
+
+    Such a child leaves the lock to its parent, the process of this `pid`.
+    """
+    if os.getpid() == pid:
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def try_lock(path: str, *, dir_fd: int | None = None) -> int | None:

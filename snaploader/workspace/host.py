@@ -11,7 +11,6 @@ Records of paused workspaces, which lie there too, are in `records`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import threading
@@ -30,7 +29,7 @@ from snaploader.errors import (
     ResourceExhausted,
     translate_os_errors,
 )
-from snaploader.files import flush_folder, lock_new, open_new, open_private
+from snaploader.files import closing_fd, flush_folder, lock_new, open_new, open_private, unlock
 from snaploader.workspace.catalog import Catalog, HostState
 from snaploader.workspace.model import check_workspace_id
 
@@ -228,7 +227,7 @@ class WorkspaceLocks:
         path = f"{self._folder}/{check_workspace_id(workspace_id)}{_LOCK}"
         with ExitStack() as undo, translate_os_errors(f"cannot lock workspace {workspace_id!r}"):
             undo.callback(self._wake)
-            undo.callback(_unlock, self._wait(workspace_id, path, give_up_at, cancelled), os.getpid())
+            undo.callback(_release, self._wait(workspace_id, path, give_up_at, cancelled), os.getpid())
             if self._catalog is not None:
                 wait_s = None if give_up_at is None else max(0.0, give_up_at - time.monotonic())
                 got = undo.enter_context(self._catalog.lock(workspace_id, wait_s=wait_s, cancelled=cancelled))
@@ -269,16 +268,9 @@ class WorkspaceLocks:
             self._released.notify_all()
 
 
-def _unlock(fd: int, pid: int) -> None:
-    """Let the lock go at once, even if a child that was forked meanwhile has the descriptor too.
-
-    In such a child the lock is left to its parent, the process of this `pid`.
-    """
-    try:
-        if os.getpid() == pid:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
+def _release(fd: int, pid: int) -> None:
+    with closing_fd(fd):
+        unlock(fd, pid)
 
 
 def _late(workspace_id: str, holder: str) -> DeadlineExceeded:

@@ -28,7 +28,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument
-from snaploader.workspace.model import Run, RunStatus, RunTransition, Workspace, WorkspaceState
+from snaploader.workspace.model import STOP_EVENT, Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import (
     Situation,
     StopAction,
@@ -53,8 +53,6 @@ Wait = Callable[[threading.Event, float], bool]
 
 DORMANT_EVENT = "dormancy_mark"
 """Type of the event of a workspace that was marked dormant; its payload says when it is to be deleted."""
-
-STOP_EVENT = "workspace_stop"
 
 MAX_WAITING = 10_000
 """Most records that wait for delivery; what comes on top is dropped, and counted as a failure."""

@@ -117,6 +117,10 @@ class WorkspaceState(StrEnum):
     """Gone but for its events. Its id is never used again."""
 
 
+STOP_EVENT = "workspace_stop"
+"""Type of the event of a workspace that was stopped, or whose stop failed."""
+
+
 class OperationKind(StrEnum):
     """What can be under way on a workspace."""
 

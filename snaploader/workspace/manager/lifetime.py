@@ -34,6 +34,7 @@ from snaploader.workspace.manager.snapshots import (
     remove_unfinished,
 )
 from snaploader.workspace.model import (
+    STOP_EVENT,
     OperationKind,
     RunTransition,
     Scope,
@@ -53,7 +54,6 @@ log = logging.getLogger(__name__)
 CREATE = "workspace_create"
 FORK = "workspace_fork"
 START = "workspace_start"
-STOP = "workspace_stop"
 PAUSE = "workspace_pause"
 RESUME = "workspace_resume"
 DELETE = "workspace_delete"
@@ -194,7 +194,7 @@ def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace
         work.stop()
         with work.recording() as tx:
             work.record_run(tx, RunTransition.STOP)
-            work.record_event(tx, STOP)
+            work.record_event(tx, STOP_EVENT)
             return tx.update_workspace(workspace_id, state=WorkspaceState.STOPPED)
 
 

@@ -24,11 +24,12 @@ from snaploader.errors import (
 )
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.host import WorkspaceLocks
-from snaploader.workspace.manager.lifetime import START, STOP, bring_back, finish_deletion
+from snaploader.workspace.manager.lifetime import START, bring_back, finish_deletion
 from snaploader.workspace.manager.operation import RECOVERY, Services, runs_nevertheless, text_of
 from snaploader.workspace.manager.snapshots import forget_remote, let_go, remove_unfinished
 from snaploader.workspace.manager.undo import settle
 from snaploader.workspace.model import (
+    STOP_EVENT,
     RunStatus,
     RunTransition,
     SnapshotKind,
@@ -436,7 +437,7 @@ class _Recovery:
             if workspace.state is WorkspaceState.RUNNING:
                 run = tx.add_run(workspace.id, RunTransition.START, now, RECOVERY)
                 tx.finish_run(run.id, RunStatus.FAILED, now, error.message)
-            tx.add_event(workspace.id, STOP, {"reason": RECOVERY, "error": error.message}, now)
+            tx.add_event(workspace.id, STOP_EVENT, {"reason": RECOVERY, "error": error.message}, now)
             return tx.update_workspace(workspace.id, state=WorkspaceState.STOPPED, paused_at=None)
 
     # What is on its way out

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,6 +26,7 @@ from snaploader.files import (
     lock_new,
     remove_tree,
     replace_file,
+    unlock,
 )
 from snaploader.loader import ProgressCallback, Snapshot, SnapshotLoader
 from snaploader.workspace.model import Scope, WorkspaceSpec, check_workspace_id
@@ -323,10 +323,7 @@ def locked(path: str, *, wait: bool = True) -> Iterator[int | None]:
     pid = os.getpid()
     with closing_fd(fd):
         yield fd
-        # At once, even if a process that was forked meanwhile has the descriptor too, which leaves the
-        # lock to its parent. Not after an error: a supervisor that is still starting goes on to hold it.
-        if os.getpid() == pid:
-            fcntl.flock(fd, fcntl.LOCK_UN)
+        unlock(fd, pid)  # not after an error: a supervisor that is still starting goes on to hold it
 
 
 def exchange(first: str, second: str) -> bool:
