@@ -164,6 +164,12 @@ def closing_fd_on_error(fd: int) -> Iterator[int]:
         raise
 
 
+def refuse_nul(path: str, what: str) -> None:
+    """Raise InvalidArgument for a path that no system call takes: Python says ValueError of it."""
+    if "\0" in path:
+        raise InvalidArgument(f"{what} {path!r} has a NUL character in its name")
+
+
 def open_folder(path: str, access: Access, what: str = "the folder", *, parent: int | None = None) -> int:
     """Open a folder, made if absent, after checking what it is; return its descriptor.
 
@@ -171,8 +177,7 @@ def open_folder(path: str, access: Access, what: str = "the folder", *, parent: 
     things of others may be in it. FailedPrecondition when it is a symbolic link, and PermissionDenied when it
     belongs to somebody unexpected or is writable for others.
     """
-    if "\0" in path:
-        raise InvalidArgument(f"{what} {path!r} has a NUL character in its name")
+    refuse_nul(path, what)
     if parent is None:
         path = name = os.path.abspath(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -41,6 +41,7 @@ from snaploader.files import (
     ProcessExitStack,
     ThreadBuffers,
     closing_fd,
+    refuse_nul,
     remove_tree,
     replacing,
     spare_descriptors,
@@ -350,8 +351,7 @@ def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextl
     `undo` removes what was made, unless somebody else put something there.
     """
     root = Path(path).absolute()
-    if "\0" in str(root):
-        raise InvalidArgument(f"the output folder {str(root)!r} has a NUL character in its name")
+    refuse_nul(str(root), "the output folder")
     with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
         made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
