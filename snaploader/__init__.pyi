@@ -7,6 +7,12 @@ from snaploader.blobstore import (
     TransferStatistics as TransferStatistics,
     Upload as Upload,
 )
+from snaploader.context import (
+    CallContext as CallContext,
+    Cancellation as Cancellation,
+    Credentials as Credentials,
+    RequestMetadata as RequestMetadata,
+)
 from snaploader.digest import Digest as Digest, DigestFunction as DigestFunction
 from snaploader.errors import (
     Cancelled as Cancelled,
@@ -53,6 +59,7 @@ from snaploader.policy import (
     SavePolicy as SavePolicy,
 )
 from snaploader.remote import (
+    BearerToken as BearerToken,
     RemoteCache as RemoteCache,
     RetryPolicy as RetryPolicy,
     Timeouts as Timeouts,

@@ -8,6 +8,7 @@ the caller only makes it look again.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Generic, Self, TypeVar
 
+from snaploader import context
 from snaploader.errors import Cancelled, translate_thread_errors
 
 T = TypeVar("T")
@@ -51,6 +53,9 @@ class WorkerPool:
         The calling thread works too, so a call makes progress however busy the pool is, and nested calls
         cannot lock each other out. The other threads work in turns for all calls under way. `items` is
         advanced by one thread at a time, whichever is free.
+
+        The other threads work in the context of the calling one (`snaploader.context`). When that is called
+        off, no item is taken any more.
 
         The first error stops the taking of items and is raised once everything that was under way has ended.
         To end that early, `on_failure` is called on the thread that met an error, maybe several times. An
@@ -150,6 +155,7 @@ class _SharedWork(Generic[T]):
             with self._taking:
                 if self._is_over:
                     return False
+                context.current().check()
                 try:
                     item = next(self._items)
                 except StopIteration:
@@ -170,7 +176,8 @@ class _SharedWork(Generic[T]):
             if self._is_over or 1 + len(self._queued) + len(self._working) >= self._pool.workers:
                 return
             self._queued.add(helper)
-        self._pool.start(lambda: self._help(helper))
+        variables = contextvars.copy_context()  # one for each thread: none can be entered twice at once
+        self._pool.start(lambda: variables.run(self._help, helper))
 
     def _help(self, helper: object) -> None:
         with self._lock:

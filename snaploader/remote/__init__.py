@@ -10,7 +10,8 @@ From the top down, each module about one thing:
     config, auth          what the user sets
 """
 
-from snaploader.remote.auth import RequestMetadata
+from snaploader.context import RequestMetadata
+from snaploader.remote.auth import BearerToken
 from snaploader.remote.cache import RemoteCache
 from snaploader.remote.calls import RemoteStatistics
 from snaploader.remote.capabilities import RemoteCapabilities
@@ -18,6 +19,7 @@ from snaploader.remote.channel import tune_malloc
 from snaploader.remote.config import Limits, RetryEvent, RetryPolicy, Timeouts, TLSConfig
 
 __all__ = [
+    "BearerToken",
     "Limits",
     "RemoteCache",
     "RemoteCapabilities",

@@ -1,4 +1,4 @@
-"""What is sent along with every call: custom headers, REAPI's RequestMetadata, and proof of who we are."""
+"""Proof of who asks: tokens, .netrc files, credential helpers."""
 
 from __future__ import annotations
 
@@ -10,101 +10,26 @@ import re
 import subprocess
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
-from snaploader._proto import remote_execution_pb2
-from snaploader._version import __version__
+from snaploader.context import Credentials, Headers, Secret, checked_headers
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
 from snaploader.remote.config import Endpoint
 
-Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
-
-
-class Secret(str):
-    """A text that its `repr` does not show, as in a traceback with the values of variables."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'…'"
-
-
-REQUEST_METADATA_HEADER = "build.bazel.remote.execution.v2.requestmetadata-bin"
-"""Named by the REAPI, in the comment of RequestMetadata."""
-
 SECRET_NAME = re.compile(r"auth|cookie|key|passw|secret|token")
 """In the names of headers that likely hold what should not be sent in the clear."""
-
-_NAME = re.compile(r"[0-9a-z_.-]{1,256}")
-_VALUE = re.compile(r"[\x20-\x7e]{0,8192}")
-
-
-@dataclass(frozen=True, slots=True)
-class RequestMetadata:
-    """Says who asks, for a server's logs and to follow a task over several services (see the REAPI)."""
-
-    action_id: str = ""
-    """The action a request belongs to."""
-    tool_invocation_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    """One run of the tool; a new UUID by default."""
-    correlated_invocations_id: str = ""
-    """Several runs that belong together, such as a build's."""
-    action_mnemonic: str = ""
-    target_id: str = ""
-    configuration_id: str = ""
-
-    def header(self) -> tuple[str, bytes]:
-        """Return this as the metadata of a call: a name and a value."""
-        message = remote_execution_pb2.RequestMetadata(
-            tool_details=remote_execution_pb2.ToolDetails(tool_name="snaploader", tool_version=__version__),
-            **asdict(self),
-        )
-        return REQUEST_METADATA_HEADER, message.SerializeToString()
-
-
-def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]) -> Headers:
-    """Return headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
-
-    Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
-    """
-    checked: list[tuple[str, str | bytes]] = []
-    for given, value in headers.items() if isinstance(headers, Mapping) else headers:
-        name = given.strip().lower()
-        if not _NAME.fullmatch(name) or name.startswith("grpc-"):
-            raise InvalidArgument(
-                f"header name {name[:80]!r} is not allowed: use letters, digits, '-', '_' and '.'"
-            )
-        if name.endswith("-bin"):
-            if not isinstance(value, bytes):
-                raise InvalidArgument(f"header {name!r} ends in -bin, so its value must be bytes")
-        elif not isinstance(value, str) or not _VALUE.fullmatch(value):
-            raise InvalidArgument(
-                f"the value of header {name!r} must be printable ASCII text of at most 8 KiB"
-            )
-        checked.append((name, value if isinstance(value, bytes) else Secret(value)))
-    return tuple(checked)
-
 
 _EXPIRY_MARGIN_S = 30.0
 _MAX_HELPER_OUTPUT = 1024 * 1024
 
 
-class Credentials(Protocol):
-    """A source of headers that prove who we are. Thread-safe."""
-
-    def headers(self) -> Headers:
-        """Return what to send now. Unauthenticated when it cannot be had."""
-
-    def refresh(self) -> bool:
-        """Forget what the server did not accept; False when nothing else could be sent."""
-
-
 class BearerToken:
-    """Sends `authorization: Bearer …`, from a fixed token or from a function that gives the current one."""
+    """Sends `authorization: Bearer …`, from a fixed token or from a function that gives the current one.
+
+    Two with the same token, or the same function, are equal.
+    """
 
     def __init__(self, token: str | Callable[[], str]) -> None:
         self._token = Secret(token) if isinstance(token, str) else token
@@ -117,6 +42,12 @@ class BearerToken:
 
     def refresh(self) -> bool:
         return not isinstance(self._token, str)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BearerToken) and self._token == other._token
+
+    def __hash__(self) -> int:
+        return hash(self._token)
 
 
 class Netrc:

@@ -17,6 +17,7 @@ import grpc
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Sink, TransferStatistics, Upload
+from snaploader.context import RequestMetadata, checked_headers
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     FailedPrecondition,
@@ -27,7 +28,7 @@ from snaploader.errors import (
 )
 from snaploader.formats.digests import DigestArray
 from snaploader.remote import streams
-from snaploader.remote.auth import RequestMetadata, checked_headers, make_credentials
+from snaploader.remote.auth import make_credentials
 from snaploader.remote.calls import (
     Caller,
     Cancellation,

@@ -27,9 +27,10 @@ from google.protobuf.message import DecodeError
 
 from snaploader import errors
 from snaploader._proto import duration_pb2, services, status_pb2
+from snaploader.context import Credentials, Headers
 from snaploader.digest import DigestFunction
 from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unauthenticated, Unavailable
-from snaploader.remote.auth import SECRET_NAME, Credentials, Headers
+from snaploader.remote.auth import SECRET_NAME
 from snaploader.remote.capabilities import RemoteCapabilities
 from snaploader.remote.channel import StreamGuard, Watchdog, open_channel, tls_failure
 from snaploader.remote.config import (

@@ -7,10 +7,10 @@ import re
 import pytest
 
 from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.context import REQUEST_METADATA_HEADER, checked_headers
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.remote import Limits, RemoteCache, RequestMetadata, RetryPolicy, Timeouts, TLSConfig
-from snaploader.remote.auth import REQUEST_METADATA_HEADER, checked_headers
 from snaploader.remote.codec import instance_name_error, read_name, upload_name
 from snaploader.remote.config import parse_endpoint
 

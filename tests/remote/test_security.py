@@ -19,9 +19,10 @@ from cryptography.x509.oid import NameOID
 from remote_data import QUICK, MakeRemote, MakeServer, named
 
 from snaploader._proto import remote_execution_pb2 as reapi
+from snaploader.context import REQUEST_METADATA_HEADER
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
 from snaploader.remote import RemoteCache, RequestMetadata, RetryPolicy, TLSConfig
-from snaploader.remote.auth import REQUEST_METADATA_HEADER, CredentialHelper, Netrc
+from snaploader.remote.auth import CredentialHelper, Netrc
 from snaploader.remote.channel import tls_failure
 from snaploader.remote.config import parse_endpoint
 from snaploader.testing import ServerTLS
