@@ -53,9 +53,7 @@ def test_headers_and_credentials_come_from_one_context_together():
     service = Service(CallContext(headers={"x-api-key": "default"}))
     mine = BearerToken("mine")
     assert service.current(context=CallContext(credentials=mine)).headers is None
-    assert service.current(context=CallContext(group_id="a")).headers == (
-        ("x-api-key", "of the constructor"),
-    )
+    assert service.current(context=CallContext(group_id="a")).headers == (("x-api-key", "default"),)
 
 
 def test_the_earliest_deadline_counts():
