@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -273,6 +273,10 @@ class COWStore:
         with self._state.gate.reading():
             used, issued = self._reader.planner.used, self._reader.planner.issued
             return self._state.statistics(issued, used)
+
+    def __reduce__(self) -> NoReturn:
+        # A copy by attributes would close the descriptors of this one.
+        raise TypeError("a COWStore cannot be pickled or copied: its private files are its own")
 
     def close(self) -> None:
         """Wait for operations in progress, then remove the private files and let go of everything.

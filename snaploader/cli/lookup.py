@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from snaploader._proto import timestamp_pb2
-from snaploader._proto.snaploader_pb2 import VMConfiguration
 from snaploader.cli.options import ReadOptions
 from snaploader.cli.output import record
 from snaploader.cli.resources import Caches
@@ -102,10 +98,9 @@ def vm_configuration_record(snapshot: Snapshot) -> dict[str, Any]:
     """What the machine was made of: the fields that are set, or only the type of a foreign message."""
     packed = snapshot.manifest.vm_configuration
     known: dict[str, Any] = {"type": packed.type_url.rpartition("/")[2]}
-    if known["type"] == VMConfiguration.DESCRIPTOR.full_name:
-        with suppress(DecodeError):
-            for field, value in VMConfiguration.FromString(packed.value).ListFields():
-                known[field.name] = dict(value) if field.name == "properties" else value
+    if snapshot.vm_configuration is not None:
+        for field, value in snapshot.vm_configuration.ListFields():
+            known[field.name] = dict(value) if field.name == "properties" else value
     return known
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -425,6 +425,12 @@ class FileCache:
         if not self._closed:
             self._closed = True
             self._close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a FileCache cannot be pickled or copied, as it has locks and descriptors: make one on the same "
+            "folder in each process"
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TypeAlias, TypeVar, final
+from typing import Any, TypeAlias, TypeVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,10 @@ class ChunkTable:
         hashes.flags.writeable = False
         object.__setattr__(self, "indices", indices)
         object.__setattr__(self, "hashes", hashes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An array that was pickled can be written to; the constructor sees to that.
+        return ChunkTable, (self.size, self.chunk_size, self.function, self.indices, self.hashes)
 
     @classmethod
     def empty(cls, size: int, chunk_size: int, function: DigestFunction) -> ChunkTable:

@@ -12,7 +12,7 @@ after the other. See "Encoding" in protobuf's documentation.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple, Self, TypeAlias, final, overload
+from typing import Any, NamedTuple, Self, TypeAlias, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -190,6 +190,9 @@ class HashSet:
         words = np.frombuffer(rows, dtype=">u8").reshape(-1, 4).astype(np.uint64)
         del rows  # of a million hashes 32 MiB, and sorting takes as much again
         return cls(words)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._words,)
 
     def __len__(self) -> int:
         return len(self._first)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 from google.protobuf.message import EncodeError, Message
 
@@ -107,6 +108,11 @@ class Manifest:
         for attribute in ("files", "chunked_files", "directories"):
             by_name = dict(sorted(getattr(self, attribute).items()))
             object.__setattr__(self, attribute, MappingProxyType(by_name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy cannot be pickled.
+        values = [getattr(self, entry.name) for entry in fields(self)]
+        return Manifest, tuple(dict(v) if isinstance(v, MappingProxyType) else v for v in values)
 
     @property
     def names(self) -> list[str]:

@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Self
+
+from google.protobuf.message import Message
 
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
 from snaploader.digest import Digest, DigestFunction
@@ -42,8 +44,8 @@ class SaveOptions:
     files: Mapping[str, str | os.PathLike[str]]
     chunked_files: Mapping[str, COWStore | str | os.PathLike[str]]
     directories: Mapping[str, DirectorySource]
-    vm_configuration: Any
-    vm_metadata: Any = None
+    vm_configuration: Message | None = None
+    vm_metadata: Message | None = None
     task: SnapshotTask | None = None
     snapshot_id: str | None = None
     save_policy: SavePolicy = SavePolicy.ALWAYS

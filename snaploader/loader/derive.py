@@ -10,7 +10,8 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+
+from google.protobuf.message import Message
 
 from snaploader import keys
 from snaploader.blobstore import TransferStatistics
@@ -37,7 +38,7 @@ class SnapshotDeriver:
         origin: Snapshot,
         snapshot_id: str | None,
         names: Collection[str] | None,
-        vm_metadata: Any,
+        vm_metadata: Message | None,
         pin: str | None,
         remote: bool | None,
         progress: ProgressCallback | None,

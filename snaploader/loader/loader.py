@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Self
+from typing import NoReturn, Self
+
+from google.protobuf.message import Message
 
 from cow import COWStore, MappingBudget
 from snaploader import keys
@@ -261,8 +263,8 @@ class SnapshotLoader:
         files: Mapping[str, str | os.PathLike[str]] | None = None,
         chunked_files: Mapping[str, COWStore | str | os.PathLike[str]] | None = None,
         directories: Mapping[str, DirectorySource | str | os.PathLike[str]] | None = None,
-        vm_configuration: Any,
-        vm_metadata: Any = None,
+        vm_configuration: Message | None = None,
+        vm_metadata: Message | None = None,
         task: SnapshotTask | None = None,
         snapshot_id: str | None = None,
         save_policy: SavePolicy | str = SavePolicy.ALWAYS,
@@ -288,7 +290,7 @@ class SnapshotLoader:
             directories: Kept whole, by name, with all that is in them; see `DirectorySource`. They must not
                 change during the call, nor hold the file cache.
             vm_configuration: What the machine is made of: any protobuf message, such as
-                `snaploader.VMConfiguration`, or an Any.
+                `snaploader.VMConfiguration`, or an Any. Default: an empty VMConfiguration.
             vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of
                 a `snaploader.VMMetadata` is the age of the snapshot as a fallback.
             task: What the machine ran last. Its ids and the digest of its action are recorded in
@@ -341,7 +343,7 @@ class SnapshotLoader:
         *,
         snapshot_id: str | None = None,
         names: Collection[str] | None = None,
-        vm_metadata: Any = None,
+        vm_metadata: Message | None = None,
         pin: str | None = None,
         remote: bool | None = None,
         progress: ProgressCallback | None = None,
@@ -424,6 +426,12 @@ class SnapshotLoader:
         cache is closed first. Not to be called from a progress callback. In a forked child it does nothing.
         """
         self._open.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SnapshotLoader cannot be pickled or copied, as it has threads: make one in each process, with "
+            "the same arguments; what it returns can be pickled"
+        )
 
     def __enter__(self) -> Self:
         return self

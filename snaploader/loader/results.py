@@ -9,10 +9,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
 
-from snaploader._proto.snaploader_pb2 import VMMetadata
+from snaploader._proto import any_pb2
+from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
-from snaploader.formats.chunktable import ChunkTable
+from snaploader.formats.chunktable import ChunkTable, M
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
@@ -33,10 +34,23 @@ class KeyFailure:
     key: SnapshotKey
     error: SnaploaderError
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same key failed in the same way, also in another process."""
+        return isinstance(other, KeyFailure) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[object, ...]:
+        return self.key, type(self.error), self.error.message, self.error.transient
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot that was found: complete when it was looked at, and nothing of it read yet."""
+    """A snapshot that was found: complete when it was looked at, and nothing of it read yet.
+
+    Can be pickled, and unpacked in another process by a loader on the same caches.
+    """
 
     key: SnapshotKey
     """The key that served; its `ref` says which branch the state is from."""
@@ -54,6 +68,18 @@ class Snapshot:
     """What is in every directory, by the directory's name."""
     modes: Mapping[str, int] = field(default_factory=dict)
     """Permission bits of every chunked file, by the file's name."""
+
+    @property
+    def vm_configuration(self) -> VMConfiguration | None:
+        """What the machine was made of; None when a message of another type says it, or it cannot be read."""
+        return _readable(self.manifest.vm_configuration, VMConfiguration)
+
+    def unpack_configuration(self, kind: type[M]) -> M | None:
+        """The VM configuration as a message of `kind`, from any generated stubs; None when it is of another.
+
+        InvalidArgument when it says that it is a `kind` and cannot be parsed.
+        """
+        return unpack_any(self.manifest.vm_configuration, kind)
 
     @property
     def vm_metadata(self) -> VMMetadata | None:
@@ -314,8 +340,12 @@ class RestoreResult:
 
 def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
     """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
+    return _readable(manifest.vm_metadata, VMMetadata)
+
+
+def _readable(packed: any_pb2.Any | None, kind: type[M]) -> M | None:
     try:
-        return unpack_any(manifest.vm_metadata, VMMetadata)
+        return unpack_any(packed, kind)
     except InvalidArgument:
         return None
 

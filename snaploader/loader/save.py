@@ -19,11 +19,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain
-from typing import Any
+
+from google.protobuf.message import Message
 
 from snaploader import keys
 from snaploader._proto import any_pb2
-from snaploader._proto.snaploader_pb2 import VMMetadata
+from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
@@ -117,7 +118,8 @@ class SnapshotSaver:
     def save(self, key: SnapshotKey, options: SaveOptions) -> SaveResult:
         """See `SnapshotLoader.cache_snapshot`."""
         self._check(key, options)
-        configuration = pack_any(options.vm_configuration)
+        given = options.vm_configuration
+        configuration = pack_any(VMConfiguration() if given is None else given)
         metadata = _metadata(options.vm_metadata, options.task, self._stores.clock())
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
         write_keys = self._write_keys(key, options.key_set)
@@ -346,7 +348,7 @@ class SnapshotSaver:
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
 
 
-def _metadata(given: Any, task: SnapshotTask | None, now_s: float) -> any_pb2.Any | None:
+def _metadata(given: Message | None, task: SnapshotTask | None, now_s: float) -> any_pb2.Any | None:
     """The metadata of a snapshot, with the task that ran last where it names none."""
     packed = None if given is None else pack_any(given)
     if task is None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 from cow import (
     COWStore,
@@ -84,6 +84,12 @@ class UnpackedSnapshot:
     def statistics(self) -> dict[str, StoreStatistics]:
         """How much of each chunked file came from where, and what the prefetch was good for."""
         return {name: store.statistics() for name, store in self.chunked_files.items()}
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an UnpackedSnapshot cannot be pickled or copied, as its stores belong to this process: pickle "
+            "its `snapshot`, and unpack that again"
+        )
 
     def close(self) -> None:
         """Close the stores and drop what was not saved. Idempotent. In a forked child it does nothing."""

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Generic, Self, TypeVar, cast
+from typing import Generic, NoReturn, Self, TypeVar, cast
 
 import grpc
 
@@ -333,6 +333,12 @@ class RemoteCache:
     def statistics(self) -> RemoteStatistics:
         """Return counters of what was done so far. Works after `close` too."""
         return self._recorder.snapshot()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a RemoteCache cannot be pickled or copied, as it has a connection: make one with the same "
+            "arguments in each process"
+        )
 
     def close(self) -> None:
         """Call off what runs, close the connection and join the threads. Idempotent.
