@@ -31,7 +31,7 @@ class Resources:
     def now(cls, folder: str) -> Self:
         """What is held now. Only mappings of files below `folder` count: all others are libraries."""
         return cls(
-            threads=frozenset(threading.enumerate()),
+            threads=frozenset(thread for thread in threading.enumerate() if not _is_spare(thread)),
             descriptors=frozenset(_descriptors()),
             mappings=frozenset(_mapped_files(folder)),
             children=frozenset(_children()),
@@ -101,3 +101,8 @@ def _command(pid: int) -> str:
             )
     except FileNotFoundError:
         return "ended"
+
+
+def _is_spare(thread: threading.Thread) -> bool:
+    """Whether trio keeps an idle thread for its next call, as it does for ten seconds."""
+    return thread.name.startswith("Trio thread ")
