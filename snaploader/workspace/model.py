@@ -26,6 +26,9 @@ MAX_ID_LENGTH = 64
 MAX_DISPLAY_NAME_LENGTH = 200
 """Longest name that a snapshot is shown under."""
 
+MAX_SOURCE_LENGTH = 200
+"""Longest text that says why a snapshot was taken."""
+
 MAX_VOLUMES = 100
 """Most durable directories of one workspace."""
 
@@ -61,7 +64,7 @@ class Scope(StrEnum):
 
 
 class SnapshotSource(StrEnum):
-    """Why a snapshot was taken."""
+    """Why a snapshot was taken: the well-known reasons, beside which any printable text is one."""
 
     MANUAL = "manual"
     PRE_EXEC = "pre_exec"
@@ -70,14 +73,13 @@ class SnapshotSource(StrEnum):
     """To keep the state that a rollback left behind."""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """The source of that name; empty means `manual`. InvalidArgument when there is none."""
-        try:
-            return cls(text or cls.MANUAL)
-        except ValueError:
-            raise InvalidArgument(
-                f"there is no snapshot source {text!r}: use manual, pre_exec or rollback"
-            ) from None
+    def parse(cls, text: str) -> str:
+        """Return the well-known source of that name, or the text itself, without white space around it.
+
+        Empty means `manual`. InvalidArgument when it is longer than 200 characters, or not printable.
+        """
+        words = _printable(text, "source of a snapshot", MAX_SOURCE_LENGTH) or cls.MANUAL
+        return next((source for source in cls if source == words), words)
 
 
 class SnapshotKind(StrEnum):
@@ -273,7 +275,8 @@ class SnapshotRecord:
     """Under which the loader finds it: its snapshot id."""
     kind: SnapshotKind
     scope: Scope
-    source: SnapshotSource
+    source: str
+    """Why it was taken: a `SnapshotSource`, or words of somebody's own."""
     created_at: datetime
     status: SnapshotStatus = SnapshotStatus.COMPLETE
     display_name: str = ""
@@ -298,7 +301,8 @@ class Version:
     runtime_name: str
     display_name: str
     """As given, or "Version N"."""
-    source: SnapshotSource
+    source: str
+    """As in `SnapshotRecord`."""
     created_at: datetime
 
 
@@ -430,13 +434,18 @@ def runtime_name(workspace_id: str, snapshot_name: str) -> str:
 
 
 def check_display_name(name: str) -> str:
-    """Return `name` if a snapshot can be shown under it, or if it is empty. InvalidArgument otherwise."""
-    if not isinstance(name, str) or len(name) > MAX_DISPLAY_NAME_LENGTH or not name.isprintable():
-        raise InvalidArgument(
-            f"{str(name)[:80]!r} is no name for a snapshot: use up to {MAX_DISPLAY_NAME_LENGTH} printable "
-            "characters"
-        )
-    return name
+    """Return `name` without white space around it, if a snapshot can be shown under it, or if it is empty.
+
+    InvalidArgument when it is longer than 200 characters, or not printable.
+    """
+    return _printable(name, "name for a snapshot", MAX_DISPLAY_NAME_LENGTH)
+
+
+def _printable(text: str, what: str, max_length: int) -> str:
+    words = text.strip() if isinstance(text, str) else ""
+    if not isinstance(text, str) or len(words) > max_length or not words.isprintable():
+        raise InvalidArgument(f"{str(text)[:80]!r} is no {what}: use up to {max_length} printable characters")
+    return words
 
 
 def pin_name(snapshot_name: str) -> str:

@@ -237,7 +237,7 @@ def encode(record: PausedRecord) -> dict[str, Any]:
         "format": FORMAT,
         "workspace": {**_fields(_SPEC, workspace.spec), **_fields(_WORKSPACE, workspace)},
         "policy": {"name": record.policy.name, "values": record.policy.to_mapping()},
-        "snapshots": [_fields(_SNAPSHOT, snapshot) for snapshot in record.snapshots],
+        "snapshots": [_snapshot_fields(snapshot) for snapshot in record.snapshots],
         "versions": [_fields(_VERSION, version) for version in record.versions],
     }
 
@@ -247,9 +247,7 @@ def decode(values: Any) -> PausedRecord:
         raise ValueError(f"this is no record of format {FORMAT}")
     spec = WorkspaceSpec(**_read(_SPEC, values["workspace"]))
     workspace = Workspace(spec, state=WorkspaceState.PAUSED, **_read(_WORKSPACE, values["workspace"]))
-    snapshots = tuple(
-        SnapshotRecord(workspace_id=workspace.id, **_read(_SNAPSHOT, each)) for each in values["snapshots"]
-    )
+    snapshots = tuple(_snapshot(workspace.id, each) for each in values["snapshots"])
     names = {snapshot.name for snapshot in snapshots}
     if workspace.current_snapshot not in names:
         raise ValueError("the snapshot that the workspace is paused as is not among its snapshots")
@@ -275,6 +273,20 @@ def _fields(readers: _Readers, value: object) -> dict[str, Any]:
 
 def _read(readers: _Readers, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: read(values[name]) for name, read in readers.items()}
+
+
+def _snapshot_fields(snapshot: SnapshotRecord) -> dict[str, Any]:
+    """The fields of a snapshot; an earlier release reads no source but those that are well known."""
+    fields = _fields(_SNAPSHOT, snapshot)
+    if not isinstance(SnapshotSource.parse(snapshot.source), SnapshotSource):
+        fields |= {"source": SnapshotSource.MANUAL, "source_text": snapshot.source}
+    return fields
+
+
+def _snapshot(workspace_id: str, values: Mapping[str, Any]) -> SnapshotRecord:
+    fields = _read(_SNAPSHOT, values)
+    source = SnapshotSource.parse(_text(values.get("source_text") or fields["source"]))
+    return SnapshotRecord(workspace_id=workspace_id, **{**fields, "source": source})
 
 
 def _text(value: Any) -> str:

@@ -356,7 +356,7 @@ def test_what_is_not_possible_now_says_why(shell: Shell) -> None:
         ("rollback", "web", "1"): (3, "no version 1"),
         ("rollback", "web", "one"): (2, "'one'"),
         ("stop", "web", *shell.on_host("elsewhere")): (4, "lives on host"),
-        ("snapshot", "web", "--source", "other"): (2, "'other'"),
+        ("snapshot", "web", "--source", "x" * 201): (2, "no source of a snapshot"),
         ("lifecycle", "--tick", "2026-01-01"): (2, "--once"),
         ("lifecycle", "--once", "--tick", "noon"): (2, "'noon'"),
         ("lifecycle", "--interval", "0"): (2, "--interval"),

@@ -229,9 +229,9 @@ def remove(
 @option("--name", default="", help='What lists call it.  [default: "Version N"]')
 @option(
     "--source",
-    type=click.Choice([source.value for source in SnapshotSource]),
     default=SnapshotSource.MANUAL.value,
-    help="Why it is taken.",
+    metavar="WORDS",
+    help="Why it is taken: manual, pre_exec, rollback, or in words of your own.",
 )
 @option(
     "--scope",

@@ -31,6 +31,9 @@ MAX_EVENTS = 1000
 _UNFINISHED = (SnapshotStatus.PENDING, SnapshotStatus.DELETING, SnapshotStatus.ORPHANED)
 
 
+_SNAPSHOTS = select(*tables.SNAPSHOT_COLUMNS).select_from(tables.explained_snapshots)
+
+
 class DueWorkspace(NamedTuple):
     """A workspace that may need a transition."""
 
@@ -122,7 +125,7 @@ class Reader:
 
     def snapshot(self, name: str) -> SnapshotRecord:
         """Return the snapshot of that name, whatever its status. NotFound when there is none."""
-        query = select(tables.snapshots).where(tables.snapshots.c.name == name)
+        query = _SNAPSHOTS.where(tables.snapshots.c.name == name)
         return tables.snapshot_of(self._known(query, f"snapshot {name!r} in the catalog"))
 
     def snapshots(
@@ -130,10 +133,8 @@ class Reader:
     ) -> list[SnapshotRecord]:
         """List snapshots of a workspace, oldest first: the complete ones unless `statuses` says otherwise."""
         table = tables.snapshots
-        query = (
-            select(table)
-            .where(table.c.workspace_id == workspace_id, table.c.status.in_(statuses))
-            .order_by(table.c.created_at, table.c.name)
+        query = _SNAPSHOTS.where(table.c.workspace_id == workspace_id, table.c.status.in_(statuses)).order_by(
+            table.c.created_at, table.c.name
         )
         return [tables.snapshot_of(row) for row in self._all(query)]
 
@@ -141,8 +142,7 @@ class Reader:
         """List snapshots of a host's workspaces that are pending, orphaned or being deleted, oldest first."""
         table = tables.snapshots
         query = (
-            select(table)
-            .join(tables.workspaces)
+            _SNAPSHOTS.join(tables.workspaces, tables.workspaces.c.id == table.c.workspace_id)
             .where(table.c.status.in_(_UNFINISHED), tables.workspaces.c.host == host)
             .order_by(table.c.created_at, table.c.name)
         )
@@ -249,7 +249,11 @@ class Reader:
 
 def _versions_of(workspace_id: str) -> Select[Any]:
     snapshots = tables.snapshots.c
-    versions = select(tables.versions, snapshots.runtime_name, snapshots.source).join(tables.snapshots)
+    versions = (
+        select(tables.versions, snapshots.runtime_name, tables.why.label("source"))
+        .select_from(tables.explained_snapshots)
+        .join(tables.versions, tables.versions.c.snapshot_name == snapshots.name)
+    )
     return versions.where(
         tables.versions.c.workspace_id == workspace_id, snapshots.status == SnapshotStatus.COMPLETE
     )

@@ -30,6 +30,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy.sql.functions import coalesce
 from sqlalchemy.types import TypeEngine
 
 from snaploader.errors import InvalidArgument
@@ -116,6 +117,15 @@ class Word(Prose):
                 f"{word[:40]!r}… has {len(word)} characters: a name may have no more than {MAX_WORD_LENGTH}"
             )
         return word
+
+
+class Source(Prose):
+    """Why a snapshot was taken: a well-known value comes back as the `SnapshotSource` that it is."""
+
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else SnapshotSource.parse(value)
 
 
 class OptionalWord(Word):
@@ -221,7 +231,14 @@ ticks = Table(
     Column("previous_at", Moment),
 )
 
-AUXILIARY = (host_places, ticks)
+snapshot_sources = Table(
+    "snapshot_sources",
+    metadata,
+    Column("name", Word, primary_key=True),
+    Column("source", Source, nullable=False),
+)
+
+AUXILIARY = (host_places, ticks, snapshot_sources)
 """Tables that no revision of the schema counts: a library that does not know them works without them."""
 
 workspaces = Table(
@@ -286,6 +303,12 @@ snapshots = Table(
     Index(None, "workspace_id", "created_at"),
     Index(None, "status"),
 )
+
+why = coalesce(snapshot_sources.c.source, snapshots.c.source)
+"""Why a snapshot was taken, of rows of `explained_snapshots`."""
+
+explained_snapshots = snapshots.outerjoin(snapshot_sources, snapshot_sources.c.name == snapshots.c.name)
+"""Snapshots, each with the words that say why it was taken, where it has any."""
 
 versions = Table(
     "versions",
@@ -389,11 +412,16 @@ def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
     )
 
 
+SNAPSHOT_COLUMNS = (*(each for each in snapshots.c if each.name != "source"), why.label("source"))
+"""Of `explained_snapshots`: all that a `SnapshotRecord` has."""
+
+
 def snapshot_of(row: Row[Any]) -> SnapshotRecord:
+    """Return the snapshot of a row of `SNAPSHOT_COLUMNS`."""
     return SnapshotRecord(**row._mapping)
 
 
-def version_of(row: Row[Any], runtime_name: str, source: SnapshotSource) -> Version:
+def version_of(row: Row[Any], runtime_name: str, source: str) -> Version:
     """Return the version of a row, whose snapshot has this runtime name and source."""
     return Version(
         id=row.id,

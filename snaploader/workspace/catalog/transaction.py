@@ -44,6 +44,7 @@ from snaploader.workspace.model import (
     RunStatus,
     RunTransition,
     SnapshotRecord,
+    SnapshotSource,
     SnapshotStatus,
     Version,
     Workspace,
@@ -183,6 +184,9 @@ class Transaction(Reader):
         For a creation that failed; a deleted workspace keeps its row and its events.
         """
         self.lock_workspace(workspace_id)
+        snapshots, sources = tables.snapshots.c, tables.snapshot_sources
+        its_own = select(snapshots.name).where(snapshots.workspace_id == workspace_id)
+        self._execute(delete(sources).where(sources.c.name.in_(its_own)))
         for table in (tables.versions, tables.snapshots, tables.runs, tables.events):
             self._execute(delete(table).where(table.c.workspace_id == workspace_id))
         self._execute(delete(tables.workspaces).where(tables.workspaces.c.id == workspace_id))
@@ -222,15 +226,21 @@ class Transaction(Reader):
     # Snapshots and versions, events and runs
 
     def put_snapshot(self, record: SnapshotRecord) -> None:
-        """Add a snapshot, or replace what is known of it.
+        """Add a snapshot, or replace what is known of it. Why it was taken, in words, stays what it was.
 
         FailedPrecondition: its name is another workspace's, or its runtime name another snapshot's.
         """
         self.lock_workspace(record.workspace_id)
         values = dataclasses.asdict(record)
+        is_well_known = isinstance(SnapshotSource.parse(record.source), SnapshotSource)
+        if not is_well_known:
+            values["source"] = SnapshotSource.MANUAL  # for an earlier release, which knows no other words
         if not self._upsert(tables.snapshots, values, key="name", same="workspace_id"):
             owner = self.snapshot(record.name).workspace_id
             raise FailedPrecondition(f"snapshot {record.name!r} belongs to workspace {owner!r}")
+        if not is_well_known:
+            words = {"name": record.name, "source": record.source}
+            self._upsert(tables.snapshot_sources, words, key="name")
 
     def set_snapshot_status(self, name: str, status: SnapshotStatus) -> None:
         """Change how far a snapshot has come."""
@@ -244,7 +254,8 @@ class Transaction(Reader):
             self.lock_workspace(self.snapshot(name).workspace_id)
         except NotFound:
             return
-        self._execute(delete(tables.snapshots).where(tables.snapshots.c.name == name))
+        for table in (tables.snapshots, tables.snapshot_sources):
+            self._execute(delete(table).where(table.c.name == name))
 
     def add_version(
         self, workspace_id: str, snapshot_name: str, created_at: datetime, display_name: str = ""

@@ -270,8 +270,10 @@ class WorkspaceManager:
         `snapshot_create`.
 
         Args:
-            name: To show it under; empty: "Version N".
-            source: Why: "manual", "pre_exec" or "rollback"; empty means manual.
+            name: To show it under, up to 200 printable characters, without the white space around them;
+                empty: "Version N".
+            source: Why: "manual", "pre_exec", "rollback", or other words, bounded as the name is; empty means
+                manual.
             scope: What it holds.
 
         Raises:

@@ -230,7 +230,7 @@ def _metadata(record: SnapshotRecord) -> VMMetadata:
         snapshot_id=record.runtime_name,
         properties={
             "scope": record.scope.value,
-            "source": record.source.value,
+            "source": record.source,
             "kind": record.kind.value,
             "parent": record.parent,
             "display_name": record.display_name,
@@ -247,7 +247,7 @@ def new_record(
     kind: SnapshotKind,
     scope: Scope,
     *,
-    source: SnapshotSource = SnapshotSource.MANUAL,
+    source: str = SnapshotSource.MANUAL,
     display_name: str = "",
 ) -> SnapshotRecord:
     now = services.clock()

@@ -61,7 +61,7 @@ def take(
     services: Services,
     workspace_id: str,
     event: str = VERSION_CREATE,
-    source: SnapshotSource = SnapshotSource.PRE_EXEC,
+    source: str = SnapshotSource.PRE_EXEC,
     scope: Scope = Scope.FULL,
     display_name: str = "",
 ) -> SnapshotResult:
@@ -90,7 +90,7 @@ def take(
                 event,
                 snapshot=record.name,
                 version=version.number,
-                source=record.source.value,
+                source=record.source,
                 scope=record.scope.value,
             )
     work.clean_up()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from catalog_data import HOST, NOON, add, add_version, later, snapshot, workspace
+from sqlalchemy import select
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
 from snaploader.workspace.catalog import Catalog
+from snaploader.workspace.catalog.tables import snapshot_sources
 from snaploader.workspace.model import (
     MAX_VERSION,
     Event,
@@ -153,6 +155,24 @@ class TestVersions:
         assert made == expected
         with catalog.reading() as reader:
             assert reader.version("ws", 1) == expected
+
+    def test_one_tells_in_what_words_its_snapshot_says_why(self, catalog: Catalog) -> None:
+        with catalog.transaction() as transaction:
+            transaction.put_snapshot(snapshot("a", source="nightly"))
+            assert transaction.add_version("ws", "a", later(seconds=5)).source == "nightly"
+        with catalog.reading() as reader:
+            assert reader.version("ws", 1).source == "nightly"
+            assert [each.source for each in reader.versions("ws")] == ["nightly"]
+            assert reader.snapshot("a").source == "nightly"
+
+    def test_words_go_with_their_snapshot(self, catalog: Catalog) -> None:
+        with catalog.transaction() as transaction:
+            for name in "ab":
+                transaction.put_snapshot(snapshot(name, source="nightly"))
+            transaction.remove_snapshot("a")
+            transaction.forget_workspace("ws")
+        with catalog._engine.connect() as connection:
+            assert connection.execute(select(snapshot_sources)).all() == []
 
     def test_one_without_a_name_is_called_by_its_number(self, catalog: Catalog) -> None:
         add_version(catalog, "a")

@@ -62,13 +62,28 @@ def test_a_stopped_workspace_stays_stopped(host: Host) -> None:
     assert not host.is_running()
 
 
-@pytest.mark.parametrize(("source", "kept"), [("", "manual"), ("manual", "manual"), ("rollback", "rollback")])
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [("", "manual"), ("manual", "manual"), ("rollback", "rollback"), (" vor dem Umzug ", "vor dem Umzug")],
+)
 def test_the_source_is_kept_and_an_empty_one_means_manual(host: Host, source: str, kept: str) -> None:
     host.create()
     name = host.manager.create_snapshot("one", source=source).snapshot_name
     [info] = host.manager.list_snapshots("one")
     assert info.record is not None
     assert (info.record.name, info.record.source) == (name, kept)
+    [version] = host.manager.list_versions("one")
+    assert version.source == kept
+
+
+def test_a_name_is_kept_without_the_white_space_around_it(host: Host) -> None:
+    host.create()
+    assert host.manager.create_snapshot("one", "  before the upgrade\t").display_name == "before the upgrade"
+    assert host.manager.create_snapshot("one", " \n ").display_name == "Version 2"
+    assert [each.display_name for each in host.manager.list_versions("one")] == [
+        "before the upgrade",
+        "Version 2",
+    ]
 
 
 def test_create_version_is_a_snapshot_before_something_is_executed(host: Host) -> None:
@@ -90,7 +105,7 @@ def test_every_snapshot_leaves_its_event_with_what_it_is(host: Host) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"source": "bogus"}, {"scope": "Half"}, {"name": "a\nb"}, {"name": "x" * 201}, {"workspace_id": "A B"}],
+    [{"source": "a\nb"}, {"scope": "Half"}, {"name": "a\nb"}, {"name": "x" * 201}, {"workspace_id": "A B"}],
 )
 def test_wrong_arguments_are_refused_before_anything_is_stopped(
     host: Host, arguments: dict[str, str]

@@ -67,6 +67,11 @@ def test_printable_names_can_be_shown(name: str) -> None:
     assert check_display_name(name) == name
 
 
+def test_white_space_around_a_name_is_cut_off() -> None:
+    assert check_display_name("  before the upgrade\n") == "before the upgrade"
+    assert check_display_name(" " * 300) == ""
+
+
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "x" * 201, None, 3])
 def test_other_names_cannot(name: Any) -> None:
     with pytest.raises(InvalidArgument, match="no name for a snapshot"):

@@ -85,6 +85,14 @@ def test_a_record_is_read_back_as_it_was_written(records: PausedRecords) -> None
     assert (records.entries(), records.leftovers()) == (["one"], [])
 
 
+def test_a_source_in_words_is_kept_beside_one_that_an_earlier_release_knows(records: PausedRecords) -> None:
+    written = replace(RECORD, snapshots=(replace(snapshot("v1"), source="nightly"), RECORD.snapshots[1]))
+    records.write(written)
+    assert records.read("one") == written
+    document = json.loads(Path(records.path("one"), "record.json").read_text())
+    assert [each["source"] for each in document["snapshots"]] == ["manual", "pre_exec"]
+
+
 def test_a_record_takes_the_place_of_an_earlier_one(records: PausedRecords) -> None:
     records.write(RECORD)
     changed = replace(RECORD, workspace=replace(RECORD.workspace, owner="bob", dormant_at=NOW))

@@ -68,9 +68,19 @@ def test_full_includes_both_and_data_only_itself() -> None:
 
 def test_an_empty_source_means_manual() -> None:
     assert SnapshotSource.parse("") is SnapshotSource.MANUAL
-    assert SnapshotSource.parse("pre_exec") is SnapshotSource.PRE_EXEC
-    with pytest.raises(InvalidArgument, match="manual, pre_exec or rollback"):
-        SnapshotSource.parse("other")
+    assert SnapshotSource.parse(" \t ") is SnapshotSource.MANUAL
+    assert SnapshotSource.parse(" pre_exec\n") is SnapshotSource.PRE_EXEC
+
+
+def test_other_words_are_a_source_without_the_white_space_around_them() -> None:
+    assert SnapshotSource.parse("  nightly backup ") == "nightly backup"
+    assert SnapshotSource.parse("x" * 200 + " ") == "x" * 200
+
+
+@pytest.mark.parametrize("text", ["x" * 201, "two\nlines", "\0", "\udc80", None, 5])
+def test_a_source_that_is_too_long_or_not_printable_is_refused(text: Any) -> None:
+    with pytest.raises(InvalidArgument, match="no source of a snapshot: use up to 200 printable"):
+        SnapshotSource.parse(text)
 
 
 EVERYTHING = {
