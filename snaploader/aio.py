@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
