@@ -22,6 +22,7 @@ from snaploader.workspace.model import (
     OperationKind as OperationKind,
     OwnerStatus as OwnerStatus,
     Readiness as Readiness,
+    Resources as Resources,
     Run as Run,
     RunStatus as RunStatus,
     RunTransition as RunTransition,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 from types import MappingProxyType
@@ -32,10 +32,23 @@ MAX_SOURCE_LENGTH = 200
 MAX_VOLUMES = 100
 """Most durable directories of one workspace."""
 
+MAX_LABELS = 64
+"""Most labels of one workspace."""
+
+MAX_LABEL_LENGTH = 63
+"""Longest name of a label; its value may have `MAX_TEXT_LENGTH` characters."""
+
+MAX_DEVICES = 100
+"""Most devices of one workspace."""
+
+MAX_TEXT_LENGTH = 255
+"""Longest name of an image or a device, and longest value of a label."""
+
 MAX_PATH_BYTES = 4095
 """Longest path of one, in UTF-8 bytes; Linux takes no longer ones."""
 
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]*[A-Za-z0-9])?")
 _MAX_PORT = 65535
 
 NO_CHECK = "none"
@@ -201,8 +214,32 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True)
+class Resources:
+    """What a workspace gets of its host. None: what the runtime gives by default.
+
+    Raises:
+        InvalidArgument: a number is not a whole one above 0.
+    """
+
+    vcpus: int | None = None
+    """Virtual processors."""
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vcpus", "memory_bytes"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**63:
+                raise InvalidArgument(f"{name} of a workspace is {value!r}: use a whole number above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class WorkspaceSpec:
-    """What a runtime needs to run a workspace. Set at creation, and never changed."""
+    """What a runtime needs to run a workspace. Set at creation, and never changed.
+
+    `check_spec` says what it may hold.
+    """
 
     workspace_id: str
     command: tuple[str, ...] = ()
@@ -211,9 +248,17 @@ class WorkspaceSpec:
     """Added to what the runtime sets."""
     volumes: tuple[Volume, ...] = ()
     readiness: Readiness = field(default_factory=Readiness)
+    image: str = ""
+    """What the runtime makes it of, in the runtime's own terms, such as `debian:12`; empty: its default."""
+    devices: tuple[str, ...] = ()
+    """Devices of the host that it gets, named likewise, such as `/dev/kvm` or `vendor.com/gpu=0`."""
+    resources: Resources = field(default_factory=Resources)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """For people and programs to find it by. They mean nothing to the runtime."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "environment", MappingProxyType(dict(self.environment)))
+        for name in ("environment", "labels"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,6 +496,55 @@ def _printable(text: str, what: str, max_length: int) -> str:
 def pin_name(snapshot_name: str) -> str:
     """Name of the pin that keeps a workspace's snapshot in the local file cache."""
     return f"workspace.{snapshot_name}"
+
+
+def check_spec(spec: WorkspaceSpec) -> WorkspaceSpec:
+    """Return the spec with its volumes in normal form, if a workspace can have it.
+
+    InvalidArgument for what is malformed or too much, TypeError for what is no text.
+    """
+    for what, texts in (
+        ("command", spec.command),
+        ("environment", [*spec.environment, *spec.environment.values()]),
+        ("labels", [*spec.labels, *spec.labels.values()]),
+        ("devices", spec.devices),
+        ("image", [spec.image]),
+    ):
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
+    check_workspace_id(spec.workspace_id)
+    check_labels(spec.labels)
+    for what, texts in (("image", [spec.image] if spec.image else []), ("device", spec.devices)):
+        for text in texts:
+            if not text or len(text) > MAX_TEXT_LENGTH or not text.isprintable() or " " in text:
+                raise InvalidArgument(
+                    f"{text[:80]!r} is no {what}: use 1 to {MAX_TEXT_LENGTH} printable characters, no spaces"
+                )
+    if len(spec.devices) > MAX_DEVICES:
+        raise InvalidArgument(f"a workspace may have no more than {MAX_DEVICES} devices")
+    if len(set(spec.devices)) < len(spec.devices):
+        raise InvalidArgument("a device of a workspace is named twice")
+    return replace(spec, volumes=check_volumes(spec.volumes))
+
+
+def check_labels(labels: Mapping[str, str]) -> None:
+    """InvalidArgument unless a workspace can have these labels.
+
+    A name is 1 to 63 letters, digits and inner `.`, `_`, `-`, `/`; a value up to 255 printable characters.
+    """
+    if len(labels) > MAX_LABELS:
+        raise InvalidArgument(f"a workspace may have no more than {MAX_LABELS} labels")
+    for name, value in labels.items():
+        if len(name) > MAX_LABEL_LENGTH or not _LABEL.fullmatch(name):
+            raise InvalidArgument(
+                f"{name[:80]!r} is no name of a label: use 1 to {MAX_LABEL_LENGTH} letters, digits and inner "
+                "'.', '_', '-' and '/'"
+            )
+        if len(value) > MAX_TEXT_LENGTH or not value.isprintable():
+            raise InvalidArgument(
+                f"label {name!r} cannot be {value[:80]!r}: use up to {MAX_TEXT_LENGTH} printable characters"
+            )
 
 
 def check_volumes(volumes: Iterable[Volume]) -> tuple[Volume, ...]:

@@ -29,6 +29,7 @@ from snaploader.workspace.host import state_folder, write_new
 from snaploader.workspace.model import (
     MAX_VERSION,
     Readiness,
+    Resources,
     Scope,
     SnapshotKind,
     SnapshotRecord,
@@ -37,7 +38,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
-    check_volumes,
+    check_spec,
     check_workspace_id,
     is_workspace_id,
 )
@@ -235,7 +236,11 @@ def encode(record: PausedRecord) -> dict[str, Any]:
     workspace = record.workspace
     return {
         "format": FORMAT,
-        "workspace": {**_fields(_SPEC, workspace.spec), **_fields(_WORKSPACE, workspace)},
+        "workspace": {
+            **_fields(_SPEC, workspace.spec),
+            **_fields(_OPTIONAL_SPEC, workspace.spec),
+            **_fields(_WORKSPACE, workspace),
+        },
         "policy": {"name": record.policy.name, "values": record.policy.to_mapping()},
         "snapshots": [_snapshot_fields(snapshot) for snapshot in record.snapshots],
         "versions": [_fields(_VERSION, version) for version in record.versions],
@@ -245,7 +250,8 @@ def encode(record: PausedRecord) -> dict[str, Any]:
 def decode(values: Any) -> PausedRecord:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"this is no record of format {FORMAT}")
-    spec = WorkspaceSpec(**_read(_SPEC, values["workspace"]))
+    optional = {name: read for name, read in _OPTIONAL_SPEC.items() if name in values["workspace"]}
+    spec = check_spec(WorkspaceSpec(**_read({**_SPEC, **optional}, values["workspace"])))
     workspace = Workspace(spec, state=WorkspaceState.PAUSED, **_read(_WORKSPACE, values["workspace"]))
     snapshots = tuple(_snapshot(workspace.id, each) for each in values["snapshots"])
     names = {snapshot.name for snapshot in snapshots}
@@ -318,12 +324,16 @@ def _time_if_any(text: Any) -> datetime | None:
     return None if text is None else _time(text)
 
 
-def _environment(values: Any) -> dict[str, str]:
+def _texts(values: Any) -> tuple[str, ...]:
+    return tuple(map(_text, values))
+
+
+def _named_texts(values: Any) -> dict[str, str]:
     return {_text(name): _text(value) for name, value in values.items()}
 
 
 def _volumes(values: Any) -> tuple[Volume, ...]:
-    return check_volumes(Volume(**_read({"name": _text, "durable_dir": _text}, each)) for each in values)
+    return tuple(Volume(**_read({"name": _text, "durable_dir": _text}, each)) for each in values)
 
 
 def _readiness(values: Any) -> Readiness:
@@ -337,11 +347,18 @@ _Readers: TypeAlias = Mapping[str, Callable[[Any], Any]]
 
 _SPEC: _Readers = {
     "workspace_id": check_workspace_id,
-    "command": lambda values: tuple(map(_text, values)),
-    "environment": _environment,
+    "command": _texts,
+    "environment": _named_texts,
     "volumes": _volumes,
     "readiness": _readiness,
 }
+_OPTIONAL_SPEC: _Readers = {
+    "image": _text,
+    "devices": _texts,
+    "resources": lambda values: Resources(values.get("vcpus"), values.get("memory_bytes")),
+    "labels": _named_texts,
+}
+"""Those that a record of an earlier release does not have."""
 _WORKSPACE: _Readers = {
     "host": _text,
     "created_at": _time,

@@ -63,6 +63,27 @@ def test_taking_a_version_and_resuming_print_what_they_did(cli: CommandLine, sta
     assert (resumed["id"], resumed["state"], resumed["paused_at"]) == ("web", "running", None)
 
 
+def test_what_a_workspace_is_made_with_is_shown_and_labels_find_it(cli: CommandLine, state: Path) -> None:
+    made = ["--label", "team=web", "--label", "tier=1", "--image", "debian:12", "--device", "/dev/kvm"]
+    cli.ok("workspace", "create", "web", "--no-start", *made, "--vcpus", "2", "--memory", "1GiB")
+    cli.ok("workspace", "create", "db", "--no-start", "--label", "team=db")
+    shown = cli.json("workspace", "show", "web")
+    assert (shown["image"], shown["devices"]) == ("debian:12", ["/dev/kvm"])
+    assert (shown["labels"], shown["resources"]) == (
+        {"team": "web", "tier": "1"},
+        {"vcpus": 2, "memory_bytes": 1 << 30},
+    )
+    told = cli.ok("workspace", "show", "web").text
+    for line in ("labels     team=web, tier=1", "image      debian:12", "vcpus      2", "memory     1.0 GiB"):
+        assert line in told
+    ls = ("workspace", "ls", "--no-sizes")
+    found = cli.json(*ls, "--label", "team=web", "--label", "tier=1")["workspaces"]
+    assert [each["id"] for each in found] == ["web"]
+    assert cli.json(*ls, "--label", "team=web", "--label", "tier=2")["workspaces"] == []
+    assert "written as k=v" in cli("workspace", "ls", "--label", "web").stderr
+    assert state.is_dir()
+
+
 def test_a_snapshot_that_the_catalog_does_not_manage_is_shown_as_such(cli: CommandLine, state: Path) -> None:
     cli.ok("workspace", "create", "web", "--no-start")
     taken = cli.json("workspace", "snapshot", "web")

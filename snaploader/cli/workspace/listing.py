@@ -14,7 +14,7 @@ from snaploader.cli.options import option, workspace_command
 from snaploader.cli.output import Branch, Column, record
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
-from snaploader.cli.values import SIZE, format_size, time_words
+from snaploader.cli.values import KEY_VALUE, SIZE, format_size, time_words
 from snaploader.cli.workspace.records import History, snapshot_record, workspace_record
 from snaploader.workspace import OperationKind, Run, RunStatus, Workspace, WorkspaceState
 
@@ -34,6 +34,7 @@ FORK_EVENT = "workspace_fork"
     "--state", type=click.Choice([state.value for state in WorkspaceState]), help="Only those in this state."
 )
 @option("--owner", help="Only those of this owner.")
+@option("--label", multiple=True, type=KEY_VALUE, help="Only those with this label; repeatable: with each.")
 @option("--all-hosts", is_flag=True, help="Those of other hosts too.")
 @option("--deleted", is_flag=True, help="Deleted ones too.")
 @option("--tree", is_flag=True, help="Show the history of each.")
@@ -46,6 +47,7 @@ def list_(
     workspaces: Workspaces,
     state: str | None,
     owner: str | None,
+    label: tuple[tuple[str, str], ...],
     all_hosts: bool,
     deleted: bool,
     tree: bool,
@@ -61,6 +63,7 @@ def list_(
             host=None if all_hosts else workspaces.host,
             state=None if state is None else WorkspaceState(state),
             owner=owner,
+            labels=dict(label),
             include_deleted=deleted,
         )
     found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
@@ -145,6 +148,11 @@ def _lines(workspace: Workspace, state: str, run: Run | None) -> dict[str, str]:
         "base": workspace.base,
         "policy": workspace.policy,
         "schedule": workspace.autostart_schedule,
+        "labels": ", ".join(f"{name}={value}" for name, value in sorted(spec.labels.items())),
+        "image": spec.image,
+        "devices": ", ".join(spec.devices),
+        "vcpus": str(spec.resources.vcpus or ""),
+        "memory": "" if spec.resources.memory_bytes is None else format_size(spec.resources.memory_bytes),
         "command": shlex.join(spec.command),
         "volumes": ", ".join(f"{volume.name}={volume.durable_dir}" for volume in spec.volumes),
         "ready": f"{spec.readiness.kind} {spec.readiness.target}" if spec.readiness.kind != "none" else "",

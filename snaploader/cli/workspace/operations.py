@@ -10,10 +10,18 @@ import click
 from snaploader.cli.options import Command, destructive, option, workspace_command
 from snaploader.cli.output import record
 from snaploader.cli.resources import Workspaces
-from snaploader.cli.values import DURATION, KEY_VALUE, format_size
+from snaploader.cli.values import DURATION, KEY_VALUE, SIZE, format_size
 from snaploader.cli.workspace.records import snapshot_record, workspace_record
 from snaploader.errors import InvalidArgument
-from snaploader.workspace import Readiness, Scope, SnapshotResult, SnapshotSource, Volume, Workspace
+from snaploader.workspace import (
+    Readiness,
+    Resources,
+    Scope,
+    SnapshotResult,
+    SnapshotSource,
+    Volume,
+    Workspace,
+)
 
 _DEFAULT = Readiness()
 
@@ -50,6 +58,11 @@ _COMMAND = f"{__name__}.command"
     help="Durable directory: its name, and where the command sees it; repeatable.",
 )
 @option("--env", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
+@option("--label", multiple=True, type=KEY_VALUE, help="To find it by; repeatable.")
+@option("--image", default="", help="What the runtime makes it of.")
+@option("--device", multiple=True, help="Device of the host that it gets; repeatable.")
+@option("--vcpus", type=click.IntRange(1), help="Virtual processors.  [default: the runtime's]")
+@option("--memory", type=SIZE, help="Its memory, as in 2GiB.  [default: the runtime's]")
 @option("--ready-tcp", metavar="HOST:PORT", help="Ready when it takes connections.")
 @option("--ready-http", metavar="URL", help="Ready when it answers 200 to 399.")
 @option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it.")
@@ -79,6 +92,10 @@ def create(
     workspace_id: str,
     volume: tuple[tuple[str, str], ...],
     env: tuple[tuple[str, str], ...],
+    label: tuple[tuple[str, str], ...],
+    device: tuple[str, ...],
+    vcpus: int | None,
+    memory: int | None,
     ready_tcp: str | None,
     ready_http: str | None,
     ready_command: str | None,
@@ -107,6 +124,9 @@ def create(
         environment=dict(env),
         volumes=tuple(Volume(name, directory) for name, directory in volume),
         readiness=Readiness(kind, target, ready_interval, ready_timeout),
+        devices=device,
+        resources=Resources(vcpus, memory),
+        labels=dict(label),
         source=source,
         start=not no_start,
         **details,
@@ -120,6 +140,7 @@ def create(
 @option("--owner", help="Whose it is.  [default: that of the origin]")
 @option("--policy", help="Its policy.  [default: that of the origin]")
 @option("--env", multiple=True, type=KEY_VALUE, help="Changes to the origin's environment; repeatable.")
+@option("--label", multiple=True, type=KEY_VALUE, help="Changes to the origin's labels; repeatable.")
 @option("--schedule", "autostart_schedule", default="", metavar="CRON", help="When to start it.")
 @option("--no-start", is_flag=True, help="Leave it stopped.")
 def fork(
@@ -128,6 +149,7 @@ def fork(
     origin: str,
     workspace_id: str,
     env: tuple[tuple[str, str], ...],
+    label: tuple[tuple[str, str], ...],
     no_start: bool,
     **details: Any,
 ) -> None:
@@ -136,7 +158,12 @@ def fork(
     It runs the same command and shares all content with its origin, but does not depend on it.
     """
     workspace = workspaces.manager.fork(
-        origin, workspace_id, environment=dict(env), start=not no_start, **details
+        origin,
+        workspace_id,
+        environment=dict(env),
+        labels=dict(label),
+        start=not no_start,
+        **details,
     )
     _print_new(workspaces, workspace)
 

@@ -30,6 +30,8 @@ def workspace_record(workspace: Workspace) -> dict[str, Any]:
         **record(spec, "command", "environment"),
         "volumes": [record(volume, "name", "durable_dir") for volume in spec.volumes],
         "readiness": record(spec.readiness, "kind", "target", "interval_s", "timeout_s"),
+        **record(spec, "image", "devices", "labels"),
+        "resources": record(spec.resources, "vcpus", "memory_bytes"),
         **record(workspace, *counts, *times),
         "operation": None if operation is None else record(operation, *under_way),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Executable, Row, Select, and_, select
@@ -28,6 +30,7 @@ from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 MAX_EVENTS = 1000
 """Most events of one listing, unless told otherwise."""
 
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _UNFINISHED = (SnapshotStatus.PENDING, SnapshotStatus.DELETING, SnapshotStatus.ORPHANED)
 
 
@@ -75,6 +78,7 @@ class Reader:
         host: str | None = None,
         state: WorkspaceState | None = None,
         owner: str | None = None,
+        labels: Mapping[str, str] = _NO_LABELS,
         include_deleted: bool = False,
         after: str = "",
         limit: int | None = None,
@@ -82,6 +86,8 @@ class Reader:
         """List workspaces, sorted by id.
 
         Args:
+            labels: Only those that have all of these labels, with these values. They are looked for in each
+                workspace that all else finds.
             host: Only those of this host.
             state: Only those in this state; `DELETED` shows deleted ones.
             owner: Only those of this owner.
@@ -90,7 +96,8 @@ class Reader:
             limit: At most so many.
         """
         table = tables.workspaces
-        query = select(table).where(table.c.id > after).order_by(table.c.id).limit(limit)
+        query = select(table).where(table.c.id > after).order_by(table.c.id)
+        query = query if labels else query.limit(limit)
         if host is not None:
             query = query.where(table.c.host == host)
         if state is not None:
@@ -99,7 +106,8 @@ class Reader:
             query = query.where(table.c.state != WorkspaceState.DELETED)
         if owner is not None:
             query = query.where(table.c.owner == owner if owner else table.c.owner.is_(None))
-        return [tables.workspace_of(row) for row in self._all(query)]
+        found = (tables.workspace_of(row) for row in self._all(query))
+        return list(islice((each for each in found if labels.items() <= each.spec.labels.items()), limit))
 
     def workspaces_with_operation(self, host: str) -> list[Workspace]:
         """List workspaces on which an operation of that host is under way, sorted by id."""

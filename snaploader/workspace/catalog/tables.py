@@ -40,6 +40,7 @@ from snaploader.workspace.model import (
     OperationKind,
     OwnerStatus,
     Readiness,
+    Resources,
     Run,
     RunStatus,
     RunTransition,
@@ -392,12 +393,19 @@ def operation_values(operation: Operation | None) -> dict[str, Any]:
 
 
 def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:
-    """Return a spec as plain values, without its id."""
+    """Return a spec as plain values, without its id; what it may lack is left out where it does."""
+    optional = {
+        "image": spec.image,
+        "devices": list(spec.devices),
+        "resources": {name: value for name, value in asdict(spec.resources).items() if value is not None},
+        "labels": dict(spec.labels),
+    }
     return {
         "command": list(spec.command),
         "environment": dict(spec.environment),
         "volumes": [asdict(volume) for volume in spec.volumes],
         "readiness": asdict(spec.readiness),
+        **{name: value for name, value in optional.items() if value},
     }
 
 
@@ -409,6 +417,10 @@ def spec_of(workspace_id: str, document: Mapping[str, Any]) -> WorkspaceSpec:
         environment=document["environment"],
         volumes=tuple(Volume(**volume) for volume in document["volumes"]),
         readiness=Readiness(**document["readiness"]),
+        image=document.get("image", ""),
+        devices=tuple(document.get("devices", ())),
+        resources=Resources(**document.get("resources", {})),
+        labels=document.get("labels", {}),
     )
 
 

@@ -45,6 +45,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
+    check_spec,
 )
 from snaploader.workspace.policy import parse_schedule
 from snaploader.workspace.records import PausedRecord
@@ -65,13 +66,7 @@ def new_workspace(
     """The workspace that is to be. TypeError or InvalidArgument when it cannot be."""
     if autostart_schedule:
         parse_schedule(autostart_schedule)
-    for what, texts in (
-        ("command", spec.command),
-        ("environment", [*spec.environment, *spec.environment.values()]),
-    ):
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"the {what} of a workspace must be of str: it holds {text!r}")
+    spec = check_spec(spec)
     now = services.clock()
     stopped = WorkspaceState.STOPPED
     return Workspace(spec, services.host, stopped, now, now, owner, base, policy, autostart_schedule)

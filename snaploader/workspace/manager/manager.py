@@ -30,6 +30,7 @@ from snaploader.workspace.model import (
     Event,
     OperationKind,
     Readiness,
+    Resources,
     Scope,
     SnapshotInfo,
     SnapshotResult,
@@ -39,8 +40,6 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
-    check_volumes,
-    check_workspace_id,
     new_workspace_id,
 )
 from snaploader.workspace.policy import DEFAULT_POLICY
@@ -158,6 +157,10 @@ class WorkspaceManager:
         environment: Mapping[str, str] | None = None,
         volumes: Iterable[Volume] = (),
         readiness: Readiness | None = None,
+        image: str = "",
+        devices: Iterable[str] = (),
+        resources: Resources | None = None,
+        labels: Mapping[str, str] | None = None,
         owner: str = "",
         base: str = "",
         policy: str = DEFAULT_POLICY,
@@ -175,6 +178,13 @@ class WorkspaceManager:
             volumes: Its durable directories.
             readiness: How to tell that it is ready, for all that starts its process afresh. Default: it is as
                 soon as it runs.
+            image: What the runtime makes it of, in the runtime's own terms, such as `debian:12`: up to 255
+                printable characters without spaces. `ProcessRuntime` has no use for images, devices and
+                resources.
+            devices: Devices of the host that it gets, each bounded as the image is; up to 100.
+            resources: Processors and memory that it gets. Default: what the runtime gives.
+            labels: To find it by, up to 64. A name has 1 to 63 letters, digits and inner `.`, `_`, `-`, `/`;
+                a value up to 255 printable characters.
             owner: Whose it is.
             base: The template that it is made from; workspaces of one base share chunks.
             policy: Name of its policy.
@@ -184,22 +194,27 @@ class WorkspaceManager:
             start: Whether to start it; otherwise it is stopped.
 
         Raises:
-            InvalidArgument: the id, a volume or the schedule is malformed.
+            InvalidArgument: the id, a volume, the image, a device, a label or the schedule is malformed.
             FailedPrecondition: the id was used before, or this host has files or a record of it that the
                 catalog does not know, which are left alone.
             NotFound: there is no such policy, or no such source.
             ResourceExhausted: all slots of the host are taken.
         """
-        if isinstance(command, str):
-            raise TypeError(
-                f"the command must be a sequence such as ['sleep', '5'], and not one str: {command!r}"
-            )
+        for what, texts in (("command", command), ("devices", devices)):
+            if isinstance(texts, str):
+                raise TypeError(
+                    f"the {what} must be a sequence such as ['sleep', '5'], and not one str: {texts!r}"
+                )
         spec = WorkspaceSpec(
-            check_workspace_id(workspace_id) if workspace_id else new_workspace_id(),
+            workspace_id or new_workspace_id(),
             tuple(command),
             environment or {},
-            check_volumes(volumes),
+            tuple(volumes),
             readiness or Readiness(),
+            image,
+            tuple(devices),
+            resources or Resources(),
+            labels or {},
         )
         workspace = lifetime.new_workspace(self._services, spec, owner, base, policy, autostart_schedule)
         return self._make(lifetime.create, workspace, source=source, start=start)
@@ -210,6 +225,7 @@ class WorkspaceManager:
         workspace_id: str = "",
         *,
         environment: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
         owner: str | None = None,
         policy: str | None = None,
         autostart_schedule: str = "",
@@ -217,13 +233,15 @@ class WorkspaceManager:
     ) -> Workspace:
         """Make a new workspace on this host from a commit of any host, sharing all chunks with it.
 
-        It runs the same command and lives on when its origin is deleted. What a Data commit does not hold is
+        It runs the same command, of the same image, with the same devices, resources and labels, and lives on
+        when its origin is deleted. What a Data commit does not hold is
         empty in it. If the fork fails, or is killed, nothing is left of it.
 
         Args:
             origin: Name of the commit's snapshot, or id of a workspace, for its latest commit.
             workspace_id: Default: a new one.
             environment: Changes to that of the origin.
+            labels: Changes to those of the origin.
             owner: Whose it is. Default: the origin's.
             policy: Default: the origin's.
             autostart_schedule: Default: none.
@@ -234,14 +252,19 @@ class WorkspaceManager:
             FailedPrecondition: the snapshot is no commit: a pause cannot be forked. Or as for `create`.
             InvalidArgument, ResourceExhausted: as for `create`.
         """
-        new_id = check_workspace_id(workspace_id) if workspace_id else new_workspace_id()
+        new_id = workspace_id or new_workspace_id()
         with self.catalog.reading() as reader:
             origin_commit = find_commit(reader, origin)
             parent = reader.workspace(origin_commit.workspace_id)
-        merged = {**parent.spec.environment, **(environment or {})}
+        spec = replace(
+            parent.spec,
+            workspace_id=new_id,
+            environment={**parent.spec.environment, **(environment or {})},
+            labels={**parent.spec.labels, **(labels or {})},
+        )
         workspace = lifetime.new_workspace(
             self._services,
-            replace(parent.spec, workspace_id=new_id, environment=merged),
+            spec,
             parent.owner if owner is None else owner,
             parent.base,
             parent.policy if policy is None else policy,
@@ -435,11 +458,17 @@ class WorkspaceManager:
         host: str | None = None,
         state: WorkspaceState | None = None,
         owner: str | None = None,
+        labels: Mapping[str, str] = MappingProxyType({}),
         include_deleted: bool = False,
     ) -> list[Workspace]:
-        """Workspaces by id, of all hosts unless one is named, without those that are still being made."""
+        """Workspaces by id, of all hosts unless one is named, without those that are still being made.
+
+        Those with all of these `labels`, with these values.
+        """
         with self.catalog.reading() as reader:
-            found = reader.workspaces(host=host, state=state, owner=owner, include_deleted=include_deleted)
+            found = reader.workspaces(
+                host=host, state=state, owner=owner, labels=labels, include_deleted=include_deleted
+            )
         return [each for each in found if each.operation is None or each.operation.kind not in _MAKING]
 
     def list_snapshots(self, workspace_id: str) -> list[SnapshotInfo]:

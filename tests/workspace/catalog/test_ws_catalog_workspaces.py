@@ -13,7 +13,16 @@ from sqlalchemy.event import listen, remove
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.catalog import Catalog, Transaction
-from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, SnapshotStatus, WorkspaceState
+from snaploader.workspace.catalog.tables import spec_document
+from snaploader.workspace.model import (
+    OwnerStatus,
+    Resources,
+    RunStatus,
+    RunTransition,
+    SnapshotStatus,
+    WorkspaceSpec,
+    WorkspaceState,
+)
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 
 
@@ -32,6 +41,30 @@ def test_a_workspace_comes_back_as_it_was_added(catalog: Catalog) -> None:
     with catalog.reading() as reader:
         assert reader.workspace("full") == full_workspace()
         assert reader.workspace("plain") == workspace("plain")
+
+
+def test_what_a_spec_lacks_is_left_out_of_its_document() -> None:
+    assert spec_document(workspace().spec).keys() == {"command", "environment", "volumes", "readiness"}
+    resources = spec_document(WorkspaceSpec("one", resources=Resources(vcpus=2)))["resources"]
+    assert resources == {"vcpus": 2}
+
+
+def test_workspaces_are_found_by_all_of_some_labels(catalog: Catalog) -> None:
+    labels = {"a": {"team": "web", "tier": "1"}, "b": {"team": "web"}, "c": {"team": "db"}, "d": {}}
+    specs = [WorkspaceSpec(name, labels=each) for name, each in labels.items()]
+    add(catalog, *(dataclasses.replace(workspace(), spec=spec) for spec in specs))
+    with catalog.reading() as reader:
+
+        def found(**how: Any) -> list[str]:
+            return [each.id for each in reader.workspaces(**how)]
+
+        assert found(labels={"team": "web"}) == ["a", "b"]
+        assert found(labels={"team": "web", "tier": "1"}) == ["a"]
+        assert found(labels={"team": "web", "tier": "2"}) == []
+        assert found(labels={"tier": ""}) == []
+        assert found(labels={"team": "web"}, limit=1) == ["a"]
+        assert found(labels={"team": "web"}, limit=1, after="a") == ["b"]
+        assert found(labels={"team": "web"}, state=WorkspaceState.PAUSED) == []
 
 
 def test_an_unknown_workspace_is_not_found(catalog: Catalog) -> None:

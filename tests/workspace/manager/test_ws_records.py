@@ -14,6 +14,7 @@ import pytest
 from snaploader.errors import DataLoss, NotFound
 from snaploader.workspace.model import (
     Readiness,
+    Resources,
     Scope,
     SnapshotKind,
     SnapshotRecord,
@@ -54,6 +55,10 @@ RECORD = PausedRecord(
             {"LANG": "C.UTF-8"},
             (Volume("data", "/var/my data"), Volume("conf", "/..config")),
             Readiness("tcp", "127.0.0.1:80", 0.5, 3),
+            "debian:12",
+            ("/dev/kvm",),
+            Resources(2, 1 << 30),
+            {"team": "web"},
         ),
         "host-a",
         WorkspaceState.PAUSED,
