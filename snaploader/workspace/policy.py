@@ -13,7 +13,7 @@ cannot differ. What counts as what:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
 from enum import StrEnum
@@ -133,6 +133,17 @@ class Policy:
             if value is not None:
                 values[spelled] = value.value if isinstance(value, StrEnum) else value
         return values
+
+
+def check_scopes(policy: Policy, capturable: Collection[Scope]) -> None:
+    """InvalidArgument when a runtime cannot capture what the policy asks for; names the field as users do."""
+    for field_name, scope in (("onPause", policy.scopes.on_pause), ("onCommit", policy.scopes.commit_scope)):
+        if scope not in capturable:
+            possible = " or ".join(sorted(capturable))
+            raise InvalidArgument(
+                f"policy {policy.name!r}: {field_name} is {scope}, which the runtime of this host cannot "
+                f"capture: set {field_name} to {possible}"
+            )
 
 
 def _duration(value: Any) -> timedelta:

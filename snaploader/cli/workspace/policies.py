@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -11,11 +10,9 @@ import click
 from snaploader.cli.options import Group, option, shared_options, workspace_command, workspace_options
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.workspace.records import workspace_record
-from snaploader.errors import InvalidArgument, NotFound
+from snaploader.errors import InvalidArgument
 from snaploader.policy import parse_duration_s
 from snaploader.workspace import OwnerStatus, Policy
-
-CHANGE_EVENT = "workspace_change"
 
 
 @click.group(cls=Group)
@@ -34,14 +31,7 @@ def set_policy(workspaces: Workspaces, name: str, values: tuple[str, ...]) -> No
     Durations are seconds, or a number and s, m, h or d. `FIELD=` goes back to the default.
     """
     changes = dict(parse_field(value) for value in values)
-    with workspaces.catalog.transaction() as transaction:
-        try:
-            before = transaction.policy(name).to_mapping()
-        except NotFound:
-            before = {}
-        merged = {field: value for field, value in {**before, **changes}.items() if value is not None}
-        changed = Policy.from_mapping(name, merged)
-        transaction.put_policy(changed)
+    changed = workspaces.manager.change_policy(name, changes)
     workspaces.output.data(_record(changed), *_fields(changed))
 
 
@@ -129,15 +119,9 @@ def set_(
     workspaces: Workspaces, workspace_id: str, policy: str | None, owner: str | None, schedule: str | None
 ) -> None:
     """Change what the lifecycle goes by. All else of a workspace is as it was made."""
-    if schedule:
-        from snaploader.workspace.policy import parse_schedule
-
-        parse_schedule(schedule)
-    given = {"policy": policy, "owner": owner, "autostart_schedule": schedule}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if not changes:
+    if policy is None and owner is None and schedule is None:
         raise InvalidArgument("there is nothing to change: give --policy, --owner or --schedule")
-    with workspaces.catalog.transaction() as transaction:
-        workspace = transaction.update_workspace(workspace_id, **changes)
-        transaction.add_event(workspace_id, CHANGE_EVENT, changes, datetime.now(UTC))
+    workspace = workspaces.manager.change(
+        workspace_id, policy=policy, owner=owner, autostart_schedule=schedule
+    )
     workspaces.output.data(workspace_record(workspace), f"changed {workspace_id}")

@@ -55,10 +55,11 @@ class HeldWorkspace:
         self._sections.run_to_end(self._lock, partial(undo.settle, self._services, self.workspace_id))
 
     def create_snapshot(
-        self, name: str = "", source: str = SnapshotSource.MANUAL, *, scope: Scope | str = Scope.FULL
+        self, name: str = "", source: str = SnapshotSource.MANUAL, *, scope: Scope | str | None = None
     ) -> SnapshotResult:
         """As `WorkspaceManager.create_snapshot`."""
-        kept = SnapshotSource.parse(source), Scope.parse(scope), check_display_name(name)
+        holds = None if scope is None else Scope.parse(scope)
+        kept = SnapshotSource.parse(source), holds, check_display_name(name)
         return self._complete(versions.take, versions.SNAPSHOT_CREATE, *kept)
 
     def create_version(self) -> SnapshotResult:

@@ -24,6 +24,7 @@ from snaploader.workspace.manager.operation import (
     Work,
     give_slot_back,
     new_operation,
+    widest_scope,
     with_slot,
 )
 from snaploader.workspace.manager.snapshots import (
@@ -47,7 +48,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
     check_spec,
 )
-from snaploader.workspace.policy import parse_schedule
+from snaploader.workspace.policy import check_scopes, parse_schedule
 from snaploader.workspace.records import PausedRecord
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def create(
     """Reserve, make the files, keep what it began as, start, record. See `WorkspaceManager.create`."""
     _check_nothing_is_here(services, workspace.id)
     has_content = source is not None
-    work = _begin(services, workspace, OperationKind.CREATE, Scope.FULL if has_content else None)
+    work = _begin(services, workspace, OperationKind.CREATE, widest_scope(services) if has_content else None)
     with work:
         services.runtime.create(workspace.spec, source)
         work.reach("made")
@@ -129,6 +130,7 @@ def _begin(services: Services, workspace: Workspace, kind: OperationKind, base_s
     try:
         with services.catalog.transaction() as tx:
             tx.add_workspace(workspace)
+            check_scopes(tx.policy(workspace.policy), services.runtime.scopes)
             pending = None
             if base_scope is not None:
                 pending = new_record(tx, services, workspace, SnapshotKind.BASE, base_scope)

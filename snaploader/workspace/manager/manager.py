@@ -19,7 +19,7 @@ from snaploader.loader import SnapshotLoader
 from snaploader.workspace import sizes
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.host import HeldLock, HostHome, SlotPool, WorkspaceLocks
-from snaploader.workspace.manager import lifetime
+from snaploader.workspace.manager import lifetime, settings
 from snaploader.workspace.manager.held_workspace import DEFAULT_WORKERS, CriticalSections, HeldWorkspace
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state, utc_now
 from snaploader.workspace.manager.recovery import Note, RecoverySummary, recover
@@ -42,7 +42,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
     new_workspace_id,
 )
-from snaploader.workspace.policy import DEFAULT_POLICY
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtime
 
@@ -194,7 +194,8 @@ class WorkspaceManager:
             start: Whether to start it; otherwise it is stopped.
 
         Raises:
-            InvalidArgument: the id, a volume, the image, a device, a label or the schedule is malformed.
+            InvalidArgument: the id, a volume, the image, a device, a label or the schedule is malformed;
+                or the runtime cannot capture what the policy asks for.
             FailedPrecondition: the id was used before, or this host has files or a record of it that the
                 catalog does not know, which are left alone.
             NotFound: there is no such policy, or no such source.
@@ -285,7 +286,7 @@ class WorkspaceManager:
         name: str = "",
         source: str = SnapshotSource.MANUAL,
         *,
-        scope: Scope | str = Scope.FULL,
+        scope: Scope | str | None = None,
     ) -> SnapshotResult:
         """Capture the workspace as its next version: stop, capture, continue, start, wait, record.
 
@@ -297,9 +298,10 @@ class WorkspaceManager:
                 empty: "Version N".
             source: Why: "manual", "pre_exec", "rollback", or other words, bounded as the name is; empty means
                 manual.
-            scope: What it holds.
+            scope: What it holds. Default: Full, or Data with a runtime that captures no more.
 
         Raises:
+            FailedPrecondition: the runtime cannot capture that scope. Nothing was stopped then.
             InvalidArgument: the name, the source or the scope is malformed.
             DeadlineExceeded: it was not ready again in time: it runs then, and there is no version.
             SnaploaderError: with a note if the workspace could not be started again, and is stopped.
@@ -422,6 +424,53 @@ class WorkspaceManager:
                 raise FailedPrecondition(f"workspace {workspace_id!r} is being deleted: too late to use it")
             now = self._services.clock()
             return tx.update_workspace(workspace_id, last_used_at=now, dormant_at=None, deleting_at=None)
+
+    def change(
+        self,
+        workspace_id: str,
+        *,
+        owner: str | None = None,
+        policy: str | None = None,
+        autostart_schedule: str | None = None,
+    ) -> Workspace:
+        """Change what the lifecycle goes by. All else of a workspace is as it was made.
+
+        It holds from the next tick on; None leaves a thing as it is. The event is `workspace_change`.
+
+        Args:
+            owner: Whose it is; empty: nobody's.
+            policy: Name of its policy.
+            autostart_schedule: A cron expression with a time zone; empty: none.
+
+        Raises:
+            InvalidArgument: the schedule is malformed; or the runtime cannot capture what the policy asks
+                for.
+            NotFound: there is no such policy.
+        """
+        return settings.change(
+            self._services, workspace_id, owner=owner, policy=policy, autostart_schedule=autostart_schedule
+        )
+
+    # Policies
+
+    def put_policy(self, policy: Policy) -> None:
+        """Add a policy, or replace the one of its name, for all workspaces that follow it.
+
+        Raises:
+            InvalidArgument: the runtime of this host cannot capture what `onPause` or `onCommit` asks for.
+        """
+        settings.put_policy(self._services, policy)
+
+    def change_policy(self, name: str, values: Mapping[str, Any]) -> Policy:
+        """Change some fields of a policy, and return it as it is then. One that is not there is added.
+
+        Args:
+            values: As the user spells them, such as `{"onPause": "Data"}`; None goes back to the default.
+
+        Raises:
+            InvalidArgument: a field is unknown, its value is not one, or as for `put_policy`.
+        """
+        return settings.change_policy(self._services, name, values)
 
     # At start-up
 

@@ -32,6 +32,7 @@ from snaploader.workspace.model import (
     Run,
     RunStatus,
     RunTransition,
+    Scope,
     SnapshotKind,
     SnapshotRecord,
     SnapshotStatus,
@@ -190,6 +191,8 @@ class Work:
                 )
             check_state(workspace, kind, allowed)
             pending = None if prepare is None else prepare(tx, workspace)
+            if pending is not None and workspace.state in ON_HOST:
+                _check_scope(services, workspace_id, kind, pending.scope)
             operation = new_operation(
                 services, kind, pending.name if pending is not None and not target else target, version
             )
@@ -297,6 +300,19 @@ class Work:
         """Let go of the snapshots that the recording made needless."""
         for record in self._left_behind:
             self.afterwards(f"snapshot {record.name!r}", partial(let_go, self.services, record))
+
+
+def _check_scope(services: Services, workspace_id: str, kind: str, scope: Scope) -> None:
+    if scope not in services.runtime.scopes:
+        raise FailedPrecondition(
+            f"workspace {workspace_id!r}: no {kind} of scope {scope} is possible, because the runtime of "
+            f"this host captures {' and '.join(sorted(services.runtime.scopes))} alone"
+        )
+
+
+def widest_scope(services: Services) -> Scope:
+    """The scope that holds the most of what the runtime can capture."""
+    return Scope.FULL if Scope.FULL in services.runtime.scopes else Scope.DATA
 
 
 def text_of(error: BaseException) -> str:

@@ -10,7 +10,14 @@ from typing import Any
 from snaploader.digest import Digest
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.workspace.catalog import Reader, Transaction
-from snaploader.workspace.manager.operation import ALIVE, ON_HOST, Services, Work, runs_nevertheless
+from snaploader.workspace.manager.operation import (
+    ALIVE,
+    ON_HOST,
+    Services,
+    Work,
+    runs_nevertheless,
+    widest_scope,
+)
 from snaploader.workspace.manager.snapshots import (
     Saved,
     completed,
@@ -62,10 +69,11 @@ def take(
     workspace_id: str,
     event: str = VERSION_CREATE,
     source: str = SnapshotSource.PRE_EXEC,
-    scope: Scope = Scope.FULL,
+    scope: Scope | None = None,
     display_name: str = "",
 ) -> SnapshotResult:
     """Stop, capture, continue, start, record: a new version. See `WorkspaceManager.create_snapshot`."""
+    scope = scope or widest_scope(services)
     work = Work.begin(
         services,
         workspace_id,
@@ -112,7 +120,12 @@ def rollback(services: Services, workspace_id: str, number: int, *, keep_current
         allowed=ON_HOST,
         prepare=(
             lambda tx, workspace: new_record(
-                tx, services, workspace, SnapshotKind.VERSION, Scope.FULL, source=SnapshotSource.ROLLBACK
+                tx,
+                services,
+                workspace,
+                SnapshotKind.VERSION,
+                widest_scope(services),
+                source=SnapshotSource.ROLLBACK,
             )
         )
         if keep_current

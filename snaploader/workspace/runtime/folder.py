@@ -62,6 +62,7 @@ class FolderRuntime(Runtime):
         self._attachments = Attachments(self._layout)
 
     keeps_memory = False  # a folder has none
+    scopes = frozenset(Scope)
 
     def root(self, workspace_id: str) -> Path:
         """Return the folder that the workspace sees. NotFound when there is none."""

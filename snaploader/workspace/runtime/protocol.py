@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -94,6 +94,10 @@ class Runtime(Protocol):
 
         Where it does not, its process starts afresh, and is waited for until it is ready.
         """
+
+    @property
+    def scopes(self) -> Collection[Scope]:
+        """The scopes that it can capture and place. A policy that asks for another is refused when set."""
 
     def create(self, spec: WorkspaceSpec, source: str | os.PathLike[str] | None = None) -> None:
         """Make the state of a new workspace: its durable directories, and the content of `source`.

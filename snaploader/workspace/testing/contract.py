@@ -193,6 +193,15 @@ def an_unknown_workspace_does_not_exist(harness: Harness) -> None:
 
 
 @check
+def it_says_what_it_captures(harness: Harness) -> None:
+    """A runtime captures one scope at least, and others on the same state capture the same."""
+    scopes = set(harness.runtime.scopes)
+    require(bool(scopes) and scopes <= set(Scope), f"its scopes are {scopes}")
+    with closing(harness.another()) as other:
+        require(set(other.scopes) == scopes, f"another one says {set(other.scopes)} and this one {scopes}")
+
+
+@check
 def ids_that_are_none_are_refused(harness: Harness) -> None:
     """What is no workspace id is InvalidArgument, before anything is done."""
     runtime = harness.runtime

@@ -90,6 +90,8 @@ class FakeRuntime(FolderRuntime):
         super().__init__(directory, durable=False, index_placed=False, _environment=_environment)
         self.keeps_memory = False
         """Whether it is to say that it does; see `Runtime.keeps_memory`."""
+        self.scopes = frozenset(Scope)
+        """What it is to say that it can capture; see `Runtime.scopes`."""
         self.calls: list[RuntimeCall] = []
         """Every call received, in order of arrival; those of `status` are left out."""
         self._script = threading.Lock()
