@@ -227,23 +227,40 @@ class LifecycleExecutor:
             tick, MappingProxyType(made), MappingProxyType(failed), MappingProxyType(skipped), took_s
         )
 
-    def run(self, stop: threading.Event, interval_s: float = 60.0) -> None:
+    def run(
+        self,
+        stop: threading.Event,
+        interval_s: float = 60.0,
+        *,
+        on_stats: Callable[[Stats], object] | None = None,
+    ) -> None:
         """Call `run_once` now and at each multiple of `interval_s` until `stop` is set.
 
         It returns when the transitions under way are finished. Calls never overlap; ticks that are missed
         because one took long are left out. A tick that fails as a whole, as when the database cannot be
         reached, is logged and counted, and the next one tries again.
 
+        Args:
+            on_stats: Called on this thread with what each tick did, before the next one; not for a tick that
+                failed as a whole. What it raises is logged, and changes nothing.
+
         Raises:
             InvalidArgument: the interval is not above zero.
         """
         for tick in wall_clock_ticks(stop, interval_s, clock=self._clock, wait=self._wait):
             try:
-                self.run_once(tick, stop=stop)
+                stats = self.run_once(tick, stop=stop)
             except Exception:
                 logger.exception("the lifecycle's tick of %s failed; the next one tries again", tick)
                 if self._metrics is not None:
                     self._metrics.tick_failed()
+                continue
+            if on_stats is None:
+                continue
+            try:
+                on_stats(stats)
+            except Exception:
+                logger.exception("whoever is told what the tick of %s did has failed", tick)
 
     def _attend_all(self, ids: list[str], ticks: Ticks, stop: threading.Event) -> dict[str, _Result]:
         if not ids:

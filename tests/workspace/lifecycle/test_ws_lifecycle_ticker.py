@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from snaploader.errors import InvalidArgument, Unavailable
 from snaploader.workspace.lifecycle import LifecycleExecutor, Metrics, wall_clock_ticks
+from snaploader.workspace.policy import Transition
 
 
 class Time:
@@ -134,6 +135,36 @@ def test_a_tick_that_fails_is_logged_and_counted_and_the_next_one_runs(catalog, 
     assert registry.get_sample_value("snaploader_lifecycle_errors_total") == 2
     assert "database is away" in caplog.text
     assert "bug" in caplog.text
+
+
+def test_run_hands_out_what_each_tick_did(catalog, manager):
+    add(catalog, "first", deadline=NOW)
+    add(catalog, "third", deadline=NOW + timedelta(minutes=2))
+    time, told = Time(rounds=3), []
+    with LifecycleExecutor(manager, clock=time.clock, wait=time.wait) as executor:
+        executor.run(threading.Event(), on_stats=told.append)
+    assert [(stats.tick, dict(stats.transitions)) for stats in told] == [
+        (NOW, {"first": Transition.AUTOSTOP}),
+        (NOW + timedelta(minutes=1), {}),
+        (NOW + timedelta(minutes=2), {"third": Transition.AUTOSTOP}),
+    ]
+
+
+def test_who_is_told_of_a_tick_and_fails_does_not_end_the_ticks(catalog, manager, caplog):
+    add(catalog, "third", deadline=NOW + timedelta(minutes=2))
+    time, told = Time(rounds=3), []
+
+    def failing(stats):
+        told.append(stats)
+        raise RuntimeError("nobody listens")
+
+    registry = CollectorRegistry()
+    with LifecycleExecutor(manager, clock=time.clock, wait=time.wait, metrics=Metrics(registry)) as executor:
+        executor.run(threading.Event(), on_stats=failing)
+    assert len(told) == 3
+    assert state_of(catalog, "third").state is STOPPED
+    assert "nobody listens" in caplog.text
+    assert registry.get_sample_value("snaploader_lifecycle_errors_total") == 0
 
 
 def test_stopping_in_the_middle_of_a_tick_finishes_what_is_under_way_and_returns(catalog, manager):
