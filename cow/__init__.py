@@ -41,7 +41,7 @@ from cow.fileio import (
     write_nonzero,
 )
 from cow.mapping import MappingBudget, default_budget
-from cow.reader import DEFAULT_READAHEAD, ReadaheadOptions
+from cow.reader import DEFAULT_READAHEAD, ReadaheadOptions, ReadaheadPlanner
 from cow.store import Checkpoint, COWStore
 from cow.sync import Flight, SingleFlight
 
@@ -61,6 +61,7 @@ __all__ = [
     "OriginStatistics",
     "OutOfBounds",
     "ReadaheadOptions",
+    "ReadaheadPlanner",
     "SingleFlight",
     "StoreClosed",
     "StoreInUse",

@@ -51,6 +51,7 @@ from snaploader.loader import (
     SaveResult as SaveResult,
     Snapshot as Snapshot,
     SnapshotLoader as SnapshotLoader,
+    SnapshotReader as SnapshotReader,
     UnpackedSnapshot as UnpackedSnapshot,
 )
 from snaploader.policy import (

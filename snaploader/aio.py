@@ -218,6 +218,18 @@ def _remove_unpacked(unpacked: loader.UnpackedSnapshot) -> None:
         remove_tree(directory)
 
 
+class SnapshotReader(_Wrapper[loader.SnapshotReader]):
+    """A `snaploader.SnapshotReader`: what touches content is awaited."""
+
+    read_at = _method(loader.SnapshotReader.read_at)
+    read_ranges = _method(loader.SnapshotReader.read_ranges)
+
+    @property
+    def snapshot(self) -> loader.Snapshot:
+        """The snapshot that is read."""
+        return self.wrapped.snapshot
+
+
 class SnapshotLoader(_Wrapper[loader.SnapshotLoader]):
     """A `snaploader.SnapshotLoader`. Progress callbacks are called on its threads, not on the loop's."""
 
@@ -225,6 +237,7 @@ class SnapshotLoader(_Wrapper[loader.SnapshotLoader]):
     get_snapshot = _method(loader.SnapshotLoader.get_snapshot)
     get_snapshot_by_id = _method(loader.SnapshotLoader.get_snapshot_by_id)
     unpack_snapshot = _Method(loader.SnapshotLoader.unpack_snapshot, UnpackedSnapshot, _remove_unpacked)
+    read_snapshot = _Method(loader.SnapshotLoader.read_snapshot, SnapshotReader, loader.SnapshotReader.close)
     restore_snapshot = _method(loader.SnapshotLoader.restore_snapshot)
     restore_directory = _method(loader.SnapshotLoader.restore_directory)
     cache_snapshot = _method(loader.SnapshotLoader.cache_snapshot)

@@ -3,6 +3,7 @@
 - `loader`: `SnapshotLoader`, which puts the parts together
 - `find`: the best snapshot of a key set that is whole
 - `unpack`: a snapshot as lazy stores, or written out in full; how files are written
+- `read`: files of a snapshot read in place
 - `save`, `capture`: the order of a save, blobs go to the server; files and stores become blobs
 - `directory`, `scan`: a directory becomes a tree; what is in it, and what the last save found
 - `derive`, `versions`: a snapshot out of another one; what invalidates all of a kind
@@ -13,6 +14,7 @@
 
 from snaploader.loader.directory import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
 from snaploader.loader.loader import SnapshotLoader
+from snaploader.loader.read import SnapshotReader
 from snaploader.loader.results import (
     DeleteResult,
     DeriveResult,
@@ -43,5 +45,6 @@ __all__ = [
     "SavedFile",
     "Snapshot",
     "SnapshotLoader",
+    "SnapshotReader",
     "UnpackedSnapshot",
 ]

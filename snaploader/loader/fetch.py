@@ -123,6 +123,17 @@ class BlobFetcher:
                 self.file_cache.materialize(digest, target, writable=writable, mode=mode)
                 return came
 
+    def open_streamed(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+        """As `open`, for a blob of any size: in memory only where the file cache cannot take it."""
+        while True:
+            try:
+                came = self._bring(digest, allow_remote=allow_remote)
+            except _CacheRefused:
+                return self.open(digest, allow_remote=allow_remote)
+            # When it was evicted since, the next round fetches it, or says that it is gone.
+            with suppress(NotFound):
+                return OpenedChunk(self.file_cache.open(digest), REMOTE if came else FILE_CACHE)
+
     def keep(self, digest: Digest, data: bytes) -> bool:
         """Put a verified blob into the file cache; False when that cannot take it."""
         try:

@@ -23,6 +23,7 @@ from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.manifests import ManifestStore, Stores
+from snaploader.loader.read import SnapshotReader
 from snaploader.loader.results import (
     DeleteResult,
     DeriveResult,
@@ -216,6 +217,16 @@ class SnapshotLoader:
                 behind.
         """
         return unpack(snapshot, output_directory, self._fetcher, self._budget, writable_files=writable_files)
+
+    def read_snapshot(self, snapshot: Snapshot) -> SnapshotReader:
+        """Read files of a snapshot in place, without unpacking it: nothing is fetched before it is asked for.
+
+        Use the result as a context manager: what only this host has is kept from eviction until it is closed.
+
+        Raises:
+            NotFound: A blob that only this host had was evicted since the snapshot was found.
+        """
+        return SnapshotReader(snapshot, self._fetcher)
 
     def restore_snapshot(
         self,

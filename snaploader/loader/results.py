@@ -13,9 +13,16 @@ from snaploader._proto import any_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
-from snaploader.formats.chunktable import ChunkTable, M
+from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, M
 from snaploader.formats.digests import DigestArray, HashSet
-from snaploader.formats.dirtree import ChunkedEntry, DirectoryTree, FileEntry, SymlinkEntry
+from snaploader.formats.dirtree import (
+    ChunkedEntry,
+    DirectoryEntry,
+    DirectoryTree,
+    Entry,
+    FileEntry,
+    SymlinkEntry,
+)
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
 
@@ -132,6 +139,26 @@ class Snapshot:
             directories={n: tree if n in whole else tree.only(paths[n]) for n, tree in trees.items()},
         )
 
+    def entry(self, path: str) -> Entry:
+        """What stands at a path: "disk", or "home/etc/hosts" in a directory; "" is the snapshot itself.
+
+        NotFound when nothing does. A file without a recorded mode has 0644, or 0755 when it is executable.
+        """
+        top, _, inside = path.partition("/")
+        if top in self.directories:
+            found = self.directories[top].get(inside.rstrip("/"))
+        elif top in self.tables and top == path:
+            found = ChunkedEntry(self.tables[top], self.modes.get(top, DEFAULT_MODE))
+        elif top in self.manifest.files and top == path:
+            file = self.manifest.files[top]
+            mode = (0o755 if file.is_executable else 0o644) if file.mode is None else file.mode
+            found = FileEntry(file.digest, mode)
+        else:
+            found = None if path else DirectoryEntry()
+        if found is None:
+            raise NotFound(f"the snapshot has no file {path[:200]!r}")
+        return found
+
     def file(self, path: str) -> Snapshot:
         """The snapshot of one file alone, wherever it stands: "disk", or "home/etc/hosts" in a directory.
 
@@ -143,11 +170,8 @@ class Snapshot:
         """
         if path in self.manifest.names and path not in self.directories:
             return self.only([path])
+        entry = self.entry(path)
         top, _, inside = path.partition("/")
-        tree = self.directories.get(top)
-        entry = None if tree is None else tree.get(inside.rstrip("/"))
-        if entry is None:
-            raise NotFound(f"the snapshot has no file {path[:200]!r}")
         name = inside.rpartition("/")[2].encode(errors="replace").decode()
         alone = replace(self, tables={}, directories={}, modes={})
         manifest = replace(self.manifest, files={}, chunked_files={}, directories={})
