@@ -56,6 +56,8 @@ check: $(VENV)/.installed-dev ## Lint, format, types, import walls, generated co
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/mypy --strict examples
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports
 	@$(BIN)/python protos/generate.py --check
 

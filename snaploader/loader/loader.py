@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from cow import COWStore, MappingBudget
 from snaploader import keys
 from snaploader.blobstore import BlobStore, RemoteStore, TieredStore
+from snaploader.context import CallContext, in_context
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
 from snaploader.filecache import FileCache
@@ -45,6 +46,8 @@ DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3
 class SnapshotLoader:
     """Saves, finds and unpacks snapshots. Thread-safe; no call depends on an earlier one.
 
+    Every call may bring a `context` of its own: a deadline, a cancellation, who asks, credentials, a group.
+
     Close it (or use it as a context manager) after everything it unpacked was closed. The caches are
     the caller's to close.
 
@@ -69,6 +72,8 @@ class SnapshotLoader:
         mapping_budget: Bound on the mapped memory of all stores that share it. Default: cow's
             process-wide budget.
         clock: Seconds since the epoch.
+        context: What each call goes by where its own `context` leaves something open; see
+            `snaploader.CallContext`.
     """
 
     def __init__(
@@ -86,8 +91,10 @@ class SnapshotLoader:
         workers: int = DEFAULT_WORKERS,
         mapping_budget: MappingBudget | None = None,
         clock: Callable[[], float] = time.time,
+        context: CallContext | None = None,
     ) -> None:
         stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock)
+        self._default_context = context
         self.remote_cache = remote_cache
         """Where snapshots are shared between hosts; None: on this host alone."""
         self.manifests = ManifestStore(stores)
@@ -117,6 +124,7 @@ class SnapshotLoader:
         )
         self._deriver = SnapshotDeriver(stores, self.manifests)
 
+    @in_context
     def snapshot_key_set(
         self,
         task: SnapshotTask,
@@ -124,6 +132,7 @@ class SnapshotLoader:
         runner_id: str = "",
         *,
         allow_stale_version: bool = False,
+        context: CallContext | None = None,
     ) -> SnapshotKeySet:
         """The keys of a task: where to look for its snapshot, in order, and where to write it.
 
@@ -155,6 +164,7 @@ class SnapshotLoader:
             universal=self._universal if wished.universal is None else wished.universal,
         )
 
+    @in_context
     def get_snapshot(
         self,
         key_set: SnapshotKeySet,
@@ -162,6 +172,7 @@ class SnapshotLoader:
         *,
         allow_degraded: bool = False,
         max_stale_fallback_age_s: float | None = None,
+        context: CallContext | None = None,
     ) -> Snapshot:
         """The best snapshot of the set: the first key, in order, with a manifest of which nothing is missing.
 
@@ -184,20 +195,28 @@ class SnapshotLoader:
             max_stale_fallback_age_s=max_stale_fallback_age_s,
         )
 
+    @in_context
     def get_snapshot_by_id(
         self,
         snapshot_id: str,
         *,
         instance_name: str = "",
         read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
+        context: CallContext | None = None,
     ) -> Snapshot:
         """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
         key_set = SnapshotKeySet(key, (), key)
         return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=False)
 
+    @in_context
     def unpack_snapshot(
-        self, snapshot: Snapshot, output_directory: str | os.PathLike[str], *, writable_files: bool = False
+        self,
+        snapshot: Snapshot,
+        output_directory: str | os.PathLike[str],
+        *,
+        writable_files: bool = False,
+        context: CallContext | None = None,
     ) -> UnpackedSnapshot:
         """Make a snapshot usable, at once: no chunk of a chunked file is read before it is touched.
 
@@ -218,7 +237,8 @@ class SnapshotLoader:
         """
         return unpack(snapshot, output_directory, self._fetcher, self._budget, writable_files=writable_files)
 
-    def read_snapshot(self, snapshot: Snapshot) -> SnapshotReader:
+    @in_context
+    def read_snapshot(self, snapshot: Snapshot, *, context: CallContext | None = None) -> SnapshotReader:
         """Read files of a snapshot in place, without unpacking it: nothing is fetched before it is asked for.
 
         Use the result as a context manager: what only this host has is kept from eviction until it is closed.
@@ -228,16 +248,19 @@ class SnapshotLoader:
         """
         return SnapshotReader(snapshot, self._fetcher)
 
+    @in_context
     def restore_snapshot(
         self,
         snapshot: Snapshot,
         output_directory: str | os.PathLike[str],
         *,
         progress: ProgressCallback | None = None,
+        context: CallContext | None = None,
     ) -> RestoreResult:
         """Write all files and directories of a snapshot out in full, holes as holes; all of them or none."""
         return restore(snapshot, output_directory, self._fetcher, progress)
 
+    @in_context
     def restore_directory(
         self,
         snapshot: Snapshot,
@@ -246,6 +269,7 @@ class SnapshotLoader:
         *,
         index: str | os.PathLike[str] | None = None,
         progress: ProgressCallback | None = None,
+        context: CallContext | None = None,
     ) -> RestoreResult:
         """Write one directory of a snapshot out, with modes, times, symbolic links and holes as they were.
 
@@ -267,6 +291,7 @@ class SnapshotLoader:
         """
         return restore_directory(snapshot, name, path, self._fetcher, index, progress)
 
+    @in_context
     def cache_snapshot(
         self,
         key: SnapshotKey,
@@ -286,6 +311,7 @@ class SnapshotLoader:
         chunk_size: int | None = None,
         pin: str | None = None,
         progress: ProgressCallback | None = None,
+        context: CallContext | None = None,
     ) -> SaveResult:
         """Save files and directories as the snapshot of `key`: in the file cache, then in the remote cache.
 
@@ -348,6 +374,7 @@ class SnapshotLoader:
         )
         return self._saver.save(key, options)
 
+    @in_context
     def derive_snapshot(
         self,
         snapshot: Snapshot,
@@ -358,6 +385,7 @@ class SnapshotLoader:
         pin: str | None = None,
         remote: bool | None = None,
         progress: ProgressCallback | None = None,
+        context: CallContext | None = None,
     ) -> DeriveResult:
         """Make a snapshot of its own out of all or some of another one, without reading or copying content.
 
@@ -382,8 +410,13 @@ class SnapshotLoader:
         """
         return self._deriver.derive(snapshot, snapshot_id, names, vm_metadata, pin, remote, progress)
 
+    @in_context
     def upload_snapshot(
-        self, snapshot: Snapshot, *, progress: ProgressCallback | None = None
+        self,
+        snapshot: Snapshot,
+        *,
+        progress: ProgressCallback | None = None,
+        context: CallContext | None = None,
     ) -> DeriveResult:
         """Put a snapshot that this host saved into the remote cache, under the id that it has here.
 
@@ -401,8 +434,14 @@ class SnapshotLoader:
         """
         return self._deriver.upload(snapshot, progress)
 
+    @in_context
     def delete_snapshot(
-        self, snapshot_id: str, *, instance_name: str = "", remote: bool | None = None
+        self,
+        snapshot_id: str,
+        *,
+        instance_name: str = "",
+        remote: bool | None = None,
+        context: CallContext | None = None,
     ) -> DeleteResult:
         """Delete the snapshot of this id, so that it is not found by it any more. Again is fine.
 
@@ -423,7 +462,8 @@ class SnapshotLoader:
         """
         return self.manifests.delete(snapshot_id, instance_name, remote)
 
-    def invalidate_snapshot(self, key: SnapshotKey) -> str:
+    @in_context
+    def invalidate_snapshot(self, key: SnapshotKey, *, context: CallContext | None = None) -> str:
         """Drop all snapshots of the key's instance, platform and configuration, on all branches.
 
         Returns the new version. Key sets computed from now on carry it, on every host.

@@ -52,6 +52,43 @@ def test_the_workspaces_of_one_base_are_parked_and_revived_and_cost_one_base(tmp
     assert left == []
 
 
+def run_example(name: str, tmp_path: Path, *command: str) -> list[str]:
+    """The lines that an example prints. It leaves nothing in its temporary folder."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *command, CHECKOUT / "examples" / name],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_the_service_restores_at_once_and_leaves_nothing_of_what_was_called_off(tmp_path: Path) -> None:
+    assert run_example("restore_service.py", tmp_path) == [
+        "restored [2300000, 2300000, 2300000, 2300000]",
+        "absent NotFound",
+        "checked True left behind: False",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_pool_works_on_one_pickled_snapshot(tmp_path: Path) -> None:
+    assert run_example("snapshot_pool.py", tmp_path) == ["hashed 8 shares; fetched 8.0 MiB"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tests_of_the_small_executor_pass(tmp_path: Path) -> None:
+    lines = run_example(
+        "test_an_executor.py", tmp_path, "-m", "pytest", "-q", "-c", os.devnull, "-p", "no:cacheprovider"
+    )
+    assert re.fullmatch(r"5 passed in [0-9.]+s", lines[-1])
+
+
 def _command(process: psutil.Process) -> list[str]:
     try:
         return [*process.cmdline(), process.cwd()]
