@@ -42,7 +42,6 @@ from snaploader.workspace.model import (
 from snaploader.workspace.policy import (
     DEFAULT_POLICY as DEFAULT_POLICY,
     Policy as Policy,
-    Schedule as Schedule,
     ScopePolicy as ScopePolicy,
     StopAction as StopAction,
     Transition as Transition,
@@ -57,4 +56,5 @@ from snaploader.workspace.runtime import (
     RuntimeStatus as RuntimeStatus,
     StopOutcome as StopOutcome,
 )
+from snaploader.workspace.schedule import Schedule as Schedule, Weekday as Weekday
 from snaploader.workspace.sizes import HostSizes as HostSizes, WorkspaceSize as WorkspaceSize

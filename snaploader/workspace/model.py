@@ -171,7 +171,10 @@ class OwnerStatus(StrEnum):
     """Whether a workspace's owner may use it."""
 
     ACTIVE = "active"
+    DORMANT = "dormant"
+    """Was not seen for long: no schedule starts its workspaces, and what runs goes on until its deadline."""
     SUSPENDED = "suspended"
+    """May not use workspaces: those that run are stopped, and none is started."""
 
 
 @dataclass(frozen=True, slots=True)

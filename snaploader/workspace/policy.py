@@ -8,20 +8,18 @@ cannot differ. What counts as what:
   failed, and its schedule counts from its creation.
 - A paused workspace is not running: autostart resumes it, and dormancy only marks it.
 - A schedule that cannot be read, such as one whose zone this host does not know, never starts anything.
+- A dormant owner's workspaces are not started, and those that run go on until their deadline; all else is as
+  with an active owner.
 - A deleted workspace is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta, tzinfo
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
-from zoneinfo import ZoneInfo
-
-from cronsim import CronSim, CronSimError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.model import (
@@ -33,6 +31,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
+from snaploader.workspace.schedule import Weekday, parse_schedule, parse_weekdays, weekdays_text
 
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Reader
@@ -86,6 +85,8 @@ class Policy:
     """A started workspace gets a deadline this much later."""
     autostop_action: StopAction = StopAction.STOP
     autostart_allowed: bool = True
+    autostart_weekdays: frozenset[Weekday] | None = None
+    """The days on which schedules start workspaces, in the zone of each schedule; None: all."""
     failure_ttl: timedelta | None = None
     """A workspace whose start failed is stopped this much later."""
     time_until_dormant: timedelta | None = None
@@ -100,6 +101,10 @@ class Policy:
             value = getattr(self, name, None)
             if isinstance(value, timedelta) and value <= timedelta(0):
                 raise InvalidArgument(f"{spelled} of policy {self.name!r} must be above 0 s")
+        if self.autostart_weekdays is not None and not self.autostart_weekdays:
+            raise InvalidArgument(
+                f"autostartWeekdays of policy {self.name!r} names no day: say autostartAllowed=false instead"
+            )
 
     @classmethod
     def from_mapping(cls, name: str, values: Mapping[str, Any]) -> Policy:
@@ -130,6 +135,8 @@ class Policy:
             value = getattr(self if hasattr(self, field_name) else self.scopes, field_name)
             if isinstance(value, timedelta):
                 value = value.total_seconds()
+            if isinstance(value, frozenset):
+                value = weekdays_text(value)
             if value is not None:
                 values[spelled] = value.value if isinstance(value, StrEnum) else value
         return values
@@ -171,6 +178,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "autostopAfterSeconds": ("autostop_after", _duration),
     "autostopAction": ("autostop_action", _action),
     "autostartAllowed": ("autostart_allowed", _flag),
+    "autostartWeekdays": ("autostart_weekdays", parse_weekdays),
     "failureTtlSeconds": ("failure_ttl", _duration),
     "timeUntilDormantSeconds": ("time_until_dormant", _duration),
     "deleteAfterDormantSeconds": ("delete_after_dormant", _duration),
@@ -320,7 +328,8 @@ def _autostart(situation: Situation) -> datetime | None:
         schedule = parse_schedule(workspace.autostart_schedule)
     except InvalidArgument:
         return None
-    return schedule.next_after(workspace.created_at if situation.run is None else situation.run.created_at)
+    since = workspace.created_at if situation.run is None else situation.run.created_at
+    return schedule.next_allowed_after(since, situation.policy.autostart_weekdays)
 
 
 def _failed_stop(situation: Situation) -> datetime | None:
@@ -368,115 +377,3 @@ def _past(moment: datetime, duration: timedelta) -> datetime | None:
         return moment + duration + _RESOLUTION
     except OverflowError:
         return None
-
-
-MAX_SCHEDULE_LENGTH = 256
-"""Longest schedule, in characters."""
-
-_PREFIX = "CRON_TZ="
-_MINUTE = timedelta(minutes=1)
-_SOME_DAY = datetime(2000, 1, 1)
-"""A schedule that has no time within fifty years of this day has none at all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """Times that come again and again, written as cron does: `CRON_TZ=Europe/Berlin 30 9 * * 1-5`.
-
-    Immutable; make one with `parse`.
-
-    Five fields: minute, hour, day of month, month, day of week (0 and 7 are Sunday; names such as MON and JAN
-    are understood, and so are lists, ranges, steps, `L` and `MON#2`). As in Debian's cron, both day fields
-    must match when one of them begins with a star, else one suffices. Without `CRON_TZ=` the zone is UTC.
-
-    When clocks are put forward, a time that is skipped counts at the end of the gap. When they are put back,
-    a time that comes twice counts at its first; of a schedule whose minute or hour begins with a star, which
-    repeats through the day, it counts both times.
-    """
-
-    text: str
-    """The schedule as it was given."""
-    _fields: str = field(repr=False)
-    _zone: tzinfo = field(repr=False)
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The schedule that `text` describes.
-
-        Raises:
-            InvalidArgument: it is no schedule, its time never comes, or its zone is not known on this host.
-        """
-        if not isinstance(text, str) or len(text) > MAX_SCHEDULE_LENGTH:
-            raise InvalidArgument(f"a schedule is a text of at most {MAX_SCHEDULE_LENGTH} characters")
-        fields = text.split()
-        zone: tzinfo = UTC
-        if fields and fields[0].startswith(_PREFIX):
-            zone = _zone(fields.pop(0).removeprefix(_PREFIX), text)
-        if len(fields) != 5:
-            raise InvalidArgument(
-                f"{text!r} is no schedule: it has {len(fields)} fields and not 5: minute, hour, "
-                "day of month, month, day of week"
-            )
-        try:
-            next(CronSim(" ".join(fields), _SOME_DAY))
-        except (CronSimError, ValueError) as error:
-            raise InvalidArgument(
-                f"{text!r} is no schedule: {error}. Write it as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'"
-            ) from error
-        except StopIteration:
-            raise InvalidArgument(f"the time of schedule {text!r} never comes") from None
-        return cls(text, " ".join(fields), zone)
-
-    def next_after(self, moment: datetime) -> datetime:
-        """The first time of the schedule that is later than `moment` (aware), in UTC."""
-        local = moment.astimezone(self._zone)
-        wall = local.replace(tzinfo=None, fold=0)
-        if not self._repeats_through_the_day:
-            return self._first(wall, 0, moment)
-        found = self._first(wall, local.fold, moment)
-        put_back = _offset(local) - _offset(local.replace(fold=1))
-        if put_back > timedelta(0):
-            # This is the first pass of an hour that comes twice: what was passed already comes again.
-            found = min(found, self._first(wall - put_back, 1, moment))
-        return found
-
-    @property
-    def _repeats_through_the_day(self) -> bool:
-        return any(part.startswith("*") for part in self._fields.split()[:2])
-
-    def _first(self, wall: datetime, fold: int, moment: datetime) -> datetime:
-        """The first time after `wall` on the zone's clock that is later than `moment` too."""
-        # The library is given no zone: its own steps across changes of half an hour miss times.
-        times = CronSim(self._fields, wall)
-        while (found := self._in_utc(next(times), fold)) <= moment:
-            continue
-        return found
-
-    def _in_utc(self, wall: datetime, fold: int) -> datetime:
-        while True:
-            found = wall.replace(tzinfo=self._zone, fold=fold).astimezone(UTC)
-            if found.astimezone(self._zone).replace(tzinfo=None) == wall:
-                return found
-            wall += _MINUTE  # skipped on this zone's clock
-
-
-@lru_cache(maxsize=1024)
-def parse_schedule(text: str) -> Schedule:
-    """Like `Schedule.parse`, and remembers."""
-    return Schedule.parse(text)
-
-
-def _zone(name: str, text: str) -> tzinfo:
-    try:
-        return ZoneInfo(name)
-    except (LookupError, ValueError, OSError) as error:
-        raise InvalidArgument(
-            f"the time zone {name!r} of schedule {text!r} is not known on this host: use a name such as "
-            "Europe/Berlin; if the host has no time zones at all, install its package tzdata"
-        ) from error
-
-
-def _offset(local: datetime) -> timedelta:
-    offset = local.utcoffset()
-    assert offset is not None
-    return offset

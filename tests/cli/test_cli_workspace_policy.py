@@ -70,8 +70,15 @@ def test_a_field_without_a_value_goes_back_to_its_default(cli: CommandLine) -> N
 
 def test_policies_are_shown_as_they_are_set(cli: CommandLine) -> None:
     text = cli.ok(
-        "workspace", "policy", "set", "a", "failureTtlSeconds=1.5h", "autostopAfterSeconds=0.5"
+        "workspace",
+        "policy",
+        "set",
+        "a",
+        "failureTtlSeconds=1.5h",
+        "autostopAfterSeconds=0.5",
+        "autostartWeekdays=mon-wed,sat",
     ).text
+    assert "autostartWeekdays=mon,tue,wed,sat\n" in text
     assert "failureTtlSeconds=5400\n" in text
     assert "autostopAfterSeconds=0.5\n" in text
     assert "onPause=Full\n" in text
@@ -90,6 +97,7 @@ def test_policies_are_shown_as_they_are_set(cli: CommandLine) -> None:
         (["autostopAfterSeconds=soon"], "autostopAfterSeconds: 'soon' is no duration"),
         (["autostopAfterSeconds=0"], "autostopAfterSeconds: "),
         (["autostopAction=sleep"], "autostopAction: 'sleep' is neither stop nor pause"),
+        (["autostartWeekdays=mon-someday"], "autostartWeekdays: 'someday' is no day of the week"),
         (["autostartAllowed=yes"], "autostartAllowed: 'yes' is neither true nor false"),
         (["onPause"], "'onPause' is not FIELD=VALUE"),
         (["=Full"], "'=Full' is not FIELD=VALUE"),
@@ -127,6 +135,7 @@ def test_an_owner_is_suspended_and_active_again(cli: CommandLine) -> None:
     assert cli.json("workspace", "owner", "alice") == {"owner": "alice", "status": "active"}
     assert cli.json("workspace", "owner", "alice", "suspended")["status"] == "suspended"
     assert cli.ok("workspace", "owner", "alice").text == "alice: suspended\n"
+    assert cli.json("workspace", "owner", "alice", "dormant")["status"] == "dormant"
     assert cli.json("workspace", "owner", "alice", "active")["status"] == "active"
     assert cli("workspace", "owner", "alice", "asleep").exit_code == 2
 

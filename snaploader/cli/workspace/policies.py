@@ -28,7 +28,8 @@ def policy(**_shared: object) -> None:
 def set_policy(workspaces: Workspaces, name: str, values: tuple[str, ...]) -> None:
     """Make a policy, or change the fields that are given: onPause=Full onCommit=Data autostopAfterSeconds=8h.
 
-    Durations are seconds, or a number and s, m, h or d. `FIELD=` goes back to the default.
+    Durations are seconds, or a number and s, m, h or d; days of the week are written mon-fri, or mon,wed,sat.
+    `FIELD=` goes back to the default.
     """
     changes = dict(parse_field(value) for value in values)
     changed = workspaces.manager.change_policy(name, changes)
@@ -98,9 +99,10 @@ def _fields(policy: Policy) -> list[str]:
 @click.argument("name", metavar="OWNER")
 @click.argument("status", required=False, type=click.Choice([status.value for status in OwnerStatus]))
 def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
-    """Show whether an owner is active or suspended, or make it so.
+    """Show whether an owner is active, dormant or suspended, or make it so.
 
-    The lifecycle stops the running workspaces of a suspended owner, and starts none.
+    The lifecycle starts no workspaces of a dormant or suspended owner. It stops those of a suspended one that
+    run; those of a dormant one go on until their deadline.
     """
     if status is not None:
         with workspaces.catalog.transaction() as transaction:

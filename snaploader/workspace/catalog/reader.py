@@ -223,7 +223,8 @@ class Reader:
 
     def owner_status(self, owner: str) -> OwnerStatus:
         """Tell whether that owner may use workspaces; an owner that nobody named yet is active."""
-        row = self._first(select(tables.owners).where(tables.owners.c.name == owner))
+        known = select(tables.owner_status.label("status")).select_from(tables.known_owners)
+        row = self._first(known.where(tables.owners.c.name == owner))
         return OwnerStatus.ACTIVE if row is None else row.status
 
     def host_state(self, host: str) -> HostState | None:

@@ -29,6 +29,8 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    and_,
+    case,
 )
 from sqlalchemy.sql.functions import coalesce
 from sqlalchemy.types import TypeEngine
@@ -206,7 +208,13 @@ policies = Table(
     "policies", metadata, Column("name", Word, primary_key=True), Column("settings", Document, nullable=False)
 )
 
-owners = Table("owners", metadata, Column("name", Word, primary_key=True), *_choice("status", OwnerStatus))
+owners = Table(
+    "owners",
+    metadata,
+    Column("name", Word, primary_key=True),
+    Column("status", Choice(OwnerStatus), nullable=False),
+    CheckConstraint("status IN ('active', 'suspended')", name="status_is_known"),
+)
 
 hosts = Table(
     "hosts",
@@ -239,7 +247,9 @@ snapshot_sources = Table(
     Column("source", Source, nullable=False),
 )
 
-AUXILIARY = (host_places, ticks, snapshot_sources)
+dormant_owners = Table("dormant_owners", metadata, Column("name", Word, primary_key=True))
+
+AUXILIARY = (host_places, ticks, snapshot_sources, dormant_owners)
 """Tables that no revision of the schema counts: a library that does not know them works without them."""
 
 workspaces = Table(
@@ -310,6 +320,15 @@ why = coalesce(snapshot_sources.c.source, snapshots.c.source)
 
 explained_snapshots = snapshots.outerjoin(snapshot_sources, snapshot_sources.c.name == snapshots.c.name)
 """Snapshots, each with the words that say why it was taken, where it has any."""
+
+owner_status = case(
+    (and_(owners.c.status == OwnerStatus.ACTIVE, dormant_owners.c.name.is_not(None)), OwnerStatus.DORMANT),
+    else_=owners.c.status,
+)
+"""The status of rows of `known_owners`: a dormant owner is an active one to an earlier release."""
+
+known_owners = owners.outerjoin(dormant_owners, dormant_owners.c.name == owners.c.name)
+"""Owners, each with its row in `dormant_owners`, where it has one."""
 
 versions = Table(
     "versions",

@@ -67,11 +67,12 @@ _DECIDED_BY = (
     select(
         tables.workspaces,
         tables.policies.c.settings,
-        tables.owners.c.status.label("owner_status"),
+        tables.owner_status.label("owner_status"),
         *(column.label(f"run_{column.name}") for column in tables.runs.c),
     )
     .join(tables.policies)
     .outerjoin(tables.owners)
+    .outerjoin(tables.dormant_owners, tables.dormant_owners.c.name == tables.owners.c.name)
     .outerjoin(tables.runs, tables.runs.c.id == _LATEST_RUN)
 )
 """Workspaces, and all else that `Situation` has."""
@@ -452,8 +453,13 @@ class Transaction(Reader):
     def set_owner_status(self, owner: str, status: OwnerStatus) -> None:
         """Say whether an owner may use workspaces. InvalidArgument for one without a name."""
         if not owner:
-            raise InvalidArgument("workspaces without an owner cannot be suspended: name the owner")
-        self._upsert(tables.owners, {"name": owner, "status": status}, key="name")
+            raise InvalidArgument(f"nobody's workspaces cannot be made {status}: name the owner")
+        dormant, is_dormant = tables.dormant_owners, status is OwnerStatus.DORMANT
+        known = OwnerStatus.ACTIVE if is_dormant else status
+        self._upsert(tables.owners, {"name": owner, "status": known}, key="name")
+        self._execute(delete(dormant).where(dormant.c.name == owner))
+        if is_dormant:
+            self._execute(insert(dormant), {"name": owner})
         self._touched_owners.add(owner)
 
     # The end

@@ -48,8 +48,9 @@ from snaploader.workspace.model import (
     WorkspaceState,
     check_spec,
 )
-from snaploader.workspace.policy import check_scopes, parse_schedule
+from snaploader.workspace.policy import check_scopes
 from snaploader.workspace.records import PausedRecord
+from snaploader.workspace.schedule import parse_schedule
 
 log = logging.getLogger(__name__)
 

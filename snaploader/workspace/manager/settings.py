@@ -10,7 +10,8 @@ from snaploader.errors import NotFound
 from snaploader.workspace.catalog import Transaction
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state
 from snaploader.workspace.model import Workspace
-from snaploader.workspace.policy import Policy, check_scopes, parse_schedule
+from snaploader.workspace.policy import Policy, check_scopes
+from snaploader.workspace.schedule import parse_schedule
 
 CHANGE = "workspace_change"
 

@@ -18,6 +18,7 @@ from snaploader.workspace.catalog import Catalog, DueWorkspace, Transaction, tab
 from snaploader.workspace.catalog.tables import workspace_values
 from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation
+from snaploader.workspace.schedule import Weekday
 
 IDS = ["a", "b"]
 OWNERS = ["", "eve", "mallory"]
@@ -56,6 +57,7 @@ policies = st.builds(
     Policy,
     st.sampled_from(POLICIES),
     autostart_allowed=st.booleans(),
+    autostart_weekdays=st.none() | st.just(frozenset({Weekday.TUE})),
     failure_ttl=durations,
     time_until_dormant=durations,
 )

@@ -7,11 +7,13 @@ from datetime import datetime, timedelta
 
 import pytest
 from catalog_data import HOST, NOON, add, later, workspace
+from sqlalchemy import text
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound
 from snaploader.workspace.catalog import Catalog, Transaction
 from snaploader.workspace.model import OwnerStatus, Scope, WorkspaceState
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy, ScopePolicy, StopAction
+from snaploader.workspace.schedule import Weekday
 
 STRICT = Policy(
     "strict/Ü",
@@ -19,6 +21,7 @@ STRICT = Policy(
     autostop_after=timedelta(hours=8, microseconds=1),
     autostop_action=StopAction.PAUSE,
     autostart_allowed=False,
+    autostart_weekdays=frozenset({Weekday.SAT, Weekday.MON}),
     failure_ttl=timedelta(days=10_000),
     time_until_dormant=timedelta(days=30),
     delete_after_dormant=timedelta(microseconds=1),
@@ -103,6 +106,28 @@ def test_an_owner_is_active_until_suspended(catalog: Catalog) -> None:
         transaction.set_owner_status("eve", OwnerStatus.ACTIVE)
     with catalog.reading() as reader:
         assert reader.owner_status("eve") is OwnerStatus.ACTIVE
+
+
+def test_a_dormant_owner_is_an_active_one_to_an_earlier_release(catalog: Catalog) -> None:
+    def kept() -> str:
+        with catalog._engine.connect() as connection:
+            return str(connection.execute(text("SELECT status FROM owners")).scalar_one())
+
+    def status() -> OwnerStatus:
+        with catalog.reading() as reader:
+            return reader.owner_status("eve")
+
+    for _ in range(2):  # also when it is said again
+        with catalog.transaction() as transaction:
+            transaction.set_owner_status("eve", OwnerStatus.DORMANT)
+            assert transaction.owner_status("eve") is OwnerStatus.DORMANT
+    assert (kept(), status()) == ("active", OwnerStatus.DORMANT)
+    with catalog._engine.begin() as connection:  # as an earlier release does
+        connection.execute(text("UPDATE owners SET status = 'suspended'"))
+    assert status() is OwnerStatus.SUSPENDED
+    with catalog.transaction() as transaction:
+        transaction.set_owner_status("eve", OwnerStatus.ACTIVE)
+    assert (kept(), status()) == ("active", OwnerStatus.ACTIVE)
 
 
 def test_nobody_cannot_be_suspended(catalog: Catalog) -> None:

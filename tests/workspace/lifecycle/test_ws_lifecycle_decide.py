@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
+from snaploader.errors import InvalidArgument
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import (
     RETRY_DELETE_AFTER,
@@ -18,6 +19,7 @@ from snaploader.workspace.policy import (
     Transition,
     deletion_time,
 )
+from snaploader.workspace.schedule import parse_weekdays
 
 RUNNING, STOPPED, PAUSED, DELETED = (
     WorkspaceState.RUNNING,
@@ -84,7 +86,21 @@ FAILED_DELETE = DELETE.but(
 DUE = {
     "autostop at the deadline": (AUTOSTOP, Transition.AUTOSTOP),
     "autostop of a suspended owner's": (SUSPENDED, Transition.AUTOSTOP),
+    "autostop of a dormant owner's at the deadline": (
+        AUTOSTOP.but(owner=OwnerStatus.DORMANT),
+        Transition.AUTOSTOP,
+    ),
     "autostart at the schedule's time": (AUTOSTART, Transition.AUTOSTART),
+    "autostart on an allowed day": (
+        AUTOSTART.but(policy_autostart_weekdays=parse_weekdays("mon")),
+        Transition.AUTOSTART,
+    ),
+    "autostart on the first allowed day after others": (
+        AUTOSTART.but(
+            run_created_at=NOW - timedelta(days=5), policy_autostart_weekdays=parse_weekdays("mon,wed")
+        ),
+        Transition.AUTOSTART,
+    ),
     "stop after a failed start": (FAILED_STOP, Transition.FAILED_STOP),
     "dormancy": (DORMANCY, Transition.DORMANCY),
     "delete of a dormant one": (DELETE, Transition.DELETE),
@@ -96,7 +112,7 @@ DUE = {
 def test_each_transition_is_due_from_its_time_on_and_not_one_microsecond_earlier(case, expected):
     assert case.decision() is expected
     assert replace(case, tick=NOW + timedelta(days=400)).decision() is expected
-    if case.owner is OwnerStatus.ACTIVE:
+    if case.owner is not OwnerStatus.SUSPENDED:
         assert replace(case, tick=NOW - TICK_APART).decision() is None
         assert Situation(case.workspace, case.run, case.policy, case.owner).earliest_due() == NOW
 
@@ -163,8 +179,14 @@ NOT_DUE = {
     "suspended, dormant": SUSPENDED.but(workspace_dormant_at=NOW),
     "suspended, failed": SUSPENDED.but(run_status=RunStatus.FAILED),
     "not suspended": SUSPENDED.but(owner=OwnerStatus.ACTIVE),
+    "dormant owners are not suspended": SUSPENDED.but(owner=OwnerStatus.DORMANT),
     # autostart: owner active, stopped, not dormant, last run did not fail, allowed, set
     "owner of autostart is suspended": AUTOSTART.but(owner=OwnerStatus.SUSPENDED),
+    "owner of autostart is dormant": AUTOSTART.but(owner=OwnerStatus.DORMANT),
+    "the day is not allowed": AUTOSTART.but(policy_autostart_weekdays=parse_weekdays("tue-sun")),
+    "no day of the schedule is allowed": AUTOSTART.but(
+        workspace_autostart_schedule="0 12 * * SAT", policy_autostart_weekdays=parse_weekdays("mon-fri")
+    ),
     "autostart, deleted": AUTOSTART.but(workspace_state=DELETED),
     "autostart, running": AUTOSTART.but(workspace_state=RUNNING),
     "autostart, dormant": AUTOSTART.but(workspace_dormant_at=NOW),
@@ -277,6 +299,8 @@ CONFLICTS = {
         FAILED_STOP.but(workspace_dormant_at=NOW - HOUR, workspace_deleting_at=NOW - HOUR),
         Transition.FAILED_STOP,
     ),
+    "delete of a dormant owner's": (DELETE.but(owner=OwnerStatus.DORMANT), Transition.DELETE),
+    "dormancy of a dormant owner's": (DORMANCY.but(owner=OwnerStatus.DORMANT), Transition.DORMANCY),
     "delete of a suspended owner's": (DELETE.but(owner=OwnerStatus.SUSPENDED), Transition.DELETE),
     "delete of a dormant one with a deadline": (
         DELETE.but(workspace_state=RUNNING, run_deadline=NOW),
@@ -302,3 +326,8 @@ def test_the_order_is_autostop_autostart_failed_stop_dormancy_delete():
         "dormancy",
         "delete",
     ]
+
+
+def test_a_policy_without_any_day_to_start_on_is_refused():
+    with pytest.raises(InvalidArgument, match=r"autostartWeekdays .* autostartAllowed=false"):
+        Policy(autostart_weekdays=frozenset())

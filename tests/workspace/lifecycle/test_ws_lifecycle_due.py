@@ -8,7 +8,8 @@ from hypothesis import example, given, strategies as st
 from lifecycle_values import CREATED, NOW, TICK_APART, run, workspace
 
 from snaploader.workspace.model import OwnerStatus, Run, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import Policy, Schedule, Situation, StopAction, Transition
+from snaploader.workspace.policy import Policy, Situation, StopAction, Transition
+from snaploader.workspace.schedule import Schedule, Weekday
 
 # Few distinct times, so that they often meet exactly.
 STEP = timedelta(hours=6)
@@ -40,6 +41,7 @@ policies = st.builds(
     autostop_after=durations,
     autostop_action=st.sampled_from(StopAction),
     autostart_allowed=st.booleans(),
+    autostart_weekdays=st.none() | st.frozensets(st.sampled_from(Weekday), min_size=1),
     failure_ttl=durations,
     time_until_dormant=durations,
     delete_after_dormant=durations,
@@ -80,7 +82,13 @@ def as_written(
         and not failed
         and policy.autostart_allowed
         and schedule not in {"", "not a schedule"}
-        and tick >= Schedule.parse(schedule).next_after(run.created_at if run else CREATED)
+        and (
+            start := Schedule.parse(schedule).next_allowed_after(
+                run.created_at if run else CREATED, policy.autostart_weekdays
+            )
+        )
+        is not None
+        and tick >= start
     ):
         return Transition.AUTOSTART
     if (

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snaploader.errors import InvalidArgument
-from snaploader.workspace.policy import MAX_SCHEDULE_LENGTH, Schedule
+from snaploader.workspace.schedule import (
+    MAX_SCHEDULE_LENGTH,
+    Schedule,
+    Weekday,
+    parse_weekdays,
+    weekdays_text,
+)
 
 
 def at(text: str) -> datetime:
@@ -248,3 +254,69 @@ def test_a_schedule_of_each_quarter_of_an_hour_has_no_pause_in_any_zone(zone, ye
     schedule = Schedule.parse(f"CRON_TZ={zone} */15 * * * *")
     start = datetime(year, 1, 1, tzinfo=UTC) + quarters * timedelta(minutes=15)
     assert schedule.next_after(start) == start + timedelta(minutes=15)
+
+
+WEEKDAYS = {
+    "mon": "mon",
+    "MON": "mon",
+    " Monday , wed": "mon,wed",
+    "wed,mon,mon": "mon,wed",
+    "mon-fri": "mon,tue,wed,thu,fri",
+    "sat-mon": "mon,sat,sun",
+    "tue-tue": "tue",
+    "mon-sun": "mon,tue,wed,thu,fri,sat,sun",
+    "mon-tue,friday-sat": "mon,tue,fri,sat",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), WEEKDAYS.items())
+def test_days_of_the_week_are_names_and_ranges(text, expected):
+    days = parse_weekdays(text)
+    assert weekdays_text(days) == expected
+    assert parse_weekdays(expected) == parse_weekdays(expected.split(",")) == days
+
+
+@pytest.mark.parametrize(
+    "value", ["", ",", "noday", "mon-", "-fri", "mon-fri-sat", "1", 31, None, {}, [], [5]]
+)
+def test_what_names_no_days_of_the_week_is_refused(value):
+    with pytest.raises(InvalidArgument, match="day"):
+        parse_weekdays(value)
+
+
+WORKDAYS = parse_weekdays("mon-fri")
+ALLOWED = {
+    "an allowed day": ("30 9 * * *", WORKDAYS, "2026-05-11T00:00Z", "2026-05-11T09:30Z"),
+    "the weekend is passed over": ("30 9 * * *", WORKDAYS, "2026-05-15T09:30Z", "2026-05-18T09:30Z"),
+    "all of a day that is not allowed": ("* * * * *", WORKDAYS, "2026-05-15T23:59Z", "2026-05-18T00:00Z"),
+    "all days": ("30 9 * * *", None, "2026-05-15T09:30Z", "2026-05-16T09:30Z"),
+    # 23:30 in UTC is Monday's in Berlin already.
+    "the zone's day": (f"{BERLIN} 30 1 * * *", {Weekday.MON}, "2026-05-16T00:00Z", "2026-05-17T23:30Z"),
+    "and not that of UTC": (f"{BERLIN} 30 1 * * *", {Weekday.SUN}, "2026-05-17T00:00Z", "2026-05-23T23:30Z"),
+    "a day of the month": ("0 0 13 * *", {Weekday.FRI}, "2026-05-11T00:00Z", "2026-11-13T00:00Z"),
+    "a day of the year": ("0 9 25 12 *", {Weekday.MON}, "2026-05-11T00:00Z", "2028-12-25T09:00Z"),
+    "a leap day": ("0 0 29 2 *", {Weekday.MON}, "2026-05-11T00:00Z", "2044-02-29T00:00Z"),
+    "never": ("0 9 * * SAT,SUN", WORKDAYS, "2026-05-11T00:00Z", None),
+    "never, many times a day": ("* * * * SAT", {Weekday.SUN}, "2026-05-11T00:00Z", None),
+}
+
+
+@pytest.mark.parametrize(("text", "days", "after", "expected"), ALLOWED.values(), ids=ALLOWED.keys())
+def test_the_next_allowed_time_is_on_an_allowed_day_of_the_schedules_zone(text, days, after, expected):
+    allowed = None if days is None else frozenset(days)
+    found = Schedule.parse(text).next_allowed_after(at(after), allowed)
+    assert found == (None if expected is None else at(expected))
+
+
+@given(
+    st.sampled_from(ZONES),
+    st.sampled_from(["30 1 * * *", "0,30 0,23 * * *", "*/20 * * * *", "0 0 * * *"]),
+    st.frozensets(st.sampled_from(Weekday), min_size=1),
+    st.datetimes(datetime(2020, 1, 1), datetime(2036, 1, 1), timezones=st.just(UTC)),
+)
+def test_no_allowed_time_is_passed_over(zone, fields, days, start):
+    schedule = Schedule.parse(f"CRON_TZ={zone} {fields}")
+    expected = schedule.next_after(start)
+    while Weekday.of(expected.astimezone(ZoneInfo(zone))) not in days:
+        expected = schedule.next_after(expected)
+    assert schedule.next_allowed_after(start, days) == expected
