@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument
+from snaploader.workspace.events import add_event
 from snaploader.workspace.model import STOP_EVENT, Run, RunStatus, RunTransition, Workspace, WorkspaceState
 from snaploader.workspace.policy import (
     Situation,
@@ -366,12 +367,14 @@ class LifecycleExecutor:
                 deleting_at = deletion_time(tick, None, situation.policy.delete_after_dormant, tick)
                 changes.update_workspace(workspace_id, dormant_at=tick, deleting_at=deleting_at)
                 shown = None if deleting_at is None else deleting_at.isoformat()
-                changes.add_event(workspace_id, DORMANT_EVENT, {"deleting_at": shown}, now)
+                about = {"deleting_at": shown, "policy": workspace.policy}
+                add_event(changes, workspace_id, DORMANT_EVENT, about, now)
             else:
                 # A run that succeeded ends the failure.
                 run = changes.add_run(workspace_id, RUN_OF[transition], now, transition)
                 changes.finish_run(run.id, RunStatus.SUCCEEDED, now)
-                changes.add_event(workspace_id, STOP_EVENT, {"reason": transition.value}, now)
+                why = {"reason": transition.value, "run": run.id}
+                add_event(changes, workspace_id, STOP_EVENT, why, now)
             return Notification(workspace_id, workspace.owner, transition, workspace.state, now, deleting_at)
 
     def _note_failure(

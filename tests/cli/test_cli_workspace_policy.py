@@ -187,10 +187,14 @@ def test_what_the_lifecycle_goes_by_can_be_changed(cli: CommandLine, catalog_pat
     )
     assert (changed["policy"], changed["owner"], changed["autostart_schedule"]) == ("agents", "bob", schedule)
     assert cli.json("workspace", "set", "web", "--schedule", "")["autostart_schedule"] == ""
-    assert [event["payload"] for event in cli.json("workspace", "events", "web")["events"][1:]] == [
-        {"policy": "agents", "owner": "bob", "autostart_schedule": schedule},
-        {"autostart_schedule": ""},
-    ]
+    first, second = (event["payload"] for event in cli.json("workspace", "events", "web")["events"][1:])
+    assert (first["policy"], first["owner"], first["autostart_schedule"]) == ("agents", "bob", schedule)
+    assert first["before"] == {"policy": "default", "owner": "", "autostart_schedule": ""}
+    assert (second["autostart_schedule"], second["before"]) == ("", {"autostart_schedule": schedule})
+    told = cli.ok("workspace", "events", "web").text.splitlines()[-1]
+    assert told.endswith(
+        'workspace_change  {"autostart_schedule": "", "before": {"autostart_schedule": "' + schedule + '"}}'
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import KEY_VALUE, SIZE, format_size, time_words
 from snaploader.cli.workspace.records import History, snapshot_record, workspace_record
-from snaploader.workspace import OperationKind, Run, RunStatus, Workspace, WorkspaceState
+from snaploader.workspace import Event, OperationKind, Run, RunStatus, Workspace, WorkspaceState
+from snaploader.workspace.events import ABOUT_ALL
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
 """What is still being made is no workspace yet."""
@@ -253,10 +254,16 @@ def events(
             "time": lambda event: f"{event.created_at:%Y-%m-%d %H:%M:%S}",
             "workspace": "workspace_id",
             "type": "type",
-            "payload": lambda event: json.dumps(dict(event.payload)) if event.payload else "",
+            "payload": _payload,
         },
         found,
     )
+
+
+def _payload(event: Event) -> str:
+    """What an event says that is not told of every one."""
+    payload = {name: value for name, value in event.payload.items() if name not in ABOUT_ALL}
+    return json.dumps(payload) if payload else ""
 
 
 @workspace_command("workspace log")

@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
+from snaploader.workspace.events import about_snapshot
 from snaploader.workspace.host import HeldLock
 from snaploader.workspace.manager.operation import (
     ALIVE,
@@ -85,7 +87,7 @@ def create(
         services.runtime.create(workspace.spec, source)
         work.reach("made")
         base = work.capture().record if has_content else None
-        return _finish(work, CREATE, base, start=start, template=workspace.base)
+        return _finish(work, CREATE, base, start=start)
 
 
 def fork(services: Services, workspace: Workspace, origin: SnapshotRecord, *, start: bool) -> Workspace:
@@ -99,7 +101,11 @@ def fork(services: Services, workspace: Workspace, origin: SnapshotRecord, *, st
         work.reach("derived")
         work.place(services.content.find(derived), None)
         derived = replace(derived, size_bytes=origin.size_bytes)
-        source = {"origin": origin.name, "origin_workspace": origin.workspace_id}
+        source = {
+            "origin": origin.name,
+            "origin_workspace": origin.workspace_id,
+            "origin_runtime_name": origin.runtime_name,
+        }
         return _finish(work, FORK, derived, start=start, **source)
 
 
@@ -147,7 +153,7 @@ def _begin(services: Services, workspace: Workspace, kind: OperationKind, base_s
     return work
 
 
-def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool, **payload: str) -> Workspace:
+def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool, **payload: Any) -> Workspace:
     """Start the new workspace, if it is to be, and show it once it is ready."""
     if start:
         work.start()
@@ -156,10 +162,10 @@ def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool,
     with work.recording() as tx:
         if base is not None:
             tx.put_snapshot(completed(base))
+            payload |= about_snapshot(base)
         if start:
-            work.record_run(tx, RunTransition.START)
-        if name:
-            payload["snapshot"] = name
+            payload["run"] = work.record_run(tx, RunTransition.START).id
+        payload["policy"] = work.workspace.policy
         work.record_event(tx, event, **payload)
         state = WorkspaceState.RUNNING if start else WorkspaceState.STOPPED
         return tx.update_workspace(work.workspace_id, state=state, current_snapshot=name, base_snapshot=name)
@@ -178,8 +184,8 @@ def start(services: Services, workspace_id: str, reason: str = USER) -> Workspac
         work.start()
         work.wait_ready()
         with work.recording() as tx:
-            work.record_run(tx, RunTransition.START)
-            work.record_event(tx, START)
+            run = work.record_run(tx, RunTransition.START)
+            work.record_event(tx, START, run=run.id)
             return tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
 
 
@@ -191,8 +197,8 @@ def stop(services: Services, workspace_id: str, reason: str = USER) -> Workspace
     with work:
         work.stop()
         with work.recording() as tx:
-            work.record_run(tx, RunTransition.STOP)
-            work.record_event(tx, STOP_EVENT)
+            run = work.record_run(tx, RunTransition.STOP)
+            work.record_event(tx, STOP_EVENT, run=run.id)
             return tx.update_workspace(workspace_id, state=WorkspaceState.STOPPED)
 
 
@@ -226,8 +232,8 @@ def pause(services: Services, workspace_id: str, reason: str = USER) -> Snapshot
         with work.recording() as tx:
             tx.put_snapshot(record)
             work.go_on_from(tx, record, state=paused.state, paused_at=paused.paused_at)
-            work.record_run(tx, RunTransition.STOP)
-            work.record_event(tx, PAUSE, snapshot=record.name, scope=record.scope.value)
+            run = work.record_run(tx, RunTransition.STOP)
+            work.record_event(tx, PAUSE, **about_snapshot(record), run=run.id)
     work.afterwards("its files", lambda: services.runtime.remove(workspace_id))
     work.clean_up()
     return saved.result()
@@ -247,8 +253,8 @@ def resume(
         if current.scope is Scope.DATA or not services.runtime.keeps_memory:
             work.wait_ready(ready_timeout_s)
         with work.recording() as tx:
-            work.record_run(tx, RunTransition.START)
-            work.record_event(tx, RESUME, snapshot=current.name, scope=current.scope.value)
+            run = work.record_run(tx, RunTransition.START)
+            work.record_event(tx, RESUME, **about_snapshot(current), run=run.id)
             workspace = tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING, paused_at=None)
     work.afterwards("its record as paused", lambda: services.records.remove(workspace_id))
     work.clean_up()
@@ -277,8 +283,9 @@ def delete(
         with work.recording() as tx:
             for record in commits if without_remote else ():
                 forget_remote(tx, record, services.clock())
-            work.record_run(tx, RunTransition.DELETE)
-            work.record_event(tx, DELETE)
+            run = work.record_run(tx, RunTransition.DELETE)
+            kept = sum(record.status is SnapshotStatus.COMPLETE for record in records)
+            work.record_event(tx, DELETE, snapshots=kept, commits=len(commits), run=run.id)
             workspace = tx.update_workspace(
                 workspace_id,
                 state=WorkspaceState.DELETED,

@@ -23,6 +23,7 @@ from snaploader._environment import HostEnvironment
 from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.loader import Snapshot
 from snaploader.workspace.catalog import Catalog, Reader, Transaction
+from snaploader.workspace.events import add_event
 from snaploader.workspace.host import SlotPool
 from snaploader.workspace.manager.snapshots import Saved, SnapshotContent, find_snapshot, let_go
 from snaploader.workspace.model import (
@@ -276,7 +277,7 @@ class Work:
         """Record what happened, with why when nobody asked for it."""
         if self.reason != USER:
             payload["reason"] = self.reason
-        tx.add_event(self.workspace_id, event_type, payload, self.services.clock())
+        add_event(tx, self.workspace_id, event_type, payload, self.services.clock())
 
     def record_run(self, tx: Transaction, transition: RunTransition, error: str = "") -> Run:
         """Record a start, stop or delete that this operation was: it succeeded, unless there is an error."""

@@ -23,6 +23,7 @@ from snaploader.errors import (
     Unavailable,
 )
 from snaploader.policy import ReadPolicy
+from snaploader.workspace.events import about_snapshot, add_event
 from snaploader.workspace.host import WorkspaceLocks
 from snaploader.workspace.manager.lifetime import START, bring_back, finish_deletion
 from snaploader.workspace.manager.operation import RECOVERY, Services, runs_nevertheless, text_of
@@ -313,7 +314,12 @@ class _Recovery:
                 tx.reserve_versions(workspace.id, version.number - 1)
                 created_at = tx.snapshot(version.snapshot_name).created_at
                 tx.add_version(workspace.id, version.snapshot_name, created_at, version.display_name)
-            tx.add_event(workspace.id, RESTORED, {"snapshot": current}, self.services.clock())
+            about = {
+                **about_snapshot(tx.snapshot(current)),
+                "policy": workspace.policy,
+                "slot": workspace.slot,
+            }
+            add_event(tx, workspace.id, RESTORED, about, self.services.clock())
 
     def _is_whole(self, record: SnapshotRecord) -> bool:
         policy = ReadPolicy.LOCAL_FIRST if record.is_remote else ReadPolicy.LOCAL_ONLY
@@ -417,7 +423,7 @@ class _Recovery:
                 self._mark_stopped(workspace, error)
                 return
         with services.catalog.transaction() as tx:
-            tx.add_event(workspace.id, START, {"reason": RECOVERY}, services.clock())
+            add_event(tx, workspace.id, START, {"reason": RECOVERY}, services.clock())
         self.repaired.append(Note(workspace.id, "it did not run, and was started"))
 
     def _settle_stopped(self, workspace: Workspace) -> None:
@@ -437,7 +443,7 @@ class _Recovery:
             if workspace.state is WorkspaceState.RUNNING:
                 run = tx.add_run(workspace.id, RunTransition.START, now, RECOVERY)
                 tx.finish_run(run.id, RunStatus.FAILED, now, error.message)
-            tx.add_event(workspace.id, STOP_EVENT, {"reason": RECOVERY, "error": error.message}, now)
+            add_event(tx, workspace.id, STOP_EVENT, {"reason": RECOVERY, "error": error.message}, now)
             return tx.update_workspace(workspace.id, state=WorkspaceState.STOPPED, paused_at=None)
 
     # What is on its way out

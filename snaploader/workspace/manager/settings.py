@@ -8,6 +8,7 @@ from typing import Any
 
 from snaploader.errors import NotFound
 from snaploader.workspace.catalog import Transaction
+from snaploader.workspace.events import add_event
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state
 from snaploader.workspace.model import Workspace
 from snaploader.workspace.policy import Policy, check_scopes
@@ -30,14 +31,15 @@ def change(
     given = {"owner": owner, "policy": policy, "autostart_schedule": autostart_schedule}
     changes: Any = {name: value for name, value in given.items() if value is not None}
     with services.catalog.transaction() as tx:
-        workspace = tx.lock_workspace(workspace_id)
-        check_state(workspace, "change", ALIVE)
+        before = tx.lock_workspace(workspace_id)
+        check_state(before, "change", ALIVE)
         if not changes:
-            return workspace
+            return before
         workspace = tx.update_workspace(workspace_id, now=services.clock(), **changes)
         if policy is not None and workspace.host == services.host:
             check_scopes(tx.policy(policy), services.runtime.scopes)
-        tx.add_event(workspace_id, CHANGE, changes, services.clock())
+        was = {name: getattr(before, name) for name in changes}
+        add_event(tx, workspace_id, CHANGE, {**changes, "before": was}, services.clock())
         return workspace
 
 

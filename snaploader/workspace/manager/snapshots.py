@@ -24,6 +24,7 @@ from snaploader.keys import SnapshotKey
 from snaploader.loader import Snapshot, SnapshotLoader
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.catalog import Reader, Transaction
+from snaploader.workspace.events import about_snapshot, add_event
 from snaploader.workspace.model import (
     Scope,
     SnapshotInfo,
@@ -328,8 +329,7 @@ def remove_unfinished(services: Services, record: SnapshotRecord) -> None:
 def forget_remote(tx: Transaction, record: SnapshotRecord, now: datetime) -> None:
     """Give up what the remote cache may have of a commit, and write down what may be left there for ever."""
     tx.put_snapshot(replace(record, is_remote=False))
-    payload = {"snapshot": record.name, "runtime_name": record.runtime_name}
-    tx.add_event(record.workspace_id, REMOTE_ORPHAN, payload, now)
+    add_event(tx, record.workspace_id, REMOTE_ORPHAN, about_snapshot(record), now)
 
 
 def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
 from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless, text_of
@@ -161,10 +162,15 @@ def _record(
             work.record_run(tx, RunTransition.START, error=text_of(restart_error))
         elif error is not None and _is_failed_run(work, error):
             work.record_run(tx, _TRANSITIONS[kind], error=text_of(error))
+        about: dict[str, Any] = {"operation": kind.value}
+        if work.operation.snapshot_name:
+            about["snapshot"] = work.operation.snapshot_name
+        if work.operation.version is not None:
+            about["version"] = work.operation.version
         if error is None:
-            work.record_event(tx, RECOVERED, operation=kind.value, outcome="undone")
+            work.record_event(tx, RECOVERED, **about, outcome="undone")
         else:
-            work.record_event(tx, FAILED, operation=kind.value, error=text_of(error))
+            work.record_event(tx, FAILED, **about, error=text_of(error))
     return unfinished
 
 

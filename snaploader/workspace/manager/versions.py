@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from snaploader.digest import Digest
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.workspace.catalog import Reader, Transaction
+from snaploader.workspace.events import about_snapshot
 from snaploader.workspace.manager.operation import (
     ALIVE,
     ON_HOST,
@@ -93,14 +93,7 @@ def take(
             tx.put_snapshot(record)
             version = tx.add_version(workspace_id, record.name, record.created_at, record.display_name)
             work.go_on_from(tx, record)
-            work.record_event(
-                tx,
-                event,
-                snapshot=record.name,
-                version=version.number,
-                source=record.source,
-                scope=record.scope.value,
-            )
+            work.record_event(tx, event, **about_snapshot(record, version))
     work.clean_up()
     return saved.result(version.display_name, version.number)
 
@@ -157,11 +150,16 @@ def finish_rollback(
     """
     problem = _start(work, until_ready=until_ready)
     with work.recording() as tx:
-        payload: dict[str, Any] = {"version": work.operation.version, "snapshot": target.name}
+        assert work.operation.version is not None
+        payload = about_snapshot(target, tx.version(work.workspace_id, work.operation.version))
         if kept is not None:
             tx.put_snapshot(completed(kept))
             version = tx.add_version(work.workspace_id, kept.name, kept.created_at, kept.display_name)
-            payload |= {"kept_snapshot": kept.name, "kept_version": version.number}
+            payload |= {
+                "kept_snapshot": kept.name,
+                "kept_runtime_name": kept.runtime_name,
+                "kept_version": version.number,
+            }
         is_stopped = problem is not None and not isinstance(problem, Cancelled)
         state = WorkspaceState.STOPPED if is_stopped else work.workspace.state
         work.go_on_from(tx, target, state=state)
@@ -246,7 +244,7 @@ def commit(services: Services, workspace_id: str, display_name: str) -> Snapshot
             orphans = tx.snapshots(workspace_id, statuses=[SnapshotStatus.ORPHANED])
             for orphan in orphans:
                 tx.set_snapshot_status(orphan.name, SnapshotStatus.DELETING)
-            work.record_event(tx, COMMIT, snapshot=record.name, scope=record.scope.value)
+            work.record_event(tx, COMMIT, **about_snapshot(record))
     for orphan in orphans:
         gone = replace(orphan, status=SnapshotStatus.DELETING)
         work.afterwards(f"commit {gone.name!r}", partial(remove_unfinished, services, gone))

@@ -416,7 +416,7 @@ def test_what_the_lifecycle_does_is_no_use(host: Host) -> None:
         held.start(reason="autostart")
     assert host.manager.workspace("one").last_used_at == workspace.last_used_at
     event = host.manager.events("one")[-1]
-    assert event.payload == {"reason": "autostart"}
+    assert event.payload["reason"] == "autostart"
     with host.catalog.reading() as reader:
         assert [run.reason for run in reader.runs("one")] == ["user", "autostop", "autostart"]
 

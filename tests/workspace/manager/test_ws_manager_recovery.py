@@ -488,7 +488,7 @@ def test_a_workspace_that_should_run_and_does_not_is_started(host: Host) -> None
     assert [note.name for note in summary.repaired] == ["one"]
     assert host.is_running()
     assert host.read("data/a") == "content"
-    assert host.manager.events("one")[-1].payload == {"reason": "recovery"}
+    assert host.manager.events("one")[-1].payload["reason"] == "recovery"
     assert host.findings() == []
 
 

@@ -100,7 +100,9 @@ def test_every_snapshot_leaves_its_event_with_what_it_is(host: Host) -> None:
     name = host.manager.create_snapshot("one").snapshot_name
     [event] = host.manager.events("one", types=["snapshot_create"])
     assert event.created_at == host.clock.now
-    assert event.payload == {"snapshot": name, "version": 1, "source": "manual", "scope": "Full"}
+    assert (
+        event.payload.items() >= {"snapshot": name, "version": 1, "source": "manual", "scope": "Full"}.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_a_rollback_leaves_an_event(host: Host) -> None:
     name = host.manager.create_version("one").snapshot_name
     host.manager.rollback("one", 1)
     [event] = host.manager.events("one", types=["version_rollback"])
-    assert event.payload == {"version": 1, "snapshot": name}
+    assert (event.payload["version"], event.payload["snapshot"]) == (1, name)
 
 
 def test_numbers_go_on_rising_after_a_rollback_and_history_stays(host: Host) -> None:
@@ -354,7 +356,7 @@ def test_a_snapshot_that_fails_leaves_the_workspace_running_and_nothing_else(
     assert host.is_running()
     assert host.manager.list_snapshots("one") == []
     [event] = host.manager.events("one", types=["operation_failed"])
-    assert event.payload == {"operation": "snapshot", "error": "broken"}
+    assert (event.payload["operation"], event.payload["error"]) == ("snapshot", "broken")
     assert host.manager.create_version("one").version == 1
     assert (host.findings(), host.leftovers()) == ([], [])
 

@@ -1,0 +1,44 @@
+"""What events say: names and ids, so that whoever reads one need not ask for more.
+
+docs/workspaces.md has a table of the types with what each says beside what all do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from snaploader.workspace.model import Event, SnapshotRecord, Version
+
+if TYPE_CHECKING:
+    from snaploader.workspace.catalog import Transaction
+
+ABOUT_ALL = ("workspace", "host", "owner", "template")
+"""What every event says of its workspace, as it is after what happened: its id, where it lives, whose it is,
+and its `base`. What is empty is left out."""
+
+
+def add_event(
+    tx: Transaction, workspace_id: str, event_type: str, payload: Mapping[str, Any], now: datetime
+) -> Event:
+    """Record what happened to a workspace, with what events say of all."""
+    workspace = tx.lock_workspace(workspace_id)
+    values = (workspace.id, workspace.host, workspace.owner, workspace.base)
+    about = {name: value for name, value in zip(ABOUT_ALL, values, strict=True) if value}
+    return tx.add_event(workspace_id, event_type, {**about, **payload}, now)
+
+
+def about_snapshot(record: SnapshotRecord, version: Version | None = None) -> dict[str, Any]:
+    """What an event says of a snapshot, and of the version that it is."""
+    about: dict[str, Any] = {
+        "snapshot": record.name,
+        "runtime_name": record.runtime_name,
+        "scope": record.scope.value,
+    }
+    name = record.display_name if version is None else version.display_name
+    if name:
+        about["display_name"] = name
+    if version is not None:
+        about |= {"version": version.number, "version_id": version.id, "source": record.source}
+    return about
