@@ -220,9 +220,14 @@ class CallContext:
             object.__setattr__(self, "headers", checked_headers(self.headers))
 
     @property
+    def proof(self) -> tuple[Headers | None, Credentials | None]:
+        """The headers and credentials: what a server knows the caller by."""
+        return cast("Headers | None", self.headers), self.credentials
+
+    @property
     def caller(self) -> tuple[object, ...]:
         """Who asks, as a key to remember things by: what one caller was told is not told another."""
-        return self.group_id, cast("Headers | None", self.headers), self.credentials
+        return self.group_id, *self.proof
 
     def identity(self) -> CallContext:
         """The same caller without bounds: for what outlasts the call, such as reads of what it opened."""
@@ -233,12 +238,22 @@ class CallContext:
         """Seconds until the deadline; infinity when there is none."""
         return math.inf if self.deadline_s is None else self.deadline_s - time.monotonic()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the call was called off, or its time is up: an error of it may then concern nobody else."""
+        return self.remaining_s <= 0 or (self.cancellation is not None and self.cancellation.is_cancelled)
+
     def check(self) -> None:
         """Raise Cancelled when the call was called off, DeadlineExceeded when its time is up."""
         if self.cancellation is not None:
             self.cancellation.check()
         if self.deadline_s is not None and time.monotonic() >= self.deadline_s:
             raise DeadlineExceeded("the time given for the call is up", transient=False)
+
+    def wait_s(self, most_s: float = math.inf) -> float | None:
+        """How long to wait for something at most, as `threading` takes it: None for no bound."""
+        value = min(most_s, self.remaining_s)
+        return None if value == math.inf else max(0.0, min(value, threading.TIMEOUT_MAX))
 
     def wait(self, until: threading.Event, most_s: float = math.inf) -> bool:
         """Wait for an event, for so long at most; return whether it came. Errors as `check`, as they occur.
@@ -247,7 +262,7 @@ class CallContext:
             until: The caller's own: it is set, too, when the call is called off.
         """
         with nullcontext() if self.cancellation is None else self.cancellation.calling(until.set):
-            until.wait(_seconds(min(most_s, self.remaining_s)))
+            until.wait(self.wait_s(most_s))
             self.check()
             return until.is_set()
 
@@ -324,8 +339,3 @@ def _begun(given: CallContext | None, default: CallContext | None) -> CallContex
         credentials=proof.credentials,
         **chosen,
     )
-
-
-def _seconds(value: float) -> float | None:
-    """A time for `Event.wait`, which knows no infinity."""
-    return None if value == math.inf else max(0.0, min(value, threading.TIMEOUT_MAX))

@@ -6,6 +6,7 @@ import itertools
 import operator
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,7 +18,14 @@ import grpc
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Sink, TransferStatistics, Upload
-from snaploader.context import RequestMetadata, checked_headers
+from snaploader.context import (
+    CallContext,
+    Cancellation,
+    RequestMetadata,
+    checked_headers,
+    current,
+    in_context,
+)
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     FailedPrecondition,
@@ -31,7 +39,6 @@ from snaploader.remote import streams
 from snaploader.remote.auth import make_credentials
 from snaploader.remote.calls import (
     Caller,
-    Cancellation,
     Recorder,
     RemoteStatistics,
     Retrier,
@@ -57,6 +64,9 @@ from snaploader.remote.config import (
     parse_endpoint,
 )
 from snaploader.workers import WorkerPool
+
+_MAX_CALLERS = 256
+"""For so many callers it is remembered what the server offers them."""
 
 _DIGEST_BYTES = 80  # a digest in a message, about
 
@@ -97,6 +107,8 @@ class RemoteCache:
         channel: Makes the channel to speak on, such as one with interceptors, or a fake. The default connects
             to `url` with `tls`. Called again after a connection that could not be made, and in the child of a
             fork. The channels are closed by this cache.
+        context: What each call goes by where its own `context` leaves something open; see
+            `snaploader.CallContext`. Headers or credentials in a context are sent instead of those above.
     """
 
     def __init__(
@@ -117,6 +129,7 @@ class RemoteCache:
         request_metadata: RequestMetadata | None = None,
         on_retry: RetryCallback | None = None,
         channel: Callable[[], grpc.Channel] | None = None,
+        context: CallContext | None = None,
     ) -> None:
         endpoint = parse_endpoint(url)
         if tls is not None and not endpoint.secure:
@@ -127,7 +140,7 @@ class RemoteCache:
         self._settings = Settings(
             endpoint=endpoint,
             instance_name=instance_name,
-            headers=((request_metadata or RequestMetadata()).header(), *checked_headers(headers)),
+            headers=checked_headers(headers),
             credentials=make_credentials(
                 endpoint,
                 bearer_token=bearer_token,
@@ -143,14 +156,17 @@ class RemoteCache:
             compression=compression,
             on_retry=on_retry,
             open_channel=channel,
+            request_metadata=request_metadata or RequestMetadata(),
         )
+        self._default_context = context
         self._recorder = Recorder()
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._closed = False
         self._pid = os.getpid()
 
-    def capabilities(self) -> RemoteCapabilities:
+    @in_context
+    def capabilities(self, *, context: CallContext | None = None) -> RemoteCapabilities:
         """Return what the server offers. It is asked once; a failure is not remembered."""
         return self._connect().cas.caller.capabilities
 
@@ -169,7 +185,8 @@ class RemoteCache:
         """Whether action results may be written, as far as the server says; raises as `digest_function`."""
         return self.capabilities().update_enabled
 
-    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+    @in_context
+    def find_missing(self, digests: Collection[Digest], *, context: CallContext | None = None) -> set[Digest]:
         """Return those of `digests` that the server does not hold. It counts this as a use of the others."""
         connection, cas = self._connected()
         by_function: dict[DigestFunction, Sequence[Digest]] = {}
@@ -184,7 +201,7 @@ class RemoteCache:
             group[at : at + count] for group in by_function.values() for at in range(0, len(group), count)
         ]
         if len(pages) <= 1:
-            return cas.find_missing(pages[0], connection.cancellation) if pages else set()
+            return cas.find_missing(pages[0], connection.cancellation()) if pages else set()
         missing: list[set[Digest]] = []
 
         def ask(page: Sequence[Digest], cancellation: Cancellation) -> None:
@@ -193,7 +210,8 @@ class RemoteCache:
         connection.run_all((len(page) * _DIGEST_BYTES, partial(ask, page)) for page in pages)
         return set().union(*missing)
 
-    def read(self, digest: Digest) -> bytes:
+    @in_context
+    def read(self, digest: Digest, *, context: CallContext | None = None) -> bytes:
         """Fetch one blob on the caller's thread, which never waits for bulk transfers.
 
         NotFound when the server does not hold it, DataLoss when its bytes are wrong.
@@ -203,10 +221,13 @@ class RemoteCache:
         if not digest.size_bytes:
             return b""
         found: dict[Digest, bytes] = {}
-        cas.read([digest], found.__setitem__, connection.cancellation)
+        cas.read([digest], found.__setitem__, connection.cancellation())
         return found[digest]
 
-    def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
+    @in_context
+    def read_to(
+        self, digest: Digest, write: Callable[[Buffer], object], *, context: CallContext | None = None
+    ) -> None:
         """Stream one blob, of any size, on the caller's thread, piece by piece, into `write`.
 
         The pieces come in order and are verified as a whole: only when this returns were they right.
@@ -216,9 +237,10 @@ class RemoteCache:
         cas.check(digest)
         if digest.size_bytes:
             with _sink_errors():
-                streams.read_to(cas.caller, digest, write, connection.cancellation)
+                streams.read_to(cas.caller, digest, write, connection.cancellation())
 
-    def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
+    @in_context
+    def read_many(self, digests: Iterable[Digest], sink: Sink, *, context: CallContext | None = None) -> None:
         """Hand each blob to `sink`, from several threads, in any order, each once.
 
         Each blob is in memory as a whole: for big ones see `read_to`. The first error calls off the
@@ -239,7 +261,10 @@ class RemoteCache:
         with _sink_errors():
             connection.run_all(tasks())
 
-    def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+    @in_context
+    def write(
+        self, digest: Digest, source: Buffer | str | os.PathLike[str], *, context: CallContext | None = None
+    ) -> None:
         """Store one blob, from memory or a file, on the caller's thread.
 
         DataLoss when the content does not have this digest; ResourceExhausted when it is bigger than
@@ -249,9 +274,12 @@ class RemoteCache:
         upload = Upload(digest, source)
         cas.check_upload(upload)
         if digest.size_bytes:
-            cas.write([upload], connection.cancellation)
+            cas.write([upload], connection.cancellation())
 
-    def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
+    @in_context
+    def write_many(
+        self, uploads: Iterable[Upload], *, context: CallContext | None = None
+    ) -> TransferStatistics:
         """Store blobs, without asking which are there. `uploads` is consumed as there is room.
 
         `uploads` is advanced by one thread at a time, whichever is free. The first error calls off the
@@ -277,7 +305,10 @@ class RemoteCache:
         connection.run_all(tasks)
         return reduce(operator.add, done) if done else TransferStatistics()
 
-    def upload_missing(self, uploads: Iterable[Upload]) -> TransferStatistics:
+    @in_context
+    def upload_missing(
+        self, uploads: Iterable[Upload], *, context: CallContext | None = None
+    ) -> TransferStatistics:
         """Store those blobs that the server does not hold yet; the others count as `present_blobs`."""
         iterator = iter(uploads)
         total = TransferStatistics()
@@ -288,7 +319,10 @@ class RemoteCache:
             total += done + TransferStatistics(present_blobs=len(by_digest) - len(missing))
         return total
 
-    def get_action_result(self, action_digest: Digest) -> reapi.ActionResult:
+    @in_context
+    def get_action_result(
+        self, action_digest: Digest, *, context: CallContext | None = None
+    ) -> reapi.ActionResult:
         """Return the result kept under a digest. NotFound when there is none, or a blob it names is gone."""
         connection, cas = self._connected()
         cas.check(action_digest)
@@ -298,10 +332,13 @@ class RemoteCache:
             digest_function=function_field(action_digest.function),
         )
         operation = f"getting action result {action_digest}"
-        answer = cas.caller.unary(operation, "GetActionResult", request, connection.cancellation)
+        answer = cas.caller.unary(operation, "GetActionResult", request, connection.cancellation())
         return cast("reapi.ActionResult", answer)
 
-    def update_action_result(self, action_digest: Digest, action_result: reapi.ActionResult) -> None:
+    @in_context
+    def update_action_result(
+        self, action_digest: Digest, action_result: reapi.ActionResult, *, context: CallContext | None = None
+    ) -> None:
         """Keep a result under a digest, in place of what stood there.
 
         FailedPrecondition or PermissionDenied where that is not allowed. Some servers pretend
@@ -326,7 +363,7 @@ class RemoteCache:
             )
         operation = f"updating action result {action_digest}"
         try:
-            cas.caller.unary(operation, "UpdateActionResult", request, connection.cancellation)
+            cas.caller.unary(operation, "UpdateActionResult", request, connection.cancellation())
         except Unimplemented as error:
             raise _not_allowed(action_digest) from error
 
@@ -404,7 +441,7 @@ class Connection:
     """One process's connection: the whole stack is put together here. Thread-safe."""
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
-        self.cancellation = Cancellation()
+        self._closing = Cancellation()
         self._pool = WorkerPool(
             settings.limits.workers, owner="the remote cache", thread_name="snaploader-remote"
         )
@@ -412,19 +449,34 @@ class Connection:
         self._settings = settings
         self._recorder = recorder
         self._transport = Transport(settings, recorder)
-        self._cas = Once(self._make_client)
+        self._lock = threading.Lock()
+        self._clients: OrderedDict[object, Once[CASClient]] = OrderedDict()
 
     @property
     def cas(self) -> CASClient:
-        """The client. Asks for the server's capabilities at first, and raises what that raises."""
-        return self._cas.get()
+        """The client of whoever calls. Asks for the server's capabilities at first, and raises as that.
+
+        Others may be offered more or less: whether action results may be updated is a matter of rights.
+        """
+        proof = current().proof
+        with self._lock:
+            client = self._clients.setdefault(proof, Once(self._make_client))
+            self._clients.move_to_end(proof)
+            if len(self._clients) > _MAX_CALLERS:
+                self._clients.popitem(last=False)
+        return client.get()
+
+    def cancellation(self) -> Cancellation:
+        """What calls off the call that runs: closing this connection, or its own cancellation."""
+        own = current().cancellation
+        return self._closing if own is None else Cancellation(self._closing, own)
 
     def run_all(self, tasks: Iterable[Task]) -> None:
-        run_all(tasks, self._pool, self.budget, self.cancellation)
+        run_all(tasks, self._pool, self.budget, self.cancellation())
 
     def close(self) -> None:
         """Call everything off, close the connection, join the threads."""
-        self.cancellation.cancel()
+        self._closing.cancel()
         self._transport.close()
         self._pool.close()
 
@@ -435,7 +487,11 @@ class Connection:
 
     def _make_client(self) -> CASClient:
         settings = self._settings
-        refresh = settings.credentials.refresh if settings.credentials is not None else lambda: False
+
+        def refresh() -> bool:
+            _, credentials = settings.proof_of(current())
+            return credentials is not None and credentials.refresh()
+
         caller = Caller(
             settings.endpoint.url,
             settings.instance_name,
@@ -447,7 +503,7 @@ class Connection:
         request = reapi.GetCapabilitiesRequest(instance_name=settings.instance_name)
         operation = f"asking {settings.endpoint.url} for its capabilities"
         try:
-            answer = caller.unary(operation, "GetCapabilities", request, self.cancellation)
+            answer = caller.unary(operation, "GetCapabilities", request, self.cancellation())
         except Unimplemented:
             capabilities = without_capabilities(settings.digest_function)
         else:
@@ -458,7 +514,10 @@ class Connection:
 
 
 class Once(Generic[T]):
-    """Keeps the first success of `make`. A failure reaches those who waited; the next caller tries again."""
+    """Keeps the first success of `make`. A failure reaches those who waited; the next caller tries again.
+
+    When the one who makes it is called off, one of those who wait takes over.
+    """
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
@@ -467,16 +526,30 @@ class Once(Generic[T]):
 
     def get(self) -> T:
         """Return the value, made now if need be."""
-        with self._lock:
-            future = self._future
+        while True:
+            with self._lock:
+                future = self._future
+                if future is None:
+                    made = self._future = Future()
             if future is None:
-                made = self._future = Future()
-        if future is not None:
-            return future.result()
+                return self._lead(made)
+            if not future.done():
+                woken = threading.Event()
+                future.add_done_callback(lambda _, woken=woken: woken.set())  # type: ignore[misc]
+                current().wait(woken)
+            if not isinstance(future.exception(), _CalledOffError):
+                return future.result()
+
+    def _lead(self, made: Future[T]) -> T:
         try:
             made.set_result(self._make())
-        except BaseException as error:  # noqa: BLE001 - raised below
+        except BaseException as error:
             with self._lock:
                 self._future = None
-            made.set_exception(error)
+            made.set_exception(_CalledOffError() if current().is_over else error)
+            raise
         return made.result()
+
+
+class _CalledOffError(Exception):
+    """Tells those who waited that the one who led was called off."""

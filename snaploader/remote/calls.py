@@ -14,7 +14,6 @@ import random
 import re
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from google.protobuf.message import DecodeError
 
 from snaploader import errors
 from snaploader._proto import duration_pb2, services, status_pb2
-from snaploader.context import Credentials, Headers
+from snaploader.context import CallContext, Cancellation, Credentials, Headers, RequestMetadata, current
 from snaploader.digest import DigestFunction
 from snaploader.errors import Cancelled, DeadlineExceeded, SnaploaderError, Unauthenticated, Unavailable
 from snaploader.remote.auth import SECRET_NAME
@@ -160,42 +159,6 @@ def _delay(status: status_pb2.Status) -> float | None:
     return None
 
 
-class Cancellation:
-    """A flag that calls work off: set once, by `cancel`, and its children with it. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.event = threading.Event()
-        self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
-
-    def child(self) -> Cancellation:
-        """Make a flag that is set with this one, or alone."""
-        child = Cancellation()
-        with self._lock:
-            self._children.add(child)
-            if self.event.is_set():
-                child.event.set()
-        return child
-
-    def cancel(self) -> None:
-        """Set the flag here and below, and wake those who sleep on it."""
-        with self._lock:
-            self.event.set()
-            children = list(self._children)
-        for child in children:
-            child.cancel()
-
-    def check(self) -> None:
-        """Raise Cancelled when the flag is set."""
-        if self.event.is_set():
-            raise Cancelled("called off: the remote cache was closed, or another part of the transfer failed")
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep, or raise Cancelled as soon as the flag is set."""
-        self.event.wait(seconds)
-        self.check()
-
-
 class SinkFailed(Exception):
     """Carries what a sink raised past the retry layer: it is no failure of the transfer."""
 
@@ -213,7 +176,7 @@ def deliver(sink: Callable[..., object], *arguments: object) -> None:
 
 
 class Attempts:
-    """The attempts at one operation: how many failed, what time is left. Not thread-safe."""
+    """The attempts at one operation: how many failed, what time is left, in whose name. Not thread-safe."""
 
     def __init__(
         self, operation: str, policy: RetryPolicy, extra_s: float, cancellation: Cancellation
@@ -224,7 +187,8 @@ class Attempts:
         self.fruitless = 0  # failed since the last one that made progress
         self._share = 0.0  # random, of the jitter in the next wait
         self._policy = policy
-        self._deadline = time.monotonic() + policy.budget_s + extra_s
+        self.context = current()
+        self._deadline = time.monotonic() + min(policy.budget_s + extra_s, self.context.remaining_s)
         self._progressed = False
 
     @property
@@ -232,8 +196,19 @@ class Attempts:
         """What is left of the budget."""
         return self._deadline - time.monotonic()
 
+    def check(self) -> None:
+        """Raise Cancelled or DeadlineExceeded when the call that all this is for is over."""
+        self.cancellation.check()
+        self.context.check()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep. Errors as `check`, as soon as they occur."""
+        self.cancellation.wait(seconds)
+        self.check()
+
     def timeout_s(self, wanted: float) -> float:
         """Return the time for one call: `wanted`, or what is left. DeadlineExceeded when nothing is."""
+        self.context.check()
         remaining = self.remaining_s
         if remaining <= 0:
             raise DeadlineExceeded(f"{self.operation} failed: its time budget is used up", transient=False)
@@ -290,14 +265,14 @@ class Retrier:
         attempts = Attempts(operation, self.policy, size_bytes / self.min_bytes_per_s, cancellation)
 
         def once() -> T:
-            cancellation.check()
+            attempts.check()
             attempts.number += 1
             try:
                 return attempt(attempts)
             except SnaploaderError as error:
                 attempts.failed()
                 if not isinstance(error, Cancelled):
-                    cancellation.check()
+                    attempts.check()
                 raise
 
         try:
@@ -328,9 +303,9 @@ class Retrier:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_worth_a_try),
             wait=lambda state: attempts.delay_s(_error(state)),
-            stop=lambda state: cancellation.event.is_set() or attempts.are_over(_error(state)),
+            stop=lambda state: cancellation.is_cancelled or attempts.are_over(_error(state)),
             before_sleep=tell,
-            sleep=cancellation.sleep,
+            sleep=attempts.sleep,
             reraise=True,
         )(again)
 
@@ -442,6 +417,14 @@ class Settings:
     compression: bool
     on_retry: RetryCallback | None
     open_channel: Callable[[], grpc.Channel] | None
+    request_metadata: RequestMetadata
+
+    def proof_of(self, context: CallContext) -> tuple[Headers, Credentials | None]:
+        """The headers and the credentials to send in a context: its own if it has any, else the user's."""
+        headers, credentials = context.proof
+        if headers is None and credentials is None:
+            return self.headers, self.credentials
+        return headers or (), credentials
 
 
 class Transport:
@@ -466,9 +449,14 @@ class Transport:
     def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
         """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
         channel, options = self._begin(method, attempts, self._settings.timeouts.call_s)
+        stub = channel.stubs[method]
         try:
-            return channel.stubs[method](request, **options)
-        except (grpc.RpcError, ValueError) as error:
+            if attempts.context.cancellation is None:
+                return stub(request, **options)
+            call = stub.future(request, **options)  # costs more, and can be cancelled
+            with attempts.cancellation.calling(call.cancel):
+                return call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
             raise self._error(method, error, attempts, channel) from error
 
     def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
@@ -478,13 +466,13 @@ class Transport:
             call = channel.stubs[method](request, **options)
         except ValueError as error:
             raise self._error(method, error, attempts, channel) from error
-        with self._watchdog.watch(call) as guard:
+        with self._watchdog.watch(call) as guard, attempts.cancellation.calling(call.cancel):
             try:
                 for message in call:
                     guard.pause()  # what the receiver does with it is not the server's silence
                     yield message
                     guard.touch()
-                    attempts.cancellation.check()
+                    attempts.check()
             except grpc.RpcError as error:
                 raise self._error(method, error, attempts, channel, idle=guard.expired) from error
             finally:
@@ -501,7 +489,7 @@ class Transport:
             call = channel.stubs[method].future(source, **options)
         except ValueError as error:
             raise self._error(method, error, attempts, channel) from error
-        with self._watchdog.watch(call) as guard:
+        with self._watchdog.watch(call) as guard, attempts.cancellation.calling(call.cancel):
             source.attach(call, guard, attempts.cancellation)
             try:
                 response = call.result()
@@ -527,13 +515,13 @@ class Transport:
         self, method: str, attempts: Attempts, most_s: float = math.inf
     ) -> tuple[_Channel, dict[str, Any]]:
         """Count a call, and return the channel and the options to make it with."""
-        options = {"timeout": attempts.timeout_s(most_s), "metadata": self._headers()}
+        options = {"timeout": attempts.timeout_s(most_s), "metadata": self._headers(attempts.context)}
         self._recorder.call(method)
         return self._channel, options
 
-    def _headers(self) -> Headers:
-        credentials = self._settings.credentials
-        headers = self._settings.headers + (credentials.headers() if credentials is not None else ())
+    def _headers(self, context: CallContext) -> Headers:
+        headers, credentials = self._settings.proof_of(context)
+        headers += credentials.headers() if credentials is not None else ()
         endpoint = self._settings.endpoint
         if not endpoint.secure and not self._may_warn.locked():
             secrets = sorted({name for name, _ in headers if SECRET_NAME.search(name)})
@@ -544,7 +532,8 @@ class Transport:
                     ", ".join(secrets),
                     endpoint.url,
                 )
-        return headers
+        metadata = context.request_metadata or self._settings.request_metadata
+        return (metadata.header(), *headers)
 
     def _replace(self, channel: _Channel) -> None:
         """Replace a channel that cannot connect, once, by one that has nothing to back off from."""
@@ -558,7 +547,7 @@ class Transport:
         self, method: str, error: Exception, attempts: Attempts, channel: _Channel, *, idle: bool = False
     ) -> SnaploaderError:
         self._recorder.failure(method)
-        if attempts.cancellation.event.is_set():
+        if attempts.cancellation.is_cancelled:
             return Cancelled(f"{attempts.operation} was called off", transient=False)
         if idle:
             return DeadlineExceeded(

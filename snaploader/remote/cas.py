@@ -12,15 +12,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import grpc
 
 from snaploader._proto import remote_execution_pb2 as reapi
 from snaploader.blobstore import Sink, TransferStatistics, Upload
+from snaploader.context import Cancellation, current
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
@@ -35,7 +37,6 @@ from snaploader.remote import streams
 from snaploader.remote.calls import (
     Attempts,
     Caller,
-    Cancellation,
     deliver,
     from_message,
     is_of_whole_call,
@@ -390,16 +391,24 @@ class ByteBudget:
         self._shares: dict[Share, None] = {}
         """Those granted, and behind them those that wait, in the order in which they came."""
 
-    def acquire(self, share: Share) -> None:
-        """Wait for a share. Whoever asked for one, had it or not, must `release` it in bounded time."""
+    def acquire(self, share: Share, cancellation: Cancellation) -> None:
+        """Wait for a share. Whoever asked for one, had it or not, must `release` it in bounded time.
+
+        Cancelled or DeadlineExceeded as soon as the call that it is for is over.
+        """
         with self._lock:
             self._shares[share] = None
-        while True:
-            with self._lock:
-                self._grant()
-                if share.granted:
-                    return
-            share.wake.get()
+        context = current()
+        with cancellation.calling(lambda: share.wake.put(None)):
+            while True:
+                cancellation.check()
+                context.check()
+                with self._lock:
+                    self._grant()
+                    if share.granted:
+                        return
+                with suppress(Empty):
+                    share.wake.get(timeout=context.wait_s())
 
     def release(self, share: Share) -> None:
         """Give a share back, or ask for it no more. May be called again."""
@@ -429,15 +438,14 @@ def run_all(tasks: Iterable[Task], pool: WorkerPool, budget: ByteBudget, parent:
     Returns or raises after every task that began has ended; but an interrupt is raised at once, as a server
     that does not answer may keep the other threads for a while.
     """
-    cancellation = parent.child()
+    cancellation = Cancellation(parent)
     latest: dict[int, Share] = {}  # by thread, as each works on one task at a time
 
     def work(task: Task) -> None:
         size_bytes, call = task
         share = latest[threading.get_ident()] = Share(size_bytes)
         try:
-            budget.acquire(share)
-            cancellation.check()
+            budget.acquire(share, cancellation)
             call(cancellation)
         finally:
             budget.release(share)

@@ -7,9 +7,10 @@ from contextlib import closing
 
 from snaploader._proto import bytestream_pb2
 from snaploader.blobstore import TransferStatistics, Upload
+from snaploader.context import Cancellation
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import Cancelled, DataLoss, Internal, InvalidArgument, SnaploaderError
-from snaploader.remote.calls import Attempts, Caller, Cancellation, Code, code_of, deliver
+from snaploader.remote.calls import Attempts, Caller, Code, code_of, deliver
 from snaploader.remote.codec import (
     MIN_BYTES,
     Content,

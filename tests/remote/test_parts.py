@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import grpc
 import pytest
@@ -14,10 +14,10 @@ from remote_data import BLAKE3, SHA256, named, noise
 from snaploader import errors, workers
 from snaploader._proto import remote_execution_pb2 as reapi, status_pb2
 from snaploader.blobstore import Upload
+from snaploader.context import Cancellation
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
 from snaploader.remote import calls, cas
 from snaploader.remote.cache import Once
-from snaploader.remote.calls import Cancellation
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES, negotiate, without_capabilities
 from snaploader.remote.cas import ByteBudget, Share, run_all
 from snaploader.remote.channel import Watchdog
@@ -125,13 +125,13 @@ def test_server_that_is_no_cache_or_of_another_age_is_refused() -> None:
 def test_budget_makes_wait_in_order_and_lets_a_giant_go_alone() -> None:
     budget = ByteBudget(100)
     small, big = Share(60), Share(1000)
-    budget.acquire(small)
+    budget.acquire(small, Cancellation())
     order: list[str] = []
     waiting = threading.Event()
 
     def giant() -> None:
         waiting.set()
-        budget.acquire(big)
+        budget.acquire(big, Cancellation())
         order.append("giant")
         budget.release(big)
 
@@ -255,16 +255,19 @@ def test_a_transfer_that_gets_no_thread_says_which_limit_was_met(monkeypatch: py
 
 
 class ImpatientQueue(SimpleQueue[None]):
-    def get(self, block: bool = True, timeout: float | None = 20) -> None:
-        super().get(block, timeout)
+    def get(self, block: bool = True, timeout: float | None = None) -> None:
+        try:
+            super().get(block, 20)
+        except Empty:
+            raise AssertionError("nobody woke this thread") from None
 
 
 class ImpatientBudget(ByteBudget):
-    """Raises `queue.Empty` instead of waiting for ever."""
+    """Fails instead of waiting for ever."""
 
-    def acquire(self, share: Share) -> None:
+    def acquire(self, share: Share, cancellation: Cancellation) -> None:
         share.wake = ImpatientQueue()
-        super().acquire(share)
+        super().acquire(share, cancellation)
 
 
 def test_an_interrupt_at_any_step_of_a_bulk_transfer_leaves_nothing_to_wait_for() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from snaploader._proto import duration_pb2, status_pb2
+from snaploader.context import Cancellation
 from snaploader.errors import (
     Cancelled,
     DataLoss,
@@ -19,7 +20,7 @@ from snaploader.errors import (
     Unauthenticated,
     Unavailable,
 )
-from snaploader.remote.calls import Attempts, Cancellation, Retrier, from_message
+from snaploader.remote.calls import Attempts, Retrier, from_message
 from snaploader.remote.config import RetryEvent, RetryPolicy
 
 FAST = RetryPolicy(initial_delay_s=0.0, max_delay_s=0.0)
@@ -183,7 +184,7 @@ def test_cancelling_wakes_the_sleeper() -> None:
     def work() -> None:
         retrier = Retrier(RetryPolicy(initial_delay_s=60, max_delay_s=60, jitter=0), lambda _: asleep.set())
         try:
-            retrier.run("testing", failing(Unavailable("x")), cancellation.child())
+            retrier.run("testing", failing(Unavailable("x")), Cancellation(cancellation))
         except Cancelled as error:
             caught.append(error)
 
@@ -200,13 +201,13 @@ def test_child_made_after_cancelling_is_cancelled() -> None:
     parent = Cancellation()
     parent.cancel()
     with pytest.raises(Cancelled):
-        parent.child().check()
+        Cancellation(parent).check()
 
 
 def test_child_alone_does_not_cancel_its_parent() -> None:
     parent = Cancellation()
-    parent.child().cancel()
-    assert not parent.event.is_set()
+    Cancellation(parent).cancel()
+    assert not parent.is_cancelled
 
 
 def test_callback_that_raises_ends_the_operation() -> None:

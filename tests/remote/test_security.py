@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 from remote_data import QUICK, MakeRemote, MakeServer, named
 
 from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader.context import REQUEST_METADATA_HEADER
+from snaploader.context import REQUEST_METADATA_HEADER, CallContext
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
 from snaploader.remote import RemoteCache, RequestMetadata, RetryPolicy, TLSConfig
 from snaploader.remote.auth import CredentialHelper, Netrc
@@ -364,8 +364,8 @@ def warnings_of(
 ) -> list[str]:
     caplog.clear()
     transport = make_remote(url, **arguments)._connect()._transport
-    transport._headers()
-    transport._headers()  # as two calls would
+    transport._headers(CallContext())
+    transport._headers(CallContext())  # as two calls would
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
