@@ -34,7 +34,7 @@ def run(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
@@ -43,6 +43,11 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         capture_output=True,
     )
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
 
@@ -56,6 +61,14 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel_names: list[str]) 
 
 
 @pytest.mark.slow
+def test_the_wheel_tells_fsspec_of_its_file_system(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        text = archive.read(name).decode()
+    assert "[fsspec.specs]\nsnap = snaploader.fsspec:SnapshotFileSystem\n" in text
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_of_the_checkout(wheel_names: list[str]) -> None:
     listed = subprocess.run(
         ["git", "ls-files", "cow", "snaploader"], cwd=CHECKOUT, capture_output=True, text=True, check=False
@@ -66,7 +79,7 @@ def test_the_wheel_holds_every_module_of_the_checkout(wheel_names: list[str]) ->
 
 
 def test_the_library_imports_without_the_extras_and_starts_nothing() -> None:
-    blocked = ["click", "rich", "cryptography", "psutil", "pytest", "hypothesis", "grpc_tools"]
+    blocked = ["click", "fsspec", "rich", "cryptography", "psutil", "pytest", "hypothesis", "grpc_tools"]
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({blocked}))
@@ -143,7 +156,7 @@ def test_the_oldest_dependencies_tested_are_those_declared() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = list(project["dependencies"])
-    for extra in ("aio", "cli", "metrics", "postgresql", "serve", "workspace"):
+    for extra in ("aio", "cli", "fsspec", "metrics", "postgresql", "serve", "workspace"):
         # A constraint names no extras of what it constrains.
         declared += [floor.replace("[binary]", "") for floor in extras[extra]]
     tested = (CHECKOUT / ".ci" / "oldest.txt").read_text().splitlines()
