@@ -1,7 +1,7 @@
 """Files, folders and locks: how this library opens, reads, copies, replaces, flushes, locks and removes them.
 
 One copy of each of these steps is here for all packages but `cow`, which stands alone. Functions that read,
-write or copy content raise OSError.
+write or copy content raise OSError; what takes long ends with the call that runs (`snaploader.context`).
 
 Another user may have made a folder of content before, or may write to it, and may have put a symbolic link, a
 pipe or a file of somebody else's where this library expects a file of its own. So a folder or file is opened
@@ -30,10 +30,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from snaploader.context import current
 from snaploader.digest import Buffer, DigestFunction, Hasher
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, PermissionDenied
 
 BUFFER_BYTES = 1 << 20
+PIECE_BYTES = 8 << 20
+"""No more is read, written or copied in one step, so that a call can be called off between two."""
+_LOCK_POLL_S = 0.005
+"""How often a lock that a call waits for is tried."""
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _NO_COPY_RANGE = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
@@ -319,6 +324,7 @@ def hash_file(fd: int, function: DigestFunction) -> tuple[str, int]:
     hasher = function.hasher()
     size = 0
     while count := os.preadv(fd, [view], size):
+        current().check()
         hasher.update(view[:count])
         size += count
     return hasher.hexdigest(), size
@@ -338,7 +344,9 @@ def write_all(fd: int, data: Buffer) -> None:
     """Write all of `data` at the file's position."""
     view = memoryview(data).cast("B")
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[os.write(fd, view[:PIECE_BYTES]) :]
+        if view:
+            current().check()
 
 
 def copy_hashing(source: int, target: int, hasher: Hasher, limit: int | None = None) -> int:
@@ -349,6 +357,7 @@ def copy_hashing(source: int, target: int, hasher: Hasher, limit: int | None = N
     view = _buffers.get(BUFFER_BYTES)
     size = 0
     while (limit is None or size <= limit) and (count := os.preadv(source, [view], size)):
+        current().check()
         hasher.update(view[:count])
         write_all(target, view[:count])
         size += count
@@ -367,13 +376,17 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
     """Copy the bytes from `start` up to `end` to the same place. OSError when `source` ends before."""
     done = start
     try:
-        while done < end and (count := os.copy_file_range(source, target, end - done, done, done)):
+        while done < end and (
+            count := os.copy_file_range(source, target, min(end - done, PIECE_BYTES), done, done)
+        ):
+            current().check()
             done += count
     except OSError as error:
         if error.errno not in _NO_COPY_RANGE:
             raise
     view = _buffers.get(BUFFER_BYTES)
     while done < end:
+        current().check()
         count = os.preadv(source, [view[: end - done]], done)
         if not count:
             raise OSError(errno.EIO, f"the file ended at byte {done} of {end} while it was copied")
@@ -571,6 +584,17 @@ class FileLock:
         self._threads = threading.Lock()
         self._pid = os.getpid()
         self.fd = fd
+
+    @contextmanager
+    def held_in_call(self) -> Iterator[None]:
+        """Hold the lock as `held` does; the wait for it ends with the call that runs, as that says."""
+        while not self.closed:
+            with self.held_now() as held:
+                if held:
+                    yield
+                    return
+            current().sleep(_LOCK_POLL_S)
+        raise Cancelled("the file cache was closed while it was used")
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -84,14 +84,16 @@ def _fingerprint(digest: Digest, status: os.stat_result) -> tuple[int, int]:
 class BlobSpace:
     """The blobs of one group. Thread-safe, process-safe. What `FileCache` has too is described there."""
 
-    def __init__(self, context: CacheContext, durability: Durability, uses: UseLog) -> None:
+    def __init__(
+        self, context: CacheContext, durability: Durability, uses: UseLog, memo: VerifiedMemo
+    ) -> None:
         self._context = context
         self._layout = context.layout
         self._count = context.counters.add
         self._now_ns = context.host.now_ns
         self._durability = durability
         self._uses = uses
-        self._memo = VerifiedMemo()
+        self._memo = memo
         self._listings = ShardListings(context.layout, durability)
         self.mode = context.folder.access.readonly_mode
         """The permission bits of the files."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from typing import NoReturn, Self
 
 import numpy as np
@@ -12,10 +15,11 @@ import numpy.typing as npt
 
 from snaploader._environment import HOST, HostEnvironment
 from snaploader.blobstore import Sink, TransferStatistics, Upload
+from snaploader.context import CallContext, current, in_context
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import bulk
-from snaploader.filecache.blobs import BlobSpace, BlobWriter
+from snaploader.filecache.blobs import BlobSpace, BlobWriter, VerifiedMemo
 from snaploader.filecache.bulk import UseLog
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.evict import AHEAD_PART, EVICTS_AHEAD_FROM_BYTES, Evictor
@@ -27,7 +31,19 @@ from snaploader.files import PRIVATE, Access
 from snaploader.formats.digests import to_prefixes, to_words
 
 DEFAULT_MAX_BYTES = 10 << 30
+MAX_PARTITIONS = 1024
+"""Groups that an open cache remembers the listings of, besides the one it was made with."""
 _PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """What is one group's own in an open cache. It holds no descriptors."""
+
+    context: CacheContext
+    blobs: BlobSpace
+    refs: RefSpace
+    pins: PinSpace
 
 
 class FileCache:
@@ -46,8 +62,10 @@ class FileCache:
         cache_mode: Permission bits of the folders, whatever the umask says; files get those of them that
             files have. Default 0o700: this user alone. 0o2770 lets a group of users share the cache, 0o777
             all of them: each must trust the others, and give the same mode. See docs/operating.md.
-        group_id: The partition to work in: nothing of one group is visible to another. Up to 128 letters,
-            digits and . _ @ + - or empty, which is a partition too.
+        group_id: The partition to work in, where the context of a call names no other: nothing of one group
+            is visible to another. Up to 128 letters, digits and . _ @ + - or empty, which is a partition too.
+        context: What each call goes by where its own `context` leaves something open; see
+            `snaploader.CallContext`.
 
     Raises:
         InvalidArgument: The group id or the mode is malformed, `max_bytes` is not positive, or
@@ -66,6 +84,7 @@ class FileCache:
         evict_ahead_bytes: int | None = None,
         cache_mode: int = PRIVATE,
         group_id: str = "",
+        context: CallContext | None = None,
         _environment: HostEnvironment = HOST,
     ) -> None:
         if max_bytes <= 0:
@@ -79,6 +98,7 @@ class FileCache:
         layout = Layout(os.path.abspath(os.fspath(root)), group_folder(group_id))
         self._root = layout.root
         self._group_id = group_id
+        self._default_context = context
         self._closed = False
         self._pid = os.getpid()
         used_before = os.path.isdir(layout.groups)
@@ -96,9 +116,11 @@ class FileCache:
             self._pin_table = PinTable(layout)
             self._evictor = Evictor(self._context, self._durability, uses, self._pin_table, evict_ahead_bytes)
             undo.callback(self._evictor.close)
-            self._blobs = BlobSpace(self._context, self._durability, uses)
-            self._refs = RefSpace(self._context)
-            self._pins = PinSpace(self._context)
+            self._uses = uses
+            self._memo = VerifiedMemo()
+            self._lock = threading.Lock()
+            self._own_partition = self._partition_of(self._context)
+            self._partitions: OrderedDict[str, Partition] = OrderedDict()
             own.sweep()
             self._close = undo.pop_all().close
 
@@ -109,8 +131,9 @@ class FileCache:
 
     @property
     def group_id(self) -> str:
-        """The partition worked in."""
-        return self._group_id
+        """The partition worked in: that of the call that runs, else the one that the cache was made with."""
+        group_id = current().group_id
+        return self._group_id if group_id is None else group_id
 
     @property
     def max_bytes(self) -> int:
@@ -119,22 +142,25 @@ class FileCache:
 
     # Blobs: the BlobStore interface
 
-    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+    @in_context
+    def find_missing(self, digests: Collection[Digest], *, context: CallContext | None = None) -> set[Digest]:
         """Return those of `digests` that are not here. This counts as a use of those that are.
 
         Exact, even when files were removed behind the cache's back. Costs a look at each file for a few
         digests, and one at each of 256 folders for many (then a wrong size in a digest of a known hash is
         only noticed when it is opened). What is here may be evicted at any time unless it is leased.
         """
-        self._check()
-        return self._blobs.find_missing(digests)
+        return self._partition.blobs.find_missing(digests)
 
-    def read(self, digest: Digest) -> bytes:
+    @in_context
+    def read(self, digest: Digest, *, context: CallContext | None = None) -> bytes:
         """Return the bytes of a blob. Errors as `open`."""
-        self._check()
-        return self._blobs.read(digest)
+        return self._partition.blobs.read(digest)
 
-    def read_to(self, digest: Digest, write: Callable[[Buffer], object]) -> None:
+    @in_context
+    def read_to(
+        self, digest: Digest, write: Callable[[Buffer], object], *, context: CallContext | None = None
+    ) -> None:
         """Hand a blob, of any size, to `write` piece by piece. Errors as `open`."""
         with translate_os_errors(f"cannot read blob {digest}"), open(self.open(digest), "rb") as file:
             count = 0
@@ -144,16 +170,23 @@ class FileCache:
             if count != digest.size_bytes:
                 raise DataLoss(f"blob {digest} was cut to {count} bytes while it was read; try again")
 
-    def read_many(self, digests: Iterable[Digest], sink: Sink) -> None:
+    @in_context
+    def read_many(self, digests: Iterable[Digest], sink: Sink, *, context: CallContext | None = None) -> None:
         """Hand each blob to `sink`, in order, on this thread. The first error ends it and is raised."""
         for digest in digests:
             sink(digest, self.read(digest))
 
-    def write(self, digest: Digest, source: Buffer | str | os.PathLike[str]) -> None:
+    @in_context
+    def write(
+        self, digest: Digest, source: Buffer | str | os.PathLike[str], *, context: CallContext | None = None
+    ) -> None:
         """Add a blob from bytes or from a copy of a file. DataLoss when they do not have this digest."""
         self._add(digest, source)
 
-    def write_many(self, uploads: Iterable[Upload]) -> TransferStatistics:
+    @in_context
+    def write_many(
+        self, uploads: Iterable[Upload], *, context: CallContext | None = None
+    ) -> TransferStatistics:
         """Add many blobs, in order, on this thread. The first error ends it and is raised."""
         blobs = content_bytes = present = 0
         for upload in uploads:
@@ -173,7 +206,8 @@ class FileCache:
 
     # Blobs: files in and out
 
-    def open(self, digest: Digest) -> int:
+    @in_context
+    def open(self, digest: Digest, *, context: CallContext | None = None) -> int:
         """Return a read-only descriptor of a blob's file, for the caller to close. This counts as a use.
 
         The file is hashed at its first use in this process. What stays open stays whole, even when the
@@ -184,22 +218,24 @@ class FileCache:
             DataLoss: The file had wrong bytes; it is in quarantine now, and NotFound from now on. Or
                 the cache has this hash with another size, so the digest is wrong.
         """
-        self._check()
-        return self._blobs.open(digest)
+        return self._partition.blobs.open(digest)
 
-    def path(self, digest: Digest) -> str:
+    @in_context
+    def path(self, digest: Digest, *, context: CallContext | None = None) -> str:
         """Return the path of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
         os.close(self.open(digest))
-        return self._context.layout.blob(digest)
+        return self._partition.context.layout.blob(digest)
 
-    def put_verified(self, digest: Digest, data: Buffer) -> bool:
+    @in_context
+    def put_verified(self, digest: Digest, data: Buffer, *, context: CallContext | None = None) -> bool:
         """Add bytes that the caller has just hashed, on trust; return False when the blob was here."""
         self._check()
         size = len(memoryview(data).cast("B"))
         if size != digest.size_bytes:
             raise DataLoss(f"blob {digest}: {size} bytes were given for it")
-        return self._blobs.put_bytes(digest, data)
+        return self._partition.blobs.put_bytes(digest, data)
 
+    @in_context
     def put_file(
         self,
         digest: Digest,
@@ -208,6 +244,7 @@ class FileCache:
         move: bool = False,
         link: bool = False,
         verify: bool = True,
+        context: CallContext | None = None,
     ) -> bool:
         """Add a file, verified before it is visible; return False when the blob was here.
 
@@ -222,21 +259,27 @@ class FileCache:
             DataLoss: The file does not have this digest.
             ResourceExhausted: The disk is full, or the cache is full of leased blobs.
         """
-        self._check()
-        return self._blobs.put_file(digest, os.fspath(path), move=move, link=link, verify=verify)
+        return self._partition.blobs.put_file(digest, os.fspath(path), move=move, link=link, verify=verify)
 
+    @in_context
     def add_file(
-        self, path: str | os.PathLike[str], function: DigestFunction = DigestFunction.SHA256
+        self,
+        path: str | os.PathLike[str],
+        function: DigestFunction = DigestFunction.SHA256,
+        *,
+        context: CallContext | None = None,
     ) -> tuple[Digest, bool]:
         """Add a copy of a file, which is read once; return its digest, and whether it was new here."""
-        self._check()
-        return self._blobs.add_file(os.fspath(path), function)
+        return self._partition.blobs.add_file(os.fspath(path), function)
 
-    def writer(self, digest: Digest, *, verify: bool = True) -> BlobWriter:
+    @in_context
+    def writer(
+        self, digest: Digest, *, verify: bool = True, context: CallContext | None = None
+    ) -> BlobWriter:
         """Return a writer of a blob in pieces. Without `verify`, commit only what you hashed yourself."""
-        self._check()
-        return BlobWriter(self._blobs, digest, verify=verify)
+        return BlobWriter(self._partition.blobs, digest, verify=verify)
 
+    @in_context
     def materialize(
         self,
         digest: Digest,
@@ -244,6 +287,7 @@ class FileCache:
         *,
         writable: bool = False,
         mode: int | None = None,
+        context: CallContext | None = None,
     ) -> None:
         """Make a blob appear as a file, whole or not at all. Errors as `open`.
 
@@ -257,50 +301,59 @@ class FileCache:
         Raises:
             FailedPrecondition: The destination exists; nothing is overwritten.
         """
-        self._check()
-        self._blobs.materialize(digest, os.fspath(destination), writable=writable, mode=mode)
+        self._partition.blobs.materialize(digest, os.fspath(destination), writable=writable, mode=mode)
 
-    def remove(self, digest: Digest) -> bool:
+    @in_context
+    def remove(self, digest: Digest, *, context: CallContext | None = None) -> bool:
         """Remove a blob, leased, pinned or neither; return whether it was here.
 
         Open files and links keep their bytes.
         """
-        self._check()
-        return self._blobs.remove(digest)
+        return self._partition.blobs.remove(digest)
 
-    def lease(self, digests: Iterable[Digest], *, hashes: Iterable[npt.NDArray[np.uint8]] = ()) -> Lease:
+    @in_context
+    def lease(
+        self,
+        digests: Iterable[Digest],
+        *,
+        hashes: Iterable[npt.NDArray[np.uint8]] = (),
+        context: CallContext | None = None,
+    ) -> Lease:
         """Keep these blobs from eviction by any process until the lease is released or this process ends.
 
         Args:
             hashes: More of them, as arrays of shape (n, 32); for many that is a hundred times faster.
         """
-        self._check()
+        shared = self._partition.context
         with translate_os_errors("cannot lease blobs"):
             first = to_words([digest.hash for digest in digests])[:, 0]
             prefixes = np.concatenate([first, *map(to_prefixes, hashes)])
-            return Lease(self._context, prefixes)
+            return Lease(shared, prefixes)
 
     # Refs
 
-    def get_ref(self, key: str) -> bytes:
+    @in_context
+    def get_ref(self, key: str, *, context: CallContext | None = None) -> bytes:
         """Return the value of a ref, which counts as a use. NotFound when there is none, or it was damaged.
 
         A key is 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
         """
-        self._check()
-        return self._refs.get(key)
+        return self._partition.refs.get(key)
 
-    def put_ref(self, key: str, data: bytes, *, overwrite: bool = True) -> bool:
+    @in_context
+    def put_ref(
+        self, key: str, data: bytes, *, overwrite: bool = True, context: CallContext | None = None
+    ) -> bool:
         """Set a ref in one step; return whether it was set. Without `overwrite` a ref that stands stays."""
-        self._check()
-        return self._refs.put(key, data, overwrite=overwrite)
+        return self._partition.refs.put(key, data, overwrite=overwrite)
 
-    def delete_ref(self, key: str) -> bool:
+    @in_context
+    def delete_ref(self, key: str, *, context: CallContext | None = None) -> bool:
         """Remove a ref; return whether there was one."""
-        self._check()
-        return self._refs.delete(key)
+        return self._partition.refs.delete(key)
 
-    def refs(self) -> list[str]:
+    @in_context
+    def refs(self, *, context: CallContext | None = None) -> list[str]:
         """Return the keys of all refs of this group, sorted."""
         self._check()
         with translate_os_errors("cannot list refs"):
@@ -308,6 +361,7 @@ class FileCache:
 
     # Pins
 
+    @in_context
     def pin(
         self,
         name: str,
@@ -315,6 +369,7 @@ class FileCache:
         *,
         hashes: Iterable[npt.NDArray[np.uint8]] = (),
         refs: Iterable[str] = (),
+        context: CallContext | None = None,
     ) -> None:
         """Keep blobs and refs of this group from eviction by any process until the name is unpinned.
 
@@ -333,39 +388,40 @@ class FileCache:
             InvalidArgument: The name, a hash or a key is malformed, or a hash comes with two sizes.
             ResourceExhausted: The disk is full; what was pinned under the name before stays pinned.
         """
-        self._check()
-        self._pins.pin(name, digests, hashes, refs)
+        self._partition.pins.pin(name, digests, hashes, refs)
 
-    def unpin(self, name: str) -> bool:
+    @in_context
+    def unpin(self, name: str, *, context: CallContext | None = None) -> bool:
         """Let go what a name keeps, even when its pin is damaged; return whether there was one."""
-        self._check()
-        return self._pins.unpin(name)
+        return self._partition.pins.unpin(name)
 
-    def pins(self, prefix: str = "") -> list[str]:
+    @in_context
+    def pins(self, prefix: str = "", *, context: CallContext | None = None) -> list[str]:
         """Return the names of this group's pins that begin with `prefix`, sorted, damaged ones too."""
-        self._check()
-        return self._pins.names(prefix)
+        return self._partition.pins.names(prefix)
 
-    def pinned(self, name: str) -> Pin:
+    @in_context
+    def pinned(self, name: str, *, context: CallContext | None = None) -> Pin:
         """Return what a name keeps from eviction.
 
         Raises:
             NotFound: There is no such pin.
             DataLoss: The pin is damaged: nothing of the group is evicted until it is mended or unpinned.
         """
-        self._check()
-        return self._pins.get(name)
+        return self._partition.pins.get(name)
 
     # Upkeep
 
-    def entries(self) -> list[CacheEntry]:
+    @in_context
+    def entries(self, *, context: CallContext | None = None) -> list[CacheEntry]:
         """List all entries of this group, the longest unused first."""
         self._check()
         with translate_os_errors("cannot list the file cache"):
             found = sorted(self._found(), key=lambda one: one.used_ns)
             return [self._entry(*one) for one in zip(found, self._pinned(found), strict=True)]
 
-    def statistics(self) -> CacheStatistics:
+    @in_context
+    def statistics(self, *, context: CallContext | None = None) -> CacheStatistics:
         """Return the counts of this moment. Pins that are new since the last call or eviction are read."""
         self._check()
         with translate_os_errors("cannot read the statistics of the file cache"):
@@ -374,7 +430,8 @@ class FileCache:
             self._pin_table.refresh(generation)
         return self._context.counters.snapshot(total_bytes, self.max_bytes, self._pin_table.totals())
 
-    def prune(self, target_bytes: int = 0) -> int:
+    @in_context
+    def prune(self, target_bytes: int = 0, *, context: CallContext | None = None) -> int:
         """Evict, of all groups, down to `target_bytes` of disk blocks; return the size then.
 
         What is leased or pinned stays.
@@ -382,12 +439,14 @@ class FileCache:
         self._check()
         return self._evictor.prune(target_bytes)
 
-    def prune_plan(self, target_bytes: int = 0) -> list[CacheEntry]:
+    @in_context
+    def prune_plan(self, target_bytes: int = 0, *, context: CallContext | None = None) -> list[CacheEntry]:
         """List what `prune` would evict now, of all groups, in that order. Nothing is evicted."""
         self._check()
         return [self._entry(found, False, group) for group, found in self._evictor.plan(target_bytes)]
 
-    def verify(self) -> VerifyReport:
+    @in_context
+    def verify(self, *, context: CallContext | None = None) -> VerifyReport:
         """Hash all blobs and read all refs and pins of this group. Bad blobs and refs go, bad pins stay."""
         self._check()
         blobs = size = refs = 0
@@ -398,11 +457,11 @@ class FileCache:
             if found.space is Space.REFS:
                 refs += 1
                 try:
-                    self._refs.get(found.hash, use=False)
+                    self._partition.refs.get(found.hash, use=False)
                 except NotFound:
                     bad_refs.append(found.hash)
             elif found.space.function is not None:
-                checked = self._blobs.check(found.hash, found.space.function)
+                checked = self._partition.blobs.check(found.hash, found.space.function)
                 if checked is not None:
                     digest, is_right = checked
                     blobs, size = blobs + 1, size + digest.size_bytes
@@ -411,10 +470,11 @@ class FileCache:
         with translate_os_errors("cannot set aside what is no entry of the file cache"):
             for path in odd:
                 self._context.set_aside_odd(path)
-        pins, bad_pins = self._pins.verify()
+        pins, bad_pins = self._partition.pins.verify()
         return VerifyReport(blobs, size, tuple(bad), refs, tuple(bad_refs), pins, tuple(bad_pins))
 
-    def sync(self) -> None:
+    @in_context
+    def sync(self, *, context: CallContext | None = None) -> None:
         """Flush all added so far to disk, so that a power failure leaves no suspects. May take seconds."""
         self._check()
         with translate_os_errors("cannot flush the file cache to disk"):
@@ -438,6 +498,30 @@ class FileCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def _partition(self) -> Partition:
+        """The partition of the call that runs. Raises when the cache cannot be used."""
+        self._check()
+        group_id = current().group_id
+        if group_id is None or group_id == self._group_id:
+            return self._own_partition
+        with self._lock:
+            partition = self._partitions.get(group_id)
+            if partition is None:
+                layout = Layout(self._root, group_folder(group_id))
+                self._context.folder.add_group(layout)
+                partition = self._partition_of(replace(self._context, layout=layout))
+                self._partitions[group_id] = partition
+                if len(self._partitions) > MAX_PARTITIONS:
+                    self._partitions.popitem(last=False)
+            else:
+                self._partitions.move_to_end(group_id)
+        return partition
+
+    def _partition_of(self, context: CacheContext) -> Partition:
+        blobs = BlobSpace(context, self._durability, self._uses, self._memo)
+        return Partition(context, blobs, RefSpace(context), PinSpace(context))
+
     def _check(self) -> None:
         if self._closed:
             raise FailedPrecondition(f"the file cache {self._root!r} is closed")
@@ -448,12 +532,14 @@ class FileCache:
 
     def _found(self, odd: Callable[[str], None] = lambda _: None) -> Iterator[bulk.FoundEntry]:
         """All entries of this group; see `bulk.entries`."""
-        return bulk.entries(self._context.layout, self._context.layout.group, odd)
+        layout = self._partition.context.layout
+        return bulk.entries(layout, layout.group, odd)
 
     def _pinned(self, found: list[bulk.FoundEntry]) -> list[bool]:
         """Tell for each entry whether a pin names it."""
         self._pin_table.refresh(self._context.ledger.pin_generation())
-        keys = bulk.use_keys(self._context.layout.group, to_words([one.hash for one in found])[:, 0])
+        group = self._partition.context.layout.group
+        keys = bulk.use_keys(group, to_words([one.hash for one in found])[:, 0])
         spaces = np.array([one.space for one in found], dtype=np.uint8)
         pinned: list[bool] = self._pin_table.named(spaces, keys).tolist()
         return pinned
@@ -462,7 +548,7 @@ class FileCache:
         digest = None
         if found.space.function is not None:
             with suppress(FileNotFoundError):
-                size = os.stat(self._context.layout.entry(found.space, found.hash, group)).st_size
+                size = os.stat(self._partition.context.layout.entry(found.space, found.hash, group)).st_size
                 digest = Digest(found.hash, size, found.space.function)
         kind = "ref" if found.space is Space.REFS else "blob"
         return CacheEntry(kind, found.hash, digest, found.disk_bytes, found.used_ns / 1e9, pinned)

@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from snaploader.context import current
 from snaploader.errors import Cancelled, ResourceExhausted, SnaploaderError, translate_os_errors
 from snaploader.filecache.bulk import FoundEntry, Position, Scan, UseLog, apply_uses, sweep_trees
 from snaploader.filecache.durability import Durability
@@ -134,7 +135,7 @@ class Evictor:
             raise ResourceExhausted(
                 f"{extra_bytes} bytes do not fit into a file cache of {self._max_bytes}: raise its max_bytes"
             )
-        with translate_os_errors("cannot evict from the file cache"), self._lock.held():
+        with translate_os_errors("cannot evict from the file cache"), self._lock.held_in_call():
             left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
@@ -145,7 +146,7 @@ class Evictor:
 
     def prune(self, target_bytes: int) -> int:
         """Evict until the cache takes no more than this, or all else is in use; return its size then."""
-        with translate_os_errors("cannot prune the file cache"), self._lock.held():
+        with translate_os_errors("cannot prune the file cache"), self._lock.held_in_call():
             self._rescan()
             self._reduce(target_bytes)
             return self._context.ledger.total_bytes() or 0
@@ -153,7 +154,7 @@ class Evictor:
     def plan(self, target_bytes: int) -> list[tuple[str, FoundEntry]]:
         """List what `prune` would evict now, in that order: the group's folder and the entry."""
         planned = []
-        with translate_os_errors("cannot look through the file cache"), self._lock.held():
+        with translate_os_errors("cannot look through the file cache"), self._lock.held_in_call():
             self._rescan()
             candidates, self._candidates = self._candidates, None  # used up below
             assert candidates is not None
@@ -199,6 +200,7 @@ class Evictor:
     def _check_open(self) -> None:
         if self._is_closing.is_set():
             raise Cancelled("the file cache was closed while it was used")
+        current().check()
 
     def _reduce(self, limit: int, most: int | None = None) -> int | None:
         """Evict down to `limit` bytes; return the size when no more could go, and None otherwise.
@@ -210,6 +212,7 @@ class Evictor:
         # Reading pins may take a while, for which nobody should have to wait: sections find them read.
         self._pins.refresh(self._context.ledger.pin_generation())
         while True:
+            self._check_open()
             candidates = self._candidates
             with self._context.ledger.section() as section:
                 total = section.total_bytes

@@ -172,12 +172,27 @@ class Layout:
             base = inner(root, self.base)
             for path in (self.owners, self.trash, self.quarantine, self.leases, self.usage):
                 inner(base, path)
+            self.create_group(access, base)
+            return os.dup(base)
+
+    def create_group(self, access: Access, base: int) -> None:
+        """Make the folder of the group, and check what is there of it. Errors as `open_folder`.
+
+        Args:
+            base: A descriptor of `base`, as `create` returns it.
+        """
+        with ExitStack() as opened:
+
+            def inner(parent: int, path: str) -> int:
+                fd = open_folder(path, access, parent=parent)
+                opened.callback(os.close, fd)
+                return fd
+
             group = inner(inner(base, self.groups), self.group_path())
             for name in ("blobs", "refs", "trees", "pins"):
                 with suppress(FileNotFoundError):
                     if not stat.S_ISREG(os.stat(name, dir_fd=group, follow_symlinks=False).st_mode):
                         inner(group, f"{self.group_path()}/{name}")
-            return os.dup(base)
 
 
 class OpenFolder:
@@ -238,6 +253,11 @@ class OpenFolder:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def add_group(self, layout: Layout) -> None:
+        """Make the folder of another group, that of `layout`, and check it."""
+        with translate_os_errors(f"cannot make the folder of group {layout.group!r}"):
+            layout.create_group(self.access, self._base)
 
     def folder(self, path: str) -> AbstractContextManager[int]:
         """Open a folder in the layout's base, and check it again: others may have replaced it."""
