@@ -40,7 +40,7 @@ from cow.fileio import (
     write_all,
     write_nonzero,
 )
-from cow.mapping import MappingBudget, default_budget
+from cow.mapping import MappingBudget, default_budget, new_bytes
 from cow.reader import DEFAULT_READAHEAD, ReadaheadOptions, ReadaheadPlanner
 from cow.store import Checkpoint, COWStore
 from cow.sync import Flight, SingleFlight
@@ -73,6 +73,7 @@ __all__ = [
     "data_extents",
     "default_budget",
     "is_zero",
+    "new_bytes",
     "read_all",
     "write_all",
     "write_nonzero",

@@ -17,7 +17,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 from cow import Flight, OpenedChunk, SingleFlight, write_all
 from snaploader import files
-from snaploader.blobstore import BlobStore
+from snaploader.blobstore import BlobStore, Sink
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import Cancelled, DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
@@ -133,6 +133,33 @@ class BlobFetcher:
             # When it was evicted since, the next round fetches it, or says that it is gone.
             with suppress(NotFound):
                 return OpenedChunk(self.file_cache.open(digest), REMOTE if came else FILE_CACHE)
+
+    def fetch_many(self, digests: Collection[Digest], sink: Sink) -> None:
+        """Fetch in bulk what the file cache lacks of some blobs, but for what is on its way already.
+
+        Each is kept in the file cache, where that takes it, and given to `sink`, from any thread, however
+        many others wait for it. Errors as `BlobStore.read_many`.
+        """
+        flights = {}
+        if self.behind is None:
+            return
+        for digest in self.file_cache.find_missing(digests):
+            flight, leads = self._flights.join(digest)
+            if leads:
+                flights[digest] = flight
+
+        def keep(digest: Digest, data: bytes) -> None:
+            kept = self.keep(digest, data)
+            sink(digest, data)
+            self._flights.finish(flights[digest], None if kept else data)
+
+        try:
+            if flights:
+                with self.prefetcher.demand(*flights), lost_blobs():
+                    self.behind.read_many(flights, keep)
+        finally:
+            for flight in flights.values():
+                self._flights.finish(flight, error=PrefetchFailedError("the fetch of many ended without it"))
 
     def keep(self, digest: Digest, data: bytes) -> bool:
         """Put a verified blob into the file cache; False when that cannot take it."""
@@ -296,7 +323,7 @@ def _in_memory_file(data: bytes) -> int:
 
 
 class PrefetchFailedError(Exception):
-    """Ends the flight of a prefetch that failed: a reader that waits for the blob fetches it for itself."""
+    """Ends a flight of one fetch of many that failed: who waits for the blob fetches it for itself."""
 
 
 class Prefetcher:
@@ -329,11 +356,12 @@ class Prefetcher:
         self._start()
 
     @contextmanager
-    def demand(self, digest: Digest) -> Iterator[None]:
-        """Holds prefetching back for as long as the block, a demand fetch of `digest`, runs."""
+    def demand(self, *digests: Digest) -> Iterator[None]:
+        """Holds prefetching back for as long as the block, a demand fetch of `digests`, runs."""
         with self._lock:
             self._demands += 1
-            self._queue.pop(digest, None)
+            for digest in digests:
+                self._queue.pop(digest, None)
         try:
             yield
         finally:

@@ -7,9 +7,10 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self, TypeAlias
 
-from cow import DEFAULT_READAHEAD, ReadaheadPlanner, TruncatedFile, read_all
+from cow import DEFAULT_READAHEAD, ReadaheadPlanner, TruncatedFile, new_bytes, read_all
 from snaploader.digest import Digest
 from snaploader.errors import (
     DataLoss,
@@ -116,16 +117,17 @@ class SnapshotReader:
 
     def read_ranges(self, ranges: Iterable[tuple[str, int, int]]) -> list[bytes]:
         """Several parts at once, each as `read_at` gives it: path, offset and size."""
-        results: list[bytearray] = []
+        results: list[bytes] = []
         parts: list[_Part] = []
         for path, offset, size in ranges:
             entry = self._file(path)
             if offset < 0 or size < 0:
                 raise InvalidArgument(f"{size} bytes at {offset} of {path[:200]!r} cannot be read")
-            results.append(bytearray(max(0, min(size, entry.size_bytes - offset))))
-            parts += _parts(path, entry, offset, memoryview(results[-1]))
+            result, memory = _new_bytes(min(size, entry.size_bytes - offset))
+            results.append(result)
+            parts += _parts(path, entry, offset, memory)
         self._read(parts)
-        return [bytes(result) for result in results]
+        return results
 
     def open(self, path: str, *, buffer_bytes: int = DEFAULT_BUFFER_BYTES) -> io.BufferedReader:
         """A file to read, seek and close, with readahead, for as long as the reader is open.
@@ -163,18 +165,34 @@ class SnapshotReader:
         if self._closed:
             raise FailedPrecondition("the reader of the snapshot was closed")
         if len(parts) > 1:
-            missing = self._fetcher.file_cache.find_missing({part.digest for part in parts})
-            if len(missing) > 1:
-                # Many small ones come in one batch, while the first are read.
-                self._prefetch([part.digest for part in parts if part.digest in missing])
-            self._fetcher.pool.for_each(self._read_part, parts)
+            fetched = self._fetch(parts)
+            left = [part for part in parts if part.digest not in fetched]
+            self._fetcher.pool.for_each(self._read_part, left)
         elif parts:
             self._read_part(parts[0])
 
+    def _fetch(self, parts: Sequence[_Part]) -> set[Digest]:
+        """Fill the parts of what no cache here has, and no others, from as few requests as that takes."""
+        by_digest: dict[Digest, list[_Part]] = defaultdict(list)
+        for part in parts:
+            if part.digest.size_bytes < _STREAMED_FROM_BYTES:
+                by_digest[part.digest].append(part)
+        fetched: set[Digest] = set()
+
+        def fill(digest: Digest, data: bytes) -> None:
+            for part in by_digest[digest]:
+                part.target[:] = data[part.start : part.start + len(part.target)]
+            fetched.add(digest)
+
+        if self.snapshot.allow_remote and len(by_digest) > 1:
+            # Which of them is lost or damaged is told, with its path, when it is read by itself.
+            with suppress(NotFound, DataLoss):
+                self._fetcher.fetch_many(by_digest, fill)
+        return fetched
+
     def _prefetch(self, digests: Sequence[Digest]) -> None:
         if self.snapshot.allow_remote:
-            small = [digest for digest in digests if digest.size_bytes < _STREAMED_FROM_BYTES]
-            self._fetcher.prefetcher.hint(small)
+            self._fetcher.prefetcher.hint(digests)
 
     def _read_part(self, part: _Part) -> None:
         is_large = part.digest.size_bytes >= _STREAMED_FROM_BYTES
@@ -201,6 +219,11 @@ class _Part(NamedTuple):
     digest: Digest
     start: int
     target: memoryview
+
+
+def _new_bytes(size: int) -> tuple[bytes, memoryview]:
+    """Bytes to be filled through the view, which must not outlive them; none when `size` is not above 0."""
+    return new_bytes(size) if size > 0 else (b"", memoryview(b""))
 
 
 def _parts(path: str, entry: FileLike, offset: int, target: memoryview) -> Iterator[_Part]:
@@ -298,9 +321,9 @@ class _SnapshotFile(io.RawIOBase):
 
     def readall(self) -> bytes:
         self._check()
-        data = bytearray(max(0, self._entry.size_bytes - self._position))
-        self._fill(memoryview(data))
-        return bytes(data)
+        data, memory = _new_bytes(self._entry.size_bytes - self._position)
+        self._fill(memory)
+        return data
 
     def _fill(self, target: memoryview) -> None:
         parts = list(_parts(self.name, self._entry, self._position, target))

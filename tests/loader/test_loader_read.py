@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ from snaploader import (
     SnapshotKey,
     SnapshotLoader,
     SnapshotReader,
+    Unavailable,
 )
+from snaploader.digest import Digest
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, FileEntry
 from snaploader.testing import FakeCAS
 
@@ -118,6 +122,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SnapshotReader]:
 OFFSETS = st.integers(0, len(DISK) + CHUNK)
 
 
+@pytest.mark.may_leak("the loader lives as long as the module")
 @given(st.lists(st.tuples(OFFSETS, st.integers(0, 3 * CHUNK)), max_size=8), st.integers(1, 3 * CHUNK))
 def test_all_ways_to_read_ranges_give_the_same_bytes(
     warm: SnapshotReader, ranges: list[tuple[int, int]], buffer_bytes: int
@@ -158,8 +163,63 @@ def test_a_hole_is_read_without_asking_any_cache(reader: SnapshotReader, cas: Fa
 def test_many_ranges_come_in_one_batch(reader: SnapshotReader, cas: FakeCAS) -> None:
     ranges = [("disk", index * CHUNK, 10) for index in (0, 1, 4, 5)] + [("kernel", 3, 4), ("disk", 0, 5)]
     assert reader.read_ranges(ranges)[-2:] == [NOTES[3:7], DISK[:5]]
-    assert cas.calls["read_many"] + cas.calls["read"] < 5
+    assert (cas.calls["read_many"], cas.calls["read"]) == (1, 0)
     assert set(cas.reads.values()) == {1}
+
+
+def test_what_the_cache_cannot_take_is_fetched_once_for_many_ranges(
+    make_host: HostFactory, cas: FakeCAS
+) -> None:
+    save(make_host("a", remote=cas))
+    host = make_host("b", remote=cas, max_bytes=3 * CHUNK)
+    with host.loader.read_snapshot(host.find()) as reader:
+        cas.reads.clear()
+        assert reader.read_at("disk", 0, len(DISK)) == DISK
+    assert set(cas.reads.values()) == {1}
+
+
+def test_chunks_that_another_thread_fetches_are_waited_for(
+    reader: SnapshotReader, cas: FakeCAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, proceed = threading.Event(), threading.Event()
+    read = cas.read
+
+    def slow(digest: Digest) -> bytes:
+        begun.set()
+        assert proceed.wait(60)
+        return read(digest)
+
+    monkeypatch.setattr(cas, "read", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(reader.read_at, "disk", 0, 10)
+        assert begun.wait(60)
+        many = pool.submit(reader.read_at, "disk", 0, 2 * CHUNK)
+        proceed.set()
+        assert (one.result(60), many.result(60)) == (DISK[:10], DISK[: 2 * CHUNK])
+    assert set(cas.reads.values()) == {1}
+
+
+def test_an_outage_of_a_fetch_of_many_is_raised_and_the_next_try_succeeds(
+    reader: SnapshotReader, cas: FakeCAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise Unavailable("the server sleeps")
+
+    monkeypatch.setattr(cas, "read_many", fail)
+    with pytest.raises(Unavailable):
+        reader.read_at("disk", 0, 2 * CHUNK)
+    assert not cas.calls["read"]
+    monkeypatch.undo()
+    assert reader.read_at("disk", 0, len(DISK)) == DISK
+
+
+def test_of_many_chunks_the_lost_one_is_told(reader: SnapshotReader, cas: FakeCAS) -> None:
+    table = reader.snapshot.tables["disk"]
+    del cas.blobs[table.digest(1)]
+    with pytest.raises(NotFound, match=table.digest(1).hash) as caught:
+        reader.read_at("disk", 0, len(DISK))
+    assert "needed for 'disk'" in caught.value.__notes__
+    assert reader.read_at("disk", 0, 10) == DISK[:10]
 
 
 def test_a_sequence_is_read_ahead(reader: SnapshotReader, cas: FakeCAS) -> None:
