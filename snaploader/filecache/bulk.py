@@ -21,7 +21,7 @@ import re
 import stat
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
@@ -79,9 +79,15 @@ def group_names(layout: Layout) -> list[str]:
         return sorted(entry.name for entry in found if entry.is_dir(follow_symlinks=False))
 
 
-def entries(layout: Layout, group: str, odd: Callable[[str], None] = lambda _: None) -> Iterator[FoundEntry]:
+def entries(
+    layout: Layout,
+    group: str,
+    odd: Callable[[str], None] = lambda _: None,
+    *,
+    spaces: Iterable[Space] = tuple(Space),
+) -> Iterator[FoundEntry]:
     """Yield a group's entries, in no order; call `odd` with the path of what only is called like one."""
-    for space in Space:
+    for space in spaces:
         folder = layout.group_path(group)
         for name in space.folder.split("/"):
             folder = f"{folder}/{name}"

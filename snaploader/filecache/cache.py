@@ -333,12 +333,13 @@ class FileCache:
     # Refs
 
     @in_context
-    def get_ref(self, key: str, *, context: CallContext | None = None) -> bytes:
-        """Return the value of a ref, which counts as a use. NotFound when there is none, or it was damaged.
+    def get_ref(self, key: str, *, use: bool = True, context: CallContext | None = None) -> bytes:
+        """Return the value of a ref. NotFound when there is none, or it was damaged.
 
-        A key is 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
+        That counts as a use of it, unless `use` is false. A key is 64 lower-case hexadecimal digits, as
+        `snaploader.digest.hash_strings` makes them.
         """
-        return self._partition.refs.get(key)
+        return self._partition.refs.get(key, use=use)
 
     @in_context
     def put_ref(
@@ -356,8 +357,9 @@ class FileCache:
     def refs(self, *, context: CallContext | None = None) -> list[str]:
         """Return the keys of all refs of this group, sorted."""
         self._check()
+        layout = self._partition.context.layout
         with translate_os_errors("cannot list refs"):
-            return sorted(found.hash for found in self._found() if found.space is Space.REFS)
+            return sorted(found.hash for found in bulk.entries(layout, layout.group, spaces=[Space.REFS]))
 
     # Pins
 

@@ -407,13 +407,19 @@ class SnapshotInfo:
     """A snapshot of a workspace in a listing; one that the catalog does not manage has no record."""
 
     runtime_name: str
+    """What the loader calls it: its snapshot id."""
     is_managed: bool
+    """Whether the catalog knows it."""
     is_local: bool
     """Whether its manifest is in the local file cache."""
     record: SnapshotRecord | None = None
     version: int | None = None
     display_name: str = ""
     """As given, or "Version N"."""
+    is_in_runtime: bool = False
+    """Whether the runtime itself keeps it (see `Runtime.snapshots`)."""
+    told: SnapshotRecord | None = None
+    """What one that the catalog does not manage says of itself: what the manager wrote into its manifest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,8 +92,32 @@ def test_a_snapshot_that_the_catalog_does_not_manage_is_shown_as_such(cli: Comma
         transaction.remove_snapshot(taken["snapshot_name"])
     [shown] = cli.json("workspace", "show", "web")["snapshots"]
     assert (shown["is_managed"], shown["is_local"], shown["version"]) == (False, True, None)
+    assert (shown["name"], shown["source"], shown["is_in_runtime"]) == (
+        taken["snapshot_name"],
+        "manual",
+        False,
+    )
     told = cli.ok("workspace", "show", "web").text
-    assert f"not managed by the catalog: {taken['runtime_name']}" in told
+    assert f"not managed by the catalog: {taken['runtime_name']}  version of 20" in told
+
+
+def test_a_workspace_that_runs_is_adopted_by_a_new_catalog(cli: CommandLine, state: Path) -> None:
+    cli.ok("workspace", "create", "web", "--volume", "data=/data", "--", "sleep", "1000")
+    cli.ok("workspace", "snapshot", "web", "--name", "first")
+    pid = cli.json("workspace", "show", "web")["pid"]
+    for path in state.glob("catalog.sqlite*"):
+        path.unlink()
+    assert cli.json("workspace", "ls")["workspaces"] == []
+    options = ("--volume", "data=/data", "--label", "team=web")
+    told = cli.ok("workspace", "adopt", "web", *options, "--", "sleep", "1000").text
+    assert told == "adopted web, which is running, and 1 snapshots of it\n"
+    shown = cli.json("workspace", "show", "web")
+    assert (shown["pid"], shown["state"], shown["command"]) == (pid, "running", ["sleep", "1000"])
+    assert (shown["labels"], shown["last_version"]) == ({"team": "web"}, 1)
+    assert [each["display_name"] for each in shown["snapshots"]] == ["first"]
+    assert cli("workspace", "adopt", "web").exit_code == 4
+    assert cli("workspace", "adopt", "nothing").exit_code == 3
+    cli.ok("doctor")
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

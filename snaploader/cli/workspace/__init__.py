@@ -12,6 +12,7 @@ from snaploader.cli.options import CommandsOnDemand, Group, shared_options, work
 
 COMMANDS = {
     "create": ("operations:create", "Make a workspace, and start it."),
+    "adopt": ("operations:adopt", "Take in a workspace that the catalog does not know."),
     "ls": ("listing:list_", "List workspaces, and what each costs."),
     "show": ("listing:show", "Show a workspace and its history."),
     "snapshot": ("operations:snapshot", "Take a snapshot: a numbered version, with a name."),

@@ -135,7 +135,9 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
         workspaces.output.tree(Branch(found.id, History(found, snapshots, _forks(workspaces)).branches()))
     for info in snapshots:
         if not info.is_managed:
-            workspaces.output.text(f"not managed by the catalog: {info.runtime_name}")
+            told = info.told
+            what = "" if told is None else f"  {told.kind} of {time_words(told.created_at)}, {told.scope}"
+            workspaces.output.text(f"not managed by the catalog: {info.runtime_name}{what}")
 
 
 def _lines(workspace: Workspace, state: str, run: Run | None) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -22,6 +24,8 @@ from snaploader.workspace import (
     Volume,
     Workspace,
 )
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _DEFAULT = Readiness()
 
@@ -48,36 +52,81 @@ class WithCommand(Command):
 _COMMAND = f"{__name__}.command"
 
 
+_MADE_WITH = (
+    option(
+        "--volume",
+        multiple=True,
+        type=KEY_VALUE,
+        metavar="NAME=/DIR",
+        help="Durable directory: its name, and where the command sees it; repeatable.",
+    ),
+    option("--env", multiple=True, type=KEY_VALUE, help="Of the command; repeatable."),
+    option("--label", multiple=True, type=KEY_VALUE, help="To find it by; repeatable."),
+    option("--image", default="", help="What the runtime makes it of."),
+    option("--device", multiple=True, help="Device of the host that it gets; repeatable."),
+    option("--vcpus", type=click.IntRange(1), help="Virtual processors.  [default: the runtime's]"),
+    option("--memory", type=SIZE, help="Its memory, as in 2GiB.  [default: the runtime's]"),
+    option("--ready-tcp", metavar="HOST:PORT", help="Ready when it takes connections."),
+    option("--ready-http", metavar="URL", help="Ready when it answers 200 to 399."),
+    option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it."),
+    option("--ready-interval", type=DURATION, default=f"{_DEFAULT.interval_s:g}s", help="Between two tries."),
+    option("--ready-timeout", type=DURATION, default=f"{_DEFAULT.timeout_s:g}s", help="How long to try."),
+    option("--owner", default="", help="Whose it is."),
+    option("--base", default="", metavar="NAME", help="Template it is made from."),
+    option("--policy", default="default", help="Its policy."),
+    option(
+        "--schedule",
+        "autostart_schedule",
+        default="",
+        metavar="CRON",
+        help="When to start it, as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'.",
+    ),
+)
+"""Options of what a workspace is made with, which `_made_with` reads."""
+
+
+def made_with_options(function: F) -> F:
+    """Give a command the options of what a workspace is made with."""
+    return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(_MADE_WITH), function)
+
+
+def _made_with(
+    *,
+    volume: tuple[tuple[str, str], ...],
+    env: tuple[tuple[str, str], ...],
+    label: tuple[tuple[str, str], ...],
+    device: tuple[str, ...],
+    vcpus: int | None,
+    memory: int | None,
+    ready_tcp: str | None,
+    ready_http: str | None,
+    ready_command: str | None,
+    ready_interval: float,
+    ready_timeout: float,
+    **details: str,
+) -> dict[str, Any]:
+    """The arguments of `WorkspaceManager.create` that the options and the command after `--` make."""
+    checks = {"tcp": ready_tcp, "http": ready_http, "command": ready_command}
+    given = {kind: target for kind, target in checks.items() if target is not None}
+    if len(given) > 1:
+        names = " and ".join(f"--ready-{kind}" for kind in given)
+        raise InvalidArgument(f"{names} exclude each other: give one")
+    kind, target = next(iter(given.items()), (_DEFAULT.kind, _DEFAULT.target))
+    return {
+        "command": click.get_current_context().meta.get(_COMMAND, ()),
+        "environment": dict(env),
+        "volumes": tuple(Volume(name, directory) for name, directory in volume),
+        "readiness": Readiness(kind, target, ready_interval, ready_timeout),
+        "devices": device,
+        "resources": Resources(vcpus, memory),
+        "labels": dict(label),
+        **details,
+    }
+
+
 @workspace_command("workspace create", cls=WithCommand)
 @click.argument("workspace_id", metavar="[WORKSPACE]", default="")
-@option(
-    "--volume",
-    multiple=True,
-    type=KEY_VALUE,
-    metavar="NAME=/DIR",
-    help="Durable directory: its name, and where the command sees it; repeatable.",
-)
-@option("--env", multiple=True, type=KEY_VALUE, help="Of the command; repeatable.")
-@option("--label", multiple=True, type=KEY_VALUE, help="To find it by; repeatable.")
-@option("--image", default="", help="What the runtime makes it of.")
-@option("--device", multiple=True, help="Device of the host that it gets; repeatable.")
-@option("--vcpus", type=click.IntRange(1), help="Virtual processors.  [default: the runtime's]")
-@option("--memory", type=SIZE, help="Its memory, as in 2GiB.  [default: the runtime's]")
-@option("--ready-tcp", metavar="HOST:PORT", help="Ready when it takes connections.")
-@option("--ready-http", metavar="URL", help="Ready when it answers 200 to 399.")
-@option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it.")
-@option("--ready-interval", type=DURATION, default=f"{_DEFAULT.interval_s:g}s", help="Between two tries.")
-@option("--ready-timeout", type=DURATION, default=f"{_DEFAULT.timeout_s:g}s", help="How long to try.")
-@option("--owner", default="", help="Whose it is.")
-@option("--base", default="", metavar="NAME", help="Template it is made from.")
-@option("--policy", default="default", help="Its policy.")
-@option(
-    "--schedule",
-    "autostart_schedule",
-    default="",
-    metavar="CRON",
-    help="When to start it, as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'.",
-)
+@made_with_options
 @option(
     "--from",
     "source",
@@ -90,48 +139,38 @@ def create(
     workspaces: Workspaces,
     /,
     workspace_id: str,
-    volume: tuple[tuple[str, str], ...],
-    env: tuple[tuple[str, str], ...],
-    label: tuple[tuple[str, str], ...],
-    device: tuple[str, ...],
-    vcpus: int | None,
-    memory: int | None,
-    ready_tcp: str | None,
-    ready_http: str | None,
-    ready_command: str | None,
-    ready_interval: float,
-    ready_timeout: float,
     source: Path | None,
     no_start: bool,
-    **details: str,
+    **options: Any,
 ) -> None:
     """Make a workspace and start the command in it, which goes on running; its id is printed.
 
     The command begins in the workspace's folder. Without one nothing runs, and the workspace counts as
     started.
     """
-    checks = {"tcp": ready_tcp, "http": ready_http, "command": ready_command}
-    given = {kind: target for kind, target in checks.items() if target is not None}
-    if len(given) > 1:
-        names = " and ".join(f"--ready-{kind}" for kind in given)
-        raise InvalidArgument(f"{names} exclude each other: give one")
-    kind, target = next(iter(given.items()), (_DEFAULT.kind, _DEFAULT.target))
+    made_with = _made_with(**options)
     if source is not None and not source.is_dir():
         raise InvalidArgument(f"--from: there is no folder {str(source)!r}")
-    workspace = workspaces.manager.create(
-        workspace_id,
-        command=click.get_current_context().meta.get(_COMMAND, ()),
-        environment=dict(env),
-        volumes=tuple(Volume(name, directory) for name, directory in volume),
-        readiness=Readiness(kind, target, ready_interval, ready_timeout),
-        devices=device,
-        resources=Resources(vcpus, memory),
-        labels=dict(label),
-        source=source,
-        start=not no_start,
-        **details,
+    _print_new(
+        workspaces,
+        workspaces.manager.create(workspace_id, source=source, start=not no_start, **made_with),
     )
-    _print_new(workspaces, workspace)
+
+
+@workspace_command("workspace adopt", cls=WithCommand)
+@click.argument("workspace_id", metavar="WORKSPACE")
+@made_with_options
+def adopt(workspaces: Workspaces, /, workspace_id: str, **options: Any) -> None:
+    """Take in a workspace that this host has, and the catalog does not know: `doctor` names those.
+
+    It is left as it is, running or stopped. The options and the command say what it was made with, which the
+    next start goes by. Snapshots that are kept here come with it; versions are numbered anew.
+    """
+    workspace = workspaces.manager.adopt(workspace_id, **_made_with(**options))
+    snapshots = workspaces.manager.list_snapshots(workspace_id)
+    taken_in = sum(info.is_managed for info in snapshots)
+    told = f"adopted {workspace_id}, which is {workspace.state}, and {taken_in} snapshots of it"
+    workspaces.output.data(workspace_record(workspace), told)
 
 
 @workspace_command("workspace fork")

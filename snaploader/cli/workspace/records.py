@@ -38,11 +38,15 @@ def workspace_record(workspace: Workspace) -> dict[str, Any]:
 
 
 def snapshot_record(info: SnapshotInfo) -> dict[str, Any]:
-    """A snapshot of a workspace; one that the catalog does not manage has little more than its name."""
-    values = record(info, "runtime_name", "is_managed", "is_local", "version", "display_name")
+    """A snapshot of a workspace; one that the catalog does not manage may have little more than its name."""
+    values = record(
+        info, "runtime_name", "is_managed", "is_local", "is_in_runtime", "version", "display_name"
+    )
+    known = info.record or info.told
+    if known is not None:
+        values |= record(known, "name", "kind", "scope", "source", "created_at", "parent")
     if info.record is not None:
-        origin = ("name", "kind", "scope", "source", "created_at", "parent")
-        values |= record(info.record, *origin, "is_remote", "size_bytes")
+        values |= record(info.record, "is_remote", "size_bytes")
     return values
 
 

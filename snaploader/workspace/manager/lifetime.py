@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.workspace.events import about_snapshot
@@ -39,18 +39,21 @@ from snaploader.workspace.manager.snapshots import (
 from snaploader.workspace.model import (
     STOP_EVENT,
     OperationKind,
+    Readiness,
+    Resources,
     RunTransition,
     Scope,
     SnapshotKind,
     SnapshotRecord,
     SnapshotResult,
     SnapshotStatus,
+    Volume,
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
     check_spec,
 )
-from snaploader.workspace.policy import check_scopes
+from snaploader.workspace.policy import DEFAULT_POLICY, check_scopes
 from snaploader.workspace.records import PausedRecord
 from snaploader.workspace.schedule import parse_schedule
 
@@ -62,6 +65,52 @@ START = "workspace_start"
 PAUSE = "workspace_pause"
 RESUME = "workspace_resume"
 DELETE = "workspace_delete"
+
+
+class MadeWith(TypedDict, total=False):
+    """What a workspace is made with; see the arguments of `WorkspaceManager.create`."""
+
+    command: Iterable[str]
+    environment: Mapping[str, str] | None
+    volumes: Iterable[Volume]
+    readiness: Readiness | None
+    image: str
+    devices: Iterable[str]
+    resources: Resources | None
+    labels: Mapping[str, str] | None
+    owner: str
+    base: str
+    policy: str
+    autostart_schedule: str
+
+
+def made_with(services: Services, workspace_id: str, **given: Unpack[MadeWith]) -> Workspace:
+    """The workspace that is to be, made with this. TypeError or InvalidArgument when it cannot be."""
+    command, devices = given.get("command", ()), given.get("devices", ())
+    for what, texts in (("command", command), ("devices", devices)):
+        if isinstance(texts, str):
+            raise TypeError(
+                f"the {what} must be a sequence such as ['sleep', '5'], and not one str: {texts!r}"
+            )
+    spec = WorkspaceSpec(
+        workspace_id,
+        tuple(command),
+        given.get("environment") or {},
+        tuple(given.get("volumes", ())),
+        given.get("readiness") or Readiness(),
+        given.get("image", ""),
+        tuple(devices),
+        given.get("resources") or Resources(),
+        given.get("labels") or {},
+    )
+    return new_workspace(
+        services,
+        spec,
+        given.get("owner", ""),
+        given.get("base", ""),
+        given.get("policy", DEFAULT_POLICY),
+        given.get("autostart_schedule", ""),
+    )
 
 
 def new_workspace(
@@ -123,7 +172,7 @@ def _check_nothing_is_here(services: Services, workspace_id: str) -> None:
         remedy = "if that one is lost, let `recover` take the workspace back; "
     else:
         what = "files of it"
-        remedy = ""
+        remedy = "if that one is lost, adopt the workspace (`workspace adopt`); "
     raise FailedPrecondition(
         f"workspace {workspace_id!r} cannot be made: this host has {what} which this catalog does not know. "
         f"Use the catalog that does; {remedy}or stop it and remove what is here of it by hand"

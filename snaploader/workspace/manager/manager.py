@@ -10,10 +10,10 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 from snaploader._environment import HOST, HostEnvironment
-from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
+from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
 from snaploader.workspace import sizes
@@ -21,10 +21,12 @@ from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.host import HeldLock, HostHome, SlotPool, WorkspaceLocks
 from snaploader.workspace.manager import lifetime, settings
 from snaploader.workspace.manager.held_workspace import DEFAULT_WORKERS, CriticalSections, HeldWorkspace
+from snaploader.workspace.manager.lifetime import MadeWith
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state, utc_now
 from snaploader.workspace.manager.recovery import Note, RecoverySummary, recover
-from snaploader.workspace.manager.snapshots import SnapshotContent, list_snapshots
+from snaploader.workspace.manager.snapshots import SnapshotContent
 from snaploader.workspace.manager.undo import undo_failed
+from snaploader.workspace.manager.unmanaged import adopt, list_snapshots
 from snaploader.workspace.manager.versions import OrphanedUpload, check_number, find_commit, orphaned_uploads
 from snaploader.workspace.model import (
     Event,
@@ -38,7 +40,6 @@ from snaploader.workspace.model import (
     Version,
     Volume,
     Workspace,
-    WorkspaceSpec,
     WorkspaceState,
     new_workspace_id,
 )
@@ -201,23 +202,22 @@ class WorkspaceManager:
             NotFound: there is no such policy, or no such source.
             ResourceExhausted: all slots of the host are taken.
         """
-        for what, texts in (("command", command), ("devices", devices)):
-            if isinstance(texts, str):
-                raise TypeError(
-                    f"the {what} must be a sequence such as ['sleep', '5'], and not one str: {texts!r}"
-                )
-        spec = WorkspaceSpec(
+        workspace = lifetime.made_with(
+            self._services,
             workspace_id or new_workspace_id(),
-            tuple(command),
-            environment or {},
-            tuple(volumes),
-            readiness or Readiness(),
-            image,
-            tuple(devices),
-            resources or Resources(),
-            labels or {},
+            command=command,
+            environment=environment,
+            volumes=volumes,
+            readiness=readiness,
+            image=image,
+            devices=devices,
+            resources=resources,
+            labels=labels,
+            owner=owner,
+            base=base,
+            policy=policy,
+            autostart_schedule=autostart_schedule,
         )
-        workspace = lifetime.new_workspace(self._services, spec, owner, base, policy, autostart_schedule)
         return self._make(lifetime.create, workspace, source=source, start=start)
 
     def fork(
@@ -272,6 +272,29 @@ class WorkspaceManager:
             autostart_schedule,
         )
         return self._make(lifetime.fork, workspace, origin=origin_commit, start=start)
+
+    def adopt(self, workspace_id: str, **made_with: Unpack[MadeWith]) -> Workspace:
+        """Take in a workspace that the runtime of this host holds, and the catalog does not know.
+
+        It is neither stopped nor started nor changed: it is running or stopped, as it is found. The snapshots
+        that the file cache keeps of it are taken in too: what it began as, commits that the remote cache has,
+        and versions, which are numbered anew in the order in which they were taken. The event is
+        `workspace_adopt`.
+
+        Args:
+            made_with: What it was made with, as for `create`; the catalog does not know. The next start, and
+                every snapshot, goes by that.
+
+        Raises:
+            NotFound: the runtime holds nothing of it, or there is no such policy.
+            FailedPrecondition: the catalog knows it, or there is a record of it as paused, which `recover`
+                takes back.
+            InvalidArgument, ResourceExhausted: as for `create`.
+            Unavailable and the like: the remote cache, which may have commits of it, does not answer.
+        """
+        if not workspace_id:
+            raise InvalidArgument("name the workspace that is to be adopted")
+        return self._make(adopt, lifetime.made_with(self._services, workspace_id, **made_with))
 
     def _make(self, make: Callable[..., Workspace], workspace: Workspace, **how: Any) -> Workspace:
         lock = self._acquire(workspace.id)
@@ -523,8 +546,11 @@ class WorkspaceManager:
     def list_snapshots(self, workspace_id: str) -> list[SnapshotInfo]:
         """All snapshots of a workspace, oldest first.
 
-        What the caches hold is joined with what the catalog manages. A snapshot that only the file cache
-        knows, because the catalog was lost or replaced, is listed last and marked as unmanaged.
+        What the file cache and the runtime hold is joined with what the catalog manages. A snapshot that the
+        catalog does not manage, because it was lost or replaced, or others took the snapshot, is listed last
+        and marked so. Such a one is found by its pin, by its manifest, if the metadata in that names the
+        workspace (`vm_id`) and the snapshot (`snapshot_id`), or because the runtime tells of it. Looks at
+        every manifest in the file cache.
         """
         return list_snapshots(self._services, workspace_id)
 

@@ -22,12 +22,12 @@ from snaploader.errors import DataLoss, FailedPrecondition, NotFound
 from snaploader.filecache import FileCache
 from snaploader.keys import SnapshotKey
 from snaploader.loader import Snapshot, SnapshotLoader
+from snaploader.loader.manifests import Entry
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.catalog import Reader, Transaction
 from snaploader.workspace.events import about_snapshot, add_event
 from snaploader.workspace.model import (
     Scope,
-    SnapshotInfo,
     SnapshotKind,
     SnapshotRecord,
     SnapshotResult,
@@ -198,6 +198,12 @@ class SnapshotContent:
         self.need_remote(f"deleting the committed snapshot {record.name!r}")
         self.loader.manifests.remote_entry(self._key(record.runtime_name))
 
+    def is_remote(self, record: SnapshotRecord) -> bool:
+        """Whether the remote cache, if there is one, has the snapshot."""
+        if self.loader.remote_cache is None:
+            return False
+        return self.loader.manifests.remote_entry(self._key(record.runtime_name)) is Entry.SNAPSHOT
+
     # Removing
 
     def hide(self, record: SnapshotRecord) -> None:
@@ -330,40 +336,3 @@ def forget_remote(tx: Transaction, record: SnapshotRecord, now: datetime) -> Non
     """Give up what the remote cache may have of a commit, and write down what may be left there for ever."""
     tx.put_snapshot(replace(record, is_remote=False))
     add_event(tx, record.workspace_id, REMOTE_ORPHAN, about_snapshot(record), now)
-
-
-def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:
-    """All snapshots of a workspace, unmanaged ones last. See `WorkspaceManager.list_snapshots`."""
-    content = services.content
-    # Names of pins are made once: one that is there before and after the catalog was read, and is not in it,
-    # is no snapshot that is being taken or removed meanwhile.
-    pinned = set(content.pinned_names(workspace_id))
-    with services.catalog.reading() as reader:
-        reader.workspace(workspace_id)
-        records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
-        versions = {version.snapshot_name: version for version in reader.versions(workspace_id)}
-    # Within one tick of the clock versions are in the order of their numbers.
-    records.sort(
-        key=lambda each: (each.created_at, versions[each.name].number if each.name in versions else 0)
-    )
-    infos = []
-    for record in records:
-        if record.status is not SnapshotStatus.COMPLETE:
-            continue
-        version = versions.get(record.name)
-        infos.append(
-            SnapshotInfo(
-                record.runtime_name,
-                is_managed=True,
-                is_local=content.is_local(record.runtime_name),
-                record=record,
-                version=None if version is None else version.number,
-                display_name=record.display_name if version is None else version.display_name,
-            )
-        )
-    known = {record.name for record in records}
-    for name in content.pinned_names(workspace_id):
-        if name in pinned and name not in known:
-            found = runtime_name(workspace_id, name)
-            infos.append(SnapshotInfo(found, is_managed=False, is_local=content.is_local(found)))
-    return infos

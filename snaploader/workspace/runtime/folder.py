@@ -178,6 +178,11 @@ class FolderRuntime(Runtime):
             placed=placed,
         )
 
+    def snapshots(self, workspace_id: str) -> tuple[str, ...]:
+        """See `Runtime.snapshots`: a folder keeps none."""
+        check_workspace_id(workspace_id)
+        return ()
+
     def workspaces(self) -> list[str]:
         with translate_os_errors("cannot list the workspaces"):
             names = {name.removesuffix(".replaced") for name in os.listdir(self._layout.workspaces)}

@@ -204,6 +204,13 @@ class Runtime(Protocol):
             FailedPrecondition: it runs.
         """
 
+    def snapshots(self, workspace_id: str) -> Collection[str]:
+        """Return the runtime names of the snapshots that the runtime itself keeps of a workspace.
+
+        Those are beside what the loader's caches hold, such as layers that `continue_on` put a machine on.
+        Empty for a workspace that it does not know.
+        """
+
     def workspaces(self) -> list[str]:
         """List the ids of all workspaces that there is state of, sorted."""
 

@@ -177,6 +177,7 @@ def require_error(kind: type[BaseException], call: Callable[[], object]) -> None
 def an_unknown_workspace_does_not_exist(harness: Harness) -> None:
     """One that was never made is not running, stops and is removed without a word, and cannot be used."""
     runtime, spec = harness.runtime, new_spec(harness)
+    require(not list(runtime.snapshots(spec.workspace_id)), "it is said to have snapshots")
     status = runtime.status(spec.workspace_id)
     require(not status.exists and not status.is_running, f"it is said to exist: {status}")
     stop(harness, spec, StopOutcome.NOT_RUNNING)

@@ -92,6 +92,8 @@ class FakeRuntime(FolderRuntime):
         """Whether it is to say that it does; see `Runtime.keeps_memory`."""
         self.scopes = frozenset(Scope)
         """What it is to say that it can capture; see `Runtime.scopes`."""
+        self.kept: dict[str, tuple[str, ...]] = {}
+        """What it is to say that it keeps of workspaces, by their ids; see `Runtime.snapshots`."""
         self.calls: list[RuntimeCall] = []
         """Every call received, in order of arrival; those of `status` are left out."""
         self._script = threading.Lock()
@@ -178,6 +180,9 @@ class FakeRuntime(FolderRuntime):
         """See `Runtime.capture`."""
         with self._called("capture", spec.workspace_id), super().capture(spec, scope) as captured:
             yield captured
+
+    def snapshots(self, workspace_id: str) -> tuple[str, ...]:
+        return self.kept.get(workspace_id, ())
 
     create = _scripted(FolderRuntime.create)
     continue_on = _scripted(FolderRuntime.continue_on)

@@ -14,7 +14,7 @@ from snaploader._environment import HostEnvironment
 from snaploader.errors import DeadlineExceeded, NotFound
 from snaploader.testing import FakeCAS
 from snaploader.workspace.lifecycle import LifecycleExecutor
-from snaploader.workspace.model import Scope, SnapshotSource, Workspace, WorkspaceState
+from snaploader.workspace.model import Scope, SnapshotSource, Workspace, WorkspaceState, pin_name
 from snaploader.workspace.policy import Transition
 
 
@@ -125,9 +125,12 @@ def test_a_snapshot_taken_while_they_are_listed_is_never_shown_as_unmanaged(
             ready.manager.create_version("one")
         return pinned_names(self, workspace_id)
 
+    ready.cache.pin(pin_name("one.lost"))
     monkeypatch.setattr(content, "pinned_names", pinned_meanwhile)
-    assert all(info.is_managed for info in ready.manager.list_snapshots("one"))
-    assert len(calls) >= at
+    infos = ready.manager.list_snapshots("one")
+    unmanaged = [info.runtime_name for info in infos if not info.is_managed]
+    assert unmanaged == ["workspaces/one/one.lost"]
+    assert len(calls) == 2
 
 
 def test_a_snapshot_that_goes_while_they_are_listed_is_not_shown_as_unmanaged(
