@@ -40,6 +40,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from snaploader.blobstore import RemoteStore
+from snaploader.context import current
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError, Unavailable
 from snaploader.filecache import FileCache
 from snaploader.files import ProcessExitStack
@@ -122,7 +123,7 @@ class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     File systems with equal options share caches and a loader, which are opened at the first use, and again
     after `close` or in a forked child. Use it as a context manager, or `close` it, where that matters before
-    the process ends.
+    the process ends. Calls run in the context around them (`snaploader.CallContext.use`).
 
     Symbolic links are followed within their directory. A listing shows one that leads to a directory, or
     nowhere, as a "link", so that walking ends.
@@ -449,15 +450,15 @@ class _Opened:
     def __init__(self, options: _Options) -> None:
         self._options = options
         self._lock = threading.Lock()
-        self._places: dict[str, _Place] = {}
+        self._places: dict[tuple[str, tuple[object, ...]], _Place] = {}
         with ProcessExitStack() as undo:
             self._loader = options.loader or undo.enter_context(_new_loader(options, undo))
             self._open = undo.pop_all()
 
     def reader(self, root: str) -> SnapshotReader:
-        """The reader of the snapshot that a path begins with; its snapshot is looked for once."""
+        """The reader of the snapshot that a path begins with; each caller's is looked for once."""
         with self._lock:
-            place = self._places.setdefault(root, _Place())
+            place = self._places.setdefault((root, current().caller), _Place())
         with place.lock:
             if place.reader is None or place.is_stale:
                 snapshot = self._find(root)
@@ -472,7 +473,7 @@ class _Opened:
     def invalidate(self, root: str | None) -> None:
         """Look for the snapshot of one path, or for all, when they are used next."""
         with self._lock:
-            for name, place in self._places.items():
+            for (name, _), place in self._places.items():
                 place.is_stale = place.is_stale or root in {None, name}
 
     def close(self) -> None:

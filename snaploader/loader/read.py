@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self, TypeAlias
 
 from cow import DEFAULT_READAHEAD, ReadaheadPlanner, TruncatedFile, new_bytes, read_all
+from snaploader.context import CallContext, current, in_context
 from snaploader.digest import Digest
 from snaploader.errors import (
     DataLoss,
@@ -53,7 +54,8 @@ class SnapshotReader:
 
     A path is "disk", or "home/etc/hosts" in a directory. Symbolic links are followed as far as they lead to
     something in the same directory of the snapshot. Of a chunked file no more chunks are fetched than are
-    read; a plain file is fetched whole.
+    read; a plain file is fetched whole. Who reads is the caller that opened it, unless the context around a
+    read says otherwise.
 
     `SnapshotLoader.read_snapshot` makes it. Close it before the loader.
     """
@@ -64,6 +66,8 @@ class SnapshotReader:
         self._fetcher = fetcher
         self._names: dict[str, dict[str, list[str]]] = {}
         self._closed = False
+        identity = current().identity()
+        self._default_context = None if identity == CallContext() else identity
         self._lease = hold(snapshot, fetcher)
 
     def entry(self, path: str) -> Entry:
@@ -105,7 +109,8 @@ class SnapshotReader:
             self._names[top] = dict(found)
         return tuple(self._names[top].get(inside, ()))
 
-    def read_at(self, path: str, offset: int, size: int) -> bytes:
+    @in_context
+    def read_at(self, path: str, offset: int, size: int, *, context: CallContext | None = None) -> bytes:
         """`size` bytes of a file from `offset`; fewer where it ends before. Chunks are fetched in parallel.
 
         Raises:
@@ -115,7 +120,10 @@ class SnapshotReader:
         """
         return self.read_ranges([(path, offset, size)])[0]
 
-    def read_ranges(self, ranges: Iterable[tuple[str, int, int]]) -> list[bytes]:
+    @in_context
+    def read_ranges(
+        self, ranges: Iterable[tuple[str, int, int]], *, context: CallContext | None = None
+    ) -> list[bytes]:
         """Several parts at once, each as `read_at` gives it: path, offset and size."""
         results: list[bytes] = []
         parts: list[_Part] = []
@@ -285,6 +293,7 @@ class _SnapshotFile(io.RawIOBase):
         super().__init__()
         self.name = path
         self._reader = reader
+        self._default_context = reader._default_context
         self._entry = entry
         self._buffer_bytes = buffer_bytes
         self._position = 0
@@ -325,6 +334,7 @@ class _SnapshotFile(io.RawIOBase):
         self._fill(memory)
         return data
 
+    @in_context
     def _fill(self, target: memoryview) -> None:
         parts = list(_parts(self.name, self._entry, self._position, target))
         self._read_ahead(self._position, len(target))

@@ -23,6 +23,7 @@ import pytest
 fsspec = pytest.importorskip("fsspec", reason="fsspec is missing: install snaploader[fsspec]")
 
 from snaploader import (  # noqa: E402 - after what may skip all of it
+    CallContext,
     DeadlineExceeded,
     DirectorySource,
     FileCache,
@@ -461,6 +462,17 @@ def test_one_snapshot_is_looked_for_once_by_many_threads(make: Make, saved: Save
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(read, range(8))) == [DISK[:CHUNK]] * 8
     assert max(saved.cas.reads.values()) == 1
+
+
+def test_callers_do_not_see_what_others_have_found(fs: SnapshotFileSystem, saved: Saved) -> None:
+    with CallContext(group_id="team").use():
+        found = fs.snapshot("main")
+    with CallContext(group_id="other").use():
+        assert fs.snapshot("main") is not found
+        saved.cas.action_results.clear()
+        fs.invalidate_cache()
+        with pytest.raises(FileNotFoundError):
+            fs.cat("main/disk")
 
 
 def test_it_can_be_used_again_after_it_was_closed(make: Make) -> None:

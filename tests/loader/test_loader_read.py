@@ -25,6 +25,7 @@ from snaploader import (
     SnapshotReader,
     Unavailable,
 )
+from snaploader.context import CallContext, current
 from snaploader.digest import Digest
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, FileEntry
 from snaploader.testing import FakeCAS
@@ -334,6 +335,26 @@ def test_lost_content_says_of_which_file_it_is(reader: SnapshotReader, cas: Fake
     with pytest.raises(NotFound, match="lost content") as caught:
         reader.read_at("home/notes", 0, 1)
     assert "needed for 'home/notes'" in caught.value.__notes__
+
+
+def test_reads_are_those_of_the_caller_that_opened(make_host: HostFactory, cas: FakeCAS) -> None:
+    save(make_host("a", remote=cas))
+    host = make_host("b", remote=cas)
+    groups: list[str | None] = []
+
+    class Recording(FakeCAS):
+        def read(self, digest: Digest) -> bytes:
+            groups.append(current().group_id)
+            return super().read(digest)
+
+    cas.__class__ = Recording
+    with host.loader.read_snapshot(host.find(), context=CallContext(group_id="team")) as reader:
+        reader.read_at("disk", 0, 1)
+        with reader.open("disk") as file:
+            file.seek(CHUNK)
+            file.read(1)
+        reader.read_at("disk", 5 * CHUNK, 1, context=CallContext(group_id="other"))
+    assert groups[-3:] == ["team", "team", "other"]
 
 
 def test_what_is_read_stays_until_the_reader_is_closed(make_host: HostFactory) -> None:
