@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,15 @@ DURATION = Parsed(
 # In a file a string: 0700 is no TOML, and the integer 700 is another mode than the string.
 MODE = Parsed("mode", _parse_mode)
 KEY_VALUE = Parsed("k=v", _parse_pair)
+
+
+def parse_time(text: str, option: str) -> datetime:
+    """A time in ISO 8601; in UTC where it names no zone. InvalidArgument names the option."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidArgument(f"{option} {text[:80]!r} is no time: write it as 2026-01-31T09:30") from None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 def format_size(count: float) -> str:

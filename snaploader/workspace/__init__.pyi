@@ -43,6 +43,7 @@ from snaploader.workspace.policy import (
     DEFAULT_POLICY as DEFAULT_POLICY,
     Policy as Policy,
     ScopePolicy as ScopePolicy,
+    Situation as Situation,
     StopAction as StopAction,
     Transition as Transition,
 )

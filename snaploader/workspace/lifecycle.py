@@ -308,7 +308,7 @@ class LifecycleExecutor:
             return _Outcome(Skip.UNCONFIRMED)
 
         def guard(reader: Reader) -> None:
-            if Situation.read(reader, workspace_id).decide(tick) is not transition:
+            if reader.situation(workspace_id).decide(tick) is not transition:
                 raise _DecisionChanged
 
         try:
@@ -327,7 +327,7 @@ class LifecycleExecutor:
 
     def _situation(self, workspace_id: str) -> Situation:
         with self._manager.catalog.reading() as reader:
-            return Situation.read(reader, workspace_id)
+            return reader.situation(workspace_id)
 
     def _make(
         self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
@@ -359,7 +359,7 @@ class LifecycleExecutor:
         """Write down all that is left to do: that it is dormant, or is stopped after a failed start."""
         with self._manager.catalog.transaction() as changes:
             changes.lock_workspace(workspace_id)
-            situation = Situation.read(changes, workspace_id)
+            situation = changes.situation(workspace_id)
             if situation.decide(tick) is not transition:
                 return None
             now, workspace, deleting_at = self._clock(), situation.workspace, None

@@ -9,13 +9,16 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
 from snaploader.errors import InvalidArgument
+
+MAX_TTL = timedelta(days=366)
+"""Longest time that a workspace may be given to run."""
 
 MAX_VERSION = 2**31 - 1
 """Largest version number."""
@@ -294,6 +297,8 @@ class Workspace:
     """Name of its policy."""
     autostart_schedule: str = ""
     """Cron expression with a time zone (see `Schedule`); empty: no autostart."""
+    ttl: timedelta | None = None
+    """How long it runs after a start, until its deadline; None: as its policy says."""
     slot: int | None = None
     """Scarce resource of its host that it holds, such as a network index."""
     current_snapshot: str = ""
@@ -310,6 +315,13 @@ class Workspace:
     @property
     def id(self) -> str:
         return self.spec.workspace_id
+
+
+def check_ttl(ttl: timedelta | None) -> timedelta | None:
+    """Return it. InvalidArgument when it is not above zero, or is longer than a year."""
+    if ttl is not None and not timedelta(0) < ttl <= MAX_TTL:
+        raise InvalidArgument(f"a TTL must be above 0 s, and at most {MAX_TTL.days} days: it is {ttl}")
+    return ttl
 
 
 @dataclass(frozen=True, slots=True)

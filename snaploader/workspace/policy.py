@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from snaploader.errors import InvalidArgument
 from snaploader.workspace.model import (
@@ -32,9 +32,6 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.schedule import Weekday, parse_schedule, parse_weekdays, weekdays_text
-
-if TYPE_CHECKING:
-    from snaploader.workspace.catalog import Reader
 
 DEFAULT_POLICY = "default"
 """The policy of workspaces that name none. It exists always; until it is changed it does nothing."""
@@ -82,17 +79,21 @@ class Policy:
     name: str = DEFAULT_POLICY
     scopes: ScopePolicy = ScopePolicy()
     autostop_after: timedelta | None = None
-    """A started workspace gets a deadline this much later."""
+    """A started workspace gets a deadline this much later, unless it has a TTL of its own."""
     autostop_action: StopAction = StopAction.STOP
     autostart_allowed: bool = True
-    autostart_weekdays: frozenset[Weekday] | None = None
-    """The days on which schedules start workspaces, in the zone of each schedule; None: all."""
     failure_ttl: timedelta | None = None
     """A workspace whose start failed is stopped this much later."""
     time_until_dormant: timedelta | None = None
     """A workspace that was not used for longer is stopped and marked dormant."""
     delete_after_dormant: timedelta | None = None
     """A dormant workspace is deleted this much after it was marked."""
+    max_ttl: timedelta | None = None
+    """No deadline is later than this much after the start, whatever sets it."""
+    activity_bump: timedelta | None = None
+    """A use of a running workspace moves its deadline to this much later at least."""
+    autostart_weekdays: frozenset[Weekday] | None = None
+    """The days on which schedules start workspaces, in the zone of each schedule; None: all."""
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name) > 200:
@@ -176,6 +177,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "onPause": ("on_pause", Scope.parse),
     "onCommit": ("on_commit", Scope.parse),
     "autostopAfterSeconds": ("autostop_after", _duration),
+    "maxTtlSeconds": ("max_ttl", _duration),
+    "activityBumpSeconds": ("activity_bump", _duration),
     "autostopAction": ("autostop_action", _action),
     "autostartAllowed": ("autostart_allowed", _flag),
     "autostartWeekdays": ("autostart_weekdays", parse_weekdays),
@@ -274,17 +277,6 @@ class Situation(NamedTuple):
     policy: Policy
     owner: OwnerStatus
 
-    @classmethod
-    def read(cls, reader: Reader, workspace_id: str) -> Situation:
-        """What the catalog says of a workspace now. NotFound when there is none of that id."""
-        workspace = reader.workspace(workspace_id)
-        return cls(
-            workspace,
-            reader.latest_run(workspace_id),
-            reader.policy(workspace.policy),
-            reader.owner_status(workspace.owner),
-        )
-
     def decide(self, tick: datetime) -> Transition | None:
         """What to do with the workspace at `tick`, which is aware and not before 1970; None: nothing."""
         for transition, due_at in _RULES.items():
@@ -296,6 +288,23 @@ class Situation(NamedTuple):
     def earliest_due(self) -> datetime | None:
         """The first tick at which `decide` says something; at each later one it does too. None: never."""
         return min((due for due_at in _RULES.values() if (due := due_at(self)) is not None), default=None)
+
+    def next_start(self, now: datetime) -> datetime | None:
+        """When the schedule starts the workspace next, everything else staying as it is; None: never.
+
+        A time that has come is that of the next tick. For a running one it is the first time of the schedule
+        after its deadline; or after `now`, where it has none, or passed it.
+        """
+        if self.workspace.state is not WorkspaceState.RUNNING:
+            return _autostart(self)
+        deadline = None if self.run is None else self.run.deadline
+        return _scheduled(self, now if deadline is None else max(now, deadline))
+
+    @property
+    def deadline(self) -> datetime | None:
+        """When the workspace, which runs, is to be stopped; None: never, or it does not run."""
+        is_running = self.workspace.state is WorkspaceState.RUNNING
+        return self.run.deadline if is_running and self.run is not None else None
 
     @property
     def is_dormant(self) -> bool:
@@ -317,19 +326,24 @@ def _autostop(situation: Situation) -> datetime | None:
 
 
 def _autostart(situation: Situation) -> datetime | None:
-    workspace = situation.workspace
-    if situation.owner is not OwnerStatus.ACTIVE or situation.is_dormant or situation.failed_run is not None:
-        return None
+    workspace, run = situation.workspace, situation.run
     if workspace.state not in {WorkspaceState.STOPPED, WorkspaceState.PAUSED}:
         return None
-    if not situation.policy.autostart_allowed or not workspace.autostart_schedule:
+    return _scheduled(situation, workspace.created_at if run is None else run.created_at)
+
+
+def _scheduled(situation: Situation, since: datetime) -> datetime | None:
+    """The first time after `since` at which the schedule would start a workspace that does not run."""
+    workspace, policy = situation.workspace, situation.policy
+    if situation.owner is not OwnerStatus.ACTIVE or situation.is_dormant or situation.failed_run is not None:
+        return None
+    if not policy.autostart_allowed or not workspace.autostart_schedule:
         return None
     try:
         schedule = parse_schedule(workspace.autostart_schedule)
     except InvalidArgument:
         return None
-    since = workspace.created_at if situation.run is None else situation.run.created_at
-    return schedule.next_allowed_after(since, situation.policy.autostart_weekdays)
+    return schedule.next_allowed_after(since, policy.autostart_weekdays)
 
 
 def _failed_stop(situation: Situation) -> datetime | None:

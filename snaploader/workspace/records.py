@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 from snaploader.errors import DataLoss, FailedPrecondition, NotFound, translate_os_errors
 from snaploader.files import PRIVATE, flush_folder
 from snaploader.workspace.catalog import Reader
+from snaploader.workspace.catalog.tables import settings_document, settings_of
 from snaploader.workspace.host import state_folder, write_new
 from snaploader.workspace.model import (
     MAX_VERSION,
@@ -240,6 +241,7 @@ def encode(record: PausedRecord) -> dict[str, Any]:
             **_fields(_SPEC, workspace.spec),
             **_fields(_OPTIONAL_SPEC, workspace.spec),
             **_fields(_WORKSPACE, workspace),
+            **settings_document(workspace),
         },
         "policy": {"name": record.policy.name, "values": record.policy.to_mapping()},
         "snapshots": [_snapshot_fields(snapshot) for snapshot in record.snapshots],
@@ -252,7 +254,8 @@ def decode(values: Any) -> PausedRecord:
         raise ValueError(f"this is no record of format {FORMAT}")
     optional = {name: read for name, read in _OPTIONAL_SPEC.items() if name in values["workspace"]}
     spec = check_spec(WorkspaceSpec(**_read({**_SPEC, **optional}, values["workspace"])))
-    workspace = Workspace(spec, state=WorkspaceState.PAUSED, **_read(_WORKSPACE, values["workspace"]))
+    fields = {**_read(_WORKSPACE, values["workspace"]), **settings_of(values["workspace"])}
+    workspace = Workspace(spec, state=WorkspaceState.PAUSED, **fields)
     snapshots = tuple(_snapshot(workspace.id, each) for each in values["snapshots"])
     names = {snapshot.name for snapshot in snapshots}
     if workspace.current_snapshot not in names:

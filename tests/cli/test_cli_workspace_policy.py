@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -195,6 +195,49 @@ def test_what_the_lifecycle_goes_by_can_be_changed(cli: CommandLine, catalog_pat
     assert told.endswith(
         'workspace_change  {"autostart_schedule": "", "before": {"autostart_schedule": "' + schedule + '"}}'
     )
+
+
+def test_a_deadline_is_told_and_moved(cli: CommandLine) -> None:
+    made = cli.json("workspace", "create", "web", "--ttl", "8h", "--schedule", "30 9 * * *")
+    assert made["ttl_s"] == 8 * 3600
+    shown = cli.json("workspace", "show", "web")
+    [listed] = cli.json("workspace", "ls")["workspaces"]
+    deadline = datetime.fromisoformat(shown["deadline"])
+    assert shown["deadline"] == shown["latest_run"]["deadline"] == listed["deadline"]
+    start = datetime.fromisoformat(shown["next_start_at"])
+    assert (start.hour, start.minute, listed["next_start_at"]) == (9, 30, shown["next_start_at"])
+    assert deadline < start <= deadline + timedelta(days=1)
+    moved = cli.json("workspace", "extend", "web", "--by", "2h")
+    assert datetime.fromisoformat(moved["deadline"]) == deadline + timedelta(hours=2)
+    until = f"{deadline + timedelta(days=1):%Y-%m-%d %H:%M}"
+    assert cli.ok("workspace", "extend", "web", "--until", until).text == f"web runs until {until}\n"
+    text = cli.ok("workspace", "show", "web").text
+    assert f"deadline    {until}" in text
+    assert "ttl         8:00:00" in text
+    assert "next start  " in text
+    wide = cli.ok("workspace", "ls", "--wide", "--no-sizes").text
+    assert "next start" in wide
+    assert until in wide
+    assert until not in cli.ok("workspace", "ls").text
+    assert cli.json("workspace", "stop", "web")["ttl_s"] == 8 * 3600
+    assert cli.json("workspace", "show", "web")["deadline"] is None
+    assert cli.json("workspace", "set", "web", "--ttl", "0")["ttl_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ([], 2),
+        (["--by", "1h", "--until", "2036-01-01"], 2),
+        (["--until", "soon"], 2),
+        (["--until", "2020-01-01"], 2),
+        (["--by", "400d"], 2),
+    ],
+)
+def test_what_is_no_later_deadline_is_refused(cli: CommandLine, arguments: list[str], code: int) -> None:
+    cli.ok("workspace", "create", "web", "--ttl", "8h")
+    assert cli("workspace", "extend", "web", *arguments).exit_code == code
+    assert cli("workspace", "extend", "nobody", "--by", "1h").exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -17,7 +16,7 @@ from snaploader.cli.options import option, workspace_command
 from snaploader.cli.output import CheckFailed, Output, record
 from snaploader.cli.process import stop_signal
 from snaploader.cli.resources import Workspaces
-from snaploader.cli.values import DURATION, parse_address
+from snaploader.cli.values import DURATION, parse_address, parse_time
 from snaploader.errors import InvalidArgument, Unavailable
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def lifecycle(
 
     make_executor = functools.partial(LifecycleExecutor, workspaces.manager, max_concurrency=max_concurrency)
     if once:
-        at = None if tick is None else parse_time(tick)
+        at = None if tick is None else parse_time(tick, "--tick")
         with make_executor() as executor:
             _print_stats(workspaces.output, executor.run_once(at))
         return
@@ -117,15 +116,6 @@ def _metrics(output: Output, listen: str | None) -> Iterator[Metrics | None]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def parse_time(text: str) -> datetime:
-    """A time in ISO 8601; in UTC where it names no zone."""
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise InvalidArgument(f"--tick {text[:80]!r} is no time: write it as 2026-01-31T09:30") from None
-    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)
 
 
 def _print_transition(output: Output, audit: AuditRecord) -> None:

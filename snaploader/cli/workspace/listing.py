@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 
 import click
 
@@ -15,8 +16,8 @@ from snaploader.cli.output import Branch, Column, record
 from snaploader.cli.process import writing_to_stdout
 from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import KEY_VALUE, SIZE, format_size, time_words
-from snaploader.cli.workspace.records import History, snapshot_record, workspace_record
-from snaploader.workspace import Event, OperationKind, Run, RunStatus, Workspace, WorkspaceState
+from snaploader.cli.workspace.records import History, snapshot_record, timed_record
+from snaploader.workspace import Event, OperationKind, RunStatus, Situation, Workspace, WorkspaceState
 from snaploader.workspace.events import ABOUT_ALL
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
@@ -38,6 +39,7 @@ FORK_EVENT = "workspace_fork"
 @option("--label", multiple=True, type=KEY_VALUE, help="Only those with this label; repeatable: with each.")
 @option("--all-hosts", is_flag=True, help="Those of other hosts too.")
 @option("--deleted", is_flag=True, help="Deleted ones too.")
+@option("--wide", is_flag=True, help="Tell the owner, the template, the deadline and the next start, too.")
 @option("--tree", is_flag=True, help="Show the history of each.")
 @option(
     "--sizes/--no-sizes",
@@ -51,6 +53,7 @@ def list_(
     label: tuple[tuple[str, str], ...],
     all_hosts: bool,
     deleted: bool,
+    wide: bool,
     tree: bool,
     sizes: bool,
 ) -> None:
@@ -67,12 +70,16 @@ def list_(
             labels=dict(label),
             include_deleted=deleted,
         )
-    found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
+        found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
+        situations = reader.situations([each.id for each in found])
+    now = datetime.now(UTC)
     here = [each for each in found if each.host == workspaces.host]
     costs, stored_bytes = _sizes(workspaces, here) if sizes else ({}, None)
     workspaces.output.data(
         {
-            "workspaces": [{**workspace_record(each), "size": costs.get(each.id)} for each in found],
+            "workspaces": [
+                {**timed_record(situations[each.id], now), "size": costs.get(each.id)} for each in found
+            ],
             "stored_bytes": stored_bytes,
         }
     )
@@ -90,7 +97,13 @@ def list_(
     if sizes:
         columns["exclusive>"] = functools.partial(_cost, costs, "exclusive_bytes")
         columns["shared>"] = functools.partial(_cost, costs, "shared_bytes")
-    workspaces.output.table({**columns, "used": "last_used_at"}, found)
+    columns["used"] = "last_used_at"
+    if wide:
+        columns["owner"] = lambda each: each.owner or "-"
+        columns["template"] = lambda each: each.base or "-"
+        columns["deadline"] = lambda each: _time(situations[each.id].deadline)
+        columns["next start"] = lambda each: _time(situations[each.id].next_start(now))
+    workspaces.output.table(columns, found)
     if stored_bytes is not None:
         together = format_size(stored_bytes)
         workspaces.output.detail(
@@ -103,8 +116,8 @@ def list_(
 def show(workspaces: Workspaces, workspace_id: str) -> None:
     """Show a workspace, what it costs, and its history as a tree of snapshots."""
     with workspaces.catalog.reading() as reader:
-        found = reader.workspace(workspace_id)
-        run = reader.latest_run(workspace_id)
+        situation = reader.situation(workspace_id)
+    found, run, now = situation.workspace, situation.run, datetime.now(UTC)
     snapshots = (
         [] if found.state is WorkspaceState.DELETED else workspaces.manager.list_snapshots(workspace_id)
     )
@@ -112,7 +125,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
     status = workspaces.runtime.status(workspace_id)
     workspaces.output.data(
         {
-            **workspace_record(found),
+            **timed_record(situation, now),
             "pid": status.pid,
             "exit_code": status.exit_code,
             "latest_run": None if run is None else record(run, *_RUN),
@@ -120,7 +133,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
-    lines = _lines(found, _state(workspaces, found), run)
+    lines = _lines(situation, _state(workspaces, found), now)
     lines |= {
         "exclusive": _cost(sizes, "exclusive_bytes", found),
         "shared": _cost(sizes, "shared_bytes", found),
@@ -140,8 +153,13 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             workspaces.output.text(f"not managed by the catalog: {info.runtime_name}{what}")
 
 
-def _lines(workspace: Workspace, state: str, run: Run | None) -> dict[str, str]:
+def _time(time: datetime | None) -> str:
+    return "-" if time is None else time_words(time)
+
+
+def _lines(situation: Situation, state: str, now: datetime) -> dict[str, str]:
     """What there is to tell, by what it is called; what is not set is left out."""
+    workspace, run, next_start = situation.workspace, situation.run, situation.next_start(now)
     spec = workspace.spec
     lines = {
         "workspace": workspace.id,
@@ -151,6 +169,7 @@ def _lines(workspace: Workspace, state: str, run: Run | None) -> dict[str, str]:
         "base": workspace.base,
         "policy": workspace.policy,
         "schedule": workspace.autostart_schedule,
+        "ttl": "" if workspace.ttl is None else str(workspace.ttl),
         "labels": ", ".join(f"{name}={value}" for name, value in sorted(spec.labels.items())),
         "image": spec.image,
         "devices": ", ".join(spec.devices),
@@ -164,7 +183,8 @@ def _lines(workspace: Workspace, state: str, run: Run | None) -> dict[str, str]:
         "used": time_words(workspace.last_used_at),
         "deleting": "" if workspace.deleting_at is None else time_words(workspace.deleting_at),
         "operation": "" if workspace.operation is None else f"{workspace.operation.kind} is under way",
-        "deadline": "" if run is None or run.deadline is None else time_words(run.deadline),
+        "deadline": "" if situation.deadline is None else time_words(situation.deadline),
+        "next start": "" if next_start is None else time_words(next_start),
         "failed": run.error if run is not None and run.status is RunStatus.FAILED else "",
     }
     return {name: text for name, text in lines.items() if text}

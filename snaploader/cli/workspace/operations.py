@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import click
 from snaploader.cli.options import Command, destructive, option, workspace_command
 from snaploader.cli.output import record
 from snaploader.cli.resources import Workspaces
-from snaploader.cli.values import DURATION, KEY_VALUE, SIZE, format_size
+from snaploader.cli.values import DURATION, KEY_VALUE, SIZE, format_size, parse_time, time_words
 from snaploader.cli.workspace.records import snapshot_record, workspace_record
 from snaploader.errors import InvalidArgument
 from snaploader.workspace import (
@@ -81,6 +82,7 @@ _MADE_WITH = (
         metavar="CRON",
         help="When to start it, as in 'CRON_TZ=Europe/Berlin 30 9 * * 1-5'.",
     ),
+    option("--ttl", type=DURATION, help="How long it runs after a start.  [default: as its policy says]"),
 )
 """Options of what a workspace is made with, which `_made_with` reads."""
 
@@ -103,6 +105,7 @@ def _made_with(
     ready_command: str | None,
     ready_interval: float,
     ready_timeout: float,
+    ttl: float | None,
     **details: str,
 ) -> dict[str, Any]:
     """The arguments of `WorkspaceManager.create` that the options and the command after `--` make."""
@@ -120,6 +123,7 @@ def _made_with(
         "devices": device,
         "resources": Resources(vcpus, memory),
         "labels": dict(label),
+        "ttl": None if ttl is None else timedelta(seconds=ttl),
         **details,
     }
 
@@ -235,6 +239,26 @@ def resume(workspaces: Workspaces, workspace_id: str, ready_timeout: float | Non
     """Bring a paused workspace back, and wait until it is ready."""
     workspace = workspaces.manager.resume(workspace_id, ready_timeout_s=ready_timeout)
     workspaces.output.data(workspace_record(workspace), f"resumed {workspace_id}")
+
+
+@workspace_command("workspace extend")
+@click.argument("workspace_id", metavar="WORKSPACE")
+@option("--by", type=DURATION, help="By how much.")
+@option("--until", metavar="TIME", help="Until when: ISO 8601, UTC if it names no zone.")
+def extend(workspaces: Workspaces, workspace_id: str, by: float | None, until: str | None) -> None:
+    """Move the deadline of a running workspace to a later time.
+
+    No later than maxTtlSeconds of its policy allows. It counts as a use of the workspace.
+    """
+    if by is not None and until is None:
+        deadline = workspaces.manager.extend(workspace_id, timedelta(seconds=by))
+    elif until is not None and by is None:
+        deadline = workspaces.manager.extend(workspace_id, parse_time(until, "--until"))
+    else:
+        raise InvalidArgument("give one of --by and --until")
+    workspaces.output.data(
+        {"id": workspace_id, "deadline": deadline}, f"{workspace_id} runs until {time_words(deadline)}"
+    )
 
 
 @workspace_command("workspace start")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import click
 
 from snaploader.cli.options import Group, option, shared_options, workspace_command, workspace_options
 from snaploader.cli.resources import Workspaces
+from snaploader.cli.values import DURATION
 from snaploader.cli.workspace.records import workspace_record
 from snaploader.errors import InvalidArgument
 from snaploader.policy import parse_duration_s
@@ -117,13 +119,23 @@ def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
 @option("--policy", help="Name of its policy.")
 @option("--owner", help="Whose it is; empty: nobody's.")
 @option("--schedule", metavar="CRON", help="When to start it; empty: never.")
+@option("--ttl", type=DURATION, help="How long it runs after its next start; 0: as its policy says.")
 def set_(
-    workspaces: Workspaces, workspace_id: str, policy: str | None, owner: str | None, schedule: str | None
+    workspaces: Workspaces,
+    workspace_id: str,
+    policy: str | None,
+    owner: str | None,
+    schedule: str | None,
+    ttl: float | None,
 ) -> None:
     """Change what the lifecycle goes by. All else of a workspace is as it was made."""
-    if policy is None and owner is None and schedule is None:
-        raise InvalidArgument("there is nothing to change: give --policy, --owner or --schedule")
+    if policy is None and owner is None and schedule is None and ttl is None:
+        raise InvalidArgument("there is nothing to change: give --policy, --owner, --schedule or --ttl")
     workspace = workspaces.manager.change(
-        workspace_id, policy=policy, owner=owner, autostart_schedule=schedule
+        workspace_id,
+        policy=policy,
+        owner=owner,
+        autostart_schedule=schedule,
+        ttl=None if ttl is None else timedelta(seconds=ttl),
     )
     workspaces.output.data(workspace_record(workspace), f"changed {workspace_id}")

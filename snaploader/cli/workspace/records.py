@@ -8,14 +8,28 @@ left hangs from the snapshot it went on from. So a long history is not a deep on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 from snaploader.cli.output import Branch, record
 from snaploader.cli.values import format_size, time_words
-from snaploader.workspace import SnapshotInfo, SnapshotKind, SnapshotRecord, Workspace, WorkspaceState
+from snaploader.workspace import (
+    Situation,
+    SnapshotInfo,
+    SnapshotKind,
+    SnapshotRecord,
+    Workspace,
+    WorkspaceState,
+)
 
 _NOW = ""
 """Stands for the present state, which is no snapshot; all of those have names."""
+
+
+def timed_record(situation: Situation, now: datetime) -> dict[str, Any]:
+    """The same, and when the lifecycle is to stop and to start it."""
+    times = {"deadline": situation.deadline, "next_start_at": situation.next_start(now)}
+    return {**workspace_record(situation.workspace), **times}
 
 
 def workspace_record(workspace: Workspace) -> dict[str, Any]:
@@ -27,6 +41,7 @@ def workspace_record(workspace: Workspace) -> dict[str, Any]:
     under_way = ("kind", "host", "started_at", "snapshot_name", "version")
     return {
         **record(workspace, *names),
+        "ttl_s": None if workspace.ttl is None else workspace.ttl.total_seconds(),
         **record(spec, "command", "environment"),
         "volumes": [record(volume, "name", "durable_dir") for volume in spec.volumes],
         "readiness": record(spec.readiness, "kind", "target", "interval_s", "timeout_s"),

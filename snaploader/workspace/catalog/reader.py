@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Executable, Row, Select, and_, select
+from sqlalchemy import Connection, Executable, Row, Select, and_, func, select
 
 from snaploader.errors import NotFound
 from snaploader.workspace.catalog import tables
@@ -25,7 +25,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceState,
 )
-from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation
 
 MAX_EVENTS = 1000
 """Most events of one listing, unless told otherwise."""
@@ -35,6 +35,27 @@ _UNFINISHED = (SnapshotStatus.PENDING, SnapshotStatus.DELETING, SnapshotStatus.O
 
 
 _SNAPSHOTS = select(*tables.SNAPSHOT_COLUMNS).select_from(tables.explained_snapshots)
+_LATEST_RUN = (
+    select(func.max(tables.runs.c.id))
+    .where(tables.runs.c.workspace_id == tables.workspaces.c.id)
+    .correlate(tables.workspaces)
+    .scalar_subquery()
+)
+_DECIDED_BY = (
+    select(
+        tables.workspaces,
+        tables.policies.c.settings,
+        tables.owner_status.label("owner_status"),
+        *(column.label(f"run_{column.name}") for column in tables.runs.c),
+    )
+    .join(tables.policies)
+    .outerjoin(tables.owners)
+    .outerjoin(tables.dormant_owners, tables.dormant_owners.c.name == tables.owners.c.name)
+    .outerjoin(tables.runs, tables.runs.c.id == _LATEST_RUN)
+)
+"""Workspaces, and all else that `Situation` has."""
+_BATCH = 500
+"""Situations read at once: a policy may have ten thousand, and databases limit a query's parameters."""
 
 
 class DueWorkspace(NamedTuple):
@@ -128,6 +149,28 @@ class Reader:
             .limit(limit)
         )
         return [DueWorkspace(row.id, row.base) for row in self._all(query)]
+
+    def situation(self, workspace_id: str) -> Situation:
+        """Return all that the lifecycle decides by. NotFound when there is no workspace of that id."""
+        found = self.situations([workspace_id])
+        if not found:
+            raise NotFound(f"there is no workspace {workspace_id!r}")
+        return found[workspace_id]
+
+    def situations(self, workspace_ids: Collection[str]) -> dict[str, Situation]:
+        """Return the same of several workspaces, by id."""
+        return {situation.workspace.id: situation for situation, _ in self._situations(workspace_ids)}
+
+    def _situations(self, workspace_ids: Collection[str]) -> Iterator[tuple[Situation, datetime | None]]:
+        """Situations, each with the time that is written down as its earliest due one."""
+        ordered = sorted(workspace_ids)
+        for start in range(0, len(ordered), _BATCH):
+            batch = tables.workspaces.c.id.in_(ordered[start : start + _BATCH])
+            for row in self._all(_DECIDED_BY.where(batch)):
+                run = None if row.run_id is None else tables.run_of(row, "run_")
+                policy = Policy.from_mapping(row.policy, row.settings)
+                owner = row.owner_status or OwnerStatus.ACTIVE
+                yield Situation(tables.workspace_of(row), run, policy, owner), row.due_at
 
     # Snapshots and versions
 

@@ -8,7 +8,7 @@ describes the tables.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set as AbstractSet
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -56,6 +56,7 @@ from snaploader.workspace.model import (
     Workspace,
     WorkspaceSpec,
     WorkspaceState,
+    check_ttl,
 )
 
 MAX_WORD_LENGTH = 255
@@ -375,7 +376,9 @@ runs = Table(
 
 
 _RUN = tuple(Run.__dataclass_fields__)
-_WORKSPACE = tuple(Workspace.__dataclass_fields__.keys() - {"spec", "operation"})
+_IN_SPEC = frozenset({"spec", "ttl"})
+"""Fields of a workspace in its column `spec`, where an earlier release leaves what it does not know."""
+_WORKSPACE = tuple(Workspace.__dataclass_fields__.keys() - {*_IN_SPEC, "operation"})
 _OPERATION = {
     "operation_kind": "kind",
     "operation_token": "token",
@@ -391,10 +394,17 @@ def workspace_values(workspace: Workspace) -> dict[str, Any]:
     """Return the columns of a workspace but for `due_at`."""
     return {
         "id": workspace.id,
-        "spec": spec_document(workspace.spec),
-        **{name: getattr(workspace, name) for name in _WORKSPACE},
+        **changed_values(workspace, {*_WORKSPACE, *_IN_SPEC}),
         **operation_values(workspace.operation),
     }
+
+
+def changed_values(workspace: Workspace, names: AbstractSet[str]) -> dict[str, Any]:
+    """Return the columns that hold fields of a workspace, all but `operation`."""
+    values = {name: getattr(workspace, name) for name in names - _IN_SPEC}
+    if names & _IN_SPEC:
+        values["spec"] = {**spec_document(workspace.spec), **settings_document(workspace)}
+    return values
 
 
 def workspace_of(row: Row[Any]) -> Workspace:
@@ -403,12 +413,23 @@ def workspace_of(row: Row[Any]) -> Workspace:
     if row.operation_kind is not None:
         operation = Operation(**{name: fields[column] for column, name in _OPERATION.items()})
     values = {name: fields[name] for name in _WORKSPACE}
-    return Workspace(spec=spec_of(row.id, row.spec), operation=operation, **values)
+    return Workspace(spec=spec_of(row.id, row.spec), operation=operation, **settings_of(row.spec), **values)
 
 
 def operation_values(operation: Operation | None) -> dict[str, Any]:
     """Return the columns of what is under way on a workspace; they are all None when nothing is."""
     return {column: getattr(operation, name, None) for column, name in _OPERATION.items()}
+
+
+def settings_document(workspace: Workspace) -> dict[str, Any]:
+    """Return what is set of a workspace's settings that an earlier release does not know."""
+    return {} if workspace.ttl is None else {"ttl_s": workspace.ttl.total_seconds()}
+
+
+def settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a workspace that `settings_document` made plain values of."""
+    ttl_s = document.get("ttl_s")
+    return {"ttl": None if ttl_s is None else check_ttl(timedelta(seconds=ttl_s))}
 
 
 def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import (
@@ -17,7 +17,6 @@ from sqlalchemy import (
     TypeDecorator,
     bindparam,
     delete,
-    func,
     insert,
     or_,
     select,
@@ -35,6 +34,7 @@ from snaploader.errors import (
 from snaploader.workspace.catalog import tables
 from snaploader.workspace.catalog.engines import POSTGRESQL
 from snaploader.workspace.catalog.reader import HostState, Reader
+from snaploader.workspace.deadlines import bumped_deadline
 from snaploader.workspace.model import (
     MAX_VERSION,
     Event,
@@ -54,28 +54,6 @@ from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation, Ticks
 
 _EVENT_LOCK = 0x536E61705F657674
 """Key of the advisory lock that orders events on PostgreSQL: "Snap_evt"."""
-_BATCH = 500
-"""Workspaces settled at once: a policy may have ten thousand, and databases limit a query's parameters."""
-
-_LATEST_RUN = (
-    select(func.max(tables.runs.c.id))
-    .where(tables.runs.c.workspace_id == tables.workspaces.c.id)
-    .correlate(tables.workspaces)
-    .scalar_subquery()
-)
-_DECIDED_BY = (
-    select(
-        tables.workspaces,
-        tables.policies.c.settings,
-        tables.owner_status.label("owner_status"),
-        *(column.label(f"run_{column.name}") for column in tables.runs.c),
-    )
-    .join(tables.policies)
-    .outerjoin(tables.owners)
-    .outerjoin(tables.dormant_owners, tables.dormant_owners.c.name == tables.owners.c.name)
-    .outerjoin(tables.runs, tables.runs.c.id == _LATEST_RUN)
-)
-"""Workspaces, and all else that `Situation` has."""
 
 
 class WorkspaceChanges(TypedDict, total=False):
@@ -87,6 +65,7 @@ class WorkspaceChanges(TypedDict, total=False):
     base: str
     policy: str
     autostart_schedule: str
+    ttl: timedelta | None
     slot: int | None
     current_snapshot: str
     base_snapshot: str
@@ -116,6 +95,8 @@ class Transaction(Reader):
         """Workspaces that may be due at another time now; in the next two, policies and owners whose are."""
         self._touched_policies: set[str] = set()
         self._touched_owners: set[str] = set()
+        self._used: dict[str, datetime] = {}
+        """When workspaces were used, whose deadlines may move for it."""
         self._refusal: SnaploaderError | None = None
 
     # Workspaces
@@ -177,7 +158,9 @@ class Transaction(Reader):
             its_own = update(snapshots).where(snapshots.c.workspace_id == workspace_id)
             self._execute(its_own, {"status": SnapshotStatus.DELETING})
         self._touched.add(workspace_id)
-        return self._change(after, changes)
+        if "last_used_at" in changes:
+            self._used[workspace_id] = after.last_used_at
+        return self._change(after, tables.changed_values(after, changes.keys()))
 
     def forget_workspace(self, workspace_id: str) -> None:
         """Forget a workspace and all that belongs to it, its events too, as if there had never been one.
@@ -221,6 +204,7 @@ class Transaction(Reader):
         if used_at is not None:
             used = {"last_used_at": used_at, "dormant_at": None, "deleting_at": None}
             self._touched.add(workspace_id)
+            self._used[workspace_id] = used_at
         after = dataclasses.replace(workspace, operation=None, **used)
         return self._change(after, {**tables.operation_values(None), **used})
 
@@ -353,6 +337,15 @@ class Transaction(Reader):
         self._touched.add(row.workspace_id)
         return tables.run_of(ended[0])
 
+    def set_deadline(self, run_id: int, deadline: datetime) -> Run:
+        """Change when what a run has started is to be stopped."""
+        table = tables.runs
+        row = self._known(select(table.c.workspace_id).where(table.c.id == run_id), f"run {run_id}")
+        self.lock_workspace(row.workspace_id)
+        changed = update(table).where(table.c.id == run_id).values(deadline=deadline)
+        self._touched.add(row.workspace_id)
+        return tables.run_of(self._execute(changed.returning(table))[0])
+
     # Policies, owners and hosts
 
     def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
@@ -465,10 +458,13 @@ class Transaction(Reader):
     # The end
 
     def settle(self) -> None:
-        """Bring `due_at` of all that was touched up to date. Called by the catalog before it commits.
+        """Bring deadlines and `due_at` of all that was touched up to date. Called before it commits.
 
-        It is the earliest tick at which `Situation.decide` says something. FailedPrecondition: the database
-        refused a change before, and the error was caught in the block.
+        Uses move deadlines, as `bumped_deadline` says. `due_at` is the earliest tick at which
+        `Situation.decide` says something.
+
+        Raises:
+            FailedPrecondition: the database refused a change before, and the error was caught in the block.
         """
         if self._refusal is not None:
             raise FailedPrecondition(
@@ -483,25 +479,28 @@ class Transaction(Reader):
             # Locked in the order of their ids, before anything is read of them.
             locked = select(table.c.id).where(or_(*followers)).order_by(table.c.id).with_for_update()
             ids.update(row.id for row in self._execute(locked))
-        ordered = sorted(ids)
-        for start in range(0, len(ordered), _BATCH):
-            self._settle(ordered[start : start + _BATCH])
-
-    def _settle(self, workspace_ids: Sequence[str]) -> None:
-        table = tables.workspaces
         changes = []
-        for row in self._execute(_DECIDED_BY.where(table.c.id.in_(workspace_ids))):
-            due = None
-            if row.state is not WorkspaceState.DELETED:
-                run = None if row.run_id is None else tables.run_of(row, "run_")
-                policy = Policy.from_mapping(row.policy, row.settings)
-                owner = row.owner_status or OwnerStatus.ACTIVE
-                due = Situation(tables.workspace_of(row), run, policy, owner).earliest_due()
-            if due != row.due_at:
-                changes.append({"changed": row.id, "due": due})
+        for situation, due_at in self._situations(ids):
+            workspace = situation.workspace
+            if workspace.id in self._used:
+                situation = self._bumped(situation, self._used[workspace.id])
+            due = None if workspace.state is WorkspaceState.DELETED else situation.earliest_due()
+            if due != due_at:
+                changes.append({"changed": workspace.id, "due": due})
         if changes:
             statement = update(table).where(table.c.id == bindparam("changed"))
             self._execute(statement.values(due_at=bindparam("due")), changes)
+
+    def _bumped(self, situation: Situation, used_at: datetime) -> Situation:
+        """The situation after the deadline was moved because of a use, if it was."""
+        run, table = situation.run, tables.runs
+        if situation.deadline is None or run is None:
+            return situation
+        deadline = bumped_deadline(run, situation.policy, used_at)
+        if deadline == run.deadline:
+            return situation
+        self._execute(update(table).where(table.c.id == run.id), {"deadline": deadline})
+        return situation._replace(run=dataclasses.replace(run, deadline=deadline))
 
     # What the methods above have in common
 

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
@@ -52,6 +53,7 @@ from snaploader.workspace.model import (
     WorkspaceSpec,
     WorkspaceState,
     check_spec,
+    check_ttl,
 )
 from snaploader.workspace.policy import DEFAULT_POLICY, check_scopes
 from snaploader.workspace.records import PausedRecord
@@ -82,6 +84,7 @@ class MadeWith(TypedDict, total=False):
     base: str
     policy: str
     autostart_schedule: str
+    ttl: timedelta | None
 
 
 def made_with(services: Services, workspace_id: str, **given: Unpack[MadeWith]) -> Workspace:
@@ -110,11 +113,18 @@ def made_with(services: Services, workspace_id: str, **given: Unpack[MadeWith]) 
         given.get("base", ""),
         given.get("policy", DEFAULT_POLICY),
         given.get("autostart_schedule", ""),
+        given.get("ttl"),
     )
 
 
 def new_workspace(
-    services: Services, spec: WorkspaceSpec, owner: str, base: str, policy: str, autostart_schedule: str
+    services: Services,
+    spec: WorkspaceSpec,
+    owner: str,
+    base: str,
+    policy: str,
+    autostart_schedule: str,
+    ttl: timedelta | None,
 ) -> Workspace:
     """The workspace that is to be. TypeError or InvalidArgument when it cannot be."""
     if autostart_schedule:
@@ -122,7 +132,8 @@ def new_workspace(
     spec = check_spec(spec)
     now = services.clock()
     stopped = WorkspaceState.STOPPED
-    return Workspace(spec, services.host, stopped, now, now, owner, base, policy, autostart_schedule)
+    ttl = check_ttl(ttl)
+    return Workspace(spec, services.host, stopped, now, now, owner, base, policy, autostart_schedule, ttl)
 
 
 def create(

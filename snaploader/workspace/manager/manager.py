@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, Self, Unpack
@@ -166,6 +166,7 @@ class WorkspaceManager:
         base: str = "",
         policy: str = DEFAULT_POLICY,
         autostart_schedule: str = "",
+        ttl: timedelta | None = None,
         source: str | os.PathLike[str] | None = None,
         start: bool = True,
     ) -> Workspace:
@@ -190,13 +191,14 @@ class WorkspaceManager:
             base: The template that it is made from; workspaces of one base share chunks.
             policy: Name of its policy.
             autostart_schedule: A cron expression with a time zone; empty: none.
+            ttl: How long it runs after a start, up to 366 days. Default: as its policy says.
             source: A folder whose content it begins with. It is kept as a snapshot of the whole, on which
                 later Data snapshots are placed.
             start: Whether to start it; otherwise it is stopped.
 
         Raises:
-            InvalidArgument: the id, a volume, the image, a device, a label or the schedule is malformed;
-                or the runtime cannot capture what the policy asks for.
+            InvalidArgument: the id, a volume, the image, a device, a label, the schedule or the TTL is
+                malformed; or the runtime cannot capture what the policy asks for.
             FailedPrecondition: the id was used before, or this host has files or a record of it that the
                 catalog does not know, which are left alone.
             NotFound: there is no such policy, or no such source.
@@ -217,6 +219,7 @@ class WorkspaceManager:
             base=base,
             policy=policy,
             autostart_schedule=autostart_schedule,
+            ttl=ttl,
         )
         return self._make(lifetime.create, workspace, source=source, start=start)
 
@@ -230,6 +233,7 @@ class WorkspaceManager:
         owner: str | None = None,
         policy: str | None = None,
         autostart_schedule: str = "",
+        ttl: timedelta | None = None,
         start: bool = True,
     ) -> Workspace:
         """Make a new workspace on this host from a commit of any host, sharing all chunks with it.
@@ -246,6 +250,7 @@ class WorkspaceManager:
             owner: Whose it is. Default: the origin's.
             policy: Default: the origin's.
             autostart_schedule: Default: none.
+            ttl: Default: the origin's.
             start: Whether to start it; otherwise it is stopped.
 
         Raises:
@@ -270,6 +275,7 @@ class WorkspaceManager:
             parent.base,
             parent.policy if policy is None else policy,
             autostart_schedule,
+            parent.ttl if ttl is None else ttl,
         )
         return self._make(lifetime.fork, workspace, origin=origin_commit, start=start)
 
@@ -439,7 +445,10 @@ class WorkspaceManager:
             return held.delete(forget_remote=forget_remote)
 
     def touch(self, workspace_id: str) -> Workspace:
-        """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way."""
+        """Note that the workspace is used, which ends its dormancy. Waits for nothing that is under way.
+
+        If it runs, its deadline becomes later as `activityBumpSeconds` of its policy says.
+        """
         with self.catalog.transaction() as tx:
             workspace = tx.lock_workspace(workspace_id)
             check_state(workspace, "use", ALIVE)
@@ -448,6 +457,21 @@ class WorkspaceManager:
             now = self._services.clock()
             return tx.update_workspace(workspace_id, last_used_at=now, dormant_at=None, deleting_at=None)
 
+    def extend(self, workspace_id: str, until: datetime | timedelta) -> datetime:
+        """Move the deadline of a running workspace to a later time, which is returned.
+
+        That counts as a use. Waits for nothing that is under way. The event is `deadline_extend`.
+
+        Args:
+            until: The new deadline, aware; or by how much the present one is moved.
+
+        Raises:
+            InvalidArgument: the new one is not later than the present one, has passed, or is later than
+                `maxTtlSeconds` of its policy, or 366 days from now, allows.
+            FailedPrecondition: it does not run, has no deadline, or is being stopped.
+        """
+        return settings.extend(self._services, workspace_id, until)
+
     def change(
         self,
         workspace_id: str,
@@ -455,6 +479,7 @@ class WorkspaceManager:
         owner: str | None = None,
         policy: str | None = None,
         autostart_schedule: str | None = None,
+        ttl: timedelta | None = None,
     ) -> Workspace:
         """Change what the lifecycle goes by. All else of a workspace is as it was made.
 
@@ -464,14 +489,20 @@ class WorkspaceManager:
             owner: Whose it is; empty: nobody's.
             policy: Name of its policy.
             autostart_schedule: A cron expression with a time zone; empty: none.
+            ttl: How long it runs after its next start; zero: as its policy says.
 
         Raises:
-            InvalidArgument: the schedule is malformed; or the runtime cannot capture what the policy asks
-                for.
+            InvalidArgument: the schedule or the TTL is malformed; or the runtime cannot capture what the
+                policy asks for.
             NotFound: there is no such policy.
         """
         return settings.change(
-            self._services, workspace_id, owner=owner, policy=policy, autostart_schedule=autostart_schedule
+            self._services,
+            workspace_id,
+            owner=owner,
+            policy=policy,
+            autostart_schedule=autostart_schedule,
+            ttl=ttl,
         )
 
     # Policies

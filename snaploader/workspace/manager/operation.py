@@ -23,6 +23,7 @@ from snaploader._environment import HostEnvironment
 from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
 from snaploader.loader import Snapshot
 from snaploader.workspace.catalog import Catalog, Reader, Transaction
+from snaploader.workspace.deadlines import deadline_of_start
 from snaploader.workspace.events import add_event
 from snaploader.workspace.host import SlotPool
 from snaploader.workspace.manager.snapshots import Saved, SnapshotContent, find_snapshot, let_go
@@ -116,6 +117,9 @@ USER = "user"
 
 RECOVERY = "recovery"
 """The reason of what nobody asked for."""
+
+ENDING = frozenset({OperationKind.STOP, OperationKind.PAUSE, OperationKind.DELETE})
+"""After these nothing runs any more."""
 
 Prepare = Callable[["Transaction", Workspace], SnapshotRecord]
 """Makes the record of the snapshot that an operation is about to take."""
@@ -281,13 +285,13 @@ class Work:
 
     def record_run(self, tx: Transaction, transition: RunTransition, error: str = "") -> Run:
         """Record a start, stop or delete that this operation was: it succeeded, unless there is an error."""
-        deadline = None
+        deadline, now = None, self.services.clock()
         if transition is RunTransition.START and not error:
-            after = tx.policy(self.workspace.policy).autostop_after
-            deadline = None if after is None else self.services.clock() + after
+            workspace = tx.lock_workspace(self.workspace_id)
+            deadline = deadline_of_start(workspace, tx.policy(workspace.policy), now)
         run = tx.add_run(self.workspace_id, transition, self.operation.started_at, self.reason, deadline)
         status = RunStatus.FAILED if error else RunStatus.SUCCEEDED
-        return tx.finish_run(run.id, status, self.services.clock(), error)
+        return tx.finish_run(run.id, status, now, error)
 
     def afterwards(self, what: str, action: Callable[[], object]) -> None:
         """Remove something that the recording made needless. If that fails, the next recovery does it."""

@@ -7,7 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from snaploader.errors import Cancelled, FailedPrecondition, SnaploaderError
-from snaploader.workspace.manager.operation import RECOVERY, USER, Services, Work, runs_nevertheless, text_of
+from snaploader.workspace.manager.operation import (
+    ENDING,
+    RECOVERY,
+    USER,
+    Services,
+    Work,
+    runs_nevertheless,
+    text_of,
+)
 from snaploader.workspace.manager.snapshots import remove_unfinished
 from snaploader.workspace.manager.versions import carry_on, is_placed
 from snaploader.workspace.model import (
@@ -33,9 +41,6 @@ _TRANSITIONS = {
     OperationKind.DELETE: RunTransition.DELETE,
 }
 
-_ENDING = frozenset({OperationKind.STOP, OperationKind.PAUSE, OperationKind.DELETE})
-"""After which nothing runs: if they may have been recorded, nothing is started again before that is known."""
-
 
 def undo_failed(work: Work, error: BaseException) -> None:
     """Take the operation back because of `error`, which gets a note for whatever could not be done.
@@ -47,7 +52,8 @@ def undo_failed(work: Work, error: BaseException) -> None:
     except Exception as second:
         log.exception("an operation on workspace %r is left to recovery", work.workspace_id)
         error.add_note(f"the {work.operation.kind} could not be taken back either, recovery will: {second}")
-        if not work.was_restarted and not (work.may_be_recorded and work.operation.kind in _ENDING):
+        # If one after which nothing runs may have been recorded, nothing is started before that is known.
+        if not work.was_restarted and not (work.may_be_recorded and work.operation.kind in ENDING):
             _restart(work, error)
 
 

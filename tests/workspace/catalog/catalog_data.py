@@ -63,6 +63,7 @@ def full_workspace(workspace_id: str = "full") -> Workspace:
         base="debian-12",
         policy="default",
         autostart_schedule="CRON_TZ=Europe/Berlin 30 9 * * 1-5",
+        ttl=timedelta(days=300, microseconds=1),
         slot=7,
         current_snapshot="snap-1",
         base_snapshot="snap-0",

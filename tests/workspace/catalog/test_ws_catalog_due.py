@@ -17,7 +17,7 @@ from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.catalog import Catalog, DueWorkspace, Transaction, tables
 from snaploader.workspace.catalog.tables import workspace_values
 from snaploader.workspace.model import OwnerStatus, RunStatus, RunTransition, Workspace, WorkspaceState
-from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation
+from snaploader.workspace.policy import DEFAULT_POLICY, Policy
 from snaploader.workspace.schedule import Weekday
 
 IDS = ["a", "b"]
@@ -128,7 +128,7 @@ def _kept(catalog: Catalog) -> dict[str, datetime | None]:
 def _recomputed(catalog: Catalog) -> dict[str, datetime | None]:
     with catalog.reading() as reader:
         return {
-            each.id: Situation.read(reader, each.id).earliest_due()
+            each.id: reader.situation(each.id).earliest_due()
             for each in reader.workspaces(include_deleted=True)
         }
 
@@ -306,7 +306,7 @@ def test_the_longest_due_come_first_and_limited(followed: Catalog) -> None:
 def test_a_policy_of_many_workspaces_settles_them_in_few_statements(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snaploader.workspace.catalog.transaction._BATCH", 40)
+    monkeypatch.setattr("snaploader.workspace.catalog.reader._BATCH", 40)
     with catalog.transaction() as transaction:
         transaction.put_policy(Policy("strict"))
     with catalog._engine.begin() as connection:

@@ -19,6 +19,8 @@ STRICT = Policy(
     "strict/Ü",
     ScopePolicy(Scope.FULL, Scope.DATA),
     autostop_after=timedelta(hours=8, microseconds=1),
+    max_ttl=timedelta(hours=10),
+    activity_bump=timedelta(minutes=30),
     autostop_action=StopAction.PAUSE,
     autostart_allowed=False,
     autostart_weekdays=frozenset({Weekday.SAT, Weekday.MON}),

@@ -331,3 +331,46 @@ def test_the_order_is_autostop_autostart_failed_stop_dormancy_delete():
 def test_a_policy_without_any_day_to_start_on_is_refused():
     with pytest.raises(InvalidArgument, match=r"autostartWeekdays .* autostartAllowed=false"):
         Policy(autostart_weekdays=frozenset())
+
+
+NEXT_STARTS = {
+    "stopped: what the lifecycle does": (AUTOSTART, NOW),
+    "paused": (AUTOSTART.but(workspace_state=PAUSED), NOW),
+    "deleted": (AUTOSTART.but(workspace_state=DELETED), None),
+    "running, no deadline: after now": (AUTOSTART.but(workspace_state=RUNNING), NOW + timedelta(days=1)),
+    "running, its deadline has passed": (
+        AUTOSTART.but(workspace_state=RUNNING, run_deadline=NOW - HOUR),
+        NOW + timedelta(days=1),
+    ),
+    "running: after its deadline": (
+        AUTOSTART.but(workspace_state=RUNNING, run_deadline=NOW + timedelta(days=1)),
+        NOW + timedelta(days=2),
+    ),
+    "running, on an allowed day": (
+        AUTOSTART.but(workspace_state=RUNNING, policy_autostart_weekdays=parse_weekdays("fri")),
+        NOW + timedelta(days=4),
+    ),
+    "running, no schedule": (AUTOSTOP, None),
+    "running, not allowed": (
+        AUTOSTART.but(workspace_state=RUNNING, policy_autostart_allowed=False),
+        None,
+    ),
+    "running, of a dormant owner": (
+        AUTOSTART.but(workspace_state=RUNNING, owner=OwnerStatus.DORMANT),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "expected"), NEXT_STARTS.values(), ids=NEXT_STARTS.keys())
+def test_the_next_start_is_the_schedules_first_allowed_time_at_which_it_does_not_run(case, expected):
+    assert Situation(case.workspace, case.run, case.policy, case.owner).next_start(NOW) == expected
+
+
+def test_only_what_runs_has_a_deadline():
+    def deadline(case):
+        return Situation(case.workspace, case.run, case.policy, case.owner).deadline
+
+    assert deadline(AUTOSTOP) == NOW
+    assert deadline(AUTOSTOP.but(workspace_state=STOPPED)) is None
+    assert deadline(AUTOSTOP.but(run=None)) is None

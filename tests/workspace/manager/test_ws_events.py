@@ -185,10 +185,26 @@ def test_dormancy(started: Host) -> None:
 
 def test_a_change(started: Host) -> None:
     started.manager.change_policy("gentle", {})
-    started.manager.change("one", owner="ann", policy="gentle", autostart_schedule="0 9 * * *")
-    was = {"owner": "ann", "policy": "default", "autostart_schedule": ""}
+    started.manager.change(
+        "one", owner="ann", policy="gentle", autostart_schedule="0 9 * * *", ttl=timedelta(hours=1)
+    )
+    was = {"owner": "ann", "policy": "default", "autostart_schedule": "", "ttl_s": None}
+    now = {"owner": "ann", "policy": "gentle", "autostart_schedule": "0 9 * * *", "ttl_s": 3600}
+    told(started, "workspace_change", **now, before=was)
+
+
+def test_a_deadline_that_is_moved(started: Host) -> None:
+    started.manager.change("one", ttl=timedelta(hours=1))
+    started.manager.stop("one")
+    started.manager.start("one")
+    before = started.clock.now + timedelta(hours=1)
+    deadline = started.manager.extend("one", timedelta(hours=1))
     told(
-        started, "workspace_change", policy="gentle", autostart_schedule="0 9 * * *", before=was, owner="ann"
+        started,
+        "deadline_extend",
+        deadline=deadline.isoformat(),
+        before=before.isoformat(),
+        run=runs(started),
     )
 
 

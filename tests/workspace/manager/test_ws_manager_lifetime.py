@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,125 @@ def test_stopping_and_starting_leave_runs_and_events(host: Host) -> None:
         (RunTransition.STOP, RunStatus.SUCCEEDED, "user"),
         (RunTransition.START, RunStatus.SUCCEEDED, "user"),
     ]
+
+
+def deadline_of(host: Host, workspace_id: str = "one") -> datetime | None:
+    with host.catalog.reading() as reader:
+        return reader.situation(workspace_id).deadline
+
+
+HOUR = timedelta(hours=1)
+
+
+def test_the_ttl_of_a_workspace_counts_before_that_of_its_policy_from_the_next_start_on(host: Host) -> None:
+    host.follow(autostop_after=2 * HOUR)
+    host.create(ttl=3 * HOUR)
+    assert deadline_of(host) == host.clock.now + 3 * HOUR
+    assert host.manager.change("one", ttl=5 * HOUR).ttl == 5 * HOUR
+    assert deadline_of(host) == host.clock.now + 3 * HOUR
+    host.manager.stop("one")
+    assert deadline_of(host) is None
+    host.manager.start("one")
+    assert deadline_of(host) == host.clock.now + 5 * HOUR
+    assert host.manager.change("one", ttl=timedelta(0)).ttl is None
+    host.manager.stop("one")
+    host.manager.start("one")
+    assert deadline_of(host) == host.clock.now + 2 * HOUR
+
+
+def test_a_ttl_is_kept_by_a_pause_that_the_catalog_has_forgotten_and_by_forks(host: Host) -> None:
+    host.create(ttl=HOUR)
+    host.manager.commit("one")
+    assert host.manager.fork("one", "two").ttl == HOUR
+    assert host.manager.fork("one", "three", ttl=2 * HOUR).ttl == 2 * HOUR
+    host.manager.pause("one")
+    with host.catalog.transaction() as tx:
+        tx.forget_workspace("one")
+    assert host.manager.recover().adopted == ("one",)
+    assert host.manager.workspace("one").ttl == HOUR
+    with pytest.raises(InvalidArgument, match="TTL"):
+        host.create("four", ttl=timedelta(days=367))
+
+
+def test_a_deadline_is_extended_which_counts_as_a_use(host: Host) -> None:
+    host.create(ttl=HOUR)
+    start = host.clock.now
+    now = host.clock.advance(minutes=30)
+    assert host.manager.extend("one", 2 * HOUR) == start + 3 * HOUR == deadline_of(host)
+    assert host.manager.extend("one", start + 4 * HOUR) == start + 4 * HOUR == deadline_of(host)
+    assert host.manager.workspace("one").last_used_at == now
+    [first, _] = host.manager.events(types=["deadline_extend"])
+    with host.catalog.reading() as reader:
+        assert reader.situation("one").earliest_due() == start + 4 * HOUR
+        [run] = reader.runs("one")
+    assert first.payload["before"] == (start + HOUR).isoformat()
+    assert first.payload["deadline"] == (start + 3 * HOUR).isoformat()
+    assert first.payload["run"] == run.id
+
+
+def test_what_cannot_be_extended_is_refused_and_nothing_changes(host: Host) -> None:
+    host.create(start=False)
+    with pytest.raises(FailedPrecondition, match="it is stopped: start it first"):
+        host.manager.extend("one", HOUR)
+    host.manager.start("one")
+    with pytest.raises(FailedPrecondition, match="has no deadline"):
+        host.manager.extend("one", HOUR)
+    host.follow(autostop_after=HOUR, max_ttl=2 * HOUR)
+    host.manager.stop("one")
+    host.manager.start("one")
+    with pytest.raises(InvalidArgument, match="maxTtlSeconds"):
+        host.manager.extend("one", 2 * HOUR)
+    assert deadline_of(host) == host.clock.now + HOUR
+    assert "deadline_extend" not in host.events()
+
+
+def test_a_workspace_that_is_being_stopped_is_not_extended(make_host: HostFactory) -> None:
+    refused = []
+
+    def extend(step: str) -> None:
+        if step == "stop.stopped":
+            with pytest.raises(FailedPrecondition, match="a stop is under way: too late"):
+                host.manager.extend("one", HOUR)
+            refused.append(step)
+
+    host = make_host(_environment=HostEnvironment(after_step=extend))
+    host.create(ttl=HOUR)
+    host.manager.stop("one")
+    assert refused == ["stop.stopped"]
+
+
+def test_a_use_moves_the_deadline_as_the_policy_says(host: Host) -> None:
+    host.follow(autostop_after=HOUR / 2, activity_bump=HOUR, max_ttl=2 * HOUR)
+    host.create()
+    start = host.clock.now
+    assert deadline_of(host) == start + HOUR / 2
+    host.manager.extend("one", HOUR / 4)  # which is a use, but not after the start
+    assert deadline_of(host) == start + HOUR * 3 / 4
+    now = host.clock.advance(minutes=30)
+    host.manager.touch("one")
+    assert deadline_of(host) == now + HOUR
+    now = host.clock.advance(minutes=15)
+    host.manager.create_version("one")
+    assert deadline_of(host) == now + HOUR
+    host.clock.advance(minutes=30)
+    host.manager.rollback("one", 1)
+    assert deadline_of(host) == start + 2 * HOUR
+    with host.catalog.reading() as reader:
+        assert reader.situation("one").earliest_due() == start + 2 * HOUR
+
+
+def test_what_is_no_use_or_ends_what_runs_moves_no_deadline(host: Host) -> None:
+    host.follow(autostop_after=HOUR, activity_bump=HOUR)
+    host.create()
+    start = host.clock.now
+    host.clock.advance(minutes=30)
+    host.manager.stop("one")
+    with host.catalog.reading() as reader:
+        [run, _] = reader.runs("one")
+    assert run.deadline == start + HOUR
+    host.manager.touch("one")
+    with host.catalog.reading() as reader:
+        assert [run.deadline for run in reader.runs("one")] == [start + HOUR, None]
 
 
 def test_a_start_gets_the_deadline_of_its_policy(host: Host) -> None:

@@ -72,6 +72,7 @@ RECORD = PausedRecord(
         current_snapshot="p",
         base_snapshot="b",
         paused_at=NOW + timedelta(microseconds=7),
+        ttl=timedelta(hours=1, microseconds=1),
     ),
     Policy("gentle", ScopePolicy(Scope.FULL, Scope.DATA), timedelta(hours=1), StopAction.PAUSE),
     (snapshot("v1"), snapshot("p", SnapshotKind.PAUSE)),
