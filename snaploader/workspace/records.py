@@ -42,6 +42,7 @@ from snaploader.workspace.model import (
     check_spec,
     check_workspace_id,
     is_workspace_id,
+    runtime_name,
 )
 from snaploader.workspace.policy import Policy
 
@@ -294,6 +295,9 @@ def _snapshot_fields(snapshot: SnapshotRecord) -> dict[str, Any]:
 
 def _snapshot(workspace_id: str, values: Mapping[str, Any]) -> SnapshotRecord:
     fields = _read(_SNAPSHOT, values)
+    name, its_id = fields["name"], fields["runtime_name"]
+    if its_id != runtime_name(workspace_id, name):
+        raise ValueError(f"its snapshot {name!r} has the id {its_id!r}, which is another's")
     source = SnapshotSource.parse(_text(values.get("source_text") or fields["source"]))
     return SnapshotRecord(workspace_id=workspace_id, **{**fields, "source": source})
 

@@ -238,11 +238,24 @@ class _Recovery:
             self.problems.append(Note(name, reason))
             return []
         if known.state is WorkspaceState.PAUSED:
-            return [record]
+            stranger = self._unknown_snapshot(record)
+            if not stranger:
+                return [record]
+            self._trash(
+                name, f"it is of another workspace: the catalog does not know its snapshot {stranger!r}"
+            )
+            return []
         if known.operation is None:
             self.services.records.remove(name)
             self.pruned.append(Note(name, f"a record of it as paused, and it is {known.state}"))
         return []
+
+    def _unknown_snapshot(self, record: PausedRecord) -> str:
+        """What a record says that its workspace is paused as, if the catalog knows no such snapshot of it."""
+        current = record.workspace.current_snapshot
+        with self.services.catalog.reading() as reader, suppress(NotFound):
+            return "" if reader.snapshot(current).workspace_id == record.workspace.id else current
+        return current
 
     def _restore(self, record: PausedRecord) -> None:
         """Reserve the slot, and let the catalog say that the workspace is paused. Nothing is started."""

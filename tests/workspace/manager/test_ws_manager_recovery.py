@@ -427,6 +427,37 @@ def test_a_record_whose_snapshot_is_not_whole_is_trashed(host: Host) -> None:
         host.manager.workspace("one")
 
 
+def test_a_record_with_the_id_of_anothers_snapshot_is_trashed(host: Host) -> None:
+    create_paused(host, "one")
+    file = paused_folder(host) / "one/record.json"
+    content = json.loads(file.read_text())
+    content["snapshots"][0]["runtime_name"] = "workspaces/two/" + content["snapshots"][0]["name"]
+    file.write_text(json.dumps(content))
+    forget(host, "one")
+    [note] = host.manager.recover().trashed
+    assert "which is another's" in note.reason
+    with pytest.raises(LookupError):
+        host.manager.workspace("one")
+
+
+def test_a_record_of_another_workspace_of_that_id_is_trashed_and_written_anew(host: Host) -> None:
+    create_paused(host, "one")
+    file = paused_folder(host) / "one/record.json"
+    right = file.read_text()
+    name = json.loads(right)["workspace"]["current_snapshot"]
+    file.write_text(right.replace(name, "one.of-another-catalog"))
+    summary = host.manager.recover()
+    [note] = summary.trashed
+    assert note.name == "one"
+    assert "the catalog does not know its snapshot 'one.of-another-catalog'" in note.reason
+    assert summary.restored == ("one",)
+    assert json.loads(file.read_text()) == json.loads(right)
+    assert host.findings() == []
+    host.manager.recover()
+    host.manager.resume("one")
+    assert host.read("data/a", "one") == "content of one"
+
+
 @pytest.mark.parametrize("lost", [{1}, {2}, {3}, {1, 3}, {2, 3}, {1, 2, 3}])
 def test_numbers_of_versions_that_were_lost_are_not_given_again(host: Host, lost: set[int]) -> None:
     host.create("one")

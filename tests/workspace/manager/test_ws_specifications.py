@@ -145,3 +145,14 @@ def test_what_is_no_text_is_an_error_of_the_program(host: Host, values: dict[str
 def test_resources_are_whole_numbers_above_zero(name: str, value: Any) -> None:
     with pytest.raises(InvalidArgument, match=f"{name} of a workspace is"):
         Resources(**{name: value})
+
+
+def test_recovery_starts_what_should_run_with_its_resources(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.create(**MADE_WITH)
+    host.runtime.end("one")
+    seen: list[WorkspaceSpec] = []
+    monkeypatch.setattr(host.runtime, "start", seen.append)
+    assert [note.reason for note in host.manager.recover().repaired] == ["it did not run, and was started"]
+    assert [made_with(spec) for spec in seen] == [MADE_WITH]
