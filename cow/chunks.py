@@ -133,6 +133,9 @@ class ChunkSource(Protocol):
 
     The file behind a descriptor is immutable, as long as the chunk (or, for the last chunk of a
     store, as long as its part inside the store), and verified: a store shows its bytes unchecked.
+
+    A source may have a method `wait(flight)`, too. A reader calls it instead of `cow.Flight.wait` while
+    another one has the chunk that it wants opened; what it raises ends the wait.
     """
 
     def open_chunk(self, index: int) -> OpenedChunk:

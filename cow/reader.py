@@ -222,7 +222,9 @@ class ChunkReader:
                 return None
             if kind == LAZY:
                 return self._flights.run(
-                    index, lambda: self._mappings.get(index) or self._map_lazy(index, on_open)
+                    index,
+                    lambda: self._mappings.get(index) or self._map_lazy(index, on_open),
+                    getattr(state.source, "wait", None),
                 )
             with state.locks.hold(index):
                 mapping = self._mappings.get(index) or self._map_local(index, on_open)

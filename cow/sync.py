@@ -123,7 +123,7 @@ class ChunkLocks:
 class Flight(Generic[K, T]):
     """Work under way that several want the outcome of. It has one once it was finished."""
 
-    __slots__ = ("_finished", "error", "key", "result", "waiters")
+    __slots__ = ("_callbacks", "_finished", "error", "key", "result", "waiters")
 
     def __init__(self, key: K) -> None:
         self.key = key
@@ -132,10 +132,29 @@ class Flight(Generic[K, T]):
         self.result: T | None = None
         self.error: BaseException | None = None
         self._finished = threading.Event()
+        self._callbacks: list[Callable[[], object]] = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has its outcome."""
+        return self._finished.is_set()
 
     def wait(self) -> None:
         """Block until it is finished. Whatever bounds the leader's work bounds the wait."""
         self._finished.wait()
+
+    def when_finished(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once it is finished, on the thread that does that, or at once. Perhaps twice."""
+        self._callbacks.append(callback)
+        if self._finished.is_set():
+            callback()
+
+    def end(self, result: T | None, error: BaseException | None) -> None:
+        """Give it its outcome, for all who wait."""
+        self.result, self.error = result, error
+        self._finished.set()
+        for callback in self._callbacks:
+            callback()
 
 
 class SingleFlight(Generic[K, T]):
@@ -149,11 +168,14 @@ class SingleFlight(Generic[K, T]):
         self._lock = threading.Lock()
         self._flights: dict[K, Flight[K, T]] = {}
 
-    def run(self, key: K, call: Callable[[], T]) -> T:
+    def run(self, key: K, call: Callable[[], T], wait: Callable[[Flight[K, T]], object] | None = None) -> T:
         """The result of `call`, or of the one for the same key that is under way.
 
-        An Exception reaches all who wait. When the call is interrupted (KeyboardInterrupt, SystemExit), one
-        of them takes over.
+        An Exception reaches all who wait. When the call is interrupted (KeyboardInterrupt, SystemExit), or
+        what it raises has a true attribute `is_callers_own`, one of them takes over.
+
+        Args:
+            wait: Waits for a flight, and may raise to wait no longer. Default: as long as it takes.
         """
         while True:
             flight, leads = self.join(key)
@@ -165,10 +187,10 @@ class SingleFlight(Generic[K, T]):
                     self.finish(flight, error=error)
                     raise
                 return result
-            flight.wait()
+            (wait or Flight.wait)(flight)
             if flight.error is None:
                 return cast("T", flight.result)
-            if isinstance(flight.error, Exception):
+            if isinstance(flight.error, Exception) and not getattr(flight.error, "is_callers_own", False):
                 raise flight.error
 
     def join(self, key: K) -> tuple[Flight[K, T], bool]:
@@ -189,5 +211,4 @@ class SingleFlight(Generic[K, T]):
             if self._flights.get(flight.key) is not flight:
                 return
             del self._flights[flight.key]
-            flight.result, flight.error = result, error
-        flight._finished.set()
+        flight.end(result, error)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 from snaploader._version import __version__
-from snaploader.errors import Cancelled, DeadlineExceeded, InvalidArgument
+from snaploader.errors import Cancelled, DeadlineExceeded, InvalidArgument, SnaploaderError
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -271,6 +271,19 @@ class CallContext:
         self.wait(threading.Event(), seconds)
 
     @contextmanager
+    def on_behalf(self) -> Iterator[None]:
+        """Run the block as this caller, and as no other, within the bounds of the call that runs."""
+        around = _current.get()
+        bounded = replace(
+            self, timeout_s=None, deadline_s=around.deadline_s, cancellation=around.cancellation
+        )
+        token = _current.set(bounded)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    @contextmanager
     def use(self) -> Iterator[None]:
         """Make this the context of what the block does on this thread, and of the calls that it makes.
 
@@ -290,6 +303,29 @@ _current: ContextVar[CallContext] = ContextVar("snaploader_call_context", defaul
 def current() -> CallContext:
     """The context of the call that runs on this thread; an empty one when none does."""
     return _current.get()
+
+
+@contextmanager
+def unbounded() -> Iterator[None]:
+    """Run the block to its end, whatever becomes of the call that it is part of. It must be short.
+
+    What takes back a step that failed belongs in such a block, and what must not stop half-way.
+    """
+    token = _current.set(_current.get().identity())
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Around work that others may wait for: what it raises because the call is over does not concern them."""
+    try:
+        yield
+    except SnaploaderError as error:
+        error.is_callers_own = error.is_callers_own or _current.get().is_over
+        raise
 
 
 def in_context(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:

@@ -9,7 +9,7 @@
     ├── Unauthenticated      no credentials, or not accepted
     ├── Unavailable          a server cannot be reached or asks to come back later
     ├── DeadlineExceeded     the time given for the call ran out (also a TimeoutError)
-    ├── Cancelled            the work was called off: the pool, cache or store was closed
+    ├── Cancelled            the work was called off: by its caller, or a cache or loader was closed
     ├── DataLoss             bytes do not match their digest in any place that holds them
     ├── Unimplemented        the server does not offer what the call needs
     └── Internal             a broken invariant, here or in a server
@@ -42,6 +42,9 @@ class SnaploaderError(Exception):
 
     transient: bool = False
     exit_code: ClassVar[int] = 1
+    is_callers_own: bool = False
+    """Whether it is of no concern to others who wait for the same work: its call was called off, or its time
+    was up. One of them takes the work over then."""
     uploaded: tuple[Any, ...] = ()
     """Digests (`snaploader.digest.Digest`) that were on their way to the remote cache when deriving a
     snapshot there failed. Those that arrived belong to none; the next attempt need not send them again."""
@@ -119,7 +122,7 @@ class Unimplemented(SnaploaderError):
 
 
 class Cancelled(SnaploaderError):
-    """The work was called off because its pool, cache or store was closed, or another part failed."""
+    """The work was called off: by its caller, as a cache or loader was closed, or another part failed."""
 
     exit_code = 12
 

@@ -19,13 +19,14 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from cow import Flight, OpenedChunk, SingleFlight, write_all
 from snaploader import files
 from snaploader.blobstore import BlobStore, Sink
+from snaploader.context import CallContext, current, own_errors
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import Cancelled, DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
@@ -46,10 +47,13 @@ MAX_BATCH_BYTES = 8 << 20
 MAX_REMEMBERED = 65_536
 """Prefetched blobs whose first use is still to be counted."""
 
-BlobFlight: TypeAlias = "Flight[Digest, bytes]"
+FlightKey: TypeAlias = "tuple[str, Digest]"
+"""A group and a blob: what is fetched for one group is nothing to another."""
+
+BlobFlight: TypeAlias = "Flight[FlightKey, bytes]"
 """A blob on its way. Its result is its bytes where no cache took them; otherwise the file cache has them."""
 
-BlobFlights: TypeAlias = "SingleFlight[Digest, bytes]"
+BlobFlights: TypeAlias = "SingleFlight[FlightKey, bytes]"
 
 _flights_by_cache: weakref.WeakKeyDictionary[FileCache, BlobFlights] = weakref.WeakKeyDictionary()
 _flights_lock = threading.Lock()
@@ -90,10 +94,10 @@ class BlobFetcher:
                     raise
                 # Not the error itself: it would hold this frame, and its callers' with what they have read.
                 damage = error.message if isinstance(error, DataLoss) else ""
-            flight, leads = self._flights.join(digest)
+            flight, leads = self._flights.join((self.file_cache.group_id, digest))
             if leads:
                 return self._open_as_leader(self.behind, flight, damage)
-            flight.wait()
+            wait(flight)
             if flight.result is not None:
                 return OpenedChunk(_in_memory_file(flight.result), REMOTE)
             _raise_again(flight)
@@ -143,8 +147,9 @@ class BlobFetcher:
         flights = {}
         if self.behind is None:
             return
+        group_id = self.file_cache.group_id
         for digest in self.file_cache.find_missing(digests):
-            flight, leads = self._flights.join(digest)
+            flight, leads = self._flights.join((group_id, digest))
             if leads:
                 flights[digest] = flight
 
@@ -172,12 +177,12 @@ class BlobFetcher:
 
     def _open_local(self, digest: Digest) -> OpenedChunk:
         fd = self.file_cache.open(digest)
-        if self.prefetcher.is_first_use(digest):
+        if self.prefetcher.is_first_use((self.file_cache.group_id, digest)):
             return OpenedChunk(fd, REMOTE, prefetched=True)
         return OpenedChunk(fd, FILE_CACHE)
 
     def _open_as_leader(self, behind: BlobStore, flight: BlobFlight, damage: str) -> OpenedChunk:
-        digest = flight.key
+        _, digest = flight.key
         with self._leading(flight):
             # Another flight may have ended since this thread looked.
             with suppress(NotFound, DataLoss):
@@ -199,7 +204,8 @@ class BlobFetcher:
     def _leading(self, flight: BlobFlight) -> Iterator[None]:
         """Ends the flight with the block, and with what that raises."""
         try:
-            yield
+            with own_errors():
+                yield
         except BaseException as error:
             self._flights.finish(flight, error=error)
             raise
@@ -214,12 +220,12 @@ class BlobFetcher:
             except (NotFound, DataLoss):
                 if self.behind is None or not allow_remote:
                     raise
-            flight, leads = self._flights.join(digest)
+            flight, leads = self._flights.join((self.file_cache.group_id, digest))
             if leads:
                 with self._leading(flight):
                     self._stream_to_cache(self.behind, digest)
                 return True
-            flight.wait()
+            wait(flight)
             _raise_again(flight)
 
     def _stream_to_cache(self, behind: BlobStore, digest: Digest) -> None:
@@ -273,7 +279,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except SnaploaderError as error:
-        if isinstance(error, DataLoss) and not isinstance(error.__cause__, OSError):
+        if current().is_over or (isinstance(error, DataLoss) and not isinstance(error.__cause__, OSError)):
             raise
         raise _CacheRefused from error
 
@@ -303,12 +309,19 @@ def _twice(attempt: Callable[[], None]) -> None:
 def _raise_again(flight: BlobFlight) -> None:
     """Raise what another thread's flight failed with, with a traceback of this thread's own.
 
-    Nothing is raised where the failure was that thread's alone: a prefetch, an interrupt, or a cache that
-    refused the blob. The caller tries for itself then.
+    Nothing is raised where the failure was that thread's alone: a prefetch, an interrupt, a call that was
+    called off, or a cache that refused the blob. The caller tries for itself then.
     """
     error = flight.error
-    if isinstance(error, SnaploaderError):
+    if isinstance(error, SnaploaderError) and not error.is_callers_own:
         raise type(error)(error.message, transient=error.transient) from error
+
+
+def wait(flight: Flight[Any, Any]) -> None:
+    """Wait for a flight, for as long as the call that runs may take. Errors as `CallContext.check`."""
+    ended = threading.Event()
+    flight.when_finished(ended.set)
+    current().wait(ended)
 
 
 def _in_memory_file(data: bytes) -> int:
@@ -337,20 +350,25 @@ class Prefetcher:
         self._pool = pool
         self._flights = flights
         self._lock = threading.Lock()
-        self._queue: OrderedDict[Digest, None] = OrderedDict()
-        self._unused: OrderedDict[Digest, None] = OrderedDict()
+        self._queue: OrderedDict[tuple[CallContext, Digest], None] = OrderedDict()
+        """Who hinted, and at what."""
+        self._unused: OrderedDict[FlightKey, None] = OrderedDict()
         self._demands = 0
         self._busy = False
         self._closed = False
 
     def hint(self, digests: Sequence[Digest]) -> None:
-        """These will likely be opened soon, the first one first. Returns at once, never raises."""
+        """These will likely be opened soon, the first one first. Returns at once, never raises.
+
+        They are fetched as the caller of the call that runs.
+        """
+        identity = current().identity()
         with self._lock:
             if self._closed or self._behind is None:
                 return
             for digest in reversed(digests):
-                self._queue[digest] = None
-                self._queue.move_to_end(digest, last=False)
+                self._queue[identity, digest] = None
+                self._queue.move_to_end((identity, digest), last=False)
             while len(self._queue) > MAX_QUEUED_HINTS:
                 self._queue.popitem()
         self._start()
@@ -358,10 +376,11 @@ class Prefetcher:
     @contextmanager
     def demand(self, *digests: Digest) -> Iterator[None]:
         """Holds prefetching back for as long as the block, a demand fetch of `digests`, runs."""
+        identity = current().identity()
         with self._lock:
             self._demands += 1
             for digest in digests:
-                self._queue.pop(digest, None)
+                self._queue.pop((identity, digest), None)
         try:
             yield
         finally:
@@ -369,12 +388,12 @@ class Prefetcher:
                 self._demands -= 1
             self._start()
 
-    def is_first_use(self, digest: Digest) -> bool:
-        """Whether `digest` was brought by a prefetch and is used for the first time."""
+    def is_first_use(self, key: FlightKey) -> bool:
+        """Whether a blob was brought to its group by a prefetch and is used for the first time."""
         with self._lock:
-            if digest not in self._unused:
+            if key not in self._unused:
                 return False
-            del self._unused[digest]
+            del self._unused[key]
             return True
 
     def close(self) -> None:
@@ -387,12 +406,12 @@ class Prefetcher:
         with self._lock:
             if self._busy or self._demands or self._closed or not self._queue:
                 return
-            batch = self._take_batch()
+            identity, batch = self._take_batch()
             self._busy = bool(batch)
         if not batch:
             return
         try:
-            future = self._pool.submit(lambda: self._fetch(batch))
+            future = self._pool.submit(lambda: self._fetch(identity, batch))
         except SnaploaderError as error:
             self._give_up(batch, error)
             return
@@ -400,36 +419,41 @@ class Prefetcher:
         closed = Cancelled("the loader was closed")
         future.add_done_callback(lambda done: self._give_up(batch, closed) if done.cancelled() else None)
 
-    def _take_batch(self) -> dict[Digest, BlobFlight]:
+    def _take_batch(self) -> tuple[CallContext, dict[Digest, BlobFlight]]:
+        """What one caller is to have next."""
         batch: dict[Digest, BlobFlight] = {}
         size = 0
+        caller, _ = next(iter(self._queue))
+        with caller.on_behalf():
+            group_id = self._file_cache.group_id
         while self._queue:
-            digest = next(iter(self._queue))
-            if batch and size + digest.size_bytes > MAX_BATCH_BYTES:
+            identity, digest = next(iter(self._queue))
+            if identity != caller or (batch and size + digest.size_bytes > MAX_BATCH_BYTES):
                 break
-            del self._queue[digest]
-            flight, leads = self._flights.join(digest)
+            del self._queue[identity, digest]
+            flight, leads = self._flights.join((group_id, digest))
             if leads:
                 batch[digest] = flight
                 size += digest.size_bytes
-        return batch
+        return (caller, batch) if batch or not self._queue else self._take_batch()
 
-    def _fetch(self, batch: dict[Digest, BlobFlight]) -> None:
+    def _fetch(self, identity: CallContext, batch: dict[Digest, BlobFlight]) -> None:
         error: SnaploaderError | None = None
 
         def keep(digest: Digest, data: bytes) -> None:
             if self._closed:
                 raise Cancelled("the loader was closed")
-            self._keep(digest, data)
+            self._keep(batch[digest].key, data)
             self._flights.finish(batch[digest])
 
         try:
-            missing = self._file_cache.find_missing(batch)
-            for digest, flight in batch.items():
-                if digest not in missing:
-                    self._flights.finish(flight)
-            if missing and self._behind is not None:
-                self._behind.read_many([d for d in batch if d in missing], keep)
+            with identity.on_behalf():
+                missing = self._file_cache.find_missing(batch)
+                for digest, flight in batch.items():
+                    if digest not in missing:
+                        self._flights.finish(flight)
+                if missing and self._behind is not None:
+                    self._behind.read_many([d for d in batch if d in missing], keep)
         except SnaploaderError as caught:
             # No reader asked for these bytes yet. One that does fetches them again and sees the error.
             log.debug("prefetch of %d blobs failed: %s", len(batch), caught)
@@ -438,18 +462,18 @@ class Prefetcher:
             self._give_up(batch, error or NotFound("the prefetch ended without this blob"))
         self._start()
 
-    def _keep(self, digest: Digest, data: bytes) -> None:
+    def _keep(self, key: FlightKey, data: bytes) -> None:
         # Before it can be seen: a reader may open it at once.
         with self._lock:
-            self._unused[digest] = None
+            self._unused[key] = None
             if len(self._unused) > MAX_REMEMBERED:
                 self._unused.popitem(last=False)
         added = False
         try:
-            added = self._file_cache.put_verified(digest, data)
+            added = self._file_cache.put_verified(key[1], data)
         finally:
             if not added:
-                self.is_first_use(digest)
+                self.is_first_use(key)
 
     def _give_up(self, batch: dict[Digest, BlobFlight], error: SnaploaderError) -> None:
         for flight in batch.values():
@@ -460,7 +484,11 @@ class Prefetcher:
 
 @dataclass(frozen=True, eq=False)
 class SnapshotChunkSource:
-    """The chunks of a table, as a `cow.ChunkSource`. Thread-safe, immutable."""
+    """The chunks of a table, as a `cow.ChunkSource`. Thread-safe, immutable.
+
+    They are fetched as the caller in whose call this is made, whoever reads; a read that is part of a call
+    ends with that.
+    """
 
     name: str
     table: ChunkTable
@@ -469,19 +497,28 @@ class SnapshotChunkSource:
     mode: int = DEFAULT_MODE
     """Permission bits of the file, which the next save of its store keeps."""
 
+    identity: CallContext = field(default_factory=lambda: current().identity())
+    """The caller."""
+
     def open_chunk(self, index: int) -> OpenedChunk:
         """Open the chunk, from the nearest tier. Errors say which chunk of which file it was."""
         digest = self._digest(index)
         try:
-            return self.fetcher.open(digest, allow_remote=self.allow_remote)
+            with self.identity.on_behalf(), own_errors():
+                return self.fetcher.open(digest, allow_remote=self.allow_remote)
         except SnaploaderError as error:
             error.add_note(f"needed for chunk {index} of {self.name!r}")
             raise
 
+    def wait(self, flight: Flight[int, Any]) -> None:
+        """Wait for a chunk that another reader opens, for as long as the call that runs may take."""
+        wait(flight)
+
     def prefetch(self, indices: Sequence[int]) -> None:
         """Pass the hint on to the fetcher."""
         if self.allow_remote:
-            self.fetcher.prefetcher.hint([self._digest(index) for index in indices])
+            with self.identity.on_behalf():
+                self.fetcher.prefetcher.hint([self._digest(index) for index in indices])
 
     def _digest(self, index: int) -> Digest:
         digest = self.table.get(index)

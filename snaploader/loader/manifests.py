@@ -28,6 +28,7 @@ from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader._proto.snaploader_pb2 import LocalManifest, Tombstone
 from snaploader.blobstore import RemoteStore
+from snaploader.context import current, unbounded
 from snaploader.digest import Digest, DigestFunction, hash_strings
 from snaploader.errors import (
     DataLoss,
@@ -121,7 +122,8 @@ class ManifestStore:
         self._stores = stores
         self._file_cache = stores.file_cache
         self._lock = threading.Lock()
-        self._remembered: OrderedDict[Digest, str] = OrderedDict()
+        self._remembered: OrderedDict[tuple[object, Digest], str] = OrderedDict()
+        """By caller and name: others may be shown something else."""
 
     def local_ref(self, key: SnapshotKey) -> str:
         """The ref of the file cache that the manifest of `key` is kept under."""
@@ -195,7 +197,7 @@ class ManifestStore:
         told from ours all the same, when ours is read back.
         """
         with self._lock:
-            content = self._remembered.get(self._name(key))
+            content = self._remembered.get((current().caller, self._name(key)))
         if content is not None:
             return content
         result = self._look(key)
@@ -263,15 +265,16 @@ class ManifestStore:
 
     def _get(self, key: SnapshotKey) -> ActionResult:
         name = self._name(key)
+        known_as = current().caller, name
         try:
             result = self._stores.server.get_action_result(name)
         except BaseException:
             with self._lock:
-                self._remembered.pop(name, None)
+                self._remembered.pop(known_as, None)
             raise
         with self._lock:
-            self._remembered[name] = _content(result)
-            self._remembered.move_to_end(name)
+            self._remembered[known_as] = _content(result)
+            self._remembered.move_to_end(known_as)
             if len(self._remembered) > _MAX_REMEMBERED:
                 self._remembered.popitem(last=False)
         return result
@@ -364,10 +367,11 @@ class ManifestStore:
             yield
         except BaseException as error:
             try:
-                if before is None:
-                    self._file_cache.unpin(name)
-                else:
-                    self._pin_again(before)
+                with unbounded():
+                    if before is None:
+                        self._file_cache.unpin(name)
+                    else:
+                        self._pin_again(before)
             except SnaploaderError as failure:
                 error.add_note(
                     f"what was pinned as {name!r} before may not be so any more: {failure.message}"

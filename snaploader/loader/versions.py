@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 import uuid
+from typing import TypeAlias
 
 from google.protobuf.message import DecodeError
 
+from cow import SingleFlight
 from snaploader import keys
 from snaploader._proto.remote_execution_pb2 import ActionResult
 from snaploader._proto.snaploader_pb2 import SnapshotVersionMetadata
+from snaploader.context import current, own_errors
 from snaploader.digest import Digest
 from snaploader.errors import (
     DataLoss,
@@ -35,6 +37,7 @@ from snaploader.errors import (
 )
 from snaploader.formats.manifest import unpack_any
 from snaploader.keys import SnapshotKey
+from snaploader.loader.fetch import wait
 from snaploader.loader.manifests import MAY_ONLY_READ, Stores, result_of, update_result
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,9 @@ RECENTLY_S = 60.0
 
 _MAX_SEEN = 1024
 
+Looked: TypeAlias = "tuple[object, str]"
+"""Who looked, and at which version key."""
+
 
 class VersionStore:
     """Reads, mints and replaces versions. Thread-safe.
@@ -60,9 +66,9 @@ class VersionStore:
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
         self._file_cache = stores.file_cache
-        self._minting = threading.Lock()
-        self._seen_s: dict[str, float] = {}
-        self._outlived_s: dict[str, float] = {}
+        self._minting: SingleFlight[Looked, str] = SingleFlight()
+        self._seen_s: dict[Looked, float] = {}
+        self._outlived_s: dict[Looked, float] = {}
 
     def current(self, key: SnapshotKey, *, allow_stale: bool = False) -> str:
         """The version that `key` is to carry (its own version_id does not matter).
@@ -96,9 +102,9 @@ class VersionStore:
         """Whether that version stands after a save, or did after one less than `RECENTLY_S` ago."""
         return self._stands(key, self._outlived_s)
 
-    def _stands(self, key: SnapshotKey, looks_s: dict[str, float]) -> bool:
+    def _stands(self, key: SnapshotKey, looks_s: dict[Looked, float]) -> bool:
         """Whether there is a result, whatever it says. A look that found one is noted in `looks_s`."""
-        if time.monotonic() - looks_s.get(keys.version_key(key), -math.inf) < RECENTLY_S:
+        if time.monotonic() - looks_s.get(_looked(key), -math.inf) < RECENTLY_S:
             return True
         try:
             self._stores.server.get_action_result(self._remote_name(key))
@@ -158,9 +164,13 @@ class VersionStore:
             return version
         if self._stores.readonly or self._stores.remote_readonly:
             return str(uuid.uuid4())
-        with self._minting:
-            # Another thread of this loader may have minted while this one waited.
-            return self._read_remote(key) or self._mint_remotely(key)
+
+        def mint() -> str:
+            with own_errors():
+                # Another thread may have minted since this one looked.
+                return self._read_remote(key) or self._mint_remotely(key)
+
+        return self._minting.run(_looked(key), mint, wait)
 
     def _mint_remotely(self, key: SnapshotKey) -> str:
         version = str(uuid.uuid4())
@@ -178,7 +188,7 @@ class VersionStore:
             log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
             return version
         # A rival that saw no version either has written its own within about a round trip of ours.
-        time.sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
+        current().sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
         return self._read_remote(key) or version
 
     def _read_remote(self, key: SnapshotKey, *, repair: bool = False) -> str | None:
@@ -216,10 +226,14 @@ class VersionStore:
             return None
 
 
-def _note(looks_s: dict[str, float], key: SnapshotKey) -> None:
+def _looked(key: SnapshotKey) -> Looked:
+    return current().caller, keys.version_key(key)
+
+
+def _note(looks_s: dict[Looked, float], key: SnapshotKey) -> None:
     if len(looks_s) >= _MAX_SEEN:
         looks_s.clear()
-    looks_s[keys.version_key(key)] = time.monotonic()
+    looks_s[_looked(key)] = time.monotonic()
 
 
 def _result(version: str) -> ActionResult:

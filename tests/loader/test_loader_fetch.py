@@ -146,7 +146,7 @@ def test_a_late_landing_of_a_prefetch_leaves_the_flight_of_another_alone(
         assert cas.reading.wait(TIMEOUT_S)
         may_end.set()
         pool.submit(lambda: None).result(TIMEOUT_S)  # Behind the prefetch, which is over now.
-        _, leads = flights_into(cache).join(first)
+        _, leads = flights_into(cache).join((cache.group_id, first))
         assert not leads
         cas.may_read.set()
         assert demand.result(TIMEOUT_S) == b"first" * 100
