@@ -26,14 +26,13 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn, Self
 from urllib.parse import unquote
 
 try:
     from fsspec.spec import AbstractFileSystem
-    from fsspec.utils import tokenize
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "snaploader.fsspec needs fsspec: install snaploader[fsspec]", name=error.name
@@ -99,6 +98,8 @@ class _Options:
     remote_cache_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        pairs = self.platform.items() if isinstance(self.platform, Mapping) else self.platform
+        object.__setattr__(self, "platform", tuple(pairs))
         if self.loader is not None and (self.file_cache is not None or self.remote_cache is not None):
             raise InvalidArgument("give either a loader or what to make one of: file_cache and remote_cache")
         if self.loader is None and self.file_cache is None:
@@ -109,9 +110,6 @@ class _Options:
             raise InvalidArgument("remote_cache_options belong to the URL of a remote cache")
         if not isinstance(self.read_policy, ReadPolicy):
             ReadPolicy.parse(self.read_policy)
-
-    def token(self) -> str:
-        return str(tokenize(*(getattr(self, option.name) for option in fields(self))))
 
 
 class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
@@ -184,7 +182,6 @@ class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
             file_cache_options or {},
             remote_cache_options or {},
         )
-        self._token = self._options.token()
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -343,14 +340,14 @@ class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
         Where there is a new one by then, files that are open on the old one cannot be read any more.
         """
-        opened = _registry.find(self._token)
+        opened = _registry.find(self._options)
         if opened is not None:
             opened.invalidate(None if path is None else self._split(path)[1])
         super().invalidate_cache(path)
 
     def close(self) -> None:
         """Close what this and equal file systems have opened. Idempotent; another use opens it again."""
-        _registry.close(self._token)
+        _registry.close(self._options)
 
     def __enter__(self) -> Self:
         return self
@@ -364,7 +361,7 @@ class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if not root:
             raise InvalidArgument(f"{path!r} names no snapshot: snap://<ref>/<file> or snap://@<id>/<file>")
         with _missing(name):
-            return name, _registry.opened(self._token, self._options).reader(root), inside
+            return name, _registry.opened(self._options).reader(root), inside
 
     def _type(self, path: str) -> str | None:
         try:
@@ -448,7 +445,7 @@ class _Opened:
     """A loader, and readers of the snapshots that it has found. Thread-safe."""
 
     def __init__(self, options: _Options) -> None:
-        self._options = options
+        self.options = options
         self._lock = threading.Lock()
         self._places: dict[tuple[str, tuple[object, ...]], _Place] = {}
         with ProcessExitStack() as undo:
@@ -485,7 +482,7 @@ class _Opened:
         self._open.close()
 
     def _find(self, root: str) -> Snapshot:
-        options = self._options
+        options = self.options
         name = unquote(root.removeprefix(ID_MARK))
         if root.startswith(ID_MARK) and name:
             return self._loader.get_snapshot_by_id(
@@ -519,7 +516,7 @@ def _new_loader(options: _Options, undo: ExitStack) -> SnapshotLoader:
 class _Registry:
     """What is open in this process, by the options that it was opened with. Thread-safe.
 
-    fsspec makes a file system for each thread.
+    fsspec makes a file system for each thread. It compares their options as text, which may hide a secret.
     """
 
     def __init__(self) -> None:
@@ -528,23 +525,30 @@ class _Registry:
     def forget(self) -> None:
         """Begin anew, as a forked child must: locks may be held for ever there, caches are its parent's."""
         self._lock = threading.Lock()
-        self._opened: dict[str, _Opened] = {}
+        self._opened: list[_Opened] = []
 
-    def opened(self, token: str, options: _Options) -> _Opened:
+    def opened(self, options: _Options) -> _Opened:
         with self._lock:
-            if token not in self._opened:
-                self._opened[token] = _Opened(options)
-            return self._opened[token]
+            found = self._search(options)
+            if found is None:
+                found = _Opened(options)
+                self._opened.append(found)
+            return found
 
-    def find(self, token: str) -> _Opened | None:
+    def find(self, options: _Options) -> _Opened | None:
         with self._lock:
-            return self._opened.get(token)
+            return self._search(options)
 
-    def close(self, token: str) -> None:
+    def close(self, options: _Options) -> None:
         with self._lock:
-            opened = self._opened.pop(token, None)
-        if opened is not None:
-            opened.close()
+            found = self._search(options)
+            if found is not None:
+                self._opened.remove(found)
+        if found is not None:
+            found.close()
+
+    def _search(self, options: _Options) -> _Opened | None:
+        return next((opened for opened in self._opened if opened.options == options), None)
 
 
 _registry = _Registry()

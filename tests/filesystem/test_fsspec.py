@@ -35,7 +35,8 @@ from snaploader import (  # noqa: E402 - after what may skip all of it
     SnapshotTask,
     Unavailable,
 )
-from snaploader.fsspec import SnapshotFileSystem, snapshot_url  # noqa: E402
+from snaploader.context import Secret  # noqa: E402
+from snaploader.fsspec import SnapshotFileSystem, _registry, snapshot_url  # noqa: E402
 from snaploader.testing import EmbeddedServer, FakeCAS  # noqa: E402
 
 CHUNK = 4096
@@ -449,6 +450,21 @@ def test_file_systems_with_equal_options_share_what_they_open(make: Make, saved:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(read, range(4))) == [DISK] * 4
     assert not saved.cas.calls
+
+
+def test_options_that_differ_in_a_secret_alone_share_nothing(served: dict[str, Any]) -> None:
+    first, again = SnapshotFileSystem(**served), SnapshotFileSystem(**served)
+    assert _registry.opened(first._options) is _registry.opened(again._options)
+    one, other = (
+        SnapshotFileSystem(
+            **served | {"remote_cache_options": {"headers": {"token": Secret(token)}}},
+            skip_instance_cache=True,
+        )
+        for token in ("a", "b")
+    )
+    assert _registry.opened(one._options) is not _registry.opened(other._options)
+    for fs in (first, one, other):
+        fs.close()
 
 
 def test_one_snapshot_is_looked_for_once_by_many_threads(make: Make, saved: Saved) -> None:
