@@ -13,6 +13,7 @@ import click
 import pytest
 from cli_runner import CommandLine
 
+from snaploader import FileCache, SnapshotKey, SnapshotLoader, VMMetadata
 from snaploader.cli.workspace import workspace
 from snaploader.workspace.catalog import Catalog
 from snaploader.workspace.runtime import ProcessRuntime
@@ -99,6 +100,24 @@ def test_a_snapshot_that_the_catalog_does_not_manage_is_shown_as_such(cli: Comma
     )
     told = cli.ok("workspace", "show", "web").text
     assert f"not managed by the catalog: {taken['runtime_name']}  version of 20" in told
+
+
+def test_what_other_programs_saved_of_a_workspace_does_not_go_with_it(cli: CommandLine, state: Path) -> None:
+    cli.ok("workspace", "create", "web", "--no-start")
+    cli.ok("workspace", "snapshot", "web")
+    with FileCache(state.parents[1] / "xdg-cache/snaploader") as cache, SnapshotLoader(cache, None) as loader:
+        loader.cache_snapshot(
+            SnapshotKey(),
+            files={"file": state / "state-id"},
+            vm_metadata=VMMetadata(vm_id="web", snapshot_id="nightly"),
+            snapshot_id="nightly",
+            remote=False,
+        )
+    names = [each["runtime_name"] for each in cli.json("workspace", "show", "web")["snapshots"]]
+    assert names[1:] == ["nightly"]
+    [going] = cli.json("workspace", "rm", "--dry-run", "web")["would_delete"]
+    assert [each["runtime_name"] for each in going["snapshots"]] == names[:1]
+    assert "1 snapshots" in cli.ok("workspace", "rm", "--dry-run", "web").text
 
 
 def test_a_workspace_that_runs_is_adopted_by_a_new_catalog(cli: CommandLine, state: Path) -> None:

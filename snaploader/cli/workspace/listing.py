@@ -86,7 +86,7 @@ def list_(
     if tree:
         forks = _forks(workspaces)
         for each in found:
-            snapshots = workspaces.manager.list_snapshots(each.id)
+            snapshots = workspaces.manager.list_snapshots(each.id, unmanaged=False)
             workspaces.output.tree(Branch(each.id, History(each, snapshots, forks).branches()))
         return
     columns: dict[str, Column] = {"workspace": "id"}

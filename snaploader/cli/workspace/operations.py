@@ -20,6 +20,7 @@ from snaploader.workspace import (
     Readiness,
     Resources,
     Scope,
+    SnapshotInfo,
     SnapshotResult,
     SnapshotSource,
     Volume,
@@ -292,7 +293,7 @@ def remove(
     """
     output = workspaces.output
     if dry_run or output.must_ask(yes=yes):
-        snapshots = {each: workspaces.manager.list_snapshots(each) for each in workspace_ids}
+        snapshots = {each: _snapshots_that_go(workspaces, each) for each in workspace_ids}
         lines = []
         for workspace_id, infos in snapshots.items():
             remote = sum(info.record is not None and info.record.is_remote for info in infos)
@@ -312,6 +313,12 @@ def remove(
         workspaces.manager.delete(workspace_id, forget_remote=forget_remote)
         output.text(f"deleted {workspace_id}; its name cannot be used again")
     output.data({"deleted": list(workspace_ids)})
+
+
+def _snapshots_that_go(workspaces: Workspaces, workspace_id: str) -> list[SnapshotInfo]:
+    """The snapshots that go with a workspace: all but those that other programs saved with the loader."""
+    found = workspaces.manager.list_snapshots(workspace_id)
+    return [info for info in found if info.is_managed or info.told is not None or not info.is_local]
 
 
 @workspace_command("workspace snapshot")

@@ -574,16 +574,19 @@ class WorkspaceManager:
             )
         return [each for each in found if each.operation is None or each.operation.kind not in _MAKING]
 
-    def list_snapshots(self, workspace_id: str) -> list[SnapshotInfo]:
-        """All snapshots of a workspace, oldest first.
+    def list_snapshots(self, workspace_id: str, *, unmanaged: bool = True) -> list[SnapshotInfo]:
+        """The snapshots of a workspace, oldest first.
 
         What the file cache and the runtime hold is joined with what the catalog manages. A snapshot that the
         catalog does not manage, because it was lost or replaced, or others took the snapshot, is listed last
         and marked so. Such a one is found by its pin, by its manifest, if the metadata in that names the
-        workspace (`vm_id`) and the snapshot (`snapshot_id`), or because the runtime tells of it. Looks at
-        every manifest in the file cache.
+        workspace (`vm_id`) and the snapshot (`snapshot_id`), or because the runtime tells of it.
+
+        Args:
+            unmanaged: Whether to look for those that the catalog does not manage. That reads every manifest
+                in the file cache, some 0.1 ms each.
         """
-        return list_snapshots(self._services, workspace_id)
+        return list_snapshots(self._services, workspace_id, unmanaged=unmanaged)
 
     def list_versions(self, workspace_id: str) -> list[Version]:
         """The numbered snapshots of a workspace, by number."""

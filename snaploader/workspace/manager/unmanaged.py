@@ -41,9 +41,10 @@ log = logging.getLogger(__name__)
 ADOPT = "workspace_adopt"
 
 
-def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:
-    """All snapshots of a workspace, unmanaged ones last. See `WorkspaceManager.list_snapshots`."""
-    held = _held(services, workspace_id)
+def list_snapshots(services: Services, workspace_id: str, *, unmanaged: bool) -> list[SnapshotInfo]:
+    """The snapshots of a workspace, unmanaged ones last. See `WorkspaceManager.list_snapshots`."""
+    held = _held(services, workspace_id) if unmanaged else {}
+    in_runtime = set(services.runtime.snapshots(workspace_id))
     with services.catalog.reading() as reader:
         reader.workspace(workspace_id)
         records = reader.snapshots(workspace_id, statuses=list(SnapshotStatus))
@@ -54,7 +55,7 @@ def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:
     )
     infos = []
     for record in records:
-        found = held.pop(record.runtime_name, None)
+        held.pop(record.runtime_name, None)
         if record.status is not SnapshotStatus.COMPLETE:
             continue
         version = versions.get(record.name)
@@ -63,7 +64,7 @@ def list_snapshots(services: Services, workspace_id: str) -> list[SnapshotInfo]:
                 record.runtime_name,
                 is_managed=True,
                 is_local=services.content.is_local(record.runtime_name),
-                is_in_runtime=found is not None and found.is_in_runtime,
+                is_in_runtime=record.runtime_name in in_runtime,
                 record=record,
                 version=None if version is None else version.number,
                 display_name=record.display_name if version is None else version.display_name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,17 @@ def test_what_a_workspace_is_made_with_stays_over_all_that_is_done_to_it(host: H
 
 
 def test_a_workspace_that_the_catalog_lost_comes_back_as_it_was_made(host: Host) -> None:
-    host.create(**MADE_WITH)
+    host.create(**MADE_WITH, ttl=timedelta(hours=8))
     host.manager.pause("one")
     with host.catalog.transaction() as tx:
         tx.forget_workspace("one")
     assert host.manager.recover().adopted == ("one",)
     assert kept(host) == MADE_WITH
+    assert host.manager.resume("one").ttl == timedelta(hours=8)
+    with host.catalog.reading() as reader:
+        run = reader.latest_run("one")
+    assert run is not None
+    assert run.deadline == host.clock.now + timedelta(hours=8)
 
 
 def test_a_record_of_an_earlier_release_has_none_of_it_and_is_restored(host: Host) -> None:

@@ -116,6 +116,22 @@ def test_what_the_runtime_keeps_is_told_of_managed_and_unmanaged_ones(host: Host
     ]
 
 
+def test_who_does_not_ask_for_unmanaged_ones_reads_no_manifest(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.create()
+    managed = host.manager.create_version("one").runtime_name
+    save(host, "nightly/7")
+    host.runtime.kept["one"] = (managed, "layer-7")
+
+    def refs(*_: object) -> list[str]:
+        raise AssertionError("all manifests were looked at")
+
+    monkeypatch.setattr(host.cache, "refs", refs)
+    [info] = host.manager.list_snapshots("one", unmanaged=False)
+    assert (info.runtime_name, info.is_in_runtime) == (managed, True)
+
+
 def test_listing_uses_nothing_up(host: Host) -> None:
     host.create()
     save(host, "nightly/7")
