@@ -55,7 +55,12 @@ class TransferStatistics:
 
 
 class BlobStore(Protocol):
-    """Content-addressed blobs. Thread-safe. Every blob that comes out is verified against its digest."""
+    """Content-addressed blobs. Thread-safe. Every blob that comes out is verified against its digest.
+
+    No method takes a context: the loader calls a store in the context of its own call, which a store that
+    has to do with deadlines, cancellations or callers finds with `snaploader.context.current`. Others need
+    know nothing of it.
+    """
 
     def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
         """Those of `digests` that the store does not hold. Counts as a use of those it does.
@@ -85,7 +90,8 @@ class TieredStore:
 
     Reads ask the near one first. What it lacks, or has with wrong bytes, comes from the far one and is kept
     in the near one, where that takes it; only when both fail, the far one's error is raised. Writes go to
-    both, and only those to the far one must succeed. Thread-safe as far as both are.
+    both, and only those to the far one must succeed. Thread-safe as far as both are. Both work in the context
+    that is current.
     """
 
     def __init__(self, near: BlobStore, far: BlobStore) -> None:

@@ -19,13 +19,20 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 from snaploader._version import __version__
-from snaploader.errors import Cancelled, DeadlineExceeded, InvalidArgument, SnaploaderError
+from snaploader.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidArgument,
+    SnaploaderError,
+    translate_thread_errors,
+)
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -269,6 +276,31 @@ class CallContext:
     def sleep(self, seconds: float) -> None:
         """Sleep. Errors as `check`, as soon as they occur."""
         self.wait(threading.Event(), seconds)
+
+    def wait_for(self, work: Callable[[], T]) -> T:
+        """Call a function that knows nothing of contexts. Errors as `check`, as they occur.
+
+        Where the call has bounds, the function runs on a thread of its own, and is left there to end by
+        itself when the call is over before.
+        """
+        if self.cancellation is None and self.deadline_s is None:
+            return work()
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                done.set_exception(error)
+
+        ended = threading.Event()
+        done.add_done_callback(lambda _: ended.set())
+        thread = threading.Thread(target=copy_context().run, args=(run,), name="snaploader-wait", daemon=True)
+        with translate_thread_errors("the call was called off"):
+            thread.start()
+        while not self.wait(ended):
+            pass  # a clock's grain before the deadline
+        return done.result()
 
     @contextmanager
     def on_behalf(self) -> Iterator[None]:

@@ -1,4 +1,5 @@
-"""Parallel work: a bounded pool of threads, which the loader and the remote cache each have one of.
+"""Parallel work: a bounded pool of threads, which the loader and the remote cache each have one of; and what
+one thread does for all who wait for it.
 
 A signal may raise between any two steps of the calling thread. So nothing is counted up to be counted down
 later: the helpers of a call are entries of sets, made before they begin and removed by name, and what wakes
@@ -195,3 +196,45 @@ class _SharedWork(Generic[T]):
         if may_go_on:
             with contextlib.suppress(Cancelled):  # the pool is being closed: the caller does the rest
                 self._add_helper()
+
+
+class Once(Generic[T]):
+    """Keeps the first success of `make`. A failure reaches those who waited; the next caller tries again.
+
+    When the one who makes it is called off, one of those who wait takes over.
+    """
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._future: Future[T] | None = None
+
+    def get(self) -> T:
+        """Return the value, made now if need be."""
+        while True:
+            with self._lock:
+                future = self._future
+                if future is None:
+                    made = self._future = Future()
+            if future is None:
+                return self._lead(made)
+            if not future.done():
+                woken = threading.Event()
+                future.add_done_callback(lambda _, woken=woken: woken.set())  # type: ignore[misc]
+                context.current().wait(woken)
+            if not isinstance(future.exception(), _CalledOffError):
+                return future.result()
+
+    def _lead(self, made: Future[T]) -> T:
+        try:
+            made.set_result(self._make())
+        except BaseException as error:
+            with self._lock:
+                self._future = None
+            made.set_exception(_CalledOffError() if context.current().is_over else error)
+            raise
+        return made.result()
+
+
+class _CalledOffError(Exception):
+    """Tells those who waited that the one who led was called off."""

@@ -13,14 +13,21 @@ from typing import Any, Self
 import pytest
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 class Interrupter:
     """Raises KeyboardInterrupt at the nth step of this thread in these files where a signal could raise.
+
+    Or does something else there (`act`).
 
     CPython looks for signals after calls, where functions start and where loops end, and nowhere else.
     """
 
-    def __init__(self, at: int, *files: str | None) -> None:
+    def __init__(self, at: int, *files: str | None, act: Callable[[], object] = _interrupt) -> None:
         self._left = at
+        self._act = act
         self._files = files
         self._before: dict[FrameType, str] = {}
         self.fired = False
@@ -48,7 +55,7 @@ class Interrupter:
                 self._left -= 1
                 if not self._left:
                     self.fired = True
-                    raise KeyboardInterrupt
+                    self._act()
         return self._trace
 
 

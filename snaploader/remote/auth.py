@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import netrc
 import os
 import re
@@ -12,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-from snaploader.context import Credentials, Headers, Secret, checked_headers
-from snaploader.errors import FailedPrecondition, InvalidArgument, Unauthenticated
+from snaploader.context import Credentials, Headers, Secret, checked_headers, current
+from snaploader.errors import FailedPrecondition, InvalidArgument, SnaploaderError, Unauthenticated
 from snaploader.remote.config import Endpoint
+from snaploader.workers import Once
 
 SECRET_NAME = re.compile(r"auth|cookie|key|passw|secret|token")
 """In the names of headers that likely hold what should not be sent in the clear."""
@@ -28,6 +31,9 @@ _MAX_HELPER_OUTPUT = 1024 * 1024
 class BearerToken:
     """Sends `authorization: Bearer …`, from a fixed token or from a function that gives the current one.
 
+    In a call with a deadline or a cancellation, which may end before the function does, it is called on
+    another thread.
+
     Two with the same token, or the same function, are equal.
     """
 
@@ -37,7 +43,7 @@ class BearerToken:
             self.headers()  # InvalidArgument for what cannot be sent
 
     def headers(self) -> Headers:
-        token = self._token if isinstance(self._token, str) else self._token()
+        token = self._token if isinstance(self._token, str) else current().wait_for(self._token)
         return checked_headers([("authorization", f"Bearer {token}")])
 
     def refresh(self) -> bool:
@@ -95,47 +101,70 @@ class CredentialHelper:
         self._uri = uri
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._headers: Headers | None = None
-        self._expires = float("inf")
+        self._answer = Once(self._ask)
+        self._expires = math.inf
 
     def headers(self) -> Headers:
         with self._lock:
-            if self._headers is None or time.time() >= self._expires:
-                self._headers, self._expires = self._run()
-            return self._headers
+            if time.time() >= self._expires:
+                self._forget()
+            answer = self._answer
+        return answer.get()
 
     def refresh(self) -> bool:
         with self._lock:
-            self._headers = None
+            self._forget()
         return True
 
-    def _run(self) -> tuple[Headers, float]:
-        try:
-            done = subprocess.run(
-                [self._command, "get"],
-                input=json.dumps({"uri": self._uri}).encode(),
-                capture_output=True,
-                timeout=self._timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise Unauthenticated(
-                f"credential helper {self._command!r} gave no answer within {self._timeout_s:g} s"
-            ) from error
-        except OSError as error:
-            raise FailedPrecondition(
-                f"cannot run the credential helper {self._command!r}: {error}"
-            ) from error
+    def _forget(self) -> None:
+        self._answer, self._expires = Once(self._ask), math.inf
+
+    def _ask(self) -> Headers:
+        done = self._run()
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip()[-500:]
             raise Unauthenticated(f"credential helper {self._command!r} ended with {done.returncode}: {said}")
         try:
-            return _parse_answer(done.stdout)
+            headers, self._expires = _parse_answer(done.stdout)
         except (ValueError, TypeError, AttributeError) as error:
             # The answer itself holds secrets: neither it nor the parser's message is shown.
             raise Unauthenticated(
                 f"the answer of credential helper {self._command!r} is not understood: {type(error).__name__}"
             ) from None
+        return headers
+
+    def _run(self) -> subprocess.CompletedProcess[bytes]:
+        """Run the program to its end, or to that of the call."""
+        command = [self._command, "get"]
+        context = current()
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            try:
+                said = context.wait_for(partial(self._talk, process))
+            finally:
+                process.kill()  # it may go on when the call is called off
+            return subprocess.CompletedProcess(command, process.returncode, *said)
+        except subprocess.TimeoutExpired as error:
+            raise Unauthenticated(
+                f"credential helper {self._command!r} gave no answer within {self._timeout_s:g} s"
+            ) from error
+        except SnaploaderError:
+            raise
+        except OSError as error:
+            raise FailedPrecondition(
+                f"cannot run the credential helper {self._command!r}: {error}"
+            ) from error
+
+    def _talk(self, process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+        """Say what the headers are for; returns what it said, and what it said of errors."""
+        question = json.dumps({"uri": self._uri}).encode()
+        with process:
+            try:
+                return process.communicate(question, self._timeout_s)
+            finally:
+                process.kill()
 
 
 def _parse_answer(answer: bytes) -> tuple[Headers, float]:
@@ -143,7 +172,7 @@ def _parse_answer(answer: bytes) -> tuple[Headers, float]:
         raise ValueError("too long")
     parsed: dict[str, Any] = json.loads(answer)
     headers = [(name, value) for name, values in parsed.get("headers", {}).items() for value in values]
-    expires = float("inf")
+    expires = math.inf
     if text := parsed.get("expires"):
         moment = datetime.fromisoformat(text)
         expires = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() - _EXPIRY_MARGIN_S

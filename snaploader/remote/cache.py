@@ -8,11 +8,10 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Generic, NoReturn, Self, TypeVar, cast
+from typing import NoReturn, Self, cast
 
 import grpc
 
@@ -52,7 +51,16 @@ from snaploader.remote.capabilities import (
     negotiate,
     without_capabilities,
 )
-from snaploader.remote.cas import ByteBudget, CASClient, Task, batches, function_field, run_all, to_message
+from snaploader.remote.cas import (
+    BatchLimit,
+    ByteBudget,
+    CASClient,
+    Task,
+    batches,
+    function_field,
+    run_all,
+    to_message,
+)
 from snaploader.remote.codec import instance_name_error
 from snaploader.remote.config import (
     Limits,
@@ -63,7 +71,7 @@ from snaploader.remote.config import (
     TLSConfig,
     parse_endpoint,
 )
-from snaploader.workers import WorkerPool
+from snaploader.workers import Once, WorkerPool
 
 _MAX_CALLERS = 256
 """For so many callers it is remembered what the server offers them."""
@@ -72,8 +80,6 @@ _DIGEST_BYTES = 80  # a digest in a message, about
 
 _inherited: list[Connection] = []
 """Connections of a parent process, kept so that gRPC's destructors do not run on them in a child."""
-
-T = TypeVar("T")
 
 
 class RemoteCache:
@@ -449,6 +455,7 @@ class Connection:
         self._settings = settings
         self._recorder = recorder
         self._transport = Transport(settings, recorder)
+        self._batch_limit = BatchLimit(settings.limits.batch_bytes)
         self._lock = threading.Lock()
         self._clients: OrderedDict[object, Once[CASClient]] = OrderedDict()
 
@@ -460,7 +467,9 @@ class Connection:
         """
         proof = current().proof
         with self._lock:
-            client = self._clients.setdefault(proof, Once(self._make_client))
+            client = self._clients.get(proof)
+            if client is None:
+                client = self._clients[proof] = Once(self._make_client)
             self._clients.move_to_end(proof)
             if len(self._clients) > _MAX_CALLERS:
                 self._clients.popitem(last=False)
@@ -510,46 +519,5 @@ class Connection:
             capabilities = negotiate(
                 answer, wanted=settings.digest_function, compression=settings.compression
             )
-        return CASClient(replace(caller, capabilities=capabilities))
-
-
-class Once(Generic[T]):
-    """Keeps the first success of `make`. A failure reaches those who waited; the next caller tries again.
-
-    When the one who makes it is called off, one of those who wait takes over.
-    """
-
-    def __init__(self, make: Callable[[], T]) -> None:
-        self._make = make
-        self._lock = threading.Lock()
-        self._future: Future[T] | None = None
-
-    def get(self) -> T:
-        """Return the value, made now if need be."""
-        while True:
-            with self._lock:
-                future = self._future
-                if future is None:
-                    made = self._future = Future()
-            if future is None:
-                return self._lead(made)
-            if not future.done():
-                woken = threading.Event()
-                future.add_done_callback(lambda _, woken=woken: woken.set())  # type: ignore[misc]
-                current().wait(woken)
-            if not isinstance(future.exception(), _CalledOffError):
-                return future.result()
-
-    def _lead(self, made: Future[T]) -> T:
-        try:
-            made.set_result(self._make())
-        except BaseException as error:
-            with self._lock:
-                self._future = None
-            made.set_exception(_CalledOffError() if current().is_over else error)
-            raise
-        return made.result()
-
-
-class _CalledOffError(Exception):
-    """Tells those who waited that the one who led was called off."""
+        self._batch_limit.lower(capabilities.message_limit_bytes)
+        return CASClient(replace(caller, capabilities=capabilities), self._batch_limit)

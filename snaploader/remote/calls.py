@@ -303,7 +303,7 @@ class Retrier:
         return tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_worth_a_try),
             wait=lambda state: attempts.delay_s(_error(state)),
-            stop=lambda state: cancellation.is_cancelled or attempts.are_over(_error(state)),
+            stop=lambda state: attempts.are_over(_error(state)),
             before_sleep=tell,
             sleep=attempts.sleep,
             reraise=True,
@@ -454,8 +454,11 @@ class Transport:
             if attempts.context.cancellation is None:
                 return stub(request, **options)
             call = stub.future(request, **options)  # costs more, and can be cancelled
-            with attempts.cancellation.calling(call.cancel):
-                return call.result()
+            try:
+                with attempts.cancellation.calling(call.cancel):
+                    return call.result()
+            finally:
+                call.cancel()
         except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
             raise self._error(method, error, attempts, channel) from error
 
@@ -564,7 +567,8 @@ class Transport:
             if self._settings.open_channel is not None:
                 return typed  # whatever it has for TLS
             timeout_s = min(_TLS_PROBE_S, self._settings.timeouts.connect_s)
-            reason = tls_failure(self._settings.endpoint, self._settings.tls, timeout_s)
+            find_out = partial(tls_failure, self._settings.endpoint, self._settings.tls, timeout_s)
+            reason = attempts.context.wait_for(find_out)
             if reason is None:
                 return typed
             reason.__cause__ = error

@@ -97,9 +97,10 @@ def halves(items: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
 
 
 class BatchLimit:
-    """The size of batches, in bytes: lowered when a server refuses a batch within it. Thread-safe."""
+    """The size of batches for a server, in bytes: lowered when it refuses one within it. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
+        self.may_warn = threading.Lock()  # taken by the one who warns of refusals, and kept
         self._lock = threading.Lock()
         self._limit = limit_bytes
 
@@ -113,17 +114,25 @@ class BatchLimit:
 
     def refused(self, batch_bytes: int) -> None:
         """Learn from a refusal: half of what was refused is the new limit, unless it is lower already."""
+        self.lower(max(_LEAST_LIMIT_BYTES, batch_bytes // 2))
+
+    def lower(self, limit_bytes: int) -> None:
+        """Set a limit, unless it is lower already."""
         with self._lock:
-            self._limit = min(self._limit, max(_LEAST_LIMIT_BYTES, batch_bytes // 2))
+            self._limit = min(self._limit, limit_bytes)
 
 
 class CASClient:
-    """Finds, reads and writes blobs. Thread-safe. All digests of one call have the same function."""
+    """Finds, reads and writes blobs. Thread-safe. All digests of one call have the same function.
 
-    def __init__(self, caller: Caller) -> None:
+    Args:
+        caller: Calls the server.
+        batch_limit: What is known of the server's, whoever calls.
+    """
+
+    def __init__(self, caller: Caller, batch_limit: BatchLimit) -> None:
         self.caller = caller
-        self.batch_limit = BatchLimit(min(caller.limits.batch_bytes, caller.capabilities.message_limit_bytes))
-        self._may_warn = threading.Lock()  # taken by the one who does, and kept
+        self.batch_limit = batch_limit
 
     def check(self, digest: Digest) -> Digest:
         """Return the digest itself. Unimplemented when the server does not know its function."""
@@ -233,7 +242,7 @@ class CASClient:
     def _warn_of_refusal(self, digest: Digest, refusal: SnaploaderError | None) -> None:
         """Warn, once, of a server that refuses in batches what it takes as a stream, which is slower."""
         is_of_blob = isinstance(refusal, InvalidArgument) and not is_of_whole_call(refusal)
-        if refusal is None or not is_of_blob or not self._may_warn.acquire(blocking=False):
+        if refusal is None or not is_of_blob or not self.batch_limit.may_warn.acquire(blocking=False):
             return
         log.warning(
             "%s takes blobs as single streams only, which is slow: it refused %s in a batch (%s). Servers "

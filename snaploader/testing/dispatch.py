@@ -100,6 +100,8 @@ class CallLog:
 
     def __init__(self, capacity: int = 10_000) -> None:
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._running = 0
         self._capacity = capacity
         self.clear()
 
@@ -114,6 +116,7 @@ class CallLog:
     def begin(self, call: Call) -> None:
         with self._lock:
             call.is_logged = True
+            self._running += 1
             self._counts[call.method] += 1
             self._calls.append(call)
             self._hashes += len(call.hashes)
@@ -127,6 +130,12 @@ class CallLog:
             call.status = status
             self._received[call.method] += call.received_bytes
             self._sent[call.method] += call.sent_bytes
+            self._running -= 1
+            self._ended.notify_all()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        with self._ended:
+            return self._ended.wait_for(lambda: not self._running, timeout_s)
 
     def calls(self) -> list[Call]:
         """The remembered calls, oldest first."""

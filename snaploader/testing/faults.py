@@ -103,6 +103,8 @@ class Fault:
     """Wait at this gate first."""
     hang: bool = False
     """Never answer: the call ends by its deadline, when it is cancelled, or with the server."""
+    stall_after_bytes: int | None = None
+    """Of Read and Write: wait at the gate, or hang, once this much data has passed instead of first."""
     status: grpc.StatusCode | str | None = None
     """End with this code (also by name). Before anything is done, unless `cut_after_bytes` or
     `lose_reply` says when."""
@@ -135,9 +137,10 @@ class Fault:
             raise InvalidArgument("times is below 1: leave the fault out, or use None for all calls")
         if self.after < 0 or self.latency_s < 0:
             raise InvalidArgument("after and latency_s cannot be negative")
-        for value in (self.cut_after_bytes, self.truncate_after_bytes, self.flip_bit):
+        for name in ("stall_after_bytes", "cut_after_bytes", "truncate_after_bytes", "flip_bit"):
+            value = getattr(self, name)
             if value is not None and value < 0:
-                raise InvalidArgument("cut_after_bytes, truncate_after_bytes and flip_bit cannot be negative")
+                raise InvalidArgument(f"{name} cannot be negative")
         if self.bandwidth_bytes_per_s is not None and self.bandwidth_bytes_per_s <= 0:
             raise InvalidArgument("bandwidth_bytes_per_s must be above 0")
         for code in (self.status, self.item_status):
@@ -276,12 +279,17 @@ async def before(fault: Fault) -> None:
     """What happens before any work is done."""
     if fault.latency_s:
         await asyncio.sleep(fault.latency_s)
+    if fault.stall_after_bytes is None:
+        await _stall(fault)
+    if fault.status is not None and not fault.lose_reply and fault.cut_after_bytes is None:
+        raise fault.failure()
+
+
+async def _stall(fault: Fault) -> None:
     if fault.gate is not None:
         await fault.gate.pass_through()
     if fault.hang:
         await asyncio.Event().wait()
-    if fault.status is not None and not fault.lose_reply and fault.cut_after_bytes is None:
-        raise fault.failure()
 
 
 def drop_blobs(fault: Fault, hashes: Iterable[str], partition: Partition) -> None:
@@ -355,8 +363,12 @@ async def shaped(fault: Fault, messages: AsyncIterator[M]) -> AsyncIterator[M]:
     """The messages of Read or Write, whose data the fault slows, damages or ends."""
     now = asyncio.get_running_loop().time
     started, position = now(), 0
+    stalls_at = fault.stall_after_bytes
     stops = [stop for stop in (fault.cut_after_bytes, fault.truncate_after_bytes) if stop is not None]
     async for message in messages:
+        if stalls_at is not None and position >= stalls_at:
+            stalls_at = None
+            await _stall(fault)
         data = message.data
         ends = bool(stops) and position + len(data) >= min(stops)
         if ends:

@@ -179,6 +179,10 @@ class EmbeddedServer:
         """The latest calls, oldest first."""
         return self.call_log.calls()
 
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is under way; False when some still are after this time."""
+        return self.call_log.wait_idle(timeout_s)
+
     def clear_log(self) -> None:
         """Forget the calls and set the counters to zero."""
         self.call_log.clear()

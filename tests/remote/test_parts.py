@@ -17,12 +17,11 @@ from snaploader.blobstore import Upload
 from snaploader.context import Cancellation
 from snaploader.errors import Cancelled, DataLoss, FailedPrecondition, Unimplemented
 from snaploader.remote import calls, cas
-from snaploader.remote.cache import Once
 from snaploader.remote.capabilities import MESSAGE_LIMIT_BYTES, negotiate, without_capabilities
 from snaploader.remote.cas import ByteBudget, Share, run_all
 from snaploader.remote.channel import Watchdog
 from snaploader.remote.codec import Content
-from snaploader.workers import WorkerPool
+from snaploader.workers import Once, WorkerPool
 
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
