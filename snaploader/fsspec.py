@@ -24,6 +24,7 @@ import io
 import os
 import stat
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ except ModuleNotFoundError as error:
 
 from snaploader.blobstore import RemoteStore
 from snaploader.context import current
-from snaploader.errors import InvalidArgument, NotFound, SnaploaderError, Unavailable
+from snaploader.errors import DeadlineExceeded, InvalidArgument, NotFound, SnaploaderError, Unavailable
 from snaploader.filecache import FileCache
 from snaploader.files import ProcessExitStack
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, Entry, FileEntry, SymlinkEntry
@@ -51,6 +52,9 @@ from snaploader.policy import ReadPolicy
 
 ID_MARK = "@"
 """Begins the name of a snapshot that is named by its id."""
+
+MAX_SNAPSHOTS = 1000
+"""Snapshots that are kept for reading by one process and with the same options; the latest ones stay."""
 
 
 def snapshot_url(path: str = "", *, ref: str | None = None, snapshot_id: str | None = None) -> str:
@@ -143,10 +147,11 @@ class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     Raises:
         InvalidArgument: The options do not say what to read from, or contradict each other.
-        FileNotFoundError: By all methods, where no snapshot or nothing in it has the name.
+        FileNotFoundError: By all methods, where a snapshot has nothing of that name.
         OSError: With EROFS, by all methods that would write.
-        SnaploaderError: By all methods, where a cache fails; never an OSError, so that nobody takes an outage
-            for a file that is not there.
+        NotFound: By all methods, where there is no such snapshot, or content of it is lost.
+        SnaploaderError: By all methods, where a cache fails. Like NotFound, that is no OSError: zarr reads
+            zeros where it is told that a file is not there.
     """
 
     protocol = "snap"
@@ -360,13 +365,15 @@ class SnapshotFileSystem(AbstractFileSystem):  # type: ignore[misc]
         name, root, inside = self._split(path)
         if not root:
             raise InvalidArgument(f"{path!r} names no snapshot: snap://<ref>/<file> or snap://@<id>/<file>")
-        with _missing(name):
+        try:
             return name, _registry.opened(self._options).reader(root), inside
+        except DeadlineExceeded as failure:
+            raise Unavailable(failure.message) from failure  # fsspec passes over the other, an OSError
 
     def _type(self, path: str) -> str | None:
         try:
             return str(self.info(path)["type"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotFound):
             return None
 
     def _file_at(self, path: str) -> tuple[SnapshotReader, str, int]:
@@ -418,18 +425,11 @@ def _read_or_error(reader: SnapshotReader, wanted: tuple[str, int, int]) -> byte
 
 @contextmanager
 def _missing(name: str) -> Iterator[None]:
-    """Raise what callers of file systems expect where a name leads nowhere, and only there.
-
-    fsspec and zarr take any OSError for a file that is not there, which an outage must not look like.
-    """
+    """Raise what callers of file systems expect where a name leads nowhere in a snapshot."""
     try:
         yield
     except NotFound as failure:
         raise FileNotFoundError(errno.ENOENT, failure.message, name) from failure
-    except SnaploaderError as failure:
-        if isinstance(failure, OSError):
-            raise Unavailable(failure.message) from failure
-        raise
 
 
 class _Place:
@@ -447,15 +447,22 @@ class _Opened:
     def __init__(self, options: _Options) -> None:
         self.options = options
         self._lock = threading.Lock()
-        self._places: dict[tuple[str, tuple[object, ...]], _Place] = {}
+        self._places: OrderedDict[tuple[str, tuple[object, ...]], _Place] = OrderedDict()
+        """By what the path begins with and who asks, the latest last."""
         with ProcessExitStack() as undo:
             self._loader = options.loader or undo.enter_context(_new_loader(options, undo))
             self._open = undo.pop_all()
 
     def reader(self, root: str) -> SnapshotReader:
         """The reader of the snapshot that a path begins with; each caller's is looked for once."""
+        key, oldest = (root, current().caller), None
         with self._lock:
-            place = self._places.setdefault((root, current().caller), _Place())
+            place = self._places.setdefault(key, _Place())
+            self._places.move_to_end(key)
+            if len(self._places) > MAX_SNAPSHOTS:
+                _, oldest = self._places.popitem(last=False)
+        if oldest is not None and oldest.reader is not None:
+            oldest.reader.close()
         with place.lock:
             if place.reader is None or place.is_stale:
                 snapshot = self._find(root)

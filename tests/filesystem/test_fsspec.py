@@ -26,6 +26,7 @@ from snaploader import (  # noqa: E402 - after what may skip all of it
     CallContext,
     DeadlineExceeded,
     DirectorySource,
+    FailedPrecondition,
     FileCache,
     InvalidArgument,
     NotFound,
@@ -153,7 +154,7 @@ def test_a_key_set_is_read_as_it_says_with_its_fallbacks(make: Make, saved: Save
         assert fs.snapshot("snap://@").key.ref == "main"
         fs.close()
         assert loader.get_snapshot(key_set)  # it is not closed with the file system
-        with pytest.raises(FileNotFoundError, match="key without a ref"):
+        with pytest.raises(NotFound, match="key without a ref"):
             make().cat("snap://@/kernel")
 
 
@@ -251,12 +252,32 @@ def test_what_exists_is_a_file_or_a_directory_or_leads_to_one(fs: SnapshotFileSy
     assert not fs.lexists("main/home/none")
 
 
-@pytest.mark.parametrize("path", ["none/disk", "main/none", "main/home/none", "main/home/broken", "@none/x"])
+@pytest.mark.parametrize("path", ["main/none", "main/home/none", "main/home/broken", "main/disk/x"])
 def test_what_is_not_there_is_the_usual_error(fs: SnapshotFileSystem, path: str) -> None:
     for call in (fs.open, fs.cat_file, fs.ukey, fs.cat):
         with pytest.raises(FileNotFoundError) as caught:
             call(path)
         assert caught.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize("path", ["none/disk", "@none/disk", "@/disk"])
+def test_a_snapshot_that_is_not_there_is_no_file_that_is_not_there(fs: SnapshotFileSystem, path: str) -> None:
+    for call in (fs.open, fs.cat_file, fs.info, fs.ls, fs.find, fs.cat, lambda path: fs.glob(path + "*")):
+        with pytest.raises(NotFound):
+            call(path)
+
+
+def test_snapshots_that_were_not_used_for_long_are_let_go_of(
+    fs: SnapshotFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snaploader.fsspec.MAX_SNAPSHOTS", 2)
+    first, second = fs.open("main/disk"), fs.open("feature%2Fx/disk")
+    assert fs.exists("main/disk")
+    assert fs.exists("%40odd/disk")
+    assert first.read(1) == DISK[:1]
+    with pytest.raises(FailedPrecondition, match="closed"):
+        second.read(1)
+    assert fs.cat("feature%2Fx/disk") == DISK
 
 
 def test_a_directory_is_no_file(fs: SnapshotFileSystem) -> None:
@@ -487,7 +508,7 @@ def test_callers_do_not_see_what_others_have_found(fs: SnapshotFileSystem, saved
         assert fs.snapshot("main") is not found
         saved.cas.action_results.clear()
         fs.invalidate_cache()
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(NotFound):
             fs.cat("main/disk")
 
 

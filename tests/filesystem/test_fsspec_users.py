@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fsspec", reason="fsspec is missing: install snaploader[fsspec]")
 
-from snaploader import DirectorySource, FileCache, SnapshotLoader, SnapshotTask
+from snaploader import DirectorySource, FileCache, NotFound, SnapshotLoader, SnapshotTask
 from snaploader.fsspec import SnapshotFileSystem
 from snaploader.testing import FakeCAS
 
@@ -90,5 +90,18 @@ def test_zarr_reads_no_zeros_where_content_was_lost(data: Path, options: dict[st
     save(data, cas)
     array = zarr.open_array("snap://main/data/array", mode="r", storage_options=options)
     cas.blobs.clear()
-    with pytest.raises(LookupError, match="lost content"):
+    with pytest.raises(NotFound, match="lost content"):
+        array[:]
+
+
+@pytest.mark.may_leak("zarr's event loop runs on")
+def test_zarr_reads_no_zeros_where_the_snapshot_is_gone(data: Path, options: dict[str, Any]) -> None:
+    zarr = pytest.importorskip("zarr", reason="zarr is missing: install snaploader[dev]")
+    zarr.create_array(store=data / "array", data=np.ones((20, 20)), chunks=(10, 10))
+    cas = options["remote_cache"]
+    save(data, cas)
+    array = zarr.open_array("snap://main/data/array", mode="r", storage_options=options)
+    cas.action_results.clear()
+    SnapshotFileSystem(**options).close()  # as in another process, which has found nothing yet
+    with pytest.raises(NotFound, match="no snapshot"):
         array[:]
