@@ -57,6 +57,7 @@ from snaploader.loader import (
 from snaploader.policy import (
     PolicyOverrides as PolicyOverrides,
     ReadPolicy as ReadPolicy,
+    ReadSources as ReadSources,
     SavePolicy as SavePolicy,
 )
 from snaploader.remote import (

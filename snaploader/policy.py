@@ -2,7 +2,7 @@
 
 A task may bring its policy along as platform properties (names in any case), each at most once:
 
-    snapshot-read-policy               newest, local-first or local-only
+    snapshot-read-policy               newest, local-first, local-only or remote-only
     snapshot-save-policy               always, first-non-default-ref or none-available
     snapshot-max-stale-fallback-age    a duration, such as 24h
     snapshot-refresh-interval          a duration, such as 90m
@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
-from snaploader.errors import InvalidArgument
+from snaploader.errors import FailedPrecondition, InvalidArgument
 
 if TYPE_CHECKING:
     from snaploader._proto.snaploader_pb2 import VMMetadata
@@ -60,6 +60,74 @@ class ReadPolicy(_Policy):
     """The local one; else the remote one, which then becomes the local one."""
     LOCAL_ONLY = "local-only"
     """The local one. Only blobs that it names may come from the remote store."""
+    REMOTE_ONLY = "remote-only"
+    """The remote one, which is not written to the local cache. Blobs that it names may be here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSources:
+    """What of a snapshot may be read where: four switches, each on its own. All are on by default.
+
+    The read policy says which manifest comes first; a source that is off drops out of its order:
+
+        policy          manifests, in order     a remote one is kept locally
+        newest          remote, local           no
+        local-first     local, remote           yes, unless local manifests are off
+        local-only      local                   -
+        remote-only     remote                  no
+
+    A loader has sources too, which bound those of its calls.
+
+    Raises:
+        InvalidArgument: Both sources of manifests are off, or both of chunks.
+    """
+
+    local_manifests: bool = True
+    """Manifests in the file cache."""
+    remote_manifests: bool = True
+    """Manifests in the remote cache."""
+    local_chunks: bool = True
+    """Chunks, and all else that a manifest names, in the file cache. When off, it all comes from the remote
+    cache, past the file cache, in which nothing of it is kept; there is no readahead then."""
+    remote_chunks: bool = True
+    """The same in the remote cache, and in peers before it. When off, what is not here is missing."""
+
+    def __post_init__(self) -> None:
+        for what in ("manifests", "chunks"):
+            if not (getattr(self, f"local_{what}") or getattr(self, f"remote_{what}")):
+                raise InvalidArgument(f"no {what} could be read: leave local or remote {what} on")
+
+    def within(self, bounds: ReadSources) -> ReadSources:
+        """What both allow. FailedPrecondition when that leaves no manifests, or no chunks, to read."""
+        both = {
+            field.name: getattr(self, field.name) and getattr(bounds, field.name) for field in fields(self)
+        }
+        try:
+            return ReadSources(**both)
+        except InvalidArgument as error:
+            raise FailedPrecondition(
+                f"{error.message} (the call, its read policy and the loader leave {self._off(both)} off)"
+            ) from error
+
+    @staticmethod
+    def _off(switches: Mapping[str, bool]) -> str:
+        return " and ".join(name.replace("_", " ") for name, is_on in switches.items() if not is_on)
+
+
+_SOURCES_OF = {
+    ReadPolicy.LOCAL_ONLY: ReadSources(remote_manifests=False),
+    ReadPolicy.REMOTE_ONLY: ReadSources(local_manifests=False),
+}
+EVERY_SOURCE = ReadSources()
+"""All four are on."""
+
+
+def allowed_sources(policy: ReadPolicy, *bounds: ReadSources) -> ReadSources:
+    """What a read under this policy may use within all `bounds`. Errors as `ReadSources.within`."""
+    sources = _SOURCES_OF.get(policy, EVERY_SOURCE)
+    for bound in bounds:
+        sources = sources.within(bound)
+    return sources
 
 
 class SavePolicy(_Policy):

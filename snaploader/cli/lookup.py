@@ -60,10 +60,16 @@ class Lookup:
         """The snapshot. NotFound when there is none."""
         if self.key_set is None:
             return self.loader.get_snapshot_by_id(
-                self.options.snapshot_id, instance_name=self.instance_name, read_policy=self.read_policy
+                self.options.snapshot_id,
+                instance_name=self.instance_name,
+                read_policy=self.read_policy,
+                sources=self.options.sources,
             )
         return self.loader.get_snapshot(
-            self.key_set, self.read_policy, allow_degraded=self.options.allow_degraded
+            self.key_set,
+            self.read_policy,
+            sources=self.options.sources,
+            allow_degraded=self.options.allow_degraded,
         )
 
 

@@ -22,7 +22,7 @@ from snaploader.cli.output import Output
 from snaploader.cli.resources import Caches, Settings, Workspaces, WorkspaceSettings
 from snaploader.cli.values import DURATION, KEY_VALUE, MODE, size_type
 from snaploader.errors import InvalidArgument
-from snaploader.policy import PolicyOverrides, ReadPolicy, SavePolicy
+from snaploader.policy import PolicyOverrides, ReadPolicy, ReadSources, SavePolicy
 
 if TYPE_CHECKING:
     from snaploader.keys import SnapshotTask
@@ -442,7 +442,13 @@ class ReadOptions(TaskOptions):
     snapshot_id: str
     read_policy: str | None
     max_stale_fallback_age: float | None
+    without: tuple[str, ...]
     allow_degraded: bool
+
+    @property
+    def sources(self) -> ReadSources:
+        """What may be read where. InvalidArgument when nothing is left."""
+        return ReadSources(**{source.replace("-", "_"): False for source in self.without})
 
 
 _READ = (
@@ -456,6 +462,12 @@ _READ = (
         "--max-stale-fallback-age",
         type=DURATION,
         help="Local snapshots of fallbacks that are older are passed over.  [default: 24h]",
+    ),
+    _which(
+        "--without",
+        multiple=True,
+        type=click.Choice([field.name.replace("_", "-") for field in fields(ReadSources)]),
+        help="Read none of these; repeatable.",
     ),
     _which("--allow-degraded", is_flag=True, help="Take a fallback when a better branch cannot be asked."),
 )

@@ -166,6 +166,10 @@ class BlobFetcher:
             for flight in flights.values():
                 self._flights.finish(flight, error=PrefetchFailedError("the fetch of many ended without it"))
 
+    def absent(self, digests: Collection[Digest]) -> set[Digest]:
+        """Those of `digests` that must be fetched."""
+        return self.file_cache.find_missing(digests)
+
     def keep(self, digest: Digest, data: bytes) -> bool:
         """Put a verified blob into the file cache; False when that cannot take it."""
         try:
@@ -258,6 +262,47 @@ class BlobFetcher:
                 behind.read_to(digest, lambda data: files.write_all(fd, data))
 
         _twice(attempt)
+
+
+class UncachedFetcher(BlobFetcher):
+    """Opens blobs past the file cache: each comes from behind it, every time, and is not kept."""
+
+    def __init__(self, cached: BlobFetcher) -> None:
+        super().__init__(cached.file_cache, cached.behind, cached.pool)
+        # What is fetched ahead would be kept.
+        self.prefetcher = Prefetcher(cached.file_cache, None, cached.pool, SingleFlight())
+
+    def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+        """See `BlobFetcher.open`; the blob is held in memory."""
+        return OpenedChunk(_in_memory_file(self._source(digest, allow_remote).read(digest)), REMOTE)
+
+    def place(self, digest: Digest, target: Path, *, writable: bool, mode: int, allow_remote: bool) -> bool:
+        """See `BlobFetcher.place`; the file shares nothing with the file cache."""
+        self._source(digest, allow_remote)
+        self._place_uncached(digest, target, mode | 0o200 if writable else mode & 0o555)
+        return True
+
+    def open_streamed(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+        """As `open`."""
+        return self.open(digest, allow_remote=allow_remote)
+
+    def fetch_many(self, digests: Collection[Digest], sink: Sink) -> None:
+        """See `BlobFetcher.fetch_many`."""
+        if self.behind is not None:
+            self.behind.read_many(digests, sink)
+
+    def absent(self, digests: Collection[Digest]) -> set[Digest]:
+        """All of `digests`."""
+        return set(digests)
+
+    def keep(self, digest: Digest, data: bytes) -> bool:  # noqa: ARG002
+        """False: nothing is kept."""
+        return False
+
+    def _source(self, digest: Digest, allow_remote: bool) -> BlobStore:
+        if self.behind is None or not allow_remote:
+            raise NotFound(f"blob {digest} may only be read from a remote cache, which may not be asked")
+        return self.behind
 
 
 def read_blob(fd: int, digest: Digest) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -22,10 +22,10 @@ from snaploader.formats.dirtree import (
 )
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
-from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.fetch import BlobFetcher, UncachedFetcher
 from snaploader.loader.manifests import Deleted, ManifestStore, Stores
 from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, vm_metadata_of
-from snaploader.policy import ReadPolicy, is_stale
+from snaploader.policy import EVERY_SOURCE, ReadPolicy, ReadSources, allowed_sources, is_stale
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +39,28 @@ class SnapshotFinder:
     """Looks keys up in the file cache and the remote store. Thread-safe."""
 
     def __init__(
-        self, stores: Stores, fetcher: BlobFetcher, manifests: ManifestStore, max_stale_fallback_age_s: float
+        self,
+        stores: Stores,
+        fetcher: BlobFetcher,
+        manifests: ManifestStore,
+        max_stale_fallback_age_s: float,
+        sources: ReadSources,
     ) -> None:
         self._stores = stores
         self._file_cache = stores.file_cache
-        self._remote = stores.remote
         self._fetcher = fetcher
+        self._uncached = UncachedFetcher(fetcher)
         self._manifests = manifests
         self._max_age_s = max_stale_fallback_age_s
+        self._sources = sources
+        if stores.remote is None:
+            self._sources = sources.within(ReadSources(remote_manifests=False, remote_chunks=False))
 
     def find(
         self,
         key_set: SnapshotKeySet,
         policy: ReadPolicy,
+        sources: ReadSources = EVERY_SOURCE,
         *,
         allow_degraded: bool,
         max_stale_fallback_age_s: float | None = None,
@@ -62,10 +71,12 @@ class SnapshotFinder:
         is raised, or with `allow_degraded` recorded in the result, which is then a fallback.
         """
         max_age_s = self._max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
+        allowed = allowed_sources(policy, sources, self._sources)
+        order = manifest_order(policy, allowed)
         failures: list[KeyFailure] = []
         for position, key in enumerate(key_set):
-            get = partial(self._get, key, policy, max_age_s, is_fallback=position > 0)
-            snapshot = self._first_to_succeed(key, policy, get, failures, allow_degraded=allow_degraded)
+            get = partial(self._get, key, policy, allowed, max_age_s, is_fallback=position > 0)
+            snapshot = self._first_to_succeed(key, order, get, failures, allow_degraded=allow_degraded)
             if snapshot is not None:
                 return replace(snapshot, failures=tuple(failures))
         raise _summary(failures) from failures[-1].error
@@ -74,7 +85,7 @@ class SnapshotFinder:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
         try:
             manifest = self._manifests.read_remote(key)
-            blobs = self._unchecked(key, manifest, ManifestSource.REMOTE).digests()
+            blobs = self._unchecked(key, manifest, ManifestSource.REMOTE, EVERY_SOURCE).digests()
         except (NotFound, DataLoss):
             return None
         return None if any(map(self._stores.server.find_missing, _batches(blobs))) else manifest
@@ -82,19 +93,16 @@ class SnapshotFinder:
     def _first_to_succeed(
         self,
         key: SnapshotKey,
-        policy: ReadPolicy,
+        order: Sequence[ManifestSource],
         get: Callable[[ManifestSource], Snapshot],
         failures: list[KeyFailure],
         *,
         allow_degraded: bool,
     ) -> Snapshot | None:
         """The snapshot of one key; None when it has none. What failed is added to `failures`."""
-        sources = [ManifestSource.LOCAL]
-        if policy is not ReadPolicy.LOCAL_ONLY and self._remote is not None:
-            sources.insert(0 if policy is ReadPolicy.NEWEST else 1, ManifestSource.REMOTE)
         absent: list[str] = []
         damage: list[KeyFailure] = []
-        for source in sources:
+        for source in order:
             try:
                 return get(source)
             except Deleted as error:
@@ -121,6 +129,7 @@ class SnapshotFinder:
         self,
         key: SnapshotKey,
         policy: ReadPolicy,
+        sources: ReadSources,
         max_age_s: float,
         source: ManifestSource,
         *,
@@ -130,8 +139,9 @@ class SnapshotFinder:
         manifest = self._manifests.read_local(key) if is_local else self._manifests.read_remote(key)
         # The universal ref takes the state of every branch, so its age counts wherever it comes from.
         is_limited = keys.is_universal(key) or (is_local and is_fallback)
-        snapshot = self._whole(key, manifest, source, max_age_s if is_limited else None)
-        if not (is_local or policy is ReadPolicy.NEWEST or self._stores.readonly):
+        snapshot = self._whole(key, manifest, source, sources, max_age_s if is_limited else None)
+        is_kept = policy is ReadPolicy.LOCAL_FIRST and sources.local_manifests
+        if is_kept and not is_local and not self._stores.readonly:
             try:
                 # What an id names never changes, but for being deleted meanwhile, which must stay.
                 self._manifests.keep_local(key, manifest)
@@ -140,7 +150,12 @@ class SnapshotFinder:
         return snapshot
 
     def _whole(
-        self, key: SnapshotKey, manifest: Manifest, source: ManifestSource, max_age_s: float | None
+        self,
+        key: SnapshotKey,
+        manifest: Manifest,
+        source: ManifestSource,
+        sources: ReadSources,
+        max_age_s: float | None,
     ) -> Snapshot:
         """A snapshot of which every artefact is at hand; NotFound when one is not, or when it is too old."""
         now_s = self._stores.clock()
@@ -149,32 +164,35 @@ class SnapshotFinder:
                 f"the {source} manifest is older than {max_age_s:g} s or does not say how old it is"
             )
         try:
-            snapshot = self._unchecked(key, manifest, source)
+            snapshot = self._unchecked(key, manifest, source, sources)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
         return replace(snapshot, absent=HashSet.of(self._absent(snapshot)))
 
-    def _unchecked(self, key: SnapshotKey, manifest: Manifest, source: ManifestSource) -> Snapshot:
+    def _unchecked(
+        self, key: SnapshotKey, manifest: Manifest, source: ManifestSource, sources: ReadSources
+    ) -> Snapshot:
         """The snapshot of a manifest, as far as its trees tell. NotFound when one of them is gone."""
-        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file)
+        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file, sources)
         return Snapshot(
             key,
             manifest,
             source,
             {name: table for name, (table, _) in files.items()},
-            self._remote is not None,
-            directories=self._read_directories(manifest),
+            sources.remote_chunks,
+            directories=self._read_directories(manifest, sources),
             modes={name: mode for name, (_, mode) in files.items()},
+            allow_local=sources.local_chunks,
         )
 
     def _absent(self, snapshot: Snapshot) -> Iterator[Digest]:
-        """Those blobs that the file cache does not have; NotFound when some are nowhere else either."""
+        """Those blobs that must be fetched; NotFound when some are nowhere."""
         gone = 0
         example: Digest | None = None
         for batch in _batches(snapshot.digests()):
-            absent = self._file_cache.find_missing(batch)
+            absent = self._file_cache.find_missing(batch) if snapshot.allow_local else set(batch)
             missing = absent
-            if absent and self._stores.can_fetch(snapshot.manifest.digest_function):
+            if absent and snapshot.allow_remote and self._stores.can_fetch(snapshot.manifest.digest_function):
                 assert self._fetcher.behind is not None
                 missing = self._fetcher.behind.find_missing(absent)
             if missing:
@@ -183,11 +201,11 @@ class SnapshotFinder:
             yield from absent
         if gone:
             raise NotFound(
-                f"the {snapshot.source} manifest is incomplete: {gone} of its blobs are in no cache, such as "
-                f"{example}"
+                f"the {snapshot.source} manifest is incomplete: {gone} of its blobs are in no cache"
+                f"{_that_is_read(snapshot)}, such as {example}"
             )
 
-    def _read_directories(self, manifest: Manifest) -> dict[str, DirectoryTree]:
+    def _read_directories(self, manifest: Manifest, sources: ReadSources) -> dict[str, DirectoryTree]:
         entries, decoded_bytes = MAX_ENTRIES, MAX_DECODED_BYTES
 
         def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
@@ -197,7 +215,7 @@ class SnapshotFinder:
             decoded_bytes -= tree.decoded_bytes
             return tree
 
-        directories = self._decode_all(manifest, manifest.directories, decode)
+        directories = self._decode_all(manifest, manifest.directories, decode, sources)
         try:
             check_entry_count(sum(map(len, directories.values())))
         except InvalidArgument as error:
@@ -205,25 +223,51 @@ class SnapshotFinder:
         return directories
 
     def _decode_all(
-        self, manifest: Manifest, trees: Mapping[str, Digest], decode: Callable[[bytes, DigestFunction], T]
+        self,
+        manifest: Manifest,
+        trees: Mapping[str, Digest],
+        decode: Callable[[bytes, DigestFunction], T],
+        sources: ReadSources,
     ) -> dict[str, T]:
         """The trees by name. Equal ones are one object: a small manifest can name a big tree many times."""
         decoded: dict[Digest, T] = {}
         for name, digest in trees.items():
             if digest in decoded:
                 continue
-            try:
-                data = self._file_cache.read(digest)
-            except (NotFound, DataLoss):
-                if not self._stores.can_fetch(manifest.digest_function):
-                    raise
-                data = self._fetcher.read(digest)
+            data = self._read_tree(digest, sources)
             try:
                 decoded[digest] = decode(data, manifest.digest_function)
             except InvalidArgument as error:
                 raise DataLoss(f"the tree {digest} of {name!r} is damaged: {error.message}") from error
             del data  # it may be large, and the next one too
         return {name: decoded[digest] for name, digest in trees.items()}
+
+    def _read_tree(self, digest: Digest, sources: ReadSources) -> bytes:
+        if sources.local_chunks:
+            try:
+                return self._file_cache.read(digest)
+            except (NotFound, DataLoss):
+                if not (sources.remote_chunks and self._stores.can_fetch(digest.function)):
+                    raise
+            return self._fetcher.read(digest)
+        if not self._stores.can_fetch(digest.function):
+            raise NotFound(f"the remote cache has no {digest.function.name} digests, such as {digest}")
+        return self._uncached.read(digest)
+
+
+def manifest_order(policy: ReadPolicy, sources: ReadSources) -> list[ManifestSource]:
+    """Where the manifest of a key is looked for, in order."""
+    order = [ManifestSource.LOCAL, ManifestSource.REMOTE]
+    if policy is ReadPolicy.NEWEST:
+        order.reverse()
+    on = {ManifestSource.LOCAL: sources.local_manifests, ManifestSource.REMOTE: sources.remote_manifests}
+    return [source for source in order if on[source]]
+
+
+def _that_is_read(snapshot: Snapshot) -> str:
+    if snapshot.allow_local and snapshot.allow_remote:
+        return ""
+    return f" that is read (only the {'file' if snapshot.allow_local else 'remote'} cache)"
 
 
 def _batches(digests: DigestArray) -> Iterator[DigestArray]:

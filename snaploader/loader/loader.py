@@ -21,7 +21,7 @@ from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions
 from snaploader.loader.derive import SnapshotDeriver
 from snaploader.loader.directory import DirectorySource
-from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.fetch import BlobFetcher, UncachedFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.manifests import ManifestStore, Stores
 from snaploader.loader.read import SnapshotReader
@@ -36,7 +36,14 @@ from snaploader.loader.results import (
 from snaploader.loader.save import SnapshotSaver
 from snaploader.loader.unpack import UnpackedSnapshot, restore, restore_directory, unpack
 from snaploader.loader.versions import VersionStore
-from snaploader.policy import DEFAULT_MAX_STALE_FALLBACK_AGE_S, PolicyOverrides, ReadPolicy, SavePolicy
+from snaploader.policy import (
+    DEFAULT_MAX_STALE_FALLBACK_AGE_S,
+    EVERY_SOURCE,
+    PolicyOverrides,
+    ReadPolicy,
+    ReadSources,
+    SavePolicy,
+)
 from snaploader.workers import DEFAULT_WORKERS, WorkerPool
 
 DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3
@@ -66,6 +73,7 @@ class SnapshotLoader:
             are still cached.
         remote_readonly: Publish nothing remotely: what others shared is used, what is saved stays here.
             Versions that are missing remotely are made up for one call, as with `readonly`.
+        read_sources: What may be read where; bounds what a call asks for. Default: everything everywhere.
         max_stale_fallback_age_s: Local snapshots of fallback keys that are older are passed over.
             Default: a day.
         workers: Most threads for hashing and copying. Default: the number of processors, at most 8.
@@ -87,6 +95,7 @@ class SnapshotLoader:
         universal_ref: bool = False,
         readonly: bool = False,
         remote_readonly: bool = False,
+        read_sources: ReadSources = EVERY_SOURCE,
         max_stale_fallback_age_s: float = DEFAULT_MAX_STALE_FALLBACK_AGE_S,
         workers: int = DEFAULT_WORKERS,
         mapping_budget: MappingBudget | None = None,
@@ -110,9 +119,12 @@ class SnapshotLoader:
                 raise InvalidArgument("peers stand between the file cache and a remote cache: give one too")
             behind = TieredStore(peer, behind)
         self._fetcher = BlobFetcher(file_cache, behind, pool)
+        self._uncached = UncachedFetcher(self._fetcher)
         self._open.callback(self._fetcher.prefetcher.close)
         self._versions = VersionStore(stores)
-        self._finder = SnapshotFinder(stores, self._fetcher, self.manifests, max_stale_fallback_age_s)
+        self._finder = SnapshotFinder(
+            stores, self._fetcher, self.manifests, max_stale_fallback_age_s, read_sources
+        )
         self._saver = SnapshotSaver(
             stores,
             self._fetcher,
@@ -170,6 +182,7 @@ class SnapshotLoader:
         key_set: SnapshotKeySet,
         read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
         *,
+        sources: ReadSources = EVERY_SOURCE,
         allow_degraded: bool = False,
         max_stale_fallback_age_s: float | None = None,
         context: CallContext | None = None,
@@ -178,19 +191,24 @@ class SnapshotLoader:
 
         Args:
             read_policy: `newest` prefers the remote manifest of a key to the local one; `local-first`
-                the other way round; `local-only` takes no remote manifest. Blobs that are not here come from
-                the remote cache under each of them.
+                the other way round; `local-only` takes no remote manifest, `remote-only` no local one. Blobs
+                that are not here come from the remote cache under each of them, unless `sources` says
+                otherwise.
+            sources: What of the snapshot may be read where, within the loader's `read_sources`. It also
+                holds for what is read of the snapshot later.
             allow_degraded: Go on to the next key when one fails for another reason than that it has no
                 snapshot. The result then says so (`Snapshot.degraded`, `Snapshot.failures`).
             max_stale_fallback_age_s: Instead of the loader's, for this call.
 
         Raises:
             NotFound: no key has a whole snapshot; the message names every key and its reason.
+            FailedPrecondition: the policy, `sources` and the loader's leave nothing to read.
             SnaploaderError: of the kind of the first failure that is no NotFound.
         """
         return self._finder.find(
             key_set,
             _read_policy(read_policy),
+            sources,
             allow_degraded=allow_degraded,
             max_stale_fallback_age_s=max_stale_fallback_age_s,
         )
@@ -202,12 +220,16 @@ class SnapshotLoader:
         *,
         instance_name: str = "",
         read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
+        sources: ReadSources = EVERY_SOURCE,
         context: CallContext | None = None,
     ) -> Snapshot:
-        """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since."""
+        """Exactly the snapshot that a save called `snapshot_id`, whatever was saved or invalidated since.
+
+        `read_policy`, `sources` and errors are as for `get_snapshot`.
+        """
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
         key_set = SnapshotKeySet(key, (), key)
-        return self._finder.find(key_set, _read_policy(read_policy), allow_degraded=False)
+        return self._finder.find(key_set, _read_policy(read_policy), sources, allow_degraded=False)
 
     @in_context
     def unpack_snapshot(
@@ -235,7 +257,8 @@ class SnapshotLoader:
             NotFound, DataLoss: a plain file, or one in a directory, is gone from every cache; nothing is left
                 behind.
         """
-        return unpack(snapshot, output_directory, self._fetcher, self._budget, writable_files=writable_files)
+        fetcher = self._fetcher_for(snapshot)
+        return unpack(snapshot, output_directory, fetcher, self._budget, writable_files=writable_files)
 
     @in_context
     def read_snapshot(self, snapshot: Snapshot, *, context: CallContext | None = None) -> SnapshotReader:
@@ -246,7 +269,7 @@ class SnapshotLoader:
         Raises:
             NotFound: A blob that only this host had was evicted since the snapshot was found.
         """
-        return SnapshotReader(snapshot, self._fetcher)
+        return SnapshotReader(snapshot, self._fetcher_for(snapshot))
 
     @in_context
     def restore_snapshot(
@@ -258,7 +281,7 @@ class SnapshotLoader:
         context: CallContext | None = None,
     ) -> RestoreResult:
         """Write all files and directories of a snapshot out in full, holes as holes; all of them or none."""
-        return restore(snapshot, output_directory, self._fetcher, progress)
+        return restore(snapshot, output_directory, self._fetcher_for(snapshot), progress)
 
     @in_context
     def restore_directory(
@@ -289,7 +312,7 @@ class SnapshotLoader:
             FailedPrecondition: Something is at `path`; nothing was changed.
             DataLoss, ResourceExhausted, …: As for every read and write.
         """
-        return restore_directory(snapshot, name, path, self._fetcher, index, progress)
+        return restore_directory(snapshot, name, path, self._fetcher_for(snapshot), index, progress)
 
     @in_context
     def cache_snapshot(
@@ -469,6 +492,9 @@ class SnapshotLoader:
         Returns the new version. Key sets computed from now on carry it, on every host.
         """
         return self._versions.renew(key)
+
+    def _fetcher_for(self, snapshot: Snapshot) -> BlobFetcher:
+        return self._fetcher if snapshot.allow_local else self._uncached
 
     def close(self) -> None:
         """Stop prefetching and end the loader's threads. Idempotent.

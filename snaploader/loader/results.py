@@ -75,6 +75,8 @@ class Snapshot:
     """What is in every directory, by the directory's name."""
     modes: Mapping[str, int] = field(default_factory=dict)
     """Permission bits of every chunked file, by the file's name."""
+    allow_local: bool = True
+    """Whether chunks may be read from the file cache, and kept in it."""
 
     @property
     def vm_configuration(self) -> VMConfiguration | None:

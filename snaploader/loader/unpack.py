@@ -213,7 +213,7 @@ def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
     is nowhere else to fetch it from.
     """
     cache = fetcher.file_cache
-    if snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE:
+    if not snapshot.allow_local or (snapshot.allow_remote and snapshot.source is ManifestSource.REMOTE):
         return cache.lease(())
     blobs = snapshot.digests()
     lease = cache.lease((), hashes=[blobs.without(snapshot.absent).hashes])
@@ -276,7 +276,7 @@ class SnapshotWriter:
         """
         places: dict[Digest, list[int]] = defaultdict(list)
         present = []
-        missing = self.fetcher.file_cache.find_missing(table.digests())
+        missing = self.fetcher.absent(table.digests())
         for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
             offset = index * table.chunk_size
             if digest in missing:
@@ -409,8 +409,7 @@ class _DirectoryWriter:
         for path, entry in self._tree.items():
             if isinstance(entry, DirectoryEntry) and path:
                 os.mkdir(root / path, _PRIVATE)
-        cache = self._writer.fetcher.file_cache
-        absent = cache.find_missing([digest for digest in self._files if digest.size_bytes])
+        absent = self._writer.fetcher.absent([digest for digest in self._files if digest.size_bytes])
         small = {digest for digest in absent if digest.size_bytes <= _BULK_BLOB_BYTES}
         if small:
             self._writer.fetch_many(small, "a directory", partial(self._write_files, root))

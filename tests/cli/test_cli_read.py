@@ -86,6 +86,29 @@ def test_a_name_that_is_not_there_is_not_found(cli: CommandLine, saved: list[obj
     assert "'disk', 'plain'" in outcome.stderr
 
 
+def test_without_local_chunks_nothing_is_kept(cli: CommandLine, saved: list[object]) -> None:
+    outcome = cli.ok(*saved, "disk", "--without", "local-chunks", "--read-policy", "remote-only")
+    assert outcome.stdout == CONTENT
+    assert cli.json("--cache-dir", saved[3], "cache", "ls", "--kind", "blob")["entries"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "words"),
+    [
+        (["--without", "remote-chunks"], 3, "incomplete"),
+        (["--without", "remote-manifests"], 3, "no local manifest"),
+        (["--without", "remote-manifests", "--read-policy", "remote-only"], 4, "no manifests could be read"),
+        (["--without", "remote-chunks", "--without", "local-chunks"], 2, "no chunks could be read"),
+    ],
+)
+def test_what_is_not_to_be_read_is_not_read(
+    cli: CommandLine, saved: list[object], options: list[str], exit_code: int, words: str
+) -> None:
+    outcome = cli(*saved, "disk", *options)
+    assert (outcome.exit_code, outcome.stdout) == (exit_code, b"")
+    assert words in outcome.stderr
+
+
 def test_details_are_told_when_asked_for(cli: CommandLine, saved: list[object]) -> None:
     assert "1 chunks from remote" in cli.ok(*saved, "disk", "--size", 1, "-v").stderr
     assert cli.ok(*saved, "disk", "--size", 1).stderr == ""
