@@ -246,6 +246,11 @@ class CallContext:
         return math.inf if self.deadline_s is None else self.deadline_s - time.monotonic()
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether anything may end the call early."""
+        return self.deadline_s is not None or self.cancellation is not None
+
+    @property
     def is_over(self) -> bool:
         """Whether the call was called off, or its time is up: an error of it may then concern nobody else."""
         return self.remaining_s <= 0 or (self.cancellation is not None and self.cancellation.is_cancelled)

@@ -364,9 +364,13 @@ def _raise_again(flight: BlobFlight) -> None:
 
 def wait(flight: Flight[Any, Any]) -> None:
     """Wait for a flight, for as long as the call that runs may take. Errors as `CallContext.check`."""
+    context = current()
+    if not context.is_bounded:
+        flight.wait()
+        return
     ended = threading.Event()
     flight.when_finished(ended.set)
-    current().wait(ended)
+    context.wait(ended)
 
 
 def _in_memory_file(data: bytes) -> int:
