@@ -89,6 +89,25 @@ def test_a_creation_without_content_or_start_says_less(host: Host) -> None:
     assert event_of(host, "workspace_create").payload == expected
 
 
+def test_an_adoption(started: Host) -> None:
+    started.manager.create_version("one")
+    current = about(started, started.manager.workspace("one").current_snapshot)
+    with started.catalog.transaction() as tx:
+        tx.forget_workspace("one")
+    started.manager.adopt("one", owner="ann", base="debian")
+    told(
+        started,
+        "workspace_adopt",
+        **current,
+        policy="default",
+        slot=0,
+        state="running",
+        snapshots=2,
+        versions=1,
+        run=runs(started),
+    )
+
+
 def test_a_fork(started: Host) -> None:
     origin = started.manager.commit("one").snapshot_name
     fork = started.manager.fork("one", "two")
