@@ -144,14 +144,10 @@ class BlobFetcher:
         Each is kept in the file cache, where that takes it, and given to `sink`, from any thread, however
         many others wait for it. Errors as `BlobStore.read_many`.
         """
-        flights = {}
         if self.behind is None:
             return
+        flights: dict[Digest, BlobFlight] = {}
         group_id = self.file_cache.group_id
-        for digest in self.file_cache.find_missing(digests):
-            flight, leads = self._flights.join((group_id, digest))
-            if leads:
-                flights[digest] = flight
 
         def keep(digest: Digest, data: bytes) -> None:
             kept = self.keep(digest, data)
@@ -159,6 +155,10 @@ class BlobFetcher:
             self._flights.finish(flights[digest], None if kept else data)
 
         try:
+            for digest in self.file_cache.find_missing(digests):
+                flight, leads = self._flights.join((group_id, digest))
+                if leads:
+                    flights[digest] = flight
             if flights:
                 with self.prefetcher.demand(*flights), lost_blobs():
                     self.behind.read_many(flights, keep)
