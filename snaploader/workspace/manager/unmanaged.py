@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 
 ADOPT = "workspace_adopt"
 
+_MAX_NAME = 120
+"""Longer names than the manager makes are none: what a manifest says may come from anywhere."""
+
 
 def list_snapshots(services: Services, workspace_id: str, *, unmanaged: bool) -> list[SnapshotInfo]:
     """The snapshots of a workspace, unmanaged ones last. See `WorkspaceManager.list_snapshots`."""
@@ -182,12 +185,12 @@ def _in_cache(content: SnapshotContent, workspace_id: str) -> Iterator[tuple[str
             continue  # most are of others, and need not be parsed
         try:
             metadata = vm_metadata_of(Manifest.parse_local(data))
+            if metadata is None or metadata.vm_id != workspace_id or not metadata.snapshot_id:
+                continue
+            if ref != content.manifest_ref(metadata.snapshot_id):
+                continue  # another name of it, or one of another instance
         except InvalidArgument:
-            continue
-        if metadata is None or metadata.vm_id != workspace_id or not metadata.snapshot_id:
-            continue
-        if ref != content.manifest_ref(metadata.snapshot_id):
-            continue  # another name of it, or one of another instance
+            continue  # it is damaged, or says what no snapshot can be called
         told = _told(metadata, ref)
         name = "" if told is None else told.display_name
         info = SnapshotInfo(
@@ -200,7 +203,8 @@ def _told(metadata: VMMetadata, ref: str) -> SnapshotRecord | None:
     """The record that a snapshot's metadata makes; None where no manager has written it."""
     workspace_id, properties = metadata.vm_id, metadata.properties
     name = metadata.snapshot_id.removeprefix(runtime_name(workspace_id, ""))
-    if metadata.snapshot_id != runtime_name(workspace_id, name):
+    parent = properties["parent"]
+    if metadata.snapshot_id != runtime_name(workspace_id, name) or max(len(name), len(parent)) > _MAX_NAME:
         return None
     with suppress(ValueError, OverflowError, InvalidArgument):
         return SnapshotRecord(
@@ -212,7 +216,7 @@ def _told(metadata: VMMetadata, ref: str) -> SnapshotRecord | None:
             SnapshotSource.parse(properties["source"]),
             metadata.created_timestamp.ToDatetime(UTC),
             display_name=check_display_name(properties["display_name"]),
-            parent=properties["parent"],
+            parent=parent,
             manifest_ref=ref,
         )
     return None

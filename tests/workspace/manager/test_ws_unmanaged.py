@@ -39,11 +39,19 @@ def unmanaged(host: Host) -> list[SnapshotInfo]:
 # Snapshots
 
 
-def save(host: Host, snapshot_id: str, vm_id: str = "one", **how: Any) -> None:
-    """Save a snapshot with the loader, as any program may."""
+def save(
+    host: Host,
+    snapshot_id: str,
+    vm_id: str = "one",
+    *,
+    said: str = "",
+    properties: dict[str, str] | None = None,
+    **how: Any,
+) -> None:
+    """Save a snapshot with the loader, as any program may; `said` is the id that it says it has."""
     file = host.folder / "file"
     file.write_text(snapshot_id)
-    metadata = VMMetadata(vm_id=vm_id, snapshot_id=snapshot_id)
+    metadata = VMMetadata(vm_id=vm_id, snapshot_id=said or snapshot_id, properties=properties)
     host.loader.cache_snapshot(
         SnapshotKey(instance_name=how.pop("instance_name", "")),
         files={"file": file},
@@ -101,6 +109,37 @@ def test_one_of_which_only_the_pin_is_left_is_listed_as_not_here(host: Host) -> 
     host.create()
     host.cache.pin(pin_name("one.lost"))
     assert unmanaged(host) == [SnapshotInfo("workspaces/one/one.lost", is_managed=False, is_local=False)]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_a_manifest_that_says_what_no_snapshot_can_be_called_is_passed_over(host: Host, name: str) -> None:
+    host.create()
+    save(host, "nightly/7", said=name)
+    assert unmanaged(host) == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"kind": "other"},
+        {"scope": ""},
+        {"source": "a\nb"},
+        {"display_name": "x" * 201},
+        {"parent": "x" * 300},
+    ],
+)
+def test_what_cannot_be_a_record_tells_nothing_and_is_not_adopted(host: Host, said: dict[str, str]) -> None:
+    host.create()
+    taken = host.manager.create_version("one")
+    properties = {"kind": "version", "scope": "Full", "source": "manual", "display_name": "", "parent": ""}
+    name = taken.runtime_name[:-1] + "x"
+    save(host, name, properties={**properties, **said}, pin=pin_name(name.rpartition("/")[2]))
+    [info] = unmanaged(host)
+    assert (info.runtime_name, info.told) == (name, None)
+    lose(host)
+    host.manager.adopt("one", volumes=[DATA])
+    managed = [info.runtime_name for info in host.manager.list_snapshots("one") if info.is_managed]
+    assert managed == [taken.runtime_name]
 
 
 def test_what_the_runtime_keeps_is_told_of_managed_and_unmanaged_ones(host: Host) -> None:
