@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import io
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -35,10 +36,12 @@ from snaploader.digest import Buffer, DigestFunction, Hasher
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, PermissionDenied
 
 BUFFER_BYTES = 1 << 20
-PIECE_BYTES = 8 << 20
-"""No more is read, written or copied in one step, so that a call can be called off between two."""
-_LOCK_POLL_S = 0.005
-"""How often a lock that a call waits for is tried."""
+PIECE_BYTES = 4 << 20
+"""No more is hashed, read, written or copied in one step, so that a call can be called off between two."""
+_LOOK_S = 0.02
+"""How often a call that waits for a lock looks whether it was called off."""
+_FIRST_TRY_S = 0.0005
+"""How soon a lock that another process holds is tried again; then half as often each time."""
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _NO_COPY_RANGE = frozenset(
     {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
@@ -330,14 +333,39 @@ def hash_file(fd: int, function: DigestFunction) -> tuple[str, int]:
     return hasher.hexdigest(), size
 
 
+def hash_bytes(data: Buffer, function: DigestFunction) -> str:
+    """Return the hash of bytes, of any number of them."""
+    view = memoryview(data).cast("B")
+    if len(view) <= PIECE_BYTES:
+        return function.hash(view)
+    hasher = function.hasher()
+    for piece in pieces(view):
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def pieces(view: memoryview) -> Iterator[memoryview]:
+    """Yield bytes in pieces that one step may take."""
+    for start in range(0, len(view), PIECE_BYTES):
+        current().check()
+        yield view[start : start + PIECE_BYTES]
+
+
 def read_file(fd: int, size: int) -> bytes:
     """Return the bytes of a file, at most one more than `size`."""
-    parts = []
-    done = 0
-    while done <= size and (part := os.pread(fd, size + 1 - done, done)):
-        parts.append(part)
+    piece = PIECE_BYTES if current().is_bounded else size + 1
+    data = os.pread(fd, min(size + 1, piece), 0)
+    done = len(data)
+    whole: io.BytesIO | None = None
+    while data and done <= size and (part := os.pread(fd, min(size + 1 - done, piece), done)):
+        current().check()
+        if whole is None:
+            whole = io.BytesIO()
+            whole.write(data)
+        whole.write(part)
         done += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    # `getvalue` hands out what it holds without copying it.
+    return data if whole is None else whole.getvalue()
 
 
 def write_all(fd: int, data: Buffer) -> None:
@@ -577,7 +605,7 @@ class FileLock:
     """A lock among threads and processes, by flock(2) on a file that is never removed. Not reentrant.
 
     It goes when the process does, however it does. Two caches in one process exclude each other like two
-    processes. In a forked child it counts as closed.
+    processes. In a forked child it counts as closed. Waiting for it ends with the call that runs.
     """
 
     def __init__(self, fd: int) -> None:
@@ -586,24 +614,13 @@ class FileLock:
         self.fd = fd
 
     @contextmanager
-    def held_in_call(self) -> Iterator[None]:
-        """Hold the lock as `held` does; the wait for it ends with the call that runs, as that says."""
-        while not self.closed:
-            with self.held_now() as held:
-                if held:
-                    yield
-                    return
-            current().sleep(_LOCK_POLL_S)
-        raise Cancelled("the file cache was closed while it was used")
-
-    @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the lock, waiting for it first. Cancelled after `close`."""
         # A child's thread lock may be held for ever, so that it is not even waited for.
         if not self.closed:
-            with self._threads:
+            with held_in_call(self._threads):
                 if not self.closed:
-                    fcntl.flock(self.fd, fcntl.LOCK_EX)
+                    _wait_for_lock(self.fd)
                     try:
                         yield
                     finally:
@@ -641,6 +658,38 @@ class FileLock:
             if self.fd >= 0:
                 os.close(self.fd)
                 self.fd = -1
+
+
+def held_in_call(lock: threading.Lock) -> AbstractContextManager[object]:
+    """Hold a lock of this process's threads. Waiting for it ends with the call that runs."""
+    # A lock itself is what no signal can come between, as on its way out of a function in Python.
+    return _held_in_call(lock) if current().is_bounded else lock
+
+
+@contextmanager
+def _held_in_call(lock: threading.Lock) -> Iterator[None]:
+    if not lock.acquire(blocking=False):
+        while not lock.acquire(timeout=_LOOK_S):
+            current().check()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _wait_for_lock(fd: int) -> None:
+    """Take the lock of a file; see flock(2). Waiting for it ends with the call that runs."""
+    if not current().is_bounded:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return
+    # Nothing ends a wait in the kernel, so that it is tried again and again.
+    pause_s = _FIRST_TRY_S
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        current().sleep(pause_s)
+        pause_s = min(2 * pause_s, _LOOK_S)
 
 
 def lock_new(path: str, *, wait: bool = True, mode: int = 0o600) -> int:

@@ -11,13 +11,14 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from operator import itemgetter
 from typing import Self
 
 import numpy as np
 
 from snaploader import files
+from snaploader.context import CallContext, current, in_context
 from snaploader.digest import Buffer, Digest, DigestFunction, empty_digest
 from snaploader.errors import (
     DataLoss,
@@ -115,11 +116,16 @@ class BlobSpace:
     def _find_missing_bulk(self, digests: DigestArray) -> set[Digest]:
         words = to_rows(digests.hashes)
         present = self._listings.contains(SPACE_OF[digests.function], words)
-        missing = set(digests.take(~present))
-        missing.discard(empty_digest(digests.function))
-        if self._durability.windows:
+        absent = np.flatnonzero(~present)
+        missing: set[Digest] = set()
+        for start in range(0, len(absent), BULK_DIGESTS):
+            current().check()
+            some = digests.take(absent[start : start + BULK_DIGESTS])
             # Listings leave suspects out, so that each is looked at here.
-            missing = {digest for digest in missing if not self._is_here(digest)}
+            missing.update(
+                some if not self._durability.windows else (one for one in some if not self._is_here(one))
+            )
+        missing.discard(empty_digest(digests.function))
         if present.any():
             self._uses.append(self._layout.group, words[present, 0], self._now_ns())
         return missing
@@ -284,12 +290,17 @@ class BlobSpace:
             return added
 
     def _put_link(self, digest: Digest, fd: int, path: str) -> bool:
+        before = os.fstat(fd)
         try:
             # The time of last write is the time of adding: it tells what a power failure may have damaged.
             os.utime(fd)
             return self._publish(digest, fd, lambda target: os.link(path, target))
-        except OSError as error:
-            if error.errno not in _NO_LINK:
+        except BaseException as error:
+            # Not the cache's after all.
+            with suppress(PermissionError):
+                os.fchmod(fd, stat.S_IMODE(before.st_mode))
+                os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+            if not isinstance(error, OSError) or error.errno not in _NO_LINK:
                 raise
         return self._put_copy(digest, fd, path, verify=False)
 
@@ -449,11 +460,14 @@ class BlobSpace:
 class BlobWriter:
     """A writer of one blob, which adds it when all its bytes came, in order. For one thread.
 
-    A context manager; leaving it without `commit` drops what was written.
+    A context manager; leaving it without `commit` drops what was written, and so does a write that fails.
+    What calls off the call that made it calls off its methods too.
     """
 
     def __init__(self, blobs: BlobSpace, digest: Digest, *, verify: bool = True) -> None:
         blobs.check_fits(digest.size_bytes)
+        cancellation = current().cancellation
+        self._default_context = None if cancellation is None else CallContext(cancellation=cancellation)
         self._blobs = blobs
         self._digest = digest
         self._hasher = digest.function.hasher() if verify else None
@@ -461,18 +475,26 @@ class BlobWriter:
         with translate_os_errors(f"cannot write blob {digest}"):
             self._staged = blobs.stage(digest)
 
-    def write(self, data: Buffer) -> None:
+    @in_context
+    def write(self, data: Buffer, *, context: CallContext | None = None) -> None:
         """Append bytes. DataLoss when they are more than the digest says."""
         self._check_open()
-        self._size += len(memoryview(data).cast("B"))
-        if self._size > self._digest.size_bytes:
-            raise DataLoss(f"blob {self._digest}: more bytes came than its digest says")
-        if self._hasher is not None:
-            self._hasher.update(data)
-        with translate_os_errors(f"cannot write blob {self._digest}"):
-            files.write_all(self._staged.fd, data)
+        view = memoryview(data).cast("B")
+        with ExitStack() as undo:
+            # A part of the bytes is worth nothing.
+            undo.callback(self.close)
+            if self._size + len(view) > self._digest.size_bytes:
+                raise DataLoss(f"blob {self._digest}: more bytes came than its digest says")
+            with translate_os_errors(f"cannot write blob {self._digest}"):
+                for piece in files.pieces(view):
+                    if self._hasher is not None:
+                        self._hasher.update(piece)
+                    files.write_all(self._staged.fd, piece)
+            undo.pop_all()
+        self._size += len(view)
 
-    def commit(self) -> bool:
+    @in_context
+    def commit(self, *, context: CallContext | None = None) -> bool:
         """Add the blob; return False when it was here. DataLoss when the bytes do not have the digest."""
         self._check_open()
         if self._size != self._digest.size_bytes:

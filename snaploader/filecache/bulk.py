@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snaploader import files
+from snaploader.context import current
 from snaploader.errors import InvalidArgument
 from snaploader.filecache.durability import Durability
 from snaploader.filecache.layout import (
@@ -96,6 +97,7 @@ def entries(
                 folder = os.devnull
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as shards:
             for shard in shards:
+                current().check()
                 if _SHARD.fullmatch(shard.name):
                     if shard.is_dir(follow_symlinks=False):
                         yield from _shard_entries(shard.path, space, shard.name, odd)
@@ -255,6 +257,7 @@ class ShardListings:
         fresh: list[tuple[str, int | None]] = []
         names: list[list[str]] = []
         for shard in shards:
+            current().check()
             path = f"{self._layout.group_path()}/{space.folder}/{shard}"
             try:
                 modified_ns = os.stat(path, follow_symlinks=False).st_mtime_ns

@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.context import current
+from snaploader.context import current, unbounded
 from snaploader.errors import Cancelled, ResourceExhausted, SnaploaderError, translate_os_errors
 from snaploader.filecache.bulk import FoundEntry, Position, Scan, UseLog, apply_uses, sweep_trees
 from snaploader.filecache.durability import Durability
@@ -135,7 +135,7 @@ class Evictor:
             raise ResourceExhausted(
                 f"{extra_bytes} bytes do not fit into a file cache of {self._max_bytes}: raise its max_bytes"
             )
-        with translate_os_errors("cannot evict from the file cache"), self._lock.held_in_call():
+        with translate_os_errors("cannot evict from the file cache"), self._lock.held():
             left = self._reduce(limit)
         if left is not None:
             raise ResourceExhausted(
@@ -146,7 +146,7 @@ class Evictor:
 
     def prune(self, target_bytes: int) -> int:
         """Evict until the cache takes no more than this, or all else is in use; return its size then."""
-        with translate_os_errors("cannot prune the file cache"), self._lock.held_in_call():
+        with translate_os_errors("cannot prune the file cache"), self._lock.held():
             self._rescan()
             self._reduce(target_bytes)
             return self._context.ledger.total_bytes() or 0
@@ -154,7 +154,7 @@ class Evictor:
     def plan(self, target_bytes: int) -> list[tuple[str, FoundEntry]]:
         """List what `prune` would evict now, in that order: the group's folder and the entry."""
         planned = []
-        with translate_os_errors("cannot look through the file cache"), self._lock.held_in_call():
+        with translate_os_errors("cannot look through the file cache"), self._lock.held():
             self._rescan()
             candidates, self._candidates = self._candidates, None  # used up below
             assert candidates is not None
@@ -313,17 +313,17 @@ class Evictor:
             is_suspect = self._durability.is_suspect if self._durability.windows else None
             scan = Scan(layout, is_suspect, self._check_open)
             self._context.host.after_step("scan.listed")
-        except BaseException:
             with ledger.section() as section:
+                changed = section.end_scan()
+                seen = scan.sizes_by_entry(set(changed))
+                total = trees_bytes + int(scan.disk_bytes.sum())
+                total += sum(size - seen.get(name, 0) for name, size in changed.items())
+                section.set_total(total)
+                self._protection.refresh(section, again=True)
+        except BaseException:
+            with unbounded(), ledger.section() as section:
                 section.abandon_scan()
             raise
-        with ledger.section() as section:
-            changed = section.end_scan()
-            seen = scan.sizes_by_entry(set(changed))
-            total = trees_bytes + int(scan.disk_bytes.sum())
-            total += sum(size - seen.get(name, 0) for name, size in changed.items())
-            section.set_total(total)
-            self._protection.refresh(section, again=True)
         self._context.counters.add(scans=1)
         for path in scan.odd:
             self._context.set_aside_odd(path)

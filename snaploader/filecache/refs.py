@@ -10,13 +10,13 @@ value set half a minute before, may be gone, which is a clean miss; `FileCache.s
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import stat
 from contextlib import suppress
 
 from snaploader import files
+from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache.layout import Space, check_hash, disk_bytes, set_used, touch
 from snaploader.filecache.usage import CacheContext, Section
@@ -100,4 +100,4 @@ class RefSpace:
 
 
 def _header(value: bytes) -> bytes:
-    return _MAGIC + hashlib.sha256(value).digest()
+    return _MAGIC + bytes.fromhex(files.hash_bytes(value, DigestFunction.SHA256))

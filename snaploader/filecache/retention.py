@@ -12,7 +12,6 @@ it is pinned again or unpinned.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -26,12 +25,30 @@ from typing import NamedTuple, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest
-from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError, translate_os_errors
+from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest, DigestFunction
+from snaploader.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+    translate_os_errors,
+)
 from snaploader.filecache.bulk import Scan, use_keys
 from snaploader.filecache.layout import Layout, Space, check_hash, is_alive
 from snaploader.filecache.usage import CacheContext, PinTotals, Section
-from snaploader.files import OddEntry, closing_fd, flush_folder, is_odd, open_regular, read_file, read_regular
+from snaploader.files import (
+    OddEntry,
+    closing_fd,
+    flush_folder,
+    hash_bytes,
+    held_in_call,
+    is_odd,
+    open_regular,
+    read_file,
+    read_regular,
+)
 from snaploader.formats.digests import (
     Prefixes,
     Words,
@@ -96,9 +113,10 @@ class Lease:
         # Closing the cache ends its leases; a forked child has none.
         if path is None or self._ledger.lock.closed:
             return
-        with self._ledger.section() as section:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        # When the call is over that waits here, the next scan sees it.
+        with suppress(Cancelled, DeadlineExceeded), self._ledger.section() as section:
             section.leases_changed()
 
     def __enter__(self) -> Self:
@@ -136,7 +154,7 @@ def encode_pin(words: Words, sizes_bytes: npt.NDArray[np.int64], refs: Words) ->
             refs.astype(">u8").tobytes(),
         )
     )
-    return _MAGIC + hashlib.sha256(rest).digest() + rest
+    return _MAGIC + bytes.fromhex(hash_bytes(rest, DigestFunction.SHA256)) + rest
 
 
 def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
@@ -155,7 +173,7 @@ def load_pin(path: str) -> tuple[os.stat_result, Pin | None]:
         size = refs_at + refs * HASH_BYTES
         # Nothing more is read into memory unless the beginning fits the file's size.
         data = read_file(fd, size) if size == status.st_size else b""
-    checksum = hashlib.sha256(memoryview(data)[_CHECKED_FROM:]).digest()
+    checksum = bytes.fromhex(hash_bytes(memoryview(data)[_CHECKED_FROM:], DigestFunction.SHA256))
     if len(data) != size or data[:_CHECKED_FROM] != _MAGIC + checksum:
         return status, None
     return status, Pin(
@@ -251,6 +269,8 @@ class PinSpace:
                 self.get(name)
             except NotFound:
                 continue
+            except (Cancelled, DeadlineExceeded):
+                raise
             except SnaploaderError:
                 bad.append(name)
         return len(names), bad
@@ -365,7 +385,7 @@ class PinTable:
 
     def refresh(self, generation: int, *, again: bool = False) -> None:
         """Read what changed since this generation, or `again` in any case, as some hand may move files."""
-        with self._lock:
+        with held_in_call(self._lock):
             if generation != self._generation or again:
                 self._update()
                 self._generation = generation
@@ -434,7 +454,7 @@ class PinTable:
         try:
             status, pin = load_pin(self._path(name))
             identity = _identity(status)
-        except FileNotFoundError:
+        except (FileNotFoundError, DeadlineExceeded):
             raise
         except OSError:
             _logger.warning("pin %r cannot be read", self._path(name), exc_info=True)

@@ -1,4 +1,4 @@
-"""Each call in its own context: groups that see nothing of each other, and calls that end early."""
+"""Each call in the group that it names: groups see nothing of each other."""
 
 import contextlib
 import os
@@ -6,10 +6,9 @@ import threading
 
 import pytest
 
-from snaploader import files
-from snaploader.context import CallContext, Cancellation
+from snaploader.context import CallContext
 from snaploader.digest import Digest, DigestFunction, hash_strings
-from snaploader.errors import Cancelled, DataLoss, DeadlineExceeded, InvalidArgument, NotFound
+from snaploader.errors import InvalidArgument, NotFound
 from snaploader.filecache import FileCache
 from snaploader.filecache.layout import Layout
 
@@ -140,139 +139,3 @@ def test_what_a_call_made_stays_in_its_group(cache):
     assert cache.read(DIGEST, context=A) == DATA
     lease.release()
     assert cache.prune() == 0
-
-
-class Fuse(Cancellation):
-    """Is set at the n-th look at it."""
-
-    def __init__(self, looks):
-        super().__init__()
-        self.looks = looks
-
-    @property
-    def is_cancelled(self):
-        self.looks -= 1
-        if self.looks == 0:
-            self.cancel()
-        return super().is_cancelled
-
-    def check(self):
-        if self.is_cancelled:
-            raise Cancelled("by the test")
-
-
-def sweep(action, cache, tmp_path, *, at_least):
-    """Call an action off at each of its steps; nothing is left of it, and at last it succeeds."""
-    looks = 0
-    while True:
-        looks += 1
-        try:
-            action(CallContext(cancellation=Fuse(looks)), looks)
-        except Cancelled:
-            owner = [name for name in os.listdir(cache._context.layout.owners) if not name.endswith(".lock")]
-            staged = [os.listdir(f"{cache._context.layout.owners}/{name}") for name in owner]
-            assert staged == [[]]
-            assert os.listdir(cache._context.layout.leases) == []
-            assert cache.entries() == []
-            assert not list(tmp_path.glob("out*"))
-            continue
-        assert looks > at_least
-        return
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(files, "BUFFER_BYTES", 1000)
-    monkeypatch.setattr(files, "_buffers", files.ThreadBuffers())
-
-
-BIG = bytes(range(256)) * 40
-BIG_DIGEST = Digest.of(BIG, DigestFunction.SHA256)
-
-
-@pytest.mark.parametrize("how", ["copy", "unverified", "link", "move"])
-def test_adding_a_file_is_called_off_at_every_step(cache, tmp_path, small_pieces, how):
-    path = tmp_path / "big"
-    path.write_bytes(BIG)
-    options = {"copy": {}, "unverified": {"verify": False}, "link": {"link": True}, "move": {"move": True}}[
-        how
-    ]
-
-    def add(context, _):
-        cache.put_file(BIG_DIGEST, path, context=context, **options)
-
-    sweep(add, cache, tmp_path, at_least=5)
-    assert cache.read(BIG_DIGEST) == BIG
-    assert path.exists() == (how != "move")
-
-
-def test_adding_a_file_of_unknown_digest_is_called_off_at_every_step(cache, tmp_path, small_pieces):
-    (tmp_path / "big").write_bytes(BIG)
-    sweep(lambda context, _: cache.add_file(tmp_path / "big", context=context), cache, tmp_path, at_least=10)
-
-
-def test_a_blob_is_put_elsewhere_or_not_at_all(cache, tmp_path, small_pieces):
-    cache.put_verified(BIG_DIGEST, BIG)
-    out = tmp_path / "out"
-    looks = 0
-    while True:
-        looks += 1
-        try:
-            fuse = CallContext(cancellation=Fuse(looks))
-            cache.materialize(BIG_DIGEST, out, writable=True, context=fuse)
-        except Cancelled:
-            assert not list(tmp_path.glob("*out*"))
-            continue
-        break
-    assert looks > 2
-    assert out.read_bytes() == BIG
-
-
-def test_hashing_that_is_called_off_says_nothing_of_the_blob(cache, tmp_path, small_pieces):
-    cache.put_verified(BIG_DIGEST, BIG)
-    cache.close()
-    with FileCache(tmp_path / "cache") as again:
-        with pytest.raises(Cancelled):
-            again.read(BIG_DIGEST, context=CallContext(cancellation=Fuse(4)))
-        assert again.read(BIG_DIGEST) == BIG
-
-
-def test_a_deadline_ends_a_call_like_a_cancellation(cache, tmp_path, small_pieces, monkeypatch):
-    (tmp_path / "big").write_bytes(BIG)
-    now = [1000.0]
-
-    def tick():
-        now[0] += 0.25
-        return now[0]
-
-    monkeypatch.setattr("snaploader.context.time.monotonic", tick)
-    with pytest.raises(DeadlineExceeded) as caught:
-        cache.add_file(tmp_path / "big", context=CallContext(timeout_s=1))
-    monkeypatch.undo()
-    assert not caught.value.transient
-    assert cache.entries() == []
-
-
-def test_a_call_that_waits_for_an_eviction_can_be_called_off(cache, tmp_path):
-    with FileCache(tmp_path / "cache") as other:
-        flag = Cancellation()
-        errors = []
-
-        def prune():
-            try:
-                cache.prune(context=CallContext(cancellation=flag))
-            except Cancelled as error:
-                errors.append(error)
-
-        with other._evictor._lock.held():
-            thread = threading.Thread(target=prune)
-            thread.start()
-            flag.cancel()
-            thread.join(60)
-        assert len(errors) == 1
-
-
-def test_wrong_bytes_are_no_cancellation(cache):
-    with pytest.raises(DataLoss):
-        cache.write(DIGEST, b"something else", context=CallContext(cancellation=Cancellation()))
