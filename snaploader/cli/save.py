@@ -72,6 +72,15 @@ class SaveCommand(Command):
 @option(
     "--pin", metavar="NAME", help="Keep the snapshot from eviction on this host until `cache unpin NAME`."
 )
+@option("--local/--no-local", default=True, help="Keep blobs in the local cache.")
+@option(
+    "--local-manifest/--no-local-manifest",
+    default=None,
+    help="Find the snapshot on this host without the remote cache.  [default: as --local]",
+)
+@option(
+    "--link-files", is_flag=True, help="Take files that are kept whole by hard link: never write to them."
+)
 @click.argument("files", nargs=-1, required=True, metavar="FILE|DIR…")
 def save(
     caches: Caches,
@@ -85,6 +94,9 @@ def save(
     min_refresh_interval: float | None,
     properties: tuple[tuple[str, str], ...],
     pin: str | None,
+    local: bool,
+    local_manifest: bool | None,
+    link_files: bool,
 ) -> None:
     """Save files and directories as the snapshot of a branch.
 
@@ -115,6 +127,9 @@ def save(
             key_set=key_set,
             default_ref=task_options.default_ref,
             min_refresh_interval_s=min_refresh_interval or 0.0,
+            local=local,
+            local_manifest=local_manifest,
+            link_files=link_files,
             chunk_size=chunk_size,
             pin=pin,
             progress=progress,

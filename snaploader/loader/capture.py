@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Self
 from google.protobuf.message import Message
 
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
-from snaploader.digest import Digest, DigestFunction
+from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
@@ -24,7 +25,7 @@ from snaploader.errors import (
     translate_os_errors,
 )
 from snaploader.filecache import FileCache
-from snaploader.files import ProcessExitStack, ThreadBuffers, remove_tree
+from snaploader.files import ProcessExitStack, ThreadBuffers, closing_fd, hash_file, remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
@@ -35,6 +36,9 @@ from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
 from snaploader.loader.scan import changed
 from snaploader.policy import SavePolicy
 from snaploader.workers import WorkerPool
+
+# Not to wait for the writer of a FIFO, which is refused then.
+_PLAIN_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,17 @@ class SaveOptions:
     default_ref: str = ""
     min_refresh_interval_s: float = 0.0
     remote: bool | None = None
+    local: bool = True
+    local_manifest: bool = True
+    link_files: bool = False
     chunk_size: int | None = None
     pin: str | None = None
     progress: ProgressCallback | None = None
+
+    @property
+    def stands_locally(self) -> bool:
+        """Whether the snapshot is to be found and loaded on this host without the remote cache."""
+        return self.local and self.local_manifest
 
 
 @dataclass
@@ -92,6 +104,8 @@ class ChunkedCapture:
 class StateCapture:
     """Reads, hashes and keeps in the file cache what a save does not know yet. One object per save.
 
+    With `SaveOptions.local` off nothing is kept: what is to be uploaded is read once more (`sources`).
+
     A context manager: all files are opened when it is made and each store's chunks are frozen at that
     moment; leaving it without `commit` gives them back to their stores as unsaved.
     """
@@ -100,6 +114,8 @@ class StateCapture:
         self, file_cache: FileCache, function: DigestFunction, pool: WorkerPool, options: SaveOptions
     ) -> None:
         self._file_cache = file_cache
+        self._keeps = options.local
+        self._links = options.link_files
         self._function = function
         self._pool = pool
         self._files = {name: os.fspath(path) for name, path in options.files.items()}
@@ -122,7 +138,7 @@ class StateCapture:
                     self._chunked.append(self._begin(name, source, options.chunk_size))
             for name, directory in options.directories.items():
                 size = options.chunk_size or DEFAULT_CHUNK_SIZE
-                capture = DirectoryCapture(name, directory, file_cache, function, size)
+                capture = DirectoryCapture(name, directory, file_cache, function, size, keeps=options.local)
                 self._open.callback(capture.close)
                 self.directories[name] = capture
                 check_entry_count(sum(one.entry_count for one in self.directories.values()))
@@ -148,33 +164,55 @@ class StateCapture:
         """What is in every directory; there after `store_all`."""
         return {name: capture.tree for name, capture in self.directories.items()}
 
-    def commit(self, fetcher: BlobFetcher) -> None:
-        """Tell the stores that their chunks are saved: they are clean from now on."""
+    def commit(self, fetcher: BlobFetcher) -> list[str]:
+        """Tell the stores that their chunks are saved: they are clean from now on. Write the capture indexes.
+
+        What went wrong with an index is returned.
+        """
         for chunked in self._chunked:
             allow_remote = chunked.allow_remote and fetcher.behind is not None
             table = self.tables[chunked.name]
             source = SnapshotChunkSource(chunked.name, table, fetcher, allow_remote, chunked.mode)
             with _translate_cow_errors(chunked.name):
                 chunked.checkpoint.commit(source)
+        return [*filter(None, (directory.remember() for directory in self.directories.values()))]
 
     def rescue(self, digests: Collection[Digest]) -> None:
         """Put blobs into the file cache again that are in no cache, from what is being saved.
 
         NotFound, DataLoss or FailedPrecondition when something does not hold any more what it did.
         """
-        wanted = set(digests)
-        self.rescue_from_directories(wanted)
-        for chunked in self._chunked:
-            table = self.tables[chunked.name]
-            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
-                if digest in wanted:
-                    wanted.remove(digest)
-                    self._rescue_chunk(chunked, index, digest)
+        for digest, read in self.sources(digests).items():
+            self._file_cache.write(digest, read())
 
     def rescue_from_directories(self, wanted: set[Digest]) -> None:
         """Do as `rescue` does for what is in directories, and take it out of `wanted`."""
         for capture in self.directories.values():
-            capture.rescue(wanted)
+            for digest, read in capture.sources(wanted).items():
+                self._file_cache.write(digest, read())
+                wanted.remove(digest)
+
+    def sources(self, wanted: Collection[Digest]) -> dict[Digest, Callable[[], Buffer | str]]:
+        """How to read blobs again from what is being saved: each call gives verified bytes, or a file's path.
+
+        The calls raise NotFound, DataLoss or FailedPrecondition when something does not hold any more what
+        it did. What is at a path is for the caller to verify.
+        """
+        wanted = set(wanted)
+        found: dict[Digest, Callable[[], Buffer | str]] = {}
+        for capture in self.directories.values():
+            found |= capture.sources(wanted)
+        for name, file in self.plain_files.items():
+            if file.digest in wanted:
+                found[file.digest] = partial(str, self._files[name])
+        for chunked in self._chunked:
+            table, tree = self.tables[chunked.name], self._saved[chunked.name].digest
+            if tree in wanted:
+                found[tree] = partial(encode_tree, table, chunked.mode)
+            for index, digest in zip(table.indices.tolist(), table.digests(), strict=True):
+                if digest in wanted:
+                    found.setdefault(digest, partial(self._read_chunk, chunked, index, digest))
+        return found
 
     def __enter__(self) -> Self:
         return self
@@ -182,16 +220,21 @@ class StateCapture:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def _rescue_chunk(self, chunked: ChunkedCapture, index: int, digest: Digest) -> None:
+    def _read_chunk(self, chunked: ChunkedCapture, index: int, digest: Digest) -> Buffer:
         data = bytearray(chunked.checkpoint.chunk_length(index))
         try:
-            chunked.checkpoint.readinto(index, data)
-            self._file_cache.write(digest, data)
+            with _translate_cow_errors(chunked.name):
+                chunked.checkpoint.readinto(index, data)
         except (NotFound, DataLoss) as error:
             raise type(error)(
                 f"chunk {index} of {chunked.name!r} ({digest}), which did not change since it was loaded, is "
                 f"in no cache any more: {error.message}"
             ) from error
+        if Digest.of(data, digest.function) != digest:
+            raise FailedPrecondition(
+                f"{chunked.name!r} was changed while it was saved: stop what writes to it and save again"
+            )
+        return data
 
     def _begin(
         self, name: str, source: COWStore | str | os.PathLike[str], chunk_size: int | None
@@ -238,8 +281,14 @@ class StateCapture:
     def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {name!r}"):
             before = os.stat(path)
-        digest, added = self._file_cache.add_file(path, self._function)
-        _check_unchanged(path, name, before)
+        if self._keeps and not self._links:
+            digest, added = self._file_cache.add_file(path, self._function)
+            _check_unchanged(path, name, before)
+        else:
+            digest = _digest_of_file(path, self._function)
+            # A link changes the file's times.
+            _check_unchanged(path, name, before)
+            added = self._keeps and self._file_cache.put_file(digest, path, link=True, verify=False)
         size = digest.size_bytes
         self._saved[name] = SavedFile(
             name,
@@ -266,7 +315,9 @@ class StateCapture:
             return
         digest = Digest.of(data, self._function)
         path = chunked.checkpoint.path(index)
-        if path is not None:
+        if not self._keeps:
+            added = False
+        elif path is not None:
             added = self._file_cache.put_file(digest, path, link=True, verify=False)
         else:
             added = self._file_cache.put_verified(digest, data)
@@ -281,7 +332,8 @@ class StateCapture:
         table = chunked.table(self._function)
         tree = encode_tree(table, chunked.mode)
         digest = Digest.of(tree, self._function)
-        self._file_cache.put_verified(digest, tree)
+        if self._keeps:
+            self._file_cache.put_verified(digest, tree)
         self.tables[chunked.name] = table
         self._saved[chunked.name] = SavedFile(
             chunked.name,
@@ -313,6 +365,14 @@ def _translate_cow_errors(name: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise InvalidArgument(f"cannot save {name!r} in chunks: {error}") from error
+
+
+def _digest_of_file(path: str, function: DigestFunction) -> Digest:
+    with translate_os_errors(f"cannot read {path!r}"), closing_fd(os.open(path, _PLAIN_FILE)) as fd:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidArgument(f"{path!r} is not a regular file")
+        hash_, size = hash_file(fd, function)
+    return Digest(hash_, size, function)
 
 
 def _check_unchanged(path: str, name: str, before: os.stat_result) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cow import TruncatedFile, chunk_extents, is_zero, read_all
-from snaploader.digest import Digest, DigestFunction
-from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, translate_os_errors
+from snaploader.digest import Buffer, Digest, DigestFunction
+from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
 from snaploader.filecache import FileCache
-from snaploader.files import ThreadBuffers, closing_fd, read_file
+from snaploader.files import ThreadBuffers, closing_fd, hash_file, read_file
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.dirtree import (
     ChunkedEntry,
@@ -97,8 +97,9 @@ class _BigFile:
 class DirectoryCapture:
     """A directory on its way into the file cache. It is looked through when this is made.
 
-    To be closed. `tasks` are for several threads, everything else is for one. Raises what `Scan` does,
-    NotFound when there is no such directory, InvalidArgument when the index or the file cache is inside.
+    Without `keeps` nothing goes into the file cache; `sources` reads it again. To be closed. `tasks` are for
+    several threads, everything else is for one. Raises what `Scan` does, NotFound when there is no such
+    directory, InvalidArgument when the index or the file cache is inside.
     """
 
     def __init__(
@@ -108,11 +109,14 @@ class DirectoryCapture:
         file_cache: FileCache,
         function: DigestFunction,
         chunk_size: int,
+        *,
+        keeps: bool = True,
     ) -> None:
         self._name = name
         self._where = os.path.abspath(os.fspath(source.path))
         self._threshold = source.chunk_threshold_bytes
         self._file_cache = file_cache
+        self._keeps = keeps
         self._function = function
         self._chunk_size = chunk_size
         self._index_path = None if source.index is None else os.path.abspath(os.fspath(source.index))
@@ -173,26 +177,30 @@ class DirectoryCapture:
         self.tree = DirectoryTree(entries, self._function)
         data = encode_directory_tree(self.tree)
         self.digest = Digest.of(data, self._function)
-        self._file_cache.put_verified(self.digest, data)
+        if self._keeps:
+            self._file_cache.put_verified(self.digest, data)
 
-    def rescue(self, wanted: set[Digest]) -> None:
-        """Put blobs into the file cache again, from the files that hold them, and take them out of `wanted`.
-
-        FailedPrecondition when a file does not hold any more what it did.
-        """
+    def sources(self, wanted: Collection[Digest]) -> dict[Digest, Callable[[], Buffer | str]]:
+        """How to read blobs again from the files that hold them; see `StateCapture.sources`."""
+        found: dict[Digest, Callable[[], Buffer | str]] = {}
+        if self.digest in wanted:
+            found[self.digest] = partial(encode_directory_tree, self.tree)
         for file in self._found.files:
-            if not wanted:
-                return
+            if len(found) == len(wanted):
+                break
             content = self._contents[file.path]
-            if isinstance(content, Digest):
-                if content in wanted:
-                    self._put_back(file, content, 0, content.size_bytes)
-                    wanted.remove(content)
-                continue
-            for index, digest in zip(content.indices.tolist(), content.digests(), strict=True):
-                if digest in wanted:
-                    self._put_back(file, digest, index * content.chunk_size, digest.size_bytes)
-                    wanted.remove(digest)
+            if isinstance(content, ChunkTable):
+                for index, digest in zip(content.indices.tolist(), content.digests(), strict=True):
+                    if digest in wanted:
+                        found[digest] = partial(self._read_again, file, digest, index * content.chunk_size)
+            elif content in wanted:
+                is_big = content.size_bytes > _IN_MEMORY_BYTES
+                found[content] = (
+                    partial(os.path.join, self._where, file.path)
+                    if is_big
+                    else partial(self._read_again, file, content, 0)
+                )
+        return found
 
     def remember(self) -> str:
         """Write the capture index, where one was asked for; what went wrong, or an empty string."""
@@ -270,13 +278,16 @@ class DirectoryCapture:
         with self._opened(file) as fd:
             if size > _IN_MEMORY_BYTES:
                 # By descriptor, so that it is this very file.
-                digest, added = self._file_cache.add_file(f"/proc/self/fd/{fd}", self._function)
+                if self._keeps:
+                    digest, added = self._file_cache.add_file(f"/proc/self/fd/{fd}", self._function)
+                else:
+                    digest, added = Digest(*hash_file(fd, self._function), self._function), False
                 self._check_unchanged(file, fd)
             else:
                 data = read_file(fd, size)
                 self._check_unchanged(file, fd)
                 digest = Digest.of(data, self._function)
-                added = bool(data) and self._file_cache.put_verified(digest, data)
+                added = bool(data) and self._keep(digest, data)
         with self._lock:
             self._contents[file.path] = digest
             self._read_bytes += size
@@ -305,7 +316,7 @@ class DirectoryCapture:
             count = self._read(big.file, big.fd, data, offset, ranges)
             # Looking for zeros is several times faster than hashing them.
             digest = None if is_zero(data) else Digest.of(data, self._function)
-            added = digest is not None and self._file_cache.put_verified(digest, data)
+            added = digest is not None and self._keep(digest, data)
             with self._lock:
                 big.read_bytes += count
                 if digest is not None:
@@ -329,23 +340,25 @@ class DirectoryCapture:
         os.close(big.fd)
         meter.add(size - big.read_bytes)
 
+    def _keep(self, digest: Digest, data: Buffer) -> bool:
+        return self._keeps and self._file_cache.put_verified(digest, data)
+
     def _count(self, size: int, *, added: bool) -> None:
         self._hashed_bytes += size
         self._stored_bytes += size if added else 0
 
-    def _put_back(self, file: FoundFile, digest: Digest, offset: int, size: int) -> None:
-        data = bytearray(size)
+    def _read_again(self, file: FoundFile, digest: Digest, offset: int) -> Buffer:
+        data = bytearray(digest.size_bytes)
         with self._opened(file) as fd:
-            count = self._read(file, fd, memoryview(data), offset, [(offset, offset + size)])
+            count = self._read(file, fd, memoryview(data), offset, [(offset, offset + len(data))])
         with self._lock:
             self._read_bytes += count
-        try:
-            self._file_cache.write(digest, data)
-        except DataLoss as error:
+        if Digest.of(data, digest.function) != digest:
             raise FailedPrecondition(
                 f"{shown_path(self._where, file.path)} has other content than when it was last saved, and "
                 f"the same size and times: remove the capture index {self._index_path!r} and save again"
-            ) from error
+            )
+        return data
 
     def _open(self, file: FoundFile) -> int:
         with still_there(self._where, file.path):

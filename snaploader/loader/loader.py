@@ -331,6 +331,9 @@ class SnapshotLoader:
         default_ref: str = "",
         min_refresh_interval_s: float = 0.0,
         remote: bool | None = None,
+        local: bool = True,
+        local_manifest: bool | None = None,
+        link_files: bool = False,
         chunk_size: int | None = None,
         pin: str | None = None,
         progress: ProgressCallback | None = None,
@@ -364,6 +367,14 @@ class SnapshotLoader:
             min_refresh_interval_s: Leave the default branch's remote snapshot alone when it is younger.
             remote: Whether to save remotely. Default: if there is a remote cache that this loader may write
                 to, and the key is of no single runner.
+            local: Whether to keep blobs in the file cache. If not, what the remote cache lacks is read twice,
+                once to be hashed and once to be sent, and the snapshot is saved remotely or nowhere.
+            local_manifest: Whether this host is to find the snapshot without asking the remote cache.
+                Default: as `local`. Without a manifest here, nothing is done where the save policy keeps the
+                snapshot from the remote cache; without blobs, the manifest here is written last.
+            link_files: Take plain files into the file cache as they are, by a hard link, where they are on
+                its file system; else copy them. The caller promises not to write to them again. They become
+                read-only, and their times change.
             chunk_size: In bytes, for paths; a power of two times the page size. Default: cow's.
             pin: Name of a pin of the file cache that keeps the snapshot from eviction, even when this process
                 ended; `FileCache.unpin` ends it. What was pinned under the name before is unpinned, unless
@@ -371,7 +382,8 @@ class SnapshotLoader:
                 of stores that did not change since they were loaded may still be in the remote cache alone.
 
         Raises:
-            InvalidArgument: names, keys or options are malformed, or nothing would be stored.
+            InvalidArgument: names, keys or options are malformed, or nothing would be stored, or neither
+                the remote cache nor a local manifest would name it.
             FailedPrecondition: the loader is read-only, the snapshot id is taken, a file changed
                 while it was read, or the remote cache takes no updates.
             ResourceExhausted: the disk is full, or the file cache too small for the snapshot.
@@ -391,6 +403,9 @@ class SnapshotLoader:
             default_ref=default_ref,
             min_refresh_interval_s=min_refresh_interval_s,
             remote=remote,
+            local=local,
+            local_manifest=local if local_manifest is None else local_manifest,
+            link_files=link_files,
             chunk_size=chunk_size,
             pin=pin,
             progress=progress,

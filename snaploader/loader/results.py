@@ -255,6 +255,7 @@ class SaveResult:
     """Under which exactly this snapshot is found again."""
     files: tuple[SavedFile, ...]
     saved_locally: bool
+    """There is a manifest on this host."""
     saved_remotely: bool
     """This snapshot is what other hosts find under `key` (or by its id, where the key names no branch). False
     when another host has saved its own there meanwhile; then this one is still found by its id, unless a

@@ -1,8 +1,10 @@
 """Saving a snapshot: keep everything locally, publish it locally, then the same remotely.
 
 The local part ends with the local manifest before the remote part begins, so an outage costs the
-remote snapshot and not the local one. Within each part a manifest is written last, when everything
-it names is stored: chunks and plain files, then directories, then trees.
+remote snapshot and not the local one. Where blobs or the manifest are not to be kept locally, only what is
+whole and visible remotely is a snapshot: the local manifest, if any, comes last then. Within each part a
+manifest is written last, when everything it names is stored: chunks and plain files, then directories, then
+trees.
 
 Every blob of a snapshot is asked for remotely, also those that did not change: a chunk that is served from
 local caches only grows old there, and would one day be missing from a snapshot that was saved since.
@@ -15,7 +17,7 @@ import operator
 import random
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain
@@ -124,6 +126,12 @@ class SnapshotSaver:
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
         write_keys = self._write_keys(key, options.key_set)
         plan = self._plan(key, id_key, write_keys, options)
+        if not (options.stands_locally or plan.saves):
+            if plan.failure is not None:
+                raise plan.failure
+            return SaveResult(
+                key, id_key.snapshot_id, (), False, False, plan.skipped, remote_manifest=plan.standing
+            )
         self._manifests.check_unused(id_key)
         pinned_before = self._manifests.pinned_before(options.pin)
         with StateCapture(self._file_cache, plan.function, self._fetcher.pool, options) as capture:
@@ -140,37 +148,39 @@ class SnapshotSaver:
             snapshot = Snapshot(id_key, manifest, ManifestSource.LOCAL, tables, True, directories=trees)
             blobs = snapshot.digests()
             uploaded, standing = TransferStatistics(), plan.standing
+            warnings: list[str] = []
             with self._file_cache.lease((), hashes=[blobs.hashes]):
-                warnings = self._complete_locally(capture, blobs, is_pinned=options.pin is not None)
-                refs = [self._manifests.local_ref(written) for written in (*write_keys, id_key)]
-                if key.version_id:
-                    # Only this host may know it, and without it the snapshot is not found.
-                    refs.append(keys.version_key(key))
-                with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
-                    warnings += self._publish_locally(manifest, write_keys, id_key)
-                capture.commit(self._fetcher)
-                warnings += filter(None, (directory.remember() for directory in capture.directories.values()))
+                if options.local:
+                    warnings += self._complete_locally(capture, blobs, is_pinned=options.pin is not None)
+                if options.stands_locally:
+                    refs = [self._manifests.local_ref(written) for written in (*write_keys, id_key)]
+                    if key.version_id:
+                        # Only this host may know it, and without it the snapshot is not found.
+                        refs.append(keys.version_key(key))
+                    with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
+                        warnings += self._publish_locally(manifest, write_keys, id_key)
+                    warnings += capture.commit(self._fetcher)
                 try:
                     if plan.failure is not None:
                         raise plan.failure
                     if plan.saves:
-                        uploaded = upload_blobs(
-                            self._stores,
-                            snapshot,
-                            blobs,
-                            options.progress,
-                            rescue=capture.rescue,
-                            sampled=True,
-                        )
+                        uploaded = self._upload(capture, snapshot, blobs, options)
                         standing = self._publish_remotely(plan, manifest, id_key, warnings)
                 except SnaploaderError as error:
-                    error.add_note("the snapshot is saved in the local cache")
+                    if options.stands_locally:
+                        error.add_note("the snapshot is saved in the local cache")
                     raise
+            is_local = options.stands_locally
+            if not is_local:
+                warnings += capture.commit(self._fetcher)
+                is_local = options.local_manifest and self._publish_late(
+                    manifest, write_keys, id_key, warnings
+                )
         return SaveResult(
             key=key,
             snapshot_id=id_key.snapshot_id,
             files=tuple(saved[name] for name in (*options.files, *options.chunked_files)),
-            saved_locally=True,
+            saved_locally=is_local,
             saved_remotely=plan.saves and standing is not None and standing.is_ours,
             remote_skipped=plan.skipped,
             uploaded_blobs=uploaded.blobs,
@@ -183,6 +193,14 @@ class SnapshotSaver:
 
     def _check(self, key: SnapshotKey, options: SaveOptions) -> None:
         self._stores.check_may_write("save", remote=options.remote)
+        if not options.stands_locally:
+            if options.pin is not None:
+                raise InvalidArgument("a pin keeps what is saved locally: leave local and local_manifest on")
+            stays_here = self._stores.remote_readonly or bool(key.runner_id)
+            if self._remote is None or options.remote is False or (options.remote is None and stays_here):
+                raise InvalidArgument(
+                    "nobody would find the snapshot again: save it remotely, or locally with its manifest"
+                )
         if key.snapshot_id:
             raise InvalidArgument("the key to save under names a snapshot id: pass snapshot_id= instead")
         names = [*options.files, *options.chunked_files, *options.directories]
@@ -302,6 +320,30 @@ class SnapshotSaver:
                 raise
             return [f"the snapshot is not found by its id locally: {error.message}"]
 
+    def _publish_late(
+        self, manifest: Manifest, write_keys: list[SnapshotKey], id_key: SnapshotKey, warnings: list[str]
+    ) -> bool:
+        """Keep the manifest of what is saved remotely; whether that was done."""
+        try:
+            warnings += self._publish_locally(manifest, write_keys, id_key)
+        except SnaploaderError as error:
+            warnings.append(f"the snapshot has no local manifest: {error.message}")
+            return False
+        return True
+
+    def _upload(
+        self, capture: StateCapture, snapshot: Snapshot, blobs: DigestArray, options: SaveOptions
+    ) -> TransferStatistics:
+        return upload_blobs(
+            self._stores,
+            snapshot,
+            blobs,
+            options.progress,
+            rescue=capture.rescue if options.local else None,
+            sources=None if options.local else capture.sources,
+            sampled=True,
+        )
+
     def _publish_remotely(
         self, plan: _Plan, manifest: Manifest, id_key: SnapshotKey, warnings: list[str]
     ) -> RemoteManifest:
@@ -373,6 +415,7 @@ def upload_blobs(
     *,
     sent: list[Digest] | None = None,
     rescue: Callable[[set[Digest]], None] | None = None,
+    sources: Callable[[Collection[Digest]], Mapping[Digest, Callable[[], Buffer | str]]] | None = None,
     sampled: bool = False,
 ) -> TransferStatistics:
     """Upload the blobs of a snapshot that the remote store lacks, from the file cache.
@@ -384,6 +427,7 @@ def upload_blobs(
         blobs: All that it needs.
         sent: Takes in what is handed to the store, for when that fails half-way.
         rescue: Puts blobs into the file cache again that it has lost.
+        sources: Where to read blobs instead that the file cache was not to take; see `StateCapture.sources`.
         sampled: Whether to read a few of the others. Some servers answer from an index that outlives the
             blobs. Where a sample is wrong, no answer is trusted: all are uploaded.
 
@@ -399,10 +443,15 @@ def upload_blobs(
     missing = remote.find_missing(wanted)
     read = partial(_read, stores.file_cache, rescue)
 
-    def uploads(digests: Iterable[Digest], meter: ProgressMeter) -> Iterator[Upload]:
+    def uploads(digests: Collection[Digest], meter: ProgressMeter) -> Iterator[Upload]:
+        again = {} if sources is None else sources(digests)
         for digest in digests:
+            content: Buffer | str
             try:
-                content = children[digest] if digest in children else read(digest)
+                if digest in children:
+                    content = children[digest]
+                else:
+                    content = again[digest]() if digest in again else read(digest)
             except (NotFound, DataLoss) as error:
                 raise type(error)(
                     f"cannot complete the snapshot remotely: blob {digest} is missing there and here "
@@ -410,7 +459,9 @@ def upload_blobs(
                 ) from error
             if sent is not None:
                 sent.append(digest)
-            yield Upload(digest, content, verified=True)
+            # What the file cache gives is verified, a file that it did not take is not.
+            verified = digest not in again or not isinstance(content, str)
+            yield Upload(digest, content, verified=verified)
             meter.add(digest.size_bytes)
 
     def upload(digests: Collection[Digest]) -> TransferStatistics:

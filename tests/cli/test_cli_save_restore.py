@@ -338,3 +338,21 @@ def test_a_save_policy_that_skips_the_remote_is_told(
     assert again["saved_remotely"] is False
     assert again["remote_skipped"]
     assert again["saved_locally"] is True
+
+
+def test_a_save_past_the_local_cache_keeps_nothing_here(
+    cli: CommandLine, server: EmbeddedServer, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").write_bytes(b"disk")
+    remote = ["--remote-cache", server.url]
+    saved = cli.json(*remote, "save", "--ref", "main", "--no-local", tmp_path / "disk")
+    assert (saved["saved_locally"], saved["saved_remotely"]) == (False, True)
+    assert cli.json("cache", "ls", "--kind", "blob")["entries"] == []
+    assert cli.ok(*remote, "read", "--ref", "main", "disk").stdout == b"disk"
+    assert cli("save", "--ref", "main", "--no-local", tmp_path / "disk").exit_code == 2
+
+
+def test_a_file_is_taken_by_link(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"disk")
+    cli.ok("save", "--ref", "main", "--link-files", tmp_path / "disk")
+    assert (tmp_path / "disk").stat().st_nlink == 2
