@@ -80,9 +80,10 @@ def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str
 
 
 class Credentials(Protocol):
-    """A source of headers that prove who asks. Thread-safe.
+    """A source of headers that prove who asks. Thread-safe and hashable.
 
-    Two that are equal count as the same caller, of whom the same is remembered.
+    Two that are equal count as the same caller, of whom the same is remembered. One that takes long to get
+    its headers ends that with the call, as `current().wait_for` does.
     """
 
     def headers(self) -> Headers:
@@ -199,7 +200,7 @@ class CallContext:
     not visible. What others wait for too, such as a chunk that two readers want, goes on for them.
 
     Raises:
-        InvalidArgument: a time is negative or no number, or a header malformed.
+        InvalidArgument: a time is negative or no number, a header malformed, or credentials not hashable.
     """
 
     timeout_s: float | None = None
@@ -225,6 +226,11 @@ class CallContext:
                 raise InvalidArgument(f"{name} is {value}: give seconds, 0 or more, or None for no bound")
         if self.headers is not None:
             object.__setattr__(self, "headers", checked_headers(self.headers))
+        if self.credentials is not None and type(self.credentials).__hash__ is None:
+            raise InvalidArgument(
+                f"credentials of type {type(self.credentials).__name__} are not hashable: define __hash__ "
+                "beside __eq__, or freeze the dataclass"
+            )
 
     @property
     def proof(self) -> tuple[Headers | None, Credentials | None]:

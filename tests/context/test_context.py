@@ -2,11 +2,12 @@
 
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 
 from snaploader import context
-from snaploader.context import CallContext, Cancellation, RequestMetadata, in_context
+from snaploader.context import CallContext, Cancellation, Headers, RequestMetadata, in_context
 from snaploader.errors import Cancelled, DeadlineExceeded, InvalidArgument
 from snaploader.remote import BearerToken
 from snaploader.workers import WorkerPool
@@ -184,3 +185,18 @@ def test_what_makes_no_sense_is_refused(wrong):
 def test_secrets_are_not_shown():
     shown = repr(CallContext(headers={"authorization": "hunter2"}, credentials=BearerToken("hunter2")))
     assert "hunter2" not in shown
+
+
+def test_credentials_that_cannot_be_remembered_by_are_refused():
+    @dataclass
+    class Unhashable:
+        name: str
+
+        def headers(self) -> Headers:
+            return ()
+
+        def refresh(self) -> bool:
+            return False
+
+    with pytest.raises(InvalidArgument, match="hash"):
+        CallContext(credentials=Unhashable("a"))

@@ -15,11 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from remote_data import BLAKE3, KIB, QUICK, MakeRemote, MakeServer, named, noise, uploads
 
 from snaploader._proto import remote_execution_pb2 as reapi
-from snaploader.context import REQUEST_METADATA_HEADER, CallContext, Headers, RequestMetadata
+from snaploader.blobstore import TieredStore
+from snaploader.context import REQUEST_METADATA_HEADER, CallContext, Cancellation, Headers, RequestMetadata
 from snaploader.digest import Digest
-from snaploader.errors import PermissionDenied, SnaploaderError, Unauthenticated
+from snaploader.errors import Cancelled, PermissionDenied, SnaploaderError, Unauthenticated
 from snaploader.remote import BearerToken, Limits, RemoteCache, RetryEvent
-from snaploader.testing import Call, EmbeddedServer, Fault
+from snaploader.testing import Call, EmbeddedServer, FakeCAS, Fault
 
 LIMITS = Limits(batch_bytes=128 * KIB, stream_frame_bytes=64 * KIB, workers=3)
 SENT = ("authorization", "x-key", "x-project")
@@ -262,6 +263,24 @@ def test_a_batch_that_was_too_large_for_one_caller_is_not_tried_for_the_next(
         remote.write_many(uploads(blobs), context=CallContext(headers={"x-key": name}))
     refused = [call for call in server.requests if call.status not in ("OK", None)]
     assert {call.metadata["x-key"] for call in refused} == {"one"}
+
+
+def test_tiers_work_in_the_context_that_is_current(make_server: MakeServer, make_remote: MakeRemote) -> None:
+    server = make_server()
+    near = FakeCAS(BLAKE3)  # knows nothing of contexts
+    tiers = TieredStore(near, make_remote(server))
+    digest = Digest.of(b"x", BLAKE3)
+    with CallContext(headers={"x-key": "mine"}, request_metadata=RequestMetadata(action_id="a")).use():
+        tiers.write(digest, b"x")
+        near.blobs.clear()
+        assert tiers.read(digest) == b"x"
+    assert {call.metadata["x-key"] for call in server.requests} == {"mine"}
+    assert {metadata_of(call).action_id for call in server.requests} == {"a"}
+    flag = Cancellation()
+    flag.cancel()
+    near.blobs.clear()
+    with pytest.raises(Cancelled), CallContext(cancellation=flag).use():
+        tiers.read(digest)
 
 
 def test_no_secret_is_shown(
