@@ -141,11 +141,12 @@ class SnapshotTask:
         """A task from Remote Execution API messages, of any generated stubs: only attributes are read.
 
         The action's platform wins over the command's, if it is set at all (REAPI, Action.platform);
-        stubs from before it had one are fine. The environment is the command's. The instance name and
+        stubs from before it had one are fine. The environment is the command's; of a variable that is set
+        twice the first counts. The instance name and
         action digest are the execute request's; an `instance_name` that is given wins.
 
         Raises:
-            InvalidArgument: As the class does; also when a variable has two different values.
+            InvalidArgument: As the class does.
         """
         platform = _submessage(action, "platform")
         if platform is None:
@@ -382,6 +383,11 @@ def version_key(key: SnapshotKey) -> str:
     return hash_strings(key.instance_name, key.platform_hash, key.configuration_hash, ".version")
 
 
+def own_version_key(key: SnapshotKey) -> str:
+    """Where a host that may not write versions remotely keeps its own, while none stands there."""
+    return hash_strings(version_key(key), ".own")
+
+
 def remote_version_digest(key: SnapshotKey, function: DigestFunction) -> Digest:
     """The digest that a remote action cache keeps the version of `key` under, labelled with `function`."""
     return Digest(version_key(key), 1, function)
@@ -411,7 +417,5 @@ def _submessage(message: object, name: str) -> Any:
 def _environment(variables: Iterable[Any]) -> dict[str, str]:
     environment: dict[str, str] = {}
     for variable in variables:
-        if environment.setdefault(variable.name, variable.value) != variable.value:
-            # Which of them the task sees depends on its runtime, so no branch can be told from it.
-            raise InvalidArgument(f"environment variable {variable.name!r} is set twice, to different values")
+        environment.setdefault(variable.name, variable.value)
     return environment

@@ -70,9 +70,9 @@ class SnapshotLoader:
             `remote=True` says otherwise.
         universal_ref: Whether a ref common to all branches is the last fallback; every save updates it.
         readonly: Publish nothing: no manifests, no versions, here or remotely. Blobs that were fetched
-            are still cached.
+            are still cached. Versions that are missing are made up for one call.
         remote_readonly: Publish nothing remotely: what others shared is used, what is saved stays here.
-            Versions that are missing remotely are made up for one call, as with `readonly`.
+            While no version stands remotely, this host has one of its own, and finds what it saves by that.
         read_sources: What may be read where; bounds what a call asks for. Default: everything everywhere.
         max_stale_fallback_age_s: Local snapshots of fallback keys that are older are passed over.
             Default: a day.

@@ -156,7 +156,7 @@ class SnapshotSaver:
                     refs = [self._manifests.local_ref(written) for written in (*write_keys, id_key)]
                     if key.version_id:
                         # Only this host may know it, and without it the snapshot is not found.
-                        refs.append(keys.version_key(key))
+                        refs += self._versions.local_refs(key)
                     with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
                         warnings += self._publish_locally(manifest, write_keys, id_key)
                     warnings += capture.commit(self._fetcher)

@@ -59,8 +59,9 @@ Looked: TypeAlias = "tuple[object, str]"
 class VersionStore:
     """Reads, mints and replaces versions. Thread-safe.
 
-    Where nothing may be written, a version that is missing is made up for one call. What a remote store says
-    is remembered locally all the same, unless nothing may be written there either.
+    Where nothing may be written remotely, a version that is missing there is this host's own, kept locally,
+    so that it finds again what it saves. It ends when a version stands remotely: should that expire, the next
+    one is fresh. Where nothing may be written locally either, it is made up for one call.
     """
 
     def __init__(self, stores: Stores) -> None:
@@ -93,6 +94,10 @@ class VersionStore:
         if not self._stores.readonly:
             self._remember(name, version)
         return version
+
+    def local_refs(self, key: SnapshotKey) -> list[str]:
+        """The refs of the file cache that this host may know the version of `key` from."""
+        return [keys.version_key(key), keys.own_version_key(key)]
 
     def stood(self, key: SnapshotKey) -> bool:
         """Whether the version that `key` carries stands remotely, or stood less than `RECENTLY_S` ago."""
@@ -158,12 +163,25 @@ class VersionStore:
         self._keep(name, version, overwrite=False)
         return self._read_local(name) or version
 
+    def _own(self, key: SnapshotKey) -> str:
+        """This host's own version: of all its loaders and processes, as long as none stands remotely."""
+        try:
+            return self._current_local(keys.own_version_key(key))
+        except SnaploaderError as error:
+            log.warning(
+                "a snapshot version of this host is not kept, and counts for this call only: %s", error
+            )
+            return str(uuid.uuid4())
+
     def _current_remote(self, key: SnapshotKey) -> str:
         version = self._read_remote(key)
         if version is not None:
+            own = keys.own_version_key(key)
+            if not self._stores.readonly and self._read_local(own) is not None:
+                self._file_cache.delete_ref(own)
             return version
         if self._stores.readonly or self._stores.remote_readonly:
-            return str(uuid.uuid4())
+            return self._own(key)
 
         def mint() -> str:
             with own_errors():
@@ -185,8 +203,8 @@ class VersionStore:
             if not isinstance(error, MAY_ONLY_READ):
                 raise
             # A host that may only read shares nothing it saves, so a version of its own is harmless.
-            log.info("cannot store a snapshot version remotely, using one for this call only: %s", error)
-            return version
+            log.info("cannot store a snapshot version remotely, using one of this host's own: %s", error)
+            return self._own(key)
         # A rival that saw no version either has written its own within about a round trip of ours.
         current().sleep(min(MAX_SETTLE_S, 2 * (time.monotonic() - start)))
         return self._read_remote(key) or version

@@ -153,3 +153,50 @@ def test_something_else_under_the_version_key_is_reported(
     host.remote.update_action_result(Digest(name, 1, host.remote.digest_function), result)
     with pytest.raises(DataLoss, match="no snapshot version"):
         host.keys()
+
+
+def test_a_host_that_may_only_read_finds_its_own_saves_again(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host = make_host("a", server, remote_readonly=True)
+    host.save(image(1))
+    assert host.load() == image(1)
+    # So does another loader on the same folder, as after a restart.
+    assert make_host("a", server, remote_readonly=True).load() == image(1)
+    assert make_host("a", server, readonly=True).load() == image(1)
+    assert server.calls("UpdateActionResult") == 0
+
+
+@pytest.mark.parametrize("answer", ["FAILED_PRECONDITION", "PERMISSION_DENIED", "UNAUTHENTICATED"])
+def test_a_host_whose_credentials_only_read_finds_its_own_saves_again(
+    make_host: HostFactory, answer: str
+) -> None:
+    with EmbeddedServer(faults=FaultScript(Fault("UpdateActionResult", status=answer, times=None))) as server:
+        host = make_host("a", server)
+        host.save(image(1), remote=False)
+        assert host.load() == image(1)
+
+
+def test_a_version_of_its_own_ends_when_one_stands_remotely(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    host, other = make_host("a", server, remote_readonly=True), make_host("b", server)
+    host.save(image(1))
+    own = host.keys().branch_key.version_id
+    other.save(image(2))
+    assert host.load() == image(2)
+    # Expiry is a clean start, and never brings an old snapshot back.
+    for name, result in server.action_results().items():
+        if not result.output_directories:
+            server.delete_action_result(name)
+    fresh = host.keys().branch_key.version_id
+    assert fresh != own
+    with pytest.raises(NotFound):
+        host.find()
+
+
+def test_a_pin_keeps_the_version_of_its_own(make_host: HostFactory, server: EmbeddedServer) -> None:
+    host = make_host("a", server, remote_readonly=True)
+    host.save(image(1), pin="kept")
+    host.cache.prune()
+    assert host.load() == image(1)
