@@ -90,5 +90,5 @@ $(OLDEST_VENV)/.installed: pyproject.toml .ci/oldest.txt
 	@test -n "$(OLDEST_PYTHON)" || { echo "The oldest dependencies need Python 3.11 or 3.12 with venv." >&2; exit 1; }
 	@echo "Making $(OLDEST_VENV) with $(OLDEST_PYTHON)"
 	@$(OLDEST_PYTHON) -m venv --clear $(OLDEST_VENV)
-	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --constraint .ci/oldest.txt --editable '.[aio,cli,fsspec,metrics,postgresql,serve,test,workspace]'
+	@$(OLDEST_VENV)/bin/python $(PIP_INSTALL) --constraint .ci/oldest.txt --editable '.[aio,cli,fsspec,metrics,otel,postgresql,serve,test,workspace]'
 	@touch $@

@@ -54,6 +54,7 @@ from snaploader.loader import (
     SnapshotReader as SnapshotReader,
     UnpackedSnapshot as UnpackedSnapshot,
 )
+from snaploader.metrics import PrometheusMetrics as PrometheusMetrics
 from snaploader.policy import (
     PolicyOverrides as PolicyOverrides,
     ReadPolicy as ReadPolicy,
@@ -67,3 +68,9 @@ from snaploader.remote import (
     Timeouts as Timeouts,
     TLSConfig as TLSConfig,
 )
+from snaploader.telemetry import (
+    Observer as Observer,
+    Observers as Observers,
+    Operation as Operation,
+)
+from snaploader.tracing import OpenTelemetryTraces as OpenTelemetryTraces

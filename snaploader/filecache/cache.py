@@ -30,6 +30,7 @@ from snaploader.filecache.retention import Lease, Pin, PinSpace, PinTable
 from snaploader.filecache.usage import CacheContext, CacheEntry, CacheStatistics, Ledger, VerifyReport
 from snaploader.files import PRIVATE, Access
 from snaploader.formats.digests import to_prefixes, to_words
+from snaploader.telemetry import NOBODY, Observer
 
 DEFAULT_MAX_BYTES = 10 << 30
 MAX_PARTITIONS = 1024
@@ -69,6 +70,7 @@ class FileCache:
             `snaploader.CallContext`. Its group counts before `group_id`. Every method ends within a tenth of
             a second when its call is over, but for one step of the operating system (link, rename, fsync,
             a clone of a file's blocks) and `sync`, which is one.
+        observer: Reads the counts of this cache; see docs/monitoring.md.
 
     Raises:
         InvalidArgument: The group id or the mode is malformed, `max_bytes` is not positive, or
@@ -88,6 +90,7 @@ class FileCache:
         cache_mode: int = PRIVATE,
         group_id: str = "",
         context: CallContext | None = None,
+        observer: Observer | None = None,
         _environment: HostEnvironment = HOST,
     ) -> None:
         if max_bytes <= 0:
@@ -128,6 +131,7 @@ class FileCache:
             self._partitions: OrderedDict[str, Partition] = OrderedDict()
             own.sweep()
             self._close = undo.pop_all().close
+        self._stop_watching = (observer or NOBODY).watch(self)
 
     @property
     def root(self) -> str:
@@ -496,6 +500,7 @@ class FileCache:
     def close(self) -> None:
         """Give up descriptors, leases and background work. Again is fine; any other use is an error then."""
         if not self._closed:
+            self._stop_watching()
             self._closed = True
             self._close()
 

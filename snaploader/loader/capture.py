@@ -144,6 +144,12 @@ class StateCapture:
                 check_entry_count(sum(one.entry_count for one in self.directories.values()))
             undo.pop_all()
 
+    @property
+    def hashed_bytes(self) -> int:
+        """What was read and hashed so far of files and directories that are stored."""
+        directories = sum(capture.result().hashed_bytes for capture in self.directories.values())
+        return directories + sum(file.hashed_bytes for file in self._saved.values())
+
     def store_all(self) -> dict[str, SavedFile]:
         """Bring everything into the file cache, in parallel. The first error stops it and is raised."""
         meter = ProgressMeter(self._progress, "store", self._total_bytes())

@@ -126,7 +126,9 @@ class SnapshotDeriver:
             )
         sent: list[Digest] = []
         try:
-            uploaded = upload_blobs(self._stores, derived, blobs, progress, sent=sent)
+            with self._stores.observer.operation("save.upload") as operation:
+                uploaded = upload_blobs(self._stores, derived, blobs, progress, sent=sent)
+                operation.set(bytes=uploaded.content_bytes)
             # Looked at once more: the upload may have taken minutes.
             if self._manifests.is_taken_remotely(key):
                 raise taken(key)

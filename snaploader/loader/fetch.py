@@ -31,6 +31,7 @@ from snaploader.digest import Buffer, Digest
 from snaploader.errors import Cancelled, DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
 from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable
+from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,19 @@ class BlobFetcher:
     full of leased blobs, or the disk is full or failing), the bytes are served all the same.
     """
 
-    def __init__(self, file_cache: FileCache, behind: BlobStore | None, pool: WorkerPool) -> None:
+    def __init__(
+        self,
+        file_cache: FileCache,
+        behind: BlobStore | None,
+        pool: WorkerPool,
+        observer: Observer = NOBODY,
+    ) -> None:
         self.file_cache = file_cache
         self.behind = behind
         """The remote cache, perhaps with peers before it; None: nothing."""
         self.pool = pool
         """Threads for whoever reads or writes what is fetched."""
+        self.observer = observer
         self._flights = flights_into(file_cache)
         self.prefetcher = Prefetcher(file_cache, behind, pool, self._flights)
 
@@ -95,9 +103,10 @@ class BlobFetcher:
                 # Not the error itself: it would hold this frame, and its callers' with what they have read.
                 damage = error.message if isinstance(error, DataLoss) else ""
             flight, leads = self._flights.join((self.file_cache.group_id, digest))
-            if leads:
-                return self._open_as_leader(self.behind, flight, damage)
-            wait(flight)
+            with self.observer.operation("stall"):
+                if leads:
+                    return self._open_as_leader(self.behind, flight, damage)
+                wait(flight)
             if flight.result is not None:
                 return OpenedChunk(_in_memory_file(flight.result), REMOTE)
             _raise_again(flight)
@@ -268,7 +277,7 @@ class UncachedFetcher(BlobFetcher):
     """Opens blobs past the file cache: each comes from behind it, every time, and is not kept."""
 
     def __init__(self, cached: BlobFetcher) -> None:
-        super().__init__(cached.file_cache, cached.behind, cached.pool)
+        super().__init__(cached.file_cache, cached.behind, cached.pool, cached.observer)
         # What is fetched ahead would be kept.
         self.prefetcher = Prefetcher(cached.file_cache, None, cached.pool, SingleFlight())
 
@@ -561,7 +570,8 @@ class SnapshotChunkSource:
 
     def wait(self, flight: Flight[int, Any]) -> None:
         """Wait for a chunk that another reader opens, for as long as the call that runs may take."""
-        wait(flight)
+        with self.fetcher.observer.operation("stall"):
+            wait(flight)
 
     def prefetch(self, indices: Sequence[int]) -> None:
         """Pass the hint on to the fetcher."""

@@ -104,7 +104,8 @@ class SnapshotFinder:
         damage: list[KeyFailure] = []
         for source in order:
             try:
-                return get(source)
+                with self._stores.observer.operation("lookup", source=source, key=key):
+                    return get(source)
             except Deleted as error:
                 # Copies of it that are kept elsewhere do not count: a deletion is for everybody.
                 failures.append(KeyFailure(key, NotFound(error.message)))

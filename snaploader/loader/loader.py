@@ -24,6 +24,7 @@ from snaploader.loader.directory import DirectorySource
 from snaploader.loader.fetch import BlobFetcher, UncachedFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.manifests import ManifestStore, Stores
+from snaploader.loader.observe import ObservedStore, observed
 from snaploader.loader.read import SnapshotReader
 from snaploader.loader.results import (
     DeleteResult,
@@ -44,6 +45,7 @@ from snaploader.policy import (
     ReadSources,
     SavePolicy,
 )
+from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import DEFAULT_WORKERS, WorkerPool
 
 DEFAULT_DIGEST_FUNCTION = DigestFunction.BLAKE3
@@ -82,6 +84,8 @@ class SnapshotLoader:
         clock: Seconds since the epoch.
         context: What each call goes by where its own `context` leaves something open; see
             `snaploader.CallContext`.
+        observer: Is told of calls, stages, fetches and stalls; see docs/monitoring.md. The caches have
+            observers of their own.
     """
 
     def __init__(
@@ -101,8 +105,10 @@ class SnapshotLoader:
         mapping_budget: MappingBudget | None = None,
         clock: Callable[[], float] = time.time,
         context: CallContext | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock)
+        self._observer = observer or NOBODY
+        stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock, self._observer)
         self._default_context = context
         self.remote_cache = remote_cache
         """Where snapshots are shared between hosts; None: on this host alone."""
@@ -118,7 +124,9 @@ class SnapshotLoader:
             if behind is None:
                 raise InvalidArgument("peers stand between the file cache and a remote cache: give one too")
             behind = TieredStore(peer, behind)
-        self._fetcher = BlobFetcher(file_cache, behind, pool)
+        if behind is not None and observer is not None:
+            behind = ObservedStore(behind, observer)
+        self._fetcher = BlobFetcher(file_cache, behind, pool, self._observer)
         self._uncached = UncachedFetcher(self._fetcher)
         self._open.callback(self._fetcher.prefetcher.close)
         self._versions = VersionStore(stores)
@@ -137,6 +145,7 @@ class SnapshotLoader:
         self._deriver = SnapshotDeriver(stores, self.manifests)
 
     @in_context
+    @observed
     def snapshot_key_set(
         self,
         task: SnapshotTask,
@@ -177,6 +186,7 @@ class SnapshotLoader:
         )
 
     @in_context
+    @observed
     def get_snapshot(
         self,
         key_set: SnapshotKeySet,
@@ -214,6 +224,7 @@ class SnapshotLoader:
         )
 
     @in_context
+    @observed
     def get_snapshot_by_id(
         self,
         snapshot_id: str,
@@ -232,6 +243,7 @@ class SnapshotLoader:
         return self._finder.find(key_set, _read_policy(read_policy), sources, allow_degraded=False)
 
     @in_context
+    @observed
     def unpack_snapshot(
         self,
         snapshot: Snapshot,
@@ -261,6 +273,7 @@ class SnapshotLoader:
         return unpack(snapshot, output_directory, fetcher, self._budget, writable_files=writable_files)
 
     @in_context
+    @observed
     def read_snapshot(self, snapshot: Snapshot, *, context: CallContext | None = None) -> SnapshotReader:
         """Read files of a snapshot in place, without unpacking it: nothing is fetched before it is asked for.
 
@@ -272,6 +285,7 @@ class SnapshotLoader:
         return SnapshotReader(snapshot, self._fetcher_for(snapshot))
 
     @in_context
+    @observed
     def restore_snapshot(
         self,
         snapshot: Snapshot,
@@ -284,6 +298,7 @@ class SnapshotLoader:
         return restore(snapshot, output_directory, self._fetcher_for(snapshot), progress)
 
     @in_context
+    @observed
     def restore_directory(
         self,
         snapshot: Snapshot,
@@ -315,6 +330,7 @@ class SnapshotLoader:
         return restore_directory(snapshot, name, path, self._fetcher_for(snapshot), index, progress)
 
     @in_context
+    @observed
     def cache_snapshot(
         self,
         key: SnapshotKey,
@@ -413,6 +429,7 @@ class SnapshotLoader:
         return self._saver.save(key, options)
 
     @in_context
+    @observed
     def derive_snapshot(
         self,
         snapshot: Snapshot,
@@ -449,6 +466,7 @@ class SnapshotLoader:
         return self._deriver.derive(snapshot, snapshot_id, names, vm_metadata, pin, remote, progress)
 
     @in_context
+    @observed
     def upload_snapshot(
         self,
         snapshot: Snapshot,
@@ -473,6 +491,7 @@ class SnapshotLoader:
         return self._deriver.upload(snapshot, progress)
 
     @in_context
+    @observed
     def delete_snapshot(
         self,
         snapshot_id: str,
@@ -501,6 +520,7 @@ class SnapshotLoader:
         return self.manifests.delete(snapshot_id, instance_name, remote)
 
     @in_context
+    @observed
     def invalidate_snapshot(self, key: SnapshotKey, *, context: CallContext | None = None) -> str:
         """Drop all snapshots of the key's instance, platform and configuration, on all branches.
 

@@ -46,6 +46,7 @@ from snaploader.filecache import FileCache, Pin
 from snaploader.formats.manifest import Manifest, is_packed, pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.results import DeleteResult, RemoteManifest
+from snaploader.telemetry import NOBODY, Observer
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Stores:
     """Nothing may be published remotely."""
     clock: Callable[[], float]
     """Seconds since the epoch."""
+    observer: Observer = NOBODY
 
     @property
     def server(self) -> RemoteStore:

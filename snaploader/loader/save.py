@@ -134,8 +134,11 @@ class SnapshotSaver:
             )
         self._manifests.check_unused(id_key)
         pinned_before = self._manifests.pinned_before(options.pin)
+        observer = self._stores.observer
         with StateCapture(self._file_cache, plan.function, self._fetcher.pool, options) as capture:
-            saved = capture.store_all()
+            with observer.operation("save.store") as operation:
+                saved = capture.store_all()
+                operation.set(bytes=capture.hashed_bytes)
             manifest = Manifest(
                 configuration,
                 plan.function,
@@ -157,15 +160,21 @@ class SnapshotSaver:
                     if key.version_id:
                         # Only this host may know it, and without it the snapshot is not found.
                         refs += self._versions.local_refs(key)
-                    with self._manifests.pinned(options.pin, pinned_before, blobs, refs):
+                    with (
+                        observer.operation("save.publish"),
+                        self._manifests.pinned(options.pin, pinned_before, blobs, refs),
+                    ):
                         warnings += self._publish_locally(manifest, write_keys, id_key)
                     warnings += capture.commit(self._fetcher)
                 try:
                     if plan.failure is not None:
                         raise plan.failure
                     if plan.saves:
-                        uploaded = self._upload(capture, snapshot, blobs, options)
-                        standing = self._publish_remotely(plan, manifest, id_key, warnings)
+                        with observer.operation("save.upload") as operation:
+                            uploaded = self._upload(capture, snapshot, blobs, options)
+                            operation.set(bytes=uploaded.content_bytes)
+                        with observer.operation("save.publish_remotely"):
+                            standing = self._publish_remotely(plan, manifest, id_key, warnings)
                 except SnaploaderError as error:
                     if options.stands_locally:
                         error.add_note("the snapshot is saved in the local cache")

@@ -139,7 +139,9 @@ def unpack(
                 )
                 stores[name] = cleanup.enter_context(store)
         undo.pop_all()
-    return UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
+    unpacked = UnpackedSnapshot(snapshot, files, stores, directories, cleanup)
+    cleanup.callback(fetcher.observer.watch(unpacked))
+    return unpacked
 
 
 def restore(

@@ -71,6 +71,7 @@ from snaploader.remote.config import (
     TLSConfig,
     parse_endpoint,
 )
+from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import Once, WorkerPool
 
 _MAX_CALLERS = 256
@@ -115,6 +116,7 @@ class RemoteCache:
             fork. The channels are closed by this cache.
         context: What each call goes by where its own `context` leaves something open; see
             `snaploader.CallContext`. Headers or credentials in a context are sent instead of those above.
+        observer: Is told of calls and retries, and reads the counts of this cache; see docs/monitoring.md.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class RemoteCache:
         on_retry: RetryCallback | None = None,
         channel: Callable[[], grpc.Channel] | None = None,
         context: CallContext | None = None,
+        observer: Observer | None = None,
     ) -> None:
         endpoint = parse_endpoint(url)
         if tls is not None and not endpoint.secure:
@@ -163,6 +166,7 @@ class RemoteCache:
             on_retry=on_retry,
             open_channel=channel,
             request_metadata=request_metadata or RequestMetadata(),
+            observer=observer or NOBODY,
         )
         self._default_context = context
         self._recorder = Recorder()
@@ -170,6 +174,7 @@ class RemoteCache:
         self._connection: Connection | None = None
         self._closed = False
         self._pid = os.getpid()
+        self._stop_watching = self._settings.observer.watch(self)
 
     @in_context
     def capabilities(self, *, context: CallContext | None = None) -> RemoteCapabilities:
@@ -389,6 +394,7 @@ class RemoteCache:
         Not to be called from a sink: it waits for the thread the sink is on.
         """
         self._leave_inherited()
+        self._stop_watching()
         with self._lock:
             self._closed = True
             connection, self._connection = self._connection, None
@@ -491,6 +497,9 @@ class Connection:
 
     def _on_retry(self, event: RetryEvent) -> None:
         self._recorder.add(retries=1)
+        self._settings.observer.event(
+            "retry", attempt=event.attempt, delay_s=event.delay_s, error=event.error.message
+        )
         if self._settings.on_retry is not None:
             self._settings.on_retry(event)
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -41,6 +42,7 @@ from snaploader.remote.config import (
     Timeouts,
     TLSConfig,
 )
+from snaploader.telemetry import Observer, Operation
 
 log = logging.getLogger(__name__)
 
@@ -341,6 +343,8 @@ class RemoteStatistics:
     """What was sent for them, compressed where it was; failed attempts count too."""
     corrupted: int = 0
     """Transfers whose bytes did not match their digest."""
+    in_flight_bytes: int = 0
+    """Content of the blobs being read or written now."""
 
 
 class Recorder:
@@ -365,6 +369,15 @@ class Recorder:
         with self._lock:
             for name, number in numbers.items():
                 self._numbers[name] += number
+
+    @contextmanager
+    def moving(self, size_bytes: int) -> Iterator[None]:
+        """Count content as in flight during the block."""
+        self.add(in_flight_bytes=size_bytes)
+        try:
+            yield
+        finally:
+            self.add(in_flight_bytes=-size_bytes)
 
     def snapshot(self) -> RemoteStatistics:
         """Return the counters as they are now."""
@@ -396,6 +409,9 @@ class Caller:
 _TLS_PROBE_S = 5.0  # bounds finding out why a connection with TLS fails
 
 _RAW = ("BatchUpdateBlobs", "Write")  # methods whose requests come serialised (snaploader.remote.codec)
+_PATHS = {
+    method.name: method.path for service in services.SERVICES for method in services.methods(service).values()
+}
 _NOT_CONNECTED = "failed to connect"
 _DISCONNECTED = "Socket closed"
 """What gRPC says of a call for which there was no connection, and of one whose connection ended."""
@@ -418,6 +434,7 @@ class Settings:
     on_retry: RetryCallback | None
     open_channel: Callable[[], grpc.Channel] | None
     request_metadata: RequestMetadata
+    observer: Observer
 
     def proof_of(self, context: CallContext) -> tuple[Headers, Credentials | None]:
         """The headers and the credentials to send in a context: its own if it has any, else the user's."""
@@ -448,64 +465,67 @@ class Transport:
 
     def unary(self, method: str, request: Any, attempts: Attempts) -> Any:
         """Send one request; returns the response, within `Timeouts.call_s` and what is left of the budget."""
-        channel, options = self._begin(method, attempts, self._settings.timeouts.call_s)
-        stub = channel.stubs[method]
-        try:
-            if attempts.context.cancellation is None:
-                return stub(request, **options)
-            call = stub.future(request, **options)  # costs more, and can be cancelled
+        with self._observed(method) as operation:
+            channel, options = self._begin(method, attempts, operation, self._settings.timeouts.call_s)
+            stub = channel.stubs[method]
             try:
-                with attempts.cancellation.calling(call.cancel):
-                    return call.result()
-            finally:
-                call.cancel()
-        except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
-            raise self._error(method, error, attempts, channel) from error
+                if attempts.context.cancellation is None:
+                    return stub(request, **options)
+                call = stub.future(request, **options)  # costs more, and can be cancelled
+                try:
+                    with attempts.cancellation.calling(call.cancel):
+                        return call.result()
+                finally:
+                    call.cancel()
+            except (grpc.RpcError, grpc.FutureCancelledError, ValueError) as error:
+                raise self._error(method, error, attempts, channel) from error
 
     def receive(self, method: str, request: Any, attempts: Attempts) -> Generator[Any, None, None]:
         """Send one request; gives the messages of the server's stream. Close it to end the call early."""
-        channel, options = self._begin(method, attempts)
-        try:
-            call = channel.stubs[method](request, **options)
-        except ValueError as error:
-            raise self._error(method, error, attempts, channel) from error
-        with self._watchdog.watch(call) as guard, attempts.cancellation.calling(call.cancel):
+        with self._observed(method) as operation:
+            channel, options = self._begin(method, attempts, operation)
             try:
-                for message in call:
-                    guard.pause()  # what the receiver does with it is not the server's silence
-                    yield message
-                    guard.touch()
-                    attempts.check()
-            except grpc.RpcError as error:
-                raise self._error(method, error, attempts, channel, idle=guard.expired) from error
-            finally:
-                call.cancel()
+                call = channel.stubs[method](request, **options)
+            except ValueError as error:
+                raise self._error(method, error, attempts, channel) from error
+            with self._watchdog.watch(call) as guard, attempts.cancellation.calling(call.cancel):
+                try:
+                    for message in call:
+                        guard.pause()  # what the receiver does with it is not the server's silence
+                        yield message
+                        guard.touch()
+                        attempts.check()
+                except grpc.RpcError as error:
+                    raise self._error(method, error, attempts, channel, idle=guard.expired) from error
+                finally:
+                    call.cancel()
 
     def send(self, method: str, requests: Iterator[bytes], attempts: Attempts) -> Any:
         """Send a stream; returns the response. What `requests` raises ends the call and is raised.
 
         A thread of gRPC's takes from `requests`, and may do so a little longer than the call lasts.
         """
-        channel, options = self._begin(method, attempts)
-        source = _Requests(requests)
-        try:
-            call = channel.stubs[method].future(source, **options)
-        except ValueError as error:
-            raise self._error(method, error, attempts, channel) from error
-        with self._watchdog.watch(call) as guard, attempts.cancellation.calling(call.cancel):
-            source.attach(call, guard, attempts.cancellation)
+        with self._observed(method) as operation:
+            channel, options = self._begin(method, attempts, operation)
+            source = _Requests(requests)
             try:
-                response = call.result()
-            except (grpc.RpcError, grpc.FutureCancelledError) as error:
-                if source.error is None:
-                    raise self._error(method, error, attempts, channel, idle=guard.expired) from error
-                response = None
-            finally:
-                call.cancel()
-        if source.error is not None:
-            self._recorder.failure(method)
-            raise source.error
-        return response
+                call = channel.stubs[method].future(source, **options)
+            except ValueError as error:
+                raise self._error(method, error, attempts, channel) from error
+            with self._watchdog.watch(call) as guard, attempts.cancellation.calling(call.cancel):
+                source.attach(call, guard, attempts.cancellation)
+                try:
+                    response = call.result()
+                except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                    if source.error is None:
+                        raise self._error(method, error, attempts, channel, idle=guard.expired) from error
+                    response = None
+                finally:
+                    call.cancel()
+            if source.error is not None:
+                self._recorder.failure(method)
+                raise source.error
+            return response
 
     def close(self) -> None:
         """Cancel every call and close the connection."""
@@ -514,11 +534,19 @@ class Transport:
         self._channel.channel.close()
         self._watchdog.close()
 
+    def _observed(self, method: str) -> Operation:
+        """Tell of a call, while the block runs."""
+        endpoint = self._settings.endpoint
+        return self._settings.observer.operation(
+            "rpc", path=_PATHS[method], address=endpoint.host, port=endpoint.port
+        )
+
     def _begin(
-        self, method: str, attempts: Attempts, most_s: float = math.inf
+        self, method: str, attempts: Attempts, operation: Operation, most_s: float = math.inf
     ) -> tuple[_Channel, dict[str, Any]]:
         """Count a call, and return the channel and the options to make it with."""
-        options = {"timeout": attempts.timeout_s(most_s), "metadata": self._headers(attempts.context)}
+        headers = self._headers(attempts.context) + operation.headers()
+        options = {"timeout": attempts.timeout_s(most_s), "metadata": headers}
         self._recorder.call(method)
         return self._channel, options
 

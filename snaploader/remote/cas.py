@@ -230,7 +230,8 @@ class CASClient:
     ) -> tuple[list[T], SnaploaderError | None]:
         """Transfer a batch; return what the server refuses for its size, and its refusal."""
         try:
-            self.caller.retrier.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
+            with self.caller.recorder.moving(batch.size_bytes):
+                self.caller.retrier.run(batch.operation, batch.attempt, cancellation, batch.size_bytes)
             return [], None
         except (InvalidArgument, ResourceExhausted) as error:
             if not is_too_large(error):

@@ -41,7 +41,8 @@ def read_to(
     DataLoss when they were wrong, at the end or before: pieces handed out cannot be taken back.
     """
     download = _Download(caller, digest, write)
-    caller.retrier.run(f"reading {digest}", download.attempt, cancellation, digest.size_bytes)
+    with caller.recorder.moving(digest.size_bytes):
+        caller.retrier.run(f"reading {digest}", download.attempt, cancellation, digest.size_bytes)
 
 
 def write(
@@ -49,7 +50,7 @@ def write(
 ) -> TransferStatistics:
     """Store one blob. Ends early when the server has it: if in doubt, `is_present` asks."""
     size = upload.digest.size_bytes
-    with closing(Content(upload)) as content:
+    with closing(Content(upload)) as content, caller.recorder.moving(size):
         transfer = _Upload(caller, upload, content)
         try:
             caller.retrier.run(f"writing {upload.digest}", transfer.attempt, cancellation, size)

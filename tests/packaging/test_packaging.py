@@ -156,7 +156,7 @@ def test_the_oldest_dependencies_tested_are_those_declared() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = list(project["dependencies"])
-    for extra in ("aio", "cli", "fsspec", "metrics", "postgresql", "serve", "workspace"):
+    for extra in ("aio", "cli", "fsspec", "metrics", "otel", "postgresql", "serve", "workspace"):
         # A constraint names no extras of what it constrains.
         declared += [floor.replace("[binary]", "") for floor in extras[extra]]
     tested = (CHECKOUT / ".ci" / "oldest.txt").read_text().splitlines()
