@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import lifecycle, opening, paths, run, scale, startup, store
+from benchmarks import contexts, lifecycle, opening, paths, run, scale, startup, store
 
 if __name__ == "__main__":
     run.main()
@@ -12,4 +12,5 @@ if __name__ == "__main__":
     opening.main(["--json", "benchmarks/results/opening.json"])
     paths.main(["--output", "benchmarks/results/paths.json"])
     startup.main(["--output", "benchmarks/results/startup.json"])
-    sys.exit(max(scale.main(), lifecycle.main()))
+    ended = contexts.main(["--output", "benchmarks/results/contexts.json"])
+    sys.exit(max(ended, scale.main(), lifecycle.main()))
