@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snaploader.cli.output import Branch, record
 from snaploader.cli.values import format_size, time_words
-from snaploader.workspace import (
-    Situation,
-    SnapshotInfo,
-    SnapshotKind,
-    SnapshotRecord,
-    Workspace,
-    WorkspaceState,
-)
+from snaploader.workspace import SnapshotInfo, SnapshotKind, SnapshotRecord, Workspace, WorkspaceState
+
+if TYPE_CHECKING:
+    from snaploader.workspace import Situation  # which needs the extra
 
 _NOW = ""
 """Stands for the present state, which is no snapshot; all of those have names."""
