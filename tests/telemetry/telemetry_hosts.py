@@ -26,6 +26,14 @@ class Host(NamedTuple):
         key = self.loader.snapshot_key_set(TASK, "conf").write_key
         return self.loader.cache_snapshot(key, chunked_files={"disk": path}, chunk_size=CHUNK, **kwargs)
 
+    def write(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content)
+        return path
+
+    def find_newest(self) -> Any:
+        return self.loader.get_snapshot(self.loader.snapshot_key_set(TASK, "conf"), "newest")
+
     def find(self) -> Any:
         return self.loader.get_snapshot(self.loader.snapshot_key_set(TASK, "conf"))
 
