@@ -59,3 +59,8 @@ from snaploader.workspace.runtime import (
 )
 from snaploader.workspace.schedule import Schedule as Schedule, Weekday as Weekday
 from snaploader.workspace.sizes import HostSizes as HostSizes, WorkspaceSize as WorkspaceSize
+from snaploader.workspace.templates import (
+    Template as Template,
+    TemplateUpdate as TemplateUpdate,
+    TemplateVersion as TemplateVersion,
+)

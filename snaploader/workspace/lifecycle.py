@@ -38,6 +38,7 @@ from snaploader.workspace.policy import (
     deletion_time,
     is_irreversible,
 )
+from snaploader.workspace.templates import TemplateUpdate
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -116,6 +117,8 @@ class Notification:
     created_at: datetime
     deleting_at: datetime | None = None
     """When a dormant one is to be deleted; None: it is not to be, or is not dormant."""
+    template_update: TemplateUpdate | None = None
+    """The version of its template that the start took; None: the one it had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +336,7 @@ class LifecycleExecutor:
         self, held: HeldWorkspace, situation: Situation, transition: Transition, tick: datetime
     ) -> Notification | None:
         """Make the transition that was decided. None: it was no longer to be made."""
-        workspace = situation.workspace
+        workspace, update = situation.workspace, None
         match transition:
             case Transition.AUTOSTOP if situation.policy.autostop_action is StopAction.PAUSE:
                 held.pause(reason=transition)
@@ -342,7 +345,8 @@ class LifecycleExecutor:
                 state = held.stop(reason=transition).state
             case Transition.AUTOSTART:
                 is_paused = workspace.state is WorkspaceState.PAUSED
-                state = (held.resume if is_paused else held.start)(reason=transition).state
+                started = (held.resume if is_paused else held.start)(reason=transition)
+                state, update = started.state, _update_of(workspace, started)
             case Transition.FAILED_STOP if workspace.state is WorkspaceState.RUNNING:
                 state = held.stop(reason=transition).state
             case Transition.FAILED_STOP:
@@ -353,7 +357,9 @@ class LifecycleExecutor:
                 return self._note(workspace.id, transition, tick)
             case Transition.DELETE:
                 state = held.delete(reason=transition).state
-        return Notification(workspace.id, workspace.owner, transition, state, self._clock())
+        return Notification(
+            workspace.id, workspace.owner, transition, state, self._clock(), template_update=update
+        )
 
     def _note(self, workspace_id: str, transition: Transition, tick: datetime) -> Notification | None:
         """Write down all that is left to do: that it is dormant, or is stopped after a failed start."""
@@ -416,6 +422,13 @@ class _Outcome:
 
 class _DecisionChanged(Exception):
     """Something else is to be done with the workspace now, or nothing."""
+
+
+def _update_of(before: Workspace, after: Workspace) -> TemplateUpdate | None:
+    """The update to another version of its template that a start has made."""
+    if before.template_version is None or after.template_version in {None, before.template_version}:
+        return None
+    return TemplateUpdate(after.base, before.template_version, after.template_version)
 
 
 def _text(error: Exception) -> str:

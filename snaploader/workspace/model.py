@@ -94,7 +94,7 @@ class SnapshotSource(StrEnum):
 
         Empty means `manual`. InvalidArgument when it is longer than 200 characters, or not printable.
         """
-        words = _printable(text, "source of a snapshot", MAX_SOURCE_LENGTH) or cls.MANUAL
+        words = check_printable(text, "source of a snapshot", MAX_SOURCE_LENGTH) or cls.MANUAL
         return next((source for source in cls if source == words), words)
 
 
@@ -242,7 +242,7 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceSpec:
-    """What a runtime needs to run a workspace. Set at creation, and never changed.
+    """What a runtime needs to run a workspace. Set at creation; only an update of its template changes it.
 
     `check_spec` says what it may hold.
     """
@@ -292,13 +292,17 @@ class Workspace:
     last_used_at: datetime
     owner: str = ""
     base: str = ""
-    """The template it was made from; neighbours of one base share chunks."""
+    """The template it was made from, or the like; neighbours of one base share chunks."""
     policy: str = "default"
     """Name of its policy."""
     autostart_schedule: str = ""
     """Cron expression with a time zone (see `Schedule`); empty: no autostart."""
     ttl: timedelta | None = None
     """How long it runs after a start, until its deadline; None: as its policy says."""
+    template_version: int | None = None
+    """The version of the template `base` that it was made from, or updated to; None: of none."""
+    automatic_updates: bool = False
+    """Whether its next start takes the active version of its template."""
     slot: int | None = None
     """Scarce resource of its host that it holds, such as a network index."""
     current_snapshot: str = ""
@@ -504,10 +508,11 @@ def check_display_name(name: str) -> str:
 
     InvalidArgument when it is longer than 200 characters, or not printable.
     """
-    return _printable(name, "name for a snapshot", MAX_DISPLAY_NAME_LENGTH)
+    return check_printable(name, "name for a snapshot", MAX_DISPLAY_NAME_LENGTH)
 
 
-def _printable(text: str, what: str, max_length: int) -> str:
+def check_printable(text: str, what: str, max_length: int = MAX_DISPLAY_NAME_LENGTH) -> str:
+    """Return `text` without white space around it. InvalidArgument when it is too long, or not printable."""
     words = text.strip() if isinstance(text, str) else ""
     if not isinstance(text, str) or len(words) > max_length or not words.isprintable():
         raise InvalidArgument(f"{str(text)[:80]!r} is no {what}: use up to {max_length} printable characters")

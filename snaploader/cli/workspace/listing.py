@@ -72,6 +72,7 @@ def list_(
         )
         found = [each for each in found if each.operation is None or each.operation.kind not in _BIRTHS]
         situations = reader.situations([each.id for each in found])
+        active = {each.name: each.active_version for each in reader.templates()}
     now = datetime.now(UTC)
     here = [each for each in found if each.host == workspaces.host]
     costs, stored_bytes = _sizes(workspaces, here) if sizes else ({}, None)
@@ -100,7 +101,7 @@ def list_(
     columns["used"] = "last_used_at"
     if wide:
         columns["owner"] = lambda each: each.owner or "-"
-        columns["template"] = lambda each: each.base or "-"
+        columns["template"] = lambda each: _template(each, active) or "-"
         columns["deadline"] = lambda each: _time(situations[each.id].deadline)
         columns["next start"] = lambda each: _time(situations[each.id].next_start(now))
     workspaces.output.table(columns, found)
@@ -117,6 +118,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
     """Show a workspace, what it costs, and its history as a tree of snapshots."""
     with workspaces.catalog.reading() as reader:
         situation = reader.situation(workspace_id)
+        active = {each.name: each.active_version for each in reader.templates()}
     found, run, now = situation.workspace, situation.run, datetime.now(UTC)
     snapshots = (
         [] if found.state is WorkspaceState.DELETED else workspaces.manager.list_snapshots(workspace_id)
@@ -133,7 +135,7 @@ def show(workspaces: Workspaces, workspace_id: str) -> None:
             "snapshots": [snapshot_record(info) for info in snapshots],
         }
     )
-    lines = _lines(situation, _state(workspaces, found), now)
+    lines = _lines(situation, _state(workspaces, found), now, _template(found, active))
     lines |= {
         "exclusive": _cost(sizes, "exclusive_bytes", found),
         "shared": _cost(sizes, "shared_bytes", found),
@@ -157,7 +159,16 @@ def _time(time: datetime | None) -> str:
     return "-" if time is None else time_words(time)
 
 
-def _lines(situation: Situation, state: str, now: datetime) -> dict[str, str]:
+def _template(workspace: Workspace, active: Mapping[str, int]) -> str:
+    """What it was made from, with the active version where that is another one."""
+    if workspace.template_version is None:
+        return workspace.base
+    newest = active.get(workspace.base, workspace.template_version)
+    told = f"{workspace.base} {workspace.template_version}"
+    return told if newest == workspace.template_version else f"{told} ({newest} is active)"
+
+
+def _lines(situation: Situation, state: str, now: datetime, template: str) -> dict[str, str]:
     """What there is to tell, by what it is called; what is not set is left out."""
     workspace, run, next_start = situation.workspace, situation.run, situation.next_start(now)
     spec = workspace.spec
@@ -166,7 +177,8 @@ def _lines(situation: Situation, state: str, now: datetime) -> dict[str, str]:
         "state": state,
         "host": workspace.host,
         "owner": workspace.owner,
-        "base": workspace.base,
+        "base" if workspace.template_version is None else "template": template,
+        "updates": "automatic" if workspace.automatic_updates else "",
         "policy": workspace.policy,
         "schedule": workspace.autostart_schedule,
         "ttl": "" if workspace.ttl is None else str(workspace.ttl),

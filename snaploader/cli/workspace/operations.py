@@ -54,7 +54,7 @@ class WithCommand(Command):
 _COMMAND = f"{__name__}.command"
 
 
-_MADE_WITH = (
+_SPEC = (
     option(
         "--volume",
         multiple=True,
@@ -73,9 +73,21 @@ _MADE_WITH = (
     option("--ready-command", metavar="SHELL", help="Ready when this exits with 0 in it."),
     option("--ready-interval", type=DURATION, default=f"{_DEFAULT.interval_s:g}s", help="Between two tries."),
     option("--ready-timeout", type=DURATION, default=f"{_DEFAULT.timeout_s:g}s", help="How long to try."),
+)
+"""Options of what runs, which `made_with` reads."""
+
+_MADE_WITH = (
+    *_SPEC,
     option("--owner", default="", help="Whose it is."),
-    option("--base", default="", metavar="NAME", help="Template it is made from."),
-    option("--policy", default="default", help="Its policy."),
+    option(
+        "--template",
+        default="",
+        help="Template that it is made from; what is given besides takes the place of what that says.",
+    ),
+    option("--template-version", type=int, metavar="N", help="[default: the active one]"),
+    option("--automatic-updates", is_flag=True, help="Let each start take the template's active version."),
+    option("--base", default="", metavar="NAME", help="What it is made from.  [default: the template]"),
+    option("--policy", help="Its policy.  [default: the template's, else default]"),
     option(
         "--schedule",
         "autostart_schedule",
@@ -85,7 +97,12 @@ _MADE_WITH = (
     ),
     option("--ttl", type=DURATION, help="How long it runs after a start.  [default: as its policy says]"),
 )
-"""Options of what a workspace is made with, which `_made_with` reads."""
+"""Options of what a workspace is made with, which `made_with` reads."""
+
+
+def spec_options(function: F) -> F:
+    """Give a command the options of what runs."""
+    return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(_SPEC), function)
 
 
 def made_with_options(function: F) -> F:
@@ -93,7 +110,7 @@ def made_with_options(function: F) -> F:
     return functools.reduce(lambda decorated, decorate: decorate(decorated), reversed(_MADE_WITH), function)
 
 
-def _made_with(
+def made_with(
     *,
     volume: tuple[tuple[str, str], ...],
     env: tuple[tuple[str, str], ...],
@@ -107,7 +124,7 @@ def _made_with(
     ready_interval: float,
     ready_timeout: float,
     ttl: float | None,
-    **details: str,
+    **details: Any,
 ) -> dict[str, Any]:
     """The arguments of `WorkspaceManager.create` that the options and the command after `--` make."""
     checks = {"tcp": ready_tcp, "http": ready_http, "command": ready_command}
@@ -153,12 +170,12 @@ def create(
     The command begins in the workspace's folder. Without one nothing runs, and the workspace counts as
     started.
     """
-    made_with = _made_with(**options)
+    arguments = made_with(**options)
     if source is not None and not source.is_dir():
         raise InvalidArgument(f"--from: there is no folder {str(source)!r}")
     _print_new(
         workspaces,
-        workspaces.manager.create(workspace_id, source=source, start=not no_start, **made_with),
+        workspaces.manager.create(workspace_id, source=source, start=not no_start, **arguments),
     )
 
 
@@ -171,7 +188,7 @@ def adopt(workspaces: Workspaces, /, workspace_id: str, **options: Any) -> None:
     It is left as it is, running or stopped. The options and the command say what it was made with, which the
     next start goes by. Snapshots that are kept here come with it; versions are numbered anew.
     """
-    workspace = workspaces.manager.adopt(workspace_id, **_made_with(**options))
+    workspace = workspaces.manager.adopt(workspace_id, **made_with(**options))
     snapshots = workspaces.manager.list_snapshots(workspace_id)
     taken_in = sum(info.is_managed for info in snapshots)
     told = f"adopted {workspace_id}, which is {workspace.state}, and {taken_in} snapshots of it"
@@ -264,9 +281,12 @@ def extend(workspaces: Workspaces, workspace_id: str, by: float | None, until: s
 
 @workspace_command("workspace start")
 @click.argument("workspace_id", metavar="WORKSPACE")
-def start(workspaces: Workspaces, workspace_id: str) -> None:
+@option(
+    "--update", is_flag=True, help="Take the active version of its template, also without automatic updates."
+)
+def start(workspaces: Workspaces, workspace_id: str, update: bool) -> None:
     """Start a workspace that was stopped, and wait until it is ready. A paused one is resumed instead."""
-    workspace = workspaces.manager.start(workspace_id)
+    workspace = workspaces.manager.start(workspace_id, update=update)
     workspaces.output.data(workspace_record(workspace), f"started {workspace_id}")
 
 

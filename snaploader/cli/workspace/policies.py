@@ -120,6 +120,11 @@ def owner(workspaces: Workspaces, name: str, status: str | None) -> None:
 @option("--owner", help="Whose it is; empty: nobody's.")
 @option("--schedule", metavar="CRON", help="When to start it; empty: never.")
 @option("--ttl", type=DURATION, help="How long it runs after its next start; 0: as its policy says.")
+@option(
+    "--automatic-updates",
+    type=click.Choice(["always", "never"]),
+    help="Whether its next start takes the active version of its template.",
+)
 def set_(
     workspaces: Workspaces,
     workspace_id: str,
@@ -127,15 +132,17 @@ def set_(
     owner: str | None,
     schedule: str | None,
     ttl: float | None,
+    automatic_updates: str | None,
 ) -> None:
     """Change what the lifecycle goes by. All else of a workspace is as it was made."""
-    if policy is None and owner is None and schedule is None and ttl is None:
-        raise InvalidArgument("there is nothing to change: give --policy, --owner, --schedule or --ttl")
+    if {policy, owner, schedule, ttl, automatic_updates} == {None}:
+        raise InvalidArgument("there is nothing to change: give an option that says what")
     workspace = workspaces.manager.change(
         workspace_id,
         policy=policy,
         owner=owner,
         autostart_schedule=schedule,
         ttl=None if ttl is None else timedelta(seconds=ttl),
+        automatic_updates=None if automatic_updates is None else automatic_updates == "always",
     )
     workspaces.output.data(workspace_record(workspace), f"changed {workspace_id}")

@@ -8,12 +8,19 @@ left hangs from the snapshot it went on from. So a long history is not a deep on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from snaploader.cli.output import Branch, record
 from snaploader.cli.values import format_size, time_words
-from snaploader.workspace import SnapshotInfo, SnapshotKind, SnapshotRecord, Workspace, WorkspaceState
+from snaploader.workspace import (
+    SnapshotInfo,
+    SnapshotKind,
+    SnapshotRecord,
+    Workspace,
+    WorkspaceSpec,
+    WorkspaceState,
+)
 
 if TYPE_CHECKING:
     from snaploader.workspace import Situation  # which needs the extra
@@ -30,21 +37,35 @@ def timed_record(situation: Situation, now: datetime) -> dict[str, Any]:
 
 def workspace_record(workspace: Workspace) -> dict[str, Any]:
     """All that the catalog knows of a workspace itself."""
-    spec, operation = workspace.spec, workspace.operation
+    operation = workspace.operation
     names = ("id", "state", "host", "owner", "base", "policy", "autostart_schedule")
+    template = ("template_version", "automatic_updates")
     counts = ("slot", "last_version", "current_snapshot", "base_snapshot")
     times = ("created_at", "last_used_at", "paused_at", "dormant_at", "deleting_at")
     under_way = ("kind", "host", "started_at", "snapshot_name", "version")
     return {
         **record(workspace, *names),
-        "ttl_s": None if workspace.ttl is None else workspace.ttl.total_seconds(),
+        **ttl_record(workspace.ttl),
+        **record(workspace, *template),
+        **spec_record(workspace.spec),
+        **record(workspace, *counts, *times),
+        "operation": None if operation is None else record(operation, *under_way),
+    }
+
+
+def ttl_record(ttl: timedelta | None) -> dict[str, Any]:
+    """A TTL in seconds; None: as the policy says."""
+    return {"ttl_s": None if ttl is None else ttl.total_seconds()}
+
+
+def spec_record(spec: WorkspaceSpec) -> dict[str, Any]:
+    """All of a spec but its id."""
+    return {
         **record(spec, "command", "environment"),
         "volumes": [record(volume, "name", "durable_dir") for volume in spec.volumes],
         "readiness": record(spec.readiness, "kind", "target", "interval_s", "timeout_s"),
         **record(spec, "image", "devices", "labels"),
         "resources": record(spec.resources, "vcpus", "memory_bytes"),
-        **record(workspace, *counts, *times),
-        "operation": None if operation is None else record(operation, *under_way),
     }
 
 

@@ -26,6 +26,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
 )
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation
+from snaploader.workspace.templates import Template, TemplateVersion
 
 MAX_EVENTS = 1000
 """Most events of one listing, unless told otherwise."""
@@ -252,7 +253,7 @@ class Reader:
         """List the runs of a workspace, oldest first."""
         return [tables.run_of(row) for row in self._all(_runs_of(workspace_id).order_by(tables.runs.c.id))]
 
-    # Policies and owners
+    # Policies, templates, owners and hosts
 
     def policy(self, name: str = DEFAULT_POLICY) -> Policy:
         """Return the policy of that name; the default one always exists. NotFound when there is none."""
@@ -263,6 +264,32 @@ class Reader:
         """List all policies, sorted by name."""
         query = select(tables.policies).order_by(tables.policies.c.name)
         return [Policy.from_mapping(row.name, row.settings) for row in self._all(query)]
+
+    def template(self, name: str) -> Template:
+        """Return the template of that name. NotFound when there is none."""
+        query = select(tables.templates).where(tables.templates.c.name == name)
+        return Template(**self._known(query, f"template {name!r}")._mapping)
+
+    def templates(self) -> list[Template]:
+        """List all templates, sorted by name."""
+        query = select(tables.templates).order_by(tables.templates.c.name)
+        return [Template(**row._mapping) for row in self._all(query)]
+
+    def template_version(self, name: str, number: int) -> TemplateVersion:
+        """Return that version of a template. NotFound when it has none."""
+        table = tables.template_versions
+        query = select(table).where(table.c.template == name, table.c.number == number)
+        # Beyond these bounds a database may refuse to compare.
+        row = self._first(query) if 1 <= number <= MAX_VERSION else None
+        if row is None:
+            raise NotFound(f"there is no version {number} of a template {name!r}")
+        return tables.template_version_of(row)
+
+    def template_versions(self, name: str) -> list[TemplateVersion]:
+        """List the versions of a template, sorted by number."""
+        table = tables.template_versions
+        query = select(table).where(table.c.template == name).order_by(table.c.number)
+        return [tables.template_version_of(row) for row in self._all(query)]
 
     def owner_status(self, owner: str) -> OwnerStatus:
         """Tell whether that owner may use workspaces; an owner that nobody named yet is active."""

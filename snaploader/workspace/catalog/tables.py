@@ -58,6 +58,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
     check_ttl,
 )
+from snaploader.workspace.templates import TemplateVersion
 
 MAX_WORD_LENGTH = 255
 """Longest name, id or key, in characters; databases limit what an index takes."""
@@ -248,9 +249,29 @@ snapshot_sources = Table(
     Column("source", Source, nullable=False),
 )
 
+templates = Table(
+    "templates",
+    metadata,
+    Column("name", Word, primary_key=True),
+    Column("active_version", Integer, nullable=False),
+    Column("last_version", Integer, nullable=False),
+    Column("requires_active_version", Boolean, nullable=False),
+)
+
+template_versions = Table(
+    "template_versions",
+    metadata,
+    Column("template", Word, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("spec", Document, nullable=False),
+    Column("policy", Word, nullable=False),
+    Column("message", Prose, nullable=False),
+    Column("created_at", Moment, nullable=False),
+)
+
 dormant_owners = Table("dormant_owners", metadata, Column("name", Word, primary_key=True))
 
-AUXILIARY = (host_places, ticks, snapshot_sources, dormant_owners)
+AUXILIARY = (host_places, ticks, snapshot_sources, dormant_owners, templates, template_versions)
 """Tables that no revision of the schema counts: a library that does not know them works without them."""
 
 workspaces = Table(
@@ -376,7 +397,7 @@ runs = Table(
 
 
 _RUN = tuple(Run.__dataclass_fields__)
-_IN_SPEC = frozenset({"spec", "ttl"})
+_IN_SPEC = frozenset({"spec", "ttl", "template_version", "automatic_updates"})
 """Fields of a workspace in its column `spec`, where an earlier release leaves what it does not know."""
 _WORKSPACE = tuple(Workspace.__dataclass_fields__.keys() - {*_IN_SPEC, "operation"})
 _OPERATION = {
@@ -423,13 +444,42 @@ def operation_values(operation: Operation | None) -> dict[str, Any]:
 
 def settings_document(workspace: Workspace) -> dict[str, Any]:
     """Return what is set of a workspace's settings that an earlier release does not know."""
-    return {} if workspace.ttl is None else {"ttl_s": workspace.ttl.total_seconds()}
+    settings = {
+        **_ttl_document(workspace.ttl),
+        "template_version": workspace.template_version,
+        "automatic_updates": workspace.automatic_updates or None,
+    }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def settings_of(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a workspace that `settings_document` made plain values of."""
+    return {
+        "ttl": _ttl_of(document),
+        "template_version": document.get("template_version"),
+        "automatic_updates": document.get("automatic_updates", False),
+    }
+
+
+def _ttl_document(ttl: timedelta | None) -> dict[str, Any]:
+    return {} if ttl is None else {"ttl_s": ttl.total_seconds()}
+
+
+def _ttl_of(document: Mapping[str, Any]) -> timedelta | None:
     ttl_s = document.get("ttl_s")
-    return {"ttl": None if ttl_s is None else check_ttl(timedelta(seconds=ttl_s))}
+    return None if ttl_s is None else check_ttl(timedelta(seconds=ttl_s))
+
+
+def template_version_values(version: TemplateVersion) -> dict[str, Any]:
+    """Return the columns of a version of a template."""
+    names = ("template", "number", "policy", "message", "created_at")
+    spec = {**spec_document(version.spec), **_ttl_document(version.ttl)}
+    return {**{name: getattr(version, name) for name in names}, "spec": spec}
+
+
+def template_version_of(row: Row[Any]) -> TemplateVersion:
+    values = {name: value for name, value in row._mapping.items() if name != "spec"}
+    return TemplateVersion(spec=spec_of("", row.spec), ttl=_ttl_of(row.spec), **values)
 
 
 def spec_document(spec: WorkspaceSpec) -> dict[str, Any]:

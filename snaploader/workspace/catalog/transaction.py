@@ -48,9 +48,11 @@ from snaploader.workspace.model import (
     SnapshotStatus,
     Version,
     Workspace,
+    WorkspaceSpec,
     WorkspaceState,
 )
 from snaploader.workspace.policy import DEFAULT_POLICY, Policy, Situation, Ticks, deletion_time
+from snaploader.workspace.templates import Template, TemplateVersion
 
 _EVENT_LOCK = 0x536E61705F657674
 """Key of the advisory lock that orders events on PostgreSQL: "Snap_evt"."""
@@ -66,6 +68,9 @@ class WorkspaceChanges(TypedDict, total=False):
     policy: str
     autostart_schedule: str
     ttl: timedelta | None
+    spec: WorkspaceSpec
+    template_version: int | None
+    automatic_updates: bool
     slot: int | None
     current_snapshot: str
     base_snapshot: str
@@ -346,7 +351,7 @@ class Transaction(Reader):
         self._touched.add(row.workspace_id)
         return tables.run_of(self._execute(changed.returning(table))[0])
 
-    # Policies, owners and hosts
+    # Policies, templates, owners and hosts
 
     def put_policy(self, policy: Policy, *, now: datetime | None = None) -> None:
         """Add a policy, or replace the one of its name, for all workspaces that follow it.
@@ -386,11 +391,17 @@ class Transaction(Reader):
     def remove_policy(self, name: str) -> None:
         """Forget a policy. Deleted workspaces that followed it follow the default one from then on.
 
-        FailedPrecondition: it is the default, or a workspace follows it.
+        FailedPrecondition: it is the default, or a workspace follows it, or a template names it.
         """
         if name == DEFAULT_POLICY:
             raise FailedPrecondition(f"policy {name!r} exists always: change it instead")
         self._known(_locking_policy(name), f"policy {name!r}")
+        versions = tables.template_versions.c
+        user = self._first(select(versions.template).where(versions.policy == name).limit(1))
+        if user is not None:
+            raise FailedPrecondition(
+                f"policy {name!r} is that of a version of template {user.template!r}: remove that first"
+            )
         table = tables.workspaces
         deleted = table.c.state == WorkspaceState.DELETED
         follower = self._first(select(table.c.id).where(table.c.policy == name, ~deleted).limit(1))
@@ -401,6 +412,60 @@ class Transaction(Reader):
         self._execute(update(table).where(table.c.policy == name, deleted), {"policy": DEFAULT_POLICY})
         self._locked.clear()
         self._execute(delete(tables.policies).where(tables.policies.c.name == name))
+
+    def add_template_version(self, version: TemplateVersion) -> TemplateVersion:
+        """Add a version, and its template if there is none; it is returned with its number.
+
+        The first one becomes the active one. Two transactions never get one number.
+        """
+        self._use_policy(version.policy)
+        table = tables.templates
+        first = {"name": version.template, "active_version": 1, "last_version": 0}
+        added = {**first, "requires_active_version": False}
+        self._execute(self._insert(table).on_conflict_do_nothing(), added)
+        named = update(table).where(table.c.name == version.template)
+        count = named.values(last_version=table.c.last_version + 1).returning(table.c.last_version)
+        [(number,)] = self._execute(count)
+        numbered = dataclasses.replace(version, number=number)
+        self._execute(insert(tables.template_versions), tables.template_version_values(numbered))
+        return numbered
+
+    def change_template(
+        self,
+        name: str,
+        *,
+        active_version: int | None = None,
+        requires_active_version: bool | None = None,
+    ) -> Template:
+        """Change a template, and return it as it is then. NotFound: there is no such template, or version."""
+        given = {"active_version": active_version, "requires_active_version": requires_active_version}
+        changes = {name: value for name, value in given.items() if value is not None}
+        if active_version is not None:
+            self._use_policy(self.template_version(name, active_version).policy)
+        if changes:
+            self._execute(update(tables.templates).where(tables.templates.c.name == name), changes)
+        return self.template(name)
+
+    def remove_template(self, name: str) -> None:
+        """Forget a template and its versions.
+
+        FailedPrecondition: a workspace that is not deleted was made from it.
+        """
+        self._known(
+            select(tables.templates).where(tables.templates.c.name == name).with_for_update(),
+            f"template {name!r}",
+        )
+        table = tables.workspaces
+        alive = table.c.state != WorkspaceState.DELETED
+        for workspace in map(
+            tables.workspace_of, self._all(select(table).where(table.c.base == name, alive))
+        ):
+            if workspace.template_version is not None:
+                raise FailedPrecondition(
+                    f"workspace {workspace.id!r} was made from template {name!r}: delete its workspaces first"
+                )
+        self._execute(delete(tables.template_versions).where(tables.template_versions.c.template == name))
+        self._execute(delete(tables.templates).where(tables.templates.c.name == name))
 
     def claim_host(self, claim: HostState, *, replace: bool = False) -> None:
         """Say which state directory a host works with.

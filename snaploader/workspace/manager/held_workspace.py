@@ -82,9 +82,9 @@ class HeldWorkspace:
         """As `WorkspaceManager.commit`."""
         return self._complete(versions.commit, check_display_name(name))
 
-    def start(self, *, reason: str = USER) -> Workspace:
+    def start(self, *, reason: str = USER, update: bool = False) -> Workspace:
         """As `WorkspaceManager.start`."""
-        return self._complete(lifetime.start, reason)
+        return self._complete(lifetime.start, reason, update=update)
 
     def stop(self, *, reason: str = USER) -> Workspace:
         """As `WorkspaceManager.stop`."""

@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
-from snaploader.errors import FailedPrecondition, NotFound, SnaploaderError
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.workspace.events import about_snapshot
 from snaploader.workspace.host import HeldLock
 from snaploader.workspace.manager.operation import (
@@ -37,6 +37,7 @@ from snaploader.workspace.manager.snapshots import (
     new_record,
     remove_unfinished,
 )
+from snaploader.workspace.manager.templates import begin_update, record_update
 from snaploader.workspace.model import (
     STOP_EVENT,
     OperationKind,
@@ -58,6 +59,7 @@ from snaploader.workspace.model import (
 from snaploader.workspace.policy import DEFAULT_POLICY, check_scopes
 from snaploader.workspace.records import PausedRecord
 from snaploader.workspace.schedule import parse_schedule
+from snaploader.workspace.templates import TemplateVersion, made_from
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,12 @@ class MadeWith(TypedDict, total=False):
     labels: Mapping[str, str] | None
     owner: str
     base: str
-    policy: str
+    policy: str | None
     autostart_schedule: str
     ttl: timedelta | None
+    template: str
+    template_version: int | None
+    automatic_updates: bool
 
 
 def made_with(services: Services, workspace_id: str, **given: Unpack[MadeWith]) -> Workspace:
@@ -106,15 +111,42 @@ def made_with(services: Services, workspace_id: str, **given: Unpack[MadeWith]) 
         given.get("resources") or Resources(),
         given.get("labels") or {},
     )
-    return new_workspace(
+    base, policy, ttl = given.get("base", ""), given.get("policy"), given.get("ttl")
+    version = _template_version(services, given.get("template", ""), given.get("template_version"), base)
+    if version is not None:
+        spec, base = made_from(version, spec), version.template
+        policy = version.policy if policy is None else policy
+        ttl = version.ttl if ttl is None else ttl
+    elif given.get("automatic_updates"):
+        raise InvalidArgument("name the template whose active version automatic updates are to take")
+    workspace = new_workspace(
         services,
         spec,
         given.get("owner", ""),
-        given.get("base", ""),
-        given.get("policy", DEFAULT_POLICY),
+        base,
+        DEFAULT_POLICY if policy is None else policy,
         given.get("autostart_schedule", ""),
-        given.get("ttl"),
+        ttl,
     )
+    return replace(
+        workspace,
+        template_version=None if version is None else version.number,
+        automatic_updates=given.get("automatic_updates", False),
+    )
+
+
+def _template_version(
+    services: Services, template: str, number: int | None, base: str
+) -> TemplateVersion | None:
+    if not template:
+        if number is not None:
+            raise InvalidArgument(f"name the template whose version {number} is meant")
+        return None
+    if base not in {"", template}:
+        raise InvalidArgument(f"a workspace of template {template!r} has that as its base, and not {base!r}")
+    with services.catalog.reading() as reader:
+        active = reader.template(template).active_version
+        return reader.template_version(template, active if number is None else number)
 
 
 def new_workspace(
@@ -231,19 +263,21 @@ def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool,
         return tx.update_workspace(work.workspace_id, state=state, current_snapshot=name, base_snapshot=name)
 
 
-def start(services: Services, workspace_id: str, reason: str = USER) -> Workspace:
-    """Start, wait until it is ready, record. See `WorkspaceManager.start`."""
+def start(services: Services, workspace_id: str, reason: str = USER, *, update: bool = False) -> Workspace:
+    """Update, start, wait until it is ready, record. See `WorkspaceManager.start`."""
     with_slot(services, workspace_id)
     work = Work.begin(
         services, workspace_id, OperationKind.START, allowed=[WorkspaceState.STOPPED], reason=reason
     )
     with work:
+        taken = begin_update(work, asked=update)
         if not services.runtime.status(workspace_id).exists:
             bring_back(services, work.workspace, work.operation.token)
             work.reach("placed")
         work.start()
         work.wait_ready()
         with work.recording() as tx:
+            record_update(work, tx, taken)
             run = work.record_run(tx, RunTransition.START)
             work.record_event(tx, START, run=run.id)
             return tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING)
@@ -302,17 +336,20 @@ def pause(services: Services, workspace_id: str, reason: str = USER) -> Snapshot
 def resume(
     services: Services, workspace_id: str, reason: str = USER, *, ready_timeout_s: float | None = None
 ) -> Workspace:
-    """Place the snapshot, start, wait until it is ready, record. See `WorkspaceManager.resume`."""
+    """Place the snapshot, update, start, wait until it is ready, record. See `WorkspaceManager.resume`."""
     work = Work.begin(
         services, workspace_id, OperationKind.RESUME, allowed=[WorkspaceState.PAUSED], reason=reason
     )
     with work:
         current, snapshot, base = load_state(services, work.workspace, work.workspace.current_snapshot)
+        is_afresh = current.scope is Scope.DATA or not services.runtime.keeps_memory
+        taken = begin_update(work, asked=False) if is_afresh else None
         work.place(snapshot, base)
         work.start()
-        if current.scope is Scope.DATA or not services.runtime.keeps_memory:
+        if is_afresh:
             work.wait_ready(ready_timeout_s)
         with work.recording() as tx:
+            record_update(work, tx, taken)
             run = work.record_run(tx, RunTransition.START)
             work.record_event(tx, RESUME, **about_snapshot(current), run=run.id)
             workspace = tx.update_workspace(workspace_id, state=WorkspaceState.RUNNING, paused_at=None)

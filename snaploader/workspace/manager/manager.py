@@ -25,6 +25,7 @@ from snaploader.workspace.manager.lifetime import MadeWith
 from snaploader.workspace.manager.operation import ALIVE, Services, check_state, utc_now
 from snaploader.workspace.manager.recovery import Note, RecoverySummary, recover
 from snaploader.workspace.manager.snapshots import SnapshotContent
+from snaploader.workspace.manager.templates import Templates
 from snaploader.workspace.manager.undo import undo_failed
 from snaploader.workspace.manager.unmanaged import adopt, list_snapshots
 from snaploader.workspace.manager.versions import OrphanedUpload, check_number, find_commit, orphaned_uploads
@@ -43,7 +44,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
     new_workspace_id,
 )
-from snaploader.workspace.policy import DEFAULT_POLICY, Policy
+from snaploader.workspace.policy import Policy
 from snaploader.workspace.records import PausedRecords
 from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtime
 
@@ -128,6 +129,7 @@ class WorkspaceManager:
         self.instance_name: Final = instance_name
         self.records: Final = self._services.records
         self.slots: Final = self._services.slots
+        self.templates: Final = Templates(self._services)
         self.locks: Final = WorkspaceLocks(f"{folder}/locks", catalog)
         self._home = HostHome(folder, catalog, self.host)
         self._sections = CriticalSections(workers)
@@ -164,9 +166,12 @@ class WorkspaceManager:
         labels: Mapping[str, str] | None = None,
         owner: str = "",
         base: str = "",
-        policy: str = DEFAULT_POLICY,
+        policy: str | None = None,
         autostart_schedule: str = "",
         ttl: timedelta | None = None,
+        template: str = "",
+        template_version: int | None = None,
+        automatic_updates: bool = False,
         source: str | os.PathLike[str] | None = None,
         start: bool = True,
     ) -> Workspace:
@@ -188,10 +193,14 @@ class WorkspaceManager:
             labels: To find it by, up to 64. A name has 1 to 63 letters, digits and inner `.`, `_`, `-`, `/`;
                 a value up to 255 printable characters.
             owner: Whose it is.
-            base: The template that it is made from; workspaces of one base share chunks.
-            policy: Name of its policy.
+            base: What it is made from; workspaces of one base share chunks. Default: the template.
+            policy: Name of its policy. Default: that of the template, else `default`.
             autostart_schedule: A cron expression with a time zone; empty: none.
-            ttl: How long it runs after a start, up to 366 days. Default: as its policy says.
+            ttl: How long it runs after a start, up to 366 days. Default: as its template or policy says.
+            template: A template whose version it is made from. What is given here besides takes the place of
+                what the version says; single variables, labels and resources are added to it.
+            template_version: Default: the active one.
+            automatic_updates: Whether its next start takes the active version of the template.
             source: A folder whose content it begins with. It is kept as a snapshot of the whole, on which
                 later Data snapshots are placed.
             start: Whether to start it; otherwise it is stopped.
@@ -201,7 +210,7 @@ class WorkspaceManager:
                 malformed; or the runtime cannot capture what the policy asks for.
             FailedPrecondition: the id was used before, or this host has files or a record of it that the
                 catalog does not know, which are left alone.
-            NotFound: there is no such policy, or no such source.
+            NotFound: there is no such policy, template or version of it, or no such source.
             ResourceExhausted: all slots of the host are taken.
         """
         workspace = lifetime.made_with(
@@ -220,6 +229,9 @@ class WorkspaceManager:
             policy=policy,
             autostart_schedule=autostart_schedule,
             ttl=ttl,
+            template=template,
+            template_version=template_version,
+            automatic_updates=automatic_updates,
         )
         return self._make(lifetime.create, workspace, source=source, start=start)
 
@@ -276,6 +288,11 @@ class WorkspaceManager:
             parent.policy if policy is None else policy,
             autostart_schedule,
             parent.ttl if ttl is None else ttl,
+        )
+        workspace = replace(
+            workspace,
+            template_version=parent.template_version,
+            automatic_updates=parent.automatic_updates,
         )
         return self._make(lifetime.fork, workspace, origin=origin_commit, start=start)
 
@@ -410,16 +427,22 @@ class WorkspaceManager:
 
     # Life
 
-    def start(self, workspace_id: str) -> Workspace:
+    def start(self, workspace_id: str, *, update: bool = False) -> Workspace:
         """Start a stopped workspace, and wait until it is ready; one that is not in time is stopped again.
 
-        If its files are gone, its latest snapshot takes their place.
+        If its files are gone, its latest snapshot takes their place. With automatic updates it is started as
+        the active version of its template says; if that fails, it stays as it was. The event of an update is
+        `workspace_update`.
+
+        Args:
+            update: Take the active version also without automatic updates.
 
         Raises:
+            FailedPrecondition: it is to be updated, and was not made from a template.
             NotFound: there are neither files nor a snapshot of it.
         """
         with self.hold(workspace_id) as held:
-            return held.start()
+            return held.start(update=update)
 
     def stop(self, workspace_id: str) -> Workspace:
         """Stop a running workspace, by force when it takes too long; its files stay."""
@@ -480,6 +503,7 @@ class WorkspaceManager:
         policy: str | None = None,
         autostart_schedule: str | None = None,
         ttl: timedelta | None = None,
+        automatic_updates: bool | None = None,
     ) -> Workspace:
         """Change what the lifecycle goes by. All else of a workspace is as it was made.
 
@@ -490,11 +514,13 @@ class WorkspaceManager:
             policy: Name of its policy.
             autostart_schedule: A cron expression with a time zone; empty: none.
             ttl: How long it runs after its next start; zero: as its policy says.
+            automatic_updates: Whether its next start takes the active version of its template.
 
         Raises:
             InvalidArgument: the schedule or the TTL is malformed; or the runtime cannot capture what the
                 policy asks for.
             NotFound: there is no such policy.
+            FailedPrecondition: automatic updates are wanted, and it was not made from a template.
         """
         return settings.change(
             self._services,
@@ -503,6 +529,7 @@ class WorkspaceManager:
             policy=policy,
             autostart_schedule=autostart_schedule,
             ttl=ttl,
+            automatic_updates=automatic_updates,
         )
 
     # Policies

@@ -316,6 +316,12 @@ class _Recovery:
         with self.services.catalog.transaction() as tx:
             if record.policy.name not in {policy.name for policy in tx.policies()}:
                 tx.put_policy(record.policy)
+            if workspace.template_version is not None and not any(
+                version.number == workspace.template_version
+                for version in tx.template_versions(workspace.base)
+            ):
+                # The catalog that knew it is lost: another version may get its number.
+                workspace = replace(workspace, template_version=None, automatic_updates=False)
             tx.add_workspace(workspace)
             for snapshot in present:
                 tx.put_snapshot(snapshot)

@@ -28,17 +28,27 @@ def change(
     policy: str | None,
     autostart_schedule: str | None,
     ttl: timedelta | None,
+    automatic_updates: bool | None,
 ) -> Workspace:
     """Check, change, record. See `WorkspaceManager.change`."""
     if autostart_schedule:
         parse_schedule(autostart_schedule)
-    given = {"owner": owner, "policy": policy, "autostart_schedule": autostart_schedule}
+    given = {
+        "owner": owner,
+        "policy": policy,
+        "autostart_schedule": autostart_schedule,
+        "automatic_updates": automatic_updates,
+    }
     changes: Any = {name: value for name, value in given.items() if value is not None}
     if ttl is not None:
         changes["ttl"] = check_ttl(ttl) if ttl else None
     with services.catalog.transaction() as tx:
         before = tx.lock_workspace(workspace_id)
         check_state(before, "change", ALIVE)
+        if automatic_updates and before.template_version is None:
+            raise FailedPrecondition(
+                f"workspace {workspace_id!r} was not made from a template: there is nothing to update it to"
+            )
         if not changes:
             return before
         workspace = tx.update_workspace(workspace_id, now=services.clock(), **changes)

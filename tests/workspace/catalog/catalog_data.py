@@ -64,6 +64,8 @@ def full_workspace(workspace_id: str = "full") -> Workspace:
         policy="default",
         autostart_schedule="CRON_TZ=Europe/Berlin 30 9 * * 1-5",
         ttl=timedelta(days=300, microseconds=1),
+        template_version=2,
+        automatic_updates=True,
         slot=7,
         current_snapshot="snap-1",
         base_snapshot="snap-0",

@@ -204,12 +204,21 @@ def test_dormancy(started: Host) -> None:
 
 def test_a_change(started: Host) -> None:
     started.manager.change_policy("gentle", {})
-    started.manager.change(
-        "one", owner="ann", policy="gentle", autostart_schedule="0 9 * * *", ttl=timedelta(hours=1)
-    )
-    was = {"owner": "ann", "policy": "default", "autostart_schedule": "", "ttl_s": None}
-    now = {"owner": "ann", "policy": "gentle", "autostart_schedule": "0 9 * * *", "ttl_s": 3600}
-    told(started, "workspace_change", **now, before=was)
+    started.manager.templates.add_version("debian")
+    started.manager.create("two", template="debian", owner="ann")
+    now = {"owner": "ann", "policy": "gentle", "autostart_schedule": "0 9 * * *", "automatic_updates": True}
+    started.manager.change("two", ttl=timedelta(hours=1), **now)  # type: ignore[arg-type]
+    was = {"owner": "ann", "policy": "default", "autostart_schedule": "", "automatic_updates": False}
+    told(started, "workspace_change", **now, ttl_s=3600, before={**was, "ttl_s": None})
+
+
+def test_an_update_to_another_version_of_the_template(started: Host) -> None:
+    for _ in range(2):
+        started.manager.templates.add_version("debian")
+    started.manager.create("two", template="debian", template_version=1, owner="ann")
+    started.manager.stop("two")
+    started.manager.start("two", update=True)
+    told(started, "workspace_update", from_version=1, to_version=2)
 
 
 def test_a_deadline_that_is_moved(started: Host) -> None:

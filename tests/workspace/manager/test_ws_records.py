@@ -73,6 +73,8 @@ RECORD = PausedRecord(
         base_snapshot="b",
         paused_at=NOW + timedelta(microseconds=7),
         ttl=timedelta(hours=1, microseconds=1),
+        template_version=2,
+        automatic_updates=True,
     ),
     Policy("gentle", ScopePolicy(Scope.FULL, Scope.DATA), timedelta(hours=1), StopAction.PAUSE),
     (snapshot("v1"), snapshot("p", SnapshotKind.PAUSE)),
