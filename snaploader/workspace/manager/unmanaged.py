@@ -7,7 +7,7 @@ catalog has lost, or never had, are found, and taken in with a workspace that is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC
@@ -158,7 +158,19 @@ def _snapshots_to_adopt(services: Services, workspace_id: str) -> list[SnapshotR
             continue
         if told.kind is not SnapshotKind.COMMIT or is_remote:
             found.append(replace(content.as_saved(told), is_remote=is_remote))
-    return sorted(found, key=lambda record: (record.created_at, record.name))
+    parents = {record.name: record.parent for record in found}
+    # Within one tick of the clock a snapshot is younger than the one that it was taken on top of.
+    return sorted(
+        found, key=lambda record: (record.created_at, _ancestors(record.name, parents), record.name)
+    )
+
+
+def _ancestors(name: str, parents: Mapping[str, str]) -> int:
+    """How many snapshots one goes back to; one that goes back to itself is as old as any."""
+    count = 0
+    while name in parents and count < len(parents):
+        name, count = parents[name], count + 1
+    return count
 
 
 def _held(services: Services, workspace_id: str) -> dict[str, SnapshotInfo]:

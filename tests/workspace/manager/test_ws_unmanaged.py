@@ -271,6 +271,15 @@ def test_its_snapshots_are_taken_in_with_it(host: Host, remote: FakeCAS) -> None
     assert (host.findings(), host.leftovers(), remote is host.remote) == ([], [], True)
 
 
+def test_versions_of_one_tick_keep_their_order(host: Host) -> None:
+    host.create()
+    taken = [host.manager.create_version("one").snapshot_name for _ in range(6)]
+    lose(host)
+    host.manager.adopt("one", volumes=[DATA])
+    assert [version.snapshot_name for version in host.manager.list_versions("one")] == taken
+    assert host.manager.workspace("one").current_snapshot == taken[-1]
+
+
 def test_what_is_not_whole_and_what_was_a_pause_stays_out(host: Host) -> None:
     host.create()
     broken = host.manager.create_version("one")
