@@ -10,8 +10,9 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
+from itertools import islice
 from operator import itemgetter
 from typing import Self
 
@@ -105,19 +106,18 @@ class BlobSpace:
         with translate_os_errors("cannot look up blobs in the file cache"):
             if len(digests) < BULK_DIGESTS:
                 return {digest for digest in digests if not self._is_here(digest)}
-            if isinstance(digests, DigestArray):
-                return self._find_missing_bulk(digests)
             missing: set[Digest] = set()
-            for function in set(map(_FUNCTION_OF, digests)):
-                some = DigestArray.of((one for one in digests if one.function is function), function)
-                missing |= self._find_missing_bulk(some)
+            if isinstance(digests, DigestArray):
+                self._add_missing(digests, missing)
+            else:
+                for function in set(map(_FUNCTION_OF, digests)):
+                    self._add_missing(_array_of(digests, function), missing)
             return missing
 
-    def _find_missing_bulk(self, digests: DigestArray) -> set[Digest]:
+    def _add_missing(self, digests: DigestArray, missing: set[Digest]) -> None:
         words = to_rows(digests.hashes)
         present = self._listings.contains(SPACE_OF[digests.function], words)
         absent = np.flatnonzero(~present)
-        missing: set[Digest] = set()
         for start in range(0, len(absent), BULK_DIGESTS):
             current().check()
             some = digests.take(absent[start : start + BULK_DIGESTS])
@@ -128,7 +128,6 @@ class BlobSpace:
         missing.discard(empty_digest(digests.function))
         if present.any():
             self._uses.append(self._layout.group, words[present, 0], self._now_ns())
-        return missing
 
     def _is_here(self, digest: Digest) -> bool:
         """Tell whether a blob is here, which counts as a use. Suspects of a power failure are read."""
@@ -540,6 +539,20 @@ def _copy_out(source: int, size: int, destination: str, mode: int) -> None:
         files.copy_content(source, copy.fd, size)
         os.fchmod(copy.fd, mode)
         copy.link(destination)
+
+
+def _array_of(digests: Iterable[Digest], function: DigestFunction) -> DigestArray:
+    """Return those digests that are of this function."""
+    rest = (one for one in digests if one.function is function)
+    parts = []
+    while some := list(islice(rest, BULK_DIGESTS)):
+        current().check()
+        parts.append(DigestArray.of(some, function))
+    return DigestArray(
+        np.concatenate([part.hashes for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        function,
+    )
 
 
 def _is_empty_blob(digest: Digest) -> bool:

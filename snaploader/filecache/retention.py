@@ -25,6 +25,7 @@ from typing import NamedTuple, Self, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from snaploader.context import current
 from snaploader.digest import HASH_BYTES, MAX_BLOB_BYTES, Digest, DigestFunction
 from snaploader.errors import (
     Cancelled,
@@ -211,6 +212,7 @@ class PinSpace:
             folder = self._context.folder
             with folder.staged(encode_pin(words, sizes_bytes, keys), flush=True) as temporary:
                 self._context.host.after_step("pin.written")
+                current().check()
                 folder.make_folder(self._folder)
                 # Evictions happen in sections too, so none is under way that has not seen this pin.
                 with self._context.ledger.section() as section:
