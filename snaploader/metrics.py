@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import Metric
 
+    from snaploader.testing import EmbeddedServer
+
 BUCKETS_S = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
@@ -277,6 +279,40 @@ class PrometheusMetrics(Observer):
     def _count(self, name: str, labels: Labels, amount: float) -> None:
         with self._lock:
             _add(self._counts, {(name, labels): amount})
+
+
+SERVER_METRICS: dict[str, Description] = {
+    "snaploader_server_calls_total": Description(
+        "counter", "Calls of a server in this process.", ("method",)
+    ),
+    "snaploader_server_received_bytes_total": Description("counter", "Messages of ended calls.", ("method",)),
+    "snaploader_server_sent_bytes_total": Description("counter", "Answers of ended calls.", ("method",)),
+}
+
+
+class ServerMetrics:
+    """Metrics of a `snaploader.testing.EmbeddedServer`, as `snaploader serve` has them. Thread-safe.
+
+    Args:
+        registry: Where they are registered; one server can be in it.
+        server: Whose calls are counted, those since it was made. It may be stopped.
+    """
+
+    def __init__(self, registry: CollectorRegistry, server: EmbeddedServer) -> None:
+        self._server = server
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now."""
+        from prometheus_client.core import CounterMetricFamily
+
+        log = self._server.call_log
+        sums = {method: log.sums(method) for method in log.methods()}
+        for column, (name, (_, text, labels)) in enumerate(SERVER_METRICS.items()):
+            family = CounterMetricFamily(name, text, labels=labels)
+            for method, numbers in sums.items():
+                family.add_metric([method], numbers[column])
+            yield family
 
 
 class _Timed(Operation):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snaploader.filecache import FileCache
     from snaploader.loader import SnapshotLoader
     from snaploader.remote import RemoteCache, RetryEvent, TLSConfig
+    from snaploader.telemetry import Observer
     from snaploader.workspace import Catalog, ProcessRuntime, WorkspaceManager
 
 MAX_SECRET_BYTES = 64 << 10
@@ -77,7 +78,7 @@ class Settings:
 
         return DigestFunction.parse(self.digest_function)
 
-    def open_file_cache(self) -> FileCache:
+    def open_file_cache(self, observer: Observer | None = None) -> FileCache:
         from snaploader.filecache import FileCache
 
         return FileCache(
@@ -85,6 +86,7 @@ class Settings:
             max_bytes=self.max_cache_size,
             cache_mode=self.cache_mode,
             group_id=self.group_id,
+            observer=observer,
         )
 
     def check_files(self, names: Collection[str]) -> None:
@@ -105,10 +107,12 @@ class Caches(contextlib.ExitStack):
         super().__init__()
         self.settings = settings
         self.output = output
+        self.observer: Observer | None = None
+        """Whom caches and loaders report to. To be set before they are first asked for."""
 
     @cached_property
     def file_cache(self) -> FileCache:
-        return self.enter_context(self.settings.open_file_cache())
+        return self.enter_context(self.settings.open_file_cache(self.observer))
 
     @cached_property
     def remote_cache(self) -> RemoteCache | None:
@@ -141,6 +145,7 @@ class Caches(contextlib.ExitStack):
                 netrc=settings.netrc,
                 bearer_token=read_secret(settings.bearer_token_file),
                 on_retry=self._tell_retry,
+                observer=self.observer,
             )
         )
 
@@ -152,7 +157,9 @@ class Caches(contextlib.ExitStack):
         if function is not None:
             options["digest_function"] = function
         readonly = self.settings.remote_readonly
-        loader = SnapshotLoader(self.file_cache, self.remote_cache, remote_readonly=readonly, **options)
+        loader = SnapshotLoader(
+            self.file_cache, self.remote_cache, remote_readonly=readonly, observer=self.observer, **options
+        )
         return self.enter_context(loader)
 
     def missing_remotely(self, digests: Collection[Digest]) -> set[Digest] | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
+from snaploader.cli.metrics import metrics_option, serving_metrics
 from snaploader.cli.options import command, option
 from snaploader.cli.process import load_grpc, stop_signal
 from snaploader.cli.resources import Caches
-from snaploader.cli.values import parse_address
+from snaploader.cli.values import ADDRESS
 
 LIKE = ("bazel-remote", "buildbarn", "buildgrid", "casd", "nativelink")
 """The names of `snaploader.testing.PRESETS`, spelt out because importing that takes long."""
@@ -22,6 +23,7 @@ _DRAIN_S = 5.0
 @command("serve")
 @option(
     "--listen",
+    type=ADDRESS,
     default="127.0.0.1:8980",
     metavar="HOST:PORT",
     help="Where to listen; port 0 takes a free one.",
@@ -30,20 +32,31 @@ _DRAIN_S = 5.0
     "--root", type=click.Path(path_type=Path), metavar="DIR", help="Keeps what is stored.  [default: memory]"
 )
 @option("--like", type=click.Choice(LIKE), help="Behave as this server does, with its limits.")
-def serve(caches: Caches, listen: str, root: Path | None, like: str | None) -> None:
+@metrics_option
+def serve(
+    caches: Caches,
+    listen: tuple[str, int],
+    root: Path | None,
+    like: str | None,
+    metrics_listen: tuple[str, int] | None,
+) -> None:
     """Run a small REAPI cache (CAS, ByteStream, ActionCache) until SIGINT or SIGTERM.
 
     For tests and demonstrations: it has no bound on what it keeps and lets everyone in. Its URL is printed
     when it is ready.
     """
-    host, port = parse_address(listen)
+    host, port = listen
     load_grpc()
     from snaploader.testing import PRESETS, EmbeddedServer, ServerOptions
 
     options = PRESETS[like]() if like is not None else ServerOptions()
     has_introspection = all(importlib.util.find_spec(name) for name in ("grpc_health", "grpc_reflection"))
     server = EmbeddedServer(root, options, host=host, port=port, introspection=has_introspection)
-    with stop_signal() as stopped, server:
+    with stop_signal() as stopped, server, serving_metrics(caches.output, metrics_listen) as registry:
+        if registry is not None:
+            from snaploader.metrics import ServerMetrics
+
+            ServerMetrics(registry, server)
         caches.output.text(server.url)
         caches.output.data({"url": server.url, "port": server.port})
         caches.output.flush()

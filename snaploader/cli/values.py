@@ -54,11 +54,11 @@ def check_file(option: str, path: Path) -> None:
         raise InvalidArgument(f"{option}: {str(path)!r} is a folder, not a file")
 
 
-def parse_address(text: str, option: str = "--listen") -> tuple[str, int]:
-    """Host and port, from HOST:PORT or [IPv6]:PORT, which `option` was given as."""
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port, from HOST:PORT or [IPv6]:PORT."""
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidArgument(f"{option} {text[:80]!r} is not HOST:PORT, such as 127.0.0.1:8980")
+        raise InvalidArgument(f"{text[:80]!r} is not HOST:PORT, such as 127.0.0.1:8980")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -133,6 +133,7 @@ def _parse_pair(text: str) -> tuple[str, str]:
     return key.strip(), content
 
 
+ADDRESS = Parsed("address", parse_address)
 SIZE = size_type()
 DURATION = Parsed(
     "duration", parse_duration_s, ((int, float, str), "a duration: seconds, or a string such as '24h'")

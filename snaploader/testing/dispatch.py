@@ -142,6 +142,11 @@ class CallLog:
         with self._lock:
             return list(self._calls)
 
+    def methods(self) -> list[str]:
+        """The methods that were called."""
+        with self._lock:
+            return sorted(self._counts)
+
     def sums(self, method: str | None) -> tuple[int, int, int]:
         """Of a method, or of all: calls, and bytes of the messages of ended ones, received and sent."""
         with self._lock:

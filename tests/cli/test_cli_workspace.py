@@ -361,6 +361,8 @@ def test_what_is_not_possible_now_says_why(shell: Shell) -> None:
         ("lifecycle", "--once", "--tick", "noon"): (2, "'noon'"),
         ("lifecycle", "--interval", "0"): (2, "--interval"),
         ("lifecycle", "--metrics-listen", "nowhere"): (2, "--metrics-listen"),
+        ("lifecycle", "--once", "--metrics-listen", "nowhere"): (2, "HOST:PORT"),
+        ("lifecycle", "--once", "--metrics-listen", "127.0.0.1:0"): (2, "--once"),
         (): (2, "Usage: "),
         ("policy",): (2, "Usage: "),
         ("ls", "--catalog", "mysql://host/name"): (2, "mysql"),

@@ -59,7 +59,7 @@ def test_the_panels_of_the_dashboard_have_numbers_of_their_own() -> None:
 
 @pytest.fixture
 def prometheus(tmp_path: Path, registry: CollectorRegistry) -> Iterator[str]:
-    """The URL of a Prometheus that runs with the example configuration, and watches `registry` each second."""
+    """The URL of a Prometheus that runs with the example configuration, and asks `registry` each second."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("Prometheus is not installed: apt-get install prometheus")

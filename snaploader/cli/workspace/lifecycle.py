@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from snaploader.cli.metrics import metrics_option, serving_metrics
 from snaploader.cli.options import option, workspace_command
 from snaploader.cli.output import CheckFailed, Output, record
 from snaploader.cli.process import stop_signal
 from snaploader.cli.resources import Workspaces
-from snaploader.cli.values import DURATION, parse_address, parse_time
-from snaploader.errors import InvalidArgument, Unavailable
+from snaploader.cli.values import DURATION, parse_time
+from snaploader.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from snaploader.workspace import AuditRecord, LifecycleExecutor, Metrics, RecoverySummary, Stats
+    from snaploader.workspace import AuditRecord, LifecycleExecutor, RecoverySummary, Stats
 
 
 @workspace_command("workspace lifecycle")
@@ -34,18 +35,14 @@ if TYPE_CHECKING:
 @option(
     "--max-concurrency", type=click.IntRange(1), default=10, help="Workspaces that are worked on at once."
 )
-@option(
-    "--metrics-listen",
-    metavar="HOST:PORT",
-    help="Serve metrics to prometheus there; port 0 takes a free one.",
-)
+@metrics_option
 def lifecycle(
     workspaces: Workspaces,
     once: bool,
     tick: str | None,
     interval: float,
     max_concurrency: int,
-    metrics_listen: str | None,
+    metrics_listen: tuple[str, int] | None,
 ) -> None:
     """Stop, start, pause, mark and delete the workspaces of this host as their policies say.
 
@@ -56,21 +53,31 @@ def lifecycle(
         raise InvalidArgument("--tick goes with --once only")
     from snaploader.workspace.lifecycle import Hooks, LifecycleExecutor
 
-    make_executor = functools.partial(LifecycleExecutor, workspaces.manager, max_concurrency=max_concurrency)
+    if once and metrics_listen is not None:
+        raise InvalidArgument("--metrics-listen does not go with --once, which ends before anybody asks")
     if once:
         at = None if tick is None else parse_time(tick, "--tick")
-        with make_executor() as executor:
+        with LifecycleExecutor(workspaces.manager, max_concurrency=max_concurrency) as executor:
             _print_stats(workspaces.output, executor.run_once(at))
         return
     if interval <= 0:
         raise InvalidArgument("--interval must be above 0")
     output = workspaces.output
-    with stop_signal() as stopped, _metrics(output, metrics_listen) as metrics:
+    with stop_signal() as stopped, serving_metrics(output, metrics_listen) as registry:
+        metrics = None
+        if registry is not None:
+            from snaploader.metrics import PrometheusMetrics
+            from snaploader.workspace.lifecycle import Metrics
+
+            metrics = Metrics(registry)
+            workspaces.caches.observer = PrometheusMetrics(registry)
         for line in summary_lines(workspaces.manager.recover()):
             output.talk(line)
         hooks = Hooks(audit=(functools.partial(_print_transition, output),))
         with (
-            make_executor(hooks=hooks, metrics=metrics) as executor,
+            LifecycleExecutor(
+                workspaces.manager, max_concurrency=max_concurrency, hooks=hooks, metrics=metrics
+            ) as executor,
             _running(executor, interval, ended=stopped.wake),
         ):
             output.talk(f"looking every {interval:g} s; stop with Ctrl-C")
@@ -90,32 +97,6 @@ def _running(executor: LifecycleExecutor, interval_s: float, ended: Callable[[],
         finally:
             stop.set()
     looking.result()
-
-
-@contextlib.contextmanager
-def _metrics(output: Output, listen: str | None) -> Iterator[Metrics | None]:
-    """Metrics of the lifecycle, served while the block runs; None when they are not asked for."""
-    if listen is None:
-        yield None
-        return
-    host, port = parse_address(listen, "--metrics-listen")
-    from prometheus_client import CollectorRegistry, start_http_server
-
-    from snaploader.workspace.lifecycle import Metrics
-
-    registry = CollectorRegistry()
-    metrics = Metrics(registry)
-    try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        raise Unavailable(f"--metrics-listen: cannot listen on {listen}: {error.strerror}") from error
-    try:
-        output.talk(f"metrics on http://{host}:{server.server_port}/metrics")
-        yield metrics
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _print_transition(output: Output, audit: AuditRecord) -> None:
