@@ -235,6 +235,7 @@ class SnapshotLoader(_Wrapper[loader.SnapshotLoader]):
 
     snapshot_key_set = _method(loader.SnapshotLoader.snapshot_key_set)
     get_snapshot = _method(loader.SnapshotLoader.get_snapshot)
+    explain = _method(loader.SnapshotLoader.explain)
     get_snapshot_by_id = _method(loader.SnapshotLoader.get_snapshot_by_id)
     unpack_snapshot = _Method(loader.SnapshotLoader.unpack_snapshot, UnpackedSnapshot, _remove_unpacked)
     read_snapshot = _Method(loader.SnapshotLoader.read_snapshot, SnapshotReader, loader.SnapshotReader.close)

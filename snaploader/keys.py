@@ -218,6 +218,19 @@ class SnapshotKey:
                 shown[name] = shown[name][:12] + "…"
         return "{" + ", ".join(f"{name}={value!r}" for name, value in shown.items()) + "}"
 
+    def debug_string(self, group_id: str = "") -> str:
+        """The key in full, and what its manifests are kept under: for logs and for looking things up.
+
+        Args:
+            group_id: Of the file cache, on which the name of the local manifest depends.
+        """
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in _KEY_FIELDS if getattr(self, name))
+        remote = hash_strings(*_manifest_parts(self))
+        return (
+            f"{{{shown}}}, local manifest {local_manifest_key(group_id, self)} of group {group_id!r}, "
+            f"remote manifest {remote}/1"
+        )
+
 
 _KEY_FIELDS = tuple(field.name for field in fields(SnapshotKey))
 
@@ -248,6 +261,13 @@ class SnapshotKeySet:
         """All keys that a save updates: the write key, and the universal key where it is a fallback."""
         universal = (key for key in self.fallback_keys if is_universal(key))
         return (self.write_key, *(key for key in universal if key != self.write_key))
+
+    def debug_string(self, group_id: str = "") -> str:
+        """A line for each key, in the order they are read, then the write key; see that of `SnapshotKey`."""
+        lines = [
+            f"{'fallback' if n else 'branch'} key {key.debug_string(group_id)}" for n, key in enumerate(self)
+        ]
+        return "\n".join([*lines, f"write key {self.write_key.debug_string(group_id)}"])
 
     def to_proto(self) -> snaploader_pb2.SnapshotKeySet:
         """The key set as a message."""

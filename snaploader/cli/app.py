@@ -23,6 +23,7 @@ COMMANDS = {
     "restore": ("load:restore", "Write the files of the best snapshot to a folder."),
     "read": ("load:read", "Write a part of one file to stdout, loading only what it needs."),
     "show": ("show:show", "Show keys, manifests, files, and where their chunks are."),
+    "explain": ("explain:explain", "Tell why a task gets the snapshot that it gets, or none."),
     "invalidate": ("show:invalidate", "Drop all snapshots of a platform and configuration."),
     "cache": (
         "cache:cache",

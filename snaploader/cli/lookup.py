@@ -21,12 +21,20 @@ class Lookup:
 
     Args:
         readonly: Keep no manifest that is found and mint no version.
+        allow_stale_version: Take the version last seen here when the server is away, in any case.
     """
 
     key_set: SnapshotKeySet | None = None
     """None when a snapshot is looked for by its id."""
 
-    def __init__(self, caches: Caches, options: ReadOptions, *, readonly: bool = False) -> None:
+    def __init__(
+        self,
+        caches: Caches,
+        options: ReadOptions,
+        *,
+        readonly: bool = False,
+        allow_stale_version: bool = False,
+    ) -> None:
         if options.snapshot_id and options.ref:
             raise InvalidArgument(
                 "--snapshot-id and --ref exclude each other: an id names one snapshot exactly"
@@ -53,7 +61,9 @@ class Lookup:
                 options.configuration_hash,
                 options.runner_id,
                 # Who wants what this host has gets it even when the server is away.
-                allow_stale_version=options.allow_degraded or self.read_policy is ReadPolicy.LOCAL_ONLY,
+                allow_stale_version=allow_stale_version
+                or options.allow_degraded
+                or self.read_policy is ReadPolicy.LOCAL_ONLY,
             )
 
     def find(self) -> Snapshot:

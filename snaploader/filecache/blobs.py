@@ -12,7 +12,8 @@ import secrets
 import stat
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
-from itertools import islice
+from functools import partial
+from itertools import filterfalse, islice
 from operator import itemgetter
 from typing import Self
 
@@ -102,19 +103,19 @@ class BlobSpace:
 
     # Looking up
 
-    def find_missing(self, digests: Collection[Digest]) -> set[Digest]:
+    def find_missing(self, digests: Collection[Digest], *, use: bool = True) -> set[Digest]:
         with translate_os_errors("cannot look up blobs in the file cache"):
             if len(digests) < BULK_DIGESTS:
-                return {digest for digest in digests if not self._is_here(digest)}
+                return {digest for digest in digests if not self._is_here(digest, use=use)}
             missing: set[Digest] = set()
             if isinstance(digests, DigestArray):
-                self._add_missing(digests, missing)
+                self._add_missing(digests, missing, use=use)
             else:
                 for function in set(map(_FUNCTION_OF, digests)):
-                    self._add_missing(_array_of(digests, function), missing)
+                    self._add_missing(_array_of(digests, function), missing, use=use)
             return missing
 
-    def _add_missing(self, digests: DigestArray, missing: set[Digest]) -> None:
+    def _add_missing(self, digests: DigestArray, missing: set[Digest], *, use: bool) -> None:
         words = to_rows(digests.hashes)
         present = self._listings.contains(SPACE_OF[digests.function], words)
         absent = np.flatnonzero(~present)
@@ -122,15 +123,14 @@ class BlobSpace:
             current().check()
             some = digests.take(absent[start : start + BULK_DIGESTS])
             # Listings leave suspects out, so that each is looked at here.
-            missing.update(
-                some if not self._durability.windows else (one for one in some if not self._is_here(one))
-            )
+            is_here = partial(self._is_here, use=use)
+            missing.update(filterfalse(is_here, some) if self._durability.windows else some)
         missing.discard(empty_digest(digests.function))
-        if present.any():
+        if use and present.any():
             self._uses.append(self._layout.group, words[present, 0], self._now_ns())
 
-    def _is_here(self, digest: Digest) -> bool:
-        """Tell whether a blob is here, which counts as a use. Suspects of a power failure are read."""
+    def _is_here(self, digest: Digest, *, use: bool = True) -> bool:
+        """Tell whether a blob is here; with `use` that counts as one. Suspects are read."""
         if _is_empty_blob(digest):
             return True
         path = self._layout.blob(digest)
@@ -141,7 +141,8 @@ class BlobSpace:
                 and status.st_size == digest.size_bytes
                 and not (self._durability.windows and self._durability.is_suspect(status))
             ):
-                touch(path, status, self._now_ns())
+                if use:
+                    touch(path, status, self._now_ns())
             else:
                 os.close(self._open(digest))
         except (FileNotFoundError, NotADirectoryError, NotFound, DataLoss):

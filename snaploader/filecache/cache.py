@@ -155,14 +155,16 @@ class FileCache:
     # Blobs: the BlobStore interface
 
     @in_context
-    def find_missing(self, digests: Collection[Digest], *, context: CallContext | None = None) -> set[Digest]:
-        """Return those of `digests` that are not here. This counts as a use of those that are.
+    def find_missing(
+        self, digests: Collection[Digest], *, use: bool = True, context: CallContext | None = None
+    ) -> set[Digest]:
+        """Return those of `digests` that are not here. With `use` this counts as a use of those that are.
 
         Exact, even when files were removed behind the cache's back. Costs a look at each file for a few
         digests, and one at each of 256 folders for many (then a wrong size in a digest of a known hash is
         only noticed when it is opened). What is here may be evicted at any time unless it is leased.
         """
-        return self._partition.blobs.find_missing(digests)
+        return self._partition.blobs.find_missing(digests, use=use)
 
     @in_context
     def read(self, digest: Digest, *, context: CallContext | None = None) -> bytes:

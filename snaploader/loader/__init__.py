@@ -2,6 +2,7 @@
 
 - `loader`: `SnapshotLoader`, which puts the parts together
 - `find`: the best snapshot of a key set that is whole
+- `explain`: why it is that one, or none
 - `unpack`: a snapshot as lazy stores, or written out in full; how files are written
 - `read`: files of a snapshot read in place
 - `save`, `capture`: the order of a save, blobs go to the server; files and stores become blobs
@@ -13,6 +14,7 @@
 """
 
 from snaploader.loader.directory import DEFAULT_CHUNK_THRESHOLD_BYTES, DirectorySource
+from snaploader.loader.explain import Explanation, KeyExplanation, ManifestExplanation, Rule
 from snaploader.loader.loader import SnapshotLoader
 from snaploader.loader.read import SnapshotReader
 from snaploader.loader.results import (
@@ -35,11 +37,15 @@ __all__ = [
     "DeleteResult",
     "DeriveResult",
     "DirectorySource",
+    "Explanation",
+    "KeyExplanation",
     "KeyFailure",
+    "ManifestExplanation",
     "ManifestSource",
     "Progress",
     "ProgressCallback",
     "RestoreResult",
+    "Rule",
     "SaveResult",
     "SavedDirectory",
     "SavedFile",

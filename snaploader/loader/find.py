@@ -51,7 +51,8 @@ class SnapshotFinder:
         self._fetcher = fetcher
         self._uncached = UncachedFetcher(fetcher)
         self._manifests = manifests
-        self._max_age_s = max_stale_fallback_age_s
+        self.max_age_s = max_stale_fallback_age_s
+        """How old a local snapshot of a fallback key may be, in seconds, where a call does not say."""
         self._sources = sources
         if stores.remote is None:
             self._sources = sources.within(ReadSources(remote_manifests=False, remote_chunks=False))
@@ -70,8 +71,8 @@ class SnapshotFinder:
         Only a key without a snapshot is passed over silently. Any other failure (an outage, damage)
         is raised, or with `allow_degraded` recorded in the result, which is then a fallback.
         """
-        max_age_s = self._max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
-        allowed = allowed_sources(policy, sources, self._sources)
+        max_age_s = self.max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
+        allowed = self.allowed(policy, sources)
         order = manifest_order(policy, allowed)
         failures: list[KeyFailure] = []
         for position, key in enumerate(key_set):
@@ -81,11 +82,15 @@ class SnapshotFinder:
                 return replace(snapshot, failures=tuple(failures))
         raise _summary(failures) from failures[-1].error
 
+    def allowed(self, policy: ReadPolicy, sources: ReadSources) -> ReadSources:
+        """What a call may read. FailedPrecondition when that is nothing."""
+        return allowed_sources(policy, sources, self._sources)
+
     def whole_remote_manifest(self, key: SnapshotKey) -> Manifest | None:
         """The manifest under `key` if another host could load it; None when it is damaged or incomplete."""
         try:
             manifest = self._manifests.read_remote(key)
-            blobs = self._unchecked(key, manifest, ManifestSource.REMOTE, EVERY_SOURCE).digests()
+            blobs = self.unchecked(key, manifest, ManifestSource.REMOTE, EVERY_SOURCE).digests()
         except (NotFound, DataLoss):
             return None
         return None if any(map(self._stores.server.find_missing, _batches(blobs))) else manifest
@@ -138,9 +143,8 @@ class SnapshotFinder:
     ) -> Snapshot:
         is_local = source is ManifestSource.LOCAL
         manifest = self._manifests.read_local(key) if is_local else self._manifests.read_remote(key)
-        # The universal ref takes the state of every branch, so its age counts wherever it comes from.
-        is_limited = keys.is_universal(key) or (is_local and is_fallback)
-        snapshot = self._whole(key, manifest, source, sources, max_age_s if is_limited else None)
+        limit_s = max_age_s if is_limited(key, source, is_fallback=is_fallback) else None
+        snapshot = self._whole(key, manifest, source, sources, limit_s)
         is_kept = policy is ReadPolicy.LOCAL_FIRST and sources.local_manifests
         if is_kept and not is_local and not self._stores.readonly:
             try:
@@ -165,23 +169,33 @@ class SnapshotFinder:
                 f"the {source} manifest is older than {max_age_s:g} s or does not say how old it is"
             )
         try:
-            snapshot = self._unchecked(key, manifest, source, sources)
+            snapshot = self.unchecked(key, manifest, source, sources)
         except NotFound as error:
             raise NotFound(f"the {source} manifest is incomplete: {error.message}") from error
         return replace(snapshot, absent=HashSet.of(self._absent(snapshot)))
 
-    def _unchecked(
-        self, key: SnapshotKey, manifest: Manifest, source: ManifestSource, sources: ReadSources
+    def unchecked(
+        self,
+        key: SnapshotKey,
+        manifest: Manifest,
+        source: ManifestSource,
+        sources: ReadSources,
+        read: Callable[[Digest], bytes] | None = None,
     ) -> Snapshot:
-        """The snapshot of a manifest, as far as its trees tell. NotFound when one of them is gone."""
-        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file, sources)
+        """The snapshot of a manifest, as far as its trees tell. NotFound when one of them is gone.
+
+        Args:
+            read: Reads a tree. Default: from where `sources` says, and keeps it in the file cache.
+        """
+        read = read or partial(self.read_tree, sources)
+        files = self._decode_all(manifest, manifest.chunked_files, decode_chunked_file, read)
         return Snapshot(
             key,
             manifest,
             source,
             {name: table for name, (table, _) in files.items()},
             sources.remote_chunks,
-            directories=self._read_directories(manifest, sources),
+            directories=self._read_directories(manifest, read),
             modes={name: mode for name, (_, mode) in files.items()},
             allow_local=sources.local_chunks,
         )
@@ -190,12 +204,7 @@ class SnapshotFinder:
         """Those blobs that must be fetched; NotFound when some are nowhere."""
         gone = 0
         example: Digest | None = None
-        for batch in _batches(snapshot.digests()):
-            absent = self._file_cache.find_missing(batch) if snapshot.allow_local else set(batch)
-            missing = absent
-            if absent and snapshot.allow_remote and self._stores.can_fetch(snapshot.manifest.digest_function):
-                assert self._fetcher.behind is not None
-                missing = self._fetcher.behind.find_missing(absent)
+        for absent, missing in self.absent(snapshot):
             if missing:
                 gone += len(missing)
                 example = min(missing)
@@ -206,7 +215,23 @@ class SnapshotFinder:
                 f"{_that_is_read(snapshot)}, such as {example}"
             )
 
-    def _read_directories(self, manifest: Manifest, sources: ReadSources) -> dict[str, DirectoryTree]:
+    def absent(self, snapshot: Snapshot, *, use: bool = True) -> Iterator[tuple[set[Digest], set[Digest]]]:
+        """Those blobs, in parts, that must be fetched; and those of them that are nowhere.
+
+        Args:
+            use: Whether this counts as a use of what the file cache has.
+        """
+        for batch in _batches(snapshot.digests()):
+            absent = self._file_cache.find_missing(batch, use=use) if snapshot.allow_local else set(batch)
+            missing = absent
+            if absent and snapshot.allow_remote and self._stores.can_fetch(snapshot.manifest.digest_function):
+                assert self._fetcher.behind is not None
+                missing = self._fetcher.behind.find_missing(absent)
+            yield absent, missing
+
+    def _read_directories(
+        self, manifest: Manifest, read: Callable[[Digest], bytes]
+    ) -> dict[str, DirectoryTree]:
         entries, decoded_bytes = MAX_ENTRIES, MAX_DECODED_BYTES
 
         def decode(data: bytes, function: DigestFunction) -> DirectoryTree:
@@ -216,7 +241,7 @@ class SnapshotFinder:
             decoded_bytes -= tree.decoded_bytes
             return tree
 
-        directories = self._decode_all(manifest, manifest.directories, decode, sources)
+        directories = self._decode_all(manifest, manifest.directories, decode, read)
         try:
             check_entry_count(sum(map(len, directories.values())))
         except InvalidArgument as error:
@@ -228,14 +253,14 @@ class SnapshotFinder:
         manifest: Manifest,
         trees: Mapping[str, Digest],
         decode: Callable[[bytes, DigestFunction], T],
-        sources: ReadSources,
+        read: Callable[[Digest], bytes],
     ) -> dict[str, T]:
         """The trees by name. Equal ones are one object: a small manifest can name a big tree many times."""
         decoded: dict[Digest, T] = {}
         for name, digest in trees.items():
             if digest in decoded:
                 continue
-            data = self._read_tree(digest, sources)
+            data = read(digest)
             try:
                 decoded[digest] = decode(data, manifest.digest_function)
             except InvalidArgument as error:
@@ -243,17 +268,24 @@ class SnapshotFinder:
             del data  # it may be large, and the next one too
         return {name: decoded[digest] for name, digest in trees.items()}
 
-    def _read_tree(self, digest: Digest, sources: ReadSources) -> bytes:
+    def read_tree(self, sources: ReadSources, digest: Digest, *, keep: bool = True) -> bytes:
+        """The bytes of a tree from where `sources` says; kept in the file cache, where that takes it."""
         if sources.local_chunks:
             try:
                 return self._file_cache.read(digest)
             except (NotFound, DataLoss):
                 if not (sources.remote_chunks and self._stores.can_fetch(digest.function)):
                     raise
-            return self._fetcher.read(digest)
+            return (self._fetcher if keep else self._uncached).read(digest)
         if not self._stores.can_fetch(digest.function):
             raise NotFound(f"the remote cache has no {digest.function.name} digests, such as {digest}")
         return self._uncached.read(digest)
+
+
+def is_limited(key: SnapshotKey, source: ManifestSource, *, is_fallback: bool) -> bool:
+    """Whether the limit of age holds for the manifest of a key from this tier."""
+    # The universal ref takes the state of every branch, so its age counts wherever it comes from.
+    return keys.is_universal(key) or (is_fallback and source is ManifestSource.LOCAL)
 
 
 def manifest_order(policy: ReadPolicy, sources: ReadSources) -> list[ManifestSource]:

@@ -21,6 +21,7 @@ from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions
 from snaploader.loader.derive import SnapshotDeriver
 from snaploader.loader.directory import DirectorySource
+from snaploader.loader.explain import Explanation, SnapshotExplainer
 from snaploader.loader.fetch import BlobFetcher, UncachedFetcher
 from snaploader.loader.find import SnapshotFinder
 from snaploader.loader.manifests import ManifestStore, Stores
@@ -143,6 +144,7 @@ class SnapshotLoader:
             universal_ref,
         )
         self._deriver = SnapshotDeriver(stores, self.manifests)
+        self._explainer = SnapshotExplainer(stores, self._finder, self.manifests, self._versions)
 
     @in_context
     @observed
@@ -216,6 +218,35 @@ class SnapshotLoader:
             SnaploaderError: of the kind of the first failure that is no NotFound.
         """
         return self._finder.find(
+            key_set,
+            _read_policy(read_policy),
+            sources,
+            allow_degraded=allow_degraded,
+            max_stale_fallback_age_s=max_stale_fallback_age_s,
+        )
+
+    @in_context
+    @observed
+    def explain(
+        self,
+        key_set: SnapshotKeySet,
+        read_policy: ReadPolicy | str = ReadPolicy.LOCAL_FIRST,
+        *,
+        sources: ReadSources = EVERY_SOURCE,
+        allow_degraded: bool = False,
+        max_stale_fallback_age_s: float | None = None,
+        context: CallContext | None = None,
+    ) -> Explanation:
+        """Say what `get_snapshot` with these arguments finds under each key, and which snapshot it takes.
+
+        Looks at every manifest that may be read, also behind the one that serves. Keeps nothing and removes
+        nothing; of what the file cache has, only trees that are read count as used. What cannot be asked, as
+        in an outage, is a line of the result.
+
+        Raises:
+            FailedPrecondition: as `get_snapshot`: nothing may be read.
+        """
+        return self._explainer.explain(
             key_set,
             _read_policy(read_policy),
             sources,

@@ -148,6 +148,23 @@ class ManifestStore:
                 self._file_cache.delete_ref(name)
             raise NotFound(f"the local manifest was damaged ({error})") from error
 
+    def look_local(self, key: SnapshotKey) -> Manifest:
+        """As `read_local`, but this does not count as a use, and a damaged manifest stays."""
+        try:
+            data = self._file_cache.get_ref(self.local_ref(key), use=False)
+        except NotFound:
+            raise NotFound("no local manifest") from None
+        if is_local_tombstone(data):
+            raise Deleted("it was deleted")
+        try:
+            return Manifest.parse_local(data)
+        except InvalidArgument as error:
+            raise NotFound(f"the local manifest is damaged ({error.message})") from error
+
+    def remote_name(self, key: SnapshotKey) -> str:
+        """What the manifest of `key` is kept under in the remote cache, without its size; it is not asked."""
+        return keys.remote_manifest_digest(key, DigestFunction.SHA256).hash
+
     def keep_local(self, key: SnapshotKey, manifest: Manifest) -> bool:
         """Keep a manifest on this host; whether it was kept. Nothing is replaced where `key` is an id."""
         overwrite = not key.snapshot_id

@@ -100,6 +100,22 @@ class Snapshot:
         """Whether a better key might have served but for an outage or damage. A retry may find it."""
         return any(not isinstance(failure.error, LookupError) for failure in self.failures)
 
+    def debug_string(self, group_id: str = "") -> str:
+        """Key and digests in full: a line for the snapshot, and one for each file and directory; for logs.
+
+        Args:
+            group_id: Of the file cache; see `SnapshotKey.debug_string`.
+        """
+        manifest = self.manifest
+        named = {name: ("file", file.digest) for name, file in manifest.files.items()}
+        named |= {name: ("chunked file", tree) for name, tree in manifest.chunked_files.items()}
+        named |= {name: ("directory", tree) for name, tree in manifest.directories.items()}
+        function = manifest.digest_function.name
+        key = self.key.debug_string(group_id)
+        lines = [f"snapshot from the {self.source} manifest, {function} digests, of key {key}"]
+        lines += [f"{kind} {name!r} {digest}" for name, (kind, digest) in sorted(named.items())]
+        return "\n".join(lines)
+
     def digests(self) -> DigestArray:
         """Every blob it needs, once: plain files, trees, chunks, what is in directories; no empty blob."""
         function = self.manifest.digest_function

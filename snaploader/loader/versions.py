@@ -33,6 +33,8 @@ from snaploader.errors import (
     Internal,
     InvalidArgument,
     NotFound,
+    PermissionDenied,
+    ResourceExhausted,
     SnaploaderError,
 )
 from snaploader.formats.manifest import unpack_any
@@ -94,6 +96,11 @@ class VersionStore:
         if not self._stores.readonly:
             self._remember(name, version)
         return version
+
+    def look(self, key: SnapshotKey) -> tuple[str, str]:
+        """The version that this host remembers, and the one that stands remotely; "" for none."""
+        here = next(filter(None, map(self._read_local, reversed(self.local_refs(key)))), "")
+        return here, (self._read_remote(key) or "") if self._stores.remote is not None else ""
 
     def local_refs(self, key: SnapshotKey) -> list[str]:
         """The refs of the file cache that this host may know the version of `key` from."""
@@ -167,10 +174,8 @@ class VersionStore:
         """This host's own version: of all its loaders and processes, as long as none stands remotely."""
         try:
             return self._current_local(keys.own_version_key(key))
-        except SnaploaderError as error:
-            log.warning(
-                "a snapshot version of this host is not kept, and counts for this call only: %s", error
-            )
+        except (ResourceExhausted, PermissionDenied) as error:
+            log.warning("a version of this host's own is not kept, and counts for one call: %s", error)
             return str(uuid.uuid4())
 
     def _current_remote(self, key: SnapshotKey) -> str:
