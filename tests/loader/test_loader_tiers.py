@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from loader_hosts import CHUNK, HostFactory, image
 
-from snaploader import FileCache, SnapshotLoader
+from snaploader import FileCache, SnapshotLoader, files
 from snaploader.blobstore import BlobStore, TieredStore, TransferStatistics, Upload
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
@@ -172,9 +172,9 @@ def test_a_file_cache_does_not_hash_again_what_it_is_told_was_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "blob").write_bytes(BLOBS[1])
-    hashed: list[Digest] = []
-    of = Digest.of
-    monkeypatch.setattr(Digest, "of", lambda data, function: hashed.append(of(data, function)) or hashed[-1])
+    hashed: list[str] = []
+    hash_bytes = files.hash_bytes
+    monkeypatch.setattr(files, "hash_bytes", lambda *args: hashed.append(hash_bytes(*args)) or hashed[-1])
     with FileCache(tmp_path / "cache") as cache:
         done = cache.write_many(
             [
@@ -183,7 +183,7 @@ def test_a_file_cache_does_not_hash_again_what_it_is_told_was_hashed(
                 Upload(DIGESTS[2], BLOBS[2]),
             ]
         )
-        assert (done.blobs, hashed) == (3, [DIGESTS[2]])
+        assert (done.blobs, hashed) == (3, [DIGESTS[2].hash])
         with pytest.raises(DataLoss):
             cache.write_many([Upload(DIGESTS[3], BLOBS[3][1:], verified=True)])
 
