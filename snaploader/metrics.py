@@ -162,7 +162,8 @@ class PrometheusMetrics(Observer):
             "gauge": core.GaugeMetricFamily,
             "histogram": core.HistogramMetricFamily,
         }
-        self._registry: CollectorRegistry | None = registry
+        self.registry: CollectorRegistry | None = registry
+        """None when closed."""
         self._lock = threading.Lock()
         self._counts: Samples = {(name, (each,)): 0.0 for name, known in _KNOWN.items() for each in known}
         self._histograms: dict[Sample, Histogram] = {("snaploader_stall_seconds", ()): Histogram()}
@@ -180,7 +181,7 @@ class PrometheusMetrics(Observer):
     def close(self) -> None:
         """Take the metrics out of the registry. Idempotent. What is watched may go on."""
         with self._lock:
-            registry, self._registry = self._registry, None
+            registry, self.registry = self.registry, None
         if registry is not None:
             registry.unregister(self)
 

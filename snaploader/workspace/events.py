@@ -18,6 +18,30 @@ ABOUT_ALL = ("workspace", "host", "owner", "template")
 """What every event says of its workspace, as it is after what happened: its id, where it lives, whose it is,
 and its `base`. What is empty is left out."""
 
+EVENT_TYPES = (
+    "deadline_extend",
+    "dormancy_mark",
+    "operation_failed",
+    "operation_recovered",
+    "remote_orphan",
+    "snapshot_create",
+    "version_create",
+    "version_rollback",
+    "workspace_adopt",
+    "workspace_change",
+    "workspace_commit",
+    "workspace_create",
+    "workspace_delete",
+    "workspace_fork",
+    "workspace_pause",
+    "workspace_restore",
+    "workspace_resume",
+    "workspace_start",
+    "workspace_stop",
+    "workspace_update",
+)
+"""All there are, each with its row in docs/workspaces.md."""
+
 
 def add_event(
     tx: Transaction, workspace_id: str, event_type: str, payload: Mapping[str, Any], now: datetime

@@ -150,7 +150,10 @@ def test_events_are_listed_in_order_by_workspace_type_and_place(cli: CommandLine
     assert cli.json("workspace", "events", "two")["events"] == everything[1:]
     assert cli.json("workspace", "events", "--after", everything[0]["id"])["events"] == everything[1:]
     assert cli.json("workspace", "events", "--limit", 1)["events"] == everything[1:]
-    assert cli.json("workspace", "events", "--type", "nothing", "one")["events"] == []
+    assert cli.json("workspace", "events", "--type", "workspace_fork", "one")["events"] == []
+    refused = cli("workspace", "events", "--type", "nothing")
+    assert refused.exit_code == 2
+    assert "workspace_create" in refused.stderr  # one of those that there are
     text = cli.ok("workspace", "events", "two").text
     assert "workspace_create" in text
     assert '{"by": "owner of two"}' in text

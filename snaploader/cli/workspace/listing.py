@@ -18,7 +18,7 @@ from snaploader.cli.resources import Workspaces
 from snaploader.cli.values import KEY_VALUE, SIZE, format_size, time_words
 from snaploader.cli.workspace.records import History, snapshot_record, timed_record
 from snaploader.workspace import Event, OperationKind, RunStatus, Situation, Workspace, WorkspaceState
-from snaploader.workspace.events import ABOUT_ALL
+from snaploader.workspace.events import ABOUT_ALL, EVENT_TYPES
 
 _BIRTHS = {OperationKind.CREATE, OperationKind.FORK}
 """What is still being made is no workspace yet."""
@@ -264,7 +264,14 @@ def versions(workspaces: Workspaces, workspace_id: str) -> None:
     metavar="ID",
     help="Only events later than the one of this id, beginning with the first of them.",
 )
-@option("--type", "types", multiple=True, help="Only events of this type; repeatable.")
+@option(
+    "--type",
+    "types",
+    type=click.Choice(EVENT_TYPES),
+    metavar="TYPE",
+    multiple=True,
+    help="Only events of this type; repeatable.",
+)
 @option(
     "--limit",
     type=click.IntRange(1),
