@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,14 @@ from queue import SimpleQueue
 from typing import Generic, Self, TypeVar
 
 from snaploader import context
-from snaploader.errors import Cancelled, translate_thread_errors
+from snaploader.errors import Cancelled, SnaploaderError, translate_thread_errors
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_SEEN_THROUGH = 16
+"""So many things at once are seen through on threads of their own."""
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -38,6 +44,8 @@ class WorkerPool:
         self._executor = ThreadPoolExecutor(self.workers, thread_name_prefix=thread_name)
         # Apart, because what runs in the background must not queue behind a save that takes minutes.
         self._background = ThreadPoolExecutor(1, thread_name_prefix=f"{thread_name}-background")
+        # Apart, because what hangs there belongs to calls that ended.
+        self._seeing_through = ThreadPoolExecutor(_SEEN_THROUGH, thread_name_prefix=f"{thread_name}-through")
         self._closed_message = f"{owner} was closed"
         self._closed = False
 
@@ -89,6 +97,36 @@ class WorkerPool:
         """
         return self.start(function, self._background)
 
+    def see_through(self, function: Callable[[], T]) -> T:
+        """Run what must not stop half-way to its end, whatever becomes of the call that runs (its context).
+
+        When that is called off, or its time is up, it ends with that error as every call does. The function
+        goes on without it, until the pool is closed, which waits for it; only if it has not begun yet, it
+        does not. The function sees the context of the call without its bounds. `Cancelled` when the pool is
+        closed.
+        """
+        call = context.current()
+        if call.cancellation is None and call.deadline_s is None:
+            return function()
+        call.check()
+        ended = threading.Event()
+        variables = contextvars.copy_context()
+
+        def run() -> T:
+            with context.unbounded():
+                return function()
+
+        future = self.start(lambda: variables.run(run), self._seeing_through)
+        future.add_done_callback(lambda _: ended.set())
+        try:
+            call.wait(ended)
+        except SnaploaderError as error:
+            if not future.cancel():
+                error.add_note("what it had begun to publish or to delete is completed without it")
+                future.add_done_callback(_log_failure)
+            raise
+        return future.result()
+
     def start(self, function: Callable[[], T], executor: ThreadPoolExecutor | None = None) -> Future[T]:
         """Run `function` on a thread of `for_each`, as soon as one is free. Errors as `submit`."""
         with translate_thread_errors(self._closed_message):
@@ -99,12 +137,19 @@ class WorkerPool:
         self._closed = True
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._background.shutdown(wait=True, cancel_futures=True)
+        self._seeing_through.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _log_failure(future: Future[T]) -> None:
+    error = None if future.cancelled() else future.exception()
+    if error is not None:
+        log.warning("what a call had begun could not be completed after its end: %s", error)
 
 
 class _SharedWork(Generic[T]):

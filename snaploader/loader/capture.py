@@ -15,6 +15,7 @@ from typing import Self
 from google.protobuf.message import Message
 
 from cow import DEFAULT_CHUNK_SIZE, Checkpoint, COWError, COWStore, TruncatedFile, is_zero
+from snaploader.context import CallContext, current
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
@@ -84,6 +85,8 @@ class ChunkedCapture:
     """Whether the store may fetch chunks from the remote store."""
     mode: int
     """Permission bits of the file."""
+    identity: CallContext
+    """The caller that reads of the store are made as: who unpacked it, whoever saves it."""
     hashes: dict[int, bytes | None] = field(default_factory=dict)
     """Of every chunk that was read; None is a hole."""
     hashed_bytes: int = 0
@@ -178,7 +181,9 @@ class StateCapture:
         for chunked in self._chunked:
             allow_remote = chunked.allow_remote and fetcher.behind is not None
             table = self.tables[chunked.name]
-            source = SnapshotChunkSource(chunked.name, table, fetcher, allow_remote, chunked.mode)
+            source = SnapshotChunkSource(
+                chunked.name, table, fetcher, allow_remote, chunked.mode, chunked.identity
+            )
             with _translate_cow_errors(chunked.name):
                 chunked.checkpoint.commit(source)
         return [*filter(None, (directory.remember() for directory in self.directories.values()))]
@@ -263,9 +268,11 @@ class StateCapture:
         checkpoint = self._open.enter_context(store.checkpoint())
         loaded = store.source
         if not isinstance(loaded, SnapshotChunkSource):
-            return ChunkedCapture(name, checkpoint, None, unchanged, True, mode)
+            return ChunkedCapture(name, checkpoint, None, unchanged, True, mode, current().identity())
         known = loaded.table if loaded.table.function is self._function else None
-        return ChunkedCapture(name, checkpoint, known, unchanged, loaded.allow_remote, loaded.mode)
+        return ChunkedCapture(
+            name, checkpoint, known, unchanged, loaded.allow_remote, loaded.mode, loaded.identity
+        )
 
     def _total_bytes(self) -> int:
         with translate_os_errors("cannot read a file to save"):

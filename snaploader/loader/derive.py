@@ -8,17 +8,18 @@ to be seen anywhere, and what was uploaded by then need not be uploaded by the n
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from google.protobuf.message import Message
 
 from snaploader import keys
 from snaploader.blobstore import TransferStatistics
+from snaploader.context import current, unbounded
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.formats.digests import DigestArray, HashSet
-from snaploader.formats.manifest import pack_any
+from snaploader.formats.manifest import Manifest, pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.manifests import ManifestStore, Stores, cannot_tell, taken
 from snaploader.loader.results import DeriveResult, ManifestSource, ProgressCallback, Snapshot
@@ -60,23 +61,31 @@ class SnapshotDeriver:
         if remote and self._manifests.is_taken_remotely(key):
             raise taken(key)
         blobs = derived.digests()
-        uploaded, warnings = TransferStatistics(), []
+        uploaded = TransferStatistics()
+        warnings: list[str] = []
         with self._file_cache.lease((), hashes=[blobs.hashes]):
             absent = self._file_cache.find_missing(blobs)
+            saved_locally = True
+
+            def keep() -> None:
+                nonlocal saved_locally
+                try:
+                    with self._manifests.pinned(pin, before, blobs, [self._manifests.local_ref(key)]):
+                        if not self._manifests.keep_local(key, manifest):
+                            raise taken(key)
+                except SnaploaderError as error:
+                    if not remote:
+                        raise
+                    warnings.append(f"the snapshot is saved remotely only: {error.message}")
+                    saved_locally = False
+
             if remote:
-                uploaded = self._save_remotely(derived, blobs, progress)
+                uploaded = self._save_remotely(derived, blobs, progress, keep)
             else:
                 warnings += self._check_whole(derived, absent)
-            saved_locally = True
-            try:
-                with self._manifests.pinned(pin, before, blobs, [self._manifests.local_ref(key)]):
-                    if not self._manifests.keep_local(key, manifest):
-                        raise taken(key)
-            except SnaploaderError as error:
-                if not remote:
-                    raise
-                warnings.append(f"the snapshot is saved remotely only: {error.message}")
-                saved_locally = False
+                current().check()
+                with unbounded():
+                    keep()
         source = ManifestSource.REMOTE if remote else ManifestSource.LOCAL
         return DeriveResult(
             replace(derived, source=source, absent=HashSet.of(absent)),
@@ -106,6 +115,7 @@ class SnapshotDeriver:
             try:
                 absent = self._stores.missing_remotely(absent, derived.manifest.digest_function)
             except SnaploaderError as error:
+                current().check()
                 return [cannot_tell(absent, error)]
         if absent:
             raise NotFound(
@@ -115,8 +125,13 @@ class SnapshotDeriver:
         return []
 
     def _save_remotely(
-        self, derived: Snapshot, blobs: DigestArray, progress: ProgressCallback | None
+        self,
+        derived: Snapshot,
+        blobs: DigestArray,
+        progress: ProgressCallback | None,
+        then: Callable[[], object] = lambda: None,
     ) -> TransferStatistics:
+        """Upload and publish, and do what comes after that even when the call is over by then."""
         key, manifest = derived.key, derived.manifest
         function, wanted = manifest.digest_function, self._stores.server.digest_function
         if wanted is not function:
@@ -132,28 +147,37 @@ class SnapshotDeriver:
             # Looked at once more: the upload may have taken minutes.
             if self._manifests.is_taken_remotely(key):
                 raise taken(key)
-            try:
-                self._manifests.publish(key, manifest)
-                stands = self._manifests.read_back(key, manifest)
-            except SnaploaderError as error:
-                try:
-                    self._manifests.retract(key, manifest)
-                except SnaploaderError:
-                    error.add_note(
-                        "whether the snapshot is visible remotely cannot be told: delete it by its id later"
-                    )
-                raise
-            if not stands.is_ours:
-                raise taken(key)
+
+            def publish() -> None:
+                self._publish(key, manifest)
+                then()
+
+            self._stores.pool.see_through(publish)
         except SnaploaderError as error:
             error.uploaded = tuple(sent)
+            what = "may be made in spite of it" if current().is_over else "was not made"
             error.add_note(
-                f"snapshot {key.snapshot_id!r} was not made. {len(sent)} blobs of "
+                f"snapshot {key.snapshot_id!r} {what}. {len(sent)} blobs of "
                 f"{sum(digest.size_bytes for digest in sent)} bytes were on their way to the remote cache; "
                 "those that arrived are not sent again by the next attempt"
             )
             raise
         return uploaded
+
+    def _publish(self, key: SnapshotKey, manifest: Manifest) -> None:
+        try:
+            self._manifests.publish(key, manifest)
+            stands = self._manifests.read_back(key, manifest)
+        except SnaploaderError as error:
+            try:
+                self._manifests.retract(key, manifest)
+            except SnaploaderError:
+                error.add_note(
+                    "whether the snapshot is visible remotely cannot be told: delete it by its id later"
+                )
+            raise
+        if not stands.is_ours:
+            raise taken(key)
 
 
 def _names(origin: Snapshot, names: Collection[str] | None) -> set[str]:

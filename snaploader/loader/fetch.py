@@ -184,6 +184,7 @@ class BlobFetcher:
         try:
             self.file_cache.put_verified(digest, data)
         except SnaploaderError as error:
+            current().check()
             log.warning("a blob that was fetched cannot be cached: %s", error)
             return False
         return True
@@ -219,6 +220,9 @@ class BlobFetcher:
         try:
             with own_errors():
                 yield
+        except SnaploaderError as error:
+            self._flights.finish(flight, error=_LeaderFailedError(error, current().caller))
+            raise
         except BaseException as error:
             self._flights.finish(flight, error=error)
             raise
@@ -364,11 +368,14 @@ def _raise_again(flight: BlobFlight) -> None:
     """Raise what another thread's flight failed with, with a traceback of this thread's own.
 
     Nothing is raised where the failure was that thread's alone: a prefetch, an interrupt, a call that was
-    called off, or a cache that refused the blob. The caller tries for itself then.
+    called off, a cache that refused the blob, or a server that may have refused another's credentials. The
+    caller tries for itself then.
     """
-    error = flight.error
-    if isinstance(error, SnaploaderError) and not error.is_callers_own:
-        raise type(error)(error.message, transient=error.transient) from error
+    failed = flight.error
+    if isinstance(failed, _LeaderFailedError) and failed.caller == current().caller:
+        error = failed.error
+        if not error.is_callers_own:
+            raise type(error)(error.message, transient=error.transient) from error
 
 
 def wait(flight: Flight[Any, Any]) -> None:
@@ -391,6 +398,15 @@ def _in_memory_file(data: bytes) -> int:
             os.close(fd)
             raise
     return fd
+
+
+class _LeaderFailedError(Exception):
+    """Ends a flight that failed: with what error, and for whom."""
+
+    def __init__(self, error: SnaploaderError, caller: object) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.caller = caller
 
 
 class PrefetchFailedError(Exception):
@@ -479,21 +495,20 @@ class Prefetcher:
 
     def _take_batch(self) -> tuple[CallContext, dict[Digest, BlobFlight]]:
         """What one caller is to have next."""
-        batch: dict[Digest, BlobFlight] = {}
-        size = 0
-        caller, _ = next(iter(self._queue))
-        with caller.on_behalf():
-            group_id = self._file_cache.group_id
+        caller, batch, size = CallContext(), dict[Digest, BlobFlight](), 0
         while self._queue:
             identity, digest = next(iter(self._queue))
-            if identity != caller or (batch and size + digest.size_bytes > MAX_BATCH_BYTES):
+            if batch and (identity != caller or size + digest.size_bytes > MAX_BATCH_BYTES):
                 break
+            caller = identity
             del self._queue[identity, digest]
+            with caller.on_behalf():
+                group_id = self._file_cache.group_id
             flight, leads = self._flights.join((group_id, digest))
             if leads:
                 batch[digest] = flight
                 size += digest.size_bytes
-        return (caller, batch) if batch or not self._queue else self._take_batch()
+        return caller, batch
 
     def _fetch(self, identity: CallContext, batch: dict[Digest, BlobFlight]) -> None:
         error: SnaploaderError | None = None

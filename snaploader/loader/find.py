@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from snaploader import keys
+from snaploader.context import current
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import DataLoss, InvalidArgument, NotFound, SnaploaderError
 from snaploader.formats.chunktable import decode_chunked_file
@@ -121,6 +122,7 @@ class SnapshotFinder:
                 # The manifest of the other tier may be a different one, and right.
                 damage.append(KeyFailure(key, error))
             except SnaploaderError as error:
+                current().check()
                 failures.append(KeyFailure(key, error))
                 if not allow_degraded:
                     raise _summary(failures) from error
@@ -306,6 +308,7 @@ def _that_is_read(snapshot: Snapshot) -> str:
 def _batches(digests: DigestArray) -> Iterator[DigestArray]:
     """Digests in parts: an object for each chunk of a big snapshot would take hundreds of MiB."""
     for start in range(0, len(digests), _BATCH):
+        current().check()
         yield digests.take(slice(start, start + _BATCH))
 
 

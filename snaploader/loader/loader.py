@@ -109,7 +109,11 @@ class SnapshotLoader:
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer or NOBODY
-        stores = Stores(file_cache, remote_cache, readonly, remote_readonly, clock, self._observer)
+        self._open = ProcessExitStack()
+        pool = self._open.enter_context(WorkerPool(workers))
+        stores = Stores(
+            file_cache, remote_cache, readonly, remote_readonly, clock, pool, observer=self._observer
+        )
         self._default_context = context
         self.remote_cache = remote_cache
         """Where snapshots are shared between hosts; None: on this host alone."""
@@ -118,8 +122,6 @@ class SnapshotLoader:
         self._share = share_snapshots
         self._universal = universal_ref
         self._budget = mapping_budget
-        self._open = ProcessExitStack()
-        pool = self._open.enter_context(WorkerPool(workers))
         behind: BlobStore | None = remote_cache
         for peer in reversed(peers):
             if behind is None:

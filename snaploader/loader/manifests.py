@@ -47,6 +47,7 @@ from snaploader.formats.manifest import Manifest, is_packed, pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.results import DeleteResult, RemoteManifest
 from snaploader.telemetry import NOBODY, Observer
+from snaploader.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Stores:
     """Nothing may be published remotely."""
     clock: Callable[[], float]
     """Seconds since the epoch."""
+    pool: WorkerPool
+    """Threads for what must come to its end, such as publishing, when its call is called off."""
     observer: Observer = NOBODY
 
     @property
@@ -305,6 +308,11 @@ class ManifestStore:
         hint = "; delete with remote=False only from this host"
         self._stores.check_may_write("delete", remote=remote, hint=hint)
         key = keys.snapshot_id_key(SnapshotKey(instance_name=instance_name, snapshot_id=snapshot_id))
+        wants_remote = remote
+        return self._stores.pool.see_through(lambda: self._delete(key, remote=wants_remote))
+
+    def _delete(self, key: SnapshotKey, *, remote: bool) -> DeleteResult:
+        snapshot_id = key.snapshot_id
         tombstone = tombstone_result(snapshot_id, self._stores.clock())
         here = self.local_entry(key)
         there = Entry.NOTHING

@@ -28,6 +28,7 @@ from snaploader import keys
 from snaploader._proto import any_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.blobstore import RemoteStore, TransferStatistics, Upload
+from snaploader.context import current, unbounded
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import (
     DataLoss,
@@ -160,12 +161,14 @@ class SnapshotSaver:
                     if key.version_id:
                         # Only this host may know it, and without it the snapshot is not found.
                         refs += self._versions.local_refs(key)
-                    with (
-                        observer.operation("save.publish"),
-                        self._manifests.pinned(options.pin, pinned_before, blobs, refs),
-                    ):
-                        warnings += self._publish_locally(manifest, write_keys, id_key)
-                    warnings += capture.commit(self._fetcher)
+                    current().check()
+                    with unbounded():
+                        with (
+                            observer.operation("save.publish"),
+                            self._manifests.pinned(options.pin, pinned_before, blobs, refs),
+                        ):
+                            warnings += self._publish_locally(manifest, write_keys, id_key)
+                        warnings += capture.commit(self._fetcher)
                 try:
                     if plan.failure is not None:
                         raise plan.failure
@@ -174,17 +177,20 @@ class SnapshotSaver:
                             uploaded = self._upload(capture, snapshot, blobs, options)
                             operation.set(bytes=uploaded.content_bytes)
                         with observer.operation("save.publish_remotely"):
-                            standing = self._publish_remotely(plan, manifest, id_key, warnings)
+                            standing = self._stores.pool.see_through(
+                                lambda: self._publish_remotely(plan, manifest, id_key, warnings)
+                            )
                 except SnaploaderError as error:
                     if options.stands_locally:
                         error.add_note("the snapshot is saved in the local cache")
                     raise
             is_local = options.stands_locally
             if not is_local:
-                warnings += capture.commit(self._fetcher)
-                is_local = options.local_manifest and self._publish_late(
-                    manifest, write_keys, id_key, warnings
-                )
+                with unbounded():
+                    warnings += capture.commit(self._fetcher)
+                    is_local = options.local_manifest and self._publish_late(
+                        manifest, write_keys, id_key, warnings
+                    )
         return SaveResult(
             key=key,
             snapshot_id=id_key.snapshot_id,
@@ -251,6 +257,7 @@ class SnapshotSaver:
             before = {written: self._manifests.before(written) for written in write_keys}
             versioned = key if key.version_id and self._versions.stood(key) else None
         except SnaploaderError as error:
+            current().check()
             return _Plan(function, failure=error if wanted else None)
         if is_taken:
             raise taken(id_key)
@@ -302,6 +309,7 @@ class SnapshotSaver:
         try:
             missing = self._stores.missing_remotely(missing, blobs.function)
         except SnaploaderError as error:
+            current().check()
             capture.rescue_from_directories(missing)
             return [cannot_tell(missing, error)] if missing else []
         capture.rescue(missing)

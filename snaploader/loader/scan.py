@@ -27,6 +27,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from snaploader.context import current
 from snaploader.digest import HASH_BYTES, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, SnaploaderError, translate_os_errors
 from snaploader.files import replace_file
@@ -131,6 +132,7 @@ class Scan:
         """FailedPrecondition when anything was added, removed or renamed in a directory since then."""
         fd = self._root
         for path, identity in self._listed.items():
+            current().check()
             what = f"cannot look at {shown_path(self._where, path)} again"
             with translate_os_errors(what, absent=FailedPrecondition):
                 status = os.stat(path, dir_fd=fd, follow_symlinks=False) if path else os.fstat(fd)
@@ -157,6 +159,7 @@ class Scan:
         self._listed[path] = identity
 
     def _take(self, fd: int, entry: os.DirEntry[str], path: str, depth: int) -> None:
+        current().check()
         with still_there(self._where, path):
             status = entry.stat(follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
@@ -308,7 +311,12 @@ def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
     Waits until no later write can go unnoticed, at most some milliseconds more than `GRANULARITY_NS`. What
     was written to meanwhile, and so has another time or size than the tree says, is left out.
     """
-    time.sleep(GRANULARITY_NS / 1e9 * 1.1)
+    call = current()
+    over = f"the capture index {path!r} is not written: the call was over before"
+    try:
+        call.sleep(GRANULARITY_NS / 1e9 * 1.1)
+    except SnaploaderError:
+        return over  # the directory stands, and the index is only a help
     looked_ns = time.time_ns()
     files: dict[tuple[str, FileIdentity], Content] = {}
     for name, entry in tree.items():
@@ -318,6 +326,8 @@ def write_restored_index(tree: DirectoryTree, root: Path, path: str) -> str:
                 identity = FileIdentity.of(os.lstat(root / name))
             except OSError:
                 continue
+            if call.is_over:
+                return over
             as_written = (identity.size_bytes, identity.mtime_ns) == (entry.size_bytes, entry.mtime_ns)
             if as_written and is_settled(identity, looked_ns):
                 files[name, identity] = content

@@ -34,6 +34,7 @@ from cow import (
     write_all,
     write_nonzero,
 )
+from snaploader.context import current
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache import Lease
@@ -56,6 +57,9 @@ log = logging.getLogger(__name__)
 
 _BULK_BLOB_BYTES = 4 << 20
 """Blobs up to this size are fetched in bulk and held in memory; bigger ones are streamed."""
+
+_PIECE_BYTES = 4 << 20
+"""So much is copied between two looks at whether the call is over."""
 
 _HOLES_FROM_BYTES = 64 << 10
 """Smaller files are not searched for holes, which would take longer than writing them."""
@@ -410,6 +414,7 @@ class _DirectoryWriter:
         """Write everything but the modes and times of directories."""
         for path, entry in self._tree.items():
             if isinstance(entry, DirectoryEntry) and path:
+                current().check()
                 os.mkdir(root / path, _PRIVATE)
         absent = self._writer.fetcher.absent([digest for digest in self._files if digest.size_bytes])
         small = {digest for digest in absent if digest.size_bytes <= _BULK_BLOB_BYTES}
@@ -424,6 +429,7 @@ class _DirectoryWriter:
                     _finish(fd, entry)
         for path, entry in self._tree.items():
             if isinstance(entry, SymlinkEntry):
+                current().check()
                 os.symlink(entry.target, root / path)
                 os.utime(root / path, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
 
@@ -437,6 +443,7 @@ class _DirectoryWriter:
 
     def _write_files(self, root: Path, digest: Digest, data: bytes) -> None:
         for path, entry in self._files[digest]:
+            current().check()
             with translate_os_errors(f"cannot write {path!r}"), _opened(root / path, _NEW_FILE) as fd:
                 if len(data) < _HOLES_FROM_BYTES:
                     write_all(fd, data, 0)
@@ -456,7 +463,10 @@ class _DirectoryWriter:
                     if not (self._can_clone and clone_range(source, 0, size, fd, 0)):
                         self._can_clone = False
                         os.ftruncate(fd, size)
-                        copy_sparse(source, 0, size, fd, 0, "a file that was just restored")
+                        for start in range(0, size, _PIECE_BYTES):
+                            current().check()
+                            length = min(_PIECE_BYTES, size - start)
+                            copy_sparse(source, start, length, fd, start, "a file that was just restored")
                     _finish(fd, entry)
             _finish(source, first_entry)
         self._writer.meter.add(size * (1 + len(others)))
@@ -498,6 +508,7 @@ def _finish_directories(tree: DirectoryTree, root: Path, paths: Iterable[str]) -
     for path in reversed(list(paths)):
         entry = tree[path]
         if isinstance(entry, DirectoryEntry):
+            current().check()
             with _opened(root / path, os.O_RDONLY | os.O_DIRECTORY) as fd:
                 _finish(fd, entry)
 

@@ -134,6 +134,10 @@ class VersionStore:
         if not has_remote:
             self._keep(name, version)
             return version
+        return self._stores.pool.see_through(lambda: self._renew_remotely(key, version))
+
+    def _renew_remotely(self, key: SnapshotKey, version: str) -> str:
+        name = keys.version_key(key)
         before = self._read_remote(key, repair=True)
         try:
             self._write_remote(key, version, replaces=before is not None)

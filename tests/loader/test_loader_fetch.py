@@ -66,13 +66,13 @@ def cache(tmp_path: Path) -> Iterator[FileCache]:
 def boarded(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     """Released once by every thread that comes to wait for another one's fetch."""
     semaphore = threading.Semaphore(0)
-    wait = Flight.wait
+    when_finished = Flight.when_finished
 
-    def announce_and_wait(flight: Flight[Digest, bytes]) -> None:
+    def announce_and_join(flight: Flight[Any, Any], callback: Callable[[], object]) -> None:
         semaphore.release()
-        wait(flight)
+        when_finished(flight, callback)
 
-    monkeypatch.setattr(Flight, "wait", announce_and_wait)
+    monkeypatch.setattr(Flight, "when_finished", announce_and_join)
     return semaphore
 
 
