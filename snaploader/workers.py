@@ -106,7 +106,7 @@ class WorkerPool:
         closed.
         """
         call = context.current()
-        if call.cancellation is None and call.deadline_s is None:
+        if not call.is_bounded:
             return function()
         call.check()
         ended = threading.Event()

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from loader_hosts import CHUNK, Host, HostFactory, image
 
 from snaploader import DigestFunction
+from snaploader.context import CallContext
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, Unavailable
 from snaploader.filecache import FileCache
@@ -412,7 +413,7 @@ def test_a_file_that_went_after_the_restore_is_not_in_its_index(
     host = make_host("a")
     snapshot = find(host, save_directory(host, home))
     out = tmp_path / "out"
-    monkeypatch.setattr(scan.time, "sleep", lambda _: (out / "plain").unlink())
+    monkeypatch.setattr(CallContext, "sleep", lambda *_: (out / "plain").unlink())
     monkeypatch.setattr(scan, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     assert len(read_index(str(index), host.loader._saver._local_function)) == 6
@@ -431,11 +432,11 @@ def test_a_file_written_to_before_the_restore_returned_is_not_in_its_index(
     snapshot = find(host, save_directory(host, home))
     out = tmp_path / "out"
 
-    def write_meanwhile(_: float) -> None:
+    def write_meanwhile(*_: object) -> None:
         with (out / name).open("r+b") as file:
             file.write(b"changed")
 
-    monkeypatch.setattr(scan.time, "sleep", write_meanwhile)
+    monkeypatch.setattr(CallContext, "sleep", write_meanwhile)
     monkeypatch.setattr(scan, "GRANULARITY_NS", -(10**18))
     host.loader.restore_directory(snapshot, "home", out, index=index)
     host.loader.restore_directory(find(host, save_directory(host, out, index=index)), "home", tmp_path / "2")

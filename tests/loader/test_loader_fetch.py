@@ -66,13 +66,13 @@ def cache(tmp_path: Path) -> Iterator[FileCache]:
 def boarded(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     """Released once by every thread that comes to wait for another one's fetch."""
     semaphore = threading.Semaphore(0)
-    when_finished = Flight.when_finished
+    wait = Flight.wait
 
-    def announce_and_join(flight: Flight[Any, Any], callback: Callable[[], object]) -> None:
+    def announce_and_wait(flight: Flight[Digest, bytes]) -> None:
         semaphore.release()
-        when_finished(flight, callback)
+        wait(flight)
 
-    monkeypatch.setattr(Flight, "when_finished", announce_and_join)
+    monkeypatch.setattr(Flight, "wait", announce_and_wait)
     return semaphore
 
 
