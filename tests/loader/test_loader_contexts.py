@@ -294,7 +294,7 @@ def test_a_call_that_waits_for_a_server_that_hangs_ends(
             host.cache.prune(0)
             gate, flag = CallGate(), Cancellation()
             server.faults.add(Fault(method, times=None, gate=gate))
-            bounds = {"cancellation": flag} if by == "cancellation" else {"timeout_s": 0.5}
+            bounds = {"cancellation": flag} if by == "cancellation" else {"timeout_s": 0.2}
             ended = threads.submit(call, CallContext(**bounds))  # type: ignore[arg-type]
             try:
                 if by == "cancellation":
