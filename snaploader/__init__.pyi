@@ -47,6 +47,7 @@ from snaploader.loader import (
     KeyFailure as KeyFailure,
     ManifestExplanation as ManifestExplanation,
     ManifestSource as ManifestSource,
+    PassedOver as PassedOver,
     Progress as Progress,
     RestoreResult as RestoreResult,
     SavedDirectory as SavedDirectory,
@@ -54,6 +55,7 @@ from snaploader.loader import (
     SaveResult as SaveResult,
     Snapshot as Snapshot,
     SnapshotLoader as SnapshotLoader,
+    SnapshotMetadata as SnapshotMetadata,
     SnapshotReader as SnapshotReader,
     UnpackedSnapshot as UnpackedSnapshot,
 )

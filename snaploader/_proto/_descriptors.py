@@ -297,7 +297,7 @@ FILE_DESCRIPTOR_SET = (
     b"ytestream.WriteResponse(\x01\x12k\n\x10QueryWriteS"
     b"tatus\x12*.google.bytestream.QueryWriteStat"
     b"usRequest\x1a+.google.bytestream.QueryWrite"
-    b"StatusResponseb\x06proto3\n\xef\n\n\x1esnaploader/v1"
+    b"StatusResponseb\x06proto3\n\x81\x0b\n\x1esnaploader/v1"
     b"/snaploader.proto\x12\rsnaploader.v1\x1a\x1fgoogle"
     b'/protobuf/timestamp.proto"\xa0\x01\n\x0bSnapshotKe'
     b"y\x12\x15\n\rinstance_name\x18\x01 \x01(\t\x12\x15\n\rplatform_has"
@@ -316,21 +316,21 @@ FILE_DESCRIPTOR_SET = (
     b" \x01(\t\x12B\n\nproperties\x18\x07 \x03(\x0b2..snaploader.v1"
     b".VMConfiguration.PropertiesEntry\x1a1\n\x0fProp"
     b"ertiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:"
-    b'\x028\x01"\xc7\x03\n\nVMMetadata\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x13\n\x0bsna'
+    b'\x028\x01"\xd9\x03\n\nVMMetadata\x12\r\n\x05vm_id\x18\x01 \x01(\t\x12\x13\n\x0bsna'
     b"pshot_id\x18\x02 \x01(\t\x120\n\x0csnapshot_key\x18\x03 \x01(\x0b2\x1a.s"
     b"naploader.v1.SnapshotKey\x12:\n\x12last_execute"
     b"d_task\x18\x04 \x01(\x0b2\x1e.snaploader.v1.VMMetadata."
     b"Task\x125\n\x11created_timestamp\x18\x05 \x01(\x0b2\x1a.google"
     b".protobuf.Timestamp\x12=\n\nproperties\x18\x06 \x03(\x0b2"
     b").snaploader.v1.VMMetadata.PropertiesEnt"
-    b"ry\x1a~\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x15\n\rinvocatio"
-    b"n_id\x18\x02 \x01(\t\x12\x15\n\raction_digest\x18\x03 \x01(\t\x127\n\x13com"
-    b"pleted_timestamp\x18\x04 \x01(\x0b2\x1a.google.protobuf"
-    b".Timestamp\x1a1\n\x0fPropertiesEntry\x12\x0b\n\x03key\x18\x01 \x01"
-    b'(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x028\x01"\x1f\n\x0eDirectoryNames\x12'
-    b'\r\n\x05names\x18\x01 \x03(\t"?\n\rLocalManifest\x12\x17\n\x0fdiges'
-    b't_function\x18\x01 \x01(\x05\x12\x15\n\raction_result\x18\x02 \x01(\x0c"'
-    b"W\n\tTombstone\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\x125\n\x11del"
-    b"eted_timestamp\x18\x02 \x01(\x0b2\x1a.google.protobuf.T"
-    b"imestampb\x06proto3"
+    b"ry\x12\x10\n\x08recycled\x18\x07 \x01(\x08\x1a~\n\x04Task\x12\x0f\n\x07task_id\x18"
+    b"\x01 \x01(\t\x12\x15\n\rinvocation_id\x18\x02 \x01(\t\x12\x15\n\raction_d"
+    b"igest\x18\x03 \x01(\t\x127\n\x13completed_timestamp\x18\x04 \x01(\x0b"
+    b"2\x1a.google.protobuf.Timestamp\x1a1\n\x0fProperti"
+    b'esEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x028\x01"'
+    b'\x1f\n\x0eDirectoryNames\x12\r\n\x05names\x18\x01 \x03(\t"?\n\rLoca'
+    b"lManifest\x12\x17\n\x0fdigest_function\x18\x01 \x01(\x05\x12\x15\n\rac"
+    b'tion_result\x18\x02 \x01(\x0c"W\n\tTombstone\x12\x13\n\x0bsnapsh'
+    b"ot_id\x18\x01 \x01(\t\x125\n\x11deleted_timestamp\x18\x02 \x01(\x0b2\x1a"
+    b".google.protobuf.Timestampb\x06proto3"
 )

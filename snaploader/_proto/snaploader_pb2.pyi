@@ -117,6 +117,7 @@ class VMMetadata(_message.Message):
         "last_executed_task",
         "created_timestamp",
         "properties",
+        "recycled",
     )
     class Task(_message.Message):
         __slots__ = ("task_id", "invocation_id", "action_digest", "completed_timestamp")
@@ -152,12 +153,14 @@ class VMMetadata(_message.Message):
     LAST_EXECUTED_TASK_FIELD_NUMBER: _ClassVar[int]
     CREATED_TIMESTAMP_FIELD_NUMBER: _ClassVar[int]
     PROPERTIES_FIELD_NUMBER: _ClassVar[int]
+    RECYCLED_FIELD_NUMBER: _ClassVar[int]
     vm_id: str
     snapshot_id: str
     snapshot_key: SnapshotKey
     last_executed_task: VMMetadata.Task
     created_timestamp: _timestamp_pb2.Timestamp
     properties: _containers.ScalarMap[str, str]
+    recycled: bool
     def __init__(
         self,
         vm_id: _Optional[str] = ...,
@@ -166,6 +169,7 @@ class VMMetadata(_message.Message):
         last_executed_task: _Optional[_Union[VMMetadata.Task, _Mapping]] = ...,
         created_timestamp: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
         properties: _Optional[_Mapping[str, str]] = ...,
+        recycled: bool = ...,
     ) -> None: ...
 
 class DirectoryNames(_message.Message):

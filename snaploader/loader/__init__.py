@@ -22,6 +22,7 @@ from snaploader.loader.results import (
     DeriveResult,
     KeyFailure,
     ManifestSource,
+    PassedOver,
     Progress,
     ProgressCallback,
     RestoreResult,
@@ -29,6 +30,7 @@ from snaploader.loader.results import (
     SavedFile,
     SaveResult,
     Snapshot,
+    SnapshotMetadata,
 )
 from snaploader.loader.unpack import UnpackedSnapshot
 
@@ -42,6 +44,7 @@ __all__ = [
     "KeyFailure",
     "ManifestExplanation",
     "ManifestSource",
+    "PassedOver",
     "Progress",
     "ProgressCallback",
     "RestoreResult",
@@ -51,6 +54,7 @@ __all__ = [
     "SavedFile",
     "Snapshot",
     "SnapshotLoader",
+    "SnapshotMetadata",
     "SnapshotReader",
     "UnpackedSnapshot",
 ]

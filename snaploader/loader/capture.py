@@ -61,6 +61,7 @@ class SaveOptions:
     local: bool = True
     local_manifest: bool = True
     link_files: bool = False
+    recycled: bool = False
     chunk_size: int | None = None
     pin: str | None = None
     progress: ProgressCallback | None = None

@@ -25,7 +25,14 @@ from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.fetch import BlobFetcher, UncachedFetcher
 from snaploader.loader.manifests import Deleted, ManifestStore, Stores
-from snaploader.loader.results import KeyFailure, ManifestSource, Snapshot, vm_metadata_of
+from snaploader.loader.results import (
+    KeyFailure,
+    ManifestSource,
+    PassedOver,
+    Snapshot,
+    metadata_of,
+    vm_metadata_of,
+)
 from snaploader.policy import EVERY_SOURCE, ReadPolicy, ReadSources, allowed_sources, is_stale
 
 log = logging.getLogger(__name__)
@@ -76,11 +83,14 @@ class SnapshotFinder:
         allowed = self.allowed(policy, sources)
         order = manifest_order(policy, allowed)
         failures: list[KeyFailure] = []
+        passed: list[PassedOver] = []
         for position, key in enumerate(key_set):
-            get = partial(self._get, key, policy, allowed, max_age_s, is_fallback=position > 0)
+            get = partial(self._get, key, policy, allowed, max_age_s, passed, is_fallback=position > 0)
             snapshot = self._first_to_succeed(key, order, get, failures, allow_degraded=allow_degraded)
             if snapshot is not None:
-                return replace(snapshot, failures=tuple(failures))
+                found = replace(snapshot, failures=tuple(failures), passed_over=tuple(passed))
+                _log_found(found)
+                return found
         raise _summary(failures) from failures[-1].error
 
     def allowed(self, policy: ReadPolicy, sources: ReadSources) -> ReadSources:
@@ -139,6 +149,7 @@ class SnapshotFinder:
         policy: ReadPolicy,
         sources: ReadSources,
         max_age_s: float,
+        passed: list[PassedOver],
         source: ManifestSource,
         *,
         is_fallback: bool,
@@ -146,7 +157,11 @@ class SnapshotFinder:
         is_local = source is ManifestSource.LOCAL
         manifest = self._manifests.read_local(key) if is_local else self._manifests.read_remote(key)
         limit_s = max_age_s if is_limited(key, source, is_fallback=is_fallback) else None
-        snapshot = self._whole(key, manifest, source, sources, limit_s)
+        try:
+            snapshot = self._whole(key, manifest, source, sources, limit_s)
+        except SnaploaderError as error:
+            passed.append(PassedOver(key, source, metadata_of(manifest), error.message))
+            raise
         is_kept = policy is ReadPolicy.LOCAL_FIRST and sources.local_manifests
         if is_kept and not is_local and not self._stores.readonly:
             try:
@@ -288,6 +303,31 @@ def is_limited(key: SnapshotKey, source: ManifestSource, *, is_fallback: bool) -
     """Whether the limit of age holds for the manifest of a key from this tier."""
     # The universal ref takes the state of every branch, so its age counts wherever it comes from.
     return keys.is_universal(key) or (is_fallback and source is ManifestSource.LOCAL)
+
+
+def _log_found(found: Snapshot) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    metadata, blobs = found.metadata, found.digests()
+    log.info(
+        "found snapshot %s (completed %s) of %s by its %s manifest: %d blobs of %d bytes, %d to fetch",
+        found.key.snapshot_id or (metadata and metadata.snapshot_id) or "without an id",
+        metadata and metadata.completed,
+        found.key,
+        found.source,
+        len(blobs),
+        int(blobs.sizes.sum()),
+        len(found.absent),
+    )
+    for other in found.passed_over:
+        known = other.metadata
+        log.info(
+            "passed over snapshot %s (completed %s) of %s: %s",
+            (known and known.snapshot_id) or "without an id",
+            known and known.completed,
+            other.key,
+            other.reason,
+        )
 
 
 def manifest_order(policy: ReadPolicy, sources: ReadSources) -> list[ManifestSource]:

@@ -374,6 +374,7 @@ class SnapshotLoader:
         vm_configuration: Message | None = None,
         vm_metadata: Message | None = None,
         task: SnapshotTask | None = None,
+        recycled: bool = False,
         snapshot_id: str | None = None,
         save_policy: SavePolicy | str = SavePolicy.ALWAYS,
         key_set: SnapshotKeySet | None = None,
@@ -404,11 +405,17 @@ class SnapshotLoader:
             vm_configuration: What the machine is made of: any protobuf message, such as
                 `snaploader.VMConfiguration`, or an Any. Default: an empty VMConfiguration.
             vm_metadata: Where the state comes from; likewise. `last_executed_task.completed_timestamp` of
-                a `snaploader.VMMetadata` is the age of the snapshot as a fallback.
+                a `snaploader.VMMetadata` is the age of the snapshot as a fallback. What such a message leaves
+                open is filled in: id and key of the snapshot, the present time as that of its creation, and
+                the invocation of the call's request metadata. `Snapshot.metadata` gives it back.
             task: What the machine ran last. Its ids and the digest of its action are recorded in
                 `last_executed_task` of the metadata, with the present time, where `vm_metadata` says
                 nothing of them. InvalidArgument when that is a message of another type.
+            recycled: Record that the machine had been used before: that it started from a snapshot, or had
+                run an earlier task.
             snapshot_id: Under which exactly this snapshot is found again, for ever. Default: a new UUID.
+                When another host takes it during the save, that one keeps it
+                (`SaveResult.snapshot_id_taken`).
             save_policy: Whether a snapshot that stands remotely is replaced.
             key_set: The keys that `none-available` looks at. If the universal ref is among them it is
                 updated too.
@@ -446,6 +453,7 @@ class SnapshotLoader:
             vm_configuration=vm_configuration,
             vm_metadata=vm_metadata,
             task=task,
+            recycled=recycled,
             snapshot_id=snapshot_id,
             save_policy=save_policy if isinstance(save_policy, SavePolicy) else SavePolicy.parse(save_policy),
             key_set=key_set,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
 
-from snaploader._proto import any_pb2
+from snaploader._proto import any_pb2, timestamp_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.digest import Digest
 from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
@@ -52,6 +54,59 @@ class KeyFailure:
         return self.key, type(self.error), self.error.message, self.error.transient
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotMetadata:
+    """What a snapshot says of where it comes from; a field is empty or None where it does not say."""
+
+    snapshot_id: str
+    key: SnapshotKey | None
+    """That it was saved under."""
+    vm_id: str
+    created: datetime | None
+    """When it was saved, in UTC."""
+    recycled: bool
+    """The machine had been used before: it started from a snapshot, or had run an earlier task."""
+    task_id: str
+    """Of the task that ran last in the machine, as are the next three."""
+    invocation_id: str
+    action_digest: str
+    completed: datetime | None
+    """When that task ended, in UTC: the age of the snapshot as a fallback."""
+    properties: Mapping[str, str]
+
+    @classmethod
+    def from_message(cls, message: VMMetadata) -> SnapshotMetadata:
+        """What a message says. A key or time in it that cannot be one counts as not said."""
+        task = message.last_executed_task
+        key = None
+        if message.HasField("snapshot_key"):
+            with contextlib.suppress(InvalidArgument):
+                key = SnapshotKey.from_proto(message.snapshot_key)
+        return cls(
+            message.snapshot_id,
+            key,
+            message.vm_id,
+            _time(message.created_timestamp),
+            message.recycled,
+            task.task_id,
+            task.invocation_id,
+            task.action_digest,
+            _time(task.completed_timestamp),
+            dict(message.properties),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A manifest that was found, and whose snapshot was not taken."""
+
+    key: SnapshotKey
+    source: ManifestSource
+    metadata: SnapshotMetadata | None
+    """What it says of itself, such as its id and time."""
+    reason: str
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A snapshot that was found: complete when it was looked at, and nothing of it read yet.
@@ -71,6 +126,8 @@ class Snapshot:
     """Blobs that the file cache did not have when the snapshot was found; they must be fetched."""
     failures: tuple[KeyFailure, ...] = ()
     """Keys tried before this one, in order, and why each did not serve."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """Snapshots that were found before this one and not taken, in order, such as an incomplete one."""
     directories: Mapping[str, DirectoryTree] = field(default_factory=dict)
     """What is in every directory, by the directory's name."""
     modes: Mapping[str, int] = field(default_factory=dict)
@@ -94,6 +151,11 @@ class Snapshot:
     def vm_metadata(self) -> VMMetadata | None:
         """Where the state comes from; None when it does not say, or not in a way that can be read."""
         return vm_metadata_of(self.manifest)
+
+    @property
+    def metadata(self) -> SnapshotMetadata | None:
+        """The same, typed; a save completes it (see `SnapshotLoader.cache_snapshot`)."""
+        return metadata_of(self.manifest)
 
     @property
     def degraded(self) -> bool:
@@ -287,6 +349,8 @@ class SaveResult:
     warnings: tuple[str, ...] = field(default=())
     """What went wrong without harm to the snapshot under `key`."""
     directories: tuple[SavedDirectory, ...] = ()
+    snapshot_id_taken: bool = False
+    """Another host took the id during this save, and keeps it: this snapshot is found under `key` only."""
     remote_manifest: RemoteManifest | None = None
     """What stood under `key` remotely when the save ended; None where nothing did, or nobody looked."""
 
@@ -384,6 +448,20 @@ class RestoreResult:
 def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
     """Where the snapshot came from; None when it does not say, or not in a way that can be read."""
     return _readable(manifest.vm_metadata, VMMetadata)
+
+
+def metadata_of(manifest: Manifest) -> SnapshotMetadata | None:
+    """The same, typed."""
+    message = vm_metadata_of(manifest)
+    return None if message is None else SnapshotMetadata.from_message(message)
+
+
+def _time(timestamp: timestamp_pb2.Timestamp) -> datetime | None:
+    try:
+        seconds = timestamp.seconds + timestamp.nanos / 1e9
+        return datetime.fromtimestamp(seconds, UTC) if seconds else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _readable(packed: any_pb2.Any | None, kind: type[M]) -> M | None:

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import chain
 
-from google.protobuf.message import Message
-
 from snaploader import keys
 from snaploader._proto import any_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
@@ -43,7 +41,7 @@ from snaploader.formats.chunktable import MAX_CHUNK_SIZE, check_geometry
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import child_directories
 from snaploader.formats.manifest import Manifest, check_name, pack_any, unpack_any
-from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
+from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.capture import SaveOptions, StateCapture
 from snaploader.loader.fetch import BlobFetcher
 from snaploader.loader.find import SnapshotFinder
@@ -123,8 +121,8 @@ class SnapshotSaver:
         self._check(key, options)
         given = options.vm_configuration
         configuration = pack_any(VMConfiguration() if given is None else given)
-        metadata = _metadata(options.vm_metadata, options.task, self._stores.clock())
         id_key = keys.snapshot_id_key(replace(key, snapshot_id=options.snapshot_id or str(uuid.uuid4())))
+        metadata = _metadata(options, key, id_key.snapshot_id, self._stores.clock())
         write_keys = self._write_keys(key, options.key_set)
         plan = self._plan(key, id_key, write_keys, options)
         if not (options.stands_locally or plan.saves):
@@ -151,7 +149,7 @@ class SnapshotSaver:
             trees, tables = capture.trees, capture.tables
             snapshot = Snapshot(id_key, manifest, ManifestSource.LOCAL, tables, True, directories=trees)
             blobs = snapshot.digests()
-            uploaded, standing = TransferStatistics(), plan.standing
+            uploaded, standing, id_taken = TransferStatistics(), plan.standing, False
             warnings: list[str] = []
             with self._file_cache.lease((), hashes=[blobs.hashes]):
                 if options.local:
@@ -177,7 +175,7 @@ class SnapshotSaver:
                             uploaded = self._upload(capture, snapshot, blobs, options)
                             operation.set(bytes=uploaded.content_bytes)
                         with observer.operation("save.publish_remotely"):
-                            standing = self._stores.pool.see_through(
+                            standing, id_taken = self._stores.pool.see_through(
                                 lambda: self._publish_remotely(plan, manifest, id_key, warnings)
                             )
                 except SnaploaderError as error:
@@ -191,7 +189,7 @@ class SnapshotSaver:
                     is_local = options.local_manifest and self._publish_late(
                         manifest, write_keys, id_key, warnings
                     )
-        return SaveResult(
+        result = SaveResult(
             key=key,
             snapshot_id=id_key.snapshot_id,
             files=tuple(saved[name] for name in (*options.files, *options.chunked_files)),
@@ -203,8 +201,21 @@ class SnapshotSaver:
             uploaded_wire_bytes=uploaded.wire_bytes,
             warnings=tuple(warnings),
             directories=tuple(directory.result() for directory in capture.directories.values()),
+            snapshot_id_taken=id_taken,
             remote_manifest=standing,
         )
+        log.info(
+            "saved snapshot %s of %s: %d bytes, %d hashed, %d new here; uploaded %d blobs of %d bytes%s",
+            result.snapshot_id,
+            key,
+            result.size_bytes,
+            result.hashed_bytes,
+            result.stored_bytes,
+            result.uploaded_blobs,
+            result.uploaded_bytes,
+            "" if result.saved_remotely else f"; not saved remotely {result.remote_skipped}".rstrip(),
+        )
+        return result
 
     def _check(self, key: SnapshotKey, options: SaveOptions) -> None:
         self._stores.check_may_write("save", remote=options.remote)
@@ -363,8 +374,10 @@ class SnapshotSaver:
 
     def _publish_remotely(
         self, plan: _Plan, manifest: Manifest, id_key: SnapshotKey, warnings: list[str]
-    ) -> RemoteManifest:
+    ) -> tuple[RemoteManifest, bool]:
         """Make the snapshot visible; what stands under the key, or the id where the key names no branch.
+
+        Also returns whether another host has taken the id meanwhile.
 
         All is written before any of it is read back, so that an action cache which drops one for another is
         found out by the same look. An id that nobody else knows, and that was written last by the same
@@ -373,6 +386,7 @@ class SnapshotSaver:
         for key, before in plan.before.items():
             self._manifests.publish(key, manifest, before)
         standing: dict[SnapshotKey, RemoteManifest] = {}
+        is_taken = False
         try:
             # Looked at once more: the upload may have taken minutes.
             is_taken = not plan.id_is_new and self._manifests.is_taken_remotely(id_key)
@@ -396,7 +410,7 @@ class SnapshotSaver:
                 f"the remote cache has dropped the version of {plan.versioned} during this save: its action "
                 "cache keeps too few results, and nobody can load the snapshot from it. Raise its size"
             )
-        return standing[next(iter(plan.before), id_key)]
+        return standing[next(iter(plan.before), id_key)], is_taken
 
     def _write_keys(self, key: SnapshotKey, key_set: SnapshotKeySet | None) -> list[SnapshotKey]:
         if key == SnapshotKey(instance_name=key.instance_name):
@@ -407,20 +421,36 @@ class SnapshotSaver:
         return [key, replace(key, ref=keys.UNIVERSAL_REF)]
 
 
-def _metadata(given: Message | None, task: SnapshotTask | None, now_s: float) -> any_pb2.Any | None:
-    """The metadata of a snapshot, with the task that ran last where it names none."""
+def _metadata(options: SaveOptions, key: SnapshotKey, snapshot_id: str, now_s: float) -> any_pb2.Any:
+    """The metadata of a snapshot, completed where it does not say; a message of another type as it is."""
+    given, task = options.vm_metadata, options.task
     packed = None if given is None else pack_any(given)
-    if task is None:
-        return packed
     message = VMMetadata() if packed is None else unpack_any(packed, VMMetadata)
-    if message is None:
-        raise InvalidArgument("a task is recorded in a snaploader.VMMetadata: put its ids into your message")
+    if packed is not None and message is None:
+        if task is not None or options.recycled:
+            raise InvalidArgument(
+                "a task, or that a machine is recycled, is recorded in a snaploader.VMMetadata: put it into "
+                "your message"
+            )
+        return packed
+    assert message is not None
+    now_ns = int(now_s * 10**9)
+    message.snapshot_id = message.snapshot_id or snapshot_id
+    message.recycled = message.recycled or options.recycled
+    if not message.HasField("snapshot_key"):
+        message.snapshot_key.CopyFrom(key.to_proto())
+    if not message.HasField("created_timestamp"):
+        message.created_timestamp.FromNanoseconds(now_ns)
+    asks = current().request_metadata
     last = message.last_executed_task
-    last.task_id = last.task_id or task.task_id
-    last.invocation_id = last.invocation_id or task.invocation_id
-    last.action_digest = last.action_digest or task.action_digest
-    if not last.HasField("completed_timestamp"):
-        last.completed_timestamp.FromNanoseconds(int(now_s * 10**9))
+    if task is not None:
+        last.task_id = last.task_id or task.task_id
+        last.invocation_id = last.invocation_id or task.invocation_id
+        last.action_digest = last.action_digest or task.action_digest
+        if not last.HasField("completed_timestamp"):
+            last.completed_timestamp.FromNanoseconds(now_ns)
+    if asks is not None and not last.invocation_id:
+        last.invocation_id = asks.tool_invocation_id
     return pack_any(message)
 
 

@@ -155,9 +155,7 @@ def test_something_else_under_the_version_key_is_reported(
         host.keys()
 
 
-def test_a_host_that_may_only_read_finds_its_own_saves_again(
-    make_host: HostFactory, server: EmbeddedServer
-) -> None:
+def test_a_host_that_only_reads_finds_its_own_saves(make_host: HostFactory, server: EmbeddedServer) -> None:
     host = make_host("a", server, remote_readonly=True)
     host.save(image(1))
     assert host.load() == image(1)
