@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import contexts, groups, lifecycle, opening, paths, run, scale, startup, store
+from benchmarks import contexts, groups, lifecycle, opening, paths, run, scale, startup, store, telemetry
 
 if __name__ == "__main__":
     run.main()
@@ -13,5 +13,6 @@ if __name__ == "__main__":
     paths.main(["--output", "benchmarks/results/paths.json"])
     groups.main(["--json", "benchmarks/results/groups.json"])
     startup.main(["--output", "benchmarks/results/startup.json"])
+    telemetry.main(["--output", "benchmarks/results/telemetry.json"])
     ended = contexts.main(["--output", "benchmarks/results/contexts.json"])
     sys.exit(max(ended, scale.main(), lifecycle.main()))

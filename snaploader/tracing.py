@@ -125,7 +125,8 @@ class _Span(Operation):
         if error is not None and (how, self._name) != ("not_found", "snaploader.lookup"):
             self._span.record_exception(error)
             self._fail(error)
-        self._span.set_attribute("snaploader.outcome", how)
+        if error is not None:
+            self._span.set_attribute("snaploader.outcome", how)
         self._span.end()
 
     def _fail(self, error: BaseException) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def serving(*arguments: object, environment: dict[str, str]) -> Iterator[tuple[s
             yield process.stdout.readline().decode().strip(), process
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+def test_serve_has_metrics_of_its_calls(environment: dict[str, str]) -> None:
+    with serving("--metrics-listen", "127.0.0.1:0", environment=environment) as (url, process):
+        assert process.stderr is not None
+        where = process.stderr.readline().decode().split()[-1]
+        done = in_process_of_its_own("doctor", "--remote-cache", url, env=environment)
+        assert done.returncode == 0, done.stdout
+        with urllib.request.urlopen(where, timeout=TIMEOUT_S) as answer:
+            metrics = answer.read().decode()
+    assert re.search(
+        r'^snaploader_server_calls_total\{method="GetCapabilities"\} [1-9]', metrics, re.MULTILINE
+    )
+    assert "process_resident_memory_bytes" in metrics
 
 
 @pytest.mark.slow
