@@ -9,7 +9,7 @@ from snaploader.cli.lookup import Lookup, key_name
 from snaploader.cli.options import ReadOptions, command, read_options
 from snaploader.cli.resources import Caches
 from snaploader.cli.values import format_size
-from snaploader.errors import InvalidArgument
+from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader import Explanation, ManifestExplanation
 
 
@@ -21,18 +21,19 @@ def explain(caches: Caches, read_options: ReadOptions) -> None:
     Changes nothing in any cache. Ends with code 0 also when there is no snapshot, or the server is away, as
     long as this host knows the version of the keys.
     """
-    if read_options.snapshot_id:
-        raise InvalidArgument("--snapshot-id names one snapshot: look at it with `snaploader show`")
     looking = Lookup(caches, read_options, readonly=True, allow_stale_version=True)
-    assert looking.key_set is not None
+    key_set = looking.key_set
+    if key_set is None:
+        key = SnapshotKey(instance_name=looking.instance_name, snapshot_id=read_options.snapshot_id)
+        key_set = SnapshotKeySet(key, (), key)
     found = looking.loader.explain(
-        looking.key_set,
+        key_set,
         looking.read_policy,
         sources=read_options.sources,
         allow_degraded=read_options.allow_degraded,
     )
     output = caches.output
-    output.data(found.to_dict(), f"version   {found.version_id}: {found.version_state}")
+    output.data(found.to_dict(), f"version   {found.version_id or '(none)'}: {found.version_state}")
     output.table(
         {
             "key": "key",

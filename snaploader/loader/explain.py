@@ -127,6 +127,8 @@ class Explanation:
     @property
     def version_state(self) -> str:
         """Whether the version of the keys is current, for people."""
+        if not self.version_id:
+            return "these keys have none"
         if self.version_failure:
             return f"the remote cache cannot be asked ({self.version_failure})"
         stands = self.remote_version or self.local_version
@@ -191,7 +193,8 @@ class SnapshotExplainer:
             explained.append(KeyExplanation(key, tuple(looked)))
         base, local_version, remote_version, failure = key_set.branch_key, "", "", ""
         try:
-            local_version, remote_version = self._versions.look(base)
+            if base.version_id:
+                local_version, remote_version = self._versions.look(base)
         except SnaploaderError as error:
             failure = error.message
         chosen_key, chosen, ended = decide(explained, allow_degraded=allow_degraded)

@@ -24,9 +24,17 @@ def test_it_tells_what_is_under_every_key(cli: CommandLine, server: EmbeddedServ
     assert "whole (chosen)" in text
 
 
+def test_a_snapshot_is_explained_by_its_id(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(b"disk")
+    cli.ok("save", "--ref", "main", "--snapshot-id", "one", tmp_path / "disk")
+    assert cli.json("explain", "--snapshot-id", "one")["chosen"]["snapshot_id"] == "one"
+    text = cli.ok("explain", "--snapshot-id", "one").stdout.decode()
+    assert "chosen    snapshot one from the local cache" in text
+    assert "version   (none): these keys have none" in text
+
+
 def test_no_snapshot_and_no_server_are_no_errors(cli: CommandLine, tmp_path: Path) -> None:
     assert "chosen    none" in cli.ok("explain", "--ref", "main").stdout.decode()
-    assert cli("explain", "--snapshot-id", "x").exit_code == 2
     (tmp_path / "disk").write_bytes(b"disk")
     with EmbeddedServer() as server:
         remote = ["--remote-cache", server.url, "--remote-retries", 0]

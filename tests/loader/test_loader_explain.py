@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from loader_hosts import CHUNK, Host, HostFactory, image, metadata
 
-from snaploader import NotFound, ReadSources, SnaploaderError
+from snaploader import NotFound, ReadSources, SnaploaderError, SnapshotKey, SnapshotKeySet
 from snaploader.loader import Explanation, Rule
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
 
@@ -207,3 +207,23 @@ def test_debug_strings_have_whole_hashes_and_the_group(
     ):
         assert part in text
     assert text.splitlines()[0].split(" of key ")[1] in key_set.debug_string("g1")
+
+
+def test_a_deletion_there_ends_the_search_and_one_here_does_not(
+    make_host: HostFactory, server: EmbeddedServer
+) -> None:
+    a, b = make_host("a", server), make_host("b", server)
+    a.save(image(1), snapshot_id="one")
+    b.read(b.loader.get_snapshot_by_id("one"))
+    a.loader.delete_snapshot("one")
+    key = SnapshotKey(snapshot_id="one")
+    key_set = SnapshotKeySet(key, (), key)
+    found = b.loader.explain(key_set, "newest")
+    assert rules(found) == [("", "remote", "deleted"), ("", "local", "whole")]
+    assert (found.chosen, found.failure) == (None, "")
+    with pytest.raises(NotFound):
+        b.loader.get_snapshot(key_set, "newest")
+    here_first = b.loader.explain(key_set, "local-first")
+    assert here_first.chosen is not None
+    assert here_first.version_state == "these keys have none"
+    assert [m.rule for m in a.loader.explain(key_set).keys[0].manifests] == [Rule.DELETED, Rule.DELETED]
