@@ -54,6 +54,7 @@ from snaploader.loader import (
     SavedFile as SavedFile,
     SaveResult as SaveResult,
     Snapshot as Snapshot,
+    SnapshotIdTaken as SnapshotIdTaken,
     SnapshotLoader as SnapshotLoader,
     SnapshotMetadata as SnapshotMetadata,
     SnapshotReader as SnapshotReader,

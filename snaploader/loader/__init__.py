@@ -30,6 +30,7 @@ from snaploader.loader.results import (
     SavedFile,
     SaveResult,
     Snapshot,
+    SnapshotIdTaken,
     SnapshotMetadata,
 )
 from snaploader.loader.unpack import UnpackedSnapshot
@@ -53,6 +54,7 @@ __all__ = [
     "SavedDirectory",
     "SavedFile",
     "Snapshot",
+    "SnapshotIdTaken",
     "SnapshotLoader",
     "SnapshotMetadata",
     "SnapshotReader",

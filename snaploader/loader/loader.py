@@ -440,8 +440,8 @@ class SnapshotLoader:
         Raises:
             InvalidArgument: names, keys or options are malformed, or nothing would be stored, or neither
                 the remote cache nor a local manifest would name it.
-            FailedPrecondition: the loader is read-only, the snapshot id is taken, a file changed
-                while it was read, or the remote cache takes no updates.
+            FailedPrecondition: the loader is read-only, a file changed while it was read, the remote cache
+                takes no updates, or (`SnapshotIdTaken`) the snapshot id is taken.
             ResourceExhausted: the disk is full, or the file cache too small for the snapshot.
             SnaploaderError: the remote cache failed; the local snapshot then stands, as a note on the
                 error says.

@@ -45,7 +45,7 @@ from snaploader.errors import (
 from snaploader.filecache import FileCache, Pin
 from snaploader.formats.manifest import Manifest, is_packed, pack_any
 from snaploader.keys import SnapshotKey
-from snaploader.loader.results import DeleteResult, RemoteManifest
+from snaploader.loader.results import DeleteResult, RemoteManifest, SnapshotIdTaken
 from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import WorkerPool
 
@@ -426,9 +426,9 @@ def cannot_tell(absent: Collection[Digest], error: SnaploaderError) -> str:
     )
 
 
-def taken(id_key: SnapshotKey) -> FailedPrecondition:
+def taken(id_key: SnapshotKey) -> SnapshotIdTaken:
     """The error where a snapshot is to get an id that names one, or did."""
-    return FailedPrecondition(
+    return SnapshotIdTaken(
         f"snapshot id {id_key.snapshot_id!r} is taken: ids are never overwritten, choose another"
     )
 

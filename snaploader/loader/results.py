@@ -14,7 +14,7 @@ from typing import TypeAlias
 from snaploader._proto import any_pb2, timestamp_pb2
 from snaploader._proto.snaploader_pb2 import VMConfiguration, VMMetadata
 from snaploader.digest import Digest
-from snaploader.errors import InvalidArgument, NotFound, SnaploaderError
+from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, M
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import (
@@ -27,6 +27,10 @@ from snaploader.formats.dirtree import (
 )
 from snaploader.formats.manifest import Manifest, PlainFile, unpack_any
 from snaploader.keys import SnapshotKey
+
+
+class SnapshotIdTaken(FailedPrecondition):
+    """The id that a snapshot is to get names one already, or did: ids are never overwritten."""
 
 
 class ManifestSource(StrEnum):

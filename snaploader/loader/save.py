@@ -53,6 +53,7 @@ from snaploader.loader.results import (
     RemoteManifest,
     SaveResult,
     Snapshot,
+    SnapshotIdTaken,
     vm_metadata_of,
 )
 from snaploader.loader.versions import VersionStore
@@ -396,7 +397,7 @@ class SnapshotSaver:
                     standing[id_key] = self._manifests.read_back(id_key, manifest)
                     is_taken = not standing[id_key].is_ours
             if is_taken:
-                raise FailedPrecondition(f"{taken(id_key).message} (it was taken remotely during this save)")
+                raise SnapshotIdTaken(f"{taken(id_key).message} (it was taken remotely during this save)")
         except SnaploaderError as error:
             if not plan.before:
                 raise

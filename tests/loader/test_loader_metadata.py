@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
@@ -12,9 +13,10 @@ from loader_hosts import CONFIGURATION, HostFactory, image, metadata, task
 
 from snaploader import (
     CallContext,
-    FailedPrecondition,
     InvalidArgument,
     RequestMetadata,
+    SnapshotIdTaken,
+    SnapshotKey,
     SnapshotMetadata,
     VMMetadata,
 )
@@ -106,17 +108,25 @@ def test_an_id_that_another_host_takes_meanwhile_is_that_hosts(
     path = a.folder / "disk.img"
     path.write_bytes(image(1))
 
-    def rival(progress: object) -> None:
-        if getattr(progress, "stage", "") == "upload" and not done:
-            done.append(progress)
-            b.save(image(2), "other", snapshot_id="run")
+    def rival_of(snapshot_id: str) -> Callable[[object], None]:
+        def rival(progress: object) -> None:
+            if getattr(progress, "stage", "") == "upload" and not done:
+                done.append(progress)
+                b.save(image(2), "other", snapshot_id=snapshot_id)
+
+        return rival
 
     done: list[object] = []
-    result = a.save(chunked_files={"disk": path}, snapshot_id="run", progress=rival)
+    result = a.save(chunked_files={"disk": path}, snapshot_id="run", progress=rival_of("run"))
     assert done
     assert (result.snapshot_id_taken, result.saved_remotely) == (True, True)
     assert make_host("c", server).load() == image(1)
     c = make_host("d", server)
     assert c.read(c.loader.get_snapshot_by_id("run")) == image(2)
-    with pytest.raises(FailedPrecondition, match="taken"):
+    with pytest.raises(SnapshotIdTaken):
         c.save(image(3), snapshot_id="run")
+    # Where the key names no branch, there is nothing else to find the snapshot by.
+    done.clear()
+    path.write_bytes(image(4))
+    with pytest.raises(SnapshotIdTaken, match="during this save"):
+        a.save(key=SnapshotKey(), chunked_files={"disk": path}, snapshot_id="2", progress=rival_of("2"))
