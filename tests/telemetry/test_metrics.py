@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from telemetry_hosts import CHUNK, MakeHost
 
-from snaploader import FileCache, NotFound, PrometheusMetrics, SnapshotTask
+from snaploader import FileCache, NotFound, PrometheusMetrics, RemoteCache, SnapshotTask
 from snaploader.errors import FailedPrecondition
 from snaploader.metrics import BUCKETS_S, METRICS, SERVER_METRICS, Histogram, ServerMetrics
 from snaploader.testing import EmbeddedServer, Fault
@@ -157,6 +157,20 @@ def test_a_cache_that_is_closed_is_let_go_of(metrics: PrometheusMetrics, tmp_pat
     del cache
     gc.collect()
     assert gone() is None
+
+
+def test_a_cache_that_nobody_closes_is_not_kept(
+    registry: CollectorRegistry, metrics: PrometheusMetrics
+) -> None:
+    remote = RemoteCache("grpc://127.0.0.1:1", observer=metrics)  # it has not connected
+    labels = {"server": remote.url, "instance": ""}
+    assert registry.get_sample_value("snaploader_remote_in_flight_bytes", labels) == 0
+    gone = weakref.ref(remote)
+    del remote
+    gc.collect()
+    assert gone() is None
+    assert registry.get_sample_value("snaploader_remote_in_flight_bytes", labels) is None
+    assert registry.get_sample_value("snaploader_remote_retries_total", labels) == 0
 
 
 def test_evictions_are_counted(
