@@ -3,8 +3,8 @@
     python -m benchmarks.tasks [--rounds N] [--output FILE]
 
 Each task saves, finds and reads in a group, with a token and an invocation id of its own. Threads,
-descriptors and resident memory are those of this process, after a first round that fills pools and memories. Then the
-server hangs, and save, find and restore are called off while they wait for it.
+descriptors and resident memory are those of this process, after a first round that fills pools and memories.
+Then the server hangs, and save, find and restore are called off while they wait for it.
 """
 
 from __future__ import annotations
