@@ -67,6 +67,12 @@ from snaploader.policy import (
     ReadSources as ReadSources,
     SavePolicy as SavePolicy,
 )
+from snaploader.protocols import (
+    BlobWriterProtocol as BlobWriterProtocol,
+    FileCacheProtocol as FileCacheProtocol,
+    LeaseProtocol as LeaseProtocol,
+    Loader as Loader,
+)
 from snaploader.remote import (
     BearerToken as BearerToken,
     RemoteCache as RemoteCache,

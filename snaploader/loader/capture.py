@@ -25,7 +25,6 @@ from snaploader.errors import (
     SnaploaderError,
     translate_os_errors,
 )
-from snaploader.filecache import FileCache
 from snaploader.files import ProcessExitStack, ThreadBuffers, closing_fd, hash_file, remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
@@ -36,6 +35,7 @@ from snaploader.loader.fetch import BlobFetcher, SnapshotChunkSource
 from snaploader.loader.results import ProgressCallback, ProgressMeter, SavedFile
 from snaploader.loader.scan import changed
 from snaploader.policy import SavePolicy
+from snaploader.protocols import FileCacheProtocol
 from snaploader.workers import WorkerPool
 
 # Not to wait for the writer of a FIFO, which is refused then.
@@ -115,7 +115,7 @@ class StateCapture:
     """
 
     def __init__(
-        self, file_cache: FileCache, function: DigestFunction, pool: WorkerPool, options: SaveOptions
+        self, file_cache: FileCacheProtocol, function: DigestFunction, pool: WorkerPool, options: SaveOptions
     ) -> None:
         self._file_cache = file_cache
         self._keeps = options.local

@@ -13,7 +13,6 @@ from functools import partial
 from cow import TruncatedFile, chunk_extents, is_zero, read_all
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.filecache import FileCache
 from snaploader.files import ThreadBuffers, closing_fd, hash_file, read_file
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.dirtree import (
@@ -37,6 +36,7 @@ from snaploader.loader.scan import (
     still_there,
     write_index,
 )
+from snaploader.protocols import FileCacheProtocol
 
 DEFAULT_CHUNK_THRESHOLD_BYTES = 4 << 20
 """Files from this size on are kept in chunks. Smaller ones are loaded whole in one batch at no more cost."""
@@ -106,7 +106,7 @@ class DirectoryCapture:
         self,
         name: str,
         source: DirectorySource,
-        file_cache: FileCache,
+        file_cache: FileCacheProtocol,
         function: DigestFunction,
         chunk_size: int,
         *,

@@ -29,8 +29,8 @@ from snaploader.blobstore import BlobStore, Sink
 from snaploader.context import CallContext, current, own_errors
 from snaploader.digest import Buffer, Digest
 from snaploader.errors import Cancelled, DataLoss, Internal, NotFound, SnaploaderError, translate_os_errors
-from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable
+from snaploader.protocols import FileCacheProtocol
 from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import WorkerPool
 
@@ -56,11 +56,11 @@ BlobFlight: TypeAlias = "Flight[FlightKey, bytes]"
 
 BlobFlights: TypeAlias = "SingleFlight[FlightKey, bytes]"
 
-_flights_by_cache: weakref.WeakKeyDictionary[FileCache, BlobFlights] = weakref.WeakKeyDictionary()
+_flights_by_cache: weakref.WeakKeyDictionary[FileCacheProtocol, BlobFlights] = weakref.WeakKeyDictionary()
 _flights_lock = threading.Lock()
 
 
-def flights_into(file_cache: FileCache) -> BlobFlights:
+def flights_into(file_cache: FileCacheProtocol) -> BlobFlights:
     """The fetches under way of all loaders that share this file cache: one for each blob."""
     with _flights_lock:
         return _flights_by_cache.setdefault(file_cache, SingleFlight())
@@ -75,7 +75,7 @@ class BlobFetcher:
 
     def __init__(
         self,
-        file_cache: FileCache,
+        file_cache: FileCacheProtocol,
         behind: BlobStore | None,
         pool: WorkerPool,
         observer: Observer = NOBODY,
@@ -417,7 +417,7 @@ class Prefetcher:
     """Fetches hinted blobs into the file cache. Thread-safe. With nothing behind that, hints are void."""
 
     def __init__(
-        self, file_cache: FileCache, behind: BlobStore | None, pool: WorkerPool, flights: BlobFlights
+        self, file_cache: FileCacheProtocol, behind: BlobStore | None, pool: WorkerPool, flights: BlobFlights
     ) -> None:
         self._file_cache = file_cache
         self._behind = behind

@@ -15,7 +15,6 @@ from snaploader.blobstore import BlobStore, RemoteStore, TieredStore
 from snaploader.context import CallContext, in_context
 from snaploader.digest import DigestFunction
 from snaploader.errors import InvalidArgument
-from snaploader.filecache import FileCache
 from snaploader.files import ProcessExitStack
 from snaploader.keys import SnapshotKey, SnapshotKeySet, SnapshotTask
 from snaploader.loader.capture import SaveOptions
@@ -46,6 +45,7 @@ from snaploader.policy import (
     ReadSources,
     SavePolicy,
 )
+from snaploader.protocols import FileCacheProtocol
 from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import DEFAULT_WORKERS, WorkerPool
 
@@ -91,7 +91,7 @@ class SnapshotLoader:
 
     def __init__(
         self,
-        file_cache: FileCache,
+        file_cache: FileCacheProtocol,
         remote_cache: RemoteStore | None = None,
         *,
         peers: Sequence[BlobStore] = (),

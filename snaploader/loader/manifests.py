@@ -42,10 +42,11 @@ from snaploader.errors import (
     Unauthenticated,
     Unimplemented,
 )
-from snaploader.filecache import FileCache, Pin
+from snaploader.filecache import Pin
 from snaploader.formats.manifest import Manifest, is_packed, pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.results import DeleteResult, RemoteManifest, SnapshotIdTaken
+from snaploader.protocols import FileCacheProtocol
 from snaploader.telemetry import NOBODY, Observer
 from snaploader.workers import WorkerPool
 
@@ -63,7 +64,7 @@ _MAX_REMEMBERED = 1024
 class Stores:
     """Where a loader keeps snapshots, and what it may write there."""
 
-    file_cache: FileCache
+    file_cache: FileCacheProtocol
     remote: RemoteStore | None
     readonly: bool
     """Nothing may be published, here or remotely."""

@@ -36,7 +36,6 @@ from snaploader.errors import (
     ResourceExhausted,
     SnaploaderError,
 )
-from snaploader.filecache import FileCache
 from snaploader.formats.chunktable import MAX_CHUNK_SIZE, check_geometry
 from snaploader.formats.digests import DigestArray, HashSet
 from snaploader.formats.dirtree import child_directories
@@ -58,6 +57,7 @@ from snaploader.loader.results import (
 )
 from snaploader.loader.versions import VersionStore
 from snaploader.policy import SavePolicy, completed_s, should_save_remotely
+from snaploader.protocols import FileCacheProtocol
 
 log = logging.getLogger(__name__)
 
@@ -535,7 +535,9 @@ def upload_blobs(
     ) from error
 
 
-def _read(cache: FileCache, rescue: Callable[[set[Digest]], None] | None, digest: Digest) -> Buffer | str:
+def _read(
+    cache: FileCacheProtocol, rescue: Callable[[set[Digest]], None] | None, digest: Digest
+) -> Buffer | str:
     """The bytes of a blob, or the path of its file if it is big. NotFound or DataLoss when it is lost."""
     try:
         return cache.path(digest) if digest.size_bytes > _IN_MEMORY_BYTES else cache.read(digest)

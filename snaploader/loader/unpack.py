@@ -37,7 +37,6 @@ from cow import (
 from snaploader.context import current
 from snaploader.digest import Digest
 from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound, translate_os_errors
-from snaploader.filecache import Lease
 from snaploader.files import (
     ProcessExitStack,
     ThreadBuffers,
@@ -52,6 +51,7 @@ from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, DirectoryTr
 from snaploader.loader.fetch import REMOTE, BlobFetcher, SnapshotChunkSource, lost_blobs, read_blob
 from snaploader.loader.results import ManifestSource, ProgressCallback, ProgressMeter, RestoreResult, Snapshot
 from snaploader.loader.scan import write_restored_index
+from snaploader.protocols import LeaseProtocol
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ def restore_directory(
     )
 
 
-def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> Lease:
+def hold(snapshot: Snapshot, fetcher: BlobFetcher) -> LeaseProtocol:
     """Lease those blobs of a snapshot in the file cache that may be nowhere else.
 
     What comes from a remote manifest is in the remote store; a local one may be of a snapshot that was
