@@ -283,6 +283,7 @@ class Loader(Protocol):
         vm_configuration: Message | None = None,
         vm_metadata: Message | None = None,
         task: SnapshotTask | None = None,
+        recycled: bool = False,
         snapshot_id: str | None = None,
         save_policy: SavePolicy | str = SavePolicy.ALWAYS,
         key_set: SnapshotKeySet | None = None,
