@@ -37,7 +37,7 @@ from snaploader.workspace.manager.snapshots import (
     new_record,
     remove_unfinished,
 )
-from snaploader.workspace.manager.templates import begin_update, record_update
+from snaploader.workspace.manager.templates import begin_update, check_made_from_template, record_update
 from snaploader.workspace.model import (
     STOP_EVENT,
     OperationKind,
@@ -94,6 +94,8 @@ class MadeWith(TypedDict, total=False):
 
 def made_with(services: Services, workspace_id: str, **given: Unpack[MadeWith]) -> Workspace:
     """The workspace that is to be, made with this. TypeError or InvalidArgument when it cannot be."""
+    if unknown := given.keys() - MadeWith.__annotations__.keys():
+        raise TypeError(f"a workspace is not made with {min(unknown)!r}")
     command, devices = given.get("command", ()), given.get("devices", ())
     for what, texts in (("command", command), ("devices", devices)):
         if isinstance(texts, str):
@@ -265,6 +267,9 @@ def _finish(work: Work, event: str, base: SnapshotRecord | None, *, start: bool,
 
 def start(services: Services, workspace_id: str, reason: str = USER, *, update: bool = False) -> Workspace:
     """Update, start, wait until it is ready, record. See `WorkspaceManager.start`."""
+    if update:  # refused before it begins: a start that failed would keep the schedule from starting it
+        with services.catalog.reading() as reader:
+            check_made_from_template(reader.workspace(workspace_id))
     with_slot(services, workspace_id)
     work = Work.begin(
         services, workspace_id, OperationKind.START, allowed=[WorkspaceState.STOPPED], reason=reason

@@ -12,6 +12,7 @@ from snaploader.workspace.catalog import Transaction
 from snaploader.workspace.deadlines import extended_deadline
 from snaploader.workspace.events import add_event
 from snaploader.workspace.manager.operation import ALIVE, ENDING, Services, check_state
+from snaploader.workspace.manager.templates import check_made_from_template
 from snaploader.workspace.model import Workspace, WorkspaceState, check_ttl
 from snaploader.workspace.policy import Policy, check_scopes
 from snaploader.workspace.schedule import parse_schedule
@@ -45,10 +46,8 @@ def change(
     with services.catalog.transaction() as tx:
         before = tx.lock_workspace(workspace_id)
         check_state(before, "change", ALIVE)
-        if automatic_updates and before.template_version is None:
-            raise FailedPrecondition(
-                f"workspace {workspace_id!r} was not made from a template: there is nothing to update it to"
-            )
+        if automatic_updates:
+            check_made_from_template(before)
         if not changes:
             return before
         workspace = tx.update_workspace(workspace_id, now=services.clock(), **changes)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from snaploader.errors import FailedPrecondition, NotFound
 from snaploader.workspace.catalog import Transaction
 from snaploader.workspace.manager.operation import Services, Work
-from snaploader.workspace.model import Readiness, Resources, Volume, Workspace, WorkspaceSpec
+from snaploader.workspace.model import Readiness, Resources, Volume, Workspace, WorkspaceSpec, check_spec
 from snaploader.workspace.policy import DEFAULT_POLICY, check_scopes
 from snaploader.workspace.templates import (
     Template,
@@ -129,6 +129,14 @@ class PendingUpdate(NamedTuple):
     new: TemplateVersion
 
 
+def check_made_from_template(workspace: Workspace) -> None:
+    """FailedPrecondition when there is nothing that a workspace could be updated to."""
+    if workspace.template_version is None:
+        raise FailedPrecondition(
+            f"workspace {workspace.id!r} was not made from a template: there is nothing to update it to"
+        )
+
+
 def begin_update(work: Work, *, asked: bool) -> PendingUpdate | None:
     """Let what is about to be started be as the active version of its template says, if it is to be updated.
 
@@ -137,10 +145,6 @@ def begin_update(work: Work, *, asked: bool) -> PendingUpdate | None:
     """
     workspace, services = work.workspace, work.services
     if workspace.template_version is None:
-        if asked:
-            raise FailedPrecondition(
-                f"workspace {workspace.id!r} was not made from a template: there is nothing to update it to"
-            )
         return None
     with services.catalog.reading() as reader:
         try:
@@ -155,7 +159,7 @@ def begin_update(work: Work, *, asked: bool) -> PendingUpdate | None:
         new = reader.template_version(template.name, template.active_version)
         after = updated(workspace, old, new)
         check_scopes(reader.policy(after.policy), services.runtime.scopes)
-    work.workspace = replace(workspace, spec=after.spec)
+    work.workspace = replace(workspace, spec=check_spec(after.spec))
     return PendingUpdate(old, new)
 
 

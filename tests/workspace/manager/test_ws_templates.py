@@ -9,7 +9,7 @@ from manager_hosts import DATA, Host, HostFactory
 
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from snaploader.workspace.lifecycle import Hooks, LifecycleExecutor, Notification
-from snaploader.workspace.model import RunStatus, Scope, WorkspaceState
+from snaploader.workspace.model import MAX_LABELS, RunStatus, Scope, WorkspaceState
 from snaploader.workspace.policy import Transition
 from snaploader.workspace.templates import Template, TemplateUpdate
 
@@ -150,6 +150,29 @@ def test_automatic_updates_are_switched_on_and_off(host: Host) -> None:
         host.manager.change("two", automatic_updates=True)
     with pytest.raises(FailedPrecondition, match="was not made from a template"):
         host.manager.start("two", update=True)
+
+
+def test_an_update_that_is_refused_is_no_start_that_failed(host: Host) -> None:
+    host.create("one", start=False)
+    with pytest.raises(FailedPrecondition, match="was not made from a template"):
+        host.manager.start("one", update=True)
+    with host.catalog.reading() as reader:
+        assert reader.latest_run("one") is None
+    assert host.events() == ["workspace_create"]
+
+
+def test_no_update_makes_what_could_not_be_created(host: Host) -> None:
+    def labels(prefix: str) -> dict[str, str]:
+        return {f"{prefix}{number}": "" for number in range(MAX_LABELS // 2)}
+
+    host.manager.templates.add_version("web", labels=labels("old"))
+    host.manager.create("one", template="web", labels=labels("own"), automatic_updates=True, start=False)
+    host.manager.templates.add_version("web", labels=labels("new") | {"more": ""})
+    with pytest.raises(InvalidArgument, match="no more than 64 labels"):
+        host.manager.start("one")
+    assert host.manager.workspace("one").template_version == 1
+    host.manager.pause("one")
+    assert host.manager.records.read("one").workspace.spec.labels.keys() == {*labels("old"), *labels("own")}
 
 
 def test_a_start_that_fails_leaves_the_version_as_it_was(host: Host) -> None:

@@ -325,6 +325,7 @@ def test_a_paused_one_is_left_to_recovery(host: Host) -> None:
         (InvalidArgument, "one", {"labels": {"": ""}}),
         (InvalidArgument, "one", {"autostart_schedule": "soon"}),
         (TypeError, "one", {"command": "serve"}),
+        (TypeError, "one", {"comand": ["serve"]}),
     ],
 )
 def test_an_adoption_that_is_refused_changes_nothing(
