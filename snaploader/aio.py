@@ -261,6 +261,8 @@ class FileCache(_Wrapper[filecache.FileCache]):
     path = _method(filecache.FileCache.path)
     put_verified = _method(filecache.FileCache.put_verified)
     put_file = _method(filecache.FileCache.put_file)
+    put_private = _method(filecache.FileCache.put_private)
+    find_private = _method(filecache.FileCache.find_private)
     add_file = _method(filecache.FileCache.add_file)
     writer = _method(filecache.FileCache.writer, discard=lambda writer: writer.close())
     materialize = _method(filecache.FileCache.materialize)

@@ -390,6 +390,16 @@ def local_manifest_key(group_id: str, key: SnapshotKey) -> str:
     return hash_strings(group_id, *_manifest_parts(key))
 
 
+def private_file_hash(group_id: str, key: SnapshotKey, snapshot_id: str, name: str) -> str:
+    """The name, 64 hexadecimal digits, of a file of a snapshot that only its runner will ever read.
+
+    It stands for a hash of the file's bytes, which nobody needs to read then. Each snapshot has names of its
+    own: a later one never changes what an earlier one holds.
+    """
+    parts = (key.instance_name, key.platform_hash, key.configuration_hash, key.runner_id)
+    return hash_strings(group_id, *parts, snapshot_id, name, ".private")
+
+
 def remote_manifest_digest(key: SnapshotKey, function: DigestFunction) -> Digest:
     """The digest that a remote action cache keeps the manifest of `key` under, labelled with `function`.
 

@@ -126,6 +126,19 @@ class FileCacheProtocol(Protocol):
     ) -> bool:
         """Add a file, verified before it is visible; return False when the blob was here."""
 
+    def put_private(
+        self,
+        digest: Digest,
+        path: str | os.PathLike[str],
+        *,
+        link: bool = False,
+        context: CallContext | None = None,
+    ) -> bool:
+        """Add a file under a hash that is not of its bytes."""
+
+    def find_private(self, digests: Iterable[Digest], *, context: CallContext | None = None) -> set[Digest]:
+        """Return those of `digests` that are here as private files."""
+
     def add_file(
         self,
         path: str | os.PathLike[str],

@@ -32,7 +32,7 @@ from snaploader.errors import (
 )
 from snaploader.filecache.bulk import ShardListings, UseLog
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.layout import SPACE_OF, check_hash, disk_bytes, set_used, touch
+from snaploader.filecache.layout import SPACE_OF, Space, check_hash, disk_bytes, set_used, touch
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import NamelessFile, closing_fd
 from snaploader.formats.digests import DigestArray, to_rows
@@ -118,6 +118,8 @@ class BlobSpace:
     def _add_missing(self, digests: DigestArray, missing: set[Digest], *, use: bool) -> None:
         words = to_rows(digests.hashes)
         present = self._listings.contains(SPACE_OF[digests.function], words)
+        if self._has_private_files():
+            present |= self._listings.contains(Space.PRIVATE, words)
         absent = np.flatnonzero(~present)
         for start in range(0, len(absent), BULK_DIGESTS):
             current().check()
@@ -145,7 +147,9 @@ class BlobSpace:
                     touch(path, status, self._now_ns())
             else:
                 os.close(self._open(digest))
-        except (FileNotFoundError, NotADirectoryError, NotFound, DataLoss):
+        except (FileNotFoundError, NotADirectoryError):
+            return self._is_private(digest, use=use)
+        except (NotFound, DataLoss):
             return False
         return True
 
@@ -167,6 +171,8 @@ class BlobSpace:
                 fd, status = self._context.open_entry(path, f"blob {digest}")
             except NotFound:
                 if not _is_empty_blob(digest):
+                    with suppress(NotFound):
+                        return self._open_private(digest)
                     raise
                 with self.stage(digest) as staged:
                     self._publish(digest, staged.fd, staged.link)
@@ -289,12 +295,12 @@ class BlobSpace:
                 os.unlink(path)
             return added
 
-    def _put_link(self, digest: Digest, fd: int, path: str) -> bool:
+    def _put_link(self, digest: Digest, fd: int, path: str, space: Space | None = None) -> bool:
         before = os.fstat(fd)
         try:
             # The time of last write is the time of adding: it tells what a power failure may have damaged.
             os.utime(fd)
-            return self._publish(digest, fd, lambda target: os.link(path, target))
+            return self._publish(digest, fd, lambda target: os.link(path, target), space)
         except BaseException as error:
             # Not the cache's after all.
             with suppress(PermissionError):
@@ -302,9 +308,11 @@ class BlobSpace:
                 os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
             if not isinstance(error, OSError) or error.errno not in _NO_LINK:
                 raise
-        return self._put_copy(digest, fd, path, verify=False)
+        return self._put_copy(digest, fd, path, verify=False, space=space)
 
-    def _put_copy(self, digest: Digest, source: int, name: str, *, verify: bool) -> bool:
+    def _put_copy(
+        self, digest: Digest, source: int, name: str, *, verify: bool, space: Space | None = None
+    ) -> bool:
         with self.stage(digest) as staged:
             if verify:
                 hasher = digest.function.hasher()
@@ -313,7 +321,7 @@ class BlobSpace:
                     raise DataLoss(f"{name!r} does not have the digest {digest}")
             else:
                 files.copy_content(source, staged.fd, digest.size_bytes)
-            return self.publish_written(digest, staged)
+            return self.publish_written(digest, staged, space=space)
 
     def add_file(self, path: str, function: DigestFunction) -> tuple[Digest, bool]:
         with translate_os_errors(f"cannot add {path!r} to the file cache"):
@@ -371,34 +379,43 @@ class BlobSpace:
         # It is replaced all the time. `_publish` copes with one that is there.
         return False
 
-    def publish_written(self, digest: Digest, staged: NamelessFile, *, look: bool = False) -> bool:
+    def publish_written(
+        self, digest: Digest, staged: NamelessFile, *, look: bool = False, space: Space | None = None
+    ) -> bool:
         """Publish a staged file; with `look`, unless the blob is here by now."""
         self._context.host.after_step("blob.written")
         if look and self._is_present(digest):
             return False
-        return self._publish(digest, staged.fd, staged.link)
+        return self._publish(digest, staged.fd, staged.link, space)
 
-    def _publish(self, digest: Digest, fd: int, link: Callable[[str], None]) -> bool:
+    def _publish(
+        self, digest: Digest, fd: int, link: Callable[[str], None], space: Space | None = None
+    ) -> bool:
         """Make a whole, verified file the blob; return False when there was one already.
 
-        It appears under its name in one step, by `link`, as link(2) never replaces what is there.
+        It appears under its name in one step, by `link`, as link(2) never replaces what is there. In the
+        space of private files it need not be verified.
         """
+        space = SPACE_OF[digest.function] if space is None else space
         os.fchmod(fd, self.mode)
         status = os.fstat(fd)
         # The kernel's time may be a tick old, and so older than an earlier use of another blob.
         set_used(fd, status, self._now_ns())
         size = disk_bytes(status)
-        added = self._context.ledger.add(size, lambda section: self._link(section, digest, size, link))
+        added = self._context.ledger.add(size, lambda section: self._link(section, space, digest, size, link))
         if added:
-            self._memo.add(digest, status)
+            if space is not Space.PRIVATE:
+                self._memo.add(digest, status)
             self._count(added_blobs=1, added_bytes=digest.size_bytes)
         else:
             self._count(present_blobs=1)
         return added
 
-    def _link(self, section: Section, digest: Digest, size: int, link: Callable[[str], None]) -> bool:
-        target = self._layout.blob(digest)
-        name = self._name(digest)
+    def _link(
+        self, section: Section, space: Space, digest: Digest, size: int, link: Callable[[str], None]
+    ) -> bool:
+        target = self._layout.entry(space, check_hash(digest.hash))
+        name = self._context.name(space, digest.hash)
         with suppress(FileNotFoundError, NotADirectoryError):
             status = os.stat(target, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
@@ -422,11 +439,63 @@ class BlobSpace:
     def _name(self, digest: Digest) -> str:
         return self._context.name(SPACE_OF[digest.function], digest.hash)
 
+    # Private files: named by whoever adds them, not by a hash of their bytes
+
+    def put_private(self, digest: Digest, path: str, *, link: bool) -> bool:
+        self.check_fits(digest.size_bytes)
+        with translate_os_errors(f"cannot add {path!r} as private file {digest}"):
+            fd, size = _open_source(path)
+            with closing_fd(fd):
+                if size != digest.size_bytes:
+                    raise DataLoss(f"{path!r} has {size} bytes, so it is not private file {digest}")
+                if link:
+                    return self._put_link(digest, fd, path, Space.PRIVATE)
+                return self._put_copy(digest, fd, path, verify=False, space=Space.PRIVATE)
+
+    def find_private(self, digests: Iterable[Digest]) -> set[Digest]:
+        if not self._has_private_files():
+            return set()
+        return {digest for digest in digests if self._is_private(digest, use=False)}
+
+    def path(self, digest: Digest) -> str:
+        """Return where a blob or private file is, if it is here at all."""
+        path = self._layout.blob(digest)
+        return path if os.path.lexists(path) else self._layout.private(digest)
+
+    def _has_private_files(self) -> bool:
+        return os.path.isdir(f"{self._layout.group_path()}/{Space.PRIVATE.folder}")
+
+    def _is_private(self, digest: Digest, *, use: bool) -> bool:
+        try:
+            fd = self._open_private(digest, use=use)
+        except NotFound:
+            return False
+        os.close(fd)
+        return True
+
+    def _open_private(self, digest: Digest, *, use: bool = True) -> int:
+        """Open a private file. Nothing but its name, its size and its date vouches for its bytes.
+
+        So NotFound where a power failure may have damaged it, and it is removed.
+        """
+        fd, status = self._context.open_entry(self._layout.private(digest), f"blob {digest}")
+        is_damaged = bool(self._durability.windows) and self._durability.is_suspect(status)
+        if not is_damaged and status.st_size == digest.size_bytes:
+            if use:
+                touch(fd, status, self._now_ns())
+            return fd
+        os.close(fd)
+        if is_damaged:
+            self._context.remove_entry(Space.PRIVATE, digest.hash, status.st_ino)
+            raise NotFound(f"private file {digest} may be damaged by a power failure and was removed")
+        raise NotFound(f"private file {digest} has {status.st_size} bytes in the file cache")
+
     # Taking away, and putting elsewhere
 
     def remove(self, digest: Digest) -> bool:
         with translate_os_errors(f"cannot remove blob {digest}"):
-            return self._context.remove_entry(SPACE_OF[digest.function], check_hash(digest.hash))
+            was_blob = self._context.remove_entry(SPACE_OF[digest.function], check_hash(digest.hash))
+            return self._context.remove_entry(Space.PRIVATE, digest.hash) or was_blob
 
     def materialize(self, digest: Digest, destination: str, *, writable: bool, mode: int | None) -> None:
         what = f"cannot put blob {digest} at {destination!r}"
@@ -445,7 +514,7 @@ class BlobSpace:
     def _link_out(self, digest: Digest, fd: int, destination: str) -> bool:
         """Link the verified file to its destination; return False when only a copy will do."""
         try:
-            os.link(self._layout.blob(digest), destination)
+            os.link(self.path(digest), destination)
             if os.stat(destination, follow_symlinks=False).st_ino == os.fstat(fd).st_ino:
                 return True
             # Evicted and added again: this file is another one, which was not verified.

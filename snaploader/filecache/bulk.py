@@ -174,6 +174,8 @@ class Scan:
         """Blobs that a power failure may have damaged."""
         self.odd: list[str] = []
         """Paths of what is called like an entry and is none."""
+        self.lost: list[tuple[str, str]] = []
+        """Group and hash of private files that a power failure may have damaged: nothing can verify them."""
         self.groups = group_names(layout)
         """Folder names."""
         hashes: list[str] = []
@@ -188,8 +190,10 @@ class Scan:
                 add_size(size)
                 add_use(used_ns)
                 hashes.append(hash_)
-                if is_suspect is not None and status is not None and space is not Space.REFS:
-                    self.suspects += is_suspect(status)
+                if is_suspect is not None and status is not None and is_suspect(status):
+                    self.suspects += space.function is not None
+                    if space is Space.PRIVATE:
+                        self.lost.append((group, hash_))
                 if len(hashes) == 4096:
                     check()
                     words.append(to_words(hashes))

@@ -241,7 +241,7 @@ class FileCache:
     def path(self, digest: Digest, *, context: CallContext | None = None) -> str:
         """Return the path of a verified blob, which may be evicted unless it is leased. Errors as `open`."""
         os.close(self.open(digest))
-        return self._partition.context.layout.blob(digest)
+        return self._partition.blobs.path(digest)
 
     @in_context
     def put_verified(self, digest: Digest, data: Buffer, *, context: CallContext | None = None) -> bool:
@@ -277,6 +277,36 @@ class FileCache:
             ResourceExhausted: The disk is full, or the cache is full of leased blobs.
         """
         return self._partition.blobs.put_file(digest, os.fspath(path), move=move, link=link, verify=verify)
+
+    @in_context
+    def put_private(
+        self,
+        digest: Digest,
+        path: str | os.PathLike[str],
+        *,
+        link: bool = False,
+        context: CallContext | None = None,
+    ) -> bool:
+        """Add a file under a hash that is not of its bytes; return False when there was one already.
+
+        For what no other machine will ever ask for, so that a hash of its bytes is not worth reading them. It
+        is looked up like a blob, by this very digest. Nothing but its size is ever verified: after a power
+        failure it counts as lost where it may be damaged. The caller gives each content a hash of its own.
+
+        Args:
+            digest: Its hash is the name, its size that of the file.
+            link: As for `put_file`.
+
+        Raises:
+            DataLoss: The file has another size.
+            ResourceExhausted: The disk is full, or the cache is full of leased blobs.
+        """
+        return self._partition.blobs.put_private(digest, os.fspath(path), link=link)
+
+    @in_context
+    def find_private(self, digests: Iterable[Digest], *, context: CallContext | None = None) -> set[Digest]:
+        """Return those of `digests` that are here as private files."""
+        return self._partition.blobs.find_private(digests)
 
     @in_context
     def add_file(
@@ -571,5 +601,5 @@ class FileCache:
             with suppress(FileNotFoundError):
                 size = os.stat(self._partition.context.layout.entry(found.space, found.hash, group)).st_size
                 digest = Digest(found.hash, size, found.space.function)
-        kind = "ref" if found.space is Space.REFS else "blob"
+        kind = {Space.REFS: "ref", Space.PRIVATE: "private"}.get(found.space, "blob")
         return CacheEntry(kind, found.hash, digest, found.disk_bytes, found.used_ns / 1e9, pinned)

@@ -18,6 +18,7 @@ import stat
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,7 +28,7 @@ from snaploader.context import current, unbounded
 from snaploader.errors import Cancelled, ResourceExhausted, SnaploaderError, translate_os_errors
 from snaploader.filecache.bulk import FoundEntry, Position, Scan, UseLog, apply_uses, sweep_trees
 from snaploader.filecache.durability import Durability
-from snaploader.filecache.layout import disk_bytes, entry_name
+from snaploader.filecache.layout import Layout, Space, disk_bytes, entry_name
 from snaploader.filecache.retention import PinTable, Protection
 from snaploader.filecache.usage import CacheContext, Section
 from snaploader.files import FileLock
@@ -327,6 +328,9 @@ class Evictor:
         self._context.counters.add(scans=1)
         for path in scan.odd:
             self._context.set_aside_odd(path)
+        for group, hash_ in scan.lost:
+            of_group = replace(self._context, layout=Layout(layout.root, group))
+            of_group.remove_entry(Space.PRIVATE, hash_)
         if is_suspect is not None and not scan.suspects:
             self._durability.clear()
         self._candidates = Candidates(scan, self._protection, begun_ns, changes)

@@ -63,7 +63,7 @@ class Space(enum.IntEnum):
     folder: str
     """The space's folder inside that of a group."""
     function: DigestFunction | None
-    """The function that names the blobs of this space; None for refs."""
+    """The function that names the blobs of this space; None for refs and private files."""
 
     def __new__(cls, number: int, folder: str, function: DigestFunction | None) -> Self:
         """Make a member, whose value is the number."""
@@ -76,6 +76,7 @@ class Space(enum.IntEnum):
     SHA256 = 0, "blobs/sha256", DigestFunction.SHA256
     BLAKE3 = 1, "blobs/blake3", DigestFunction.BLAKE3
     REFS = 2, "refs", None
+    PRIVATE = 3, "private", None
 
 
 SPACE_OF = {space.function: space for space in Space if space.function}
@@ -152,6 +153,10 @@ class Layout:
         """Return the file of a blob of this group. InvalidArgument when the digest is malformed."""
         return self.entry(SPACE_OF[digest.function], check_hash(digest.hash))
 
+    def private(self, digest: Digest) -> str:
+        """Return the file of a private file of this group. Errors as `blob`."""
+        return self.entry(Space.PRIVATE, check_hash(digest.hash))
+
     def create(self, access: Access) -> int:
         """Make the folders that always exist, check those that are there, and return a descriptor of `base`.
 
@@ -189,7 +194,7 @@ class Layout:
                 return fd
 
             group = inner(inner(base, self.groups), self.group_path())
-            for name in ("blobs", "refs", "trees", "pins"):
+            for name in ("blobs", "refs", "private", "trees", "pins"):
                 with suppress(FileNotFoundError):
                     if not stat.S_ISREG(os.stat(name, dir_fd=group, follow_symlinks=False).st_mode):
                         inner(group, f"{self.group_path()}/{name}")

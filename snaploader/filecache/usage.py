@@ -211,9 +211,9 @@ class CacheEntry:
     """One entry of a group."""
 
     kind: str
-    """"blob" or "ref"."""
+    """"blob", "ref", or "private" (see `FileCache.put_private`)."""
     key: str
-    """The hash of a blob or the key of a ref: 64 hexadecimal digits."""
+    """The hash of a blob, the key of a ref or the name of a private file: 64 hexadecimal digits."""
     digest: Digest | None
     """Of a blob."""
     disk_bytes: int

@@ -115,11 +115,17 @@ class StateCapture:
     """
 
     def __init__(
-        self, file_cache: FileCacheProtocol, function: DigestFunction, pool: WorkerPool, options: SaveOptions
+        self,
+        file_cache: FileCacheProtocol,
+        function: DigestFunction,
+        pool: WorkerPool,
+        options: SaveOptions,
+        private_hash: Callable[[str], str] | None = None,
     ) -> None:
         self._file_cache = file_cache
         self._keeps = options.local
         self._links = options.link_files
+        self._private_hash = private_hash if options.local else None
         self._function = function
         self._pool = pool
         self._files = {name: os.fspath(path) for name, path in options.files.items()}
@@ -295,7 +301,14 @@ class StateCapture:
     def _store_plain(self, name: str, path: str, meter: ProgressMeter) -> None:
         with translate_os_errors(f"cannot read {name!r}"):
             before = os.stat(path)
-        if self._keeps and not self._links:
+        hashed_bytes = before.st_size
+        if self._private_hash is not None:
+            hashed_bytes = 0
+            digest = Digest(self._private_hash(name), before.st_size, self._function)
+            added = self._file_cache.put_private(digest, path, link=self._links)
+            if not self._links:
+                _check_unchanged(path, name, before)
+        elif self._keeps and not self._links:
             digest, added = self._file_cache.add_file(path, self._function)
             _check_unchanged(path, name, before)
         else:
@@ -309,7 +322,7 @@ class StateCapture:
             size,
             chunked=False,
             digest=digest,
-            hashed_bytes=size,
+            hashed_bytes=hashed_bytes,
             stored_bytes=size if added else 0,
             deduplicated_bytes=0 if added else size,
         )

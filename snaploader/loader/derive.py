@@ -47,7 +47,8 @@ class SnapshotDeriver:
         """See `SnapshotLoader.derive_snapshot`."""
         self._stores.check_may_write("derive", remote=remote)
         if remote is None:
-            is_private = self._stores.remote_readonly or bool(origin.key.runner_id)
+            private = self._file_cache.find_private(file.digest for file in origin.manifest.files.values())
+            is_private = self._stores.remote_readonly or bool(origin.key.runner_id or private)
             remote = self._stores.remote is not None and not is_private
         id_ = snapshot_id or str(uuid.uuid4())
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))

@@ -70,7 +70,7 @@ class SnapshotLoader:
         digest_function: For what is saved without a remote cache. With one, the remote cache decides.
         share_snapshots: Whether runners share snapshots by branch. If not, a key has no ref and is
             bound to the runner's id, whatever a task asks for; and its snapshots stay on this host unless
-            `remote=True` says otherwise.
+            `remote=True` says otherwise. Plain files of those that stay are not hashed.
         universal_ref: Whether a ref common to all branches is the last fallback; every save updates it.
         readonly: Publish nothing: no manifests, no versions, here or remotely. Blobs that were fetched
             are still cached. Versions that are missing are made up for one call.

@@ -135,7 +135,12 @@ class SnapshotSaver:
         self._manifests.check_unused(id_key)
         pinned_before = self._manifests.pinned_before(options.pin)
         observer = self._stores.observer
-        with StateCapture(self._file_cache, plan.function, self._fetcher.pool, options) as capture:
+        private_hash = None
+        if key.runner_id and not plan.saves:
+            group_id, id_ = self._file_cache.group_id, id_key.snapshot_id
+            private_hash = partial(keys.private_file_hash, group_id, key, id_)
+        pool = self._fetcher.pool
+        with StateCapture(self._file_cache, plan.function, pool, options, private_hash) as capture:
             with observer.operation("save.store") as operation:
                 saved = capture.store_all()
                 operation.set(bytes=capture.hashed_bytes)
@@ -489,6 +494,12 @@ def upload_blobs(
     if children:
         wanted = DigestArray.joined([blobs, DigestArray.of(children, blobs.function)], blobs.function)
     missing = remote.find_missing(wanted)
+    private = stores.file_cache.find_private(missing)
+    if private:
+        raise FailedPrecondition(
+            f"{len(private)} files of the snapshot, such as {min(private)}, are not named by their content, "
+            "as it was saved for one runner alone: it cannot go to the remote cache. Save with remote=True"
+        )
     read = partial(_read, stores.file_cache, rescue)
 
     def uploads(digests: Collection[Digest], meter: ProgressMeter) -> Iterator[Upload]:

@@ -75,6 +75,9 @@ class DictionaryCache:
     def put_file(self, digest: Digest, path: str | os.PathLike[str], **_: object) -> bool:
         return self.put_verified(digest, Path(path).read_bytes())
 
+    def find_private(self, digests: Iterable[Digest], **_: object) -> set[Digest]:
+        return set()
+
     def add_file(
         self, path: str | os.PathLike[str], function: DigestFunction = DigestFunction.SHA256, **_: object
     ) -> tuple[Digest, bool]:
