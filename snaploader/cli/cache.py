@@ -18,7 +18,7 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 if TYPE_CHECKING:
     from snaploader.filecache import CacheEntry, FileCache
 
-KINDS = ("blob", "ref")
+KINDS = ("blob", "private", "ref")
 SHORTEST_PREFIX = 6
 
 

@@ -597,9 +597,9 @@ class FileCache:
     def _entry(self, found: bulk.FoundEntry, pinned: bool, group: str | None = None) -> CacheEntry:
         current().check()
         digest = None
-        if found.space.function is not None:
+        if found.space is not Space.REFS:
             with suppress(FileNotFoundError):
                 size = os.stat(self._partition.context.layout.entry(found.space, found.hash, group)).st_size
-                digest = Digest(found.hash, size, found.space.function)
+                digest = Digest(found.hash, size, found.space.function or DigestFunction.SHA256)
         kind = {Space.REFS: "ref", Space.PRIVATE: "private"}.get(found.space, "blob")
         return CacheEntry(kind, found.hash, digest, found.disk_bytes, found.used_ns / 1e9, pinned)

@@ -215,7 +215,7 @@ class CacheEntry:
     key: str
     """The hash of a blob, the key of a ref or the name of a private file: 64 hexadecimal digits."""
     digest: Digest | None
-    """Of a blob."""
+    """Of a blob, or a private file, whose function does not matter."""
     disk_bytes: int
     """Disk blocks taken."""
     last_used_s: float

@@ -114,6 +114,8 @@ def test_private_files_are_pinned_evicted_listed_and_removed_like_blobs(loader, 
     digests = [found(loader, one.snapshot_id).manifest.files["memory"].digest for one in (pinned, other)]
     assert cache.find_private(digests) == set(digests)
     assert {entry.kind for entry in cache.entries()} >= {"private", "ref"}
+    listed = {entry.digest.hash for entry in cache.entries() if entry.kind == "private" and entry.digest}
+    assert listed == {digest.hash for digest in digests}
     assert cache.verify().bad_blobs == ()
     cache.prune()
     assert cache.find_missing(digests) == {digests[1]}
