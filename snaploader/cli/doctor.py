@@ -81,6 +81,8 @@ def doctor(workspaces: Workspaces, conformance: bool) -> None:
             results += run_conformance(caches.settings)
     if workspaces.settings.has_catalog:
         results += run_checks("workspaces", WORKSPACES, workspaces)
+    else:
+        results += _without_catalog(workspaces.settings.state_folder)
     failed = [result for result in results if result.status is Status.FAILED]
     output.data({"checks": [dataclasses.asdict(result) for result in results], "passed": not failed})
     output.table(
@@ -474,7 +476,8 @@ def _sample(function: DigestFunction, size: int) -> tuple[bytes, Digest]:
 _RECOVER = "`snaploader workspace recover` repairs it, on this host"
 _UNKNOWN = (
     "recovery leaves alone what the catalog does not know: see whether --catalog is the right one. If so, "
-    "remove it from --state-dir; `snaploader cache unpin` lets go of a pin"
+    "`snaploader workspace adopt` takes in a workspace; remove what is not wanted from --state-dir; "
+    "`snaploader cache unpin` lets go of a pin"
 )
 _REMEDIES = {
     "unmanaged": _UNKNOWN,
@@ -514,6 +517,24 @@ def _agreement(workspaces: Workspaces) -> Finding:
         return Finding("catalog, snapshots, slots and what runs agree")
     things = "1 thing is" if len(wrong) == 1 else f"{len(wrong)} things are"
     return Finding(f"{things} wrong, listed below", is_failure=True, parts=wrong)
+
+
+def _without_catalog(state_folder: Path) -> list[Result]:
+    """What is here of workspaces although there is no catalog, which may have been lost."""
+    ids: set[str] = set()
+    for folder in (state_folder / "runtime" / "workspaces", state_folder / "paused"):
+        with contextlib.suppress(OSError):
+            ids.update(name for name in os.listdir(folder) if "." not in name)  # the rest are leftovers
+    if not ids:
+        return []
+    detail = f"there is none, but {str(state_folder)!r} holds workspaces: {', '.join(sorted(ids))}"
+    return [Result("workspaces", "catalog", Status.FAILED, detail, _LOST)]
+
+
+_LOST = (
+    "name the catalog with --catalog. If it is lost, `snaploader workspace recover` takes back those that "
+    "are paused, and `snaploader workspace adopt` the others"
+)
 
 
 def _wrong(finding: check.Finding) -> Result:

@@ -126,7 +126,13 @@ def test_a_workspace_that_runs_is_adopted_by_a_new_catalog(cli: CommandLine, sta
     pid = cli.json("workspace", "show", "web")["pid"]
     for path in state.glob("catalog.sqlite*"):
         path.unlink()
+    lost = cli("doctor")
+    assert lost.exit_code == 13
+    assert "holds workspaces: web" in lost.text
     assert cli.json("workspace", "ls")["workspaces"] == []
+    unknown = cli("doctor")
+    assert unknown.exit_code == 13
+    assert "`snaploader workspace adopt` takes in a workspace" in " ".join(unknown.text.split())
     options = ("--volume", "data=/data", "--label", "team=web")
     told = cli.ok("workspace", "adopt", "web", *options, "--", "sleep", "1000").text
     assert told == "adopted web, which is running, and 1 snapshots of it\n"
