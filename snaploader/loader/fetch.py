@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 import weakref
 from collections import OrderedDict
@@ -287,7 +288,10 @@ class UncachedFetcher(BlobFetcher):
 
     def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
         """See `BlobFetcher.open`; the blob is held in memory."""
-        return OpenedChunk(_in_memory_file(self._source(digest, allow_remote).read(digest)), REMOTE)
+        source = self._source(digest, allow_remote)
+        with lost_blobs():
+            data = source.read(digest)
+        return OpenedChunk(_in_memory_file(data), REMOTE)
 
     def place(self, digest: Digest, target: Path, *, writable: bool, mode: int, allow_remote: bool) -> bool:
         """See `BlobFetcher.place`; the file shares nothing with the file cache."""
@@ -296,13 +300,25 @@ class UncachedFetcher(BlobFetcher):
         return True
 
     def open_streamed(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
-        """As `open`."""
-        return self.open(digest, allow_remote=allow_remote)
+        """As `open`, but the blob is in a temporary file without a name."""
+        source = self._source(digest, allow_remote)
+        with translate_os_errors("cannot write a temporary file"), tempfile.TemporaryFile() as file:
+            fd = file.fileno()
+
+            def attempt() -> None:
+                os.ftruncate(fd, 0)
+                os.lseek(fd, 0, os.SEEK_SET)
+                with lost_blobs():
+                    source.read_to(digest, lambda data: files.write_all(fd, data))
+
+            _twice(attempt)
+            return OpenedChunk(os.dup(fd), REMOTE)
 
     def fetch_many(self, digests: Collection[Digest], sink: Sink) -> None:
         """See `BlobFetcher.fetch_many`."""
         if self.behind is not None:
-            self.behind.read_many(digests, sink)
+            with lost_blobs():
+                self.behind.read_many(digests, sink)
 
     def absent(self, digests: Collection[Digest]) -> set[Digest]:
         """All of `digests`."""
@@ -349,8 +365,8 @@ def lost_blobs() -> Iterator[None]:
         yield
     except NotFound as error:
         raise NotFound(
-            "the snapshot has lost content: neither the file cache nor the remote cache has a blob of it "
-            "any more. Look for a snapshot again, as another one may be whole, or save the state anew "
+            "the snapshot has lost content: no cache that may be read has a blob of it any more. Look for a "
+            "snapshot again, as another one may be whole, or save the state anew "
             f"({error.message})"
         ) from error
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections import defaultdict
+import threading
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self, TypeAlias
 
-from cow import DEFAULT_READAHEAD, ReadaheadPlanner, TruncatedFile, new_bytes, read_all
-from snaploader.context import CallContext, current, in_context
+from cow import DEFAULT_READAHEAD, ReadaheadPlanner, SingleFlight, TruncatedFile, new_bytes, read_all
+from snaploader.context import CallContext, current, in_context, own_errors
 from snaploader.digest import Digest
 from snaploader.errors import (
     DataLoss,
@@ -21,6 +22,7 @@ from snaploader.errors import (
     SnaploaderError,
     translate_os_errors,
 )
+from snaploader.files import closing_fd_on_error
 from snaploader.formats.chunktable import ChunkTable
 from snaploader.formats.dirtree import (
     ChunkedEntry,
@@ -30,7 +32,7 @@ from snaploader.formats.dirtree import (
     FileEntry,
     SymlinkEntry,
 )
-from snaploader.loader.fetch import BlobFetcher
+from snaploader.loader.fetch import BlobFetcher, wait
 from snaploader.loader.results import Snapshot
 from snaploader.loader.unpack import hold
 
@@ -45,6 +47,9 @@ MAX_LINKS = 40
 
 _STREAMED_FROM_BYTES = 4 << 20
 """Plain files from this size on go to the file cache as a stream, and not through memory."""
+
+_MAX_SPOOLED = 64
+"""Blobs, and so descriptors, that a reader keeps where the file cache may not be used."""
 
 FileLike: TypeAlias = FileEntry | ChunkedEntry
 
@@ -69,6 +74,7 @@ class SnapshotReader:
         identity = current().identity()
         self._default_context = None if identity == CallContext() else identity
         self._lease = hold(snapshot, fetcher)
+        self._spool = None if snapshot.allow_local else _Spool(fetcher)
 
     def entry(self, path: str) -> Entry:
         """What stands at a path, at the end of all symbolic links; "" is the snapshot, a `DirectoryEntry`.
@@ -153,6 +159,8 @@ class SnapshotReader:
         """Let go of what was kept from eviction; nothing can be read any more. Idempotent."""
         self._closed = True
         self._lease.release()
+        if self._spool is not None:
+            self._spool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -203,11 +211,9 @@ class SnapshotReader:
             self._fetcher.prefetcher.hint(digests)
 
     def _read_part(self, part: _Part) -> None:
-        is_large = part.digest.size_bytes >= _STREAMED_FROM_BYTES
-        open_blob = self._fetcher.open_streamed if is_large else self._fetcher.open
         what = f"the cached blob {part.digest}"
         try:
-            fd = open_blob(part.digest, allow_remote=self.snapshot.allow_remote).fd
+            fd = self._open_blob(part.digest)
             try:
                 with translate_os_errors(f"cannot read {what}"):
                     read_all(fd, part.target, part.start, what)
@@ -218,6 +224,64 @@ class SnapshotReader:
         except SnaploaderError as error:
             error.add_note(f"needed for {part.path!r}")
             raise
+
+    def _open_blob(self, digest: Digest) -> int:
+        if self._spool is not None:
+            return self._spool.open(digest, allow_remote=self.snapshot.allow_remote)
+        is_large = digest.size_bytes >= _STREAMED_FROM_BYTES
+        open_blob = self._fetcher.open_streamed if is_large else self._fetcher.open
+        return open_blob(digest, allow_remote=self.snapshot.allow_remote).fd
+
+
+class _Spool:
+    """Blobs that are read past the file cache, in temporary files without names. Thread-safe.
+
+    The latest ones stay, by who may read them. So a file that is read through a buffer is fetched once,
+    and not for each filling of the buffer.
+    """
+
+    def __init__(self, fetcher: BlobFetcher) -> None:
+        self._fetcher = fetcher
+        self._lock = threading.Lock()
+        self._flights: SingleFlight[tuple[object, Digest], None] = SingleFlight()
+        self._files: OrderedDict[tuple[object, Digest], int] = OrderedDict()
+        self._closed = False
+
+    def open(self, digest: Digest, *, allow_remote: bool) -> int:
+        """A descriptor of the blob, owned by the caller. Errors as `BlobFetcher.open`."""
+        key = (current().caller, digest)
+
+        def fetch() -> None:
+            with own_errors():
+                if not self._is_here(key):
+                    self._keep(key, self._fetcher.open_streamed(digest, allow_remote=allow_remote).fd)
+
+        while True:
+            with self._lock, translate_os_errors(f"cannot open blob {digest} again"):
+                if key in self._files:
+                    self._files.move_to_end(key)
+                    return os.dup(self._files[key])
+            # By the next round it may have been pushed out by others, and is fetched again then.
+            self._flights.run(key, fetch, wait)
+
+    def close(self) -> None:
+        """Drop all of them. Idempotent."""
+        with self._lock:
+            self._closed = True
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def _is_here(self, key: tuple[object, Digest]) -> bool:
+        with self._lock:
+            return key in self._files
+
+    def _keep(self, key: tuple[object, Digest], fd: int) -> None:
+        with closing_fd_on_error(fd), self._lock:
+            if self._closed:
+                raise FailedPrecondition("the reader of the snapshot was closed")
+            self._files[key] = fd
+            if len(self._files) > _MAX_SPOOLED:
+                os.close(self._files.popitem(last=False)[1])
 
 
 class _Part(NamedTuple):

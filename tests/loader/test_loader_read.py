@@ -19,6 +19,7 @@ from snaploader import (
     FileCache,
     InvalidArgument,
     NotFound,
+    ReadSources,
     Snapshot,
     SnapshotKey,
     SnapshotLoader,
@@ -26,7 +27,7 @@ from snaploader import (
     Unavailable,
 )
 from snaploader.context import CallContext, current
-from snaploader.digest import Digest
+from snaploader.digest import Buffer, Digest
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, FileEntry
 from snaploader.testing import FakeCAS
 
@@ -368,3 +369,65 @@ def test_what_is_read_stays_until_the_reader_is_closed(make_host: HostFactory) -
     host.cache.prune()
     with pytest.raises(NotFound):
         host.find()
+
+
+def past_the_cache(host: Host) -> Snapshot:
+    return host.loader.get_snapshot(host.keys(), sources=ReadSources(local_chunks=False))
+
+
+def test_a_file_that_is_read_past_the_cache_is_fetched_once_and_not_for_each_buffer(
+    elsewhere: Host, cas: FakeCAS
+) -> None:
+    snapshot = past_the_cache(elsewhere)
+    cas.reads.clear()
+    cas.calls.clear()
+    with elsewhere.loader.read_snapshot(snapshot) as reader:
+        for path, content in (("kernel", NOTES), ("disk", DISK)):
+            with reader.open(path, buffer_bytes=100) as file:
+                assert b"".join(iter(lambda file=file: file.read(100), b"")) == content
+        assert reader.read_at("kernel", 0, 10) == NOTES[:10]
+    assert set(cas.reads.values()) == {1}
+    assert cas.calls["read"] == 0  # nothing is held in memory
+
+
+def test_blobs_that_are_read_past_the_cache_hold_few_descriptors(
+    elsewhere: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snaploader.loader.read._MAX_SPOOLED", 2)
+    snapshot = past_the_cache(elsewhere)
+    before = len(os.listdir("/proc/self/fd"))
+    with elsewhere.loader.read_snapshot(snapshot) as reader:
+        for start in (0, CHUNK, 4 * CHUNK, 0):
+            assert reader.read_at("disk", start, 10) == DISK[start : start + 10]
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_blob_that_arrives_after_the_reader_was_closed_is_dropped(
+    elsewhere: Host, cas: FakeCAS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = elsewhere.loader.read_snapshot(past_the_cache(elsewhere))
+    read_to = cas.read_to
+
+    def closing(digest: Digest, write: Callable[[Buffer], object]) -> None:
+        read_to(digest, write)
+        reader.close()
+
+    monkeypatch.setattr(cas, "read_to", closing)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FailedPrecondition, match="closed"):
+        reader.read_at("kernel", 0, 10)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_lost_past_the_cache_says_what_to_do(elsewhere: Host, cas: FakeCAS) -> None:
+    snapshot = past_the_cache(elsewhere)
+    for digest in snapshot.digests():
+        del cas.blobs[digest]
+    with (
+        elsewhere.loader.read_snapshot(snapshot) as reader,
+        pytest.raises(NotFound, match="Look for a snapshot again"),
+    ):
+        reader.read_at("kernel", 0, 10)
+    with pytest.raises(NotFound, match="Look for a snapshot again"):
+        elsewhere.unpack(snapshot).chunked_files["disk"].read_at(0, 10)

@@ -119,7 +119,7 @@ def test_a_snapshot_of_an_id_is_read_where_it_may_be(make_host: HostFactory, ser
     assert host.read(host.loader.get_snapshot_by_id("one")) == HERE
     with pytest.raises(NotFound, match="no remote manifest"):
         host.loader.get_snapshot_by_id("one", sources=ReadSources(local_manifests=False))
-    with pytest.raises(NotFound, match="incomplete: reading"):
+    with pytest.raises(NotFound, match="incomplete: the snapshot has lost content"):
         host.loader.get_snapshot_by_id("one", sources=ReadSources(local_chunks=False))
 
 
