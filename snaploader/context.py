@@ -134,9 +134,12 @@ class Cancellation:
 
     Args:
         parents: When one of them is set, so is this one.
+        reason: Message of the error that ends the work when this one, and not a parent, is cancelled.
+            Default: that the call was called off.
     """
 
-    def __init__(self, *parents: Cancellation) -> None:
+    def __init__(self, *parents: Cancellation, reason: str = "the call was called off") -> None:
+        self._reason = reason
         self._lock = threading.Lock()
         self._event = threading.Event()
         self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
@@ -145,28 +148,38 @@ class Cancellation:
             with parent._lock:
                 parent._children.add(self)
             if parent.is_cancelled:
-                self.cancel()
+                self._cancel(parent.reason)
 
     @property
     def is_cancelled(self) -> bool:
         """Whether `cancel` was called, here or above."""
         return self._event.is_set()
 
+    @property
+    def reason(self) -> str:
+        """Message of the error that ends the work: once it is cancelled, that of the one that was."""
+        return self._reason
+
     def cancel(self) -> None:
         """Call off whatever runs with this or what descends from it, and wake what waits. Again is fine."""
+        self._cancel(self._reason)
+
+    def _cancel(self, reason: str) -> None:
         with self._lock:
+            if not self._event.is_set():
+                self._reason = reason
             self._event.set()
             children = list(self._children)
             callbacks = list(self._callbacks.values())
         for callback in callbacks:
             callback()
         for child in children:
-            child.cancel()
+            child._cancel(self._reason)
 
     def check(self) -> None:
         """Raise Cancelled when the flag is set."""
         if self._event.is_set():
-            raise Cancelled("the call was called off", transient=False)
+            raise Cancelled(self._reason, transient=False)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the flag is set, or for so long; return whether it is."""
@@ -279,8 +292,11 @@ class CallContext:
         Args:
             until: The caller's own: it is set, too, when the call is called off.
         """
+        end_s = time.monotonic() + most_s
         with nullcontext() if self.cancellation is None else self.cancellation.calling(until.set):
-            until.wait(self.wait_s(most_s))
+            # A wait may end a clock's grain early.
+            while not until.wait(self.wait_s(end_s - time.monotonic())) and time.monotonic() < end_s:
+                self.check()
             self.check()
             return until.is_set()
 
@@ -307,10 +323,9 @@ class CallContext:
         ended = threading.Event()
         done.add_done_callback(lambda _: ended.set())
         thread = threading.Thread(target=copy_context().run, args=(run,), name="snaploader-wait", daemon=True)
-        with translate_thread_errors("the call was called off"):
+        with translate_thread_errors("the interpreter is shutting down"):
             thread.start()
-        while not self.wait(ended):
-            pass  # a clock's grain before the deadline
+        self.wait(ended)
         return done.result()
 
     @contextmanager

@@ -453,7 +453,7 @@ class Connection:
     """One process's connection: the whole stack is put together here. Thread-safe."""
 
     def __init__(self, settings: Settings, recorder: Recorder) -> None:
-        self._closing = Cancellation()
+        self._closing = Cancellation(reason=f"the remote cache {settings.endpoint.url} was closed")
         self._pool = WorkerPool(
             settings.limits.workers, owner="the remote cache", thread_name="snaploader-remote"
         )

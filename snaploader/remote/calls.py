@@ -579,7 +579,7 @@ class Transport:
     ) -> SnaploaderError:
         self._recorder.failure(method)
         if attempts.cancellation.is_cancelled:
-            return Cancelled(f"{attempts.operation} was called off", transient=False)
+            return Cancelled(f"{attempts.operation}: {attempts.cancellation.reason}", transient=False)
         if idle:
             return DeadlineExceeded(
                 f"{attempts.operation} failed: the server was silent for {self._settings.timeouts.idle_s:g} s"

@@ -200,3 +200,48 @@ def test_credentials_that_cannot_be_remembered_by_are_refused():
 
     with pytest.raises(InvalidArgument, match="hash"):
         CallContext(credentials=Unhashable("a"))
+
+
+class EarlyEvent(threading.Event):
+    """The first wait for it ends too early, as a coarse clock has it, and it comes during the second."""
+
+    waits = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits += 1
+        if self.waits == 2:
+            self.set()
+        return self.is_set()
+
+
+@pytest.mark.parametrize("bounds", [CallContext(), CallContext(timeout_s=600)])
+def test_a_wait_that_ends_a_clocks_grain_early_goes_on(bounds: CallContext) -> None:
+    with bounds.use():
+        assert current().wait(EarlyEvent())
+        assert current().wait(EarlyEvent(), 600)
+
+
+def test_a_wait_for_so_long_at_most_says_that_nothing_came() -> None:
+    assert not CallContext().wait(threading.Event(), 0.001)
+    assert not CallContext().wait(threading.Event(), 0)
+
+
+def test_the_error_says_why_work_was_called_off() -> None:
+    closing = Cancellation(reason="the shop was closed")
+    child = Cancellation(Cancellation(), closing, reason="not this")
+    grandchild = Cancellation(child)
+    closing.cancel()
+    child.cancel()
+    for flag in (closing, child, grandchild, Cancellation(child)):
+        assert flag.reason == "the shop was closed"
+        with pytest.raises(Cancelled, match="the shop was closed"):
+            flag.check()
+
+
+def test_what_was_called_off_first_is_the_reason() -> None:
+    closing = Cancellation(reason="the shop was closed")
+    child = Cancellation(closing)
+    child.cancel()
+    closing.cancel()
+    with pytest.raises(Cancelled, match="the call was called off"):
+        child.check()

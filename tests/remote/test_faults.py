@@ -536,6 +536,7 @@ def test_close_calls_off_what_runs(make_server: MakeServer, make_remote: MakeRem
     for thread in threads:
         thread.join(300)
     assert [type(error) for error in errors] == [Cancelled] * 4
+    assert all(f"the remote cache {remote.url} was closed" in str(error) for error in errors)
     remote.close()
     with pytest.raises(FailedPrecondition, match="closed"):
         remote.read(small)
