@@ -6,7 +6,8 @@
             header = await unpacked.chunked_files["disk"].read_at(0, 4096)
 
 Each class here takes the object of the same name that does the work, and gives it back as `wrapped`; both
-may be used at once. Arguments, results and errors are those of the method of the same name. A call runs on a
+may be used at once. Arguments, results and errors are those of the method of the same name; where that takes
+an object, such as a store to save, one of those here will do too. A call runs on a
 thread, of which an event loop has `MAX_CALLS` for all these objects together. Cancelling the task that awaits
 it, also by a timeout, ends the call (see `snaploader.CallContext`) before the task goes on: within a tenth of
 a second.
@@ -17,12 +18,13 @@ Needs anyio (the `aio` extra).
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
@@ -31,7 +33,10 @@ import anyio.to_thread
 import cow
 from snaploader import filecache, loader, remote
 from snaploader.context import CallContext, Cancellation
+from snaploader.digest import DigestFunction
 from snaploader.files import remove_tree
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -81,8 +86,16 @@ async def _call(function: Callable[[], T], discard: Callable[[T], object] = _ign
             with anyio.CancelScope(shield=True):
                 await _on_own_thread(ended.wait)
                 for result in results:
-                    await _on_own_thread(lambda: discard(result))  # noqa: B023 - there is one at most
+                    await _discard(discard, result)
         raise
+
+
+async def _discard(discard: Callable[[T], object], result: T) -> None:
+    """Discard a result. An error of that must not take the place of the cancellation."""
+    try:
+        await _on_own_thread(lambda: discard(result))
+    except Exception as error:  # noqa: BLE001 - whatever it raises
+        log.warning("what a cancelled call had opened could not be discarded: %s", error)
 
 
 async def _on_own_thread(function: Callable[[], object]) -> None:
@@ -118,8 +131,10 @@ class _Method(Generic[S, P, T, U]):
 
         @functools.wraps(self._method)
         async def call(*args: P.args, **kwargs: P.kwargs) -> U:
+            given: tuple[Any, ...] = tuple(_unwrapped(each) for each in args)
+            named: dict[str, Any] = {name: _unwrapped(each) for name, each in kwargs.items()}
             result = await _call(
-                lambda: self._method(instance.wrapped, *args, **kwargs), discard=self._discard
+                lambda: self._method(instance.wrapped, *given, **named), discard=self._discard
             )
             return self._wrap(result)
 
@@ -167,8 +182,20 @@ class _Wrapper(Generic[C]):
         return f"aio.{type(self).__name__}({self._wrapped!r})"
 
 
+def _unwrapped(argument: object) -> object:
+    """An argument as the wrapped object takes it: its own kind in place of the wrappers here."""
+    if isinstance(argument, _Wrapper):
+        return argument.wrapped
+    if isinstance(argument, Mapping) and any(isinstance(each, _Wrapper) for each in argument.values()):
+        return {name: _unwrapped(each) for name, each in argument.items()}
+    return argument
+
+
 class COWStore(_Wrapper[cow.COWStore]):
-    """A `cow.COWStore`: a read may have to fetch a chunk, so all that touches content is awaited."""
+    """A `cow.COWStore`: a read may have to fetch a chunk, so all that touches content is awaited.
+
+    Checkpoints, chunks one by one, and the store as a file of Python are had of `wrapped` alone.
+    """
 
     read_at = _method(cow.COWStore.read_at)
     readinto_at = _method(cow.COWStore.readinto_at)
@@ -177,11 +204,17 @@ class COWStore(_Wrapper[cow.COWStore]):
     resize = _method(cow.COWStore.resize)
     sync = _method(cow.COWStore.sync)
     export = _method(cow.COWStore.export)
+    statistics = _method(cow.COWStore.statistics)
 
     @property
     def size(self) -> int:
         """Size of the file, in bytes."""
         return self.wrapped.size
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes in each chunk but perhaps the last."""
+        return self.wrapped.chunk_size
 
 
 class UnpackedSnapshot(_Wrapper[loader.UnpackedSnapshot]):
@@ -209,6 +242,8 @@ class UnpackedSnapshot(_Wrapper[loader.UnpackedSnapshot]):
         """Path of each directory, by name."""
         return self.wrapped.directories
 
+    statistics = _method(loader.UnpackedSnapshot.statistics)
+
 
 def _remove_unpacked(unpacked: loader.UnpackedSnapshot) -> None:
     unpacked.close()
@@ -219,8 +254,11 @@ def _remove_unpacked(unpacked: loader.UnpackedSnapshot) -> None:
 
 
 class SnapshotReader(_Wrapper[loader.SnapshotReader]):
-    """A `snaploader.SnapshotReader`: what touches content is awaited."""
+    """A `snaploader.SnapshotReader`: what touches content is awaited. Files of Python come of `wrapped`."""
 
+    entry = _method(loader.SnapshotReader.entry)
+    names = _method(loader.SnapshotReader.names)
+    resolve = _method(loader.SnapshotReader.resolve)
     read_at = _method(loader.SnapshotReader.read_at)
     read_ranges = _method(loader.SnapshotReader.read_ranges)
 
@@ -283,9 +321,26 @@ class FileCache(_Wrapper[filecache.FileCache]):
     verify = _method(filecache.FileCache.verify)
     sync = _method(filecache.FileCache.sync)
 
+    @property
+    def root(self) -> str:
+        """The folder, absolute."""
+        return self.wrapped.root
+
+    @property
+    def group_id(self) -> str:
+        """The partition worked in: that of the context in use, else the one that the cache was made with."""
+        return self.wrapped.group_id
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound, in bytes of disk blocks."""
+        return self.wrapped.max_bytes
+
 
 class RemoteCache(_Wrapper[remote.RemoteCache]):
-    """A `snaploader.RemoteCache`."""
+    """A `snaploader.RemoteCache`. What may ask the server is awaited, so these are methods here:
+    `digest_function` and `update_enabled`.
+    """
 
     capabilities = _method(remote.RemoteCache.capabilities)
     find_missing = _method(remote.RemoteCache.find_missing)
@@ -298,3 +353,16 @@ class RemoteCache(_Wrapper[remote.RemoteCache]):
     get_action_result = _method(remote.RemoteCache.get_action_result)
     update_action_result = _method(remote.RemoteCache.update_action_result)
     statistics = _method(remote.RemoteCache.statistics)
+
+    @property
+    def instance_name(self) -> str:
+        """The instance on the server."""
+        return self.wrapped.instance_name
+
+    async def digest_function(self) -> DigestFunction:
+        """The function to name blobs with. May ask the server, and raise what that raises."""
+        return await _call(lambda: self.wrapped.digest_function)
+
+    async def update_enabled(self) -> bool:
+        """Whether action results may be written, as far as the server says; raises as `digest_function`."""
+        return await _call(lambda: self.wrapped.update_enabled)

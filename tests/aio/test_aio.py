@@ -12,13 +12,21 @@ from snaploader import FileCache, RemoteCache, SnapshotKey, SnapshotLoader, VMCo
 from snaploader.context import CallContext, current
 from snaploader.digest import Digest, DigestFunction
 from snaploader.errors import Cancelled, DeadlineExceeded, NotFound
-from snaploader.loader import UnpackedSnapshot
+from snaploader.loader import SnapshotReader, UnpackedSnapshot
 from snaploader.testing import FakeCAS
 
 PAIRS = [
     (aio.SnapshotLoader, SnapshotLoader, set()),
-    (aio.FileCache, FileCache, {"root", "group_id", "max_bytes"}),
-    (aio.RemoteCache, RemoteCache, {"instance_name", "digest_function", "update_enabled"}),
+    (aio.FileCache, FileCache, set()),
+    (aio.RemoteCache, RemoteCache, set()),
+    (aio.SnapshotReader, SnapshotReader, {"open"}),
+    (aio.UnpackedSnapshot, UnpackedSnapshot, set()),
+    (
+        aio.COWStore,
+        cow.COWStore,
+        {"checkpoint", "chunk_count", "closed", "data_dir", "dirty_chunks", "dirty_pages"}
+        | {"from_file", "is_hole", "open", "source"},
+    ),
 ]
 
 
@@ -84,7 +92,8 @@ def test_every_public_method_has_its_async_twin(wrapper, wrapped, apart):
     def names(kind):
         return {name for name in dir(kind) if not name.startswith("_")}
 
-    assert names(wrapper) - {"wrapped"} == names(wrapped) - apart
+    attributes = {"snapshot", *getattr(wrapped, "__dataclass_fields__", ())}  # which only instances have
+    assert names(wrapper) - attributes - {"wrapped"} == names(wrapped) - attributes - apart
 
 
 def test_the_twins_have_the_signatures_and_documents_of_the_originals():
@@ -110,7 +119,19 @@ def test_a_snapshot_is_saved_found_read_and_restored(run, loader, tmp_path):
                 store = unpacked.chunked_files["disk"]
                 await store.write_at(0, b"y")
                 found = await store.read_at(0, 2), store.size, unpacked.snapshot, dict(unpacked.files)
+                again = await aloader.cache_snapshot(
+                    SnapshotKey(ref="again"), chunked_files=unpacked.chunked_files
+                )
+                counts = await unpacked.statistics(), await store.statistics(), store.chunk_size
             restored = await aloader.restore_snapshot(snapshot, tmp_path / "whole")
+            async with await aloader.read_snapshot(
+                await aloader.get_snapshot_by_id(again.snapshot_id)
+            ) as reader:
+                names = await reader.names(""), await reader.resolve("disk"), await reader.entry("disk")
+                changed = await reader.read_at("disk", 0, 2)
+        assert counts[0] == {"disk": counts[1]}
+        assert counts[2] > 0
+        assert (list(names[0]), names[1], names[2].size_bytes, changed) == (["disk"], "disk", 300_000, b"yx")
         return found, snapshot, restored
 
     found, snapshot, restored = run(story)
@@ -124,10 +145,12 @@ def test_the_caches_answer_too(run, tmp_path):
     async def story():
         async with aio.FileCache(FileCache(tmp_path / "cache")) as cache:
             await cache.put_verified(digest, b"content")
-            return await cache.read(digest), (await cache.statistics()).max_bytes > 0, repr(cache)
+            told = cache.root == cache.wrapped.root and cache.group_id == ""
+            has_bound = (await cache.statistics()).max_bytes == cache.max_bytes > 0
+            return await cache.read(digest), told, has_bound, repr(cache)
 
-    data, has_bound, shown = run(story)
-    assert (data, has_bound) == (b"content", True)
+    data, told, has_bound, shown = run(story)
+    assert (data, told, has_bound) == (b"content", True, True)
     assert shown.startswith("aio.FileCache(")
 
 
@@ -244,6 +267,45 @@ def test_what_was_opened_too_late_to_be_received_is_discarded(run):
     assert run(story) == [late]
 
 
+def test_an_error_of_discarding_does_not_take_the_place_of_the_cancellation(run, caplog):
+    class Broken(Late):
+        def close(self):
+            super().close()
+            raise OSError("the disk is gone")
+
+    broken = Broken()
+
+    async def story():
+        async with anyio.create_task_group() as group:
+            group.start_soon(Calls(broken).late, None)
+            await wait_in_thread(broken.begun)
+            group.cancel_scope.cancel()
+            broken.release.set()
+        return broken.closed
+
+    assert run(story) == [broken]
+    assert "the disk is gone" in caplog.text
+
+
+def test_what_the_remote_cache_may_have_to_ask_for_is_awaited(run):
+    class Remote:
+        instance_name = "main"
+
+        @property
+        def digest_function(self):
+            return DigestFunction.BLAKE3 if threading.current_thread() is not loop else None
+
+        update_enabled = digest_function
+
+    loop = threading.current_thread()
+    remote = aio.RemoteCache(Remote())  # type: ignore[arg-type]
+
+    async def story():
+        return await remote.digest_function(), await remote.update_enabled(), remote.instance_name
+
+    assert run(story) == (DigestFunction.BLAKE3, DigestFunction.BLAKE3, "main")
+
+
 def test_an_unpacked_snapshot_that_nobody_receives_leaves_no_files(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dir" / "sub").mkdir(parents=True)
@@ -283,5 +345,5 @@ def test_called_off_from_elsewhere_is_the_error_of_the_library(run):
 
 
 def test_a_store_has_the_calls_that_touch_content():
-    for name in ("read_at", "readinto_at", "view", "write_at", "resize", "sync", "export"):
+    for name in ("read_at", "readinto_at", "view", "write_at", "resize", "sync", "export", "statistics"):
         assert aio.COWStore.__dict__[name].__doc__ == getattr(cow.COWStore, name).__doc__
