@@ -316,11 +316,12 @@ class _Recovery:
         with self.services.catalog.transaction() as tx:
             if record.policy.name not in {policy.name for policy in tx.policies()}:
                 tx.put_policy(record.policy)
+            paused_at = workspace.paused_at or workspace.last_used_at
             if workspace.template_version is not None and not any(
-                version.number == workspace.template_version
+                version.number == workspace.template_version and version.created_at <= paused_at
                 for version in tx.template_versions(workspace.base)
             ):
-                # The catalog that knew it is lost: another version may get its number.
+                # The catalog that knew it is lost: another version may get its number, or has it.
                 workspace = replace(workspace, template_version=None, automatic_updates=False)
             tx.add_workspace(workspace)
             for snapshot in present:

@@ -269,3 +269,16 @@ def test_a_paused_workspace_keeps_its_version_while_a_catalog_knows_it(host: Hos
     workspace = host.manager.workspace("one")
     assert (workspace.base, workspace.template_version, workspace.automatic_updates) == ("web", None, False)
     assert host.manager.resume("one").state is WorkspaceState.RUNNING
+
+
+def test_a_newer_version_of_the_same_number_is_not_what_a_paused_workspace_was_made_from(host: Host) -> None:
+    make(host, automatic_updates=True)
+    host.manager.pause("one")
+    with host.catalog.transaction() as tx:
+        tx.forget_workspace("one")
+    host.manager.templates.remove("web")
+    host.clock.advance(hours=1)
+    host.manager.templates.add_version("web", command=["stranger"])
+    assert host.manager.recover().adopted == ("one",)
+    workspace = host.manager.workspace("one")
+    assert (workspace.template_version, workspace.automatic_updates) == (None, False)
