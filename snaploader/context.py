@@ -56,6 +56,15 @@ class Secret(str):
         return "'…'"
 
 
+class SecretBytes(bytes):
+    """The same for bytes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "b'…'"
+
+
 def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]) -> Headers:
     """Return headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
 
@@ -75,7 +84,7 @@ def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str
             raise InvalidArgument(
                 f"the value of header {name!r} must be printable ASCII text of at most 8 KiB"
             )
-        checked.append((name, value if isinstance(value, bytes) else Secret(value)))
+        checked.append((name, SecretBytes(value) if isinstance(value, bytes) else Secret(value)))
     return tuple(checked)
 
 
@@ -140,8 +149,9 @@ class Cancellation:
 
     def __init__(self, *parents: Cancellation, reason: str = "the call was called off") -> None:
         self._reason = reason
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may cancel what its thread is just looking at
         self._event = threading.Event()
+        self._parents = parents  # they know their children only weakly: one between must not be lost
         self._children: weakref.WeakSet[Cancellation] = weakref.WeakSet()
         self._callbacks: dict[object, Callable[[], object]] = {}
         for parent in parents:

@@ -564,7 +564,9 @@ class Transport:
                     endpoint.url,
                 )
         metadata = context.request_metadata or self._settings.request_metadata
-        return (metadata.header(), *headers)
+        # gRPC takes no subclass of bytes, as the secret ones are.
+        plain = ((name, bytes(value) if isinstance(value, bytes) else value) for name, value in headers)
+        return (metadata.header(), *plain)
 
     def _replace(self, channel: _Channel) -> None:
         """Replace a channel that cannot connect, once, by one that has nothing to back off from."""

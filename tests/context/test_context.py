@@ -105,6 +105,26 @@ def test_cancelling_reaches_what_descends_and_what_is_made_later():
     assert Cancellation(parent).is_cancelled
 
 
+def test_cancelling_reaches_what_descends_from_one_that_nobody_else_keeps():
+    root = Cancellation()
+    grandchild = Cancellation(Cancellation(root))
+    root.cancel()
+    assert grandchild.is_cancelled
+
+
+def test_a_handler_of_a_signal_may_cancel_while_its_thread_begins_to_listen(monkeypatch):
+    flag, calls = Cancellation(), []
+
+    class Interrupted(dict):
+        def __setitem__(self, name, callback):
+            super().__setitem__(name, callback)
+            flag.cancel()  # with the lock held, as a signal's handler may find it
+
+    monkeypatch.setattr(flag, "_callbacks", Interrupted())
+    with flag.calling(lambda: calls.append("called")):
+        assert calls
+
+
 def test_a_callback_is_called_in_its_block_only():
     flag, calls = Cancellation(), []
     with flag.calling(lambda: calls.append("before")):
@@ -183,7 +203,8 @@ def test_what_makes_no_sense_is_refused(wrong):
 
 
 def test_secrets_are_not_shown():
-    shown = repr(CallContext(headers={"authorization": "hunter2"}, credentials=BearerToken("hunter2")))
+    headers = {"authorization": "hunter2", "token-bin": b"hunter2"}
+    shown = repr(CallContext(headers=headers, credentials=BearerToken("hunter2")))
     assert "hunter2" not in shown
 
 
