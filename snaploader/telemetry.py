@@ -160,5 +160,8 @@ def outcome(error: BaseException | None) -> str:
     if error is None:
         return OK
     if isinstance(error, SnaploaderError):
-        return _CAPITALS.sub("_", type(error).__name__).lower()
+        # Of a class of its own, such as SnapshotIdTaken, what it is of those that everybody knows.
+        known = next(kind for kind in type(error).__mro__ if kind.__module__ == SnaploaderError.__module__)
+        if known is not SnaploaderError:
+            return _CAPITALS.sub("_", known.__name__).lower()
     return "unknown" if isinstance(error, Exception) else "cancelled"

@@ -168,7 +168,7 @@ class _CallSpan(_Span):
         traceback: TracebackType | None,
     ) -> None:
         how = outcome(error)
-        self._span.set_attribute("rpc.grpc.status_code", CODES[how])
+        self._span.set_attribute("rpc.grpc.status_code", CODES.get(how, CODES["unknown"]))
         if error is not None:
             self._fail(error)
         self._span.end()

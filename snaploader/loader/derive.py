@@ -14,16 +14,18 @@ from dataclasses import replace
 from google.protobuf.message import Message
 
 from snaploader import keys
+from snaploader._proto import any_pb2
+from snaploader._proto.snaploader_pb2 import VMMetadata
 from snaploader.blobstore import TransferStatistics
 from snaploader.context import current, unbounded
 from snaploader.digest import Digest
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, SnaploaderError
 from snaploader.formats.digests import DigestArray, HashSet
-from snaploader.formats.manifest import Manifest, pack_any
+from snaploader.formats.manifest import Manifest, pack_any, unpack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader.manifests import ManifestStore, Stores, cannot_tell, taken
 from snaploader.loader.results import DeriveResult, ManifestSource, ProgressCallback, Snapshot
-from snaploader.loader.save import upload_blobs
+from snaploader.loader.save import complete_metadata, upload_blobs
 
 
 class SnapshotDeriver:
@@ -54,9 +56,8 @@ class SnapshotDeriver:
         key = keys.snapshot_id_key(SnapshotKey(instance_name=origin.key.instance_name, snapshot_id=id_))
         part = origin.only(_names(origin, names))
         manifest = part.manifest
-        if vm_metadata is not None:
-            manifest = replace(manifest, vm_metadata=pack_any(vm_metadata))
-        derived = replace(part, key=key, manifest=manifest, failures=())
+        manifest = replace(manifest, vm_metadata=_metadata(manifest, vm_metadata, key, self._stores.clock()))
+        derived = replace(part, key=key, manifest=manifest, failures=(), passed_over=())
         before = self._manifests.pinned_before(pin)
         self._manifests.check_unused(key)
         if remote and self._manifests.is_taken_remotely(key):
@@ -179,6 +180,25 @@ class SnapshotDeriver:
             raise
         if not stands.is_ours:
             raise taken(key)
+
+
+def _metadata(
+    manifest: Manifest, given: Message | None, key: SnapshotKey, now_s: float
+) -> any_pb2.Any | None:
+    """The metadata that was given, or the origin's, with id, key and time of what is derived."""
+    packed = manifest.vm_metadata if given is None else pack_any(given)
+    try:
+        message = VMMetadata() if packed is None else unpack_any(packed, VMMetadata)
+    except InvalidArgument:  # of an origin whose metadata is damaged
+        message = None
+    if message is None:
+        return packed
+    if given is None:
+        # What is said of the machine and its last task stays true; this was said of the origin itself.
+        for name in ("snapshot_id", "snapshot_key", "created_timestamp"):
+            message.ClearField(name)
+    complete_metadata(message, key, key.snapshot_id, now_s)
+    return pack_any(message)
 
 
 def _names(origin: Snapshot, names: Collection[str] | None) -> set[str]:

@@ -90,10 +90,14 @@ class BlobFetcher:
         self._flights = flights_into(file_cache)
         self.prefetcher = Prefetcher(file_cache, behind, pool, self._flights)
 
-    def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+    def open(self, digest: Digest, *, allow_remote: bool = True, stalls: Observer = NOBODY) -> OpenedChunk:
         """A read-only descriptor of the verified blob, owned by the caller, and the tier it came from.
 
         NotFound or DataLoss when no tier has it right; the remote store's own errors otherwise.
+
+        Args:
+            stalls: Is told of an operation "stall" where the blob is not at hand. Readers say so; what is
+                read to find a snapshot, or to write it out, is no stall.
         """
         while True:
             try:
@@ -104,7 +108,7 @@ class BlobFetcher:
                 # Not the error itself: it would hold this frame, and its callers' with what they have read.
                 damage = error.message if isinstance(error, DataLoss) else ""
             flight, leads = self._flights.join((self.file_cache.group_id, digest))
-            with self.observer.operation("stall"):
+            with stalls.operation("stall"):
                 if leads:
                     return self._open_as_leader(self.behind, flight, damage)
                 wait(flight)
@@ -137,18 +141,20 @@ class BlobFetcher:
                 self.file_cache.materialize(digest, target, writable=writable, mode=mode)
                 return came
 
-    def open_streamed(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+    def open_streamed(
+        self, digest: Digest, *, allow_remote: bool = True, stalls: Observer = NOBODY
+    ) -> OpenedChunk:
         """As `open`, for a blob of any size: in memory only where the file cache cannot take it."""
         while True:
             try:
-                came = self._bring(digest, allow_remote=allow_remote)
+                came = self._bring(digest, allow_remote=allow_remote, stalls=stalls)
             except _CacheRefused:
-                return self.open(digest, allow_remote=allow_remote)
+                return self.open(digest, allow_remote=allow_remote, stalls=stalls)
             # When it was evicted since, the next round fetches it, or says that it is gone.
             with suppress(NotFound):
                 return OpenedChunk(self.file_cache.open(digest), REMOTE if came else FILE_CACHE)
 
-    def fetch_many(self, digests: Collection[Digest], sink: Sink) -> None:
+    def fetch_many(self, digests: Collection[Digest], sink: Sink, *, stalls: Observer = NOBODY) -> None:
         """Fetch in bulk what the file cache lacks of some blobs, but for what is on its way already.
 
         Each is kept in the file cache, where that takes it, and given to `sink`, from any thread, however
@@ -170,7 +176,7 @@ class BlobFetcher:
                 if leads:
                     flights[digest] = flight
             if flights:
-                with self.prefetcher.demand(*flights), lost_blobs():
+                with self.prefetcher.demand(*flights), stalls.operation("stall"), lost_blobs():
                     self.behind.read_many(flights, keep)
         finally:
             for flight in flights.values():
@@ -229,7 +235,7 @@ class BlobFetcher:
             raise
         self._flights.finish(flight)
 
-    def _bring(self, digest: Digest, *, allow_remote: bool) -> bool:
+    def _bring(self, digest: Digest, *, allow_remote: bool, stalls: Observer = NOBODY) -> bool:
         """Bring a blob of any size into the file cache, as a stream; whether it was fetched."""
         while True:
             try:
@@ -239,11 +245,12 @@ class BlobFetcher:
                 if self.behind is None or not allow_remote:
                     raise
             flight, leads = self._flights.join((self.file_cache.group_id, digest))
-            if leads:
-                with self._leading(flight):
-                    self._stream_to_cache(self.behind, digest)
-                return True
-            wait(flight)
+            with stalls.operation("stall"):
+                if leads:
+                    with self._leading(flight):
+                        self._stream_to_cache(self.behind, digest)
+                    return True
+                wait(flight)
             _raise_again(flight)
 
     def _stream_to_cache(self, behind: BlobStore, digest: Digest) -> None:
@@ -286,10 +293,10 @@ class UncachedFetcher(BlobFetcher):
         # What is fetched ahead would be kept.
         self.prefetcher = Prefetcher(cached.file_cache, None, cached.pool, SingleFlight())
 
-    def open(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+    def open(self, digest: Digest, *, allow_remote: bool = True, stalls: Observer = NOBODY) -> OpenedChunk:
         """See `BlobFetcher.open`; the blob is held in memory."""
         source = self._source(digest, allow_remote)
-        with lost_blobs():
+        with stalls.operation("stall"), lost_blobs():
             data = source.read(digest)
         return OpenedChunk(_in_memory_file(data), REMOTE)
 
@@ -299,7 +306,9 @@ class UncachedFetcher(BlobFetcher):
         self._place_uncached(digest, target, mode | 0o200 if writable else mode & 0o555)
         return True
 
-    def open_streamed(self, digest: Digest, *, allow_remote: bool = True) -> OpenedChunk:
+    def open_streamed(
+        self, digest: Digest, *, allow_remote: bool = True, stalls: Observer = NOBODY
+    ) -> OpenedChunk:
         """As `open`, but the blob is in a temporary file without a name."""
         source = self._source(digest, allow_remote)
         with translate_os_errors("cannot write a temporary file"), tempfile.TemporaryFile() as file:
@@ -311,13 +320,14 @@ class UncachedFetcher(BlobFetcher):
                 with lost_blobs():
                     source.read_to(digest, lambda data: files.write_all(fd, data))
 
-            _twice(attempt)
+            with stalls.operation("stall"):
+                _twice(attempt)
             return OpenedChunk(os.dup(fd), REMOTE)
 
-    def fetch_many(self, digests: Collection[Digest], sink: Sink) -> None:
+    def fetch_many(self, digests: Collection[Digest], sink: Sink, *, stalls: Observer = NOBODY) -> None:
         """See `BlobFetcher.fetch_many`."""
         if self.behind is not None:
-            with lost_blobs():
+            with stalls.operation("stall"), lost_blobs():
                 self.behind.read_many(digests, sink)
 
     def absent(self, digests: Collection[Digest]) -> set[Digest]:
@@ -594,7 +604,8 @@ class SnapshotChunkSource:
         digest = self._digest(index)
         try:
             with self.identity.on_behalf(), own_errors():
-                return self.fetcher.open(digest, allow_remote=self.allow_remote)
+                fetcher = self.fetcher
+                return fetcher.open(digest, allow_remote=self.allow_remote, stalls=fetcher.observer)
         except SnaploaderError as error:
             error.add_note(f"needed for chunk {index} of {self.name!r}")
             raise

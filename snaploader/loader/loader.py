@@ -492,7 +492,9 @@ class SnapshotLoader:
         Args:
             snapshot_id: Default: a new UUID.
             names: Of the files and directories to take. Default: all.
-            vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says.
+            vm_metadata: Where the state comes from: any protobuf message. Default: what the other one says
+                of the machine and its last task. What a `snaploader.VMMetadata` leaves open of the snapshot's
+                id, key and time is completed.
             pin: Name of a pin, as for `cache_snapshot`.
             remote: Whether to save it remotely. Default: if there is a remote cache that this loader may
                 write to, and the key of the other snapshot is of no single runner.

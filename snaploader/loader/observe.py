@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -18,6 +19,9 @@ P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
 
+_SUBJECTS = ("snapshot", "key_set", "key", "task", "snapshot_id")
+"""The parameters that say what a call is about."""
+
 
 def observed(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
     """Decorator of a loader's method: its calls are operations. The object has its observer in `_observer`.
@@ -25,17 +29,20 @@ def observed(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, 
     It stands below `in_context`, so that an operation knows who asks.
     """
     name = f"loader.{method.__name__}"
+    parameters = list(inspect.signature(method).parameters)[1:]
+    places = {subject: parameters.index(subject) for subject in _SUBJECTS if subject in parameters}
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> T:
         observer: Observer = self._observer
         if observer is NOBODY:
             return method(self, *args, **kwargs)
-        subject = args[0] if args else next(iter(kwargs.values()), None)
-        attributes = _caller() | _told_of(subject)
-        for given in ("task", "snapshot_id"):
-            if kwargs.get(given) is not None:
-                attributes |= _told_of(kwargs[given])
+        attributes = _caller()
+        for subject, place in places.items():
+            value = args[place] if place < len(args) else kwargs.get(subject)
+            if subject == "snapshot_id" and value is not None:
+                attributes["snapshot_id"] = value
+            attributes |= _told_of(value)
         with observer.operation(name, **attributes) as operation:
             result = method(self, *args, **kwargs)
             operation.set(**_told_of(result))
@@ -78,8 +85,6 @@ def _told_of(value: object) -> dict[str, object]:
             return {
                 name: getattr(value, name) for name in ("written_bytes", "fetched_blobs", "fetched_bytes")
             }
-        case str():
-            return {"snapshot_id": value}
     return {}
 
 

@@ -203,7 +203,7 @@ class SnapshotReader:
         if self.snapshot.allow_remote and len(by_digest) > 1:
             # Which of them is lost or damaged is told, with its path, when it is read by itself.
             with suppress(NotFound, DataLoss):
-                self._fetcher.fetch_many(by_digest, fill)
+                self._fetcher.fetch_many(by_digest, fill, stalls=self._fetcher.observer)
         return fetched
 
     def _prefetch(self, digests: Sequence[Digest]) -> None:
@@ -230,7 +230,7 @@ class SnapshotReader:
             return self._spool.open(digest, allow_remote=self.snapshot.allow_remote)
         is_large = digest.size_bytes >= _STREAMED_FROM_BYTES
         open_blob = self._fetcher.open_streamed if is_large else self._fetcher.open
-        return open_blob(digest, allow_remote=self.snapshot.allow_remote).fd
+        return open_blob(digest, allow_remote=self.snapshot.allow_remote, stalls=self._fetcher.observer).fd
 
 
 class _Spool:
@@ -262,7 +262,8 @@ class _Spool:
                     self._files.move_to_end(key)
                     return os.dup(self._files[key])
             # By the next round it may have been pushed out by others, and is fetched again then.
-            self._flights.run(key, fetch, wait)
+            with self._fetcher.observer.operation("stall"):
+                self._flights.run(key, fetch, wait)
 
     def close(self) -> None:
         """Drop all of them. Idempotent."""

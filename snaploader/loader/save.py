@@ -440,13 +440,8 @@ def _metadata(options: SaveOptions, key: SnapshotKey, snapshot_id: str, now_s: f
             )
         return packed
     assert message is not None
-    now_ns = int(now_s * 10**9)
-    message.snapshot_id = message.snapshot_id or snapshot_id
+    complete_metadata(message, key, snapshot_id, now_s)
     message.recycled = message.recycled or options.recycled
-    if not message.HasField("snapshot_key"):
-        message.snapshot_key.CopyFrom(key.to_proto())
-    if not message.HasField("created_timestamp"):
-        message.created_timestamp.FromNanoseconds(now_ns)
     asks = current().request_metadata
     last = message.last_executed_task
     if task is not None:
@@ -454,10 +449,19 @@ def _metadata(options: SaveOptions, key: SnapshotKey, snapshot_id: str, now_s: f
         last.invocation_id = last.invocation_id or task.invocation_id
         last.action_digest = last.action_digest or task.action_digest
         if not last.HasField("completed_timestamp"):
-            last.completed_timestamp.FromNanoseconds(now_ns)
+            last.completed_timestamp.FromNanoseconds(int(now_s * 10**9))
     if asks is not None and not last.invocation_id:
         last.invocation_id = asks.tool_invocation_id
     return pack_any(message)
+
+
+def complete_metadata(message: VMMetadata, key: SnapshotKey, snapshot_id: str, now_s: float) -> None:
+    """Say which snapshot it is, what it was saved under and when, where the message does not say."""
+    message.snapshot_id = message.snapshot_id or snapshot_id
+    if not message.HasField("snapshot_key"):
+        message.snapshot_key.CopyFrom(key.to_proto())
+    if not message.HasField("created_timestamp"):
+        message.created_timestamp.FromNanoseconds(int(now_s * 10**9))
 
 
 def upload_blobs(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loader_hosts import CONFIGURATION, Host, HostFactory, image, metadata
 
-from snaploader import FileCache, SnapshotLoader, keys
+from snaploader import FileCache, SnapshotLoader, VMMetadata, keys
 from snaploader.digest import DigestFunction
 from snaploader.errors import (
     FailedPrecondition,
@@ -19,9 +20,10 @@ from snaploader.errors import (
     SnaploaderError,
     Unavailable,
 )
+from snaploader.formats.manifest import pack_any
 from snaploader.keys import SnapshotKey
 from snaploader.loader import Progress
-from snaploader.loader.results import Snapshot
+from snaploader.loader.results import PassedOver, Snapshot
 from snaploader.remote import RetryPolicy, Timeouts
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
 
@@ -78,9 +80,32 @@ def test_a_derived_snapshot_is_whole_and_costs_no_blob(make_host: HostFactory) -
     assert host.blobs() == before
     assert (result.snapshot_id, result.key) == (ID, SnapshotKey(snapshot_id=ID))
     assert (result.saved_locally, result.saved_remotely, result.warnings) == (True, False, ())
-    assert found(host).manifest == result.snapshot.manifest == origin.manifest
+    assert found(host).manifest == result.snapshot.manifest
+    assert replace(result.snapshot.manifest, vm_metadata=origin.manifest.vm_metadata) == origin.manifest
     assert_whole(host, found(host))
     assert host.read(result.snapshot) == image(1)
+
+
+def test_a_derived_snapshot_says_that_it_is_itself_and_where_the_state_came_from(
+    make_host: HostFactory,
+) -> None:
+    host = make_host("a")
+    origin = save(host)
+    old = origin.metadata
+    assert old is not None
+    passed = PassedOver(origin.key, origin.source, old, "it is older")
+    derived = host.loader.derive_snapshot(replace(origin, passed_over=(passed,)), snapshot_id=ID).snapshot
+    assert derived.passed_over == ()
+    own = found(host).metadata
+    assert own is not None
+    assert (own.snapshot_id, own.key) == (ID, SnapshotKey(snapshot_id=ID))
+    assert own.created != old.created
+    assert own.completed == old.completed == datetime.fromtimestamp(1000, UTC)
+    given = host.loader.derive_snapshot(origin, vm_metadata=VMMetadata(vm_id="vm-2")).snapshot
+    assert given.metadata is not None
+    assert (given.metadata.vm_id, given.metadata.snapshot_id) == ("vm-2", given.key.snapshot_id)
+    foreign = host.loader.derive_snapshot(origin, vm_metadata=CONFIGURATION).snapshot
+    assert (foreign.metadata, foreign.manifest.vm_metadata) == (None, pack_any(CONFIGURATION))
 
 
 def test_a_derived_snapshot_outlives_its_origin(make_host: HostFactory) -> None:

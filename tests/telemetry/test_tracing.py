@@ -10,7 +10,15 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from telemetry_hosts import CHUNK, MakeHost
 
-from snaploader import CallContext, Digest, NotFound, OpenTelemetryTraces, RequestMetadata, SnapshotTask
+from snaploader import (
+    CallContext,
+    Digest,
+    NotFound,
+    OpenTelemetryTraces,
+    RequestMetadata,
+    SnaploaderError,
+    SnapshotTask,
+)
 from snaploader.testing import EmbeddedServer, Fault
 
 CONTENT = b"a" * CHUNK + bytes(CHUNK) + b"b" * 100
@@ -183,3 +191,14 @@ def test_what_is_current_before_a_call_is_current_after_it(
         with pytest.raises(NotFound):
             host.find()
         assert trace.get_current_span() is span
+
+
+def test_an_error_of_an_embedders_own_ends_a_span_as_unknown(
+    exporter: InMemorySpanExporter, traces: OpenTelemetryTraces
+) -> None:
+    class Own(SnaploaderError):
+        pass
+
+    with pytest.raises(Own), traces.operation("rpc", path="/a.B/C", address="host", port=1):
+        raise Own("x")
+    assert (named(exporter, "a.B/C").attributes or {})["rpc.grpc.status_code"] == 2
