@@ -14,6 +14,7 @@ from enum import StrEnum
 from itertools import filterfalse
 from typing import TYPE_CHECKING, TypeAlias
 
+from snaploader.context import CallContext
 from snaploader.errors import DataLoss, NotFound
 from snaploader.policy import ReadPolicy
 from snaploader.workspace.model import (
@@ -72,6 +73,7 @@ class Finding:
         return f"{self.workspace_id}: {self.detail}" if self.workspace_id else self.detail
 
 
+@CallContext().on_behalf()  # the loader is asked as the manager asks it
 def check(manager: WorkspaceManager) -> list[Finding]:
     """Everything that is wrong with the workspaces of the manager's host.
 

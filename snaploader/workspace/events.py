@@ -14,9 +14,10 @@ from snaploader.workspace.model import Event, SnapshotRecord, Version
 if TYPE_CHECKING:
     from snaploader.workspace.catalog import Transaction
 
-ABOUT_ALL = ("workspace", "host", "owner", "template")
+ABOUT_ALL = ("workspace", "host", "owner", "base", "template")
 """What every event says of its workspace, as it is after what happened: its id, where it lives, whose it is,
-and its `base`. What is empty is left out."""
+its `base`, and the template, which is the base of one that was made from a version of it. What is empty is
+left out."""
 
 EVENT_TYPES = (
     "deadline_extend",
@@ -48,7 +49,8 @@ def add_event(
 ) -> Event:
     """Record what happened to a workspace, with what events say of all."""
     workspace = tx.lock_workspace(workspace_id)
-    values = (workspace.id, workspace.host, workspace.owner, workspace.base)
+    template = "" if workspace.template_version is None else workspace.base
+    values = (workspace.id, workspace.host, workspace.owner, workspace.base, template)
     about = {name: value for name, value in zip(ABOUT_ALL, values, strict=True) if value}
     return tx.add_event(workspace_id, event_type, {**about, **payload}, now)
 

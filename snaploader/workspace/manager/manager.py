@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final, Self, Unpack
 
 from snaploader._environment import HOST, HostEnvironment
+from snaploader.context import CallContext
 from snaploader.errors import Cancelled, FailedPrecondition, InvalidArgument, SnaploaderError
 from snaploader.filecache import FileCache
 from snaploader.loader import SnapshotLoader
@@ -50,6 +51,10 @@ from snaploader.workspace.runtime.protocol import DEFAULT_STOP_TIMEOUT_S, Runtim
 
 _MAKING = (OperationKind.CREATE, OperationKind.FORK)
 
+_as_loaders_caller = CallContext().on_behalf()
+"""Decorates what works with the loader or the cache on the caller's own thread: it is asked as it is on the
+manager's threads, by the caller that the loader was made for and not by the one whose context is current."""
+
 DEFAULT_LOCK_TIMEOUT_S = 600.0
 """How long an operation waits for the workspace's lock."""
 
@@ -62,6 +67,9 @@ class WorkspaceManager:
     otherwise; one that was begun runs to its end on a thread of the manager, even when its caller is
     interrupted. If its process is killed, the next operation on the workspace, or `recover`, finishes it or
     takes it back.
+
+    The loader is asked by the caller that its constructor's `context` makes it: headers, credentials and
+    group of the `CallContext` that is current with the manager's caller do not count.
 
     What is given here is the caller's to close, after the manager. Call `recover` once at start-up.
 
@@ -555,6 +563,7 @@ class WorkspaceManager:
 
     # At start-up
 
+    @_as_loaders_caller
     def recover(self, *, rebind_state: bool = False, forget_remote: bool = False) -> RecoverySummary:
         """Put everything of this host in order after a crash or a restart. Never raises, unless closed.
 
@@ -601,6 +610,7 @@ class WorkspaceManager:
             )
         return [each for each in found if each.operation is None or each.operation.kind not in _MAKING]
 
+    @_as_loaders_caller
     def list_snapshots(self, workspace_id: str, *, unmanaged: bool = True) -> list[SnapshotInfo]:
         """The snapshots of a workspace, oldest first.
 
@@ -653,6 +663,7 @@ class WorkspaceManager:
         with self.catalog.reading() as reader:
             return reader.events(workspace_id, after=after, types=types, limit=limit, newest=newest)
 
+    @_as_loaders_caller
     def sizes(self, workspace_ids: Iterable[str] | None = None) -> Mapping[str, sizes.WorkspaceSize]:
         """What the snapshots of this host's workspaces take, by id: exclusive and shared bytes.
 
@@ -665,6 +676,7 @@ class WorkspaceManager:
         nothing = sizes.WorkspaceSize()
         return MappingProxyType({each: measured.get(each, nothing) for each in workspace_ids})
 
+    @_as_loaders_caller
     def orphaned_uploads(self, workspace_id: str = "") -> list[OrphanedUpload]:
         """What commits of this host that failed have left in the remote cache; the next commit reuses it.
 

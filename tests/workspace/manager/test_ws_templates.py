@@ -108,7 +108,7 @@ def test_the_next_start_takes_the_active_version_with_its_policy_and_an_event(ho
     with host.catalog.reading() as reader:
         assert reader.situation("one").deadline == host.clock.now + 3 * HOUR
     [event] = host.manager.events(types=["workspace_update"])
-    assert event.payload["template"] == "web"
+    assert (event.payload["base"], event.payload["template"]) == ("web", "web")
     assert (event.payload["from_version"], event.payload["to_version"]) == (1, 2)
     host.manager.stop("one")
     host.manager.start("one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from manager_hosts import DATA, START, Host, HostFactory
 
 from snaploader import SnapshotKey, VMConfiguration, VMMetadata
+from snaploader.context import CallContext, current
 from snaploader.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from snaploader.testing import FakeCAS
 from snaploader.workspace.host import SlotPool
@@ -179,6 +181,49 @@ def test_listing_uses_nothing_up(host: Host) -> None:
         os.utime(path, ns=(10**18, path.stat().st_mtime_ns))
     assert len(unmanaged(host)) == 1
     assert {entry.last_used_s for entry in host.cache.entries()} == {10**9}
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda host: host.manager.list_snapshots("one"),
+        lambda host: host.manager.sizes(),
+        lambda host: host.manager.orphaned_uploads(),
+        lambda host: host.findings(),
+    ],
+    ids=["list_snapshots", "sizes", "orphaned_uploads", "check"],
+)
+def test_the_loader_is_asked_as_its_own_caller_and_not_as_that_of_the_manager(
+    host: Host, remote: FakeCAS, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Host], object]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise Unavailable("no route")
+
+    with CallContext(group_id="other").use():
+        host.create()
+        host.write("data/a", "precious" * 1000)
+        host.manager.create_version("one")
+        with monkeypatch.context() as patch, pytest.raises(Unavailable):
+            patch.setattr(remote, "update_action_result", refuse)
+            host.manager.commit("one")
+    save(host, "nightly/7")
+    expected = ask(host)
+    with CallContext(group_id="other").use():
+        assert ask(host) == expected
+
+
+def test_a_recovery_asks_as_the_caller_of_the_loader_too(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, pins = [], host.cache.pins
+
+    def looked(*args: Any) -> Any:
+        asked.append(current().group_id)
+        return pins(*args)
+
+    monkeypatch.setattr(host.cache, "pins", looked)
+    host.create()
+    with CallContext(group_id="other").use():
+        host.manager.recover()
+    assert set(asked) == {None}
 
 
 # Workspaces
