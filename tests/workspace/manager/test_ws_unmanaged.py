@@ -26,6 +26,7 @@ from snaploader.workspace.model import (
     WorkspaceState,
     pin_name,
 )
+from snaploader.workspace.runtime import RuntimeStatus
 
 
 def lose(host: Host, workspace_id: str = "one") -> None:
@@ -213,14 +214,14 @@ def test_the_loader_is_asked_as_its_own_caller_and_not_as_that_of_the_manager(
 
 
 def test_a_recovery_asks_as_the_caller_of_the_loader_too(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, pins = [], host.cache.pins
+    asked, status = [], host.runtime.status
 
-    def looked(*args: Any) -> Any:
+    def looked(workspace_id: str) -> RuntimeStatus:
         asked.append(current().group_id)
-        return pins(*args)
+        return status(workspace_id)
 
-    monkeypatch.setattr(host.cache, "pins", looked)
     host.create()
+    monkeypatch.setattr(host.runtime, "status", looked)
     with CallContext(group_id="other").use():
         host.manager.recover()
     assert set(asked) == {None}
