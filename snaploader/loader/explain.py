@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -13,7 +13,7 @@ from snaploader.errors import DataLoss, NotFound, SnaploaderError
 from snaploader.formats.manifest import Manifest
 from snaploader.keys import SnapshotKey, SnapshotKeySet
 from snaploader.loader.find import SnapshotFinder, is_limited, manifest_order
-from snaploader.loader.manifests import Deleted, ManifestStore, Stores
+from snaploader.loader.manifests import Damaged, Deleted, ManifestStore, Stores
 from snaploader.loader.results import ManifestSource, vm_metadata_of
 from snaploader.loader.versions import VersionStore
 from snaploader.policy import ReadPolicy, ReadSources, completed_s, is_stale
@@ -181,9 +181,11 @@ class SnapshotExplainer:
         allowed = self._finder.allowed(policy, sources)
         order = manifest_order(policy, allowed)
         explained = []
+        unreadable: set[str] = set()
         for position, key in enumerate(key_set):
             looked = [
-                self._look(key, source, allowed, max_age_s, is_fallback=position > 0) for source in order
+                self._look(key, source, allowed, max_age_s, unreadable, is_fallback=position > 0)
+                for source in order
             ]
             looked += [
                 ManifestExplanation(source, self._name(key, source), Rule.NOT_READ, "policy or switches")
@@ -197,7 +199,7 @@ class SnapshotExplainer:
                 local_version, remote_version = self._versions.look(base)
         except SnaploaderError as error:
             failure = error.message
-        chosen_key, chosen, ended = decide(explained, allow_degraded=allow_degraded)
+        chosen_key, chosen, ended = decide(explained, unreadable, allow_degraded=allow_degraded)
         return Explanation(
             group_id=self._stores.file_cache.group_id,
             read_policy=policy,
@@ -224,6 +226,7 @@ class SnapshotExplainer:
         source: ManifestSource,
         sources: ReadSources,
         max_age_s: float,
+        unreadable: set[str],
         *,
         is_fallback: bool,
     ) -> ManifestExplanation:
@@ -234,6 +237,8 @@ class SnapshotExplainer:
             else:
                 manifest = self._manifests.read_remote(key)
         except SnaploaderError as error:
+            if isinstance(error, Damaged):
+                unreadable.add(self._name(key, source))
             return told(_rule(error, Rule.ABSENT), error.message)
         metadata = vm_metadata_of(manifest)
         completed, now_s = completed_s(metadata), self._stores.clock()
@@ -281,6 +286,8 @@ class SnapshotExplainer:
 def _rule(error: SnaploaderError, not_found: Rule) -> Rule:
     if isinstance(error, Deleted):
         return Rule.DELETED
+    if isinstance(error, Damaged):
+        return Rule.DAMAGED
     if isinstance(error, NotFound):
         return not_found
     return Rule.DAMAGED if isinstance(error, DataLoss) else Rule.FAILED
@@ -291,9 +298,13 @@ def _stale(found: ManifestExplanation, max_age_s: float) -> ManifestExplanation:
 
 
 def decide(
-    explained: Sequence[KeyExplanation], *, allow_degraded: bool
+    explained: Sequence[KeyExplanation], unreadable: Collection[str], *, allow_degraded: bool
 ) -> tuple[SnapshotKey | None, ManifestExplanation | None, str]:
-    """The key and the manifest that `get_snapshot` takes; and what ends its search, if anything does."""
+    """The key and the manifest that `get_snapshot` takes; and what ends its search, if anything does.
+
+    Args:
+        unreadable: Names of the local manifests that cannot be understood: these end no search.
+    """
     for one in explained:
         damage = ""
         for manifest in one.manifests:
@@ -303,7 +314,7 @@ def decide(
                 break
             if manifest.rule is Rule.FAILED and not allow_degraded:
                 return None, None, f"a manifest cannot be looked at: {manifest.reason}"
-            if manifest.rule is Rule.DAMAGED:
+            if manifest.rule is Rule.DAMAGED and manifest.name not in unreadable:
                 damage = damage or manifest.reason
         else:
             if damage and not allow_degraded:

@@ -112,6 +112,10 @@ class Deleted(NotFound):
     """The snapshot was deleted for everybody, whatever copies of its manifest are kept elsewhere."""
 
 
+class Damaged(NotFound):
+    """A local manifest cannot be understood. It counts as none, and is removed when it is read to be used."""
+
+
 class Entry(Enum):
     """What stands under the key of a snapshot."""
 
@@ -150,7 +154,7 @@ class ManifestStore:
             log.warning("a local manifest is damaged: %s", error)
             if not self._stores.readonly:
                 self._file_cache.delete_ref(name)
-            raise NotFound(f"the local manifest was damaged ({error})") from error
+            raise Damaged(f"the local manifest was damaged ({error})") from error
 
     def look_local(self, key: SnapshotKey) -> Manifest:
         """As `read_local`, but this does not count as a use, and a damaged manifest stays."""
@@ -163,7 +167,7 @@ class ManifestStore:
         try:
             return Manifest.parse_local(data)
         except InvalidArgument as error:
-            raise NotFound(f"the local manifest is damaged ({error.message})") from error
+            raise Damaged(f"the local manifest is damaged ({error.message})") from error
 
     def remote_name(self, key: SnapshotKey) -> str:
         """What the manifest of `key` is kept under in the remote cache, without its size; it is not asked."""

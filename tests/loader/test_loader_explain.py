@@ -60,6 +60,10 @@ def damaged_tree_there(writer: Host, here: Host) -> None:
     SERVER[0].corrupt_blob(tree)
 
 
+def damaged_manifest_here(writer: Host, here: Host) -> None:
+    here.cache.put_ref(here.loader.manifests.local_ref(here.keys("topic").branch_key), b"no manifest")
+
+
 SERVER: list[EmbeddedServer] = []
 
 STATES: list[Callable[[Host, Host], None]] = [
@@ -70,6 +74,7 @@ STATES: list[Callable[[Host, Host], None]] = [
     stale_here_and_new_there,
     incomplete_here,
     damaged_tree_there,
+    damaged_manifest_here,
 ]
 
 
@@ -147,8 +152,7 @@ def test_a_damaged_local_manifest_stays(make_host: HostFactory) -> None:
     name = host.loader.manifests.local_ref(key_set.branch_key)
     host.cache.put_ref(name, b"no manifest")
     ((one,),) = (key.manifests[:1] for key in host.loader.explain(key_set).keys)
-    assert one.rule is Rule.ABSENT
-    assert "damaged" in one.reason
+    assert one.rule is Rule.DAMAGED
     assert host.cache.get_ref(name) == b"no manifest"
 
 
