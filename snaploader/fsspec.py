@@ -24,13 +24,15 @@ import io
 import os
 import stat
 import threading
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeAlias
 from urllib.parse import unquote
+from weakref import WeakSet
 
 try:
     from fsspec.spec import AbstractFileSystem
@@ -39,14 +41,23 @@ except ModuleNotFoundError as error:
         "snaploader.fsspec needs fsspec: install snaploader[fsspec]", name=error.name
     ) from error
 
+from cow import SingleFlight
 from snaploader.blobstore import RemoteStore
-from snaploader.context import current
-from snaploader.errors import DeadlineExceeded, InvalidArgument, NotFound, SnaploaderError, Unavailable
+from snaploader.context import current, own_errors
+from snaploader.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    SnaploaderError,
+    Unavailable,
+)
 from snaploader.filecache import FileCache
 from snaploader.files import ProcessExitStack
 from snaploader.formats.dirtree import ChunkedEntry, DirectoryEntry, Entry, FileEntry, SymlinkEntry
 from snaploader.keys import BRANCH_VARIABLE, Properties, SnapshotKeySet, SnapshotTask
 from snaploader.loader import Snapshot, SnapshotLoader, SnapshotReader
+from snaploader.loader.fetch import wait
 from snaploader.loader.read import DEFAULT_BUFFER_BYTES
 from snaploader.policy import ReadPolicy
 
@@ -54,7 +65,10 @@ ID_MARK = "@"
 """Begins the name of a snapshot that is named by its id."""
 
 MAX_SNAPSHOTS = 1000
-"""Snapshots that are kept for reading by one process and with the same options; the latest ones stay."""
+"""Snapshots that are kept for reading by one process and with the same options; the latest ones stay, and
+those that files are open on."""
+
+_PlaceKey: TypeAlias = "tuple[str, object]"
 
 
 def snapshot_url(path: str = "", *, ref: str | None = None, snapshot_id: str | None = None) -> str:
@@ -432,47 +446,102 @@ def _missing(name: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, failure.message, name) from failure
 
 
+@dataclass(eq=False)
 class _Place:
     """The reader of one snapshot, once it was looked for."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.reader: SnapshotReader | None = None
-        self.is_stale = False
+    reader: SnapshotReader | None = None
+    is_stale: bool = False
 
 
 class _Opened:
-    """A loader, and readers of the snapshots that it has found. Thread-safe."""
+    """A loader, and readers of the snapshots that it has found. Thread-safe.
+
+    Nothing is opened or looked for under the lock: a call waits for another's work as long as it may itself.
+    """
 
     def __init__(self, options: _Options) -> None:
         self.options = options
         self._lock = threading.Lock()
-        self._places: OrderedDict[tuple[str, tuple[object, ...]], _Place] = OrderedDict()
+        self._places: OrderedDict[_PlaceKey, _Place] = OrderedDict()
         """By what the path begins with and who asks, the latest last."""
-        with ProcessExitStack() as undo:
-            self._loader = options.loader or undo.enter_context(_new_loader(options, undo))
-            self._open = undo.pop_all()
+        self._searches: SingleFlight[_PlaceKey, SnapshotReader] = SingleFlight()
+        self._evicted: WeakSet[SnapshotReader] = WeakSet()
+        """Readers that files may still be open on."""
+        self._unused: deque[ExitStack] = deque()
+        """What readers held that nobody has any more. A garbage collection may add to it at any time."""
+        self._opening: SingleFlight[str, SnapshotLoader] = SingleFlight()
+        self._loader: SnapshotLoader | None = None
+        self._open = ExitStack()
+        self._closed = False
 
     def reader(self, root: str) -> SnapshotReader:
         """The reader of the snapshot that a path begins with; each caller's is looked for once."""
-        key, oldest = (root, current().caller), None
+        key = root, current().caller
+        self._drop_unused()
         with self._lock:
+            self._check_open()
             place = self._places.setdefault(key, _Place())
             self._places.move_to_end(key)
             if len(self._places) > MAX_SNAPSHOTS:
-                _, oldest = self._places.popitem(last=False)
-        if oldest is not None and oldest.reader is not None:
-            oldest.reader.close()
-        with place.lock:
-            if place.reader is None or place.is_stale:
-                snapshot = self._find(root)
-                place.is_stale = False
-                if place.reader is None or place.reader.snapshot.manifest != snapshot.manifest:
-                    reader = self._loader.read_snapshot(snapshot)
-                    if place.reader is not None:
-                        place.reader.close()
-                    place.reader = reader
-            return place.reader
+                self._evict(self._places.popitem(last=False)[1].reader)
+            if place.reader is not None and not place.is_stale:
+                return place.reader
+
+        def search() -> SnapshotReader:
+            with own_errors():
+                return self._look(key, place)
+
+        return self._searches.run(key, search, wait)
+
+    def _look(self, key: _PlaceKey, place: _Place) -> SnapshotReader:
+        before = place.reader
+        if before is not None and not place.is_stale:
+            return before  # another thread has looked since
+        loader = self._opened_loader()
+        snapshot = self._find(loader, key[0])
+        place.is_stale = False
+        if before is not None and before.snapshot.manifest == snapshot.manifest:
+            return before
+        with ExitStack() as undo:
+            reader = undo.enter_context(loader.read_snapshot(snapshot))
+            with self._lock:
+                self._check_open()
+                place.reader = reader
+                if self._places.get(key) is not place:
+                    self._evict(reader)
+            undo.pop_all()
+        if before is not None:
+            before.close()
+        return reader
+
+    def _evict(self, reader: SnapshotReader | None) -> None:
+        """Close a reader when no file or call uses it any more."""
+        if reader is not None:
+            self._evicted.add(reader)
+            weakref.finalize(reader, self._unused.append, reader.held).atexit = False
+
+    def _drop_unused(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._unused.popleft().close()
+
+    def _opened_loader(self) -> SnapshotLoader:
+        def open_loader() -> SnapshotLoader:
+            if self._loader is not None:
+                return self._loader
+            with own_errors(), ProcessExitStack() as undo:
+                loader = self.options.loader or undo.enter_context(_new_loader(self.options, undo))
+                with self._lock:
+                    self._check_open()
+                    self._loader, self._open = loader, undo.pop_all()
+            return loader
+
+        return self._loader or self._opening.run("loader", open_loader, wait)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise FailedPrecondition("the file system was closed meanwhile")
 
     def invalidate(self, root: str | None) -> None:
         """Look for the snapshot of one path, or for all, when they are used next."""
@@ -483,16 +552,19 @@ class _Opened:
     def close(self) -> None:
         """Close readers, then what was opened for them."""
         with self._lock:
-            readers = [place.reader for place in self._places.values() if place.reader is not None]
+            self._closed = True
+            readers = {place.reader for place in self._places.values()} | set(self._evicted)
         for reader in readers:
-            reader.close()
+            if reader is not None:
+                reader.close()
+        self._drop_unused()
         self._open.close()
 
-    def _find(self, root: str) -> Snapshot:
+    def _find(self, loader: SnapshotLoader, root: str) -> Snapshot:
         options = self.options
         name = unquote(root.removeprefix(ID_MARK))
         if root.startswith(ID_MARK) and name:
-            return self._loader.get_snapshot_by_id(
+            return loader.get_snapshot_by_id(
                 name, instance_name=options.instance_name, read_policy=options.read_policy
             )
         key_set = None if name else options.key_set
@@ -501,8 +573,8 @@ class _Opened:
             task = SnapshotTask.from_mapping(
                 options.platform, environment, instance_name=options.instance_name
             )
-            key_set = self._loader.snapshot_key_set(task, options.configuration_hash, options.runner_id)
-        return self._loader.get_snapshot(key_set, options.read_policy)
+            key_set = loader.snapshot_key_set(task, options.configuration_hash, options.runner_id)
+        return loader.get_snapshot(key_set, options.read_policy)
 
 
 def _new_loader(options: _Options, undo: ExitStack) -> SnapshotLoader:

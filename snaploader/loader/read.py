@@ -8,7 +8,7 @@ import os
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self, TypeAlias
 
 from cow import DEFAULT_READAHEAD, ReadaheadPlanner, SingleFlight, TruncatedFile, new_bytes, read_all
@@ -73,8 +73,12 @@ class SnapshotReader:
         self._closed = False
         identity = current().identity()
         self._default_context = None if identity == CallContext() else identity
-        self._lease = hold(snapshot, fetcher)
+        self.held = ExitStack()
+        """What `close` lets go of. It does not refer to the reader."""
+        self.held.callback(hold(snapshot, fetcher).release)
         self._spool = None if snapshot.allow_local else _Spool(fetcher)
+        if self._spool is not None:
+            self.held.callback(self._spool.close)
 
     def entry(self, path: str) -> Entry:
         """What stands at a path, at the end of all symbolic links; "" is the snapshot, a `DirectoryEntry`.
@@ -158,9 +162,7 @@ class SnapshotReader:
     def close(self) -> None:
         """Let go of what was kept from eviction; nothing can be read any more. Idempotent."""
         self._closed = True
-        self._lease.release()
-        if self._spool is not None:
-            self._spool.close()
+        self.held.close()
 
     def __enter__(self) -> Self:
         return self

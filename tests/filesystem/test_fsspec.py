@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -275,9 +276,15 @@ def test_snapshots_that_were_not_used_for_long_are_let_go_of(
     assert fs.exists("main/disk")
     assert fs.exists("%40odd/disk")
     assert first.read(1) == DISK[:1]
-    with pytest.raises(FailedPrecondition, match="closed"):
-        second.read(1)
+    assert second.read(1) == DISK[:1]  # a file is open on it, so it was not closed
+    old = weakref.ref(second.raw._reader)
+    held = old().held
+    closed = []
+    held.callback(closed.append, True)
+    del second
+    assert old() is None
     assert fs.cat("feature%2Fx/disk") == DISK
+    assert closed == [True]
 
 
 def test_a_directory_is_no_file(fs: SnapshotFileSystem) -> None:
@@ -610,3 +617,68 @@ def test_without_fsspec_the_error_names_the_extra() -> None:
     script = "import sys; sys.modules['fsspec'] = None; import snaploader.fsspec"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "snaploader.fsspec needs fsspec: install snaploader[fsspec]" in done.stderr
+
+
+def test_a_call_waits_for_anothers_search_no_longer_than_it_may(
+    fs: SnapshotFileSystem, saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, proceed = threading.Event(), threading.Event()
+    get = saved.cas.get_action_result
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert proceed.wait(60)
+        return get(*args, **kwargs)
+
+    monkeypatch.setattr(saved.cas, "get_action_result", slow)
+    with ThreadPoolExecutor(1) as pool:
+        patient = pool.submit(fs.cat, "main/disk")
+        assert begun.wait(60)
+        with CallContext(timeout_s=0.01).use(), pytest.raises(Unavailable):
+            fs.cat("main/disk")
+        assert not patient.done()
+        proceed.set()
+        assert patient.result(60) == DISK
+
+
+def test_a_reader_that_is_opened_while_the_file_system_closes_is_closed(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FileCache(tmp_path / "own") as cache, SnapshotLoader(cache, saved.cas) as loader:
+        fs = SnapshotFileSystem(loader=loader, configuration_hash="conf", skip_instance_cache=True)
+        read_snapshot, readers = loader.read_snapshot, []
+
+        def closing(*args: Any, **kwargs: Any) -> Any:
+            readers.append(read_snapshot(*args, **kwargs))
+            fs.close()
+            return readers[-1]
+
+        monkeypatch.setattr(loader, "read_snapshot", closing)
+        with pytest.raises(FailedPrecondition, match="closed"):
+            fs.cat("main/disk")
+        with pytest.raises(FailedPrecondition, match="closed"):
+            readers[0].read_at("disk", 0, 1)
+
+
+def test_a_cache_that_is_slow_to_open_holds_up_no_other(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, proceed = threading.Event(), threading.Event()
+
+    class Slow(FileCache):
+        def __init__(self, root: Any, **options: Any) -> None:
+            if Path(root).name == "slow":
+                begun.set()
+                assert proceed.wait(60)
+            super().__init__(root, **options)
+
+    monkeypatch.setattr("snaploader.fsspec.FileCache", Slow)
+    slow, quick = make(file_cache=str(tmp_path / "slow")), make(file_cache=str(tmp_path / "quick"))
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(slow.cat, "main/disk")
+        assert begun.wait(60)
+        try:
+            assert pool.submit(quick.cat, "main/disk").result(60) == DISK
+        finally:
+            proceed.set()
+        assert waiting.result(60) == DISK
