@@ -557,6 +557,9 @@ class Prefetcher:
             # No reader asked for these bytes yet. One that does fetches them again and sees the error.
             log.debug("prefetch of %d blobs failed: %s", len(batch), caught)
             error = caught
+        except Exception:
+            # Nobody would hear of it on this thread: a store of an embedder's own may raise anything.
+            log.exception("prefetch of %d blobs failed", len(batch))
         finally:
             self._give_up(batch, error or NotFound("the prefetch ended without this blob"))
         self._start()

@@ -12,7 +12,7 @@ import pytest
 from loader_hosts import CHUNK, HostFactory, image
 
 from cow import Flight
-from snaploader import FileCache, SnapshotLoader
+from snaploader import CallContext, FileCache, SnapshotLoader
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import SnaploaderError
 from snaploader.loader.fetch import BlobFetcher, flights_into
@@ -151,6 +151,29 @@ def test_a_late_landing_of_a_prefetch_leaves_the_flight_of_another_alone(
         cas.may_read.set()
         assert demand.result(TIMEOUT_S) == b"first" * 100
     assert cas.reads[first] == 1
+
+
+def test_an_error_of_an_embedders_store_is_logged_and_prefetching_goes_on(
+    cache: FileCache, cas: GatedCAS, pool: WorkerPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = cas.add(b"first"), cas.add(b"second")
+    may_fail, went_on = threading.Event(), threading.Event()
+
+    def read_many(digests: Any, sink: Callable[[Digest, bytes], None]) -> None:
+        if first in digests:
+            assert may_fail.wait(TIMEOUT_S)
+            raise ValueError("a bug of theirs")
+        went_on.set()
+
+    cas.read_many = read_many  # type: ignore[method-assign]
+    prefetcher = BlobFetcher(cache, cas, pool).prefetcher
+    prefetcher.hint([first])
+    with CallContext(group_id="team").use():  # what another caller is to have is another batch
+        prefetcher.hint([second])
+    may_fail.set()
+    pool.submit(lambda: None).result(TIMEOUT_S)  # behind the first batch, which is over now
+    assert went_on.wait(10)
+    assert "a bug of theirs" in caplog.text
 
 
 def test_hints_to_a_closed_pool_hold_no_reader_up(cache: FileCache, cas: GatedCAS) -> None:
