@@ -557,20 +557,19 @@ class Metrics:
     Needs the extra `metrics`, which is imported when one is made; docs/workspaces.md lists the metrics.
 
     Args:
-        registry: Where the metrics are registered, which can be done once; None: prometheus_client's default.
+        registry: Where the metrics are registered, such as `prometheus_client.REGISTRY`; once in each.
 
     Raises:
         FailedPrecondition: prometheus-client is not installed, or the registry has these metrics already.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         try:
-            from prometheus_client import REGISTRY, Counter, Histogram
+            from prometheus_client import Counter, Histogram
         except ImportError as error:
             raise FailedPrecondition(
                 "metrics need prometheus-client: pip install 'snaploader[metrics]'"
             ) from error
-        registry = REGISTRY if registry is None else registry
         try:
             self._duration = Histogram(
                 "snaploader_lifecycle_run_duration_seconds",

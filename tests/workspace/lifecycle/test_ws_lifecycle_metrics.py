@@ -55,6 +55,11 @@ def test_a_registry_that_has_the_metrics_refuses_them_with_what_to_do():
 def test_without_prometheus_client_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(FailedPrecondition, match=r"pip install 'snaploader\[metrics\]'"):
+        Metrics(CollectorRegistry())
+
+
+def test_nothing_is_registered_where_nobody_said():
+    with pytest.raises(TypeError, match="registry"):
         Metrics()
 
 
@@ -62,8 +67,8 @@ def test_prometheus_client_is_imported_only_when_metrics_are_made():
     program = (
         "import sys, snaploader.workspace.lifecycle as m\n"
         "assert 'prometheus_client' not in sys.modules\n"
-        "m.Metrics()\n"
         "import prometheus_client\n"
+        "m.Metrics(prometheus_client.REGISTRY)\n"
         "assert b'snaploader_lifecycle_errors_total' in prometheus_client.generate_latest()\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
