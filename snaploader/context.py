@@ -2,8 +2,8 @@
 
 Every method of the loader and of the caches takes `context=`. While the call runs, its context is
 *current*, as a context variable is, so that the code in between need not pass it on: the threads of a
-`WorkerPool` work in the context of the call that they work for. What is no such call, as a read of a store
-that faults a chunk in, looks at the current context too: `CallContext.use` makes one current for a block.
+`WorkerPool` work in the context of the call that they work for. A read of a store that faults a chunk in
+takes no `context=`, but goes by the current one too: `CallContext.use` makes a context current for a block.
 
 A field that a context leaves open is that of the call around it, then that of the object's constructor. The
 earliest deadline and every cancellation count.

@@ -662,7 +662,8 @@ class FileLock:
 
 def held_in_call(lock: threading.Lock) -> AbstractContextManager[object]:
     """Hold a lock of this process's threads. Waiting for it ends with the call that runs."""
-    # A lock itself is what no signal can come between, as on its way out of a function in Python.
+    # No signal can come between taking the lock itself and entering the block. A function in Python can be
+    # interrupted on its way out, with the lock taken.
     return _held_in_call(lock) if current().is_bounded else lock
 
 

@@ -66,8 +66,12 @@ METRICS: dict[str, Description] = {
     "snaploader_fetch_seconds": Description(
         "histogram", "Reads from behind the file cache, of one blob or of many.", ("mode", "outcome")
     ),
-    "snaploader_fetched_blobs_total": Description("counter", "Blobs that these brought.", ("mode",)),
-    "snaploader_fetched_bytes_total": Description("counter", "Their size.", ("mode",)),
+    "snaploader_fetched_blobs_total": Description(
+        "counter", "Blobs brought from behind the file cache.", ("mode",)
+    ),
+    "snaploader_fetched_bytes_total": Description(
+        "counter", "Bytes in the blobs brought from behind the file cache.", ("mode",)
+    ),
     "snaploader_stall_seconds": Description("histogram", "Waits of readers for a chunk that is not at hand."),
     "snaploader_rpc_seconds": Description(
         "histogram", "Calls of servers; each attempt is one.", ("method", "outcome")
@@ -75,45 +79,79 @@ METRICS: dict[str, Description] = {
     "snaploader_read_chunks_total": Description(
         "counter", "Chunks of open stores read for the first time, by where they came from.", ("source",)
     ),
-    "snaploader_read_bytes_total": Description("counter", "Their size.", ("source",)),
+    "snaploader_read_bytes_total": Description(
+        "counter", "Bytes in the chunks of open stores read for the first time.", ("source",)
+    ),
     "snaploader_prefetch_issued_chunks_total": Description("counter", "Chunks asked for ahead of time."),
-    "snaploader_prefetch_used_chunks_total": Description("counter", "Those that were read afterwards."),
+    "snaploader_prefetch_used_chunks_total": Description(
+        "counter", "Chunks asked for ahead of time and read afterwards."
+    ),
     "snaploader_copied_chunks_total": Description("counter", "Chunks copied because a part was written."),
     "snaploader_open_stores": Description("gauge", "Chunked files that are unpacked now."),
-    "snaploader_mapped_bytes": Description("gauge", "Chunks of them that are mapped into memory."),
-    "snaploader_dirty_bytes": Description("gauge", "Chunks of them that were written and are not saved."),
-    "snaploader_file_cache_bytes": Description("gauge", "Disk blocks of all entries.", _FOLDER),
-    "snaploader_file_cache_max_bytes": Description("gauge", "Their bound.", _FOLDER),
-    "snaploader_file_cache_pinned_bytes": Description("gauge", "Content that pins keep.", _FOLDER),
-    "snaploader_file_cache_hits_total": Description("counter", "Blobs opened or read.", _FOLDER),
-    "snaploader_file_cache_misses_total": Description("counter", "Blobs asked for and absent.", _FOLDER),
-    "snaploader_file_cache_added_blobs_total": Description("counter", "Blobs added.", _FOLDER),
-    "snaploader_file_cache_added_bytes_total": Description("counter", "Their size.", _FOLDER),
+    "snaploader_mapped_bytes": Description("gauge", "Chunks of unpacked files that are mapped into memory."),
+    "snaploader_dirty_bytes": Description(
+        "gauge", "Chunks of unpacked files that were written and are not saved."
+    ),
+    "snaploader_file_cache_bytes": Description(
+        "gauge", "Disk blocks of all entries of the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_max_bytes": Description(
+        "gauge", "Most disk blocks that the file cache may take.", _FOLDER
+    ),
+    "snaploader_file_cache_pinned_bytes": Description(
+        "gauge", "Content that pins keep in the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_hits_total": Description(
+        "counter", "Blobs opened or read in the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_misses_total": Description(
+        "counter", "Blobs asked for and absent in the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_added_blobs_total": Description(
+        "counter", "Blobs added to the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_added_bytes_total": Description(
+        "counter", "Bytes in the blobs added to the file cache.", _FOLDER
+    ),
     "snaploader_file_cache_present_blobs_total": Description(
-        "counter", "Blobs that were to be added and were there.", _FOLDER
+        "counter", "Blobs to be added that the file cache had already.", _FOLDER
     ),
     "snaploader_file_cache_quarantined_blobs_total": Description(
-        "counter", "Blobs with wrong bytes, taken out of use.", _FOLDER
+        "counter", "Blobs with wrong bytes, taken out of the file cache.", _FOLDER
     ),
-    "snaploader_file_cache_evicted_entries_total": Description("counter", "Entries evicted.", _FOLDER),
-    "snaploader_file_cache_evicted_bytes_total": Description("counter", "Their disk blocks.", _FOLDER),
-    "snaploader_file_cache_scans_total": Description("counter", "Scans of the whole folder.", _FOLDER),
-    "snaploader_remote_read_blobs_total": Description("counter", "Blobs fetched and verified.", _SERVER),
-    "snaploader_remote_read_bytes_total": Description("counter", "Their size.", _SERVER),
+    "snaploader_file_cache_evicted_entries_total": Description(
+        "counter", "Entries evicted from the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_evicted_bytes_total": Description(
+        "counter", "Disk blocks of the entries evicted from the file cache.", _FOLDER
+    ),
+    "snaploader_file_cache_scans_total": Description(
+        "counter", "Scans of the whole folder of the file cache.", _FOLDER
+    ),
+    "snaploader_remote_read_blobs_total": Description(
+        "counter", "Blobs fetched from the server and verified.", _SERVER
+    ),
+    "snaploader_remote_read_bytes_total": Description(
+        "counter", "Bytes in the blobs fetched from the server.", _SERVER
+    ),
     "snaploader_remote_received_bytes_total": Description(
-        "counter", "What came for them on the wire, perhaps compressed.", _SERVER
+        "counter", "Bytes received for the blobs fetched, perhaps compressed.", _SERVER
     ),
-    "snaploader_remote_written_blobs_total": Description("counter", "Blobs uploaded.", _SERVER),
-    "snaploader_remote_written_bytes_total": Description("counter", "Their size.", _SERVER),
+    "snaploader_remote_written_blobs_total": Description("counter", "Blobs uploaded to the server.", _SERVER),
+    "snaploader_remote_written_bytes_total": Description(
+        "counter", "Bytes in the blobs uploaded to the server.", _SERVER
+    ),
     "snaploader_remote_sent_bytes_total": Description(
-        "counter", "What went for them on the wire, perhaps compressed.", _SERVER
+        "counter", "Bytes sent for the blobs uploaded, perhaps compressed.", _SERVER
     ),
-    "snaploader_remote_retries_total": Description("counter", "Attempts after a passing failure.", _SERVER),
+    "snaploader_remote_retries_total": Description(
+        "counter", "Attempts to call the server again after a passing failure.", _SERVER
+    ),
     "snaploader_remote_corrupted_transfers_total": Description(
-        "counter", "Transfers of bytes that did not match.", _SERVER
+        "counter", "Transfers from the server whose bytes did not match.", _SERVER
     ),
     "snaploader_remote_in_flight_bytes": Description(
-        "gauge", "Content of the blobs being read or written now.", _SERVER
+        "gauge", "Content of the blobs being read from or written to the server now.", _SERVER
     ),
 }
 """All metrics, by name; docs/monitoring.md says what they are good for."""

@@ -1,9 +1,9 @@
 """What the parts tell of what they do: operations that begin and end, events, and objects that count.
 
 A loader and the caches are given an `Observer`; without one they tell nobody, which costs next to nothing.
-`snaploader.metrics` and `snaploader.tracing` have one each, and an embedder can write another. What a part
-counts anyway, as in `FileCache.statistics()`, is not told but read, when somebody wants to know: a part that
-begins to work hands itself to `Observer.watch`. Told is only what has a duration or no count.
+`snaploader.metrics` and `snaploader.tracing` have one each, and an embedder can write another. A part tells
+only what has a duration, or what it does not count. What it counts anyway, as in `FileCache.statistics()`, is
+read from it when somebody wants to know: a part that begins to work hands itself to `Observer.watch`.
 
 The names of operations, and what is told of each besides how long it took and how it ended:
 

@@ -2,8 +2,8 @@
 
 Each call of a loader is a span, with its lookups, stages, fetches and calls of servers below it. Threads that
 work for a call work in its context, so a span that the embedder has current is the parent of them all. Calls
-of servers carry the trace to there. What happens once a chunk has no span but that of its call of a server,
-which says as much.
+of servers carry the trace on to the server. Single chunks have no spans of their own: the call of the server
+that fetches one has, and says as much.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SEEN_THROUGH = 16
-"""So many things at once are seen through on threads of their own."""
+"""Most calls of `WorkerPool.see_through` that run on its threads at a time; more wait for one."""
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -100,9 +100,9 @@ class WorkerPool:
     def see_through(self, function: Callable[[], T]) -> T:
         """Run what must not stop half-way to its end, whatever becomes of the call that runs (its context).
 
-        When that is called off, or its time is up, it ends with that error as every call does. The function
-        goes on without it, until the pool is closed, which waits for it; only if it has not begun yet, it
-        does not. The function sees the context of the call without its bounds. `Cancelled` when the pool is
+        When the call is called off, or its time is up, it ends with that error as every call does. A function
+        that has begun goes on without it, and closing the pool waits for that; one that has not begun never
+        does. The function sees the context of the call without its bounds. `Cancelled` when the pool is
         closed.
         """
         call = context.current()

@@ -158,7 +158,7 @@ class Snapshot:
 
     @property
     def metadata(self) -> SnapshotMetadata | None:
-        """The same, typed; a save completes it (see `SnapshotLoader.cache_snapshot`)."""
+        """`vm_metadata`, typed. A save fills in what is left open (see `SnapshotLoader.cache_snapshot`)."""
         return metadata_of(self.manifest)
 
     @property
@@ -455,7 +455,7 @@ def vm_metadata_of(manifest: Manifest) -> VMMetadata | None:
 
 
 def metadata_of(manifest: Manifest) -> SnapshotMetadata | None:
-    """The same, typed."""
+    """What `vm_metadata_of` returns, typed."""
     message = vm_metadata_of(manifest)
     return None if message is None else SnapshotMetadata.from_message(message)
 

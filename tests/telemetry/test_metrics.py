@@ -52,6 +52,13 @@ def test_names_follow_the_conventions() -> None:
         assert name.endswith("_seconds") == (metric.kind == "histogram"), name
 
 
+def test_a_help_text_stands_alone() -> None:
+    texts = {name: metric.help for name, metric in (METRICS | SERVER_METRICS).items()}
+    assert [
+        name for name, text in texts.items() if re.search(r"\b(their|those|these|them)\b", text.lower())
+    ] == []
+
+
 def test_a_save_and_a_load_elsewhere_are_counted_by_stage_and_source(
     registry: CollectorRegistry, metrics: PrometheusMetrics, make_host: MakeHost
 ) -> None:
