@@ -22,6 +22,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
@@ -84,7 +85,10 @@ async def _call(function: Callable[[], T], discard: Callable[[T], object] = _ign
         # What has not begun finds itself called off, should it still begin.
         if begun.is_set():
             with anyio.CancelScope(shield=True):
-                await _on_own_thread(ended.wait)
+                while not ended.is_set():
+                    # A shield does not keep asyncio's own Task.cancel() out, should it come once more.
+                    with suppress(anyio.get_cancelled_exc_class()):
+                        await _on_own_thread(ended.wait)
                 for result in results:
                     await _discard(discard, result)
         raise
@@ -247,9 +251,13 @@ class UnpackedSnapshot(_Wrapper[loader.UnpackedSnapshot]):
 
 def _remove_unpacked(unpacked: loader.UnpackedSnapshot) -> None:
     unpacked.close()
-    for file in unpacked.files.values():
+    _remove_written(unpacked)
+
+
+def _remove_written(written: loader.UnpackedSnapshot | loader.RestoreResult) -> None:
+    for file in written.files.values():
         file.unlink(missing_ok=True)
-    for directory in unpacked.directories.values():
+    for directory in written.directories.values():
         remove_tree(directory)
 
 
@@ -277,8 +285,8 @@ class SnapshotLoader(_Wrapper[loader.SnapshotLoader]):
     get_snapshot_by_id = _method(loader.SnapshotLoader.get_snapshot_by_id)
     unpack_snapshot = _Method(loader.SnapshotLoader.unpack_snapshot, UnpackedSnapshot, _remove_unpacked)
     read_snapshot = _Method(loader.SnapshotLoader.read_snapshot, SnapshotReader, loader.SnapshotReader.close)
-    restore_snapshot = _method(loader.SnapshotLoader.restore_snapshot)
-    restore_directory = _method(loader.SnapshotLoader.restore_directory)
+    restore_snapshot = _method(loader.SnapshotLoader.restore_snapshot, discard=_remove_written)
+    restore_directory = _method(loader.SnapshotLoader.restore_directory, discard=_remove_written)
     cache_snapshot = _method(loader.SnapshotLoader.cache_snapshot)
     derive_snapshot = _method(loader.SnapshotLoader.derive_snapshot)
     upload_snapshot = _method(loader.SnapshotLoader.upload_snapshot)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar, copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 from snaploader._version import __version__
@@ -71,8 +71,12 @@ def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str
     Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
     """
     checked: list[tuple[str, str | bytes]] = []
-    for given, value in headers.items() if isinstance(headers, Mapping) else headers:
-        name = given.strip().lower()
+    try:
+        pairs = list(dict(headers).items() if isinstance(headers, Mapping) else headers)
+        named = [(given.strip().lower(), value) for given, value in pairs]
+    except (TypeError, ValueError, AttributeError):
+        raise InvalidArgument("headers are a mapping of names to values, or pairs of them") from None
+    for name, value in named:
         if not _NAME.fullmatch(name) or name.startswith("grpc-"):
             raise InvalidArgument(
                 f"header name {name[:80]!r} is not allowed: use letters, digits, '-', '_' and '.'"
@@ -117,6 +121,14 @@ class RequestMetadata:
     configuration_id: str = ""
     tool_name: str = "snaploader"
     tool_version: str = __version__
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            try:
+                value.encode()
+            except (AttributeError, UnicodeEncodeError):
+                raise InvalidArgument(f"{one.name} of the request metadata is no text") from None
 
     def header(self) -> tuple[str, bytes]:
         """Return this as the metadata of a call: a name and a value."""
@@ -245,8 +257,23 @@ class CallContext:
     def __post_init__(self) -> None:
         for name in ("timeout_s", "deadline_s"):
             value = getattr(self, name)
-            if value is not None and (math.isnan(value) or (name == "timeout_s" and value < 0)):
-                raise InvalidArgument(f"{name} is {value}: give seconds, 0 or more, or None for no bound")
+            is_number = isinstance(value, int | float) and not math.isnan(value)
+            if value is not None and not (is_number and (name == "deadline_s" or value >= 0)):
+                raise InvalidArgument(f"{name} is {value!r}: give seconds, 0 or more, or None for no bound")
+        for name, kind in (
+            ("cancellation", Cancellation),
+            ("request_metadata", RequestMetadata),
+            ("group_id", str),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise InvalidArgument(f"{name} is of type {type(value).__name__}: give a {kind.__name__}")
+        for name in ("headers", "refresh"):
+            if self.credentials is not None and not callable(getattr(self.credentials, name, None)):
+                raise InvalidArgument(
+                    f"credentials of type {type(self.credentials).__name__} have no method {name}: "
+                    "give a snaploader.BearerToken, or an object like it"
+                )
         if self.headers is not None:
             object.__setattr__(self, "headers", checked_headers(self.headers))
         if self.credentials is not None and type(self.credentials).__hash__ is None:

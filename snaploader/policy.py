@@ -247,3 +247,10 @@ def completed_s(vm_metadata: VMMetadata | None) -> float | None:
         return None
     completed = vm_metadata.last_executed_task.completed_timestamp
     return float(completed.seconds) + completed.nanos / 1e9
+
+
+def checked_seconds(value: float, name: str) -> float:
+    """A time that an option gives. InvalidArgument unless it is a number of seconds, 0 or more."""
+    if not isinstance(value, int | float) or not value >= 0:
+        raise InvalidArgument(f"{name} is {value!r}: give seconds, 0 or more")
+    return value

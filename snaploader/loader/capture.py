@@ -313,8 +313,8 @@ class StateCapture:
             _check_unchanged(path, name, before)
         else:
             digest = _digest_of_file(path, self._function)
-            # A link changes the file's times.
-            _check_unchanged(path, name, before)
+            # A link gives the file another time, and others may be linking it just now.
+            _check_unchanged(path, name, before, has_its_time=not self._links)
             added = self._keeps and self._file_cache.put_file(digest, path, link=True, verify=False)
         size = digest.size_bytes
         self._saved[name] = SavedFile(
@@ -402,12 +402,10 @@ def _digest_of_file(path: str, function: DigestFunction) -> Digest:
     return Digest(hash_, size, function)
 
 
-def _check_unchanged(path: str, name: str, before: os.stat_result) -> None:
-    """FailedPrecondition when a file is not any more what it was."""
+def _check_unchanged(path: str, name: str, before: os.stat_result, *, has_its_time: bool = True) -> None:
+    """FailedPrecondition when a file is not any more what it was, as far as that shows."""
     with translate_os_errors(f"cannot look at {name!r} again after reading it"):
-        if _identity(os.stat(path)) != _identity(before):
+        now = os.stat(path)
+        is_same = os.path.samestat(now, before) and now.st_size == before.st_size
+        if not is_same or (has_its_time and now.st_mtime_ns != before.st_mtime_ns):
             raise changed(path)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -177,7 +177,7 @@ class SnapshotExplainer:
         max_stale_fallback_age_s: float | None,
     ) -> Explanation:
         """See `SnapshotLoader.explain`."""
-        max_age_s = self._finder.max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
+        max_age_s = self._finder.limit_s(max_stale_fallback_age_s)
         allowed = self._finder.allowed(policy, sources)
         order = manifest_order(policy, allowed)
         explained = []

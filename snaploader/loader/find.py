@@ -33,7 +33,14 @@ from snaploader.loader.results import (
     metadata_of,
     vm_metadata_of,
 )
-from snaploader.policy import EVERY_SOURCE, ReadPolicy, ReadSources, allowed_sources, is_stale
+from snaploader.policy import (
+    EVERY_SOURCE,
+    ReadPolicy,
+    ReadSources,
+    allowed_sources,
+    checked_seconds,
+    is_stale,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +66,15 @@ class SnapshotFinder:
         self._fetcher = fetcher
         self._uncached = UncachedFetcher(fetcher)
         self._manifests = manifests
-        self.max_age_s = max_stale_fallback_age_s
+        self.max_age_s = checked_seconds(max_stale_fallback_age_s, "max_stale_fallback_age_s")
         """How old a local snapshot of a fallback key may be, in seconds, where a call does not say."""
         self._sources = sources
         if stores.remote is None:
             self._sources = sources.within(ReadSources(remote_manifests=False, remote_chunks=False))
+
+    def limit_s(self, asked_s: float | None) -> float:
+        """How old a fallback may be: what a call asks for, else what the loader was told."""
+        return self.max_age_s if asked_s is None else checked_seconds(asked_s, "max_stale_fallback_age_s")
 
     def find(
         self,
@@ -79,7 +90,7 @@ class SnapshotFinder:
         Only a key without a snapshot is passed over silently. Any other failure (an outage, damage)
         is raised, or with `allow_degraded` recorded in the result, which is then a fallback.
         """
-        max_age_s = self.max_age_s if max_stale_fallback_age_s is None else max_stale_fallback_age_s
+        max_age_s = self.limit_s(max_stale_fallback_age_s)
         allowed = self.allowed(policy, sources)
         order = manifest_order(policy, allowed)
         failures: list[KeyFailure] = []
@@ -89,7 +100,7 @@ class SnapshotFinder:
             snapshot = self._first_to_succeed(key, order, get, failures, allow_degraded=allow_degraded)
             if snapshot is not None:
                 found = replace(snapshot, failures=tuple(failures), passed_over=tuple(passed))
-                _log_found(found)
+                _log_found(found, self._file_cache.group_id)
                 return found
         raise _summary(failures) from failures[-1].error
 
@@ -305,15 +316,15 @@ def is_limited(key: SnapshotKey, source: ManifestSource, *, is_fallback: bool) -
     return keys.is_universal(key) or (is_fallback and source is ManifestSource.LOCAL)
 
 
-def _log_found(found: Snapshot) -> None:
+def _log_found(found: Snapshot, group_id: str) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
     metadata, blobs = found.metadata, found.digests()
     log.info(
-        "found snapshot %s (completed %s) of %s by its %s manifest: %d blobs of %d bytes, %d to fetch",
+        "found snapshot %r (completed %s) of %s by its %s manifest: %d blobs of %d bytes, %d to fetch",
         found.key.snapshot_id or (metadata and metadata.snapshot_id) or "without an id",
-        metadata and metadata.completed,
-        found.key,
+        (metadata and metadata.completed) or "at an unknown time",
+        found.key.debug_string(group_id),
         found.source,
         len(blobs),
         int(blobs.sizes.sum()),
@@ -322,10 +333,10 @@ def _log_found(found: Snapshot) -> None:
     for other in found.passed_over:
         known = other.metadata
         log.info(
-            "passed over snapshot %s (completed %s) of %s: %s",
+            "passed over snapshot %r (completed %s) of %s: %s",
             (known and known.snapshot_id) or "without an id",
-            known and known.completed,
-            other.key,
+            (known and known.completed) or "at an unknown time",
+            other.key.debug_string(),
             other.reason,
         )
 

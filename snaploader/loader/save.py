@@ -56,7 +56,7 @@ from snaploader.loader.results import (
     vm_metadata_of,
 )
 from snaploader.loader.versions import VersionStore
-from snaploader.policy import SavePolicy, completed_s, should_save_remotely
+from snaploader.policy import SavePolicy, checked_seconds, completed_s, should_save_remotely
 from snaploader.protocols import FileCacheProtocol
 
 log = logging.getLogger(__name__)
@@ -211,9 +211,9 @@ class SnapshotSaver:
             remote_manifest=standing,
         )
         log.info(
-            "saved snapshot %s of %s: %d bytes, %d hashed, %d new here; uploaded %d blobs of %d bytes%s",
+            "saved snapshot %r of %s: %d bytes, %d hashed, %d new here; uploaded %d blobs of %d bytes%s",
             result.snapshot_id,
-            key,
+            key.debug_string(self._file_cache.group_id),
             result.size_bytes,
             result.hashed_bytes,
             result.stored_bytes,
@@ -244,6 +244,7 @@ class SnapshotSaver:
                 raise InvalidArgument(
                     f"{name!r} cannot be saved both whole and in chunks, or as a directory too: choose one"
                 )
+        checked_seconds(options.min_refresh_interval_s, "min_refresh_interval_s")
         if options.chunk_size is not None:
             check_geometry(0, options.chunk_size)
         if options.save_policy is SavePolicy.NONE_AVAILABLE and options.key_set is None:

@@ -38,6 +38,8 @@ class BearerToken:
     """
 
     def __init__(self, token: str | Callable[[], str]) -> None:
+        if not (callable(token) or (isinstance(token, str) and token)):
+            raise InvalidArgument("a bearer token is a text that is not empty, or a function that gives one")
         self._token = Secret(token) if isinstance(token, str) else token
         if isinstance(token, str):
             self.headers()  # InvalidArgument for what cannot be sent

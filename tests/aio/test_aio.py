@@ -347,3 +347,33 @@ def test_called_off_from_elsewhere_is_the_error_of_the_library(run):
 def test_a_store_has_the_calls_that_touch_content():
     for name in ("read_at", "readinto_at", "view", "write_at", "resize", "sync", "export", "statistics"):
         assert aio.COWStore.__dict__[name].__doc__ == getattr(cow.COWStore, name).__doc__
+
+
+def test_a_task_that_is_cancelled_twice_still_waits_for_the_end_of_its_call():
+    late = Late()
+
+    async def story():
+        task = asyncio.create_task(Calls(late).late(None))
+        await asyncio.to_thread(late.begun.wait)
+        for _ in range(2):
+            task.cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        is_waiting = not task.done()
+        late.release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return is_waiting
+
+    assert asyncio.run(story())
+    assert late.closed == [late]
+
+
+def test_what_was_restored_too_late_to_be_received_is_removed(loader, tmp_path):
+    (tmp_path / "disk").write_bytes(b"x" * 1000)
+    saved = loader.cache_snapshot(SnapshotKey(ref="main"), files={"disk": tmp_path / "disk"})
+    result = loader.restore_snapshot(loader.get_snapshot_by_id(saved.snapshot_id), tmp_path / "out")
+    aio._remove_written(result)
+    assert list((tmp_path / "out").iterdir()) == []
+    for name in ("restore_snapshot", "restore_directory"):
+        assert aio.SnapshotLoader.__dict__[name]._discard is aio._remove_written

@@ -195,7 +195,20 @@ def test_callers_are_told_apart_by_group_and_proof():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"timeout_s": -1}, {"timeout_s": float("nan")}, {"deadline_s": float("nan")}, {"headers": {"ü": "x"}}],
+    [
+        {"timeout_s": "5"},
+        {"headers": 5},
+        {"headers": "abc"},
+        {"headers": {1: "x"}},
+        {"credentials": "Bearer x"},
+        {"request_metadata": "x"},
+        {"cancellation": "x"},
+        {"group_id": 5},
+        {"timeout_s": -1},
+        {"timeout_s": float("nan")},
+        {"deadline_s": float("nan")},
+        {"headers": {"ü": "x"}},
+    ],
 )
 def test_what_makes_no_sense_is_refused(wrong):
     with pytest.raises(InvalidArgument):
@@ -266,3 +279,15 @@ def test_what_was_called_off_first_is_the_reason() -> None:
     closing.cancel()
     with pytest.raises(Cancelled, match="the call was called off"):
         child.check()
+
+
+@pytest.mark.parametrize("wrong", [5, "\ud800", None])
+def test_request_metadata_is_text(wrong):
+    with pytest.raises(InvalidArgument, match="action_id"):
+        RequestMetadata(action_id=wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, ""])
+def test_a_bearer_token_is_text_or_a_function(wrong):
+    with pytest.raises(InvalidArgument, match="token"):
+        BearerToken(wrong)
