@@ -381,12 +381,14 @@ class FileCache:
 
     @in_context
     def get_ref(self, key: str, *, use: bool = True, context: CallContext | None = None) -> bytes:
-        """Return the value of a ref. NotFound when there is none, or it was damaged.
+        """Return the value of a ref. NotFound when there is none, or it was damaged, and so was removed.
 
-        That counts as a use of it, unless `use` is false. A key is 64 lower-case hexadecimal digits, as
-        `snaploader.digest.hash_strings` makes them.
+        A key is 64 lower-case hexadecimal digits, as `snaploader.digest.hash_strings` makes them.
+
+        Args:
+            use: Whether this counts as a use. If not, nothing is changed: a damaged ref stays, as DataLoss.
         """
-        return self._partition.refs.get(key, use=use)
+        return self._partition.refs.get(key, use=use, mend=use)
 
     @in_context
     def put_ref(

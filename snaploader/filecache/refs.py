@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from snaploader import files
 from snaploader.digest import DigestFunction
-from snaploader.errors import InvalidArgument, NotFound, translate_os_errors
+from snaploader.errors import DataLoss, InvalidArgument, NotFound, translate_os_errors
 from snaploader.filecache.layout import Space, check_hash, disk_bytes, set_used, touch
 from snaploader.filecache.usage import CacheContext, Section
 
@@ -34,8 +34,8 @@ class RefSpace:
     def __init__(self, context: CacheContext) -> None:
         self._context = context
 
-    def get(self, key: str, *, use: bool = True) -> bytes:
-        """Without `use` its time of last use stays."""
+    def get(self, key: str, *, use: bool = True, mend: bool = True) -> bytes:
+        """Without `use` its time of last use stays. Without `mend` a damaged one stays, and is DataLoss."""
         path = self._path(key)
         with translate_os_errors(f"cannot read ref {key}"):
             fd, status = self._context.open_entry(path, f"ref {key}")
@@ -47,6 +47,8 @@ class RefSpace:
                     touch(fd, status, self._context.host.now_ns())
                 elif is_right:
                     set_used(fd, status, status.st_atime_ns)
+            if not is_right and not mend:
+                raise DataLoss(f"ref {key} is damaged")
             if not is_right:
                 self._context.remove_entry(Space.REFS, key, status.st_ino)
                 _logger.warning("ref %s was damaged and was removed", key)

@@ -162,6 +162,8 @@ class ManifestStore:
             data = self._file_cache.get_ref(self.local_ref(key), use=False)
         except NotFound:
             raise NotFound("no local manifest") from None
+        except DataLoss as error:
+            raise Damaged(f"the local manifest is damaged ({error.message})") from error
         if is_local_tombstone(data):
             raise Deleted("it was deleted")
         try:

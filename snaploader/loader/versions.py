@@ -99,7 +99,8 @@ class VersionStore:
 
     def look(self, key: SnapshotKey) -> tuple[str, str]:
         """The version that this host remembers, and the one that stands remotely; "" for none."""
-        here = next(filter(None, map(self._read_local, reversed(self.local_refs(key)))), "")
+        names = reversed(self.local_refs(key))
+        here = next(filter(None, (self._read_local(name, use=False) for name in names)), "")
         return here, (self._read_remote(key) or "") if self._stores.remote is not None else ""
 
     def local_refs(self, key: SnapshotKey) -> list[str]:
@@ -239,16 +240,17 @@ class VersionStore:
     def _remote_name(self, key: SnapshotKey) -> Digest:
         return keys.remote_version_digest(key, self._stores.server.digest_function)
 
-    def _read_local(self, name: str) -> str | None:
+    def _read_local(self, name: str, *, use: bool = True) -> str | None:
+        """The version under a ref. Without `use` this changes nothing: a damaged one stays."""
         try:
-            data = self._file_cache.get_ref(name)
-        except NotFound:
+            data = self._file_cache.get_ref(name, use=use)
+        except (NotFound, DataLoss):
             return None
         try:
             return _decode(ActionResult.FromString(data), name)
         except (DecodeError, SnaploaderError) as error:
             log.warning("the local snapshot version is unreadable: %s", error)
-            if not self._stores.readonly:
+            if use and not self._stores.readonly:
                 self._file_cache.delete_ref(name)
             return None
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from loader_hosts import CHUNK, Host, HostFactory, image, metadata
 
-from snaploader import NotFound, ReadSources, SnaploaderError, SnapshotKey, SnapshotKeySet
+from snaploader import (
+    FileCache,
+    NotFound,
+    ReadSources,
+    SnaploaderError,
+    SnapshotKey,
+    SnapshotKeySet,
+    SnapshotLoader,
+    SnapshotTask,
+)
 from snaploader.loader import Explanation, Rule
 from snaploader.testing import EmbeddedServer, Fault, FaultScript
 
@@ -231,3 +240,19 @@ def test_a_deletion_there_ends_the_search_and_one_here_does_not(
     assert here_first.chosen is not None
     assert here_first.version_state == "these keys have none"
     assert [m.rule for m in a.loader.explain(key_set).keys[0].manifests] == [Rule.DELETED, Rule.DELETED]
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b""])
+def test_explaining_leaves_damaged_refs_where_they_are_and_says_so(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    with FileCache(tmp_path / "cache") as cache, SnapshotLoader(cache) as loader:
+        key_set = loader.snapshot_key_set(SnapshotTask(environment={"GIT_BRANCH": "main"}), "0" * 64)
+        loader.cache_snapshot(key_set.write_key, files={"file": tmp_path / "file"})
+        refs = [path for path in Path(cache.root).rglob("*") if path.is_file() and "refs" in path.parts]
+        for path in refs:
+            path.chmod(0o600)
+            path.write_bytes(damage)
+        for _ in range(2):
+            explanation = loader.explain(key_set)
+            assert explanation.keys[0].manifests[0].rule is Rule.DAMAGED
+        assert all(path.read_bytes() == damage for path in refs)
