@@ -172,10 +172,16 @@ def closing_fd_on_error(fd: int) -> Iterator[int]:
         raise
 
 
-def refuse_nul(path: str, what: str) -> None:
+def check_path(path: str, what: str) -> None:
     """Raise InvalidArgument for a path that no system call takes: Python says ValueError of it."""
-    if "\0" in path:
-        raise InvalidArgument(f"{what} {path!r} has a NUL character in its name")
+    try:
+        is_taken = "\0" not in path and os.fsencode(path) is not None
+    except UnicodeEncodeError:
+        is_taken = False
+    if not is_taken:
+        raise InvalidArgument(
+            f"{what} {path!r} has a character in its name that no path can have, such as NUL"
+        )
 
 
 def open_folder(path: str, access: Access, what: str = "the folder", *, parent: int | None = None) -> int:
@@ -185,7 +191,7 @@ def open_folder(path: str, access: Access, what: str = "the folder", *, parent: 
     things of others may be in it. FailedPrecondition when it is a symbolic link, and PermissionDenied when it
     belongs to somebody unexpected or is writable for others.
     """
-    refuse_nul(path, what)
+    check_path(path, what)
     if parent is None:
         path = name = os.path.abspath(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)

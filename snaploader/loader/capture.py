@@ -25,7 +25,7 @@ from snaploader.errors import (
     SnaploaderError,
     translate_os_errors,
 )
-from snaploader.files import ProcessExitStack, ThreadBuffers, closing_fd, hash_file, remove_tree
+from snaploader.files import ProcessExitStack, ThreadBuffers, check_path, closing_fd, hash_file, remove_tree
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
@@ -129,6 +129,8 @@ class StateCapture:
         self._function = function
         self._pool = pool
         self._files = {name: os.fspath(path) for name, path in options.files.items()}
+        for name, path in self._files.items():
+            check_path(path, f"the path of {name!r},")
         self._progress = options.progress
         self._lock = threading.Lock()
         self._buffers = ThreadBuffers()

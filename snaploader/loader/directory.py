@@ -13,7 +13,7 @@ from functools import partial
 from cow import TruncatedFile, chunk_extents, is_zero, read_all
 from snaploader.digest import Buffer, Digest, DigestFunction
 from snaploader.errors import FailedPrecondition, InvalidArgument, translate_os_errors
-from snaploader.files import ThreadBuffers, closing_fd, hash_file, read_file
+from snaploader.files import ThreadBuffers, check_path, closing_fd, hash_file, read_file
 from snaploader.formats.chunktable import ChunkTable, check_geometry
 from snaploader.formats.dirtree import (
     ChunkedEntry,
@@ -114,6 +114,7 @@ class DirectoryCapture:
     ) -> None:
         self._name = name
         self._where = os.path.abspath(os.fspath(source.path))
+        check_path(self._where, f"the path of {name!r},")
         self._threshold = source.chunk_threshold_bytes
         self._file_cache = file_cache
         self._keeps = keeps

@@ -40,8 +40,8 @@ from snaploader.errors import DataLoss, FailedPrecondition, InvalidArgument, Not
 from snaploader.files import (
     ProcessExitStack,
     ThreadBuffers,
+    check_path,
     closing_fd,
-    refuse_nul,
     remove_tree,
     replacing,
     spare_descriptors,
@@ -363,7 +363,7 @@ def output_folder(path: str | os.PathLike[str], names: list[str], undo: contextl
     `undo` removes what was made, unless somebody else put something there.
     """
     root = Path(path).absolute()
-    refuse_nul(str(root), "the output folder")
+    check_path(str(root), "the output folder")
     with translate_os_errors(f"cannot use the output folder {str(root)!r}", absent=FailedPrecondition):
         made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)

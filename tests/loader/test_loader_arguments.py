@@ -58,3 +58,11 @@ def test_no_line_of_the_log_can_be_forged(cache, tmp_path, caplog):
     assert len(lines) == 2
     assert not any("\n" in line for line in lines)
     assert all("of group ''" in line for line in lines)
+
+
+@pytest.mark.parametrize("wrong", ["a\0b", "a\udfffb\ud800"])
+@pytest.mark.parametrize("what", ["files", "chunked_files", "directories"])
+def test_a_path_that_no_system_call_takes_is_refused(cache, tmp_path, what, wrong):
+    with SnapshotLoader(cache) as loader, pytest.raises(InvalidArgument):
+        loader.cache_snapshot(KEY, **{what: {"name": tmp_path / wrong}})
+    assert cache.entries() == []
