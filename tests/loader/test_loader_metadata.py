@@ -91,14 +91,14 @@ def test_a_fallback_says_what_it_passed_over_and_why(
     assert (passed.key.ref, passed.source, passed.metadata.snapshot_id) == ("topic", "local", "newer")
     assert str(lost) in passed.reason
     assert pickle.loads(pickle.dumps(snapshot)).passed_over == snapshot.passed_over
-    assert "found snapshot older" in caplog.text
-    assert "passed over snapshot newer" in caplog.text
+    assert "found snapshot 'older'" in caplog.text
+    assert "passed over snapshot 'newer'" in caplog.text
 
 
 def test_a_save_is_logged(make_host: HostFactory, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "snaploader")
     make_host("a").save(image(1), snapshot_id="s1")
-    assert "saved snapshot s1 of" in caplog.text
+    assert "saved snapshot 's1' of" in caplog.text
 
 
 def test_an_id_that_another_host_takes_meanwhile_is_that_hosts(
