@@ -165,7 +165,12 @@ def steps_now(suite: str, folder: Path) -> Steps:
     return {name: sorted(steps) if name in ANY_ORDER else steps for name, steps in found.items()}
 
 
-@pytest.mark.parametrize("suite", SUITES)
+SLOW = ("chaos", "manager")
+
+
+@pytest.mark.parametrize(
+    "suite", [pytest.param(suite, marks=[pytest.mark.slow] * (suite in SLOW)) for suite in SUITES]
+)
 def test_operations_pass_exactly_the_steps_that_kill_tests_know(suite: str, tmp_path: Path) -> None:
     assert steps_now(suite, tmp_path) == json.loads(GOLDEN.read_text())[suite]
 

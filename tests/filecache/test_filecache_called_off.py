@@ -218,7 +218,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["O_TMPFILE", "named"])
+@pytest.mark.parametrize(
+    "named", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["O_TMPFILE", "named"]
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_ends_early_leaves_nothing(cache, folder, ending, monkeypatch, name, named):
     if named:
