@@ -65,11 +65,19 @@ class SecretBytes(bytes):
         return "b'…'"
 
 
+class _Checked(tuple[tuple[str, str | bytes], ...]):
+    """Headers that were checked: a context is made anew for each call, and they need it once."""
+
+    __slots__ = ()
+
+
 def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str | bytes]]) -> Headers:
     """Return headers as gRPC takes them: names in lower case. InvalidArgument for what it would refuse.
 
     Values appear neither in messages nor in the `repr` of what this returns: they may be secrets.
     """
+    if isinstance(headers, _Checked):
+        return headers
     checked: list[tuple[str, str | bytes]] = []
     try:
         pairs = list(dict(headers).items() if isinstance(headers, Mapping) else headers)
@@ -89,7 +97,7 @@ def checked_headers(headers: Mapping[str, str | bytes] | Iterable[tuple[str, str
                 f"the value of header {name!r} must be printable ASCII text of at most 8 KiB"
             )
         checked.append((name, SecretBytes(value) if isinstance(value, bytes) else Secret(value)))
-    return tuple(checked)
+    return _Checked(checked)
 
 
 class Credentials(Protocol):
@@ -337,6 +345,12 @@ class CallContext:
             self.check()
             return until.is_set()
 
+    def wait_until_done(self, future: Future[Any]) -> None:
+        """Wait for a future, whatever it ends with. Errors as `check`, as they occur."""
+        ended = threading.Event()
+        future.add_done_callback(lambda _: ended.set())
+        self.wait(ended)
+
     def sleep(self, seconds: float) -> None:
         """Sleep. Errors as `check`, as soon as they occur."""
         self.wait(threading.Event(), seconds)
@@ -347,7 +361,7 @@ class CallContext:
         Where the call has bounds, the function runs on a thread of its own, and is left there to end by
         itself when the call is over before.
         """
-        if self.cancellation is None and self.deadline_s is None:
+        if not self.is_bounded:
             return work()
         done: Future[T] = Future()
 
@@ -357,12 +371,10 @@ class CallContext:
             except BaseException as error:  # noqa: BLE001 - raised where it is waited for
                 done.set_exception(error)
 
-        ended = threading.Event()
-        done.add_done_callback(lambda _: ended.set())
         thread = threading.Thread(target=copy_context().run, args=(run,), name="snaploader-wait", daemon=True)
         with translate_thread_errors("the interpreter is shutting down"):
             thread.start()
-        self.wait(ended)
+        self.wait_until_done(done)
         return done.result()
 
     @contextmanager

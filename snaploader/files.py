@@ -309,6 +309,17 @@ def _check_regular(status: os.stat_result, path: str) -> None:
         raise OddEntry(f"{path!r} is {kind_of(status)} and no regular file: move it away")
 
 
+def open_source(path: str) -> tuple[int, int]:
+    """Open a file to be read as a whole; return its descriptor and size. InvalidArgument when it is none."""
+    # Not to wait for the writer of a FIFO, which is refused then.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        raise InvalidArgument(f"{path!r} is not a regular file")
+    return fd, status.st_size
+
+
 class ThreadBuffers(threading.local):
     """A buffer for each thread that asks for one: a fresh one each time would cost its page faults.
 

@@ -109,7 +109,6 @@ class WorkerPool:
         if not call.is_bounded:
             return function()
         call.check()
-        ended = threading.Event()
         variables = contextvars.copy_context()
 
         def run() -> T:
@@ -117,9 +116,8 @@ class WorkerPool:
                 return function()
 
         future = self.start(lambda: variables.run(run), self._seeing_through)
-        future.add_done_callback(lambda _: ended.set())
         try:
-            call.wait(ended)
+            call.wait_until_done(future)
         except SnaploaderError as error:
             if not future.cancel():
                 error.add_note("what it had begun to publish or to delete is completed without it")
@@ -264,9 +262,7 @@ class Once(Generic[T]):
             if future is None:
                 return self._lead(made)
             if not future.done():
-                woken = threading.Event()
-                future.add_done_callback(lambda _, woken=woken: woken.set())  # type: ignore[misc]
-                context.current().wait(woken)
+                context.current().wait_until_done(future)
             if not isinstance(future.exception(), _CalledOffError):
                 return future.result()
 

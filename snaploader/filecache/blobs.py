@@ -25,7 +25,6 @@ from snaploader.digest import Buffer, Digest, DigestFunction, empty_digest
 from snaploader.errors import (
     DataLoss,
     FailedPrecondition,
-    InvalidArgument,
     NotFound,
     ResourceExhausted,
     translate_os_errors,
@@ -276,21 +275,30 @@ class BlobSpace:
                 files.write_all(staged.fd, data)
                 return self.publish_written(digest, staged)
 
-    def put_file(self, digest: Digest, path: str, *, move: bool, link: bool, verify: bool) -> bool:
+    def put_file(
+        self,
+        digest: Digest,
+        path: str,
+        *,
+        move: bool,
+        link: bool,
+        verify: bool,
+        space: Space | None = None,
+    ) -> bool:
         self.check_fits(digest.size_bytes)
         with translate_os_errors(f"cannot add {path!r} as blob {digest}"):
-            fd, size = _open_source(path)
+            fd, size = files.open_source(path)
             with closing_fd(fd):
                 if size != digest.size_bytes:
                     raise DataLoss(f"{path!r} has {size} bytes, so it is not blob {digest}")
                 if self._is_present(digest):
                     added = False
                 elif not (move or link):
-                    return self._put_copy(digest, fd, path, verify=verify)
+                    return self._put_copy(digest, fd, path, verify=verify, space=space)
                 else:
                     if verify and files.hash_file(fd, digest.function)[0] != digest.hash:
                         raise DataLoss(f"{path!r} does not have the digest {digest}")
-                    added = self._put_link(digest, fd, path)
+                    added = self._put_link(digest, fd, path, space)
             if move:
                 os.unlink(path)
             return added
@@ -325,7 +333,7 @@ class BlobSpace:
 
     def add_file(self, path: str, function: DigestFunction) -> tuple[Digest, bool]:
         with translate_os_errors(f"cannot add {path!r} to the file cache"):
-            source, size = _open_source(path)
+            source, size = files.open_source(path)
             with closing_fd(source):
                 self.check_fits(size)
                 with self.stage() as staged:
@@ -442,15 +450,7 @@ class BlobSpace:
     # Private files: named by whoever adds them, not by a hash of their bytes
 
     def put_private(self, digest: Digest, path: str, *, link: bool) -> bool:
-        self.check_fits(digest.size_bytes)
-        with translate_os_errors(f"cannot add {path!r} as private file {digest}"):
-            fd, size = _open_source(path)
-            with closing_fd(fd):
-                if size != digest.size_bytes:
-                    raise DataLoss(f"{path!r} has {size} bytes, so it is not private file {digest}")
-                if link:
-                    return self._put_link(digest, fd, path, Space.PRIVATE)
-                return self._put_copy(digest, fd, path, verify=False, space=Space.PRIVATE)
+        return self.put_file(digest, path, move=False, link=link, verify=False, space=Space.PRIVATE)
 
     def find_private(self, digests: Iterable[Digest]) -> set[Digest]:
         if not self._has_private_files():
@@ -588,17 +588,6 @@ class BlobWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _open_source(path: str) -> tuple[int, int]:
-    """Open a file that is to be added; return its descriptor and size. InvalidArgument when it is none."""
-    # Not to wait for the writer of a FIFO, which is refused then.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise InvalidArgument(f"{path!r} is not a regular file")
-    return fd, status.st_size
 
 
 def _copy_out(source: int, size: int, destination: str, mode: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -25,7 +24,15 @@ from snaploader.errors import (
     SnaploaderError,
     translate_os_errors,
 )
-from snaploader.files import ProcessExitStack, ThreadBuffers, check_path, closing_fd, hash_file, remove_tree
+from snaploader.files import (
+    ProcessExitStack,
+    ThreadBuffers,
+    check_path,
+    closing_fd,
+    hash_file,
+    open_source,
+    remove_tree,
+)
 from snaploader.formats.chunktable import DEFAULT_MODE, ChunkTable, encode_tree
 from snaploader.formats.dirtree import DirectoryTree, check_entry_count
 from snaploader.formats.manifest import PlainFile
@@ -37,9 +44,6 @@ from snaploader.loader.scan import changed
 from snaploader.policy import SavePolicy
 from snaploader.protocols import FileCacheProtocol
 from snaploader.workers import WorkerPool
-
-# Not to wait for the writer of a FIFO, which is refused then.
-_PLAIN_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
@@ -397,11 +401,8 @@ def _translate_cow_errors(name: str) -> Iterator[None]:
 
 
 def _digest_of_file(path: str, function: DigestFunction) -> Digest:
-    with translate_os_errors(f"cannot read {path!r}"), closing_fd(os.open(path, _PLAIN_FILE)) as fd:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise InvalidArgument(f"{path!r} is not a regular file")
-        hash_, size = hash_file(fd, function)
-    return Digest(hash_, size, function)
+    with translate_os_errors(f"cannot read {path!r}"), closing_fd(open_source(path)[0]) as fd:
+        return Digest(*hash_file(fd, function), function)
 
 
 def _check_unchanged(path: str, name: str, before: os.stat_result, *, has_its_time: bool = True) -> None:
